@@ -1,0 +1,136 @@
+"""LoRA (arXiv:2106.09685): one wrapper around the linear layers that a target names. Knows no file format.
+
+q, k and v live in one fused matrix, `c_attn`; adapting some of them adds to just those thirds of its output.
+"""
+
+from collections.abc import Iterator
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2core.config import LoraConfig
+from gpt2core.model import GPT2
+
+# target -> (layer of a block, block of that layer's output, how many blocks the output has)
+TARGET_LAYERS = {
+    "q": ("attn.c_attn", 0, 3),
+    "k": ("attn.c_attn", 1, 3),
+    "v": ("attn.c_attn", 2, 3),
+    "o": ("attn.c_proj", 0, 1),
+    "fc": ("mlp.c_fc", 0, 1),
+    "proj": ("mlp.c_proj", 0, 1),
+}
+
+
+def add_lora(model: GPT2, config: LoraConfig, seed: int | None = None) -> GPT2:
+    """Wrap the target layers, in place, and freeze all other weights. The output stays: lora_B starts at zero.
+
+    Args:
+        seed: lora_A is drawn from it; None draws from torch's own generator.
+
+    Raises:
+        ValueError: the model has LoRA layers already.
+    """
+    if any(True for _ in lora_layers(model)):
+        raise ValueError("the model has LoRA layers already; remove_lora(model) first")
+    model.requires_grad_(False)
+    generator = None if seed is None else torch.Generator(model.wte.weight.device).manual_seed(seed)
+    for block in model.h:
+        for path in sorted({TARGET_LAYERS[target][0] for target in config.targets}):
+            parent_name, name = path.split(".")
+            parent = block.get_submodule(parent_name)
+            setattr(parent, name, LoraLinear(getattr(parent, name), path, config, generator))
+    return model
+
+
+def merge_lora(model: GPT2) -> GPT2:
+    """Fold every adapter into its weight: as fast as without one. Merging twice is merging once."""
+    for _, layer in lora_layers(model):
+        layer.merge()
+    return model
+
+
+def unmerge_lora(model: GPT2) -> GPT2:
+    """Put back the very weights there were before `merge_lora`, bit for bit."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+    return model
+
+
+def remove_lora(model: GPT2) -> GPT2:
+    """Take the adapters away: the model of before `add_lora`, all of its weights trainable."""
+    unmerge_lora(model)
+    for name, layer in list(lora_layers(model)):
+        parent_name, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child, layer.linear)
+    return model.requires_grad_(True)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, "LoraLinear"]]:
+    """Name and layer of every adapted layer, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+class LoraLinear(nn.Module):
+    """y = W x + b, and scaling * B A x added to n of the equal blocks of y.
+
+    lora_A (n, R, in) and lora_B (n, out / blocks, R) hold one pair for each adapted block. They stay in fp32 beside a
+    bf16 base and are cast where they are used, since small updates to bf16 weights are lost.
+    """
+
+    def __init__(self, linear: nn.Linear, path: str, config: LoraConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.linear = linear
+        self.config = config
+        # in the order of the output, whichever order the config names the targets in
+        self.targets = tuple(t for t, (layer, _, _) in TARGET_LAYERS.items() if layer == path and t in config.targets)
+        self.blocks = tuple(TARGET_LAYERS[target][1] for target in self.targets)
+        self.n_blocks = TARGET_LAYERS[self.targets[0]][2]
+        n, device = len(self.targets), linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(n, config.rank, linear.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(n, linear.out_features // self.n_blocks, config.rank, device=device))
+        bound = 1 / sqrt(linear.in_features)  # what kaiming_uniform_(a=sqrt(5)) gives, as in the paper's own code
+        nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
+        self.unmerged_weight: Tensor | None
+        self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer: it follows model.to(device)
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)  # (B, T, out)
+        if self.merged:
+            return y
+        a, b = self.lora_A.to(x.dtype), (self.lora_B * self.config.scaling).to(x.dtype)
+        low = F.linear(F.dropout(x, self.config.dropout, self.training), a.flatten(0, 1))  # (B, T, n * R)
+        deltas = [F.linear(part, weight) for part, weight in zip(low.chunk(len(a), -1), b, strict=True)]
+        if self.n_blocks == 1:
+            return y + deltas[0]
+        parts = list(y.chunk(self.n_blocks, -1))
+        for block, delta in zip(self.blocks, deltas, strict=True):
+            parts[block] = parts[block] + delta
+        return torch.cat(parts, -1)
+
+    def delta_weight(self) -> Tensor:
+        """What merging adds to the weight: (out, in), fp32."""
+        delta = self.lora_A.new_zeros(self.n_blocks, self.lora_B.shape[1], self.lora_A.shape[2], dtype=torch.float32)
+        delta[list(self.blocks)] = self.config.scaling * torch.bmm(self.lora_B.float(), self.lora_A.float())
+        return delta.flatten(0, 1)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if not self.merged:
+            weight, delta = self.linear.weight.data, self.delta_weight()
+            if not delta.isfinite().all():
+                raise ValueError("the adapter holds NaN or infinity; merging it would spoil the base weights")
+            self.unmerged_weight = weight
+            self.linear.weight.data = (weight.float() + delta).to(weight.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.unmerged_weight is not None:
+            self.linear.weight.data = self.unmerged_weight
+            self.unmerged_weight = None

@@ -1,0 +1,172 @@
+"""GPT-2 (Radford et al. 2019) with a key-value cache. No files, no sampling, no loss.
+
+Letters in the shape comments: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = C/H, V vocabulary.
+"""
+
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2core.config import GPT2Config
+
+
+def best_device() -> torch.device:
+    """Where a process that may choose should compute: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class GPT2(nn.Module):
+    """The language model; its head is the token embedding, tied."""
+
+    def __init__(self, config: GPT2Config, generator: torch.Generator | None = None) -> None:
+        """Random weights from `generator` (None: torch's own), scaled as GPT-2's were (section 2.3 of the paper)."""
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        _init_weights(self, generator)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: "KVCache | None" = None
+    ) -> Tensor:
+        """Logits (B, T, V) for input_ids (B, T).
+
+        Args:
+            attention_mask: (B, S + T), 1 for a token and 0 for padding, on either side. Positions count tokens only,
+                so a padded row gives what it gives alone; logits at padding mean nothing.
+            cache: keys and values of S earlier tokens, which T more are appended to, in place.
+
+        Raises:
+            ValueError: there are more tokens than n_positions, or more columns than the cache holds.
+        """
+        return self.head(self.hidden(input_ids, attention_mask, cache))
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+        """The last layer's normalised states (B, T, C): `forward` without the head."""
+        T = input_ids.shape[1]
+        S = 0 if cache is None else cache.length
+        if cache is not None and S + T > cache.capacity:
+            raise ValueError(
+                f"{S + T} tokens are more than the cache's capacity of {cache.capacity}; make a larger one"
+            )
+        if attention_mask is None:
+            positions = torch.arange(S, S + T, device=input_ids.device)  # (T)
+        else:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
+        if S + T > self.config.n_positions and int(positions.max()) >= self.config.n_positions:
+            raise ValueError(f"{S + T} tokens are more than n_positions={self.config.n_positions}; shorten the input")
+        mask = _attention_mask(attention_mask, T, S, input_ids.device)
+
+        x = self.wte(input_ids) + self.wpe(positions)  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, None if cache is None else (cache, layer))
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of states (..., C)."""
+        return F.linear(hidden, self.wte.weight)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: "tuple[KVCache, int] | None") -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.scale = 1 / sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: "tuple[KVCache, int] | None") -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
+        if cache is not None:
+            store, layer = cache
+            k, v = store.append(layer, k, v)  # two of (B, H, S + T, D)
+        is_causal = mask is None and q.shape[2] > 1  # a single new token sees all before it
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.activation = config.activation_function
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        if self.activation == "relu":
+            x = F.relu(x)
+        else:  # gelu_new and gelu_pytorch_tanh are two names of one function
+            x = F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
+        return self.c_proj(x)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: two tensors (n_layer, B, H, capacity, D), filled up to `length`."""
+
+    def __init__(self, model: GPT2, batch_size: int, capacity: int) -> None:
+        config, weight = model.config, model.wte.weight
+        shape = (config.n_layer, batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+        self.k = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.v = torch.empty_like(self.k)
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T tokens of one layer behind the S there are; all S + T, as views (B, H, S + T, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch, in this order."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+def _attention_mask(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
+    """True where a query may look, (B, 1, T, S + T) or (T, S + T); None where plain causal attention says the same."""
+    if attention_mask is None and (S == 0 or T == 1):
+        return None
+    causal = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
+    if attention_mask is None:
+        return causal
+    # Every query may look at itself: a row of padding without a single key would be NaN.
+    itself = torch.eye(T, S + T, dtype=torch.bool, device=device).roll(S, dims=-1)
+    return (causal & attention_mask.bool()[:, None, None, :]) | itself
+
+
+def _init_weights(model: GPT2, generator: torch.Generator | None) -> None:
+    std = model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:  # the two projections a block adds to the residual stream are scaled by the number of additions
+            residual = name.endswith("c_proj.weight")
+            nn.init.normal_(
+                parameter, 0.0, std / sqrt(2 * model.config.n_layer) if residual else std, generator=generator
+            )
