@@ -1,0 +1,26 @@
+"""The Alpaca prompt, and the answer cut out of a reply: one spelling for training, evaluation and serving."""
+
+import re
+
+from gpt2core.tokenizer import END_OF_TEXT
+
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+RESPONSE = "### Response:"
+_SECTION = re.compile(r"(?:^|\s)### (?:Instruction|Input|Response):")
+
+
+def format_prompt(instruction: str, input: str = "") -> str:
+    """What the model reads before it answers; the training text goes on with the output and end of text."""
+    section = f"\n\n### Input:\n{input}" if input else ""
+    return f"{PREAMBLE}\n\n### Instruction:\n{instruction}{section}\n\n{RESPONSE}\n"
+
+
+def parse_reply(raw: str) -> str:
+    """The clean answer in a raw reply: without prompt, header and end of text, and without what a model adds after it.
+
+    `raw` is the continuation of a prompt, or prompt and continuation.
+    """
+    text = raw.split(END_OF_TEXT, 1)[0].strip()
+    if text.startswith((PREAMBLE, RESPONSE)):
+        text = text.partition(RESPONSE)[2]
+    return _SECTION.split(text.lstrip(), maxsplit=1)[0].strip()
