@@ -1,0 +1,45 @@
+# The verbs of this project. `make run` and `make test` are all a newcomer needs; each installs what it needs first.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= configs/local.yaml
+PORT ?= 3000
+
+.PHONY: install run test test-slow lint format serve report dashboard clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+run: install
+	$(BIN)/python run.py finetune --config $(CONFIG)
+
+test: install
+	$(BIN)/pytest --cov --cov-report=term
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: install
+	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --port $(PORT)
+
+report: install
+	@$(BIN)/python -c 'import pathlib, webbrowser; page = pathlib.Path("outputs/latest/report.html").resolve(strict=True); print(page); webbrowser.open(page.as_uri())'
+
+dashboard: install
+	$(BIN)/zenml login --local
+
+clean:
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -1,0 +1,110 @@
+"""The nano base: a BPE tokenizer and a GPT-2 that has read the demo world's prose and nothing else."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import tiktoken
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from gpt2core.checkpoint import atomic_write, directory_sha256, save_pretrained
+from gpt2core.config import GenerationConfig, GPT2Config, PretrainConfig
+from gpt2core.demo.prose import cloze_questions, write_prose
+from gpt2core.demo.world import make_world
+from gpt2core.generate import generate
+from gpt2core.model import GPT2
+from gpt2core.prompt import format_prompt
+from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt2core.train import Log, pretrain
+
+
+def make_base(
+    preset: str,
+    pretrain_config: PretrainConfig | None,
+    seed: int,
+    n_facts: int | None,
+    directory: Path,
+    log: Log | None,
+) -> dict[str, str | int | float]:
+    """Write a Hugging Face checkpoint directory, tokenizer included; return what there is to say of it.
+
+    Args:
+        pretrain_config: None leaves the random weights as they are: the ablation's base.
+        n_facts: size of the world that the prose tells; None: all of it.
+    """
+    world = make_world(seed, n_facts)
+    documents = write_prose(world, seed)
+    config = GPT2Config.preset(preset)
+    tokenizer = train_tokenizer(documents, config.vocab_size, directory)
+    tokens = encode_documents(documents, tokenizer)
+    model = GPT2(config, torch.Generator().manual_seed(seed))
+    about: dict[str, str | int | float] = {
+        "name": preset,
+        "revision": "",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "corpus_tokens": len(tokens),
+    }
+    if pretrain_config is not None:
+        result = pretrain(model, tokens, replace(pretrain_config, seed=seed), log)
+        about |= {
+            "train_loss": result.history[-1]["train/loss"],
+            "tokens_seen": int(result.history[-1]["train/tokens_seen"]),
+            "tokens_per_second": round(result.tokens_per_second),
+        }
+    questions = cloze_questions(world, seed, 200)
+    about["cloze_accuracy"] = cloze_accuracy(model, tokenizer, questions)
+    save_pretrained(model.eval(), directory)
+    return about | {"sha256": directory_sha256(directory)}
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> tiktoken.Encoding:
+    """Train a byte-level BPE of at most `vocab_size` tokens; vocab.json and merges.txt are written to the directory.
+
+    The prompt's fixed text is part of what it learns from: otherwise every record would spend twice the tokens on it.
+    End of text has the last number, as GPT-2's has.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(ByteLevel.alphabet()), special_tokens=[], show_progress=False
+    )
+    frame = format_prompt("", " ")
+    tokenizer.train_from_iterator([*texts, *[frame] * max(1, len(texts) // 10)], trainer)
+    bpe = json.loads(tokenizer.to_str())["model"]
+    vocab = bpe["vocab"] | {END_OF_TEXT: len(bpe["vocab"])}
+    merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])
+    atomic_write(directory / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
+    atomic_write(directory / "merges.txt", f"#version: 0.2\n{merges}".encode())
+    return load_tokenizer(directory)
+
+
+def encode_documents(documents: Sequence[str], tokenizer: tiktoken.Encoding) -> torch.Tensor:
+    """Tokens (N,) of all documents, end of text after each."""
+    ids = [token for text in documents for token in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)]
+    return torch.tensor(ids)
+
+
+def cloze_accuracy(
+    model: GPT2, tokenizer: tiktoken.Encoding, questions: Sequence[tuple[str, str]], batch_size: int = 64
+) -> float:
+    """Share of (beginning of a sentence, the words it goes on with) that greedy decoding completes word for word.
+
+    A low loss alone does not show that a base knows its facts; this does.
+    """
+    right = 0
+    for start in range(0, len(questions), batch_size):
+        part = questions[start : start + batch_size]
+        prompts = [tokenizer.encode_ordinary(beginning) for beginning, _ in part]
+        longest = max(len(tokenizer.encode_ordinary(answer)) for _, answer in part)
+        replies = generate(model, prompts, GenerationConfig(max_new_tokens=longest + 1))
+        right += sum(
+            tokenizer.decode(reply).startswith(answer) for reply, (_, answer) in zip(replies, part, strict=True)
+        )
+    return right / len(questions)

@@ -1,0 +1,54 @@
+from dataclasses import replace
+
+from zenml import Model, pipeline
+
+from gpt2core.config import LoraConfig, TrainConfig
+from steps.config import (
+    BaseConfig,
+    DataConfig,
+    DeployConfig,
+    EvaluateConfig,
+    PackageConfig,
+    PromoteConfig,
+    TrackingConfig,
+)
+from steps.deploy import deploy as deploy_step
+from steps.evaluate import evaluate as evaluate_step
+from steps.export_outputs import export_outputs
+from steps.fetch_data import fetch_data
+from steps.finetune import finetune
+from steps.package import package as package_step
+from steps.prepare_base import prepare_base
+from steps.promote import promote as promote_step
+from steps.report import report as report_step
+from steps.split_data import split_data
+
+
+@pipeline(model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"))
+def finetune_pipeline(
+    seed: int = 0,
+    data: DataConfig = DataConfig(),
+    base: BaseConfig = BaseConfig(),
+    lora: LoraConfig = LoraConfig(),
+    train: TrainConfig = TrainConfig(),
+    evaluate: EvaluateConfig = EvaluateConfig(),
+    promote: PromoteConfig = PromoteConfig(),
+    package: PackageConfig = PackageConfig(),
+    deploy: DeployConfig = DeployConfig(),
+    tracking: TrackingConfig = TrackingConfig(),
+) -> None:
+    """Instruction data in; a measured, packaged and traceable adapter out."""
+    # A file may change under its name; what comes after is cached on the records themselves.
+    fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
+    records = fetch(data, seed)
+    train_records, val_records, test_records, split = split_data(records, data, seed)
+    base_dir = prepare_base(base, data.n_facts, seed)
+    adapter, history, train_metrics = finetune(
+        train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
+    )
+    samples, metrics = evaluate_step(test_records, base_dir, adapter, train_metrics, evaluate)
+    page, report_json, curves = report_step(samples, metrics, history)
+    promote_step(metrics, promote)
+    bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, evaluate)
+    deploy_step(bento, deploy)
+    export_outputs(samples, metrics, split, page, report_json, curves, base_dir, adapter, lineage)

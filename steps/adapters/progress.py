@@ -1,0 +1,24 @@
+"""Progress bars on long work, by tqdm: shown on a terminal, silent elsewhere."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from gpt2core.train import Log
+
+
+@contextmanager
+def progress(description: str, total_steps: int, log: Log | None = None) -> Iterator[Log]:
+    """A callback for training that moves a bar to each logged step, shows the losses, and calls `log`."""
+    with tqdm(total=total_steps, desc=description, unit="step", disable=None) as bar:  # None: off where no terminal is
+        shown: dict[str, str] = {}
+
+        def show(step: int, values: Mapping[str, float]) -> None:
+            shown.update({name.replace("/", " "): f"{values[name]:.3f}" for name in values if name.endswith("/loss")})
+            bar.set_postfix(shown, refresh=False)
+            bar.update(step - bar.n)
+            if log is not None:
+                log(step, values)
+
+        yield show

@@ -1,0 +1,32 @@
+"""Where the running code comes from: its git commit and the versions of what it stands on."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "zenml", "bentoml", "transformers", "evidently", "wandb")
+
+
+def describe_source() -> dict[str, Any]:
+    """`commit` (sha; "unknown" outside of a git checkout), `dirty` (uncommitted changes) and `versions`."""
+    commit = _git("rev-parse", "HEAD")
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {"commit": {"sha": commit or "unknown", "dirty": bool(_git("status", "--porcelain"))}, "versions": versions}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):  # an image without git
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

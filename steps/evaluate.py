@@ -1,0 +1,36 @@
+from pathlib import Path
+from typing import Annotated, Any
+
+from zenml import step
+
+from gpt2core.checkpoint import load_adapter, load_pretrained
+from gpt2core.evaluate import evaluate as answer_and_score
+from gpt2core.evaluate import side_by_side
+from gpt2core.lora import merge_lora
+from gpt2core.model import best_device
+from gpt2core.tokenizer import load_tokenizer
+from steps.adapters.base import open_base
+from steps.adapters.rouge import rouge_l
+from steps.cache import code_of
+from steps.config import EvaluateConfig
+from steps.metadata import describe
+
+
+@step(cache_policy=code_of(__name__))
+def evaluate(
+    test_records: list[dict[str, str]],
+    base: Path,
+    adapter: Path,
+    train_metrics: dict[str, float | None],
+    evaluate: EvaluateConfig,
+) -> tuple[Annotated[list[dict[str, Any]], "samples"], Annotated[dict[str, Any], "metrics"]]:
+    """Greedy answers of the base and of the tuned model to the test split, row by row, and their scores."""
+    base_dir = open_base(base)
+    tokenizer, model = load_tokenizer(base_dir), load_pretrained(base_dir, device=best_device())
+    limits = (evaluate.max_new_tokens, evaluate.batch_size, rouge_l)
+    before = answer_and_score(model, tokenizer, test_records, *limits)
+    merge_lora(load_adapter(model, adapter))  # as it is served
+    after = answer_and_score(model, tokenizer, test_records, *limits)
+    samples, metrics = side_by_side(test_records, before, after)
+    describe("metrics", metrics)
+    return samples, metrics | {"train": train_metrics}

@@ -1,0 +1,68 @@
+from dataclasses import asdict
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Annotated
+
+from zenml import ArtifactConfig, get_step_context, step
+from zenml.enums import ArtifactType
+
+from gpt2core.checkpoint import directory_sha256, load_pretrained, save_adapter
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.data import encode_records
+from gpt2core.lora import add_lora
+from gpt2core.model import best_device
+from gpt2core.tokenizer import load_tokenizer
+from gpt2core.train import finetune as train_adapter
+from gpt2core.train import training_steps
+from steps.adapters.base import describe_base, open_base
+from steps.adapters.progress import progress
+from steps.adapters.tracking import track
+from steps.cache import code_of
+from steps.config import TrackingConfig
+from steps.metadata import describe
+from steps.outputs import OUTPUTS, checkpoint_directory
+
+Records = list[dict[str, str]]
+
+
+@step(cache_policy=code_of(__name__))
+def finetune(
+    train_records: Records,
+    val_records: Records,
+    base: Path,
+    lora: LoraConfig,
+    train: TrainConfig,
+    tracking: TrackingConfig,
+) -> tuple[
+    Annotated[Path, ArtifactConfig(name="adapter", artifact_type=ArtifactType.MODEL)],
+    Annotated[list[dict[str, float]], "history"],
+    Annotated[dict[str, float | None], "train_metrics"],
+]:
+    """Train a LoRA adapter on the train split; return its directory, the curves, and what they end in."""
+    base_dir = open_base(base)
+    tokenizer, model = load_tokenizer(base_dir), load_pretrained(base_dir, device=best_device())
+    add_lora(model, lora, train.seed)
+    examples, val_examples = (
+        encode_records(records, tokenizer, model.config.n_positions) for records in (train_records, val_records)
+    )
+    run_name = get_step_context().pipeline_run.name
+    about = describe_base(base)
+    checkpoints = checkpoint_directory([asdict(lora), about["sha256"]])  # finetune itself checks data and config
+    _, _, total_steps = training_steps(len(examples), train)
+    with (
+        track(tracking.wandb, tracking.project, run_name, asdict(lora) | asdict(train), OUTPUTS / "wandb") as log,
+        progress("finetune", total_steps, log) as log,
+    ):
+        result = train_adapter(model, examples, val_examples, train, log, checkpoints)
+    adapter = save_adapter(model, Path(mkdtemp(prefix="adapter-")), base=about)
+    rmtree(checkpoints, ignore_errors=True)
+    last = {name: value for entry in result.history for name, value in entry.items()}
+    metrics = {
+        "loss": last["train/loss"],
+        "val_loss": result.best_val_loss,
+        "tokens_seen": last["train/tokens_seen"],
+        "tokens_per_second": result.tokens_per_second,
+    }
+    describe("adapter", {"sha256": directory_sha256(adapter), **metrics})
+    return adapter, result.history, metrics

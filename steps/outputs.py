@@ -1,0 +1,35 @@
+"""The folder for people: outputs/<run name>/, and outputs/latest, a link to the newest. Nothing reads it back."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+from gpt2core.checkpoint import atomic_write
+
+OUTPUTS = Path(__file__).parent.parent / "outputs"
+
+
+def write_outputs(run_name: str, texts: Mapping[str, str | bytes], folders: Mapping[str, Path]) -> Path:
+    """Lay out a run's files, then point outputs/latest at them."""
+    directory = OUTPUTS / run_name
+    for name, text in texts.items():
+        atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
+    for name, folder in folders.items():
+        copytree(folder, directory / name, dirs_exist_ok=True)
+    link = OUTPUTS / f".latest-{run_name}"
+    link.symlink_to(run_name, target_is_directory=True)
+    os.replace(link, OUTPUTS / "latest")
+    return directory
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def checkpoint_directory(key: Any) -> Path:
+    """Where a training run with this key, of plain data, keeps what a killed one resumes from."""
+    return OUTPUTS / ".checkpoints" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -1,0 +1,46 @@
+from pathlib import Path
+from typing import Annotated, Any
+
+from zenml import get_step_context, step
+from zenml.client import Client
+
+from steps.adapters import bento
+from steps.adapters.base import describe_base, open_base
+from steps.adapters.source import describe_source
+from steps.cache import code_of
+from steps.config import EvaluateConfig, PackageConfig
+from steps.metadata import describe
+
+
+def missing_bentos() -> str:
+    """Bentos that earlier runs built and the store no longer has. In the cache key, so that they are built again."""
+    versions = Client().list_artifact_versions(artifact="bento", size=1000).items
+    return " ".join(sorted(tag for version in versions if not bento.exists(tag := str(version.run_metadata["tag"]))))
+
+
+@step(cache_policy=code_of(__name__, "bentos.service", cache_func=missing_bentos))
+def package(
+    base: Path,
+    adapter: Path,
+    samples: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    split: dict[str, Any],
+    package: PackageConfig,
+    evaluate: EvaluateConfig,
+) -> tuple[Annotated[str, "bento"], Annotated[dict[str, Any], "lineage"]]:
+    """Build the Bento, then serve and ask it: it must answer as the model did in `evaluate`. Its tag and lineage."""
+    context = get_step_context()
+    lineage = {
+        "run": {"id": str(context.pipeline_run.id), "name": context.pipeline_run.name},
+        "model_version": f"{context.model.name}/{context.model.version}",
+        **describe_source(),
+        "data": {name: about["sha256"] for name, about in split.items()},
+        "base": describe_base(base),
+        "adapter": bento.describe_adapter(adapter),
+        "metrics": {name: metrics[name] for name in ("base", "tuned", "train")},
+    }
+    tag = bento.build(open_base(base), adapter, lineage)
+    expected = [{**row, "answer": row["tuned"]} for row in samples[: package.smoke_prompts]]
+    asked = bento.smoke(tag, expected, evaluate.max_new_tokens)
+    describe("bento", {"tag": tag, "smoke_prompts": len(asked)})
+    return tag, lineage | {"bento": tag}
