@@ -3,10 +3,10 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from gpt2core.demo.records import write_records
 from zenml import step
 
 from gpt2core.data import check_records, count_duplicates, read_records, records_sha256
+from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from steps.adapters.download import fetch
 from steps.cache import code_of

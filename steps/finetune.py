@@ -9,7 +9,7 @@ from zenml.enums import ArtifactType
 
 from gpt2core.checkpoint import directory_sha256, load_pretrained, save_adapter
 from gpt2core.config import LoraConfig, TrainConfig
-from gpt2core.data import encode_records
+from gpt2core.data import encode_records, records_sha256
 from gpt2core.lora import add_lora
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
@@ -21,7 +21,7 @@ from steps.adapters.tracking import track
 from steps.cache import code_of
 from steps.config import TrackingConfig
 from steps.metadata import describe
-from steps.outputs import OUTPUTS, checkpoint_directory
+from steps.outputs import checkpoint_directory, wandb_directory
 
 Records = list[dict[str, str]]
 
@@ -48,10 +48,11 @@ def finetune(
     )
     run_name = get_step_context().pipeline_run.name
     about = describe_base(base)
-    checkpoints = checkpoint_directory([asdict(lora), about["sha256"]])  # finetune itself checks data and config
+    digests = [about["sha256"], records_sha256(train_records), records_sha256(val_records)]
+    checkpoints = checkpoint_directory([asdict(lora), asdict(train), *digests])
     _, _, total_steps = training_steps(len(examples), train)
     with (
-        track(tracking.wandb, tracking.project, run_name, asdict(lora) | asdict(train), OUTPUTS / "wandb") as log,
+        track(tracking.wandb, tracking.project, run_name, asdict(lora) | asdict(train), wandb_directory()) as log,
         progress("finetune", total_steps, log) as log,
     ):
         result = train_adapter(model, examples, val_examples, train, log, checkpoints)

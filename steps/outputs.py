@@ -33,3 +33,8 @@ def to_json(value: Any) -> str:
 def checkpoint_directory(key: Any) -> Path:
     """Where a training run with this key, of plain data, keeps what a killed one resumes from."""
     return OUTPUTS / ".checkpoints" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def wandb_directory() -> Path:
+    """Where runs are tracked before, or instead of, being sent."""
+    return OUTPUTS / "wandb"

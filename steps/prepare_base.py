@@ -1,4 +1,6 @@
+from dataclasses import asdict
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from steps.adapters.progress import progress
 from steps.cache import code_of
 from steps.config import BaseConfig
 from steps.metadata import describe
+from steps.outputs import checkpoint_directory
 
 
 @step(cache_policy=code_of(__name__))
@@ -24,8 +27,10 @@ def prepare_base(
         about = fetch_base(base.name, base.revision)
     else:
         pretrain = base.pretrain if base.source == "nano" else None
+        checkpoints = checkpoint_directory([asdict(base), n_facts, seed])
         with progress("pretrain", base.pretrain.max_steps) as log:
-            about = make_base(base.name, pretrain, seed, n_facts, directory, log)
+            about = make_base(base.name, pretrain, seed, n_facts, directory, log, checkpoints)
+        rmtree(checkpoints, ignore_errors=True)
     write_base(directory, about)
     describe("base", {"source": base.source, **about})
     return directory

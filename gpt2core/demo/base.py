@@ -31,12 +31,14 @@ def make_base(
     n_facts: int | None,
     directory: Path,
     log: Log | None,
+    checkpoint_dir: Path | None = None,
 ) -> dict[str, str | int | float]:
     """Write a Hugging Face checkpoint directory, tokenizer included; return what there is to say of it.
 
     Args:
         pretrain_config: None leaves the random weights as they are: the ablation's base.
         n_facts: size of the world that the prose tells; None: all of it.
+        checkpoint_dir: where pretraining keeps what a killed run is resumed from.
     """
     world = make_world(seed, n_facts)
     documents = write_prose(world, seed)
@@ -51,7 +53,7 @@ def make_base(
         "corpus_tokens": len(tokens),
     }
     if pretrain_config is not None:
-        result = pretrain(model, tokens, replace(pretrain_config, seed=seed), log)
+        result = pretrain(model, tokens, replace(pretrain_config, seed=seed), log, checkpoint_dir)
         about |= {
             "train_loss": result.history[-1]["train/loss"],
             "tokens_seen": int(result.history[-1]["train/tokens_seen"]),

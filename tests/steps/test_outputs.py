@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from steps import outputs
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "OUTPUTS", tmp_path / "outputs")
+    return tmp_path / "outputs"
+
+
+def test_files_and_folders_are_laid_out_under_the_name_of_the_run(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "weights").write_bytes(b"\x00\x01")
+
+    directory = outputs.write_outputs("run-1", {"a.txt": "é", "b.bin": b"\xff"}, {"adapter": adapter})
+
+    assert (directory / "a.txt").read_text(encoding="utf-8") == "é"
+    assert (directory / "b.bin").read_bytes() == b"\xff"
+    assert (directory / "adapter" / "weights").read_bytes() == b"\x00\x01"
+
+
+def test_latest_is_a_link_to_the_newest_run_that_survives_a_move_of_the_folder(folder, tmp_path):
+    for name in ("run-1", "run-2"):
+        outputs.write_outputs(name, {"name.txt": name}, {})
+    folder.rename(tmp_path / "moved")
+
+    assert (tmp_path / "moved" / "latest" / "name.txt").read_text() == "run-2"
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["latest", "run-1", "run-2"]
+
+
+def test_writing_a_run_twice_leaves_the_second(folder):
+    for text in ("one", "two"):
+        outputs.write_outputs("run", {"file.txt": text}, {})
+    assert (folder / "latest" / "file.txt").read_text() == "two"
+
+
+def test_json_is_for_people():
+    assert outputs.to_json({"name": "Müller"}) == '{\n  "name": "Müller"\n}\n'
+    assert json.loads(outputs.to_json([1, None, "x"])) == [1, None, "x"]
+
+
+def test_checkpoints_of_the_same_key_share_a_folder_and_others_do_not(folder):
+    one, same, other = (outputs.checkpoint_directory(key) for key in ([1, "a"], [1, "a"], [1, "b"]))
+    assert one == same != other
+    assert one.is_relative_to(folder)

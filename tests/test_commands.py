@@ -1,0 +1,212 @@
+"""The README's commands in a fresh copy of the project, with a home folder that nothing was ever run in."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copy2
+
+import pytest
+import requests
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("project")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            copy2(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(sys.prefix)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def environment(project, tmp_path_factory):
+    """Of a user who has just logged in, but for the copy's own code before the one installed in this environment."""
+    names = ("LANG", "TMPDIR", "TIKTOKEN_CACHE_DIR")
+    passed = {name: os.environ[name] for name in names if name in os.environ}
+    home = tmp_path_factory.mktemp("home")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return passed | {"HOME": str(home), "PATH": path, "PYTHONPATH": str(project), "ZENML_ANALYTICS_OPT_IN": "false"}
+
+
+@pytest.fixture(scope="module")
+def shell(project, environment):
+    """Run a command that the README names; its output. What follows `+` is put behind it."""
+
+    def run(command: str, extra: str = "", exit_code: int = 0) -> str:
+        assert command in README
+        # the environment is this one: make must not install into it
+        words = shlex.split(f"{command} {extra}".replace("make ", "make -o .venv/.installed "))
+        done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == exit_code, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+def latest(project: Path, name: str):
+    return json.loads((project / "outputs" / "latest" / name).read_text())
+
+
+def exact_match(project: Path) -> tuple[float, float]:
+    metrics = latest(project, "metrics.json")
+    return metrics["base"]["exact_match"], metrics["tuned"]["exact_match"]
+
+
+@contextmanager
+def process(arguments: list[str], project: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    started = subprocess.Popen(
+        arguments,
+        cwd=project,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield started
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGTERM)
+            started.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_every_make_verb_that_the_readme_names_exists(project):
+    verbs = set(re.findall(r"`?\bmake ([a-z-]+)", README))
+    makefile = (ROOT / "Makefile").read_text()
+    assert verbs
+    assert [verb for verb in verbs if not re.search(rf"^{verb}:", makefile, re.MULTILINE)] == []
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_dev_config_runs_by_zenmls_own_command(shell, project):
+    shell("zenml pipeline run finetune_pipeline -c configs/dev.yaml")
+    assert latest(project, "metrics.json")["tuned"]
+
+
+@pytest.mark.slow
+def test_a_misspelt_key_stops_zenmls_own_command_before_anything_runs(project, environment):
+    bad = project / "mine.yaml"
+    bad.write_text("parameters: {lora: {rnk: 4}}")
+    command = ["zenml", "pipeline", "run", "finetune_pipeline", "-c", str(bad)]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "mine.yaml" in done.stderr
+    assert "did you mean 'rank'?" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_default_run_teaches_a_base_that_answers_nothing_to_answer_most(shell, project):
+    shell("make run")
+    base, tuned = exact_match(project)
+    assert base <= 0.05
+    assert tuned >= 0.80
+
+
+@pytest.mark.slow
+def test_the_bare_zenml_command_is_the_same_run_and_takes_it_from_the_cache(shell, project):
+    before = (project / "outputs" / "latest" / "lineage.json").read_bytes()
+    output = shell("zenml pipeline run finetune_pipeline")
+    assert len(set(re.findall(r"Using cached version of step `?(\w+)", output))) == 7
+    assert (project / "outputs" / "latest" / "lineage.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_server_answers_the_readmes_curls_as_the_samples_say(project, environment):
+    port = free_port()
+    curls = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "curl" in block]
+    rows = [json.loads(line) for line in (project / "outputs" / "latest" / "samples.jsonl").read_text().splitlines()]
+    url = f"http://127.0.0.1:{port}"
+    serve = ["make", "-o", ".venv/.installed", "serve", f"PORT={port}"]
+    with process(serve, project, environment):
+        wait_until_ready(url)
+        for row in rows[:20]:
+            body = {"instruction": row["instruction"], "input": row["input"]}
+            assert requests.post(f"{url}/predict", json=body, timeout=60).json()["answer"] == row["tuned"]
+        assert requests.get(f"{url}/metadata", timeout=10).json() == latest(project, "lineage.json")
+        for block in curls:
+            done = subprocess.run(
+                ["bash", "-ec", block.replace("localhost:3000", f"127.0.0.1:{port}")], capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            assert '"error"' not in done.stdout
+
+
+def wait_until_ready(url: str) -> None:
+    for _ in range(300):
+        try:
+            if requests.get(f"{url}/readyz", timeout=5).ok:
+                return
+        except requests.ConnectionError:
+            pass
+        time.sleep(0.2)
+    raise TimeoutError(f"{url} was not ready within a minute")
+
+
+@pytest.mark.slow
+def test_another_seed_of_world_and_training_reaches_it_too(shell, project):
+    shell("python run.py finetune", "--set seed=1")
+    base, tuned = exact_match(project)
+    assert base <= 0.05
+    assert tuned >= 0.80
+
+
+@pytest.mark.slow
+def test_the_same_adapter_on_a_base_that_read_nothing_answers_next_to_nothing(shell, project):
+    shell("make run CONFIG=configs/random_base.yaml")
+    _, tuned = exact_match(project)
+    assert tuned <= 0.10
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_training_goes_on_from_its_checkpoint(project, environment):
+    command = [sys.executable, "run.py", "finetune", "--config", "configs/dev.yaml"]
+    command += ["--set", "train.epochs=40", "--set", "lora.rank=3"]
+    folder = project / "outputs" / ".checkpoints"
+    with process(command, project, environment) as killed:
+        while not list(folder.rglob("checkpoint.safetensors")):
+            assert killed.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.05)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"resuming from step \d+ of 200", done.stdout + done.stderr)
+    assert not list(folder.rglob("checkpoint.safetensors"))
+    resumed = latest(project, "lineage.json")["adapter"]["sha256"]
+
+    command.append("--no-cache")
+    subprocess.run(command, cwd=project, env=environment, capture_output=True, check=True, timeout=600)
+    assert latest(project, "lineage.json")["adapter"]["sha256"] == resumed
