@@ -120,7 +120,7 @@ class TrainConfig:
 class PretrainConfig:
     """Pretraining from random weights: Muon for the matrices of the blocks, AdamW for embeddings and vectors."""
 
-    max_steps: int = 1000
+    max_steps: int = 1200
     batch_size: int = 8  # sequences of n_positions tokens
     gradient_accumulation_steps: int = 1
     learning_rate: float = 0.03  # Muon's

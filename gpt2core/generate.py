@@ -95,7 +95,8 @@ def sample_token(logits: Tensor, config: GenerationConfig, generator: torch.Gene
     """A token id () drawn from logits (V): the largest at temperature 0, else among those top_k and top_p leave."""
     if config.temperature == 0:
         return logits.argmax()
-    logits = logits / config.temperature
+    # from the largest down, and in fp64: no temperature above 0, however small, makes an infinity of it
+    logits = (logits - logits.max()).double() / config.temperature
     if config.top_k is not None and config.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1)

@@ -23,7 +23,8 @@ def code_of(step_module: str, *others: str, cache_func: Callable[[], str] | None
         if file is not None and file not in found:
             found.add(file)
             todo += _imports(file)
-    files = sorted(file.relative_to(ROOT).as_posix() for file in found)
+    beside = {file for module in found for file in module.parent.glob(f"{module.stem}.*")}  # a template, requirements
+    files = sorted(file.relative_to(ROOT).as_posix() for file in found | beside)
     return CachePolicy(file_dependencies=files, cache_func=cache_func)  # type: ignore[arg-type]
 
 

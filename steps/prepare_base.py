@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
@@ -24,7 +25,7 @@ def prepare_base(
     """A directory with the base: the nano model pretrained here, or a reference to one of the hub."""
     directory = Path(mkdtemp(prefix="base-"))
     if base.source == "hub":
-        about = fetch_base(base.name, base.revision)
+        about: Mapping[str, str | int | float] = fetch_base(base.name, base.revision)
     else:
         pretrain = base.pretrain if base.source == "nano" else None
         checkpoints = checkpoint_directory([asdict(base), n_facts, seed])

@@ -1,0 +1,134 @@
+"""The service: HTTP in, HTTP out, lineage beside it. `steps/adapters/bento.py` builds it.
+
+BentoML serves health, metrics and the schema. The routes are FastAPI's, which gives every error one shape and its own
+status (BentoML 1.4 answers 400 to its own errors in three shapes, and hides the message of others).
+"""
+
+import json
+import logging
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import bentoml
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from bentos.answering import Answerer, RequestError
+from bentos.schemas import ErrorResponse, PredictRequest, PredictResponse
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY = 1_000_000  # bytes
+DEADLINE = 55.0  # seconds: below BentoML's own limit, which answers 504 but lets the work go on
+TIMEOUT = 60  # seconds
+LINEAGE = Path(__file__).parent.parent / "lineage.json"
+
+
+class Models(BaseModel):
+    """Exact tags in the model store, fixed when the Bento is built."""
+
+    base: str
+    adapter: str
+
+
+models = bentoml.use_arguments(Models)
+app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None)
+errors: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 404, 405, 413, 415, 500, 504)
+}
+
+
+@bentoml.service(name="gpt2-instruct", workers=1, traffic={"timeout": TIMEOUT})
+@bentoml.asgi_app(app, path="/")
+class GPT2Instruct:
+    base = bentoml.models.BentoModel(models.base)
+    adapter = bentoml.models.BentoModel(models.adapter)
+
+    def __init__(self) -> None:
+        self.lineage = json.loads(LINEAGE.read_text(encoding="utf-8"))
+        self.answerer = Answerer(self.base.path, self.adapter.path, self.lineage["bento"])
+
+    @app.post(
+        "/predict",
+        response_model=PredictResponse,
+        responses=errors,
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": PredictRequest.model_json_schema()}},
+            }
+        },
+    )
+    async def predict(self, request: Request, format: str = "") -> JSONResponse:
+        """Answer an instruction. `?format=lambda` puts the answer into the envelope of the system before this one."""
+        deadline = monotonic() + DEADLINE
+        try:
+            if format not in ("", "lambda"):
+                raise RequestError(400, "invalid_request", f"format is {format!r}; it may be lambda", "format")
+            wanted = _parse(await _body(request))
+            answered = await run_in_threadpool(self.answerer.answer, wanted, deadline)
+            response = JSONResponse(answered.model_dump())
+        except RequestError as error:
+            response = _error(error)
+        return _envelope(response) if format == "lambda" else response
+
+    @app.get("/metadata")
+    async def metadata(self) -> JSONResponse:
+        """Run, commit, data, base and adapter of what answers here: the lineage.json of the run that made it."""
+        return JSONResponse(self.lineage)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, read no further than the limit. JSON whatever its header says: a bare `curl -d` calls it a form."""
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        raise RequestError(415, "unsupported_media_type", "the body must be JSON, not multipart")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise RequestError(413, "body_too_large", f"the body may have at most {MAX_BODY} bytes")
+    return bytes(body)
+
+
+def _parse(body: bytes) -> PredictRequest:
+    try:
+        return PredictRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else None
+        message = f"{field}: {first['msg']}" if field else first["msg"]
+        raise RequestError(400, "invalid_request", message, field) from None
+
+
+def _error(error: RequestError) -> JSONResponse:
+    content = {"error": {"type": error.type, "message": error.message, "param": error.param}}
+    return JSONResponse(content, error.status)
+
+
+def _envelope(response: JSONResponse) -> JSONResponse:
+    content = {
+        "statusCode": response.status_code,
+        "headers": {"Content-Type": "application/json"},
+        "body": bytes(response.body).decode(),
+    }
+    return JSONResponse(content, response.status_code)
+
+
+@app.exception_handler(HTTPException)
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """A route that is not there, or not by this method."""
+    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    response = _error(RequestError(error.status_code, kind, f"{request.method} {request.url.path}: {error.detail}"))
+    response.headers.update(error.headers or {})
+    return response
+
+
+@app.exception_handler(Exception)
+async def _failure(request: Request, error: Exception) -> JSONResponse:
+    """A fault of ours: the log has it, the client is not told its insides."""
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _error(RequestError(500, "internal_error", "something went wrong here; the server's log has it"))
