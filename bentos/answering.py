@@ -1,10 +1,10 @@
 """The model behind the endpoint: one request at a time, each with a deadline. Knows no HTTP."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from time import monotonic
 
+from bentos.errors import RequestError
 from bentos.schemas import PredictRequest, PredictResponse, Usage
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
@@ -14,16 +14,6 @@ from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
-
-
-@dataclass
-class RequestError(Exception):
-    """A request that cannot be answered, and why."""
-
-    status: int
-    type: str
-    message: str
-    param: str | None = None
 
 
 class Answerer:

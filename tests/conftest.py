@@ -23,3 +23,30 @@ os.environ.update(
 )
 for _name in ("WANDB_API_KEY", "BENTOML_CONFIG", "PORT", "BENTOML_PORT"):
     os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from gpt2core.checkpoint import load_pretrained, save_adapter  # noqa: E402
+from gpt2core.config import LoraConfig  # noqa: E402
+from gpt2core.demo.base import make_base  # noqa: E402
+from gpt2core.lora import add_lora  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory):
+    """A nano checkpoint with its tokenizer; the weights are random."""
+    directory = tmp_path_factory.mktemp("base")
+    make_base("gpt2-nano", None, seed=0, n_facts=18, directory=directory, log=None)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(base_dir, tmp_path_factory):
+    """An adapter for it that changes its answers."""
+    model = add_lora(load_pretrained(base_dir), LoraConfig(rank=4), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(generator=generator)
+    return save_adapter(model, tmp_path_factory.mktemp("adapter"))

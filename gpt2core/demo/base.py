@@ -44,6 +44,9 @@ def make_base(
     documents = write_prose(world, seed)
     config = GPT2Config.preset(preset)
     tokenizer = train_tokenizer(documents, config.vocab_size, directory)
+    config = replace(
+        config, vocab_size=tokenizer.n_vocab
+    )  # a small world has fewer words: no number may be without one
     tokens = encode_documents(documents, tokenizer)
     model = GPT2(config, torch.Generator().manual_seed(seed))
     about: dict[str, str | int | float] = {

@@ -79,7 +79,7 @@ def exists(tag: str) -> bool:
     bento = _in_store("bentos", tag) / "bento.yaml"
     if not bento.is_file():
         return False
-    models = yaml.safe_load(bento.read_text()).get("models", [])
+    models = [model for service in yaml.safe_load(bento.read_text())["services"] for model in service["models"]]
     return all((_in_store("models", model["tag"]) / "model.yaml").is_file() for model in models)
 
 
@@ -101,7 +101,8 @@ def serve(tag: str) -> Iterator[str]:
             server = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=_environment() | {"BENTOML_HOME": home},
+                # "containerized": a worker that fails ends the server; elsewhere BentoML starts it again and again
+                env=_environment() | {"BENTOML_HOME": home, "BENTOML_CONTAINERIZED": "true"},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -214,4 +215,4 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def _tail(log: str) -> str:
-    return "\n".join(log.splitlines()[-30:])
+    return "\n".join(log.splitlines()[-60:])
