@@ -1,12 +1,12 @@
 """Run a pipeline with values from a configuration file and the command line."""
 
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 import yaml
-
-ROOT = Path(__file__).parent
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,13 +20,14 @@ def main() -> None:
 @click.option("--no-cache", is_flag=True, help="Run every step, also those whose result is known.")
 def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     """Data to Bento: split, pretrain or fetch the base, finetune, evaluate, report, promote, package, deploy."""
-    from pipelines.config import ConfigError, read_config, set_value  # zenml takes seconds to import; --help should not
+    # here, since zenml takes seconds to import and --help should not
+    from pipelines.config import ConfigError, read_config, set_values
     from pipelines.finetune_pipeline import finetune_pipeline
 
     try:
         values_by_key = read_config(config, finetune_pipeline)
-        for assignment in values:
-            set_value(values_by_key, assignment, finetune_pipeline)
+        if values:
+            set_values(values_by_key, values, finetune_pipeline)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     if no_cache:
@@ -34,9 +35,26 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     with TemporaryDirectory() as directory:
         merged = Path(directory) / Path(config).name
         merged.write_text(yaml.safe_dump(values_by_key))
-        run = finetune_pipeline.with_options(config_path=str(merged))()
+        run = _run(finetune_pipeline.with_options(config_path=str(merged)))
     if run is not None:  # None: only scheduled
         click.echo(f"{run.name}: {run.status.value}; results in outputs/latest")
+
+
+def _run(pipeline: Any) -> Any:
+    """Run it; what a step cannot go on with is one line here, and its traceback is in ZenML's record of the step."""
+    orchestrator = logging.getLogger("zenml.orchestrators.local.local_orchestrator")
+    orchestrator.addFilter(_without_traceback)
+    try:
+        return pipeline()
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        raise click.ClickException(f"the run failed: {error}") from None
+    finally:
+        orchestrator.removeFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = None
+    return True
 
 
 if __name__ == "__main__":

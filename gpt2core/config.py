@@ -86,11 +86,11 @@ class LoraConfig:
 class TrainConfig:
     """Finetuning. Lengths are in optimiser steps unless the name says epochs or batches."""
 
-    epochs: int = 8
+    epochs: int = 12
     max_steps: int | None = None  # ends training earlier than `epochs` would
     batch_size: int = 16  # records a forward pass
     gradient_accumulation_steps: int = 1  # forward passes an optimiser step
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 10
@@ -120,7 +120,7 @@ class TrainConfig:
 class PretrainConfig:
     """Pretraining from random weights: Muon for the matrices of the blocks, AdamW for embeddings and vectors."""
 
-    max_steps: int = 1200
+    max_steps: int = 1400
     batch_size: int = 8  # sequences of n_positions tokens
     gradient_accumulation_steps: int = 1
     learning_rate: float = 0.03  # Muon's

@@ -4,7 +4,7 @@ ZenML is silent about most misspelt keys; here every key is checked, at every le
 ZenML's own models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from inspect import getmodule, signature
@@ -45,8 +45,15 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
     return config
 
 
-def set_value(config: dict[str, Any], assignment: str, pipeline: Pipeline) -> None:
-    """Put an `a.b=value` of the command line into the configuration, under `parameters`; the value is read as YAML."""
+def set_values(config: dict[str, Any], assignments: Sequence[str], pipeline: Pipeline) -> None:
+    """Put each `a.b=value` of the command line into the configuration, under `parameters`, and check what comes out."""
+    for assignment in assignments:
+        _set_value(config, assignment)
+    check_config(config, " ".join(f"--set {assignment}" for assignment in assignments), pipeline)
+
+
+def _set_value(config: dict[str, Any], assignment: str) -> None:
+    """The value is read as YAML."""
     path, equals, text = assignment.partition("=")
     if not equals:
         raise ConfigError(f"--set {assignment}: write it as --set key.subkey=value")
@@ -61,7 +68,6 @@ def set_value(config: dict[str, Any], assignment: str, pipeline: Pipeline) -> No
         if not isinstance(place, dict):
             raise ConfigError(f"--set {assignment}: {key} is a value, not a mapping")
     place[last] = value
-    check_config(config, f"--set {assignment}", pipeline)
 
 
 def check_config(config: Any, source: str, pipeline: Pipeline) -> None:

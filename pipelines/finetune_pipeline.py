@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 from zenml import Model, pipeline
+from zenml.enums import ExecutionMode
 
 from gpt2core.config import LoraConfig, TrainConfig
 from steps.config import (
@@ -24,7 +25,10 @@ from steps.report import report as report_step
 from steps.split_data import split_data
 
 
-@pipeline(model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"))
+@pipeline(
+    execution_mode=ExecutionMode.FAIL_FAST,
+    model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"),
+)
 def finetune_pipeline(
     seed: int = 0,
     data: DataConfig = DataConfig(),

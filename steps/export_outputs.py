@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,8 @@ from zenml.types import HTMLString
 from gpt2core.data import to_jsonl
 from steps.adapters.base import REFERENCE, holds_checkpoint
 from steps.outputs import to_json, write_outputs
+
+logger = logging.getLogger(__name__)
 
 
 @step(enable_cache=False)
@@ -37,4 +40,8 @@ def export_outputs(
         folders["base"] = base
     else:
         texts[REFERENCE] = (base / REFERENCE).read_text()
-    return str(write_outputs(get_step_context().pipeline_run.name, texts, folders))
+    directory = write_outputs(get_step_context().pipeline_run.name, texts, folders)
+    for name, value in metrics["base"].items():
+        logger.info("%s: %.4g of the base, %.4g of the tuned model", name, value, metrics["tuned"][name])
+    logger.info("all of it: %s", directory / "report.html")
+    return str(directory)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.config import ConfigError, check_config, read_config, set_value
+from pipelines.config import ConfigError, check_config, read_config, set_values
 from pipelines.finetune_pipeline import finetune_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
@@ -105,14 +105,13 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 
 def test_set_reaches_a_nested_value():
     config = {"parameters": {"seed": 1}}
-    set_value(config, "base.pretrain.max_steps=7", finetune_pipeline)
+    set_values(config, ["base.pretrain.max_steps=7"], finetune_pipeline)
     assert config == {"parameters": {"seed": 1, "base": {"pretrain": {"max_steps": 7}}}}
 
 
 def test_set_reads_lists_and_numbers_as_yaml_does():
     config: dict = {}
-    set_value(config, "lora.targets=[q, k]", finetune_pipeline)
-    set_value(config, "train.learning_rate=1e-3", finetune_pipeline)
+    set_values(config, ["lora.targets=[q, k]", "train.learning_rate=1e-3"], finetune_pipeline)
     assert config["parameters"]["lora"]["targets"] == ["q", "k"]
     check_config(copy.deepcopy(config), "config", finetune_pipeline)
 
@@ -120,4 +119,10 @@ def test_set_reads_lists_and_numbers_as_yaml_does():
 @pytest.mark.parametrize("assignment", ["lora.rnk=1", "lora.rank", "seed.x=1", "lora.rank=[", "train.seed=1"])
 def test_set_refuses_what_a_file_could_not_say(assignment):
     with pytest.raises(ConfigError, match="--set"):
-        set_value({"parameters": {"seed": 0}}, assignment, finetune_pipeline)
+        set_values({"parameters": {"seed": 0}}, [assignment], finetune_pipeline)
+
+
+def test_values_that_belong_together_may_be_set_one_after_the_other():
+    config: dict = {}
+    set_values(config, ["data.source=file", "data.path=mine.json"], finetune_pipeline)
+    assert config["parameters"]["data"] == {"source": "file", "path": "mine.json"}
