@@ -51,10 +51,10 @@ def load_pretrained(
                 continue
             if name != "lm_head.weight" and name not in wanted:
                 raise ValueError(f"{file}: key {key!r} is not one of GPT-2's with n_layer={config.n_layer}")
-            if name.endswith(CONV1D):
-                tensor = tensor.T
-            _check_shape(file, key, tensor, wanted["wte.weight" if name == "lm_head.weight" else name])
-            state[name] = tensor.to(dtype).contiguous()
+            expected = wanted["wte.weight" if name == "lm_head.weight" else name]
+            turned = name.endswith(CONV1D)
+            _check_shape(file, key, tensor, expected.T if turned else expected)
+            state[name] = (tensor.T if turned else tensor).to(dtype).contiguous()
     head = state.pop("lm_head.weight", None)
     for name in wanted:
         if name not in state:
@@ -272,7 +272,10 @@ def _weight_files(directory: Path) -> list[Path]:
             f"{directory} holds neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
         )
     index = _read_json(directory / INDEX)
-    names = sorted(set(index.get("weight_map", {}).values()))
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{directory / INDEX}: 'weight_map' must map keys to file names")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:  # a checkpoint from elsewhere must not reach outside of its directory
             raise ValueError(f"{directory / INDEX}: shard {name!r} is not a plain file name")

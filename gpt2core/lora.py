@@ -46,8 +46,15 @@ def add_lora(model: GPT2, config: LoraConfig, seed: int | None = None) -> GPT2:
 
 
 def merge_lora(model: GPT2) -> GPT2:
-    """Fold every adapter into its weight: as fast as without one. Merging twice is merging once."""
-    for _, layer in lora_layers(model):
+    """Fold every adapter into its weight: as fast as without one. Merging twice is merging once.
+
+    Raises:
+        ValueError: the adapter holds NaN or infinity; no weight is changed then.
+    """
+    layers = [layer for _, layer in lora_layers(model) if not layer.merged]
+    if not all(layer.delta_weight().isfinite().all() for layer in layers):
+        raise ValueError("the adapter holds NaN or infinity; merging it would spoil the base weights")
+    for layer in layers:
         layer.merge()
     return model
 
@@ -95,6 +102,7 @@ class LoraLinear(nn.Module):
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer: it follows model.to(device)
+        self.train(linear.training)
 
     @property
     def merged(self) -> bool:
@@ -123,11 +131,9 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         if not self.merged:
-            weight, delta = self.linear.weight.data, self.delta_weight()
-            if not delta.isfinite().all():
-                raise ValueError("the adapter holds NaN or infinity; merging it would spoil the base weights")
+            weight = self.linear.weight.data
             self.unmerged_weight = weight
-            self.linear.weight.data = (weight.float() + delta).to(weight.dtype)
+            self.linear.weight.data = (weight.float() + self.delta_weight()).to(weight.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:

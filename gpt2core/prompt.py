@@ -6,7 +6,7 @@ from gpt2core.tokenizer import END_OF_TEXT
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 RESPONSE = "### Response:"
-_SECTION = re.compile(r"(?:^|\s)### (?:Instruction|Input|Response):")
+_ANOTHER = re.compile(rf"(?:^|\s)### (?:Instruction|Input|Response):|{re.escape(PREAMBLE)}")
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
@@ -23,4 +23,4 @@ def parse_reply(raw: str) -> str:
     text = raw.split(END_OF_TEXT, 1)[0].strip()
     if text.startswith((PREAMBLE, RESPONSE)):
         text = text.partition(RESPONSE)[2]
-    return _SECTION.split(text.lstrip(), maxsplit=1)[0].strip()
+    return _ANOTHER.split(text.lstrip(), maxsplit=1)[0].strip()

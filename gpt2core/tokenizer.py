@@ -43,8 +43,11 @@ def _read_ranks(vocab_file: Path, merges_file: Path) -> tuple[dict[bytes, int], 
     for file in (vocab_file, merges_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there; a tokenizer directory holds vocab.json and merges.txt")
-    vocab: dict[str, int] = json.loads(vocab_file.read_text(encoding="utf-8"))
-    if END_OF_TEXT not in vocab:
+    try:
+        vocab: dict[str, int] = json.loads(vocab_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{vocab_file} is not valid JSON: {error}") from None
+    if not isinstance(vocab, dict) or END_OF_TEXT not in vocab:
         raise ValueError(f"{vocab_file} has no {END_OF_TEXT!r}")
     end_of_text = vocab.pop(END_OF_TEXT)
     lines = merges_file.read_text(encoding="utf-8").splitlines()

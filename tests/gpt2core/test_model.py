@@ -1,0 +1,293 @@
+"""Our GPT-2 against transformers' on the same random weights, and against itself with padding and cache."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.config import GPT2Config
+from gpt2core.model import GPT2, KVCache
+
+# Both sides add the same fp32 numbers in another order; logits here are of size 1 to 10, so errors are near 1e-6.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+# Ours against ours: only the shapes of the matrix products differ.
+SELF_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+CONFIGS = {
+    "plain": {},
+    "one layer, one head": {"n_layer": 1, "n_head": 1},
+    "four layers, eight heads": {"n_layer": 4, "n_head": 8},
+    "narrow MLP": {"n_inner": 17},
+    "wide MLP": {"n_inner": 200},
+    "gelu": {"activation_function": "gelu"},
+    "relu": {"activation_function": "relu"},
+    "gelu_pytorch_tanh": {"activation_function": "gelu_pytorch_tanh"},
+    "unscaled attention": {"scale_attn_weights": False},
+    "attention by inverse layer": {"n_layer": 3, "scale_attn_by_inverse_layer_idx": True},
+    "only inverse layer": {"n_layer": 3, "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    "large epsilon": {"layer_norm_epsilon": 0.1},
+}
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def pair(make_hf, tmp_path_factory):
+    """A function: words of a config -> transformers' model and ours with its weights."""
+
+    def make(**config):
+        hf = make_hf(**config)
+        directory = tmp_path_factory.mktemp("model")
+        hf.save_pretrained(directory)
+        return hf, load_pretrained(directory)
+
+    return make
+
+
+@pytest.fixture
+def model(tiny_gpt2_dir):
+    return load_pretrained(tiny_gpt2_dir)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_logits_are_those_of_transformers(pair, config):
+    hf, ours = pair(**config)
+    ids = tokens(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), hf(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_gradients_of_all_parameters_are_those_of_transformers(pair, config):
+    hf, ours = pair(**config)
+    ids = tokens(3, 20)
+    hf(ids, labels=ids).loss.backward()
+    F.cross_entropy(ours(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    expected = {name.removeprefix("transformer."): parameter.grad for name, parameter in hf.named_parameters()}
+    found = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert grad.any(), name
+        torch.testing.assert_close(grad.T if name.endswith(CONV1D) else grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_configs_compared_are_told_apart_by_their_logits(pair):
+    ids = tokens(1, 16)
+    variants = [{}] + [CONFIGS[name] for name in ("gelu", "relu", "unscaled attention", "large epsilon")]
+    logits = [pair(**config)[1](ids) for config in variants]
+    for i, one in enumerate(logits):
+        for other in logits[:i]:
+            assert (one - other).abs().max() > 2e-4  # else the comparisons above would prove nothing
+
+
+def padded(rows, side):
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), 5), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_gives_what_it_gives_alone(model, side, dtype):
+    rows = [tokens(n, seed=n) for n in (1, 7, 12)]
+    ids, mask = padded(rows, side)
+    logits = model(ids, mask.to(dtype))
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i, mask[i].bool()], model(row[None])[0], **SELF_TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_logits_are_those_of_transformers(pair, side):
+    hf, ours = pair()
+    ids, mask = padded([tokens(n, seed=n) for n in (2, 9)], side)
+    expected = hf(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+    torch.testing.assert_close(ours(ids, mask)[mask.bool()], expected[mask.bool()], **TOLERANCE)
+
+
+def test_a_mask_of_ones_is_no_mask(model):
+    ids = tokens(2, 10)
+    torch.testing.assert_close(model(ids, torch.ones_like(ids)), model(ids), **SELF_TOLERANCE)
+
+
+def test_a_wholly_padded_row_is_finite_forwards_and_backwards(model):
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    logits = model(ids, mask)
+    assert logits.isfinite().all()
+    logits[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    torch.testing.assert_close(logits[0], model(ids[:1])[0], **SELF_TOLERANCE)
+
+
+def cached(model, ids, mask, steps):
+    """Logits of all columns, read through the cache in pieces of the given lengths."""
+    cache, start, pieces = KVCache(model, len(ids), ids.shape[1]), 0, []
+    for length in steps:
+        end = start + length
+        pieces.append(model(ids[:, start:end], None if mask is None else mask[:, :end], cache))
+        assert cache.length == end
+        start = end
+    return torch.cat(pieces, 1)
+
+
+STEPS = [[20], [1] * 20, [12, *[1] * 8], [7, 6, 7], [1, 5, 1, 13], [10, 10]]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+def test_the_cache_in_pieces_gives_the_logits_of_one_pass(model, steps):
+    ids = tokens(3, 20)
+    torch.testing.assert_close(cached(model, ids, None, steps), model(ids), **SELF_TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+def test_the_cache_of_left_padded_rows_gives_the_logits_of_each_row_alone(model, steps):
+    rows = [tokens(n, seed=n) for n in (20, 9, 14)]
+    ids, mask = padded(rows, "left")
+    logits = cached(model, ids, mask, steps)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i, mask[i].bool()], model(row[None])[0], **SELF_TOLERANCE)
+
+
+def test_the_cached_logits_are_those_of_transformers_with_its_cache(pair):
+    hf, ours = pair()
+    ids = tokens(2, 12)
+    prefix = hf(ids[:, :8], use_cache=True)
+    rest = hf(ids[:, 8:], past_key_values=prefix.past_key_values).logits
+    torch.testing.assert_close(cached(ours, ids, None, [8, 4])[:, 8:], rest, **TOLERANCE)
+
+
+@pytest.mark.parametrize("keep", [[1], [2, 0], [0, 0, 1]], ids=str)
+def test_keep_leaves_those_rows_of_the_cache_in_that_order(model, keep):
+    ids, keep = tokens(3, 10), torch.tensor(keep)
+    cache = KVCache(model, 3, 10)
+    model(ids[:, :6], None, cache)
+    cache.keep(keep)
+    torch.testing.assert_close(model(ids[keep, 6:], None, cache), model(ids[keep])[:, 6:], **SELF_TOLERANCE)
+
+
+@pytest.mark.parametrize("there", [0, 4, 10])
+def test_more_columns_than_the_cache_holds_are_refused(model, there):
+    cache = KVCache(model, 1, 10)
+    if there:
+        model(tokens(1, there), None, cache)
+    with pytest.raises(ValueError, match="11 tokens are more than the cache's capacity of 10"):
+        model(tokens(1, 11 - there), None, cache)
+
+
+def test_a_refused_step_leaves_the_cache_usable(model):
+    ids, cache = tokens(1, 10), KVCache(model, 1, 10)
+    model(ids[:, :9], None, cache)
+    with pytest.raises(ValueError, match="capacity"):
+        model(tokens(1, 2), None, cache)
+    torch.testing.assert_close(model(ids[:, 9:], None, cache), model(ids)[:, 9:], **SELF_TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("cached_tokens", [0, 40, 64])
+def test_more_tokens_than_n_positions_are_refused(model, cached_tokens, mask):
+    cache = KVCache(model, 1, 100)
+    if cached_tokens:
+        model(tokens(1, cached_tokens), None, cache)
+    with pytest.raises(ValueError, match="65 tokens are more than n_positions=64"):
+        model(tokens(1, 65 - cached_tokens), torch.ones(1, 65, dtype=torch.long) if mask else None, cache)
+
+
+def test_padding_takes_no_positions(model):
+    row = tokens(64)
+    ids = torch.cat([torch.zeros(3, dtype=torch.long), row])[None]
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    torch.testing.assert_close(model(ids, mask)[:, 3:], model(row[None]), **SELF_TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_no_token_changes_logits_before_it(model, mask):
+    ids = tokens(1, 16)
+    attention_mask = torch.ones_like(ids) if mask else None
+    before = model(ids, attention_mask)
+    for position in range(16):
+        changed = ids.clone()
+        changed[0, position] = (ids[0, position] + 1) % 97
+        after = model(changed, attention_mask)
+        torch.testing.assert_close(after[:, :position], before[:, :position], **SELF_TOLERANCE)
+        assert not torch.allclose(after[:, position:], before[:, position:], atol=1e-3)
+
+
+def test_the_head_is_the_token_embedding(model):
+    ids = tokens(1, 4)
+    assert not any("head" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(model(ids), model.hidden(ids) @ model.wte.weight.T, **SELF_TOLERANCE)
+    with torch.no_grad():
+        hidden = model.hidden(ids)
+        model.wte.weight[96] += 1.0
+        torch.testing.assert_close(model.head(hidden)[..., 96], hidden @ model.wte.weight[96], **SELF_TOLERANCE)
+
+
+def test_bf16_logits_stay_near_those_of_fp32(model):
+    ids = tokens(2, 16)
+    exact = model(ids)
+    rough = model.bfloat16()(ids)
+    assert rough.dtype == torch.bfloat16
+    # 8 bits of mantissa: a relative error of 2**-8 an operation, some ten operations deep
+    assert (rough.float() - exact).norm() / exact.norm() < 0.03
+
+
+def test_the_cache_takes_the_models_type(model):
+    ids = tokens(1, 10)
+    model.bfloat16()
+    torch.testing.assert_close(cached(model, ids, None, [6, 4]), model(ids), rtol=0.05, atol=0.1)  # bf16, see above
+    assert KVCache(model, 1, 2).k.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_presets_have_the_published_number_of_parameters(preset, count):
+    with torch.device("meta"):
+        model = GPT2(GPT2Config.preset(preset))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def init(config, seed):
+    return GPT2(config, torch.Generator().manual_seed(seed)).state_dict()
+
+
+def test_the_generator_alone_decides_the_first_weights(tiny_config):
+    torch.manual_seed(1)
+    first = init(tiny_config, 0)
+    torch.manual_seed(2)
+    second, other = init(tiny_config, 0), init(tiny_config, 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["wte.weight"], other["wte.weight"])
+
+
+def test_without_a_generator_torchs_own_decides(tiny_config):
+    torch.manual_seed(3)
+    first = GPT2(tiny_config).state_dict()
+    torch.manual_seed(3)
+    second = GPT2(tiny_config).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("std", "n_layer"), [(0.02, 2), (0.1, 8)])
+def test_first_weights_have_the_papers_spread(std, n_layer):
+    config = GPT2Config(n_layer=n_layer, n_head=2, n_embd=64, n_positions=128, vocab_size=97, initializer_range=std)
+    for name, weight in init(config, 0).items():
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif weight.dim() == 1:
+            assert (weight == 1).all(), name
+        else:
+            residual = name.endswith(("attn.c_proj.weight", "mlp.c_proj.weight"))
+            expected = std / (2 * n_layer) ** 0.5 if residual else std
+            # over 4,000 draws each: the standard deviation's own error is near 1.1 %, the mean's near std / 60
+            assert weight.std().item() == pytest.approx(expected, rel=0.06), name
+            assert abs(weight.mean().item()) < expected / 12, name

@@ -1,0 +1,249 @@
+"""The byte-level BPE against the tokenizers library on the same files, for texts of every kind."""
+
+import json
+import os
+import shutil
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+
+from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
+
+PIECES = [
+    *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "I'M", "don't", "’s", "''s", "'s's"),
+    *(" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u0085", "\u2028"),
+    *("the", " the", "moon", "Straße", "Köln", "東京", "日本語", "नमस्ते", "Привет", "مرحبا", "e\u0301", "ﬁ", "ǆ"),
+    *("🙂", "👩‍👩‍👧‍👦", "🇩🇪", "👍🏽", "\ufe0f", "\U0001d54f", "\ufffd", "\ufeff"),
+    *("1969", " 21.5", "½", "²", "Ⅷ", "٣", "1,000"),
+    *("\x00", "\x07", "\x1b[0m", "\x7f", "\x1c", "\x1f"),
+    *(END_OF_TEXT, "<|endoftext", "|>", "<|im_start|>", "<s>", "[CLS]", "<|endoftext|><|endoftext|>"),
+    *("### Response:", "!!!", "...", "--", "_", "a_b", "(", ")", "#", "$5"),
+]
+# surrogates alone are no text: they cannot be written in UTF-8
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
+    st.text(" \n\t'abemnoprstv0123.", max_size=60),
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    st.lists(st.one_of(st.sampled_from(PIECES), st.text(st.characters(exclude_categories=["Cs"]), max_size=4))).map(
+        "".join
+    ),
+)
+MANY = settings(
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+EXAMPLES = ["", " ", "\n", "  a", "a  ", "a \n b", "we'll've", "x" * 50, " " * 30, END_OF_TEXT, "e\u0301 \u0000"]
+
+
+@pytest.fixture(scope="module")
+def ours(tokenizer_dir):
+    return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer_dir):
+    return ByteLevelBPETokenizer(str(tokenizer_dir / "vocab.json"), str(tokenizer_dir / "merges.txt"))
+
+
+@MANY
+@given(TEXTS)
+@example("".join(PIECES))
+@example(" ".join(PIECES))
+def test_ids_are_those_of_the_tokenizers_library(ours, theirs, text):
+    assert ours.encode_ordinary(text) == theirs.encode(text).ids
+
+
+@pytest.mark.parametrize("text", [*EXAMPLES, *PIECES], ids=ascii)
+def test_ids_of_these_texts_are_those_of_the_tokenizers_library(ours, theirs, text):
+    assert ours.encode_ordinary(text) == theirs.encode(text).ids
+
+
+@MANY
+@given(TEXTS)
+@example("".join(PIECES))
+def test_decoding_gives_the_text_back(ours, text):
+    assert ours.decode(ours.encode_ordinary(text)) == text
+
+
+@MANY
+@given(TEXTS)
+def test_every_id_is_in_the_vocabulary_and_none_is_end_of_text(ours, text):
+    assert all(0 <= token < ours.n_vocab and token != ours.eot_token for token in ours.encode_ordinary(text))
+
+
+def test_decoding_is_that_of_the_tokenizers_library_for_every_token(ours, theirs):
+    for token in range(ours.n_vocab - 1):
+        assert ours.decode([token]) == theirs.decode([token])
+
+
+def test_training_made_tokens_longer_than_a_byte(ours):
+    text = "The quick brown fox jumps over the lazy dog"
+    assert len(ours.encode_ordinary(text)) < 0.7 * len(text)  # else the comparisons would not touch the merges
+
+
+def test_end_of_text_has_the_last_id_and_the_size_is_that_of_the_vocabulary(ours, tokenizer_dir):
+    vocab = json.loads((tokenizer_dir / "vocab.json").read_text(encoding="utf-8"))
+    assert ours.n_vocab == len(vocab) == 400
+    assert ours.eot_token == vocab[END_OF_TEXT] == 399
+    assert ours.decode([ours.eot_token]) == END_OF_TEXT
+
+
+def test_end_of_text_written_by_a_user_stays_text(ours):
+    ids = ours.encode_ordinary(f"a{END_OF_TEXT}b")
+    assert ours.eot_token not in ids
+    assert ours.decode(ids) == f"a{END_OF_TEXT}b"
+
+
+def test_transformers_reads_the_same_files_alike(ours, tokenizer_dir):
+    from transformers import GPT2TokenizerFast
+
+    reference = GPT2TokenizerFast.from_pretrained(str(tokenizer_dir))
+    for text in PIECES:
+        if END_OF_TEXT not in text:  # there it is a special token
+            assert ours.encode_ordinary(text) == reference(text)["input_ids"]
+    assert reference.eos_token_id == ours.eot_token
+
+
+# --------------------------------------------------------------------------------------------------------- broken files
+
+
+@pytest.fixture
+def broken(tokenizer_dir, tmp_path):
+    return shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+
+
+def test_line_ends_of_windows_and_a_missing_version_line_change_nothing(broken, ours):
+    file = broken / "merges.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_bytes("\r\n".join(lines[1:]).encode())
+    text = "The quick brown fox, we'll see"
+    assert load_tokenizer(broken).encode_ordinary(text) == ours.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_missing_file_is_named(broken, name):
+    (broken / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{broken / name} is not there"):
+        load_tokenizer(broken)
+
+
+def edit_vocab(directory, edit):
+    file = directory / "vocab.json"
+    vocab = json.loads(file.read_text(encoding="utf-8"))
+    edit(vocab)
+    file.write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+
+
+def edit_merges(directory, edit):
+    file = directory / "merges.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    edit(lines)
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def swap(lines):
+    lines[5], lines[60] = lines[60], lines[5]
+
+
+MISMATCHES = {
+    "no end of text": lambda d: edit_vocab(d, lambda v: v.pop(END_OF_TEXT)),
+    "a byte missing": lambda d: edit_vocab(d, lambda v: v.pop("Ġ")),
+    "a token missing": lambda d: edit_vocab(d, lambda v: v.pop(list(v)[300])),
+    "a token too many": lambda d: edit_vocab(d, lambda v: v.update({"qzqz": 400})),
+    "a merge missing": lambda d: edit_merges(d, lambda lines: lines.pop(10)),
+    "a foreign merge": lambda d: edit_merges(d, lambda lines: lines.append("q zq")),
+    "merges in another order": lambda d: edit_merges(d, swap),
+    "merges without their tokens": lambda d: edit_merges(d, list.clear),
+}
+
+
+@pytest.mark.parametrize("damage", MISMATCHES.values(), ids=MISMATCHES)
+def test_files_that_do_not_belong_together_are_refused(broken, damage):
+    damage(broken)
+    with pytest.raises(ValueError, match=str(broken)):
+        load_tokenizer(broken)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_vocabulary_that_is_no_json_object_is_a_value_error_with_its_name(broken, content):
+    (broken / "vocab.json").write_text(content)
+    with pytest.raises(ValueError, match=r"vocab.json"):
+        load_tokenizer(broken)
+
+
+@pytest.mark.parametrize("name", ["gpt5", "", "no/such/directory"])
+def test_an_unknown_name_is_refused(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if name:
+        with pytest.raises(ValueError, match=f"no tokenizer '{name}': neither a directory nor a name"):
+            load_tokenizer(name)
+    else:  # the empty path is the working directory
+        with pytest.raises(FileNotFoundError, match=r"vocab.json"):
+            load_tokenizer(name)
+
+
+# ------------------------------------------------------------------------------------------------------ GPT-2's own BPE
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set, and a test does not download GPT-2's vocabulary")
+    return load_tokenizer("gpt2")
+
+
+def test_gpt2_is_known_by_name(gpt2):
+    assert gpt2.n_vocab == 50257
+    assert gpt2.eot_token == 50256
+    assert gpt2.encode_ordinary("Hello world, it's me") == [15496, 995, 11, 340, 338, 502]
+    assert gpt2.eot_token not in gpt2.encode_ordinary(END_OF_TEXT)
+
+
+@pytest.fixture(scope="module")
+def gpt2_files(gpt2, tmp_path_factory):
+    """vocab.json and merges.txt of GPT-2, derived from tiktoken's ranks: the pair that each token is made of."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letter = {byte: chr(byte) for byte in visible}
+    letter |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in letter)}
+    ranks = gpt2._mergeable_ranks
+
+    def spell(token):
+        return "".join(letter[byte] for byte in token)
+
+    def halves(token, rank):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            below = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
+            _, i = min(below)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts
+
+    directory = tmp_path_factory.mktemp("gpt2-files")
+    vocab = {spell(token): rank for token, rank in ranks.items()} | {END_OF_TEXT: 50256}
+    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    merges = [
+        " ".join(map(spell, halves(token, rank)))
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+        if len(token) > 1
+    ]
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return directory
+
+
+def test_gpt2s_files_give_gpt2s_ids_as_does_the_tokenizers_library(gpt2, gpt2_files):
+    ours = load_tokenizer(gpt2_files)
+    theirs = ByteLevelBPETokenizer(str(gpt2_files / "vocab.json"), str(gpt2_files / "merges.txt"))
+    assert (ours.n_vocab, ours.eot_token) == (50257, 50256)
+
+    @MANY
+    @given(TEXTS)
+    @example("".join(PIECES))
+    def compare(text):
+        ids = gpt2.encode_ordinary(text)
+        assert ours.encode_ordinary(text) == ids
+        assert theirs.encode(text).ids == ids
+        assert ours.decode(ids) == text
+
+    compare()
