@@ -57,7 +57,8 @@ def finetune(
 
     At the end the model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
     weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
-    end is byte for byte that of a run that was never stopped; epochs and max_steps may have grown since.
+    end is byte for byte that of a run that was never stopped, on the same kind of machine with as many threads; epochs
+    and max_steps may have grown since.
 
     Raises:
         ValueError: no examples, nothing to train, a merged adapter, or a checkpoint of other data or another config.

@@ -1,0 +1,190 @@
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+from gpt2core.checkpoint import load_pretrained, save_pretrained
+from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
+from gpt2core.generate import ended, generate, sample_token, stream
+from gpt2core.lora import add_lora
+from gpt2core.model import GPT2
+
+PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2], [50, 51]]
+
+
+@pytest.fixture
+def model(tiny_gpt2_dir):
+    return load_pretrained(tiny_gpt2_dir)
+
+
+def sampling(**values) -> GenerationConfig:
+    return GenerationConfig(**{"max_new_tokens": 12, "temperature": 1.0, "seed": 3} | values)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("eos_id", [None, 11])
+def test_greedy_decoding_of_a_padded_batch_is_that_of_transformers(seed, eos_id, tmp_path):
+    config = GPT2Config(vocab_size=23, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
+    save_pretrained(GPT2(config, torch.Generator().manual_seed(seed)), tmp_path)
+    prompts = [[token % 23 for token in prompt] for prompt in PROMPTS]
+    replies = generate(load_pretrained(tmp_path), prompts, GenerationConfig(max_new_tokens=20, eos_id=eos_id))
+    reference = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    for prompt, reply in zip(prompts, replies, strict=True):
+        whole = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=eos_id,
+            pad_token_id=0,
+        )
+        assert reply == whole[0, len(prompt) :].tolist()
+
+
+def test_cached_decoding_is_uncached_decoding_token_for_token(model):
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(30):
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        assert generate(model, [prompt], GenerationConfig(max_new_tokens=30)) == [tokens[len(prompt) :]]
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(max_new_tokens=20), sampling(top_k=20), sampling(top_p=0.8)])
+def test_a_reply_in_a_batch_is_the_reply_alone(model, config):
+    assert generate(model, PROMPTS, config) == [generate(model, [prompt], config)[0] for prompt in PROMPTS]
+
+
+def probabilities(monkeypatch, logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """What sample_token draws from."""
+    seen = []
+    draw = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, **options: seen.append(p) or draw(p, n, **options))
+    sample_token(logits, config, torch.Generator().manual_seed(0))
+    return seen[0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, None), (5, None), (1, None), (None, 0.7), (None, 1e-6), (7, 0.5), (500, 1.0)]
+)
+def test_sampling_is_from_the_distribution_of_transformers(monkeypatch, temperature, top_k, top_p):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 3
+    wanted = (logits / temperature)[None]
+    if top_k is not None:
+        wanted = TopKLogitsWarper(top_k)(None, wanted)
+    if top_p is not None:
+        wanted = TopPLogitsWarper(top_p)(None, wanted)
+    found = probabilities(monkeypatch, logits, sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    found = found / found.sum()
+    torch.testing.assert_close(found.float(), wanted.softmax(-1)[0], rtol=1e-4, atol=1e-6)  # theirs is fp32
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.tensor([int(sample_token(logits, sampling(), generator)) for _ in range(4000)])
+    shares = draws.bincount(minlength=4) / len(draws)
+    torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=0.03)  # four standard deviations
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-9])
+def test_the_smallest_temperatures_are_greedy(model, temperature):
+    greedy = generate(model, PROMPTS, GenerationConfig(max_new_tokens=5))
+    assert generate(model, PROMPTS, sampling(max_new_tokens=5, temperature=temperature)) == greedy
+
+
+def test_a_seed_gives_the_same_reply_again_and_another_seed_another(model):
+    one, same, other = (generate(model, PROMPTS, sampling(seed=seed)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_without_a_seed_replies_differ(model):
+    assert generate(model, [[1]], sampling(seed=None)) != generate(model, [[1]], sampling(seed=None))
+
+
+def test_end_of_text_ends_a_reply_and_is_its_last_token(model):
+    [free] = generate(model, [PROMPTS[0]], GenerationConfig(max_new_tokens=20))
+    eos_id = free[4]
+    [reply] = generate(model, [PROMPTS[0]], GenerationConfig(max_new_tokens=20, eos_id=eos_id))
+    assert reply == free[: free.index(eos_id) + 1]
+
+
+def test_a_stop_of_several_tokens_ends_its_own_reply_only(model):
+    free = generate(model, PROMPTS, sampling(max_new_tokens=20))
+    others = {tuple(reply[i : i + 3]) for reply in free[1:] for i in range(18)}
+    stop = next(three for i in range(18) if (three := tuple(free[0][i : i + 3])) not in others)
+    config = sampling(max_new_tokens=20, stop=[stop, (96, 96, 96)])
+    replies = generate(model, PROMPTS, config)
+    assert tuple(replies[0][-3:]) == stop
+    assert replies[0] == free[0][: len(replies[0])]
+    assert replies[1:] == free[1:]
+
+
+@pytest.mark.parametrize(
+    ("reply", "over"), [([], False), ([1], False), ([1, 2], True), ([2, 1], False), ([9], True), ([0, 1, 2], True)]
+)
+def test_a_reply_is_over_at_end_of_text_or_a_whole_stop(reply, over):
+    assert ended(reply, GenerationConfig(eos_id=9, stop=[(1, 2)])) is over
+
+
+def test_a_reply_has_as_many_tokens_as_are_allowed(model):
+    assert [len(reply) for reply in generate(model, PROMPTS, GenerationConfig(max_new_tokens=7))] == [7] * 4
+
+
+def test_a_reply_ends_where_the_context_is_full_each_row_for_itself(model):
+    prompts = [[1] * 63, [1] * 10, [1] * 60]
+    assert [len(reply) for reply in generate(model, prompts, GenerationConfig(max_new_tokens=100))] == [1, 54, 4]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ([[1], []], "empty"),
+        ([[1] * 64], "64 tokens but n_positions is 64"),
+        ([[1, 97]], "outside of 0...96"),
+        ([[-1]], "outside"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(model, prompts, named):
+    with pytest.raises(ValueError, match=named):
+        generate(model, prompts, GenerationConfig())
+
+
+def test_no_prompts_are_no_replies(model):
+    assert generate(model, [], GenerationConfig()) == []
+
+
+def test_a_stream_is_the_reply_as_it_comes(model):
+    assert list(stream(model, PROMPTS[0], sampling())) == generate(model, [PROMPTS[0]], sampling())[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_and_the_global_random_state_are_left_as_they_were(model, training):
+    add_lora(model, LoraConfig(rank=2, dropout=0.5))
+    model.train(training)
+    model.h[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}, torch.get_rng_state()
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    tokens = stream(model, PROMPTS[0], sampling())
+    next(tokens)
+    assert {name: module.training for name, module in model.named_modules()} == before[0]  # between two tokens, too
+    tokens.close()
+    generate(model, PROMPTS, sampling())
+    assert {name: module.training for name, module in model.named_modules()} == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+
+
+def test_dropout_is_off_whatever_mode_the_model_is_in(model):
+    add_lora(model, LoraConfig(rank=2, dropout=0.9), seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    evaluated = generate(model.eval(), PROMPTS, GenerationConfig(max_new_tokens=10))
+    assert generate(model.train(), PROMPTS, GenerationConfig(max_new_tokens=10)) == evaluated
+
+
+def test_a_bf16_model_decodes(tiny_gpt2_dir):
+    model = load_pretrained(tiny_gpt2_dir, dtype=torch.bfloat16)
+    assert [len(reply) for reply in generate(model, PROMPTS, sampling())] == [12] * 4

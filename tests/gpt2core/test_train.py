@@ -1,0 +1,385 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from transformers import GPT2LMHeadModel
+
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
+from gpt2core.data import Example, collate
+from gpt2core.lora import add_lora, lora_layers, merge_lora
+from gpt2core.model import GPT2
+from gpt2core.train import finetune, learning_rate_factor, pretrain, token_losses, training_steps
+
+
+def examples(n: int = 10, seed: int = 0) -> list[Example]:
+    """Random ones, of 4 to 12 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 13, (n,), generator=generator).tolist()
+    return [Example(torch.randint(97, (length,), generator=generator).tolist(), length // 2) for length in lengths]
+
+
+def config(**values) -> TrainConfig:
+    return TrainConfig(**{"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 1} | values)
+
+
+@pytest.fixture
+def model(tiny_gpt2_dir):
+    return add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=6.0), seed=0)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def adapter(weights: dict) -> dict:
+    return {name: tensor for name, tensor in weights.items() if "lora_" in name}
+
+
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, loss_on):
+    reference = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
+    for example, (loss, count) in zip(examples(), token_losses(model, examples(), 3, loss_on), strict=True):
+        ids = torch.tensor([example.input_ids])
+        labels = ids.clone()
+        if loss_on == "response":
+            labels[0, : example.prompt_length] = -100
+        with torch.no_grad():
+            mean = reference(ids, labels=labels).loss
+        assert count == len(example.input_ids) - (example.prompt_length if loss_on == "response" else 1)
+        assert loss / count == pytest.approx(float(mean), abs=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_is_that_of_peft_and_a_loop_written_by_hand(tiny_gpt2_dir, accumulate):
+    """Targets o and proj, whose PEFT layers are ours; the same weights to begin with, the same order of the data."""
+    ours = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=6.0, targets=("o", "proj")), seed=0)
+    settings = config(
+        epochs=3,
+        batch_size=4 // accumulate,
+        gradient_accumulation_steps=accumulate,
+        weight_decay=0.1,
+        warmup_steps=2,
+        max_grad_norm=0.1,
+    )
+    reference = get_peft_model(
+        GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir),
+        PeftConfig(r=3, lora_alpha=6, target_modules=["c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    )
+    theirs = dict(reference.named_parameters())
+    pairs = []
+    for name, layer in lora_layers(ours):
+        for part in ("lora_A", "lora_B"):
+            parameter = theirs[f"base_model.model.transformer.{name}.{part}.default.weight"]
+            parameter.data.copy_(getattr(layer, part).data[0])
+            pairs.append((getattr(layer, part), parameter))
+    order: list[list[list[int]]] = []  # of each step, as finetune visits it
+    seen = torch.nn.Module.register_forward_pre_hook(ours.wte, lambda _, ids: order.append(ids[0].tolist()))
+    data = examples()
+    finetune(ours, data, [], settings)
+    seen.remove()
+
+    optimiser = torch.optim.AdamW([p for _, p in pairs], lr=1e-2, weight_decay=0.1, betas=settings.betas)
+    by_input = {tuple(example.input_ids[:-1]): example for example in data}
+    total = training_steps(len(data), settings)[2]
+    batches = [[example_of(row, by_input) for row in batch] for batch in order]
+    size = len(batches) // settings.epochs
+    epochs = [batches[i : i + size] for i in range(0, len(batches), size)]
+    per_step = [epoch[i : i + accumulate] for epoch in epochs for i in range(0, size, accumulate)]
+    assert len(per_step) == total
+    for step, parts in enumerate(per_step):
+        rate = (step + 1) / 3 if step < 2 else min(1.0, (total - step) / total)
+        chosen = [example for part in parts for example in part]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.input_ids) for e in chosen], batch_first=True)
+        labels = torch.full_like(ids, -100)
+        for row, example in enumerate(chosen):
+            labels[row, example.prompt_length : len(example.input_ids)] = torch.tensor(
+                example.input_ids[example.prompt_length :]
+            )
+        logits = reference(ids).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in pairs], 0.1)
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-2 * rate
+        optimiser.step()
+        optimiser.zero_grad()
+    for mine, other in pairs:
+        # AdamW divides by the root of tiny second moments: rounding of 1e-7 in a gradient comes out larger
+        torch.testing.assert_close(mine[0], other, rtol=1e-3, atol=1e-5)
+
+
+def example_of(row: list[int], by_input: dict[tuple[int, ...], Example]) -> Example:
+    """The example of a padded row: the longest whose tokens it begins with."""
+    found = [example for ids, example in by_input.items() if tuple(row[: len(ids)]) == ids]
+    return max(found, key=lambda example: len(example.input_ids))
+
+
+def test_accumulated_batches_are_one_large_batch(tiny_gpt2_dir):
+    results = []
+    for values in ({"batch_size": 8}, {"batch_size": 2, "gradient_accumulation_steps": 4}):
+        model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3), seed=0)
+        finetune(model, examples(16), [], config(**values))
+        results.append(adapter(weights_of(model)))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_small_set_is_learnt_by_heart(tiny_gpt2_dir):
+    model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=8, targets=("q", "k", "v", "o", "fc", "proj")))
+    result = finetune(model, examples(4), [], config(epochs=100))
+    # frozen embeddings this small cannot tell tokens apart more surely
+    assert result.history[-1]["train/loss"] < result.history[0]["train/loss"] / 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true", "bf16-mixed"])
+def test_only_the_adapter_changes_and_everything_has_its_dtype_and_mode_again(model, precision):
+    before, modes = weights_of(model), [module.training for module in model.modules()]
+    finetune(model, examples(), examples(3), config(precision=precision))
+    after = weights_of(model)
+    assert {name for name in after if not torch.equal(after[name], before[name])} <= set(adapter(after))
+    assert not torch.equal(after["h.0.attn.c_attn.lora_B"], before["h.0.attn.c_attn.lora_B"])
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "base", "lora"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("bf16-true", torch.bfloat16, torch.bfloat16),
+        ("bf16-mixed", torch.bfloat16, torch.float32),
+    ],
+)
+def test_the_precision_is_that_of_the_weights_during_training(model, precision, base, lora):
+    seen = set()
+    layer = model.h[0].attn.c_attn
+    layer.register_forward_hook(
+        lambda module, _, y: seen.add((module.linear.weight.dtype, module.lora_A.dtype, y.dtype))
+    )
+    finetune(model, examples(), [], config(precision=precision))
+    assert seen == {(base, lora, base)}
+
+
+def test_bf16_mixed_ends_near_fp32(tiny_gpt2_dir):
+    losses = []
+    for precision in ("fp32", "bf16-mixed"):
+        model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3), seed=0)
+        losses.append(finetune(model, examples(), [], config(epochs=10, precision=precision)).history[-1]["train/loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_the_weights_of_the_best_validation_are_kept(model):
+    val = examples(6, seed=9)
+    result = finetune(model, examples(), val, config(epochs=30, learning_rate=3e-2, decay_fraction=0.0))
+    losses = [entry["val/loss"] for entry in result.history if "val/loss" in entry]
+    assert len(losses) == 30
+    assert losses[-1] > min(losses) == result.best_val_loss  # random tokens: what is learnt by heart is no use here
+    sums = token_losses(model, val, 4, "response")
+    assert sum(loss for loss, _ in sums) / sum(n for _, n in sums) == pytest.approx(result.best_val_loss, rel=1e-6)
+
+
+def test_the_history_says_what_was_done_at_each_logged_step(model):
+    logged: list[tuple[int, dict]] = []
+    data = examples(10)  # 3 batches of 4, 4 and 2
+    result = finetune(
+        model,
+        data,
+        examples(3),
+        config(log_every_steps=2),
+        log=lambda step, values: logged.append((step, dict(values))),
+    )
+    assert [entry["step"] for entry in result.history] == [2, 3, 4, 6]
+    assert {step: set(entry) - {"step"} for step, entry in zip([2, 3, 4, 6], result.history, strict=True)} == {
+        2: TRAIN,
+        3: {"val/loss"},
+        4: TRAIN,
+        6: TRAIN | {"val/loss"},
+    }
+    n_tokens = collate(data, "all").n_tokens
+    assert result.history[-1]["train/tokens_seen"] == 2 * n_tokens  # no record is lost
+    assert result.history[-1]["train/learning_rate"] == pytest.approx(1e-2 * 1 / 6)
+    assert result.tokens_per_second > 0
+    merged: dict[int, dict] = {}
+    for step, values in logged:
+        merged.setdefault(step, {"step": step}).update(values)
+    assert list(merged.values()) == result.history
+
+
+TRAIN = {f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")}
+
+
+def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_one(model):
+    data = examples(10)
+    before = token_losses(model, data, 4, "response")
+    result = finetune(model, data, [], config(epochs=1, log_every_steps=3, learning_rate=1e-12))
+    mean = sum(loss for loss, _ in before) / sum(count for _, count in before)
+    assert result.history[0]["train/loss"] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ({}, (3, 3, 6)),
+        ({"max_steps": 4}, (3, 3, 4)),
+        ({"max_steps": 40}, (3, 3, 6)),
+        ({"gradient_accumulation_steps": 2}, (3, 2, 4)),
+        ({"limit_train_batches": 2}, (2, 2, 4)),
+        ({"batch_size": 100}, (1, 1, 2)),
+    ],
+)
+def test_the_number_of_steps_is_known_before(model, values, steps):
+    assert training_steps(10, config(**values)) == steps
+    assert finetune(model, examples(10), [], config(**values)).history[-1]["step"] == steps[2]
+
+
+def test_validation_may_be_limited_and_rare(model):
+    val = examples(10, seed=5)
+    result = finetune(
+        model, examples(), val, config(epochs=4, validate_every_epochs=2, limit_val_batches=1, learning_rate=1e-12)
+    )
+    assert [entry["step"] for entry in result.history if "val/loss" in entry] == [6, 12]
+    sums = token_losses(model, val[:4], 4, "response")
+    assert result.best_val_loss == pytest.approx(sum(loss for loss, _ in sums) / sum(n for _, n in sums), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "factors"),
+    [
+        ({"warmup_steps": 0, "decay_fraction": 0.0}, [1, 1, 1, 1, 1]),
+        ({"warmup_steps": 0, "decay_fraction": 1.0}, [1, 0.8, 0.6, 0.4, 0.2]),
+        ({"warmup_steps": 2, "decay_fraction": 0.4}, [1 / 3, 2 / 3, 1, 1, 0.5]),
+        ({"warmup_steps": 0, "decay_fraction": 0.4, "final_lr_ratio": 0.5}, [1, 1, 1, 1, 0.75]),
+    ],
+)
+def test_the_learning_rate_warms_up_stays_and_falls(values, factors):
+    assert [learning_rate_factor(step, 5, config(**values)) for step in range(5)] == pytest.approx(factors)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_another_and_the_global_state_stays(tiny_gpt2_dir):
+    results = []
+    for seed in (1, 1, 2):
+        model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, dropout=0.2), seed=0)
+        state = torch.get_rng_state()
+        finetune(model, examples(), [], config(seed=seed))
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append(adapter(weights_of(model)))
+        torch.rand(3)
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_dropout_is_on_in_training_and_off_in_validation(tiny_gpt2_dir):
+    losses = []
+    for dropout in (0.0, 0.5):
+        model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, dropout=dropout), seed=0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        result = finetune(model, examples(), examples(5), config(epochs=1, learning_rate=1e-12, log_every_steps=3))
+        losses.append(result.history[-1])
+    assert losses[0]["train/loss"] != losses[1]["train/loss"]
+    assert losses[0]["val/loss"] == pytest.approx(losses[1]["val/loss"], rel=1e-6)
+
+
+def test_deterministic_mode_works(tiny_gpt2_dir):
+    code = (
+        "import torch\ntorch.use_deterministic_algorithms(True)\n"
+        "from gpt2core.checkpoint import load_pretrained\nfrom gpt2core.config import *\n"
+        "from gpt2core.data import Example\nfrom gpt2core.lora import add_lora\nfrom gpt2core.train import finetune\n"
+        f"model = add_lora(load_pretrained({str(tiny_gpt2_dir)!r}), LoraConfig())\n"
+        "finetune(model, [Example([1, 2, 3], 1)], [Example([1, 2, 3], 1)], TrainConfig(epochs=1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(model):
+    model.wte.weight.data[5] = math.inf
+    with pytest.raises(FloatingPointError, match=r"at step 1; lower learning_rate=0\.01"):
+        finetune(model, [Example([5, 5, 5], 1)], [], config())
+
+
+def test_what_cannot_be_trained_is_refused(tiny_gpt2_dir, model):
+    with pytest.raises(ValueError, match="no training examples"):
+        finetune(model, [], [], config())
+    with pytest.raises(ValueError, match="merged"):
+        finetune(merge_lora(model), examples(), [], config())
+    with pytest.raises(ValueError, match="add_lora"):
+        finetune(load_pretrained(tiny_gpt2_dir).requires_grad_(False), examples(), [], config())
+
+
+def test_without_validation_examples_there_is_no_validation_loss(model):
+    result = finetune(model, examples(), [], config())
+    assert result.best_val_loss is None
+    assert not any("val/loss" in entry for entry in result.history)
+
+
+@pytest.fixture
+def small():
+    return GPT2(
+        GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2), torch.Generator().manual_seed(0)
+    )
+
+
+def test_pretraining_learns_a_text_that_repeats(small):
+    tokens = torch.arange(16).repeat(40)
+    result = pretrain(small, tokens, PretrainConfig(max_steps=80, batch_size=4, warmup_steps=5))
+    assert result.history[0]["train/loss"] > 2
+    assert result.history[-1]["train/loss"] < 0.2  # a uniform guess among the sixteen costs 2.8
+    assert result.history[-1]["train/tokens_seen"] == 80 * 4 * 16
+
+
+def test_every_window_is_of_the_text_and_each_pass_cuts_it_elsewhere(small):
+    tokens = torch.randint(32, (16 * 9,), generator=torch.Generator().manual_seed(0))
+    windows: list[list[int]] = []
+    small.wte.register_forward_pre_hook(lambda _, ids: windows.extend(ids[0].tolist()))
+    pretrain(small, tokens, PretrainConfig(max_steps=35, batch_size=1))  # five passes
+    starts = [next(i for i in range(len(tokens)) if tokens[i : i + 16].tolist() == window) for window in windows]
+    passes = [starts[i : i + 7] for i in range(0, 35, 7)]
+    assert all(len({start % 16 for start in one}) == 1 and len(set(one)) == 7 for one in passes)
+    assert len({one[0] % 16 for one in passes}) > 1
+    assert len({tuple(start // 16 for start in one) for one in passes}) > 1  # and in another order
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(small, monkeypatch):
+    taken = {}
+    for kind in (torch.optim.Muon, torch.optim.AdamW):
+
+        def spy(self, parameters, *arguments, original=kind.__init__, name=kind.__name__, **options):
+            parameters = list(parameters)
+            taken.setdefault(name, {id(parameter) for parameter in parameters})
+            original(self, parameters, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", spy)
+    pretrain(small, torch.arange(32).repeat(20), PretrainConfig(max_steps=1, batch_size=2))
+    matrices = {
+        id(p)
+        for name, p in small.named_parameters()
+        if name.startswith("h.") and name.endswith(".weight") and p.dim() == 2
+    }
+    assert len(matrices) == 8
+    assert taken["Muon"] == matrices
+    assert taken["AdamW"] == {id(p) for p in small.parameters()} - matrices
+
+
+def test_a_text_that_is_too_short_for_a_step_is_refused(small):
+    with pytest.raises(ValueError, match="40 tokens are too few for a step of 8 sequences of 16"):
+        pretrain(small, torch.zeros(40, dtype=torch.long), PretrainConfig())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_pretraining_in_bf16_learns_too(small, precision):
+    tokens = torch.arange(16).repeat(40)
+    config = PretrainConfig(max_steps=60, batch_size=4, warmup_steps=5, precision=precision)
+    assert pretrain(small, tokens, config).history[-1]["train/loss"] < 0.5
+    assert small.wte.weight.dtype == torch.float32
