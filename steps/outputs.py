@@ -20,6 +20,7 @@ def write_outputs(run_name: str, texts: Mapping[str, str | bytes], folders: Mapp
         atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
     for name, folder in folders.items():
         copytree(folder, directory / name, dirs_exist_ok=True)
+        (directory / name).chmod(0o755)  # a temporary folder's 0700 came along
     link = OUTPUTS / f".latest-{run_name}"
     link.symlink_to(run_name, target_is_directory=True)
     os.replace(link, OUTPUTS / "latest")

@@ -13,7 +13,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_files_and_folders_are_laid_out_under_the_name_of_the_run(tmp_path):
     adapter = tmp_path / "adapter"
-    adapter.mkdir()
+    adapter.mkdir(0o700)
     (adapter / "weights").write_bytes(b"\x00\x01")
 
     directory = outputs.write_outputs("run-1", {"a.txt": "é", "b.bin": b"\xff"}, {"adapter": adapter})
@@ -21,6 +21,7 @@ def test_files_and_folders_are_laid_out_under_the_name_of_the_run(tmp_path):
     assert (directory / "a.txt").read_text(encoding="utf-8") == "é"
     assert (directory / "b.bin").read_bytes() == b"\xff"
     assert (directory / "adapter" / "weights").read_bytes() == b"\x00\x01"
+    assert (directory / "adapter").stat().st_mode & 0o055 == 0o055  # whoever may read outputs may read this
 
 
 def test_latest_is_a_link_to_the_newest_run_that_survives_a_move_of_the_folder(folder, tmp_path):
