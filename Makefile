@@ -33,10 +33,14 @@ format: install
 	$(BIN)/ruff format .
 
 serve: install
+	@test -f outputs/latest/bento.txt || { echo "There is no Bento yet; make run builds one." >&2; exit 1; }
 	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --port $(PORT)
 
-report: install
-	@$(BIN)/python -c 'import pathlib, webbrowser; page = pathlib.Path("outputs/latest/report.html").resolve(strict=True); print(page); webbrowser.open(page.as_uri())'
+report:
+	@test -f outputs/latest/report.html || { echo "There is no report yet; make run writes one." >&2; exit 1; }
+	@realpath outputs/latest/report.html
+	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
+		$(PYTHON) -m webbrowser "file://$$(realpath outputs/latest/report.html)"; fi
 
 dashboard: install
 	$(BIN)/zenml login --local

@@ -340,7 +340,7 @@ class _Loop:
         # one file, so that it is there whole or not at all
         about = {"fingerprint": self.fingerprint, "progress": json.dumps(asdict(self.progress))}
         atomic_write(file, to_safetensors({key: value.contiguous().cpu() for key, value in tensors.items()}, about))
-        logger.info("checkpoint of step %d of %d in %s", self.progress.step, self.total_steps, file)
+        logger.debug("checkpoint of step %d of %d in %s", self.progress.step, self.total_steps, file)
 
     def _load(self, file: Path) -> None:
         try:

@@ -1,12 +1,15 @@
 """Tiny models, a tokenizer and a clean ZenML store; the user's own folders are never touched."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 # Before anything imports zenml, bentoml or wandb: they read these when they are imported.
 ROOT = Path(__file__).parent.parent
 _home = Path(tempfile.mkdtemp(prefix="gpt2-instruct-tests-"))
+atexit.register(shutil.rmtree, _home, ignore_errors=True)
 (_home / "repository" / ".zen").mkdir(parents=True)
 os.environ.update(
     ZENML_CONFIG_PATH=str(_home / "zenml"),
