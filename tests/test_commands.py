@@ -58,7 +58,7 @@ def shell(project, environment):
         words = shlex.split(f"{command} {extra}".replace("make ", "make -o .venv/.installed "))
         done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == exit_code, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
+        return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)  # as read on a page without colours
 
     return run
 
