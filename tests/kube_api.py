@@ -1,0 +1,430 @@
+"""A double of Kubernetes' API server and Deployment controller, for the real client: HTTPS, tokens, server-side apply.
+
+What it does was compared with a real API server and controller manager (docs/kubernetes.md says how). It holds the
+objects as fields with owners, as server-side apply sees them; a rollout goes one step on each time it is looked at.
+"""
+
+import datetime
+import hashlib
+import ipaddress
+import json
+import re
+import ssl
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import RLock, Thread
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import kubernetes_validate
+import requests
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+TOKEN = "token-that-nobody-may-see"
+SCHEMA = "1.32"
+REVISION = "deployment.kubernetes.io/revision"
+# By which field the items of a list are told apart; other lists are one value. As in Kubernetes' schema.
+KEYS = {
+    "containers": ("name",),
+    "env": ("name",),
+    "volumes": ("name",),
+    "volumeMounts": ("mountPath",),
+    "ports": ("containerPort", "port", "protocol"),
+    "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
+}
+DEADLINE = 6  # looks at a rollout that makes no progress, until it is given up
+Field = tuple[Any, ...]
+
+
+class KubeApi:
+    """`pods[image]` says what becomes of an image's pods: "ready" (as others), "unready", or what they wait for;
+    `answers[image]` what a ready one answers to a body: an address to pass it on to, or a function."""
+
+    def __init__(self, folder: Path) -> None:
+        self.objects: dict[tuple[str, str], Stored] = {}  # by plural and name
+        self.replica_sets: dict[str, dict[str, Any]] = {}
+        self.pods: dict[str, str] = {}
+        self.answers: dict[str, str | Callable[[dict[str, Any]], dict[str, Any]]] = {}
+        self.forbidden: set[tuple[str, str]] = set()  # verb and resource
+        self.failures: list[int] = []  # statuses for the next requests
+        self.asked: list[tuple[str, str]] = []  # verb and resource of each request
+        self.namespaces: dict[str, dict[str, Any]] = {}
+        self.looks = 0
+        self.lock = RLock()
+        certificate = _certificate(folder)
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # connections are kept
+            wbufsize = -1  # and an answer is one packet
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def _do(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                with api.lock:
+                    status, answer = api.handle(self.command, self.path, self.headers, body)
+                content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PATCH = do_DELETE = _do
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.port = self.server.server_port
+        self.certificate = certificate
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def kubeconfig(self, token: str = TOKEN, **changes: Any) -> dict[str, Any]:
+        cluster = {
+            "server": f"https://127.0.0.1:{self.port}",
+            "certificate-authority": str(self.certificate),
+        } | changes
+        return {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "contexts": [
+                {"name": "here", "context": {"cluster": "c", "user": "u"}},
+                {"name": "there", "context": {"cluster": "c", "user": "u"}},
+            ],
+            "clusters": [{"name": "c", "cluster": cluster}],
+            "users": [{"name": "u", "user": {"token": token}}],
+        }
+
+    def object(self, plural: str, name: str = "gpt2-instruct") -> dict[str, Any]:
+        return self.objects[plural, name].read()
+
+    def image(self) -> str:
+        """What the Deployment asks for."""
+        return str(self.object("deployments")["spec"]["template"]["spec"]["containers"][0]["image"])
+
+    def running(self) -> list[str]:
+        """Images of pods that are ready."""
+        return [each["image"] for each in self.replica_sets.values() for _ in range(each["ready"])]
+
+    # What follows is the server's side.
+
+    def handle(self, method: str, target: str, headers: Any, body: bytes) -> tuple[int, Any]:
+        if self.failures:
+            return _error(self.failures.pop(0), "ServiceUnavailable", "not now")
+        if headers.get("Authorization", "").lower() != f"bearer {TOKEN}":
+            return _error(401, "Unauthorized", "Unauthorized")
+        url = urlsplit(target)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        if url.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
+            wanted = json.loads(body)["spec"]["resourceAttributes"]
+            resource = "/".join(filter(None, (wanted["resource"], wanted.get("subresource"))))
+            return 201, {"status": {"allowed": (wanted["verb"], resource) not in self.forbidden}}
+        match = re.fullmatch(
+            r"/(?:api/v1|apis/[a-z0-9.]+/v\d)(?:/namespaces/(?P<namespace>[^/]+))?"
+            r"(?:/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+)(?:/(?P<sub>[a-z]+)(?P<rest>/.*)?)?)?)?",
+            url.path,
+        )
+        if match is None:
+            return 404, "404 page not found"
+        namespace, plural, name, sub = match["namespace"], match["plural"], match["name"], match["sub"]
+        if plural is None:
+            plural, name = "namespaces", namespace
+        verb = {"GET": "get" if name else "list", "POST": "create"}.get(method, method.lower())
+        resource = f"{plural}/{sub}" if sub else plural
+        self.asked.append((verb, resource))
+        if (verb, resource) in self.forbidden:
+            return _error(
+                403, "Forbidden", f'{plural} "{name}" is forbidden: User "me" cannot {verb} resource "{resource}"'
+            )
+        if plural != "namespaces" and namespace not in self.namespaces:
+            return _error(404, "NotFound", f'namespaces "{namespace}" not found', name=namespace)
+        if sub == "proxy":
+            return self.proxy(name, match["rest"], json.loads(body))
+        if sub == "log":
+            return 200, "it crashed: no such model\n"
+        if method == "GET" and name is None:
+            return 200, {"items": self.listed(plural, query.get("labelSelector", ""))}
+        if method == "PATCH":
+            return self.apply(plural, name, headers["Content-Type"], query, yaml.safe_load(body))
+        if method == "DELETE":
+            return self.delete(plural, name)
+        if plural == "deployments" and (plural, name) in self.objects:
+            self.control(self.objects[plural, name])
+        if plural == "namespaces" and name in self.namespaces:
+            return 200, self.namespaces[name]
+        if (plural, name) not in self.objects:
+            return _error(404, "NotFound", f'{plural} "{name}" not found', name=name)
+        return 200, self.objects[plural, name].read()
+
+    def apply(
+        self, plural: str, name: str, content_type: str, query: dict[str, str], body: dict[str, Any]
+    ) -> tuple[int, Any]:
+        if content_type != "application/apply-patch+yaml":
+            return _error(415, "UnsupportedMediaType", content_type)
+        if "fieldManager" not in query:
+            return _error(400, "BadRequest", "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value")
+        if plural == "namespaces":
+            self.namespaces[name] = body
+            return 201, body
+        new = (plural, name) not in self.objects
+        stored = Stored() if new else self.objects[plural, name].copy()
+        conflicts = stored.apply(body, query["fieldManager"], query.get("force") == "true")
+        if conflicts:
+            return _error(409, "Conflict", f"Apply failed with {len(conflicts)} conflicts", causes=conflicts)
+        try:
+            if plural == "deployments":  # of the others the file is what is applied, and tests/test_k8s.py's
+                kubernetes_validate.validate(stored.read(status=False), SCHEMA, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            return _error(422, "Invalid", f'{plural} "{name}" is invalid: {error.message}')
+        self.objects[plural, name] = stored
+        if plural == "horizontalpodautoscalers":
+            self.scale()
+        return 201 if new else 200, stored.read()
+
+    def scale(self) -> None:
+        """The HPA's part: it owns the replicas."""
+        deployment = self.objects.get(("deployments", "gpt2-instruct"))
+        hpa = self.objects.get(("horizontalpodautoscalers", "gpt2-instruct"))
+        if deployment and hpa and ("spec", "replicas") not in deployment.fields:
+            deployment.set(("spec", "replicas"), hpa.read()["spec"]["minReplicas"], "kube-controller-manager")
+
+    def delete(self, plural: str, name: str) -> tuple[int, Any]:
+        if plural == "replicasets":
+            del self.replica_sets[name]
+        else:
+            del self.objects[plural, name]
+            if plural == "deployments":
+                self.replica_sets.clear()
+        return 200, {"kind": "Status", "status": "Success"}
+
+    def control(self, deployment: "Stored") -> None:
+        """One step of the Deployment's controller."""
+        self.scale()
+        read = deployment.read()
+        template = read["spec"]["template"]
+        wanted = read["spec"].get("replicas", 1)
+        digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:10]
+        name = f"gpt2-instruct-{digest}"
+        newest = max((each["revision"] for each in self.replica_sets.values()), default=0)
+        image = template["spec"]["containers"][0]["image"]
+        if name not in self.replica_sets:
+            self.replica_sets[name] = {"template": template, "hash": digest, "image": image, "ready": 0, "revision": 0}
+        this = self.replica_sets[name]
+        if this["revision"] != newest or not newest:
+            this["revision"] = newest + 1
+            self.looks = 0
+        self.looks += 1
+        deployment.fields["metadata", "annotations", REVISION] = str(this["revision"])
+        fate = self.pods.get(image, "ready")
+        if fate == "ready" and self.looks > 2 and this["ready"] < wanted:
+            this["ready"] += 1
+        if this["ready"] >= wanted:
+            for other in self.replica_sets.values():
+                other["ready"] = this["ready"] = wanted if other is this else 0
+            this["ready"] = wanted
+        old = sum(each["ready"] for each in self.replica_sets.values() if each is not this)
+        updated = 0 if fate == "quota" else wanted if this["ready"] == wanted else this["ready"] + 1
+        conditions = [{"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated"}]
+        if fate == "quota":
+            message = (
+                'pods "gpt2-instruct-x" is forbidden: exceeded quota: small, requested: cpu=1, used: cpu=2, limited: 2'
+            )
+            conditions.append(
+                {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message}
+            )
+        if fate != "ready" and self.looks > DEADLINE:
+            conditions[0] = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
+        deployment.status = {
+            "observedGeneration": deployment.generation,
+            "replicas": old + updated,
+            "updatedReplicas": updated,
+            "availableReplicas": old + this["ready"],
+            "conditions": conditions,
+        }
+
+    def listed(self, plural: str, selector: str) -> list[dict[str, Any]]:
+        key, _, value = selector.partition("=")
+        if plural == "replicasets":
+            items = [self.replica_set(name) for name in self.replica_sets]
+        else:
+            items = [self.pod(each) for each in self.replica_sets.values() if self.pods.get(each["image"]) != "quota"]
+        return [each for each in items if each["metadata"]["labels"].get(key) == value]
+
+    def replica_set(self, name: str) -> dict[str, Any]:
+        this = self.replica_sets[name]
+        template = json.loads(json.dumps(this["template"]))
+        template["metadata"] |= {"creationTimestamp": None}
+        template["metadata"]["labels"]["pod-template-hash"] = this["hash"]
+        return {
+            "metadata": {
+                "name": name,
+                "labels": template["metadata"]["labels"],
+                "annotations": {REVISION: str(this["revision"])},
+                "ownerReferences": [{"kind": "Deployment", "uid": "uid-1"}],
+            },
+            "spec": {"template": template},
+        }
+
+    def pod(self, this: dict[str, Any]) -> dict[str, Any]:
+        fate = self.pods.get(this["image"], "ready")
+        container: dict[str, Any] = {"name": "gpt2-instruct", "image": this["image"], "imageID": "", "state": {}}
+        if fate == "ready":
+            container["imageID"] = f"{this['image'].partition(':')[0]}@sha256:{'1' * 64}"
+        elif fate != "unready":
+            container["state"] = {"waiting": {"reason": fate, "message": f"about {this['image']}"}}
+        ready = {"type": "Ready", "status": "True" if fate == "ready" else "False"}
+        if fate == "unready":
+            ready["message"] = "containers with unready status: [gpt2-instruct]"
+        return {
+            "metadata": {"name": f"gpt2-instruct-{this['hash']}-abcde", "labels": {"pod-template-hash": this["hash"]}},
+            "status": {"containerStatuses": [container], "conditions": [ready]},
+        }
+
+    def proxy(self, name: str, rest: str, body: dict[str, Any]) -> tuple[int, Any]:
+        assert (name, rest) == ("gpt2-instruct:http", "/predict")
+        if not self.running():
+            return _error(503, "ServiceUnavailable", 'no endpoints available for service "gpt2-instruct"')
+        answer = self.answers[self.running()[0]]
+        if isinstance(answer, str):
+            response = requests.post(f"{answer}/predict", json=body, timeout=60)
+            return response.status_code, response.json()
+        return 200, answer(body)
+
+
+class Stored:
+    """An object as its fields, each with those who set it."""
+
+    def __init__(self) -> None:
+        self.fields: dict[Field, Any] = {}
+        self.owners: dict[Field, set[str]] = {}
+        self.generation = 0
+        self.status: dict[str, Any] = {}
+
+    def copy(self) -> "Stored":
+        other = Stored()
+        other.fields, other.generation, other.status = dict(self.fields), self.generation, self.status
+        other.owners = {field: set(owners) for field, owners in self.owners.items()}
+        return other
+
+    def apply(self, body: dict[str, Any], manager: str, force: bool) -> list[dict[str, str]]:
+        """The conflicts; with none, the fields are set, and those that the manager no longer names are gone."""
+        applied = dict(_flat(body))
+        for identity in (("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")):
+            self.fields[identity] = applied.pop(identity)
+        disputed = {
+            field: self.owners.get(field, set()) - {manager}
+            for field, value in applied.items()
+            if field in self.fields and self.fields[field] != value
+        }
+        if not force:
+            conflicts = [
+                {
+                    "reason": "FieldManagerConflict",
+                    "message": f'conflict with "{owner}"',
+                    "field": "." + ".".join(map(str, field)),
+                }
+                for field, owners in disputed.items()
+                for owner in owners
+            ]
+            if conflicts:
+                return conflicts
+        before = dict(self.fields)
+        for field in [field for field, owners in self.owners.items() if manager in owners and field not in applied]:
+            self.owners[field].discard(manager)
+            if not self.owners[field]:
+                del self.owners[field], self.fields[field]
+        for field, value in applied.items():
+            self.owners[field] = {manager} if disputed.get(field) else self.owners.get(field, set()) | {manager}
+            self.fields[field] = value
+        if {f: v for f, v in self.fields.items() if f[0] == "spec"} != {
+            f: v for f, v in before.items() if f[0] == "spec"
+        }:
+            self.generation += 1
+        return []
+
+    def set(self, field: Field, value: Any, manager: str) -> None:
+        """An update by somebody else."""
+        self.fields[field] = value
+        self.owners[field] = {manager}
+        self.generation += 1
+
+    def read(self, status: bool = True) -> dict[str, Any]:
+        read: dict[str, Any] = _nested(self.fields)
+        if status:
+            read["metadata"] |= {"generation": self.generation, "uid": "uid-1"}
+            read["status"] = self.status
+        return read
+
+
+def _flat(value: Any, field: Field = ()) -> list[tuple[Field, Any]]:
+    if isinstance(value, dict) and value:
+        return [inner for key, each in value.items() if each is not None for inner in _flat(each, (*field, key))]
+    keys = KEYS.get(field[-1]) if field and isinstance(field[-1], str) else None
+    if isinstance(value, list) and keys:
+        named = [(tuple((key, each[key]) for key in keys if key in each), each) for each in value]
+        return [inner for key, each in named for inner in _flat(each, (*field, key))]
+    return [(field, value)]
+
+
+def _nested(fields: dict[Field, Any]) -> Any:
+    root: dict[Any, Any] = {}
+    for field, value in fields.items():
+        place = root
+        for key in field[:-1]:
+            place = place.setdefault(key, {})
+        place[field[-1]] = value
+    return _lists(root)
+
+
+def _lists(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value and all(isinstance(key, tuple) for key in value):
+        return [_lists(each) for each in value.values()]
+    return {key: _lists(each) for key, each in value.items()}
+
+
+def _error(status: int, reason: str, message: str, **details: Any) -> tuple[int, Any]:
+    return status, {
+        "kind": "Status",
+        "status": "Failure",
+        "code": status,
+        "reason": reason,
+        "message": message,
+        "details": details,
+    }
+
+
+def _certificate(folder: Path) -> Path:
+    """A key and a certificate for 127.0.0.1 in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "server.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return file
