@@ -40,6 +40,22 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
         click.echo(f"{run.name}: {run.status.value}; results in outputs/latest")
 
 
+@main.command()
+@click.argument("name")
+def lineage(name: str) -> None:
+    """Print what NAME belongs to, from data to pod.
+
+    NAME is a run's name or id, a model version (gpt2-instruct/3), a Bento's tag, or the start of the sha256 of a data
+    split or an adapter: as in lineage.json, at /metadata, and in a pod's annotations.
+    """
+    from steps.lineage import LineageError, trace
+
+    try:
+        click.echo(trace(name))
+    except LineageError as error:
+        raise click.ClickException(str(error)) from None
+
+
 def _run(pipeline: Any) -> Any:
     """Run it; what a step cannot go on with is one line here, and its traceback is in ZenML's record of the step."""
     orchestrator = logging.getLogger("zenml.orchestrators.local.local_orchestrator")

@@ -1,5 +1,6 @@
 """Values of the pipeline outside of the mathematics, with their defaults; gpt2core.config has the others."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -87,10 +88,25 @@ class PackageConfig:
 
 @dataclass(frozen=True)
 class DeployConfig:
-    target: Literal["none"] = "none"
+    """Where the Bento is brought to. With target kubernetes, `image` is what the cluster's nodes pull."""
+
+    target: Literal["none", "kubernetes"] = "none"
+    require_stage: Literal["", "staging", "production"] = ""  # of the model version; "": any
+    image: str = ""  # name:tag or name@sha256:…, pushed or loaded beforehand
+    kubeconfig: str = ""  # "": $KUBECONFIG, ~/.kube/config, or in a pod its service account
+    context: str = ""  # "": the kubeconfig's current one
+    namespace: str = "gpt2-instruct"
+    force: bool = False  # take over fields that somebody else set in the cluster
 
     def __post_init__(self) -> None:
-        _check(self, "target", self.target == "none", "none, the only target there is as yet")
+        _check(self, "target", self.target in ("none", "kubernetes"), "none or kubernetes")
+        _check(self, "require_stage", self.require_stage in ("", "staging", "production"), "staging or production")
+        reference = r"[^:@]+(:(?!latest$)[\w.-]+|(:[\w.-]+)?@sha256:[0-9a-f]{64})"
+        exact = re.fullmatch(reference, self.image.rpartition("/")[2]) is not None
+        rule = "name:tag (not latest) or name@sha256:… of what the cluster's nodes pull"
+        _check(self, "image", exact or (self.target != "kubernetes" and not self.image), rule)
+        name = re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.namespace) is not None
+        _check(self, "namespace", name, "a namespace's name: at most 63 of a-z, 0-9 and -")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,10 @@
 """The manifests: valid, in agreement with each other and with the service."""
 
+import json
 import re
+import subprocess
+import sys
+from copy import deepcopy
 from pathlib import Path
 
 import kubernetes_validate
@@ -12,6 +16,10 @@ from steps.adapters import bento
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "k8s").glob("*.yaml"))}
+OPTIONAL = {
+    path.stem: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "k8s" / "optional").glob("*.yaml")
+}
+POD_LABELS = MANIFESTS["30-deployment.yaml"]["spec"]["template"]["metadata"]["labels"]
 SERVICE = (ROOT / "bentos" / "service.py").read_text()
 
 
@@ -48,12 +56,106 @@ def test_everything_has_the_one_name_and_lives_in_the_one_namespace():
         assert manifest["kind"] == "Namespace" or "namespace" in manifest["metadata"]
 
 
-def test_deployment_and_service_select_the_pods_there_are(deployment):
-    labels = deployment["spec"]["template"]["metadata"]["labels"]
-    assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    assert MANIFESTS["40-service.yaml"]["spec"]["selector"].items() <= labels.items()
-    for spread in deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]:
-        assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+@pytest.mark.parametrize("version", ["1.25", latest_version()])
+@pytest.mark.parametrize("name", ["deployer", "ingress"])
+def test_each_optional_one_of_kubernetes_own_kinds_is_valid_too(name, version):
+    for manifest in OPTIONAL[name]:
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.mark.parametrize("version", ["1.25", latest_version()])
+def test_the_deployment_is_valid_with_the_gpu_laid_over_it(deployment, version):
+    [patch] = deepcopy(OPTIONAL["gpu"])
+    over = deepcopy(deployment)
+    pod, extra = over["spec"]["template"]["spec"], patch["spec"]["template"]["spec"]
+    [container], [addition] = pod["containers"], extra.pop("containers")
+    assert addition["name"] == container["name"]
+    assert not extra.keys() & pod.keys()
+    pod |= extra
+    container["resources"]["limits"] |= addition["resources"]["limits"]
+    kubernetes_validate.validate(over, version, strict=True)
+    assert container["resources"]["limits"].keys() == {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
+
+
+def test_applying_the_folder_leaves_the_optional_ones_alone():
+    assert {path.name for path in (ROOT / "k8s").iterdir()} == {*MANIFESTS, "optional"}  # kubectl reads no sub-folders
+
+
+def test_the_autoscaler_owns_the_replicas_of_the_deployment(deployment):
+    hpa = MANIFESTS["50-hpa.yaml"]["spec"]
+    assert hpa["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": bento.NAME}
+    assert "replicas" not in deployment["spec"]
+    assert 2 <= hpa["minReplicas"] <= hpa["maxReplicas"]
+
+
+def test_the_autoscaler_can_be_reached_within_the_limit_and_one_pod_does_not_reach_it_at_rest(container):
+    [metric] = MANIFESTS["50-hpa.yaml"]["spec"]["metrics"]
+    target = int(metric["resource"]["target"]["averageValue"].removesuffix("m"))
+    assert metric["resource"]["name"] == "cpu"
+    assert 300 < target < 1150  # a nano pod that never rests uses 1.15 cores
+    assert target < int(container["resources"]["limits"]["cpu"]) * 1000
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        MANIFESTS["30-deployment.yaml"]["spec"]["selector"]["matchLabels"],
+        MANIFESTS["40-service.yaml"]["spec"]["selector"],
+        MANIFESTS["60-pdb.yaml"]["spec"]["selector"]["matchLabels"],
+        MANIFESTS["70-networkpolicy.yaml"]["spec"]["podSelector"]["matchLabels"],
+    ],
+)
+def test_each_selector_selects_the_pods_there_are(selector):
+    assert selector
+    assert selector.items() <= POD_LABELS.items()
+
+
+def test_pods_are_spread_over_nodes_by_the_label_they_have(pod):
+    [spread] = pod["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"].items() <= POD_LABELS.items()
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+
+
+def test_a_budget_lets_a_node_be_drained():
+    assert MANIFESTS["60-pdb.yaml"]["spec"]["maxUnavailable"] == 1
+
+
+def test_the_network_policy_opens_the_port_of_the_container_and_lets_out_nothing_but_dns(container):
+    policy = MANIFESTS["70-networkpolicy.yaml"]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    [ingress], [egress] = policy["ingress"], policy["egress"]
+    assert ingress == {"ports": [{"protocol": "TCP", "port": container["ports"][0]["name"]}]}
+    assert egress["ports"] == [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+    [dns] = egress["to"]
+    assert dns["podSelector"]["matchLabels"] == {"k8s-app": "kube-dns"}
+
+
+def test_ingress_and_service_monitor_lead_to_the_service_by_its_ports_name():
+    [port] = MANIFESTS["40-service.yaml"]["spec"]["ports"]
+    [ingress], [monitor] = OPTIONAL["ingress"], OPTIONAL["servicemonitor"]
+    [rule] = ingress["spec"]["rules"]
+    backends = [path["backend"]["service"] for path in rule["http"]["paths"]]
+    assert backends
+    assert all(backend == {"name": bento.NAME, "port": {"name": port["name"]}} for backend in backends)
+    assert [rule["host"]] == ingress["spec"]["tls"][0]["hosts"]
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert endpoint["port"] == port["name"]
+    labels = MANIFESTS["40-service.yaml"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_the_paths_of_the_ingress_are_routes_of_the_service_and_show_no_metrics():
+    [ingress] = OPTIONAL["ingress"]
+    paths = [path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]]
+    assert {path["pathType"] for path in ingress["spec"]["rules"][0]["http"]["paths"]} == {"Exact"}
+    assert paths
+    assert [path for path in paths if f'"{path}"' not in SERVICE] == []
+
+
+def test_the_role_binding_binds_the_role_to_the_account_beside_it():
+    account, role, binding = OPTIONAL["deployer"]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"] == [{"kind": account["kind"], **account["metadata"]}]
 
 
 def test_the_service_sends_to_the_port_of_the_container(container):
@@ -91,10 +193,36 @@ def test_the_pod_runs_as_nobody_in_particular_on_a_root_it_cannot_write_to(pod, 
 
 def test_what_the_server_writes_goes_to_a_volume_of_limited_size(pod, container):
     home = next(variable["value"] for variable in container["env"] if variable["name"] == "BENTOML_HOME")
-    [mount], [volume] = container["volumeMounts"], pod["volumes"]
+    [mount] = [mount for mount in container["volumeMounts"] if not mount.get("readOnly")]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
     assert home.startswith(mount["mountPath"])
-    assert mount["name"] == volume["name"]
     assert "sizeLimit" in volume["emptyDir"]
+
+
+def test_the_configuration_is_mounted_where_bentoml_is_told_to_read_it(pod, container):
+    config = MANIFESTS["20-configmap.yaml"]
+    file = Path(next(variable["value"] for variable in container["env"] if variable["name"] == "BENTOML_CONFIG"))
+    [mount] = [mount for mount in container["volumeMounts"] if mount.get("readOnly")]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+    assert (mount["mountPath"], volume["configMap"]["name"]) == (str(file.parent), config["metadata"]["name"])
+    assert file.name in config["data"]
+
+
+def test_bentoml_accepts_the_configuration(tmp_path, monkeypatch):
+    """A value of the wrong type would end every pod when it starts."""
+    file = tmp_path / "bentoml.yaml"
+    file.write_text(MANIFESTS["20-configmap.yaml"]["data"][file.name])
+    code = (
+        "import json, sys\n"
+        "from bentoml._internal.configuration.containers import BentoMLConfiguration\n"
+        "config = BentoMLConfiguration(override_config_file=sys.argv[1], use_version=2).to_dict()\n"
+        "print(json.dumps(config['services']['gpt2-instruct']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    service = json.loads(done.stdout.splitlines()[-1])
+    assert service["metrics"]["duration"]["buckets"][-1] >= 55
+    assert yaml.safe_load(file.read_text())["services"].keys() == {bento.NAME}
 
 
 def test_no_token_of_the_cluster_is_mounted(pod):
@@ -106,8 +234,8 @@ def test_no_token_of_the_cluster_is_mounted(pod):
 def test_requests_and_limits_are_set_for_all_that_a_node_can_run_out_of(container):
     for kind in ("requests", "limits"):
         assert container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"}
-    threads = next(variable["value"] for variable in container["env"] if variable["name"] == "OMP_NUM_THREADS")
-    assert threads == container["resources"]["limits"]["cpu"]
+    threads = next(variable["valueFrom"] for variable in container["env"] if variable["name"] == "OMP_NUM_THREADS")
+    assert threads == {"resourceFieldRef": {"resource": "limits.cpu"}}
 
 
 def test_the_image_has_a_tag_that_stays(container):
@@ -121,4 +249,21 @@ def test_no_environment_of_other_services_reaches_the_pod(pod):
 
 
 def test_the_manifests_hold_no_secrets():
-    assert not {manifest["kind"] for manifest in MANIFESTS.values()} & {"Secret"}
+    manifests = [*MANIFESTS.values(), *(manifest for group in OPTIONAL.values() for manifest in group)]
+    assert not {manifest["kind"] for manifest in manifests} & {"Secret"}
+
+
+@pytest.mark.slow
+def test_checkov_finds_nothing_but_what_is_explained(tmp_path):
+    """In an environment of its own: 290 MB, with bounds that are not ours."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "checkov"], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "checkov==3.3.30"]
+    done = subprocess.run([tmp_path / "checkov" / "bin" / "python", *install], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"checkov cannot be installed: {done.stderr[-300:]}")
+    command = [tmp_path / "checkov" / "bin" / "checkov", "--skip-download", "--compact", "--quiet", "--output", "json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    summary = json.loads(done.stdout)["summary"]
+    assert summary["passed"] > 100
+    assert summary["failed"] == 0, done.stdout
+    assert done.returncode == 0

@@ -158,7 +158,7 @@ def test_an_image_with_another_bento_in_it_is_rolled_back(api, cluster, first):
     api.answers[NEW] = answering("Ottawa", "gpt2-instruct:9999999999999999")
     outcome = deploy_next(cluster)
     assert outcome["outcome"] == "rolled_back"
-    assert "answers as gpt2-instruct:9999999999999999, not as" in outcome["reason"]
+    assert "the service is gpt2-instruct:9999999999999999, not" in outcome["reason"]
 
 
 def test_an_answer_of_an_old_pod_that_is_just_going_is_not_held_against_the_new(api, cluster, first):

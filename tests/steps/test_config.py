@@ -29,6 +29,12 @@ from steps.config import (
         (PromoteConfig, {"metric": "bleu"}, "PromoteConfig.metric"),
         (PackageConfig, {"smoke_prompts": 0}, "PackageConfig.smoke_prompts is 0"),
         (DeployConfig, {"target": "moon"}, "DeployConfig.target"),
+        (DeployConfig, {"require_stage": "live"}, "DeployConfig.require_stage"),
+        (DeployConfig, {"target": "kubernetes"}, "DeployConfig.image is ''"),
+        (DeployConfig, {"target": "kubernetes", "image": "host:5000/gpt2"}, "DeployConfig.image"),
+        (DeployConfig, {"target": "kubernetes", "image": "gpt2:latest"}, "DeployConfig.image"),
+        (DeployConfig, {"image": "gpt2@sha256:12"}, "DeployConfig.image"),
+        (DeployConfig, {"namespace": "Mine"}, "DeployConfig.namespace"),
         (TrackingConfig, {"wandb": "on"}, "TrackingConfig.wandb is 'on'; it must be off, offline or online"),
     ],
 )
@@ -40,6 +46,11 @@ def test_a_wrong_value_is_refused_with_its_name_and_what_is_allowed(make, values
 
 def test_a_bare_off_of_yaml_means_off():
     assert TrackingConfig(wandb=False).wandb == "off"
+
+
+@pytest.mark.parametrize("image", ["gpt2:1", "host:5000/team/gpt2:1.2-rc", f"gpt2@sha256:{'0' * 64}"])
+def test_an_image_has_a_tag_or_a_digest(image):
+    assert DeployConfig(target="kubernetes", image=image).image == image
 
 
 def test_a_base_of_the_hub_may_have_any_name():
