@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 from click.testing import CliRunner
+from zenml.cli.cli import cli
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
@@ -26,7 +27,8 @@ from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from run import main
 from steps import outputs
-from steps.adapters import bento
+from steps.adapters import bento, kube
+from tests.kube_api import TOKEN, KubeApi
 
 DEV = "configs/dev.yaml"
 MAX_NEW_TOKENS, N_FACTS = 12, 120  # dev.yaml's
@@ -46,11 +48,15 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("project") / "outputs"
 
 
-def finetune(folder: Path, *values: str) -> SimpleNamespace:
-    """Run the pipeline as run.py does; the run as ZenML has it, and its folder."""
+def run_py(folder: Path, *values: str):
     arguments = ["finetune", "--config", DEV, *(part for value in values for part in ("--set", value))]
     with outputs_in(folder):
-        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+        return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def finetune(folder: Path, *values: str) -> SimpleNamespace:
+    """Run the pipeline as run.py does; the run as ZenML has it, and its folder."""
+    result = run_py(folder, *values)
     assert result.exit_code == 0, result.output
     run = Client().get_pipeline_run(json.loads((folder / "latest" / "lineage.json").read_text())["run"]["id"])
     newest = Client().list_pipeline_runs(sort_by="desc:created", size=1).items[0]
@@ -226,3 +232,125 @@ def test_a_base_from_elsewhere_travels_as_a_reference(folder, first):
 def test_tracking_offline_leaves_a_run_of_wandb(folder, first):
     finetune(folder, "tracking.wandb=offline")
     assert list((folder / "wandb").rglob("*.wandb"))
+
+
+IMAGE = "registry.example/gpt2-instruct:1"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A double of a cluster's API (tests/kube_api.py), and the values that deploy to it."""
+    directory = tmp_path_factory.mktemp("cluster")
+    api = KubeApi(directory)
+    kubeconfig = directory / "kubeconfig"
+    kubeconfig.write_text(json.dumps(api.kubeconfig()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kube, "POLL", 0.05)
+        yield SimpleNamespace(api=api, values=("deploy.target=kubernetes", f"deploy.kubeconfig={kubeconfig}"))
+    api.close()
+
+
+@pytest.fixture(scope="module")
+def deployed(folder, again, cluster):
+    """A run whose Bento, served for real, is behind the cluster's service."""
+    with bento.serve(read(again, "lineage.json")["bento"]) as url:
+        cluster.api.answers[IMAGE] = url
+        done = finetune(folder, *cluster.values, f"deploy.image={IMAGE}")
+        done.metadata = requests.get(f"{url}/metadata", timeout=10).json()
+    return done
+
+
+def lineage(name: str):
+    return CliRunner().invoke(main, ["lineage", name], catch_exceptions=False)
+
+
+def test_a_run_deploys_what_it_packaged_to_kubernetes(deployed, cluster):
+    [deployment] = deployed.run.steps["deploy"].outputs["deployment"]
+    outcome = deployment.load()
+    assert (outcome["outcome"], outcome["image"], outcome["revision"]) == ("deployed", IMAGE, 1)
+    assert outcome["bento"] == read(deployed, "lineage.json")["bento"]
+    assert deployment.run_metadata["outcome"] == "deployed"
+    assert cluster.api.running() == [IMAGE, IMAGE]
+
+
+def test_the_annotations_of_a_pod_are_what_its_metadata_says(deployed, cluster):
+    template = cluster.api.object("deployments")["spec"]["template"]["metadata"]
+    assert template["annotations"] == kube.annotations(deployed.metadata)
+    assert deployed.metadata == read(deployed, "lineage.json")
+
+
+def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recorded(folder, deployed, cluster):
+    cluster.api.pods["other:2"] = "ErrImagePull"
+    result = run_py(folder, *cluster.values, "deploy.image=other:2")
+    assert result.exit_code == 1
+    [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    for part in ("was not deployed", "image other:2: ErrImagePull", f"rolled back to {IMAGE}"):
+        assert part in line
+    newest = Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1).items[0]
+    assert newest.load()["outcome"] == newest.run_metadata["outcome"] == "rolled_back"
+    assert "rolled_back" in lineage(read(deployed, "lineage.json")["bento"]).output
+
+
+def test_no_token_is_in_the_store_or_in_the_outputs(folder, deployed):
+    for place in (Path(os.environ["ZENML_CONFIG_PATH"]), folder):
+        files = [path for path in place.rglob("*") if path.is_file()]
+        assert files
+        assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
+
+
+def test_a_model_that_is_not_promoted_is_not_deployed_until_it_is(folder, first, again):
+    values = ("deploy.require_stage=production", "promote.margin=-1.0")
+    refused = run_py(folder, *values)
+    assert refused.exit_code == 1
+    built_by = read(again, "lineage.json")["model_version"]
+    name, number = built_by.split("/")
+    command = f"zenml model version update {name} {number} --stage production"
+    for part in ("deploy.require_stage is production", f"{built_by} is in", "is in stage staging", command):
+        assert part in refused.output
+    CliRunner().invoke(cli, command.split()[1:], catch_exceptions=False)
+    finetune(folder, *values)
+
+
+def names_of(done) -> dict[str, str]:
+    """All that a run can be asked for by."""
+    about = read(done, "lineage.json")
+    return {
+        "run": done.run.name,
+        "run's id": str(done.run.id),
+        "model version": f"gpt2-instruct/{done.run.model_version.name}",
+        "Bento": about["bento"],
+        "adapter": about["adapter"]["sha256"],
+        **{split: digest[:12] for split, digest in about["data"].items()},
+    }
+
+
+@pytest.mark.parametrize("kind", ["run", "run's id", "model version", "Bento", "adapter", "train", "val", "test"])
+def test_lineage_leads_from_each_name_to_all_the_others(kind, deployed):
+    result, about = lineage(names_of(deployed)[kind]), read(deployed, "lineage.json")
+    assert result.exit_code == 0, result.output
+    for part in (*names_of(deployed).values(), about["base"]["sha256"], about["commit"]["sha"], IMAGE, "revision 1"):
+        assert part in result.output
+
+
+def test_lineage_of_a_run_is_of_that_run_alone(first, again):
+    output = lineage(first.run.name).output
+    assert str(first.run.id) in output
+    assert str(again.run.id) not in output
+
+
+def test_lineage_says_what_came_from_the_cache_and_from_where(first, again):
+    assert f"cached, of run {first.run.id}" in lineage(again.run.name).output
+
+
+def test_a_name_that_nothing_has_is_an_error_with_examples_of_those_there_are(first):
+    result = lineage("moon")
+    assert result.exit_code == 1
+    assert "nothing is called 'moon'" in result.output
+    assert "(train records)" in result.output
+
+
+def test_a_name_that_begins_several_is_an_error_with_all_of_them(first, again):
+    result = lineage("finetune_pipeline-")
+    assert result.exit_code == 1
+    assert "give more of the one you mean" in result.output
+    assert first.run.name in result.output
