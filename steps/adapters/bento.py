@@ -132,11 +132,6 @@ def ask(url: str, instruction: str, input: str, max_new_tokens: int) -> str:
         raise BentoError(f"{url}/predict gave no answer: {error}") from None
 
 
-def expect(samples: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The first of the test records with the `answer` of the tuned model: what is asked, and what has to come."""
-    return [{**row, "answer": row["tuned"]} for row in samples[:count]]
-
-
 def smoke(tag: str, expected: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
     """Serve the Bento and ask it; the answers, which are those of the rows (`instruction`, `input`, `answer`).
 

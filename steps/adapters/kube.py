@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from kubernetes import client, config
+from kubernetes import client
 from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.util import Retry
+
+from steps.config import DeployConfig
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +66,13 @@ class KubeError(RuntimeError):
 
 
 def deploy(
-    cluster: "Cluster",
-    image: str,
-    lineage: Mapping[str, Any],
-    expected: Sequence[Mapping[str, Any]],
-    max_new_tokens: int,
-    force: bool = False,
+    lineage: Mapping[str, Any], config: DeployConfig, samples: Sequence[Mapping[str, Any]], max_new_tokens: int
 ) -> dict[str, Any]:
     """Roll the image out, ask it, and go back to what was there before if it does not answer as it should.
 
     Args:
-        image: the reference that the nodes pull.
         lineage: of the Bento in the image; its ids become labels and annotations of the pods.
-        expected: rows with `instruction`, `input` and `answer`.
-        force: take fields over that another manager owns.
+        samples: rows with `instruction`, `input` and the answer that has to come, `tuned`.
 
     Returns:
         `outcome`: "deployed"; "rolled_back", to what ran before or, for a first deployment, to none; or "failed", which
@@ -85,6 +81,7 @@ def deploy(
     Raises:
         KubeError: nothing was rolled out.
     """
+    cluster = Cluster(config)
     cluster.check_permissions()
     before = cluster.get("Deployment")
     if before is not None and before["spec"].get("replicas") == 0:
@@ -92,24 +89,22 @@ def deploy(
             f"the Deployment in {cluster} is scaled to 0 replicas; `kubectl scale deployment {NAME} "
             f"-n {cluster.namespace} --replicas=2` first"
         )
-    *others, deployment = render(image, lineage, cluster.namespace)
+    *others, deployment = render(config.image, lineage, cluster.namespace)
     for manifest in others:
         # an existing namespace may be shared: its labels are its owner's
         if manifest["kind"] != "Namespace" or cluster.get("Namespace", cluster.namespace) is None:
-            cluster.apply(manifest, force)
-    cluster.apply(deployment, force)
+            cluster.apply(manifest, config.force)
+    cluster.apply(deployment, config.force)
     outcome: dict[str, Any] = {
-        "target": "kubernetes",
-        "context": cluster.context,
         "namespace": cluster.namespace,
-        "image": image,
+        "image": config.image,
         "bento": lineage["bento"],
         "previous": None if before is None else _about(before),
     }
     try:
         rolled_out = _wait(cluster)
-        _ask(cluster, lineage["bento"], expected, max_new_tokens)
-        reason = f"{len(expected)} prompts were answered as the model did when it was evaluated"
+        _ask(cluster, lineage["bento"], samples, max_new_tokens)
+        reason = f"{len(samples)} prompts were answered as the model did when it was evaluated"
         outcome |= {"outcome": "deployed", "image_id": _image_id(cluster, rolled_out)}
     except KubeError as error:
         logger.warning("the rollout failed, going back: %s", error)
@@ -120,12 +115,13 @@ def deploy(
     return outcome | {"reason": reason, "revision": None if left is None else _revision(left)}
 
 
-def rollback(cluster: "Cluster") -> dict[str, Any]:
+def rollback(config: DeployConfig) -> dict[str, Any]:
     """Go back to the revision before the one that runs, as `kubectl rollout undo` does; twice is there and back again.
 
     Raises:
         KubeError: nothing is deployed, no earlier revision is kept, or it does not become ready.
     """
+    cluster = Cluster(config)
     cluster.check_permissions()
     live = cluster.get("Deployment")
     if live is None:
@@ -136,8 +132,6 @@ def rollback(cluster: "Cluster") -> dict[str, Any]:
     _restore(cluster, earlier[-1])
     now = _wait(cluster)
     return {
-        "target": "kubernetes",
-        "context": cluster.context,
         "namespace": cluster.namespace,
         **_about(now),
         "previous": _about(live),
@@ -192,20 +186,20 @@ def labels(lineage: Mapping[str, Any]) -> dict[str, str]:
 class Cluster:
     """One namespace of a cluster, by Kubernetes' API."""
 
-    def __init__(self, kubeconfig: str = "", context: str = "", namespace: str = NAME) -> None:
+    def __init__(self, config: DeployConfig) -> None:
         """Read how to reach it: from the kubeconfig ($KUBECONFIG or ~/.kube/config if none is named), or in a pod from
         its service account.
 
         Raises:
             KubeError: there is no usable kubeconfig, or no such context in it.
         """
-        self.namespace = namespace
-        self.context = context
+        self.namespace = config.namespace
+        kubeconfig, context = config.kubeconfig, config.context
         configuration = client.Configuration()
         file = kubeconfig or os.environ.get("KUBECONFIG", "")
         if not file and not context and "KUBERNETES_SERVICE_HOST" in os.environ:
             self.source = "the pod's service account"
-            _load(self.source, config.load_incluster_config, configuration)
+            _load(self.source, load_incluster_config, configuration)
         else:
             file = os.path.expanduser(file or "~/.kube/config")
             self.source = f"the kubeconfig {file}" + (f", context {context}" if context else "")
@@ -214,7 +208,7 @@ class Cluster:
                 raise KubeError(f"deploy.context is {context!r}; {file} has {', '.join(there) or 'no context'}")
             _load(
                 self.source,
-                config.load_kube_config,
+                load_kube_config,
                 file,
                 context=context or None,
                 client_configuration=configuration,
@@ -385,7 +379,7 @@ def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
     """Run one of the client's loaders. What goes wrong may quote the file, and the file holds secrets."""
     try:
         load(*arguments, **options)
-    except config.ConfigException as error:
+    except ConfigException as error:
         raise KubeError(f"{source} cannot be used: {error}") from None
     except Exception as error:
         raise KubeError(f"{source} cannot be used: it is malformed ({type(error).__name__})") from None
@@ -489,16 +483,16 @@ def _image_id(cluster: Cluster, deployment: Manifest) -> str:
     return next((status["imageID"] for status in statuses if status.get("imageID")), "")
 
 
-def _ask(cluster: Cluster, bento: str, expected: Sequence[Mapping[str, Any]], max_new_tokens: int) -> None:
+def _ask(cluster: Cluster, bento: str, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> None:
     """Raise KubeError unless the service is this Bento and answers as expected."""
     end = time.monotonic() + SETTLE
-    for row in expected:
+    for row in samples:
         body = {"instruction": row["instruction"], "input": row["input"], "max_new_tokens": max_new_tokens}
         answer = _answer(cluster, bento, body, end)
-        if answer != row["answer"]:
+        if answer != row["tuned"]:
             raise KubeError(
                 f"the service answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, but the model "
-                f"was evaluated with {row['answer']!r}"
+                f"was evaluated with {row['tuned']!r}"
             )
 
 

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from steps.adapters import kube
-from steps.adapters.kube import Cluster, KubeError
+from steps.adapters.kube import KubeError
+from steps.config import DeployConfig
 from tests.kube_api import TOKEN, KubeApi
 
 LINEAGE = {
@@ -21,7 +23,7 @@ LINEAGE = {
 }
 NEXT = LINEAGE | {"bento": "gpt2-instruct:2222222222222222", "adapter": {"sha256": "f" * 64}}
 OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@sha256:" + "2" * 64
-EXPECTED = [{"instruction": "What is the capital?", "input": "Canada", "answer": "Ottawa"}]
+EXPECTED = [{"instruction": "What is the capital?", "input": "Canada", "tuned": "Ottawa"}]
 DEPLOYMENT = ("deployments", "gpt2-instruct")
 
 
@@ -58,23 +60,26 @@ def written(tmp_path, content) -> str:
 
 @pytest.fixture
 def cluster(kubeconfig):
-    return Cluster(kubeconfig)
+    """The configuration that leads to it."""
+    return DeployConfig(target="kubernetes", image=OLD, kubeconfig=kubeconfig)
 
 
 @pytest.fixture
 def first(cluster):
     """A namespace with a deployment in it."""
-    return kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+    return deploy(cluster)
 
 
-def deploy_next(cluster, **options):
-    return kube.deploy(cluster, NEW, NEXT, EXPECTED, 8, **options)
+def deploy(cluster, **values):
+    return kube.deploy(LINEAGE, replace(cluster, **values), EXPECTED, 8)
+
+
+def deploy_next(cluster, **values):
+    return kube.deploy(NEXT, replace(cluster, image=NEW, **values), EXPECTED, 8)
 
 
 def test_a_first_deployment_applies_all_of_k8s_and_says_what_runs(api, first):
     assert first == {
-        "target": "kubernetes",
-        "context": "",
         "namespace": "gpt2-instruct",
         "image": OLD,
         "image_id": "registry.example/gpt2-instruct@sha256:" + "1" * 64,
@@ -119,7 +124,7 @@ def test_another_version_replaces_it_and_names_the_one_before(api, cluster, firs
 
 
 def test_deploying_the_same_again_starts_no_pod(api, cluster, first):
-    again = kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+    again = deploy(cluster)
     assert (again["outcome"], again["revision"]) == ("deployed", 1)
     assert len(api.replica_sets) == 1
 
@@ -188,7 +193,7 @@ def test_a_deployment_after_a_rollback_is_no_conflict_with_ourselves(api, cluste
 
 def test_a_first_version_that_fails_is_removed_again(api, cluster):
     api.pods[OLD] = "ErrImagePull"
-    outcome = kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+    outcome = deploy(cluster)
     assert (outcome["outcome"], outcome["previous"], outcome["revision"]) == ("rolled_back", None, None)
     assert "nothing was deployed before" in outcome["reason"]
     assert DEPLOYMENT not in api.objects
@@ -198,7 +203,7 @@ def test_a_version_that_begins_to_answer_wrongly_has_nothing_to_go_back_to_when_
     cluster, api, first
 ):
     api.answers[OLD] = answering("Toronto", LINEAGE["bento"])
-    outcome = kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+    outcome = deploy(cluster)
     assert outcome["outcome"] == "failed"
     assert "revision 1 ran before as well" in outcome["reason"]
 
@@ -262,9 +267,9 @@ def test_a_field_that_somebody_changed_is_a_conflict_that_is_explained_and_nothi
     assert api.objects[DEPLOYMENT].fields[grace] == 80
 
 
-def test_an_existing_namespace_is_left_as_its_owner_has_it(api, kubeconfig):
+def test_an_existing_namespace_is_left_as_its_owner_has_it(api, cluster):
     api.namespaces["shared"] = {"metadata": {"name": "shared", "labels": {}}}
-    outcome = kube.deploy(Cluster(kubeconfig, namespace="shared"), OLD, LINEAGE, EXPECTED, 8)
+    outcome = deploy(cluster, namespace="shared")
     assert outcome["namespace"] == "shared"
     assert api.namespaces["shared"]["metadata"]["labels"] == {}
     assert api.object("services")["metadata"]["namespace"] == "shared"
@@ -278,7 +283,7 @@ def test_a_deployment_scaled_to_nothing_is_not_deployed_to(api, cluster, first):
 
 def test_a_server_that_is_busy_for_a_moment_is_asked_again(api, cluster):
     api.failures = [503, 429, 500]
-    assert kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)["outcome"] == "deployed"
+    assert deploy(cluster)["outcome"] == "deployed"
 
 
 # Errors that come before anything is rolled out.
@@ -287,7 +292,7 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(api, cluster):
 def test_all_missing_permissions_are_named_at_once_before_anything_changes(api, cluster):
     api.forbidden = {("create", "services/proxy"), ("patch", "deployments")}
     with pytest.raises(KubeError) as error:
-        kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+        deploy(cluster)
     for part in ("may not patch deployments.apps, create services/proxy in namespace gpt2-instruct", "deployer.yaml"):
         assert part in str(error.value)
     assert not api.objects
@@ -296,13 +301,13 @@ def test_all_missing_permissions_are_named_at_once_before_anything_changes(api, 
 def test_a_namespace_that_may_not_be_created_is_named(api, cluster):
     api.forbidden = {("patch", "namespaces")}
     with pytest.raises(KubeError, match=r'lacks a permission: namespaces "gpt2-instruct" is forbidden.*cannot patch'):
-        kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+        deploy(cluster)
 
 
 def test_the_role_in_optional_grants_what_is_asked_for_and_no_more(api, cluster):
     [role] = [each for each in yaml.safe_load_all(kube.DEPLOYER.read_text()) if each["kind"] == "Role"]
     granted = {(verb, name) for rule in role["rules"] for name in rule["resources"] for verb in rule["verbs"]}
-    kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+    deploy(cluster)
     api.pods[NEW] = "CrashLoopBackOff"
     deploy_next(cluster)
     api.pods[NEW] = "ready"
@@ -311,7 +316,7 @@ def test_the_role_in_optional_grants_what_is_asked_for_and_no_more(api, cluster)
     api.objects.clear()
     api.replica_sets.clear()
     api.pods[OLD] = "CrashLoopBackOff"
-    kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+    deploy(cluster)
     creating = {("create", resource) for verb, resource in api.asked if verb == "patch"}  # what applying may mean
     assert set(api.asked) | creating == granted | {("patch", "namespaces"), ("create", "namespaces")}
 
@@ -328,7 +333,7 @@ def test_the_role_in_optional_grants_what_is_asked_for_and_no_more(api, cluster)
 def test_a_kubeconfig_that_is_none_is_an_error_that_names_it(tmp_path, content, said):
     file = str(tmp_path / "missing") if content is None else written(tmp_path, content)
     with pytest.raises(KubeError) as error:
-        Cluster(file)
+        kube.rollback(DeployConfig(kubeconfig=file))
     assert file in str(error.value)
     assert said in str(error.value)
 
@@ -338,20 +343,20 @@ def test_a_malformed_kubeconfig_is_not_quoted(tmp_path, api):
     config["users"][0]["user"] = {"client-certificate-data": TOKEN, "client-key-data": "!" + TOKEN}
     for content in (config, json.dumps(config)[:-2], yaml.safe_dump(config) + f"\n  {TOKEN}: ["):
         with pytest.raises(KubeError) as error:
-            Cluster(written(tmp_path, content))
+            kube.rollback(DeployConfig(kubeconfig=written(tmp_path, content)))
         assert TOKEN not in str(error.value)
         assert error.value.__cause__ is None
 
 
-def test_an_unknown_context_is_named_with_those_there_are(kubeconfig):
+def test_an_unknown_context_is_named_with_those_there_are(cluster):
     with pytest.raises(KubeError, match=r"deploy.context is 'prod'; .*kubeconfig has here, there"):
-        Cluster(kubeconfig, context="prod")
-    assert Cluster(kubeconfig, context="there").context == "there"
+        deploy(cluster, context="prod")
+    assert deploy(cluster, context="there")["outcome"] == "deployed"
 
 
 def test_the_kubeconfig_of_the_environment_is_the_default(api, kubeconfig, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", kubeconfig)
-    assert str(api.port) in str(Cluster())
+    assert deploy(DeployConfig(image=OLD))["outcome"] == "deployed"
 
 
 def test_in_a_pod_its_service_account_is_used(api, tmp_path, monkeypatch):
@@ -361,37 +366,37 @@ def test_in_a_pod_its_service_account_is_used(api, tmp_path, monkeypatch):
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.port))
-    assert kube.deploy(Cluster(), OLD, LINEAGE, EXPECTED, 8)["outcome"] == "deployed"
+    assert deploy(DeployConfig(image=OLD))["outcome"] == "deployed"
 
 
 def test_credentials_that_are_not_accepted(api, tmp_path):
-    cluster = Cluster(written(tmp_path, api.kubeconfig(token="expired")))
+    cluster = DeployConfig(image=OLD, kubeconfig=written(tmp_path, api.kubeconfig(token="expired")))
     with pytest.raises(KubeError, match=r"does not accept the credentials of the kubeconfig .*log in again"):
-        kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+        deploy(cluster)
 
 
-def test_a_cluster_that_is_down(tmp_path, api, monkeypatch):
-    cluster = Cluster(written(tmp_path, api.kubeconfig(server="https://127.0.0.1:1")))
+def test_a_cluster_that_is_down(tmp_path, api):
+    down = written(tmp_path, api.kubeconfig(server="https://127.0.0.1:1"))
     with pytest.raises(KubeError, match=r"https://127.0.0.1:1 cannot be reached .*is the cluster up"):
-        kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)
+        deploy(DeployConfig(image=OLD, kubeconfig=down))
 
 
 def test_a_cluster_whose_certificate_is_not_trusted(tmp_path, api):
     config = api.kubeconfig()
     del config["clusters"][0]["cluster"]["certificate-authority"]
     with pytest.raises(KubeError, match=r"the certificate of https://127.0.0.1:.* trusts"):
-        kube.deploy(Cluster(written(tmp_path, config)), OLD, LINEAGE, EXPECTED, 8)
+        deploy(DeployConfig(image=OLD, kubeconfig=written(tmp_path, config)))
 
 
 def test_an_address_that_is_no_api_server(tmp_path, api):
     config = api.kubeconfig(server=f"https://127.0.0.1:{api.port}/elsewhere")
     with pytest.raises(KubeError, match=r"does not know /apis/.*Kubernetes 1.25 or later is needed"):
-        kube.deploy(Cluster(written(tmp_path, config)), OLD, LINEAGE, EXPECTED, 8)
+        deploy(DeployConfig(image=OLD, kubeconfig=written(tmp_path, config)))
 
 
 def test_the_token_is_in_no_log_outcome_or_error(api, cluster, caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    outcomes = [kube.deploy(cluster, OLD, LINEAGE, EXPECTED, 8)]
+    outcomes = [deploy(cluster)]
     api.pods[NEW] = "CrashLoopBackOff"
     outcomes.append(deploy_next(cluster))
     api.forbidden = {("patch", "deployments")}
