@@ -88,19 +88,25 @@ class PackageConfig:
 
 @dataclass(frozen=True)
 class DeployConfig:
-    """Where the Bento is brought to. With target kubernetes, `image` is what the cluster's nodes pull."""
+    """Where the Bento answers users: nowhere yet, in a container of this machine's engine, or in a cluster."""
 
-    target: Literal["none", "kubernetes"] = "none"
+    target: Literal["none", "docker", "kubernetes"] = "none"
     require_stage: Literal["", "staging", "production"] = ""  # of the model version; "": any
-    image: str = ""  # name:tag or name@sha256:…, pushed or loaded beforehand
-    kubeconfig: str = ""  # "": $KUBECONFIG, ~/.kube/config, or in a pod its service account
+    host: str = "127.0.0.1"  # of docker: the address that is listened on; 0.0.0.0 lets other machines ask
+    port: int = 3000  # of docker, and the deployment's name; as `make serve` and all examples have it
+    memory: str = "2g"  # of docker: more ends the container; three times what a nano needs with its requests
+    image: str = ""  # of kubernetes: what its nodes pull, name:tag or name@sha256:…
+    kubeconfig: str = ""  # "": $KUBECONFIG, in a pod its service account, or ~/.kube/config
     context: str = ""  # "": the kubeconfig's current one
     namespace: str = "gpt2-instruct"
-    force: bool = False  # take over fields that somebody else set in the cluster
+    force: bool = False  # of kubernetes: take over fields that somebody else set
 
     def __post_init__(self) -> None:
-        _check(self, "target", self.target in ("none", "kubernetes"), "none or kubernetes")
+        targets = ("none", "docker", "kubernetes")
+        _check(self, "target", self.target in targets, "none, docker or kubernetes")
         _check(self, "require_stage", self.require_stage in ("", "staging", "production"), "staging or production")
+        _check(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
+        _check(self, "memory", re.fullmatch(r"[1-9]\d*[mg]", self.memory) is not None, "a number with m or g, like 2g")
         reference = r"[^:@]+(:(?!latest$)[\w.-]+|(:[\w.-]+)?@sha256:[0-9a-f]{64})"
         exact = re.fullmatch(reference, self.image.rpartition("/")[2]) is not None
         rule = "name:tag (not latest) or name@sha256:… of what the cluster's nodes pull"

@@ -2,14 +2,13 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from zenml import step
+from zenml.client import Client
 
-from steps.adapters import kube
+from steps.adapters import docker, kube
 from steps.adapters.bento import exists
 from steps.config import DeployConfig, EvaluateConfig, PackageConfig
 from steps.metadata import describe, keep
 from steps.promote import check_stage
-
-ADAPTERS = {"kubernetes": kube}
 
 
 @step(enable_cache=False)
@@ -22,16 +21,34 @@ def deploy(
     package: PackageConfig,
     evaluate: EvaluateConfig,
 ) -> Annotated[dict[str, Any], "deployment"]:
-    """Bring the Bento to where it answers users; with target none it stays in the store, for `make serve`."""
+    """Bring the Bento to where it answers users, as in `evaluate`; with target none it stays for `make serve`."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
     check_stage(deploy.require_stage, promotion["model_version"], lineage["model_version"])
     deployment: dict[str, Any] = {"target": deploy.target, "bento": bento, "config": asdict(deploy)}
-    if deploy.target != "none":
-        asked = samples[: package.smoke_prompts]
-        deployment |= ADAPTERS[deploy.target].deploy(lineage, deploy, asked, evaluate.max_new_tokens)
-        if deployment["outcome"] != "deployed":
-            keep("deployment", deployment)  # a step that fails returns nothing
-            raise RuntimeError(f"{bento} was not deployed: {deployment['reason']}")
+    asked = samples[: package.smoke_prompts]
+    if deploy.target == "docker":
+        deployment |= docker.deploy(bento, deploy, asked, evaluate.max_new_tokens)
+    elif deploy.target == "kubernetes":
+        deployment |= kube.deploy(lineage, deploy, asked, evaluate.max_new_tokens)
+    if deployment.get("outcome") in ("rolled_back", "failed"):
+        keep("deployment", deployment)  # a step that fails returns nothing
+        raise RuntimeError(f"{bento} was not deployed: {deployment['reason']}")
     describe("deployment", deployment)
     return deployment
+
+
+def rollback() -> dict[str, Any]:
+    """Bring back what answered before the last deployment, there where that was made; the outcome.
+
+    Raises:
+        RuntimeError: nothing was deployed, nothing before it, or it does not start any more.
+    """
+    for version in Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1000).items:
+        last = version.load()
+        if last["target"] != "none":
+            config = DeployConfig(**last["config"])
+            outcome = (docker if config.target == "docker" else kube).rollback(config)
+            keep("deployment", {"target": config.target, "config": last["config"], **outcome})
+            return {"target": config.target, **outcome}
+    raise RuntimeError("no run has deployed anything yet; deploy.target names where to")

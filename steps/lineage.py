@@ -165,8 +165,9 @@ def _deployment(deployment: ArtifactVersionResponse, about: dict[str, Any]) -> s
     where = ", ".join(f"{key} {about[key]}" for key in shown if about.get(key) not in (None, ""))
     by = f", by run {deployment.producer_pipeline_run_id}" if deployment.producer_pipeline_run_id else ""
     when = f"{deployment.created:%Y-%m-%d %H:%M:%S}"
-    text = f"deploy: {about['target']}, {about['outcome']} on {when}{by}: {where}"
-    return text if about["outcome"] == "deployed" else f"{text}. {about['reason']}".replace("\n", " ")
+    text = f"deploy: {about['target']}, {about.get('outcome')} on {when}{by}: {where}"
+    reason = about.get("reason", "") if about.get("outcome") != "deployed" else ""
+    return f"{text}. {reason}".replace("\n", " ") if reason else text
 
 
 def _draw(node: Node) -> str:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -83,6 +83,29 @@ def exists(tag: str) -> bool:
     return all((_in_store("models", model["tag"]) / "model.yaml").is_file() for model in models)
 
 
+def lineage(tag: str) -> dict[str, Any]:
+    """The lineage that a Bento of the store was built with.
+
+    Raises:
+        BentoError: the store has no such Bento.
+    """
+    if not exists(tag):
+        raise BentoError(f"the Bento {tag} is not in the store; run the pipeline again with --no-cache")
+    return dict(json.loads((_in_store("bentos", tag) / "src" / "lineage.json").read_text()))
+
+
+def export(tag: str, file: Path) -> None:
+    """Write a Bento and its models as a tar, whose name has to end so.
+
+    Raises:
+        BentoError: with the last lines of BentoML's log.
+    """
+    command = [*_bentoml("export"), tag, str(file.absolute())]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BentoError(f"bentoml export failed:\n{_tail(done.stdout + done.stderr)}")
+
+
 @contextmanager
 def serve(tag: str) -> Iterator[str]:
     """Serve a Bento on a free port of this machine; its address, once it is ready.
@@ -133,21 +156,26 @@ def ask(url: str, instruction: str, input: str, max_new_tokens: int) -> str:
 
 
 def smoke(tag: str, expected: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
-    """Serve the Bento and ask it; the answers, which are those of the rows (`instruction`, `input`, `answer`).
+    """Serve the Bento and `check` it."""
+    with serve(tag) as url:
+        return check(tag, lambda text, input: ask(url, text, input, max_new_tokens), expected)
+
+
+def check(tag: str, ask: Callable[[str, str], str], expected: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ask for each row's `instruction` and `input`; the answers, which are the rows' `tuned`.
 
     Raises:
-        BentoError: it cannot be served or asked, or it answers something else.
+        BentoError: it answers something else.
     """
     answers = []
-    with serve(tag) as url:
-        for row in expected:
-            answer = ask(url, row["instruction"], row["input"], max_new_tokens)
-            if answer != row["answer"]:
-                raise BentoError(
-                    f"{tag} answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, "
-                    f"but the model it was built from answered {row['answer']!r}"
-                )
-            answers.append(answer)
+    for row in expected:
+        answer = ask(row["instruction"], row["input"])
+        if answer != row["tuned"]:
+            raise BentoError(
+                f"{tag} answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, "
+                f"but the model it was built from answered {row['tuned']!r}"
+            )
+        answers.append(answer)
     return answers
 
 

@@ -256,8 +256,8 @@ def deployed(folder, again, cluster):
     with bento.serve(read(again, "lineage.json")["bento"]) as url:
         cluster.api.answers[IMAGE] = url
         done = finetune(folder, *cluster.values, f"deploy.image={IMAGE}")
-        done.metadata = requests.get(f"{url}/metadata", timeout=10).json()
-    return done
+        done.url = url
+        yield done
 
 
 def lineage(name: str):
@@ -275,8 +275,9 @@ def test_a_run_deploys_what_it_packaged_to_kubernetes(deployed, cluster):
 
 def test_the_annotations_of_a_pod_are_what_its_metadata_says(deployed, cluster):
     template = cluster.api.object("deployments")["spec"]["template"]["metadata"]
-    assert template["annotations"] == kube.annotations(deployed.metadata)
-    assert deployed.metadata == read(deployed, "lineage.json")
+    metadata = requests.get(f"{deployed.url}/metadata", timeout=10).json()
+    assert template["annotations"] == kube.annotations(metadata)
+    assert metadata == read(deployed, "lineage.json")
 
 
 def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recorded(folder, deployed, cluster):
@@ -289,6 +290,19 @@ def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recor
     newest = Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1).items[0]
     assert newest.load()["outcome"] == newest.run_metadata["outcome"] == "rolled_back"
     assert "rolled_back" in lineage(read(deployed, "lineage.json")["bento"]).output
+
+
+def test_rollback_goes_back_where_the_last_deployment_was_made_and_is_recorded(folder, deployed, cluster):
+    again = IMAGE.replace(":1", ":3")
+    cluster.api.answers[again] = deployed.url
+    finetune(folder, *cluster.values, f"deploy.image={again}")
+    assert cluster.api.image() == again
+    for image in (IMAGE, again):
+        result = CliRunner().invoke(main, ["rollback"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert f"image: {image}" in result.output
+        assert cluster.api.running() == [image, image]
+    assert "was rolled back by hand" in lineage(read(deployed, "lineage.json")["bento"]).output
 
 
 def test_no_token_is_in_the_store_or_in_the_outputs(folder, deployed):
