@@ -251,9 +251,9 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def deployed(folder, again, cluster):
+def deployed(folder, first, cluster):
     """A run whose Bento, served for real, is behind the cluster's service."""
-    with bento.serve(read(again, "lineage.json")["bento"]) as url:
+    with bento.serve(read(finetune(folder), "lineage.json")["bento"]) as url:
         cluster.api.answers[IMAGE] = url
         done = finetune(folder, *cluster.values, f"deploy.image={IMAGE}")
         done.url = url
@@ -312,11 +312,11 @@ def test_no_token_is_in_the_store_or_in_the_outputs(folder, deployed):
         assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
 
 
-def test_a_model_that_is_not_promoted_is_not_deployed_until_it_is(folder, first, again):
+def test_a_model_that_is_not_promoted_is_not_deployed_until_it_is(folder, deployed):
     values = ("deploy.require_stage=production", "promote.margin=-1.0")
     refused = run_py(folder, *values)
     assert refused.exit_code == 1
-    built_by = read(again, "lineage.json")["model_version"]
+    built_by = read(deployed, "lineage.json")["model_version"]
     name, number = built_by.split("/")
     command = f"zenml model version update {name} {number} --stage production"
     for part in ("deploy.require_stage is production", f"{built_by} is in", "is in stage staging", command):
