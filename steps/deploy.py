@@ -1,4 +1,4 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from zenml import step
@@ -6,6 +6,7 @@ from zenml.client import Client
 
 from steps.adapters import docker, kube
 from steps.adapters.bento import exists
+from steps.adapters.image import pinned
 from steps.config import DeployConfig, EvaluateConfig, PackageConfig
 from steps.metadata import describe, keep
 from steps.promote import check_stage
@@ -30,7 +31,8 @@ def deploy(
     if deploy.target == "docker":
         deployment |= docker.deploy(bento, deploy, asked, evaluate.max_new_tokens)
     elif deploy.target == "kubernetes":
-        deployment |= kube.deploy(lineage, deploy, asked, evaluate.max_new_tokens)
+        exact = replace(deploy, image=pinned(deploy.image))
+        deployment |= kube.deploy(lineage, exact, asked, evaluate.max_new_tokens)
     if deployment.get("outcome") in ("rolled_back", "failed"):
         keep("deployment", deployment)  # a step that fails returns nothing
         raise RuntimeError(f"{bento} was not deployed: {deployment['reason']}")

@@ -99,6 +99,23 @@ def build_service(tag: str) -> Image:
             return _build(context, "src/bentos/Dockerfile", tag, labels)
 
 
+def pinned(reference: str) -> str:
+    """An image's reference by digest, as this machine's engine pushed or pulled it.
+
+    It stays as it is where no registry gave it a digest, or no engine knows it: an image that was only loaded into a
+    cluster's nodes has none.
+    """
+    if "@" in reference:
+        return reference
+    try:
+        with engine() as client:
+            digests = client.images.get(reference).attrs["RepoDigests"]
+    except EngineError:
+        return reference
+    name = reference.rpartition(":")[0]
+    return next((digest for digest in digests if digest.startswith(f"{name}@")), reference)
+
+
 def build_steps() -> Image:
     """Build the image that pipeline steps run in, tagged by the content of what it is made from, and `latest`.
 

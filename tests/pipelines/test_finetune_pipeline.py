@@ -264,6 +264,12 @@ def lineage(name: str):
     return CliRunner().invoke(main, ["lineage", name], catch_exceptions=False)
 
 
+def test_there_is_nothing_to_roll_back_before_anything_was_deployed(first):
+    result = CliRunner().invoke(main, ["rollback"], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "no run has deployed anything yet" in result.output
+
+
 def test_a_run_deploys_what_it_packaged_to_kubernetes(deployed, cluster):
     [deployment] = deployed.run.steps["deploy"].outputs["deployment"]
     outcome = deployment.load()

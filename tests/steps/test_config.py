@@ -29,6 +29,8 @@ from steps.config import (
         (PromoteConfig, {"metric": "bleu"}, "PromoteConfig.metric"),
         (PackageConfig, {"smoke_prompts": 0}, "PackageConfig.smoke_prompts is 0"),
         (DeployConfig, {"target": "moon"}, "DeployConfig.target"),
+        (DeployConfig, {"port": 0}, "DeployConfig.port is 0; it must be from 1 to 65535"),
+        (DeployConfig, {"memory": "lots"}, "DeployConfig.memory is 'lots'; it must be a number with m or g"),
         (DeployConfig, {"require_stage": "live"}, "DeployConfig.require_stage"),
         (DeployConfig, {"target": "kubernetes"}, "DeployConfig.image is ''"),
         (DeployConfig, {"target": "kubernetes", "image": "host:5000/gpt2"}, "DeployConfig.image"),
