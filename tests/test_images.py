@@ -15,6 +15,7 @@ from secrets import token_hex
 import docker as sdk
 import pytest
 import requests
+import yaml
 from click.testing import CliRunner
 from docker.errors import DockerException, ImageNotFound
 
@@ -208,6 +209,32 @@ def test_it_answers_on_a_read_only_root_without_capabilities_as_any_user(engine,
         row = samples[0]
         assert bento.ask(url, row["instruction"], row["input"], MAX_NEW_TOKENS) == row["tuned"]
         assert requests.get(f"{url}/metadata", timeout=5).json()["bento"] == first.reference
+
+
+def test_it_runs_under_what_k8s_gives_its_pod(engine, first, samples, tmp_path):
+    deployment, config = (
+        yaml.safe_load((ROOT / "k8s" / name).read_text()) for name in ("30-deployment.yaml", "20-configmap.yaml")
+    )
+    [told] = deployment["spec"]["template"]["spec"]["containers"]
+    limits = told["resources"]["limits"]
+    for name, content in config["data"].items():
+        (tmp_path / name).write_text(content)
+    tmp_path.chmod(0o755)
+    [mount] = [mount["mountPath"] for mount in told["volumeMounts"] if mount.get("readOnly")]
+    options = {
+        "user": str(deployment["spec"]["template"]["spec"]["securityContext"]["runAsUser"]),
+        "environment": {each["name"]: each.get("value", limits["cpu"]) for each in told["env"]},
+        "volumes": {str(tmp_path): {"bind": mount, "mode": "ro"}},
+        "mem_limit": limits["memory"].removesuffix("i").lower(),
+        "nano_cpus": int(limits["cpu"]) * 10**9,
+    }
+    with container(engine, first.reference, **options) as (running, url):
+        wait_until_ready(url)
+        assert [bento.ask(url, row["instruction"], row["input"], MAX_NEW_TOKENS) for row in samples] == [
+            row["tuned"] for row in samples
+        ]
+        assert 'le="60.0"' in requests.get(f"{url}/metrics", timeout=10).text  # the configuration was read
+        assert running.exec_run([told["lifecycle"]["preStop"]["exec"]["command"][0], "0"]).exit_code == 0
 
 
 def test_it_is_soon_ready_obeys_port_turns_healthy_and_ends_at_once_with_0(engine, first):

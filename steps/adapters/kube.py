@@ -111,6 +111,9 @@ def deploy(
         result, addition = _go_back(cluster, before)
         reason = f"{error}; {addition}"
         outcome["outcome"] = result
+    except KeyboardInterrupt:
+        logger.warning("interrupted: %s", _go_back(cluster, before)[1])
+        raise
     left = cluster.get("Deployment")
     return outcome | {"reason": reason, "revision": None if left is None else _revision(left)}
 

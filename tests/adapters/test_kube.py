@@ -191,6 +191,20 @@ def test_a_deployment_after_a_rollback_is_no_conflict_with_ourselves(api, cluste
     assert {owner for field in owners for owner in owners[field]} == {"gpt2-instruct", "kube-controller-manager"}
 
 
+def test_an_interrupted_rollout_is_rolled_back(api, cluster, first, monkeypatch):
+    api.pods[NEW] = "unready"
+    pauses = iter([KeyboardInterrupt])
+
+    def sleep(_):
+        for interrupt in pauses:
+            raise interrupt
+
+    monkeypatch.setattr(kube.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        deploy_next(cluster)
+    assert api.image() == OLD
+
+
 def test_a_first_version_that_fails_is_removed_again(api, cluster):
     api.pods[OLD] = "ErrImagePull"
     outcome = deploy(cluster)
