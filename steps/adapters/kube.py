@@ -19,13 +19,13 @@ from kubernetes.config import ConfigException, load_incluster_config, load_kube_
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.util import Retry
 
+from steps.adapters.bento import NAME, BentoError, check
 from steps.config import DeployConfig
 
 logger = logging.getLogger(__name__)
 
 MANIFESTS = Path(__file__).parent.parent.parent / "k8s"
 DEPLOYER = MANIFESTS / "optional" / "deployer.yaml"  # its Role is what a deployment needs to be allowed
-NAME = "gpt2-instruct"  # of all that k8s/ holds
 MANAGER = NAME  # of the fields that we apply
 PREFIX = f"{NAME}/"  # of labels and annotations that name what a pod is made of
 REVISION = "deployment.kubernetes.io/revision"
@@ -95,7 +95,7 @@ def deploy(
         if manifest["kind"] != "Namespace" or cluster.get("Namespace", cluster.namespace) is None:
             cluster.apply(manifest, config.force)
     cluster.apply(deployment, config.force)
-    outcome: dict[str, Any] = {
+    about: dict[str, Any] = {
         "namespace": cluster.namespace,
         "image": config.image,
         "bento": lineage["bento"],
@@ -103,19 +103,17 @@ def deploy(
     }
     try:
         rolled_out = _wait(cluster)
-        _ask(cluster, lineage["bento"], samples, max_new_tokens)
+        _check_answers(cluster, lineage["bento"], samples, max_new_tokens)
         reason = f"{len(samples)} prompts were answered as the model did when it was evaluated"
-        outcome |= {"outcome": "deployed", "image_id": _image_id(cluster, rolled_out)}
-    except KubeError as error:
+        known = {"image_id": _image_id(cluster, rolled_out), "revision": _revision(rolled_out)}
+        return about | {"outcome": "deployed", "reason": reason, **known}
+    except (KubeError, BentoError) as error:
         logger.warning("the rollout failed, going back: %s", error)
-        result, addition = _go_back(cluster, before)
-        reason = f"{error}; {addition}"
-        outcome["outcome"] = result
+        outcome, now, revision = _go_back(cluster, before)
+        return about | {"outcome": outcome, "reason": f"{error}; {now}", "revision": revision}
     except KeyboardInterrupt:
         logger.warning("interrupted: %s", _go_back(cluster, before)[1])
         raise
-    left = cluster.get("Deployment")
-    return outcome | {"reason": reason, "revision": None if left is None else _revision(left)}
 
 
 def rollback(config: DeployConfig) -> dict[str, Any]:
@@ -486,17 +484,15 @@ def _image_id(cluster: Cluster, deployment: Manifest) -> str:
     return next((status["imageID"] for status in statuses if status.get("imageID")), "")
 
 
-def _ask(cluster: Cluster, bento: str, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> None:
-    """Raise KubeError unless the service is this Bento and answers as expected."""
+def _check_answers(cluster: Cluster, bento: str, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> None:
+    """Raise KubeError or BentoError unless the service is this Bento and answers as the samples have it."""
     end = time.monotonic() + SETTLE
-    for row in samples:
-        body = {"instruction": row["instruction"], "input": row["input"], "max_new_tokens": max_new_tokens}
-        answer = _answer(cluster, bento, body, end)
-        if answer != row["tuned"]:
-            raise KubeError(
-                f"the service answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, but the model "
-                f"was evaluated with {row['tuned']!r}"
-            )
+
+    def ask(instruction: str, input: str) -> str:
+        body = {"instruction": instruction, "input": input, "max_new_tokens": max_new_tokens}
+        return str(_answer(cluster, bento, body, end))
+
+    check(bento, ask, samples)
 
 
 def _answer(cluster: Cluster, bento: str, body: Mapping[str, Any], end: float) -> Any:
@@ -514,25 +510,26 @@ def _answer(cluster: Cluster, bento: str, body: Mapping[str, Any], end: float) -
         time.sleep(POLL)
 
 
-def _go_back(cluster: Cluster, before: Manifest | None) -> tuple[str, str]:
-    """Undo a failed rollout: the outcome, and what is there now in words."""
+def _go_back(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:
+    """Undo a failed rollout: the outcome, what is there now in words, and its revision where it is known."""
     try:
         if before is None:
             cluster.delete("Deployment")
-            return "rolled_back", "nothing was deployed before, and the Deployment was removed again"
+            return "rolled_back", "nothing was deployed before, and the Deployment was removed again", None
+        revision = _revision(before)
         replica_sets = cluster.replica_sets(before)
-        old = next((each for each in replica_sets if _revision(each) == _revision(before)), None)
+        old = next((each for each in replica_sets if _revision(each) == revision), None)
         if old is None:
-            return "failed", f"the cluster keeps no revision {_revision(before)} to go back to"
+            return "failed", f"the cluster keeps no revision {revision} to go back to", None
         failed = replica_sets[-1]
         if failed is old:
-            return "failed", f"revision {_revision(before)} ran before as well, so there is nothing to go back to"
+            return "failed", f"revision {revision} ran before as well, so there is nothing to go back to", revision
         _restore(cluster, old)
         now = _wait(cluster)
         cluster.delete("ReplicaSet", failed["metadata"]["name"])  # nobody should be able to roll back to it
-        return "rolled_back", f"rolled back to {_about(before)['image']}, now revision {_revision(now)}"
+        return "rolled_back", f"rolled back to {_about(before)['image']}, now revision {_revision(now)}", _revision(now)
     except KubeError as error:
-        return "failed", f"and it could not be rolled back: {error}"
+        return "failed", f"and it could not be rolled back: {error}", None
 
 
 def _restore(cluster: Cluster, replica_set: Manifest) -> None:

@@ -155,7 +155,7 @@ def test_a_version_that_answers_otherwise_is_rolled_back(api, cluster, first):
     outcome = deploy_next(cluster)
     assert outcome["outcome"] == "rolled_back"
     assert "'Toronto' to 'What is the capital?' with input 'Canada'" in outcome["reason"]
-    assert "evaluated with 'Ottawa'" in outcome["reason"]
+    assert "the model it was built from answered 'Ottawa'" in outcome["reason"]
     assert api.running() == [OLD, OLD]
 
 
