@@ -9,7 +9,7 @@ import io
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from posixpath import basename, dirname
 from secrets import token_hex
 from typing import Any
 
@@ -20,12 +20,12 @@ from docker.models.containers import Container
 from docker.utils import parse_bytes
 
 from steps.adapters import bento
-from steps.adapters.image import EngineError, engine, service_image
+from steps.adapters.image import EngineError, engine, read_file, service_image
 from steps.config import DeployConfig
 
 LABEL = "gpt2-instruct.deployment"
 PORT = "3000/tcp"  # of the image
-ADDRESS = PurePosixPath("/front/address")  # bentos/front.py's
+ADDRESS = "/front/address"  # bentos/front.py's
 START_TIMEOUT = 180  # seconds; a base of 1.5 GB is read in that time
 LAST_CONNECT = 2  # seconds in which a request that the front had begun reaches the service before
 GRACE = 75  # seconds; longer than the service's deadline for an answer
@@ -117,13 +117,10 @@ class _Site:
         if front is None:
             return None
         try:
-            chunks, _ = front.get_archive(str(ADDRESS))
+            address = read_file(front, ADDRESS).decode()
         except NotFound:
             return None
-        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
-            file = archive.extractfile(ADDRESS.name)
-            assert file is not None
-            return self._get(file.read().decode().removeprefix("http://").partition(":")[0])
+        return self._get(address.removeprefix("http://").partition(":")[0])
 
     def previous(self, *others: Container | None) -> Container | None:
         """The newest service that is none of the others."""
@@ -230,7 +227,7 @@ class _Site:
             entrypoint=["python", "-m", "bentos.front"],
             network=self.name,
             ports={PORT: (self.config.host, self.config.port)},
-            volumes={self.name: {"bind": str(ADDRESS.parent), "mode": "rw"}},
+            volumes={self.name: {"bind": dirname(ADDRESS), "mode": "rw"}},
             mem_limit="256m",
             restart_policy=RESTART,
             **CONFINED,
@@ -253,10 +250,10 @@ def _point(front: Container, service: Container) -> None:
     content = f"http://{service.name}:{PORT.partition('/')[0]}\n".encode()
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        entry = tarfile.TarInfo(ADDRESS.name)
+        entry = tarfile.TarInfo(basename(ADDRESS))
         entry.size = len(content)
         tar.addfile(entry, io.BytesIO(content))
-    if not front.put_archive(str(ADDRESS.parent), archive.getvalue()):
+    if not front.put_archive(dirname(ADDRESS), archive.getvalue()):
         raise EngineError(f"{front.name} could not be told of {service.name}")
 
 
