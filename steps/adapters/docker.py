@@ -55,6 +55,7 @@ def deploy(tag: str, config: DeployConfig, samples: Sequence[Mapping[str, Any]],
     image = service_image(tag)
     with engine() as client:
         site = _Site(client, config)
+        site.check_host()
 
         def check(url: str) -> None:
             bento.check(tag, lambda text, input: bento.ask(url, text, input, max_new_tokens), samples)
@@ -111,6 +112,16 @@ class _Site:
         self.name = f"{bento.NAME}-{config.port}"
         self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"
 
+    def check_host(self) -> None:
+        """A front can't change the address that it listens on, and a second one can't have its port."""
+        front = self._get(self.name)
+        host = self.config.host if front is None else front.attrs["HostConfig"]["PortBindings"][PORT][0]["HostIp"]
+        if host != self.config.host:
+            raise DeployError(
+                f"deploy.host is {self.config.host}, but port {self.config.port} is served on {host}; take another "
+                f"deploy.port, or take that down first: docker rm -f {self.name}"
+            )
+
     def current(self) -> Container | None:
         """The service that the front passes requests on to."""
         front = self._get(self.name)
@@ -161,12 +172,7 @@ class _Site:
 
     def switch(self, new: Container, old: Container | None) -> None:
         """Let the front pass requests on to `new`; if it cannot, to `old` as before."""
-        front = self._get(self.name)
-        if front is not None and self._binding(front) != self.config.host:
-            front.remove(force=True)
-            front = None
-        if front is None:
-            front = self._create_front(new.image.id)
+        front = self._get(self.name) or self._create_front(new.image.id)
         _point(front, new)
         try:
             try:
@@ -201,12 +207,9 @@ class _Site:
 
     def serves(self, current: Container, image: str) -> bool:
         """Whether the current service is of this image and is there as the configuration asks."""
-        front = self._get(self.name)
         return (
             current.image.id == image
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
-            and front is not None
-            and self._binding(front) == self.config.host
             and _is_ready(self.url)
         )
 
@@ -232,9 +235,6 @@ class _Site:
             restart_policy=RESTART,
             **CONFINED,
         )
-
-    def _binding(self, front: Container) -> str:
-        return str(front.attrs["HostConfig"]["PortBindings"][PORT][0]["HostIp"])
 
     def _services(self) -> list[Container]:
         return list(self.client.containers.list(all=True, filters={"label": f"{LABEL}={self.name}"}))
