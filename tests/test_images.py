@@ -388,6 +388,11 @@ def test_only_the_last_service_is_kept_and_none_runs_with_rights(engine, first, 
     third = docker.deploy(second.reference, larger, samples, MAX_NEW_TOKENS)
     assert (third["outcome"], third["previous"]) == ("deployed", first.reference)  # the same image is no step back
     assert states(engine, site) == {"running": 2, "exited": 1}
+    elsewhere = DeployConfig(target="docker", port=site.port, host="127.0.0.2")
+    with pytest.raises(
+        DeployError, match=rf"deploy.host is 127\.0\.0\.2, but port {site.port} is served on 127\.0\.0\.1"
+    ):
+        docker.deploy(first.reference, elsewhere, samples, MAX_NEW_TOKENS)
     for started in containers(engine, site):
         host = started.attrs["HostConfig"]
         assert host["ReadonlyRootfs"]

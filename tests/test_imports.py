@@ -35,7 +35,7 @@ WORLDS = {  # what each adapter is the door to
     "docker": {"docker", "requests"},
     "download": {"requests", "urllib3", "tqdm"},
     "hub": {"huggingface_hub"},
-    "image": {"docker"},
+    "image": {"docker", "requests"},
     "kube": {"kubernetes", "urllib3", "yaml"},
     "progress": {"tqdm"},
     "report": {"evidently", "jinja2", "pandas", "plotly"},
