@@ -61,11 +61,9 @@ class Traced:
     def model_versions(self) -> list[str]:
         """By number, and by stage where it has one."""
         version = self.run.model_version
-        return (
-            []
-            if version is None
-            else [f"{version.model.name}/{each}" for each in (version.name, version.stage) if each]
-        )
+        if version is None:
+            return []
+        return [f"{version.model.name}/{each}" for each in (version.name, version.stage) if each]
 
     @cached_property
     def names(self) -> dict[str, str]:
