@@ -1,7 +1,7 @@
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
-from zenml import step
+from zenml import get_step_context, step
 from zenml.client import Client
 
 from steps.adapters import docker, kube
@@ -26,7 +26,8 @@ def deploy(
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
     check_stage(deploy.require_stage, promotion["model_version"], lineage["model_version"])
-    deployment: dict[str, Any] = {"target": deploy.target, "bento": bento, "config": asdict(deploy)}
+    run = str(get_step_context().pipeline_run.id)
+    deployment: dict[str, Any] = {"target": deploy.target, "bento": bento, "run": run, "config": asdict(deploy)}
     asked = samples[: package.smoke_prompts]
     if deploy.target == "docker":
         deployment |= docker.deploy(bento, deploy, asked, evaluate.max_new_tokens)

@@ -161,7 +161,7 @@ def _bento_node(run: Traced, deployments: list[ArtifactVersionResponse]) -> Node
 def _deployment(deployment: ArtifactVersionResponse, about: dict[str, Any]) -> str:
     shown = ("namespace", "image", "image_id", "url", "revision")
     where = ", ".join(f"{key} {about[key]}" for key in shown if about.get(key) not in (None, ""))
-    by = f", by run {deployment.producer_pipeline_run_id}" if deployment.producer_pipeline_run_id else ""
+    by = f", by run {about['run']}" if "run" in about else ", by hand"
     when = f"{deployment.created:%Y-%m-%d %H:%M:%S}"
     text = f"deploy: {about['target']}, {about.get('outcome')} on {when}{by}: {where}"
     reason = about.get("reason", "") if about.get("outcome") != "deployed" else ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -295,7 +296,8 @@ def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recor
         assert part in line
     newest = Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1).items[0]
     assert newest.load()["outcome"] == newest.run_metadata["outcome"] == "rolled_back"
-    assert "rolled_back" in lineage(read(deployed, "lineage.json")["bento"]).output
+    failed = Client().list_pipeline_runs(sort_by="desc:created", size=1).items[0]
+    assert re.search(rf"rolled_back on .* by run {failed.id}", lineage(newest.run_metadata["bento"]).output)
 
 
 def test_rollback_goes_back_where_the_last_deployment_was_made_and_is_recorded(folder, deployed, cluster):
@@ -308,7 +310,7 @@ def test_rollback_goes_back_where_the_last_deployment_was_made_and_is_recorded(f
         assert result.exit_code == 0, result.output
         assert f"image: {image}" in result.output
         assert cluster.api.running() == [image, image]
-    assert "was rolled back by hand" in lineage(read(deployed, "lineage.json")["bento"]).output
+    assert "by hand: namespace gpt2-instruct" in lineage(read(deployed, "lineage.json")["bento"]).output
 
 
 def test_no_token_is_in_the_store_or_in_the_outputs(folder, deployed):
