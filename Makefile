@@ -45,5 +45,9 @@ report:
 dashboard: install
 	$(BIN)/zenml login --local
 
+# local, docker or kubernetes, from stacks/; safe to repeat
+stack-%: install
+	$(BIN)/python -m stacks.register $*
+
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -14,8 +14,9 @@ CORE = {"gpt2core", "torch", "numpy", "tiktoken", "safetensors"}
 MAY_IMPORT = {
     "gpt2core/*.py": CORE,
     "gpt2core/demo/*.py": CORE | {"tokenizers"},
-    "pipelines/*.py": {"pipelines", "steps", "zenml", "gpt2core", "yaml", "pydantic"},
+    "pipelines/*.py": {"pipelines", "steps", "stacks", "zenml", "gpt2core", "yaml", "pydantic", "kubernetes"},
     "steps/*.py": {"steps", "zenml", "gpt2core"},
+    "stacks/*.py": {"stacks", "zenml", "docker", "yaml", "pydantic"},
     "bentos/*.py": {"bentos", "gpt2core", "bentoml", "fastapi", "starlette", "pydantic"},
 }
 WORLDS = {  # what each adapter is the door to
@@ -29,7 +30,9 @@ WORLDS = {  # what each adapter is the door to
     "source": set(),
     "tracking": {"wandb"},
 }
-PYTHON = [path for room in ("gpt2core", "steps", "pipelines", "bentos") for path in (ROOT / room).rglob("*.py")]
+PYTHON = [
+    path for room in ("gpt2core", "steps", "pipelines", "bentos", "stacks") for path in (ROOT / room).rglob("*.py")
+]
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -93,7 +96,13 @@ def test_what_is_imported_is_declared():
     declared = (ROOT / "pyproject.toml").read_text()
     packages = {"yaml": "pyyaml", "huggingface_hub": "transformers", "rouge_score": "rouge-score"}
     part_of = {"urllib3": "requests", "pydantic": "zenml", "fastapi": "zenml", "starlette": "bentoml"}
-    for name in set().union(*MAY_IMPORT.values(), *WORLDS.values()) - {"gpt2core", "steps", "pipelines", "bentos"}:
+    for name in set().union(*MAY_IMPORT.values(), *WORLDS.values()) - {
+        "gpt2core",
+        "steps",
+        "pipelines",
+        "bentos",
+        "stacks",
+    }:
         assert f'"{packages.get(name, part_of.get(name, name))}' in declared, name
 
 

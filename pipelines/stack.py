@@ -1,0 +1,58 @@
+"""Whether the active stack and this machine have what a run configuration asks for: known before anything runs."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from zenml.client import Client
+
+from pipelines.config import ConfigError
+from stacks import engine, register
+from stacks.containers import FLAVOR
+
+
+def check_stack(config: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError if a component that the configuration names is not in the active stack, or cannot start."""
+    stack = Client().active_stack_model
+    flavors = {
+        (kind.value, component.name): component.flavor_name
+        for kind, components in stack.components.items()
+        for component in components
+    }
+    there = {*flavors, *((kind, flavor) for (kind, _), flavor in flavors.items())}
+    wanted = set(_components(config))
+    for kind, name in sorted(wanted - there):
+        stacks = " or ".join(f"`make stack-{other}`" for other in register.names() if register.has(other, kind, name))
+        raise ConfigError(
+            f"{source} asks for the {kind.replace('_', ' ')} {name!r}, which the active stack {stack.name!r} has not; "
+            + (f"{stacks} makes one active that has it" if stacks else "add it to the stack")
+        )
+    if FLAVOR in {flavors.get(component, component[1]) for component in wanted}:
+        try:
+            for image in _images(config):
+                engine.check_image(image)
+        except engine.EngineError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+
+def _components(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(type, name or flavor) of each component that settings or steps name."""
+    for part in _parts(config):
+        for key in part.get("settings") or {}:
+            kind, dot, flavor = key.partition(".")
+            if dot:
+                yield kind, flavor
+        if part.get("step_operator"):
+            yield "step_operator", part["step_operator"]
+
+
+def _images(config: Mapping[str, Any]) -> Iterator[str]:
+    """Images that are taken as they are."""
+    for part in _parts(config):
+        docker = (part.get("settings") or {}).get("docker") or {}
+        if docker.get("skip_build"):
+            yield docker["parent_image"]
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The run, and each step that the configuration has something to say of."""
+    return [config, *(step for step in (config.get("steps") or {}).values() if step)]
