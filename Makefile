@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/local.yaml
 PORT ?= 3000
 
-.PHONY: install run test test-slow lint format serve report dashboard clean
+.PHONY: install run test test-slow lint format serve report dashboard image image-train clean
 
 install: .venv/.installed
 
@@ -44,6 +44,13 @@ report:
 
 dashboard: install
 	$(BIN)/zenml login --local
+
+# BASE_IMAGE=, TORCH_INDEX= (its CUDA indices too) and BUILD_IMAGE= choose what they are made from: see the Dockerfiles.
+image: install
+	@$(BIN)/python run.py image service
+
+image-train: install
+	@$(BIN)/python run.py image steps
 
 # local, docker or kubernetes, from stacks/; safe to repeat
 stack-%: install

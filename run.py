@@ -42,6 +42,29 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
         click.echo(f"{run.name}: {run.status.value}; results in outputs/latest")
 
 
+@main.command()
+@click.argument("which", type=click.Choice(["service", "steps"]))
+def image(which: str) -> None:
+    """Build the image of the newest run's service, or of the pipeline's steps; print its tag.
+
+    BASE_IMAGE, BUILD_IMAGE, TORCH_INDEX and BUILD_NETWORK of the environment choose what it is made from.
+    """
+    from steps.adapters import bento
+    from steps.adapters import image as images
+    from steps.outputs import OUTPUTS
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(images.__name__).setLevel(logging.DEBUG)
+    newest = OUTPUTS / "latest" / "bento.txt"
+    if which == "service" and not newest.is_file():
+        raise click.ClickException("there is no Bento yet; make run builds one")
+    try:
+        built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
+    except (bento.BentoError, images.EngineError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"SBOM: {built.sbom}\n{built.reference}")
+
+
 def _run(pipeline: Any) -> Any:
     """Run it; what a step cannot go on with is one line here, and its traceback is in ZenML's record of the step."""
     orchestrator = logging.getLogger("zenml.orchestrators.local.local_orchestrator")

@@ -24,6 +24,7 @@ WORLDS = {  # what each adapter is the door to
     "bento": {"bentoml", "requests", "yaml"},
     "download": {"requests", "urllib3", "tqdm"},
     "hub": {"huggingface_hub"},
+    "image": {"docker"},
     "progress": {"tqdm"},
     "report": {"evidently", "jinja2", "pandas", "plotly"},
     "rouge": {"rouge_score"},

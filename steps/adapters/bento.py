@@ -83,6 +83,29 @@ def exists(tag: str) -> bool:
     return all((_in_store("models", model["tag"]) / "model.yaml").is_file() for model in models)
 
 
+def lineage(tag: str) -> dict[str, Any]:
+    """The lineage that a Bento of the store was built with.
+
+    Raises:
+        BentoError: the store has no such Bento.
+    """
+    if not exists(tag):
+        raise BentoError(f"the Bento {tag} is not in the store; run the pipeline again with --no-cache")
+    return dict(json.loads((_in_store("bentos", tag) / "src" / "lineage.json").read_text()))
+
+
+def export(tag: str, file: Path) -> None:
+    """Write a Bento and its models as a tar, whose name has to end so.
+
+    Raises:
+        BentoError: with the last lines of BentoML's log.
+    """
+    command = [*_bentoml("export"), tag, str(file.absolute())]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BentoError(f"bentoml export failed:\n{_tail(done.stdout + done.stderr)}")
+
+
 @contextmanager
 def serve(tag: str) -> Iterator[str]:
     """Serve a Bento on a free port of this machine; its address, once it is ready.

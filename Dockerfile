@@ -1,0 +1,32 @@
+# The image that the pipeline's steps run in: every dependency as tested, and none of the code, which ZenML brings along.
+#   make image-train                                                      CPU
+#   make image-train TORCH_INDEX=https://download.pytorch.org/whl/cu130   CUDA
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BUILD_IMAGE=${BASE_IMAGE}
+
+# a stage of its own: what else changes in pyproject.toml installs nothing anew
+FROM ${BUILD_IMAGE} AS wanted
+COPY pyproject.toml /
+RUN python3 -c "import tomllib; print(*tomllib.load(open('/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /requirements.txt
+
+FROM ${BUILD_IMAGE} AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY --from=wanted /requirements.txt /build/
+COPY constraints.txt /build/
+# torch's "+cpu" (or "+cu130") counts as newer than the same version of the package index
+RUN python3 -m venv /opt/venv \
+ && /opt/venv/bin/pip install --quiet ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c /build/constraints.txt -r /build/requirements.txt
+RUN python3 -m venv /build/sbom \
+ && /build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0 \
+ && /build/sbom/bin/cyclonedx-py environment --output-reproducible --output-file /opt/venv/sbom.cdx.json /opt/venv
+
+FROM ${BASE_IMAGE}
+COPY --from=build /opt/venv /opt/venv
+# where ZenML unpacks the code, as whatever user the step runs as
+RUN mkdir -m 1777 /app
+WORKDIR /app
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+# a step ends with its work and answers nobody, so there is nothing to ask for its health
+HEALTHCHECK NONE
