@@ -23,8 +23,8 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
     for kind, name in sorted(wanted - there):
         stacks = " or ".join(f"`make stack-{other}`" for other in register.names() if register.has(other, kind, name))
         raise ConfigError(
-            f"{source} asks for the {kind.replace('_', ' ')} {name!r}, which the active stack {stack.name!r} has not; "
-            + (f"{stacks} makes one active that has it" if stacks else "add it to the stack")
+            f"{source} asks for the {kind.replace('_', ' ')} {name!r}, which the active stack {stack.name!r} does not "
+            f"have; {f'{stacks} makes one active that has it' if stacks else 'add it to the stack'}"
         )
     if FLAVOR in {flavors.get(component, component[1]) for component in wanted}:
         try:

@@ -88,20 +88,22 @@ def _register_flavors(client: Any) -> None:
 def _register_component(client: Any, kind: str, name: str, flavor: str, configuration: dict[str, Any]) -> Any:
     """The id of a component as the file says it; one of another flavor under its name is not touched."""
     from zenml.enums import StackComponentType
-    from zenml.exceptions import StackComponentInterfaceError
+    from zenml.exceptions import ZenMLBaseException
 
     of_kind = StackComponentType(kind)
     try:
         there = client.get_stack_component(of_kind, name, allow_name_prefix_match=False)
     except KeyError:
-        try:
-            return client.create_stack_component(name, flavor, of_kind, configuration).id
-        except (ValueError, ImportError, StackComponentInterfaceError) as error:
-            raise StackError(f"the {kind} {name} cannot be registered: {error}") from None
-    if there.flavor_name != flavor:
+        there = None
+    if there is not None and there.flavor_name != flavor:
         raise StackError(f"there is another {kind} {name}, of flavor {there.flavor_name}; rename or delete that one")
-    if name != "default" and there.configuration != configuration:  # ZenML's own are the user's to configure
-        client.update_stack_component(there.id, of_kind, configuration=configuration)
+    try:
+        if there is None:
+            there = client.create_stack_component(name, flavor, of_kind, configuration)
+        elif name != "default" and there.configuration != configuration:  # ZenML's own are the user's to configure
+            client.update_stack_component(there.id, of_kind, configuration=configuration)
+    except (ZenMLBaseException, ValueError, ImportError) as error:
+        raise StackError(f"the {kind} {name} cannot be registered: {error}") from None
     return there.id
 
 

@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import copy2, rmtree
+from shutil import rmtree
 
 import pytest
 import requests
 
+from tests.copies import copy_project, fresh_environment
 from tests.s3 import keys, serve_s3
 
 ROOT = Path(__file__).parent.parent
@@ -25,29 +26,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    copy = tmp_path_factory.mktemp("project")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in listed.stdout.decode().split("\0"):
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            copy2(ROOT / name, copy / name)
-    (copy / ".venv").symlink_to(sys.prefix)
-    return copy
+    return copy_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
 def environment(project, tmp_path_factory):
-    """Of a user who has just logged in, but for the copy's own code before the one installed in this environment."""
-    names = ("LANG", "TMPDIR", "TIKTOKEN_CACHE_DIR")
-    passed = {name: os.environ[name] for name in names if name in os.environ}
-    home = tmp_path_factory.mktemp("home")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return passed | {"HOME": str(home), "PATH": path, "PYTHONPATH": str(project), "ZENML_ANALYTICS_OPT_IN": "false"}
+    return fresh_environment(project, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
