@@ -40,7 +40,7 @@ class ContainerSettings(BaseSettings):
     mounts: absolute paths of this machine that the step may read, e.g. of `data.path`.
     """
 
-    memory: str | None = None
+    memory: str | None = Field(default=None, pattern=r"^[1-9][0-9]*[kmg]$")
     network: str | None = None
     mounts: list[str] = Field(default=[])
 

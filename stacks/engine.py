@@ -66,6 +66,9 @@ def run_arguments(
         writable, readable: folders and files of this machine that the container sees at the same place.
         memory: e.g. "8g"; /tmp and /app, which live in memory, count. None: all there is.
     """
+    for path in readable:
+        if not path.is_absolute() or not path.exists():  # the engine would make a folder of it
+            raise EngineError(f"mounts has {path}; name absolute paths that are there")
     modes = {**dict.fromkeys(readable, "ro"), **dict.fromkeys(writable, "rw")}
     return {
         "user": f"{os.getuid()}:{os.getgid()}",  # what the step writes to our folders is ours
@@ -75,7 +78,8 @@ def run_arguments(
         "init": True,  # a signal reaches the step, and the server that `package` starts leaves no zombie
         "tmpfs": {"/tmp": "mode=1777", "/app": "mode=1777"},  # ZenML unpacks the code in /app
         "volumes": {str(path): {"bind": str(path), "mode": mode} for path, mode in modes.items()},
-        "environment": {"HOME": "/tmp", "LOGNAME": "step", "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        # nobody in the image has our number, so Python would not find a name and a home for it
+        "environment": {"HOME": "/tmp", "LOGNAME": "step", **environment},
         "network_mode": network,
         "mem_limit": memory,
         "memswap_limit": memory,
@@ -112,7 +116,7 @@ def start(image: str, command: Sequence[str], arguments: Mapping[str, Any], run:
 def find(run: str, step: str) -> Container | None:
     """The container of a step, running or not."""
     labels = [f"{NAME}.run={run}", f"{NAME}.step={step}"]
-    return next(iter(connect().containers.list(all=True, filters={"label": labels})), None)
+    return next(iter(connect().containers.list(all=True, filters={"label": labels}, ignore_removed=True)), None)
 
 
 def follow(container: Container) -> None:
