@@ -43,6 +43,18 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 
 
 @main.command()
+def rollback() -> None:
+    """Bring back the service that answered before the last deployment."""
+    from steps.deploy import rollback as bring_back
+
+    try:
+        outcome = bring_back()
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo("\n".join(f"{name}: {value}" for name, value in outcome.items()))
+
+
+@main.command()
 @click.argument("which", type=click.Choice(["service", "steps"]))
 def image(which: str) -> None:
     """Build the image of the newest run's service, or of the pipeline's steps; print its tag.

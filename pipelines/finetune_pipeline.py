@@ -56,5 +56,5 @@ def finetune_pipeline(
     page, report_json, curves = report_step(samples, metrics, history)
     promote_step(metrics, promote)
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, evaluate)
-    deploy_step(bento, deploy)
+    deploy_step(bento, samples, deploy, package, evaluate)
     export_outputs(samples, metrics, split, page, report_json, curves, base_dir, adapter, lineage)

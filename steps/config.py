@@ -1,5 +1,6 @@
 """Values of the pipeline outside of the mathematics, with their defaults; gpt2core.config has the others."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -87,10 +88,17 @@ class PackageConfig:
 
 @dataclass(frozen=True)
 class DeployConfig:
-    target: Literal["none"] = "none"
+    """Where the Bento answers users: nowhere yet, or in a container of this machine's engine."""
+
+    target: Literal["none", "docker"] = "none"
+    host: str = "127.0.0.1"  # of docker: the address that is listened on; 0.0.0.0 lets other machines ask
+    port: int = 3000  # of docker, and the deployment's name; as `make serve` and all examples have it
+    memory: str = "2g"  # of docker: more ends the container; three times what a nano needs with its requests
 
     def __post_init__(self) -> None:
-        _check(self, "target", self.target == "none", "none, the only target there is as yet")
+        _check(self, "target", self.target in ("none", "docker"), "none or docker")
+        _check(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
+        _check(self, "memory", re.fullmatch(r"[1-9]\d*[mg]", self.memory) is not None, "a number with m or g, like 2g")
 
 
 @dataclass(frozen=True)

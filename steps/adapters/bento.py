@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -156,21 +156,26 @@ def ask(url: str, instruction: str, input: str, max_new_tokens: int) -> str:
 
 
 def smoke(tag: str, expected: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
-    """Serve the Bento and ask it; the answers, which are those of the rows (`instruction`, `input`, `answer`).
+    """Serve the Bento and `check` it."""
+    with serve(tag) as url:
+        return check(tag, lambda text, input: ask(url, text, input, max_new_tokens), expected)
+
+
+def check(tag: str, ask: Callable[[str, str], str], expected: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ask for each row's `instruction` and `input`; the answers, which are the rows' `tuned`.
 
     Raises:
-        BentoError: it cannot be served or asked, or it answers something else.
+        BentoError: it answers something else.
     """
     answers = []
-    with serve(tag) as url:
-        for row in expected:
-            answer = ask(url, row["instruction"], row["input"], max_new_tokens)
-            if answer != row["answer"]:
-                raise BentoError(
-                    f"{tag} answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, "
-                    f"but the model it was built from answered {row['answer']!r}"
-                )
-            answers.append(answer)
+    for row in expected:
+        answer = ask(row["instruction"], row["input"])
+        if answer != row["tuned"]:
+            raise BentoError(
+                f"{tag} answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, "
+                f"but the model it was built from answered {row['tuned']!r}"
+            )
+        answers.append(answer)
     return answers
 
 

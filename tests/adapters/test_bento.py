@@ -107,11 +107,11 @@ def test_an_adapter_is_described_by_its_digest_and_its_lora_config(adapter_dir):
 
 def test_smoke_returns_the_answers_that_were_expected(tag, url):
     answer = bento.ask(url, "Hello.", "", 5)
-    assert bento.smoke(tag, [{"instruction": "Hello.", "input": "", "answer": answer}], 5) == [answer]
+    assert bento.smoke(tag, [{"instruction": "Hello.", "input": "", "tuned": answer}], 5) == [answer]
 
 
 def test_smoke_refuses_an_answer_that_is_not_the_models_and_leaves_no_process(tag):
-    row = {"instruction": "Hello.", "input": "", "answer": "something else"}
+    row = {"instruction": "Hello.", "input": "", "tuned": "something else"}
     before = servers()
     with pytest.raises(BentoError, match=r"(?s)to 'Hello\.'.*answered 'something else'"):
         bento.smoke(tag, [row], 5)
