@@ -49,10 +49,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(project, home):
-    """Start a command in the project."""
+    """Start a command in the project; it is interrupted if the tests are done before it is."""
+    started: list[subprocess.Popen[str]] = []
 
     def start(*words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             words,
             cwd=project,
             env=fresh_environment(project, home),
@@ -60,8 +61,14 @@ def start(project, home):
             stderr=subprocess.STDOUT,
             text=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +145,9 @@ def test_a_killed_container_fails_the_run_with_its_last_words_and_its_successor_
     stack("local")
     stores = home / ".config" / "zenml" / "local_stores"
     process = start(*finetune("docker_gpu_step.yaml", *LONG))
-    wait_for(process, lambda: list(stores.rglob("checkpoint.safetensors")))
-    [container] = containers(home)
+    [container] = wait_for(process, lambda: [c for c in containers(home) if c.status == "running"])
     assert container.labels[f"{engine.NAME}.step"] == "finetune"
+    wait_for(process, lambda: list(stores.rglob("checkpoint.safetensors")))
     container.kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
