@@ -11,8 +11,9 @@ from stacks.containers import FLAVOR
 
 
 def check_stack(config: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError if a component that the configuration names is not in the active stack, or cannot start."""
-    stack = Client().active_stack_model
+    """Raise ConfigError if the active stack lacks a component that the configuration names, or it could not start."""
+    client = Client()
+    stack = client.active_stack_model
     flavors = {
         (kind.value, component.name): component.flavor_name
         for kind, components in stack.components.items()
@@ -26,12 +27,26 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
             f"{source} asks for the {kind.replace('_', ' ')} {name!r}, which the active stack {stack.name!r} does not "
             f"have; {f'{stacks} makes one active that has it' if stacks else 'add it to the stack'}"
         )
-    if FLAVOR in {flavors.get(component, component[1]) for component in wanted}:
+    used = {flavors.get(component, component[1]) for component in wanted}
+    if FLAVOR in used:
         try:
             for image in _images(config):
                 engine.check_image(image)
         except engine.EngineError as error:
             raise ConfigError(f"{source}: {error}") from None
+    if "kubernetes" in used and client.zen_store.is_local_store():
+        raise ConfigError(
+            f"{source} runs steps as pods, which cannot reach ZenML's store on this machine; `zenml login` a server "
+            "that they can reach (docs/kubernetes.md)"
+        )
+    for secret in sorted({secret for part in _parts(config) for secret in part.get("secrets") or []}):
+        try:
+            client.get_secret(secret, allow_partial_name_match=False)
+        except KeyError:
+            raise ConfigError(
+                f"{source} asks for the secret {secret!r}, which ZenML's secret store does not have; "
+                f"`zenml secret create {secret} --NAME=…` makes it"
+            ) from None
 
 
 def _components(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

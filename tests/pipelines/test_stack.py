@@ -44,6 +44,24 @@ def test_a_component_that_no_stack_here_has_is_named_too():
         check_stack({"steps": {"finetune": {"step_operator": "mine"}}}, "mine.yaml")
 
 
+def test_a_store_that_pods_cannot_reach_is_said_before_anything_runs(monkeypatch):
+    for variable in ("ARTIFACT_STORE", "REGISTRY", "KUBERNETES_CONTEXT"):
+        monkeypatch.setenv(variable, "s3://bucket/zenml")
+    register.register("kubernetes")
+    with pytest.raises(ConfigError, match=r"kubernetes\.yaml runs steps as pods, .*`zenml login`"):
+        check_stack(config("kubernetes.yaml"), "kubernetes.yaml")
+
+
+def test_a_secret_that_is_not_there_is_named_with_the_command_that_makes_it():
+    with pytest.raises(ConfigError, match=r"secret 'nobodys', .*`zenml secret create nobodys --NAME=…`"):
+        check_stack({"steps": {"finetune": {"secrets": ["nobodys"]}}}, "mine.yaml")
+
+
+def test_a_secret_that_is_there_is_enough():
+    Client().create_secret("somebodys", {"HF_TOKEN": "x"})
+    check_stack({"secrets": ["somebodys"]}, "mine.yaml")
+
+
 @pytest.mark.parametrize("name", ["local.yaml", "dev.yaml", "random_base.yaml", "gpt2_medium.yaml"])
 def test_a_config_without_containers_asks_for_nothing(name):
     check_stack(config(name), name)
