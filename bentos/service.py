@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from bentos.answering import Answerer
 from bentos.errors import OneErrorShape, RequestError
 from bentos.schemas import ErrorResponse, PredictRequest, PredictResponse
 
@@ -46,6 +45,9 @@ class GPT2Instruct:
     adapter = bentoml.models.BentoModel(models.adapter)
 
     def __init__(self) -> None:
+        # here: BentoML's parent process reads this file too, and need not load torch for it (a second, 200 MB)
+        from bentos.answering import Answerer
+
         self.lineage = json.loads(LINEAGE.read_text(encoding="utf-8"))
         self.answerer = Answerer(self.base.path, self.adapter.path, self.lineage["bento"])
 

@@ -10,11 +10,13 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("gpt2core", "steps", "bentos")
 
 
-def code_of(step_module: str, *others: str, cache_func: Callable[[], str] | None = None) -> CachePolicy:
+def code_of(
+    step_module: str, *others: str, folder: str | None = None, cache_func: Callable[[], str] | None = None
+) -> CachePolicy:
     """A cache policy with the source files of the modules and all that they import, directly or not, from this repo.
 
-    ZenML's own key knows the step function alone: a change in gpt2core would go unseen. What `cache_func` returns is
-    part of the key too.
+    ZenML's own key knows the step function alone: a change in gpt2core would go unseen. All files of `folder`, and what
+    `cache_func` returns, are part of the key too.
     """
     found: set[Path] = set()
     todo = [step_module, *others]
@@ -24,7 +26,8 @@ def code_of(step_module: str, *others: str, cache_func: Callable[[], str] | None
             found.add(file)
             todo += _imports(file)
     beside = {file for module in found for file in module.parent.glob(f"{module.stem}.*")}  # a template, requirements
-    files = sorted(file.relative_to(ROOT).as_posix() for file in found | beside)
+    whole = {file for file in (ROOT / folder).iterdir() if file.is_file()} if folder is not None else set()
+    files = sorted(file.relative_to(ROOT).as_posix() for file in found | beside | whole)
     return CachePolicy(file_dependencies=files, cache_func=cache_func)  # type: ignore[arg-type]
 
 

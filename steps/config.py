@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from typing import Literal
 
 from gpt2core.config import PRESETS, PretrainConfig
@@ -10,6 +11,14 @@ from gpt2core.config import PRESETS, PretrainConfig
 def _check(config: object, name: str, holds: bool, rule: str) -> None:
     if not holds:
         raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; it must be {rule}")
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        IPv4Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class DeployConfig:
 
     def __post_init__(self) -> None:
         _check(self, "target", self.target in ("none", "docker"), "none or docker")
+        _check(self, "host", _is_ipv4(self.host), "an IPv4 address of this machine, or 0.0.0.0 for all of them")
         _check(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
         _check(self, "memory", re.fullmatch(r"[1-9]\d*[mg]", self.memory) is not None, "a number with m or g, like 2g")
 

@@ -37,7 +37,7 @@ WORLDS = {  # what each adapter is the door to
     "docker": {"docker", "requests"},
     "download": {"requests", "urllib3", "tqdm"},
     "hub": {"huggingface_hub"},
-    "image": {"docker"},
+    "image": {"docker", "requests"},
     "progress": {"tqdm"},
     "report": {"evidently", "jinja2", "pandas", "plotly"},
     "rouge": {"rouge_score"},

@@ -9,7 +9,7 @@ import io
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from posixpath import basename, dirname
 from secrets import token_hex
 from typing import Any
 
@@ -20,12 +20,12 @@ from docker.models.containers import Container
 from docker.utils import parse_bytes
 
 from steps.adapters import bento
-from steps.adapters.image import EngineError, engine, service_image
+from steps.adapters.image import EngineError, engine, read_file, service_image
 from steps.config import DeployConfig
 
 LABEL = "gpt2-instruct.deployment"
 PORT = "3000/tcp"  # of the image
-ADDRESS = PurePosixPath("/front/address")  # bentos/front.py's
+ADDRESS = "/front/address"  # bentos/front.py's
 START_TIMEOUT = 180  # seconds; a base of 1.5 GB is read in that time
 LAST_CONNECT = 2  # seconds in which a request that the front had begun reaches the service before
 GRACE = 75  # seconds; longer than the service's deadline for an answer
@@ -55,6 +55,7 @@ def deploy(tag: str, config: DeployConfig, samples: Sequence[Mapping[str, Any]],
     image = service_image(tag)
     with engine() as client:
         site = _Site(client, config)
+        site.check_host()
 
         def check(url: str) -> None:
             bento.check(tag, lambda text, input: bento.ask(url, text, input, max_new_tokens), samples)
@@ -111,19 +112,26 @@ class _Site:
         self.name = f"{bento.NAME}-{config.port}"
         self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"
 
+    def check_host(self) -> None:
+        """A front can't change the address that it listens on, and a second one can't have its port."""
+        front = self._get(self.name)
+        host = self.config.host if front is None else front.attrs["HostConfig"]["PortBindings"][PORT][0]["HostIp"]
+        if host != self.config.host:
+            raise DeployError(
+                f"deploy.host is {self.config.host}, but port {self.config.port} is served on {host}; take another "
+                f"deploy.port, or take that down first: docker rm -f {self.name}"
+            )
+
     def current(self) -> Container | None:
         """The service that the front passes requests on to."""
         front = self._get(self.name)
         if front is None:
             return None
         try:
-            chunks, _ = front.get_archive(str(ADDRESS))
+            address = read_file(front, ADDRESS).decode()
         except NotFound:
             return None
-        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
-            file = archive.extractfile(ADDRESS.name)
-            assert file is not None
-            return self._get(file.read().decode().removeprefix("http://").partition(":")[0])
+        return self._get(address.removeprefix("http://").partition(":")[0])
 
     def previous(self, *others: Container | None) -> Container | None:
         """The newest service that is none of the others."""
@@ -164,12 +172,7 @@ class _Site:
 
     def switch(self, new: Container, old: Container | None) -> None:
         """Let the front pass requests on to `new`; if it cannot, to `old` as before."""
-        front = self._get(self.name)
-        if front is not None and self._binding(front) != self.config.host:
-            front.remove(force=True)
-            front = None
-        if front is None:
-            front = self._create_front(new.image.id)
+        front = self._get(self.name) or self._create_front(new.image.id)
         _point(front, new)
         try:
             try:
@@ -204,12 +207,9 @@ class _Site:
 
     def serves(self, current: Container, image: str) -> bool:
         """Whether the current service is of this image and is there as the configuration asks."""
-        front = self._get(self.name)
         return (
             current.image.id == image
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
-            and front is not None
-            and self._binding(front) == self.config.host
             and _is_ready(self.url)
         )
 
@@ -230,14 +230,11 @@ class _Site:
             entrypoint=["python", "-m", "bentos.front"],
             network=self.name,
             ports={PORT: (self.config.host, self.config.port)},
-            volumes={self.name: {"bind": str(ADDRESS.parent), "mode": "rw"}},
+            volumes={self.name: {"bind": dirname(ADDRESS), "mode": "rw"}},
             mem_limit="256m",
             restart_policy=RESTART,
             **CONFINED,
         )
-
-    def _binding(self, front: Container) -> str:
-        return str(front.attrs["HostConfig"]["PortBindings"][PORT][0]["HostIp"])
 
     def _services(self) -> list[Container]:
         return list(self.client.containers.list(all=True, filters={"label": f"{LABEL}={self.name}"}))
@@ -253,10 +250,10 @@ def _point(front: Container, service: Container) -> None:
     content = f"http://{service.name}:{PORT.partition('/')[0]}\n".encode()
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        entry = tarfile.TarInfo(ADDRESS.name)
+        entry = tarfile.TarInfo(basename(ADDRESS))
         entry.size = len(content)
         tar.addfile(entry, io.BytesIO(content))
-    if not front.put_archive(str(ADDRESS.parent), archive.getvalue()):
+    if not front.put_archive(dirname(ADDRESS), archive.getvalue()):
         raise EngineError(f"{front.name} could not be told of {service.name}")
 
 

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import docker
 from docker.errors import DockerException, ImageNotFound
+from docker.models.containers import Container
+from requests import RequestException
 
 from gpt2core.checkpoint import atomic_write
 from steps.adapters import bento
@@ -62,20 +64,32 @@ def engine() -> Iterator[docker.DockerClient]:
         ) from None
     try:
         yield client
-    except DockerException as error:
-        raise EngineError(f"the container engine refused: {error}") from None
+    except (DockerException, RequestException) as error:
+        raise EngineError(f"the container engine could not do it: {error}") from None
     finally:
         client.close()
+
+
+def read_file(container: Container, path: str) -> bytes:
+    """A file of a container, which need not run.
+
+    Raises:
+        docker.errors.NotFound: there is none.
+    """
+    chunks, _ = container.get_archive(path)
+    with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+        file = archive.extractfile(Path(path).name)
+        assert file is not None, f"{path} is no file"
+        return file.read()
 
 
 def service_image(tag: str) -> Image:
     """The image of a Bento; it is built unless the engine has it."""
     with engine() as client:
         try:
-            image = client.images.get(tag)
+            return _image(client, tag)
         except ImageNotFound:
             return build_service(tag)
-    return Image(tag, image.id, _sbom_file(tag))
 
 
 def build_service(tag: str) -> Image:
@@ -145,10 +159,8 @@ def _build(context: BinaryIO, dockerfile: str, tag: str, labels: Mapping[str, st
                 logger.debug(line)
             if "error" in event:
                 raise EngineError(f"{tag} could not be built from {dockerfile} ({_arguments()}):\n" + "\n".join(log))
-        image = client.images.get(tag)
-        image.tag(tag.partition(":")[0], "latest")
-        atomic_write(_sbom_file(tag), _read(client, image.id, SBOM))
-        return Image(tag, image.id, _sbom_file(tag))
+        client.images.get(tag).tag(tag.partition(":")[0], "latest")
+        return _image(client, tag)
 
 
 def _arguments() -> str:
@@ -157,21 +169,17 @@ def _arguments() -> str:
     return " ".join(given) or "BASE_IMAGE= and TORCH_INDEX= choose another base and another source of torch"
 
 
-def _sbom_file(tag: str) -> Path:
-    return OUTPUTS / "images" / f"{tag.replace(':', '-')}.cdx.json"
-
-
-def _read(client: docker.DockerClient, image: str, path: str) -> bytes:
-    """A file of an image, which is not run for it."""
-    container = client.containers.create(image)
+def _image(client: docker.DockerClient, tag: str) -> Image:
+    """An image that the engine has; its SBOM is taken out of it."""
+    image = client.images.get(tag)
+    container = client.containers.create(image)  # it is not run
     try:
-        chunks, _ = container.get_archive(path)
-        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
-            file = archive.extractfile(Path(path).name)
-            assert file is not None
-            return file.read()
+        content = read_file(container, SBOM)
     finally:
         container.remove()
+    sbom = OUTPUTS / "images" / f"{tag.replace(':', '-')}.cdx.json"
+    atomic_write(sbom, content)
+    return Image(tag, image.id, sbom)
 
 
 def _without_time(entry: tarfile.TarInfo) -> tarfile.TarInfo:

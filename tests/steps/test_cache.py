@@ -25,6 +25,11 @@ def test_modules_named_beside_the_step_count_as_used():
     assert "bentos/service.py" in files_of("steps.package", "bentos.service")
 
 
+def test_all_files_of_a_named_folder_count_as_used():
+    files = set(cache.code_of("steps.package", folder="bentos").file_dependencies)
+    assert {"bentos/Dockerfile", "bentos/requirements.txt", "bentos/front.py"} <= files
+
+
 def test_every_file_is_named_from_the_root_and_exists():
     for file in files_of("steps.evaluate"):
         assert (cache.ROOT / file).is_file()

@@ -29,6 +29,9 @@ from steps.config import (
         (PromoteConfig, {"metric": "bleu"}, "PromoteConfig.metric"),
         (PackageConfig, {"smoke_prompts": 0}, "PackageConfig.smoke_prompts is 0"),
         (DeployConfig, {"target": "moon"}, "DeployConfig.target"),
+        (DeployConfig, {"host": "localhost"}, "DeployConfig.host is 'localhost'; it must be an IPv4 address"),
+        (DeployConfig, {"port": 0}, "DeployConfig.port is 0; it must be from 1 to 65535"),
+        (DeployConfig, {"memory": "lots"}, "DeployConfig.memory is 'lots'; it must be a number with m or g"),
         (TrackingConfig, {"wandb": "on"}, "TrackingConfig.wandb is 'on'; it must be off, offline or online"),
     ],
 )
