@@ -27,6 +27,11 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
             f"{source} asks for the {kind.replace('_', ' ')} {name!r}, which the active stack {stack.name!r} does not "
             f"have; {f'{stacks} makes one active that has it' if stacks else 'add it to the stack'}"
         )
+    if ("orchestrator", FLAVOR) in there - wanted:
+        raise ConfigError(
+            f"the active stack {stack.name!r} runs every step in a container, of which {source} says nothing; take "
+            "configs/docker.yaml, or `make stack-local` to run steps here again"
+        )
     used = {flavors.get(component, component[1]) for component in wanted}
     if FLAVOR in used:
         try:

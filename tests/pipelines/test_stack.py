@@ -39,6 +39,14 @@ def test_a_component_that_the_active_stack_has_not_is_named_with_what_registers_
         assert part in line
 
 
+def test_a_config_that_says_nothing_of_containers_is_not_run_in_some():
+    register.register("docker")
+    with pytest.raises(
+        ConfigError, match=r"'docker' runs every step in a container, .*local\.yaml.*`make stack-local`"
+    ):
+        check_stack(config("local.yaml"), "local.yaml")
+
+
 def test_a_component_that_no_stack_here_has_is_named_too():
     with pytest.raises(ConfigError, match=r"step operator 'mine', which .* does not have; add it to the stack"):
         check_stack({"steps": {"finetune": {"step_operator": "mine"}}}, "mine.yaml")
