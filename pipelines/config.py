@@ -106,7 +106,7 @@ def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
     if path == "settings" or path.endswith(".settings"):
         _check_settings(value, path, source)
         return
-    if path.endswith(f"settings.{KUBERNETES}.pod_settings"):
+    if path.endswith(f"settings.{KUBERNETES}.pod_settings") and isinstance(value, Mapping):
         _check_pod_settings(value, path, source)
         return
     if get_origin(annotation) in (Union, UnionType):
@@ -169,7 +169,7 @@ def _check_pod_settings(value: Any, path: str, source: str) -> None:
 
     _check_names(value, list(KubernetesPodSettings.model_fields), path, source)
     for key, inner in value.items():
-        if key == "additional_pod_spec_args":  # by the names that Python has for them
+        if key == "additional_pod_spec_args" and isinstance(inner, Mapping):  # by the names that Python has for them
             _check_names(inner, list(models.V1PodSpec.openapi_types), f"{path}.{key}", source)
             for name, part in inner.items():
                 _check_part_of_pod(part, models.V1PodSpec.openapi_types[name], f"{path}.{key}.{name}", source)

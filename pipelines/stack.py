@@ -61,7 +61,7 @@ def _components(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             kind, dot, flavor = key.partition(".")
             if dot:
                 yield kind, flavor
-        if part.get("step_operator"):
+        if isinstance(part.get("step_operator"), str):  # true: whichever the stack has
             yield "step_operator", part["step_operator"]
 
 

@@ -69,6 +69,11 @@ def test_each_key_of_each_config_is_refused_when_misspelt(file, path, tmp_path):
         ("settings: {docker: {requirement: []}}", ["settings.docker.requirement", "requirements"]),
         ("steps: {finetune: {settings: {resources: {gpu_cout: 1}}}}", ["settings.resources.gpu_cout", "gpu_count"]),
         ("model: {nam: x}", ["model.nam", "name"]),
+        ("settings: {step_operator: {memory: 6g}}", ["settings.step_operator", "step_operator.container"]),
+        (
+            "settings: {step_operator.kubernetes: {pod_settings: {tolerations: [{kee: gpu}]}}}",
+            ["pod_settings.tolerations.0.kee", "key"],
+        ),
     ],
 )
 def test_a_misspelt_key_is_named_with_the_nearest_right_one(text, named, tmp_path):
@@ -93,6 +98,9 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(text, named, tmp_pat
         ("- a\n- list", ["mapping"]),
         ("a: [1,", ["YAML"]),
         ("enable_cache: maybe", ["enable_cache", "maybe"]),
+        ("settings: {orchestrator.container: {memory: 6 gigs}}", ["settings.orchestrator.container.memory", "6 gigs"]),
+        ("settings: {step_operator.kubernetes: {pod_settings: 3}}", ["step_operator.kubernetes.pod_settings", "3"]),
+        ("settings: {docker: {skip_build: true}}", ["settings.docker", "parent_image"]),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(text, named, tmp_path):
