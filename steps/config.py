@@ -102,7 +102,7 @@ class DeployConfig:
     target: Literal["none", "docker"] = "none"
     host: str = "127.0.0.1"  # of docker: the address that is listened on; 0.0.0.0 lets other machines ask
     port: int = 3000  # of docker, and the deployment's name; as `make serve` and all examples have it
-    memory: str = "2g"  # of docker: more ends the container; three times what a nano needs with its requests
+    memory: str = "2g"  # of docker: more ends the container; gpt2-nano takes 340 MB
 
     def __post_init__(self) -> None:
         _check(self, "target", self.target in ("none", "docker"), "none or docker")
