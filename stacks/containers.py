@@ -84,9 +84,7 @@ class ContainerStepOperator(BaseStepOperator):
         self.cleanup_step_submission(step_run)
 
     def cleanup_step_submission(self, step_run: StepRunResponse) -> None:
-        container = self._container(step_run)
-        if container is not None:
-            engine.remove(container)
+        engine.remove(self._container(step_run))
 
     def _container(self, step_run: StepRunResponse) -> engine.Container | None:
         return engine.find(str(step_run.pipeline_run_id), step_run.name)
@@ -123,7 +121,7 @@ class ContainerOrchestrator(LocalDockerOrchestrator):
         # ZenML's mounts and environment of its own were added to those of `get_settings`
         run = arguments["environment"][ENV_ZENML_DOCKER_ORCHESTRATOR_RUN_ID]
         step = command[command.index("--step_name") + 1]
-        engine.follow(engine.start(image, [*entrypoint, *command], arguments, run, step))
+        engine.run_to_end(image, [*entrypoint, *command], arguments, run, step)
         return []
 
 

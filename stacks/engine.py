@@ -92,6 +92,19 @@ def _has_gpus() -> bool:
     return "nvidia" in connect().info().get("Runtimes", {})
 
 
+def run_to_end(image: str, command: Sequence[str], arguments: Mapping[str, Any], run: str, step: str) -> None:
+    """`start` and `follow`; whenever this process is told to stop, nothing is left.
+
+    Raises:
+        EngineError: as these two.
+    """
+    with _stopped_by_signals():
+        try:
+            follow(start(image, command, arguments, run, step))
+        finally:
+            remove(find(run, step))
+
+
 def start(image: str, command: Sequence[str], arguments: Mapping[str, Any], run: str, step: str) -> Container:
     """Start a container for a step of a run; `follow` it, or `remove` it.
 
@@ -111,6 +124,9 @@ def start(image: str, command: Sequence[str], arguments: Mapping[str, Any], run:
         )
     except APIError as error:
         raise EngineError(f"the engine starts no container of {image}: {error.explanation}") from None
+    except BaseException:  # interrupted, perhaps after it had started
+        remove(find(run, step))
+        raise
 
 
 def find(run: str, step: str) -> Container | None:
@@ -145,8 +161,10 @@ def follow(container: Container) -> None:
         )
 
 
-def remove(container: Container) -> None:
+def remove(container: Container | None) -> None:
     """Stop it, in good time to record that it was stopped, and leave nothing of it."""
+    if container is None:
+        return
     with suppress(NotFound):
         container.stop(timeout=STOP_TIMEOUT)
         container.remove(force=True)
