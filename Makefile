@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/local.yaml
 PORT ?= 3000
 
-.PHONY: install run test test-slow lint format serve report dashboard image image-train clean
+.PHONY: install run test test-slow lint format serve report dashboard image image-train stack-local stack-docker stack-kubernetes clean
 
 install: .venv/.installed
 
@@ -51,6 +51,10 @@ image: install
 
 image-train: install
 	@$(BIN)/python run.py image steps
+
+# Where steps run, from stacks/; safe to repeat. The last one is told ARTIFACT_STORE, REGISTRY and KUBERNETES_CONTEXT.
+stack-local stack-docker stack-kubernetes: stack-%: install
+	$(BIN)/python -m stacks.register $*
 
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

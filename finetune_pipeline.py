@@ -6,6 +6,7 @@ import click
 
 from pipelines.config import ConfigError, read_config
 from pipelines.finetune_pipeline import finetune_pipeline
+from pipelines.stack import check_stack
 
 DEFAULT_CONFIG = "configs/local.yaml"
 
@@ -13,7 +14,7 @@ _context = click.get_current_context(silent=True)
 if _context is not None:  # run by zenml's command line; an import by anything else gets the plain pipeline
     _file = _context.params.get("config_path")
     try:
-        read_config(_file or DEFAULT_CONFIG, finetune_pipeline)
+        check_stack(read_config(_file or DEFAULT_CONFIG, finetune_pipeline), _file or DEFAULT_CONFIG)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     if not _file:

@@ -23,11 +23,13 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     # here, since zenml takes seconds to import and --help should not
     from pipelines.config import ConfigError, read_config, set_values
     from pipelines.finetune_pipeline import finetune_pipeline
+    from pipelines.stack import check_stack
 
     try:
         values_by_key = read_config(config, finetune_pipeline)
         if values:
             set_values(values_by_key, values, finetune_pipeline)
+        check_stack(values_by_key, config)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
     if no_cache:

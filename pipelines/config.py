@@ -19,8 +19,22 @@ from zenml.config.pipeline_run_configuration import PipelineRunConfiguration
 from zenml.pipelines.pipeline_definition import Pipeline
 from zenml.steps import BaseStep
 
+from stacks.containers import FLAVOR, ContainerSettings
+
 # Set by `seed`, from which the whole run takes its randomness.
 DERIVED = {"train.seed": "seed", "base.pretrain.seed": "seed"}
+KUBERNETES = "step_operator.kubernetes"
+SETTINGS = ["docker", "resources", f"orchestrator.{FLAVOR}", f"step_operator.{FLAVOR}", KUBERNETES]
+PARTS_OF_POD = {  # of pod_settings: what it is in a pod
+    "affinity": "V1Affinity",
+    "tolerations": "list[V1Toleration]",
+    "resources": "V1ResourceRequirements",
+    "volumes": "list[V1Volume]",
+    "volume_mounts": "list[V1VolumeMount]",
+    "env": "list[V1EnvVar]",
+    "env_from": "list[V1EnvFromSource]",
+    "container_security_context": "V1SecurityContext",
+}
 
 
 class ConfigError(Exception):
@@ -92,6 +106,9 @@ def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
     if path == "settings" or path.endswith(".settings"):
         _check_settings(value, path, source)
         return
+    if path.endswith(f"settings.{KUBERNETES}.pod_settings") and isinstance(value, Mapping):
+        _check_pod_settings(value, path, source)
+        return
     if get_origin(annotation) in (Union, UnionType):
         arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
         structured = [argument for argument in arguments if _names(argument) is not None]
@@ -128,11 +145,51 @@ def _names(annotation: Any) -> dict[str, Any] | None:
 
 
 def _check_settings(value: Any, path: str, source: str) -> None:
-    """`docker` and `resources` are ZenML's own; the others belong to stack components, which check their keys."""
-    known: dict[str, type[BaseModel]] = {"docker": DockerSettings, "resources": ResourceSettings}
+    """Settings of ZenML itself, and of the components in stacks/ by their flavor, which says what keys there are."""
+    _check_names(value or {}, SETTINGS, path, source)
     for key, inner in (value or {}).items():
-        if key in known:
-            _check_keys(inner, known[key], f"{path}.{key}", source)
+        _check_keys(inner, _settings_class(key), f"{path}.{key}", source)
+        _check_value(inner, _settings_class(key), f"{path}.{key}", source)
+
+
+def _settings_class(key: str) -> type[BaseModel]:
+    if key == KUBERNETES:
+        # here, since it brings the whole client of Kubernetes along
+        from zenml.integrations.kubernetes.flavors.kubernetes_step_operator_flavor import KubernetesStepOperatorSettings
+
+        return KubernetesStepOperatorSettings
+    general: dict[str, type[BaseModel]] = {"docker": DockerSettings, "resources": ResourceSettings}
+    return general.get(key, ContainerSettings)
+
+
+def _check_pod_settings(value: Any, path: str, source: str) -> None:
+    """Their parts are parts of a pod, whose keys ZenML only warns of; the client of Kubernetes knows them."""
+    from kubernetes.client import models
+    from zenml.integrations.kubernetes.pod_settings import KubernetesPodSettings
+
+    _check_names(value, list(KubernetesPodSettings.model_fields), path, source)
+    for key, inner in value.items():
+        if key == "additional_pod_spec_args" and isinstance(inner, Mapping):  # by the names that Python has for them
+            _check_names(inner, list(models.V1PodSpec.openapi_types), f"{path}.{key}", source)
+            for name, part in inner.items():
+                _check_part_of_pod(part, models.V1PodSpec.openapi_types[name], f"{path}.{key}.{name}", source)
+        else:
+            _check_part_of_pod(inner, PARTS_OF_POD.get(key, ""), f"{path}.{key}", source)
+
+
+def _check_part_of_pod(value: Any, kind: str, path: str, source: str) -> None:
+    """`kind` as the client of Kubernetes writes it: V1Volume, list[V1Volume], dict(str, str), str."""
+    from kubernetes.client import models
+
+    if kind.startswith("list[") and isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_part_of_pod(inner, kind[len("list[") : -1], f"{path}.{i}", source)
+    elif hasattr(models, kind) and isinstance(value, Mapping):
+        model = getattr(models, kind)
+        kinds = {name: model.openapi_types[attribute] for attribute, name in model.attribute_map.items()}
+        _check_names(value, list(kinds), path, source)
+        for key, inner in value.items():
+            _check_part_of_pod(inner, kinds[key], f"{path}.{key}", source)
 
 
 def _check_names(value: Mapping[Any, Any], known: list[str], path: str, source: str) -> None:
@@ -145,9 +202,8 @@ def _check_names(value: Mapping[Any, Any], known: list[str], path: str, source: 
 
 def _check_value(value: Any, annotation: Any, path: str, source: str) -> None:
     try:
-        TypeAdapter(annotation, config=None if is_dataclass(annotation) else ConfigDict(strict=True)).validate_python(
-            value
-        )
+        strict = None if _names(annotation) is not None else ConfigDict(strict=True)  # those have rules of their own
+        TypeAdapter(annotation, config=strict).validate_python(value)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first(error, path)}") from None
 

@@ -4,6 +4,7 @@ from zenml import Model, pipeline
 from zenml.enums import ExecutionMode
 
 from gpt2core.config import LoraConfig, TrainConfig
+from steps.adapters.source import describe_commit
 from steps.config import (
     BaseConfig,
     DataConfig,
@@ -28,6 +29,7 @@ from steps.split_data import split_data
 @pipeline(
     execution_mode=ExecutionMode.FAIL_FAST,
     model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"),
+    extra={"commit": describe_commit()},
 )
 def finetune_pipeline(
     seed: int = 0,

@@ -1,6 +1,5 @@
 from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Annotated
 
@@ -19,9 +18,10 @@ from steps.adapters.base import describe_base, open_base
 from steps.adapters.progress import progress
 from steps.adapters.tracking import track
 from steps.cache import code_of
+from steps.checkpoints import kept_checkpoints
 from steps.config import TrackingConfig
 from steps.metadata import describe
-from steps.outputs import checkpoint_directory, wandb_directory
+from steps.outputs import wandb_directory
 
 Records = list[dict[str, str]]
 
@@ -49,15 +49,14 @@ def finetune(
     run_name = get_step_context().pipeline_run.name
     about = describe_base(base)
     digests = [about["sha256"], records_sha256(train_records), records_sha256(val_records)]
-    checkpoints = checkpoint_directory([asdict(lora), asdict(train), *digests])
     _, _, total_steps = training_steps(len(examples), train)
     with (
         track(tracking.wandb, tracking.project, run_name, asdict(lora) | asdict(train), wandb_directory()) as log,
         progress("finetune", total_steps, log) as log,
+        kept_checkpoints([asdict(lora), asdict(train), *digests], log) as (checkpoints, log),
     ):
         result = train_adapter(model, examples, val_examples, train, log, checkpoints)
     adapter = save_adapter(model, Path(mkdtemp(prefix="adapter-")), base=about)
-    rmtree(checkpoints, ignore_errors=True)
     last = {name: value for entry in result.history for name, value in entry.items()}
     metrics = {
         "loss": last["train/loss"],

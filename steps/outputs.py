@@ -1,6 +1,5 @@
 """The folder for people: outputs/<run name>/, and outputs/latest, a link to the newest. Nothing reads it back."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,7 +9,8 @@ from typing import Any
 
 from gpt2core.checkpoint import atomic_write
 
-OUTPUTS = Path(__file__).parent.parent / "outputs"
+# elsewhere in a container, where the code is unpacked into a folder that goes with it
+OUTPUTS = Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or Path(__file__).parent.parent / "outputs")
 
 
 def write_outputs(run_name: str, texts: Mapping[str, str | bytes], folders: Mapping[str, Path]) -> Path:
@@ -29,11 +29,6 @@ def write_outputs(run_name: str, texts: Mapping[str, str | bytes], folders: Mapp
 
 def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def checkpoint_directory(key: Any) -> Path:
-    """Where a training run with this key, of plain data, keeps what a killed one resumes from."""
-    return OUTPUTS / ".checkpoints" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
 def wandb_directory() -> Path:

@@ -6,7 +6,7 @@ from zenml.client import Client
 
 from steps.adapters import bento
 from steps.adapters.base import describe_base, open_base
-from steps.adapters.source import describe_source
+from steps.adapters.source import describe_versions
 from steps.cache import code_of
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe
@@ -33,7 +33,8 @@ def package(
     lineage = {
         "run": {"id": str(context.pipeline_run.id), "name": context.pipeline_run.name},
         "model_version": f"{context.model.name}/{context.model.version}",
-        **describe_source(),
+        "commit": context.pipeline_run.config.extra["commit"],  # of where the run was started; a container has no git
+        "versions": describe_versions(),
         "data": {name: about["sha256"] for name, about in split.items()},
         "base": describe_base(base),
         "adapter": bento.describe_adapter(adapter),

@@ -1,7 +1,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Annotated
 
@@ -13,9 +12,9 @@ from steps.adapters.base import write_base
 from steps.adapters.hub import fetch_base
 from steps.adapters.progress import progress
 from steps.cache import code_of
+from steps.checkpoints import kept_checkpoints
 from steps.config import BaseConfig
 from steps.metadata import describe
-from steps.outputs import checkpoint_directory
 
 
 @step(cache_policy=code_of(__name__))
@@ -28,10 +27,11 @@ def prepare_base(
         about: Mapping[str, str | int | float] = fetch_base(base.name, base.revision)
     else:
         pretrain = base.pretrain if base.source == "nano" else None
-        checkpoints = checkpoint_directory([asdict(base), n_facts, seed])
-        with progress("pretrain", base.pretrain.max_steps) as log:
+        with (
+            progress("pretrain", base.pretrain.max_steps) as log,
+            kept_checkpoints([asdict(base), n_facts, seed], log) as (checkpoints, log),
+        ):
             about = make_base(base.name, pretrain, seed, n_facts, directory, log, checkpoints)
-        rmtree(checkpoints, ignore_errors=True)
     write_base(directory, about)
     describe("base", {"source": base.source, **about})
     return directory

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ROOMS = {"gpt2core", "steps", "pipelines", "bentos", "stacks"}
 CORE = {"gpt2core", "torch", "numpy", "tiktoken", "safetensors"}
 FRONT = {"aiohttp", "multidict", "yarl"}
 MAY_IMPORT = {
     "gpt2core/*.py": CORE,
     "gpt2core/demo/*.py": CORE | {"tokenizers"},
-    "pipelines/*.py": {"pipelines", "steps", "zenml", "gpt2core", "yaml", "pydantic"},
+    "pipelines/*.py": {"pipelines", "steps", "stacks", "zenml", "gpt2core", "yaml", "pydantic", "kubernetes"},
     "steps/*.py": {"steps", "zenml", "gpt2core"},
+    "stacks/*.py": {"stacks", "zenml", "docker", "yaml", "pydantic"},
     "bentos/*.py": {
         "bentos",
         "gpt2core",
@@ -43,7 +45,7 @@ WORLDS = {  # what each adapter is the door to
     "source": set(),
     "tracking": {"wandb"},
 }
-PYTHON = [path for room in ("gpt2core", "steps", "pipelines", "bentos") for path in (ROOT / room).rglob("*.py")]
+PYTHON = [path for room in sorted(ROOMS) for path in (ROOT / room).rglob("*.py")]
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -108,7 +110,7 @@ def test_what_is_imported_is_declared():
     packages = {"yaml": "pyyaml", "huggingface_hub": "transformers", "rouge_score": "rouge-score"}
     part_of = {"urllib3": "requests", "pydantic": "zenml", "fastapi": "zenml", "starlette": "bentoml"}
     part_of |= dict.fromkeys(FRONT, "bentoml")
-    for name in set().union(*MAY_IMPORT.values(), *WORLDS.values()) - {"gpt2core", "steps", "pipelines", "bentos"}:
+    for name in set().union(*MAY_IMPORT.values(), *WORLDS.values()) - ROOMS:
         assert f'"{packages.get(name, part_of.get(name, name))}' in declared, name
 
 

@@ -20,7 +20,7 @@ from requests import RequestException
 
 from gpt2core.checkpoint import atomic_write
 from steps.adapters import bento
-from steps.adapters.source import describe_source
+from steps.adapters.source import describe_commit
 from steps.outputs import OUTPUTS
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def build_steps() -> Image:
             content.update((ROOT / name).read_bytes())
     context.seek(0)
     name, version = f"{bento.NAME}-steps", content.hexdigest()[:16]
-    return _build(context, "Dockerfile", f"{name}:{version}", _labels(name, version, describe_source()["commit"]))
+    return _build(context, "Dockerfile", f"{name}:{version}", _labels(name, version, describe_commit()))
 
 
 def _labels(title: str, version: str, commit: Mapping[str, Any]) -> dict[str, str]:

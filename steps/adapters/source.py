@@ -10,11 +10,13 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "zenml", "bentoml", "transformers", "evidently", "wandb")
 
 
-def describe_source() -> dict[str, Any]:
-    """`commit` (sha; "unknown" outside of a git checkout), `dirty` (uncommitted changes) and `versions`."""
-    commit = _git("rev-parse", "HEAD")
-    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-    return {"commit": {"sha": commit or "unknown", "dirty": bool(_git("status", "--porcelain"))}, "versions": versions}
+def describe_commit() -> dict[str, Any]:
+    """`sha` ("unknown" outside of a git checkout) and `dirty` (uncommitted changes)."""
+    return {"sha": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain"))}
+
+
+def describe_versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _git(*arguments: str) -> str:

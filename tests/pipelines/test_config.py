@@ -11,8 +11,14 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def keys_of(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    if not isinstance(value, dict):
+FREE = {"node_selectors", "limits", "requests"}  # maps of Kubernetes, whose keys are anybody's
+
+
+def keys_of(value: object, path: tuple = ()) -> list[tuple]:
+    """The way to each key, through maps and lists."""
+    if isinstance(value, list):
+        return [inner for i, item in enumerate(value) for inner in keys_of(item, (*path, i))]
+    if not isinstance(value, dict) or (path[-1:] and path[-1] in FREE):
         return []
     return [inner for key in value for inner in ((*path, key), *keys_of(value[key], (*path, key)))]
 
@@ -31,7 +37,9 @@ def test_each_config_of_the_project_is_valid(file):
     read_config(file, finetune_pipeline)
 
 
-@pytest.mark.parametrize(("file", "path"), EVERY_KEY, ids=lambda value: getattr(value, "name", None) or ".".join(value))
+@pytest.mark.parametrize(
+    ("file", "path"), EVERY_KEY, ids=lambda value: getattr(value, "name", None) or ".".join(map(str, value))
+)
 def test_each_key_of_each_config_is_refused_when_misspelt(file, path, tmp_path):
     config = yaml.safe_load(file.read_text())
     place = config
@@ -61,6 +69,11 @@ def test_each_key_of_each_config_is_refused_when_misspelt(file, path, tmp_path):
         ("settings: {docker: {requirement: []}}", ["settings.docker.requirement", "requirements"]),
         ("steps: {finetune: {settings: {resources: {gpu_cout: 1}}}}", ["settings.resources.gpu_cout", "gpu_count"]),
         ("model: {nam: x}", ["model.nam", "name"]),
+        ("settings: {step_operator: {memory: 6g}}", ["settings.step_operator", "step_operator.container"]),
+        (
+            "settings: {step_operator.kubernetes: {pod_settings: {tolerations: [{kee: gpu}]}}}",
+            ["pod_settings.tolerations.0.kee", "key"],
+        ),
     ],
 )
 def test_a_misspelt_key_is_named_with_the_nearest_right_one(text, named, tmp_path):
@@ -85,6 +98,9 @@ def test_a_misspelt_key_is_named_with_the_nearest_right_one(text, named, tmp_pat
         ("- a\n- list", ["mapping"]),
         ("a: [1,", ["YAML"]),
         ("enable_cache: maybe", ["enable_cache", "maybe"]),
+        ("settings: {orchestrator.container: {memory: 6 gigs}}", ["settings.orchestrator.container.memory", "6 gigs"]),
+        ("settings: {step_operator.kubernetes: {pod_settings: 3}}", ["step_operator.kubernetes.pod_settings", "3"]),
+        ("settings: {docker: {skip_build: true}}", ["settings.docker", "parent_image"]),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(text, named, tmp_path):

@@ -42,9 +42,3 @@ def test_writing_a_run_twice_leaves_the_second(folder):
 def test_json_is_for_people():
     assert outputs.to_json({"name": "Müller"}) == '{\n  "name": "Müller"\n}\n'
     assert json.loads(outputs.to_json([1, None, "x"])) == [1, None, "x"]
-
-
-def test_checkpoints_of_the_same_key_share_a_folder_and_others_do_not(folder):
-    one, same, other = (outputs.checkpoint_directory(key) for key in ([1, "a"], [1, "a"], [1, "b"]))
-    assert one == same != other
-    assert one.is_relative_to(folder)

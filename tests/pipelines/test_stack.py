@@ -1,0 +1,85 @@
+"""What a configuration asks of the stack and the machine is known before anything runs."""
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from zenml.client import Client
+
+from pipelines.config import ConfigError
+from pipelines.stack import check_stack
+from run import main
+from stacks import register
+from tests.copies import ROOT
+
+
+@pytest.fixture(autouse=True)
+def active_stack_is_kept():
+    before = Client().active_stack_model.id
+    yield
+    Client().activate_stack(before)
+
+
+def config(name: str) -> dict:
+    return yaml.safe_load((ROOT / "configs" / name).read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "verb"),
+    [
+        ("docker.yaml", "orchestrator 'container'", "`make stack-docker`"),
+        ("docker_gpu_step.yaml", "step operator 'container'", "`make stack-local`"),
+        ("kubernetes.yaml", "step operator 'kubernetes'", "`make stack-kubernetes`"),
+    ],
+)
+def test_a_component_that_the_active_stack_has_not_is_named_with_what_registers_it(name, wanted, verb):
+    result = CliRunner().invoke(main, ["finetune", "--config", f"configs/{name}"])
+    assert result.exit_code == 1
+    [line] = result.output.strip().splitlines()
+    for part in (f"configs/{name}", wanted, "'default'", verb):
+        assert part in line
+
+
+def test_a_config_that_says_nothing_of_containers_is_not_run_in_some():
+    register.register("docker")
+    with pytest.raises(
+        ConfigError, match=r"'docker' runs every step in a container, .*local\.yaml.*`make stack-local`"
+    ):
+        check_stack(config("local.yaml"), "local.yaml")
+
+
+def test_a_component_that_no_stack_here_has_is_named_too():
+    with pytest.raises(ConfigError, match=r"step operator 'mine', which .* does not have; add it to the stack"):
+        check_stack({"steps": {"finetune": {"step_operator": "mine"}}}, "mine.yaml")
+
+
+def test_a_store_that_pods_cannot_reach_is_said_before_anything_runs(monkeypatch):
+    for variable in ("ARTIFACT_STORE", "REGISTRY", "KUBERNETES_CONTEXT"):
+        monkeypatch.setenv(variable, "s3://bucket/zenml")
+    register.register("kubernetes")
+    with pytest.raises(ConfigError, match=r"kubernetes\.yaml runs steps as pods, .*`zenml login`"):
+        check_stack(config("kubernetes.yaml"), "kubernetes.yaml")
+
+
+def test_a_secret_that_is_not_there_is_named_with_the_command_that_makes_it():
+    with pytest.raises(ConfigError, match=r"secret 'nobodys', .*`zenml secret create nobodys --NAME=…`"):
+        check_stack({"steps": {"finetune": {"secrets": ["nobodys"]}}}, "mine.yaml")
+
+
+def test_a_secret_that_is_there_is_enough():
+    Client().create_secret("somebodys", {"HF_TOKEN": "x"})
+    check_stack({"secrets": ["somebodys"]}, "mine.yaml")
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "dev.yaml", "random_base.yaml", "gpt2_medium.yaml"])
+def test_a_config_without_containers_asks_for_nothing(name):
+    check_stack(config(name), name)
+
+
+@pytest.mark.parametrize(("stack", "name"), [("docker", "docker.yaml"), ("local", "docker_gpu_step.yaml")])
+def test_a_missing_engine_is_said_before_anything_runs(stack, name, monkeypatch):
+    register.register(stack)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    with pytest.raises(
+        ConfigError, match=rf"{name}: no Docker engine answers at unix:///nowhere/docker.sock: start one"
+    ):
+        check_stack(config(name), name)

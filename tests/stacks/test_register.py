@@ -1,0 +1,82 @@
+"""Stacks from their files, in a real ZenML store."""
+
+import pytest
+from zenml.client import Client
+from zenml.enums import StackComponentType
+
+from stacks import register
+from stacks.register import StackError
+
+CLUSTER = {"ARTIFACT_STORE": "s3://bucket/zenml", "REGISTRY": "registry.example.com/team", "KUBERNETES_CONTEXT": "gpus"}
+
+
+@pytest.fixture(autouse=True)
+def active_stack_is_kept():
+    before = Client().active_stack_model.id
+    yield
+    Client().activate_stack(before)
+
+
+def components(name: str) -> dict[str, tuple[str, str]]:
+    stack = Client().get_stack(name, allow_name_prefix_match=False)
+    return {kind.value: (found.name, found.flavor_name) for kind, [found] in stack.components.items()}
+
+
+@pytest.mark.parametrize("name", register.names())
+def test_a_stack_is_registered_as_its_file_says_and_becomes_the_active_one(name, monkeypatch):
+    for variable, value in CLUSTER.items():
+        monkeypatch.setenv(variable, value)
+    register.register(name)
+    assert Client().active_stack_model.name == name
+    of_file = {kind: (about["name"], about["flavor"]) for kind, about in register.read(name)["components"].items()}
+    assert components(name) == of_file
+
+
+def test_registering_again_changes_nothing():
+    register.register("docker")
+    before = Client().get_stack("docker")
+    register.register("docker")
+    after = Client().get_stack("docker")
+    assert after.id == before.id
+    assert {k: [c.id for c in v] for k, v in after.components.items()} == {
+        k: [c.id for c in v] for k, v in before.components.items()
+    }
+
+
+def test_a_changed_value_reaches_the_component_there_is(monkeypatch):
+    for variable, value in CLUSTER.items():
+        monkeypatch.setenv(variable, value)
+    register.register("kubernetes")
+    monkeypatch.setenv("REGISTRY", "elsewhere.example.com")
+    register.register("kubernetes")
+    found = Client().get_stack_component(StackComponentType.CONTAINER_REGISTRY, "kubernetes")
+    assert found.configuration["uri"] == "elsewhere.example.com"
+
+
+def test_a_component_of_another_kind_under_its_name_is_left_alone():
+    client = Client()
+    taken = client.create_stack_component("taken", "local", StackComponentType.IMAGE_BUILDER, {})
+    with pytest.raises(StackError, match="another image_builder taken, of flavor local; rename or delete that one"):
+        register._register_component(client, "image_builder", "taken", "kaniko", {})
+    assert client.get_stack_component(StackComponentType.IMAGE_BUILDER, "taken").id == taken.id
+
+
+def test_a_stack_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(StackError, match="no stack 'dockr'; there are docker, kubernetes, local"):
+        register.register("dockr")
+
+
+def test_a_variable_that_is_not_set_is_named_with_the_command(monkeypatch):
+    for variable in CLUSTER:
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(StackError, match="make stack-kubernetes ARTIFACT_STORE="):
+        register.register("kubernetes")
+
+
+def test_what_a_component_may_not_be_is_said_in_one_line(monkeypatch):
+    for variable, value in (CLUSTER | {"ARTIFACT_STORE": "/a/folder"}).items():
+        monkeypatch.setenv(variable, value)
+    before = Client().get_stack_component(StackComponentType.ARTIFACT_STORE, "kubernetes").configuration
+    with pytest.raises(StackError, match="the artifact_store kubernetes cannot be registered"):
+        register.register("kubernetes")
+    assert Client().get_stack_component(StackComponentType.ARTIFACT_STORE, "kubernetes").configuration == before
