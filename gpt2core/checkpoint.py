@@ -113,40 +113,49 @@ def load_adapter(model: GPT2, directory: str | Path) -> GPT2:
         ValueError: a file is damaged, a key or shape does not fit the model, or the model has LoRA layers of another
             config or merged ones. The model is then as it was.
     """
+    lora, found = read_adapter(directory, model.config, model.wte.weight.device)
+    layers = list(lora_layers(model))
+    if not layers:
+        add_lora(model, lora)
+    elif _lora_config(model) != lora:
+        raise ValueError(
+            f"the model has LoRA layers of {_lora_config(model)}, {directory} holds {lora}; remove_lora first"
+        )
+    elif any(layer.merged for _, layer in layers):
+        raise ValueError("the model's adapter is merged; unmerge_lora(model) before loading another")
+    model.load_state_dict(found, strict=False)
+    return model
+
+
+def read_adapter(
+    directory: str | Path, config: GPT2Config, device: str | torch.device = "cpu"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter's LoRA config and weights, of which each is there and has the shape that a model of `config` asks for.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_adapter`.
+    """
     directory = Path(directory)
     file = directory / ADAPTER_WEIGHTS
     description = _read_json(directory / ADAPTER_CONFIG)
     try:
-        config = LoraConfig(**description["lora"])
+        lora = LoraConfig(**description["lora"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / ADAPTER_CONFIG}: no valid LoRA config under 'lora': {error}") from None
-    found = _read_tensors(file, model.wte.weight.device)
+    found = _read_tensors(file, device)
     if description.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
         raise ValueError(
             f"{file} is not the file that {ADAPTER_CONFIG} beside it describes (sha256 differs); save it again"
         )
-    layers = list(lora_layers(model))
-    if not layers:
-        with torch.device("meta"):
-            wanted = _adapter_state(add_lora(GPT2(model.config), config))
-    elif _lora_config(model) != config:
-        raise ValueError(
-            f"the model has LoRA layers of {_lora_config(model)}, {directory} holds {config}; remove_lora first"
-        )
-    elif any(layer.merged for _, layer in layers):
-        raise ValueError("the model's adapter is merged; unmerge_lora(model) before loading another")
-    else:
-        wanted = _adapter_state(model)
+    with torch.device("meta"):
+        wanted = _adapter_state(add_lora(GPT2(config), lora))
     for key in wanted.keys() | found.keys():
         if key not in found or key not in wanted:
             raise ValueError(
-                f"{file}: key {key!r} is {'missing' if key in wanted else 'not one of this model with ' + str(config)}"
+                f"{file}: key {key!r} is {'missing' if key in wanted else 'not one of this model with ' + str(lora)}"
             )
         _check_shape(file, key, found[key], wanted[key])
-    if not layers:
-        add_lora(model, config)
-    model.load_state_dict(found, strict=False)
-    return model
+    return lora, found
 
 
 def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gpt2core.config import GenerationConfig
+from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache
 
 
@@ -35,17 +35,19 @@ def stream(model: GPT2, prompt: Sequence[int], config: GenerationConfig) -> Iter
 
 def decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:
     """One list of (row, new token) a step, for the rows whose reply goes on."""
-    n_positions = model.config.n_positions
     for prompt in prompts:
-        if not prompt:
-            raise ValueError("a prompt is empty; there is nothing to continue")
-        if len(prompt) >= n_positions:
-            raise ValueError(f"prompt has {len(prompt)} tokens but n_positions is {n_positions}; shorten the input")
-        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise ValueError(
-                f"a prompt holds a token id outside of 0...{model.config.vocab_size - 1}; wrong tokenizer?"
-            )
+        check_prompt(prompt, model.config)
     return _decode(model, prompts, config) if prompts else iter(())
+
+
+def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
+    """Raise ValueError if there is nothing to continue, no room to continue it in, or an id that is no token's."""
+    if not prompt:
+        raise ValueError("a prompt is empty; there is nothing to continue")
+    if len(prompt) >= config.n_positions:
+        raise ValueError(f"prompt has {len(prompt)} tokens but n_positions is {config.n_positions}; shorten the input")
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        raise ValueError(f"a prompt holds a token id outside of 0...{config.vocab_size - 1}; wrong tokenizer?")
 
 
 def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:
@@ -58,7 +60,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
         attention_mask[row, T - len(prompt) :] = 1
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
 
-    generators = [_generator(config, device) for _ in prompts]
+    generators = [make_generator(config, device) for _ in prompts]
     room = [min(config.max_new_tokens, model.config.n_positions - len(prompt)) for prompt in prompts]
     replies: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))  # the rows of the batch, by prompt
@@ -115,7 +117,8 @@ def ended(reply: Sequence[int], config: GenerationConfig) -> bool:
     return any(tuple(reply[-len(stop) :]) == stop for stop in config.stop)
 
 
-def _generator(config: GenerationConfig, device: torch.device) -> torch.Generator | None:
+def make_generator(config: GenerationConfig, device: torch.device) -> torch.Generator | None:
+    """What one reply draws from; None where it is greedy."""
     if config.temperature == 0:
         return None
     generator = torch.Generator(device)

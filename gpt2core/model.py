@@ -115,12 +115,13 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_width, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
+        return self.c_proj(self.activate(self.c_fc(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu":
-            x = F.relu(x)
-        else:  # gelu_new and gelu_pytorch_tanh are two names of one function
-            x = F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
-        return self.c_proj(x)
+            return F.relu(x)
+        # gelu_new and gelu_pytorch_tanh are two names of one function
+        return F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
 
 
 class KVCache:
