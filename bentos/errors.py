@@ -1,7 +1,8 @@
 """The one shape of every error: {"error": {"type", "message", "param"}}, whoever it comes from."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from starlette.responses import JSONResponse
@@ -16,9 +17,11 @@ class RequestError(Exception):
     type: str
     message: str
     param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def response(self) -> JSONResponse:
-        return JSONResponse({"error": {"type": self.type, "message": self.message, "param": self.param}}, self.status)
+        content = {"error": {"type": self.type, "message": self.message, "param": self.param}}
+        return JSONResponse(content, self.status, self.headers)
 
 
 class OneErrorShape:

@@ -4,7 +4,10 @@ BentoML serves health, metrics and the schema. The routes are FastAPI's: BentoML
 bare `curl -d` as a form, and hide the message of most errors.
 """
 
+import asyncio
 import json
+import os
+from collections.abc import Coroutine
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -13,7 +16,7 @@ import bentoml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from bentos.errors import OneErrorShape, RequestError
 from bentos.schemas import ErrorResponse, PredictRequest, PredictResponse
@@ -34,7 +37,7 @@ class Models(BaseModel):
 models = bentoml.use_arguments(Models)
 app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None)
 errors: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 405, 413, 415, 500, 504)
+    status: {"model": ErrorResponse} for status in (400, 404, 405, 413, 415, 429, 500, 503, 504)
 }
 
 
@@ -49,7 +52,12 @@ class GPT2Instruct:
         from bentos.answering import Answerer
 
         self.lineage = json.loads(LINEAGE.read_text(encoding="utf-8"))
-        self.answerer = Answerer(self.base.path, self.adapter.path, self.lineage["bento"])
+        weights = os.environ.get("GPT2_WEIGHTS", "fp32")
+        self.answerer = Answerer(self.base.path, self.adapter.path, self.lineage["bento"], weights)
+
+    @bentoml.on_shutdown
+    def close(self) -> None:
+        self.answerer.close()
 
     @app.post(
         "/predict",
@@ -69,8 +77,10 @@ class GPT2Instruct:
             if format not in ("", "lambda"):
                 raise RequestError(400, "invalid_request", f"format is {format!r}; it may be lambda", "format")
             wanted = _parse(await _body(request))
-            answered = await run_in_threadpool(self.answerer.answer, wanted, deadline)
+            answered = await _unless_gone(request, self.answerer.answer(wanted, deadline))
             response = JSONResponse(answered.model_dump())
+        except ClientDisconnect:  # nobody reads this; it is for the log and the metrics
+            response = RequestError(499, "client_closed_request", "the client has closed the connection").response()
         except RequestError as error:
             response = error.response()
         return _envelope(response) if format == "lambda" else response
@@ -91,6 +101,20 @@ async def _body(request: Request) -> bytes:
         if len(body) > MAX_BODY:
             raise RequestError(413, "body_too_large", f"the body may have at most {MAX_BODY} bytes")
     return bytes(body)
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, PredictResponse]) -> PredictResponse:
+    """The answer; if the client hangs up before, it is cancelled."""
+    answering = asyncio.create_task(answer)
+    gone = asyncio.ensure_future(request.receive())  # the body was read, so all that can come is the end
+    try:
+        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return answering.result()
+    finally:
+        answering.cancel()
+        gone.cancel()
 
 
 def _parse(body: bytes) -> PredictRequest:

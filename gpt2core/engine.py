@@ -64,8 +64,12 @@ class Engine:
         self._closed = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Begin to work; a context manager does it by itself."""
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(
@@ -87,7 +91,7 @@ class Engine:
         config: GenerationConfig,
         adapter: str | None = None,
         deadline: float | None = None,
-        on_progress: Callable[[Request], None] | None = None,
+        on_progress: Callable[[Request], object] | None = None,
     ) -> Request:
         """Ask for a reply to the prompt; returns at once.
 

@@ -40,7 +40,7 @@ class Request:
         room: int,
         adapter: Adapter | None,
         deadline: float | None,
-        on_progress: "Callable[[Request], None] | None",
+        on_progress: "Callable[[Request], object] | None",
         generator: torch.Generator | None,
     ) -> None:
         self.input_ids, self.config, self.adapter, self.generator = input_ids, config, adapter, generator

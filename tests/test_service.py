@@ -1,11 +1,13 @@
 """The service, as a real Bento over HTTP."""
 
+import asyncio
 import http.client
 import json
+import re
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic
+from time import monotonic, sleep
 from urllib.parse import urlsplit
 
 import pytest
@@ -286,27 +288,82 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_does_no_harm(url):
     assert predict(url, instruction="Hello.").status_code == 200
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def answerer(base_dir, adapter_dir):
-    return Answerer(base_dir, adapter_dir, "name")
+    answerer = Answerer(base_dir, adapter_dir, "name", "fp32")
+    yield answerer
+    answerer.close()
 
 
-def test_decoding_ends_at_the_deadline(answerer):
+def ask(answerer: Answerer, seconds: float = 60, **values):
+    return asyncio.run(answerer.answer(PredictRequest(instruction="Hello.", **values), monotonic() + seconds))
+
+
+def test_decoding_ends_at_the_deadline(answerer, monkeypatch):
+    step = answerer.engine._step
+    monkeypatch.setattr(answerer.engine, "_step", lambda: (sleep(0.02), step()))
     with pytest.raises(RequestError) as error:
-        answerer.answer(PredictRequest(instruction="Hello.", max_new_tokens=60), monotonic() + 0.01)
+        ask(answerer, seconds=0.1, max_new_tokens=60)
     assert error.value.status == 504
-    assert answerer.answer(PredictRequest(instruction="Hello.", max_new_tokens=1), monotonic() + 60).answer is not None
+    assert answerer.engine.stats()["running"] == 0
+    assert ask(answerer, max_new_tokens=1).answer is not None
 
 
-def test_waiting_for_the_model_counts_towards_the_deadline(answerer):
-    with answerer.lock, pytest.raises(RequestError) as error:
-        answerer.answer(PredictRequest(instruction="Hello."), monotonic() + 0.05)
-    assert error.value.status == 504
+def test_a_cancelled_answer_leaves_the_engine(answerer, monkeypatch):
+    step = answerer.engine._step
+    monkeypatch.setattr(answerer.engine, "_step", lambda: (sleep(0.02), step()))
+
+    async def give_up() -> None:
+        request = PredictRequest(instruction="Hello.", max_new_tokens=60)
+        await asyncio.wait_for(answerer.answer(request, monotonic() + 60), 0.1)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    sleep(0.2)
+    assert answerer.engine.stats()["running"] == 0
+
+
+def test_more_than_the_queue_holds_is_a_429_that_says_when_to_come_back(answerer, monkeypatch):
+    monkeypatch.setattr(answerer.engine, "max_queue", 0)
+    with pytest.raises(RequestError) as error:
+        ask(answerer)
+    assert error.value.status == 429
+    assert error.value.response().headers["Retry-After"] == "1"
+
+
+def test_an_answer_that_the_engine_drops_is_a_503(answerer, monkeypatch):
+    monkeypatch.setattr(answerer.engine, "_step", lambda: 1 / 0)
+    with pytest.raises(RequestError) as error:
+        ask(answerer)
+    assert error.value.status == 503
 
 
 def test_end_of_text_is_a_stop_and_no_part_of_the_answer(answerer, monkeypatch):
-    monkeypatch.setattr("bentos.answering.stream", lambda *_: iter([5, answerer.tokenizer.eot_token]))
-    answer = answerer.answer(PredictRequest(instruction="Hello."), monotonic() + 60)
+    tokens = iter([5, answerer.tokenizer.eot_token])
+    monkeypatch.setattr(answerer.engine, "_sample", lambda hidden, requests: [next(tokens)])
+    answer = ask(answerer)
     assert answer.finish_reason == "stop"
     assert answer.answer == answerer.tokenizer.decode([5]).strip()
     assert answer.usage.completion_tokens == 2
+
+
+def test_weights_of_a_format_that_there_is_not_are_refused(base_dir, adapter_dir):
+    with pytest.raises(ValueError, match="GPT2_WEIGHTS is 'int4'; it must be one of auto, fp32, bf16, int8"):
+        Answerer(base_dir, adapter_dir, "name", "int4")
+
+
+def test_the_answer_of_a_client_that_is_gone_is_given_up(tag):
+    body = json.dumps({"instruction": "Hello.", "max_new_tokens": 80}).encode()
+    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with bento.serve(tag) as url:
+        parts = urlsplit(url)
+        for i in range(60):
+            with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+                connection.sendall(head + body)
+                sleep(i % 3 * 0.01)  # before it is read, when it is read, and in the middle of the answer
+        assert predict(url, instruction="Hello.").status_code == 200
+        metrics = requests.get(f"{url}/metrics", timeout=10).text
+    codes = re.findall(r'request_total{endpoint="/predict",http_response_code="(\d+)".* (\d+)', metrics)
+    counts = {code: float(count) for code, count in codes}
+    assert counts["499"] > 25  # the others had their answer before they could hang up
+    assert set(counts) == {"200", "499"}
