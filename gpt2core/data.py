@@ -15,6 +15,8 @@ from torch import Tensor
 from gpt2core.prompt import format_prompt
 
 IGNORED = -100  # the label of a token that the loss does not see
+SHARED, PADDING = -1, -2  # in place of an example's number
+ROW_TOKENS = 512  # of a row of examples, about: attention's cost grows with its square
 Record = dict[str, str]  # instruction, input, output; and group, family where known
 _REQUIRED, _OPTIONAL = ("instruction", "output"), ("input", "group", "family")
 
@@ -34,9 +36,13 @@ class Example:
 
 
 class Batch(NamedTuple):
-    input_ids: Tensor  # (B, T), padded on the right
-    labels: Tensor  # (B, T): labels[b, t] is the token after input_ids[b, t], IGNORED where the loss does not look
-    n_tokens: int  # without padding
+    """Examples behind each other in G rows; none sees another, and what all begin with is there once a row."""
+
+    input_ids: Tensor  # (G, T), padded on the right
+    labels: Tensor  # (G, T): the token that comes after, IGNORED where the loss does not look
+    n_tokens: int  # without padding; a shared beginning counts for each example
+    positions: Tensor | None = None  # (G, T) within the example; None: rows are plain text
+    example: Tensor | None = None  # (G, T) which one a token is of, SHARED, or PADDING
 
 
 def read_records(file: str | Path) -> list[Record]:
@@ -194,18 +200,50 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
     return examples
 
 
-def collate(examples: Sequence[Example], loss_on: str, device: torch.device | str = "cpu") -> Batch:
-    """Pad on the right; causal attention keeps real tokens from ever looking there, so no mask is needed."""
-    T = max(len(example.input_ids) for example in examples) - 1  # the last token is only ever a label
-    input_ids = torch.zeros(len(examples), T, dtype=torch.long)
-    labels = torch.full((len(examples), T), IGNORED)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.input_ids)
-        first = example.prompt_length if loss_on == "response" else 1  # the first token that the loss sees
-        input_ids[row, : len(ids) - 1] = ids[:-1]
-        labels[row, first - 1 : len(ids) - 1] = ids[first:]
-    n_tokens = sum(len(example.input_ids) - 1 for example in examples)
-    return Batch(input_ids.to(device), labels.to(device), n_tokens)
+def pack(
+    examples: Sequence[Example], loss_on: str, device: torch.device | str = "cpu", share_beginning: bool = True
+) -> Batch:
+    """Lay the examples out so that next to nothing is padding.
+
+    Args:
+        share_beginning: what all examples begin with (every prompt has the same preamble) is computed once a row, which
+            changes no loss and no gradient. Only where the loss does not look at it.
+    """
+    first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # that the loss sees
+    shared = _common_prefix(examples, min(first) - 1) if share_beginning and len(examples) > 1 else 0
+    lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is only ever a label
+    rows: list[list[int]] = [[] for _ in range(-(-sum(lengths) // max(ROW_TOKENS - shared, 1)))]
+    loads = [0] * len(rows)
+    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):  # the longest first, into the emptiest row
+        row = loads.index(min(loads))
+        rows[row].append(i)
+        loads[row] += lengths[i]
+
+    shape = len(rows), shared + max(loads)
+    input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels, example = torch.full(shape, IGNORED), torch.full(shape, PADDING)
+    input_ids[:, :shared] = torch.tensor(examples[0].input_ids[:shared], dtype=torch.long)
+    positions[:, :shared] = torch.arange(shared)
+    example[:, :shared] = SHARED
+    for row, members in enumerate(rows):
+        start = shared
+        for i in members:
+            ids, place = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
+            input_ids[row, place], example[row, place] = ids[:-1], i
+            positions[row, place] = torch.arange(shared, shared + lengths[i])
+            labels[row, start + first[i] - 1 - shared : place.stop] = ids[first[i] - shared :]
+            start = place.stop
+    n_tokens = sum(lengths) + shared * len(examples)
+    return Batch(input_ids.to(device), labels.to(device), n_tokens, positions.to(device), example.to(device))
+
+
+def _common_prefix(examples: Sequence[Example], at_most: int) -> int:
+    """How many tokens, and no more than that, all examples begin with."""
+    smallest, largest = min(example.input_ids for example in examples), max(example.input_ids for example in examples)
+    for i, (one, other) in enumerate(zip(smallest[:at_most], largest[:at_most], strict=False)):
+        if one != other:
+            return i
+    return at_most
 
 
 def batches(

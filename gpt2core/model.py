@@ -45,18 +45,28 @@ class GPT2(nn.Module):
         """
         return self.head(self.hidden(input_ids, attention_mask, cache))
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
-        """The last layer's normalised states (B, T, C): `forward` without the head."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: "KVCache | None" = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The last layer's normalised states (B, T, C): `forward` without the head.
+
+        Args:
+            attention_mask: as in `forward`; or (B, T, S + T), True where a token may look, beside `positions` (B, T).
+        """
         T = input_ids.shape[1]
         S = 0 if cache is None else cache.length
         if cache is not None and S + T > cache.capacity:
             raise ValueError(
                 f"{S + T} tokens are more than the cache's capacity of {cache.capacity}; make a larger one"
             )
-        if attention_mask is None:
-            positions = torch.arange(S, S + T, device=input_ids.device)  # (T)
-        else:
+        if positions is None and attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
+        elif positions is None:
+            positions = torch.arange(S, S + T, device=input_ids.device)  # (T)
         if S + T > self.config.n_positions and int(positions.max()) >= self.config.n_positions:
             raise ValueError(f"{S + T} tokens are more than n_positions={self.config.n_positions}; shorten the input")
         mask = _attention_mask(attention_mask, T, S, input_ids.device)
@@ -151,6 +161,8 @@ def _attention_mask(attention_mask: Tensor | None, T: int, S: int, device: torch
     """True where a query may look, (B, 1, T, S + T) or (T, S + T); None where plain causal attention says the same."""
     if attention_mask is None and (S == 0 or T == 1):
         return None
+    if attention_mask is not None and attention_mask.dim() == 3:
+        return attention_mask[:, None]
     causal = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
     if attention_mask is None:
         return causal

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpt2core.checkpoint import atomic_write
 from gpt2core.config import Precision, PretrainConfig, TrainConfig
-from gpt2core.data import IGNORED, Batch, Example, batches, collate
+from gpt2core.data import IGNORED, SHARED, Batch, Example, batches, pack
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 
@@ -37,7 +37,8 @@ class TrainResult:
         `train/learning_rate`, `train/grad_norm`, `train/tokens_seen`, `train/tokens_per_second` (mean since the entry
         before), `val/loss` those known at that step. Losses are nats a token.
     best_val_loss: None where there were no validation examples.
-    tokens_per_second: tokens without padding, over the time spent in training steps.
+    tokens_per_second: tokens without padding, over the time spent in training steps. A beginning that the examples of
+        a batch share is computed once, and counted for each.
     """
 
     history: list[dict[str, float]]
@@ -68,6 +69,8 @@ def finetune(
         raise ValueError("there are no training examples")
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
+    # dropout draws for each example, so what they share would not be computed alike
+    share = not any(layer.config.dropout for _, layer in lora_layers(model))
 
     def batches_of(step: int) -> list[Batch]:
         epoch, place = divmod(step, steps_per_epoch)
@@ -75,7 +78,7 @@ def finetune(
         chosen = list(batches(train, config.batch_size, order))[:n_batches]
         first = place * config.gradient_accumulation_steps
         parts = chosen[first : first + config.gradient_accumulation_steps]
-        return [collate(part, config.loss_on, device) for part in parts]
+        return [pack(part, config.loss_on, device, share) for part in parts]
 
     def validate() -> float:
         n = None if config.limit_val_batches is None else config.limit_val_batches * config.batch_size
@@ -180,20 +183,29 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
     model.eval()
     sums: list[tuple[float, int]] = []
     for part in batches(examples, batch_size):
-        batch = collate(part, loss_on, device)
+        batch = pack(part, loss_on, device)
         losses, wanted = _losses(model, batch)
-        rows = torch.where(wanted)[0]  # which example each loss belongs to
+        assert batch.example is not None
+        rows = batch.example[wanted]  # which example each loss belongs to
         per_row = torch.zeros(len(part), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
-        sums += zip(per_row.tolist(), wanted.sum(-1).tolist(), strict=True)
+        sums += zip(per_row.tolist(), rows.bincount(minlength=len(part)).tolist(), strict=True)
     model.train(training)
     return sums
 
 
 def _losses(model: GPT2, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N) at the N labelled positions, in fp32, and where those are: (B, T). The head sees only them."""
+    """Cross-entropy (N) at the N labelled positions, in fp32, and where those are: (G, T). The head sees only them."""
     wanted = batch.labels != IGNORED
-    logits = model.head(model.hidden(batch.input_ids)[wanted])  # (N, V)
+    mask = None if batch.example is None else _packing_mask(batch.example)
+    logits = model.head(model.hidden(batch.input_ids, mask, positions=batch.positions)[wanted])  # (N, V)
     return F.cross_entropy(logits.float(), batch.labels[wanted], reduction="none"), wanted
+
+
+def _packing_mask(example: Tensor) -> Tensor:
+    """True where a token may look, (G, T, T): back at its own example's and at the shared ones."""
+    T = example.shape[1]
+    back = torch.ones(T, T, dtype=torch.bool, device=example.device).tril()
+    return back & ((example[:, :, None] == example[:, None]) | (example[:, None] == SHARED))
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:

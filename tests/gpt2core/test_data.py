@@ -4,17 +4,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2core import data
 from gpt2core.data import (
     IGNORED,
+    PADDING,
+    SHARED,
     Example,
     batches,
     check_records,
-    collate,
     count_duplicates,
     encode_records,
+    pack,
     read_records,
     records_sha256,
     split_records,
@@ -181,16 +185,47 @@ def test_a_record_beyond_the_context_is_named_with_both_lengths(tokenizer):
         encode_records(records, tokenizer, n - 1)
 
 
-def test_labels_are_the_next_tokens_and_the_prompt_is_not_among_them():
-    batch = collate([Example([1, 2, 3, 4, 5], 3), Example([6, 7, 8], 1)], "response")
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5], [7, 8, IGNORED, IGNORED]]
+LONG, SHORT = Example([1, 2, 3, 4, 5], 3), Example([1, 2, 8], 2)
+
+
+def test_examples_lie_behind_each_other_and_labels_are_the_next_tokens_of_the_response():
+    batch = pack([SHORT, LONG], "response", share_beginning=False)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 1, 2]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, IGNORED, 8]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.example.tolist() == [[1, 1, 1, 1, 0, 0]]
     assert batch.n_tokens == 6
 
 
-def test_loss_on_all_leaves_out_padding_only():
-    batch = collate([Example([1, 2, 3, 4, 5], 3), Example([6, 7, 8], 1)], "all")
-    assert batch.labels.tolist() == [[2, 3, 4, 5], [7, 8, IGNORED, IGNORED]]
+def test_a_beginning_that_all_share_is_there_once_and_counts_for_each():
+    batch = pack([SHORT, LONG], "response")  # they share 1 and 2, but the loss looks at what follows 2
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, 8]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 1]]
+    assert batch.example.tolist() == [[SHARED, 1, 1, 1, 0]]
+    assert batch.n_tokens == 6
+
+
+def test_loss_on_all_sees_every_token_but_the_first_so_nothing_is_shared():
+    batch = pack([SHORT, LONG], "all")
+    assert batch.labels.tolist() == [[2, 3, 4, 5, 2, 8]]
+    assert SHARED not in batch.example
+
+
+def test_many_examples_fill_several_rows_evenly(monkeypatch):
+    monkeypatch.setattr(data, "ROW_TOKENS", 20)
+    examples = [Example([7, 7, *range(n)], 2) for n in range(1, 12)]
+    batch = pack(examples, "response")
+    assert sorted(set(batch.example[batch.example >= 0].tolist())) == list(range(11))
+    assert len(batch.input_ids) > 3
+    filled = (batch.example != PADDING).float().mean()
+    assert filled > 0.85
+    for i, example in enumerate(examples):  # whole, in one row, in order
+        row = int(torch.where(batch.example == i)[0][0])
+        own = batch.example[row] == i
+        own[: int((batch.example[row] == SHARED).sum())] = True
+        assert batch.input_ids[row][own].tolist() == example.input_ids[:-1]
+        assert batch.positions[row][own].tolist() == list(range(len(example.input_ids) - 1))
 
 
 def test_batches_hold_every_example_once_in_the_order_given():

@@ -11,17 +11,18 @@ from transformers import GPT2LMHeadModel
 
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
-from gpt2core.data import Example, collate
+from gpt2core.data import Example, pack
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.model import GPT2
 from gpt2core.train import finetune, learning_rate_factor, pretrain, token_losses, training_steps
 
 
 def examples(n: int = 10, seed: int = 0) -> list[Example]:
-    """Random ones, of 4 to 12 tokens."""
+    """Three tokens that all begin with, as prompts do, and 4 to 12 random ones."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 13, (n,), generator=generator).tolist()
-    return [Example(torch.randint(97, (length,), generator=generator).tolist(), length // 2) for length in lengths]
+    rests = [torch.randint(97, (length,), generator=generator).tolist() for length in lengths]
+    return [Example([7, 8, 9, *rest], 3 + len(rest) // 2) for rest in rests]
 
 
 def config(**values) -> TrainConfig:
@@ -89,9 +90,8 @@ def test_training_is_that_of_peft_and_a_loop_written_by_hand(tiny_gpt2_dir, accu
     seen.remove()
 
     optimiser = torch.optim.AdamW([p for _, p in pairs], lr=1e-2, weight_decay=0.1, betas=settings.betas)
-    by_input = {tuple(example.input_ids[:-1]): example for example in data}
     total = training_steps(len(data), settings)[2]
-    batches = [[example_of(row, by_input) for row in batch] for batch in order]
+    batches = [examples_of(row, data) for [row] in order]
     size = len(batches) // settings.epochs
     epochs = [batches[i : i + size] for i in range(0, len(batches), size)]
     per_step = [epoch[i : i + accumulate] for epoch in epochs for i in range(0, size, accumulate)]
@@ -117,10 +117,14 @@ def test_training_is_that_of_peft_and_a_loop_written_by_hand(tiny_gpt2_dir, accu
         torch.testing.assert_close(mine[0], other, rtol=1e-3, atol=1e-5)
 
 
-def example_of(row: list[int], by_input: dict[tuple[int, ...], Example]) -> Example:
-    """The example of a padded row: the longest whose tokens it begins with."""
-    found = [example for ids, example in by_input.items() if tuple(row[: len(ids)]) == ids]
-    return max(found, key=lambda example: len(example.input_ids))
+def examples_of(row: list[int], data: list[Example]) -> list[Example]:
+    """The examples packed in a row, behind the three tokens that they share."""
+    found, rest = [], row[3:]
+    while rest:
+        fits = [example for example in data if example.input_ids[3:-1] == rest[: len(example.input_ids) - 4]]
+        found.append(max(fits, key=lambda example: len(example.input_ids)))
+        rest = rest[len(found[-1].input_ids) - 4 :]
+    return found
 
 
 def test_accumulated_batches_are_one_large_batch(tiny_gpt2_dir):
@@ -205,7 +209,7 @@ def test_the_history_says_what_was_done_at_each_logged_step(model):
         4: TRAIN,
         6: TRAIN | {"val/loss"},
     }
-    n_tokens = collate(data, "all").n_tokens
+    n_tokens = pack(data, "all").n_tokens
     assert result.history[-1]["train/tokens_seen"] == 2 * n_tokens  # no record is lost
     assert result.history[-1]["train/learning_rate"] == pytest.approx(1e-2 * 1 / 6)
     assert result.tokens_per_second > 0
