@@ -98,6 +98,7 @@ class TrainConfig:
     final_lr_ratio: float = 0.0  # where that fall ends, as a share of learning_rate
     max_grad_norm: float | None = 1.0
     precision: Precision = "fp32"
+    devices: int = 1  # processes of one machine that share each batch: a GPU each, or some of the cores
     loss_on: LossOn = "response"
     seed: int = 0
     log_every_steps: int = 5
@@ -108,7 +109,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_training(self)
-        for name in ("epochs", "validate_every_epochs", "checkpoint_every_epochs"):
+        for name in ("epochs", "devices", "validate_every_epochs", "checkpoint_every_epochs"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
             value = getattr(self, name)

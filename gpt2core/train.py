@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -61,6 +62,10 @@ def finetune(
     end is byte for byte that of a run that was never stopped, on the same kind of machine with as many threads; epochs
     and max_steps may have grown since.
 
+    In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
+    takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` is that of
+    all together. Rank 0 alone logs and writes checkpoints, which all read.
+
     Raises:
         ValueError: no examples, nothing to train, a merged adapter, or a checkpoint of other data or another config.
         FloatingPointError: the loss is no longer finite.
@@ -69,6 +74,7 @@ def finetune(
         raise ValueError("there are no training examples")
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # dropout draws for each example, so what they share would not be computed alike
     share = not any(layer.config.dropout for _, layer in lora_layers(model))
 
@@ -78,12 +84,13 @@ def finetune(
         chosen = list(batches(train, config.batch_size, order))[:n_batches]
         first = place * config.gradient_accumulation_steps
         parts = chosen[first : first + config.gradient_accumulation_steps]
-        return [pack(part, config.loss_on, device, share) for part in parts]
+        return [pack(own, config.loss_on, device, share) for part in parts if (own := part[rank::world_size])]
 
     def validate() -> float:
         n = None if config.limit_val_batches is None else config.limit_val_batches * config.batch_size
-        sums = token_losses(model, val[:n], config.batch_size, config.loss_on)
-        return sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+        sums = token_losses(model, val[:n][rank::world_size], config.batch_size, config.loss_on)
+        loss, count = _summed(sum(loss for loss, _ in sums), sum(count for _, count in sums))
+        return loss / count
 
     loop = _Loop(
         model=model,
@@ -269,7 +276,7 @@ class _Loop:
                 last = self.progress.step >= self.total_steps
                 if self.validate is not None and (last or self.progress.step % self.validate_every == 0):
                     self._validate(self.validate())
-                if file is not None and (last or self.progress.step % self.checkpoint_every == 0):
+                if file is not None and _is_first() and (last or self.progress.step % self.checkpoint_every == 0):
                     self._save(file)
             for name, tensor in self.best.items():
                 weights[name].data.copy_(tensor)
@@ -284,23 +291,25 @@ class _Loop:
         for group, learning_rate in zip(groups, self.learning_rates, strict=True):
             group["lr"] = learning_rate * factor
         parts = self.batches_of(progress.step)
-        n_labels = sum(int((part.labels != IGNORED).sum()) for part in parts)
+        own_labels = sum(int((part.labels != IGNORED).sum()) for part in parts)
+        n_labels, n_tokens = map(int, _summed(own_labels, sum(part.n_tokens for part in parts)))
         step_loss = torch.zeros((), device=self.device)
         for part in parts:
             with self._autocast():
                 loss = _losses(self.model, part)[0].sum()
             (loss / n_labels).backward()
             step_loss += loss.detach()
+        _sum_gradients([*self.weights.values()])
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), config.max_grad_norm or math.inf)
         for optimiser in self.optimiser_list:
             optimiser.step()
             optimiser.zero_grad()
 
         progress.step += 1
-        progress.loss += float(step_loss)
+        progress.loss += _summed(float(step_loss))[0]
         progress.labels += n_labels
-        progress.tokens += sum(part.n_tokens for part in parts)
-        progress.tokens_seen += sum(part.n_tokens for part in parts)
+        progress.tokens += n_tokens
+        progress.tokens_seen += n_tokens
         progress.seconds += perf_counter() - start
         if not math.isfinite(progress.loss):
             raise FloatingPointError(
@@ -332,7 +341,7 @@ class _Loop:
             self.progress.history[-1].update(values)
         else:
             self.progress.history.append({"step": step, **values})
-        if self.log is not None:
+        if self.log is not None and _is_first():
             self.log(step, values)
 
     def _autocast(self) -> torch.autocast:
@@ -383,6 +392,31 @@ class _Loop:
         logger.info("resuming from step %d of %d in %s", self.progress.step, self.total_steps, file)
 
 
+def _summed(*values: float) -> list[float]:
+    """The values, summed over the processes of the group."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def _sum_gradients(weights: Sequence[nn.Parameter]) -> None:
+    if not dist.is_initialized():
+        return
+    for weight in weights:
+        if weight.grad is None:  # this process had no example of the batch
+            weight.grad = torch.zeros_like(weight)
+    flat = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None])
+    dist.all_reduce(flat)
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 @contextmanager
 def _training(model: GPT2, precision: Precision) -> Iterator[None]:
     """Train mode, and weights in the dtypes that the precision asks for.
@@ -414,6 +448,6 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def _fingerprint(config: TrainConfig | PretrainConfig, data: Sequence[Any]) -> str:
-    """Of all that a resumed run must share with the one it goes on with; how long to train may change."""
-    values = {key: value for key, value in asdict(config).items() if key not in ("epochs", "max_steps")}
+    """Of all that a resumed run must share with the one before; how long and on how many to train may change."""
+    values = {key: value for key, value in asdict(config).items() if key not in ("epochs", "max_steps", "devices")}
     return hashlib.sha256(json.dumps([values, data]).encode()).hexdigest()

@@ -6,13 +6,11 @@ from typing import Annotated
 from zenml import ArtifactConfig, get_step_context, step
 from zenml.enums import ArtifactType
 
-from gpt2core.checkpoint import directory_sha256, load_pretrained, save_adapter
+from gpt2core.checkpoint import CONFIG, directory_sha256, read_config, save_adapter
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import encode_records, records_sha256
-from gpt2core.lora import add_lora
-from gpt2core.model import best_device
+from gpt2core.distributed import finetune_adapter
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.train import finetune as train_adapter
 from gpt2core.train import training_steps
 from steps.adapters.base import describe_base, open_base
 from steps.adapters.progress import progress
@@ -41,10 +39,9 @@ def finetune(
 ]:
     """Train a LoRA adapter on the train split; return its directory, the curves, and what they end in."""
     base_dir = open_base(base)
-    tokenizer, model = load_tokenizer(base_dir), load_pretrained(base_dir, device=best_device())
-    add_lora(model, lora, train.seed)
+    tokenizer, n_positions = load_tokenizer(base_dir), read_config(base_dir / CONFIG).n_positions
     examples, val_examples = (
-        encode_records(records, tokenizer, model.config.n_positions) for records in (train_records, val_records)
+        encode_records(records, tokenizer, n_positions) for records in (train_records, val_records)
     )
     run_name = get_step_context().pipeline_run.name
     about = describe_base(base)
@@ -55,7 +52,7 @@ def finetune(
         progress("finetune", total_steps, log) as log,
         kept_checkpoints([asdict(lora), asdict(train), *digests], log) as (checkpoints, log),
     ):
-        result = train_adapter(model, examples, val_examples, train, log, checkpoints)
+        model, result = finetune_adapter(base_dir, lora, examples, val_examples, train, log, checkpoints)
     adapter = save_adapter(model, Path(mkdtemp(prefix="adapter-")), base=about)
     last = {name: value for entry in result.history for name, value in entry.items()}
     metrics = {

@@ -1,0 +1,96 @@
+"""Finetuning on several devices of one machine: this process is rank 0, and starts one more for each other device."""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.data import Example
+from gpt2core.lora import add_lora
+from gpt2core.model import GPT2
+from gpt2core.train import Log, TrainResult, finetune
+
+
+def finetune_adapter(
+    base_dir: str | Path,
+    lora: LoraConfig,
+    train: Sequence[Example],
+    val: Sequence[Example],
+    config: TrainConfig,
+    log: Log | None = None,
+    checkpoint_dir: str | Path | None = None,
+) -> tuple[GPT2, TrainResult]:
+    """The base with a trained adapter, by `gpt2core.train.finetune` on `config.devices` devices.
+
+    Raises:
+        ValueError: more devices than there are GPUs; otherwise as `finetune`.
+        RuntimeError: another process has ended before its time.
+    """
+    with _process_group(config.devices, base_dir, lora, train, val, config, checkpoint_dir):
+        model = _model(0, base_dir, lora, config)
+        return model, finetune(model, train, val, config, log, checkpoint_dir)
+
+
+def _model(rank: int, base_dir: str | Path, lora: LoraConfig, config: TrainConfig) -> GPT2:
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    return add_lora(load_pretrained(base_dir, device=device), lora, config.seed)
+
+
+@contextmanager
+def _process_group(devices: int, *arguments: object) -> Iterator[None]:
+    if devices == 1:
+        yield
+        return
+    if torch.cuda.is_available() and devices > torch.cuda.device_count():
+        raise ValueError(f"train.devices is {devices}, but there are {torch.cuda.device_count()} GPUs")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    threads = torch.get_num_threads()
+    others = mp.spawn(_work, (address, devices, *arguments), nprocs=devices - 1, join=False)
+    try:
+        _join(0, address, devices)
+        yield
+        dist.barrier()
+        others.join()
+    finally:
+        for process in others.processes:  # one that still runs waits for us in vain
+            process.kill()
+            process.join()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        torch.set_num_threads(threads)
+
+
+def _join(rank: int, address: str, devices: int) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // devices))  # the cores are shared
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=devices)
+
+
+def _work(
+    index: int,
+    address: str,
+    devices: int,
+    base_dir: str | Path,
+    lora: LoraConfig,
+    train: Sequence[Example],
+    val: Sequence[Example],
+    config: TrainConfig,
+    checkpoint_dir: str | Path | None,
+) -> None:
+    rank = index + 1
+    _join(rank, address, devices)
+    finetune(_model(rank, base_dir, lora, config), train, val, config, None, checkpoint_dir)
+    dist.barrier()  # rank 0 has all there is to keep
+    os._exit(0)  # in an orderly exit the threads of gloo are now and then torn down while they run, and abort

@@ -1,0 +1,80 @@
+"""Two real processes, which share each batch over gloo, against one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.data import Example
+from gpt2core.distributed import finetune_adapter
+from gpt2core.lora import lora_layers
+
+LORA = LoraConfig(rank=3)
+
+
+def examples(n: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    rests = [torch.randint(97, (4 + i % 9,), generator=generator).tolist() for i in range(n)]
+    return [Example([7, 8, 9, *rest], 3 + len(rest) // 2) for rest in rests]
+
+
+def adapter(model) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{part}": getattr(layer, part) for name, layer in lora_layers(model) for part in ("lora_A", "lora_B")
+    }
+
+
+def curve(result, key: str) -> list[float]:
+    return [entry[key] for entry in result.history if key in entry]
+
+
+@pytest.fixture(scope="module")
+def config():
+    # 13 records in batches of 4: the last holds one, so one process has none of it
+    return TrainConfig(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=1, log_every_steps=1)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_gpt2_dir, config):
+    return finetune_adapter(tiny_gpt2_dir, LORA, examples(13), examples(5), config)
+
+
+def test_two_processes_have_the_curve_and_the_weights_of_one_and_lose_no_record(tiny_gpt2_dir, config, alone, tmp_path):
+    logged: list[int] = []
+    model, result = finetune_adapter(
+        tiny_gpt2_dir,
+        LORA,
+        examples(13),
+        examples(5),
+        replace(config, devices=2),
+        lambda step, values: logged.append(step),
+        tmp_path,
+    )
+    for key in ("train/loss", "val/loss", "train/grad_norm"):
+        assert curve(result, key) == pytest.approx(curve(alone[1], key), rel=1e-4)
+    assert curve(result, "train/tokens_seen") == curve(alone[1], "train/tokens_seen")
+    ours, theirs = adapter(model), adapter(alone[0])
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+    assert set(logged) == set(range(1, 13))
+    assert not torch.distributed.is_initialized()
+
+    # on from its checkpoint, alone
+    longer = replace(config, epochs=4)
+    resumed = finetune_adapter(tiny_gpt2_dir, LORA, examples(13), examples(5), longer, checkpoint_dir=tmp_path)[1]
+    assert curve(resumed, "train/loss")[:12] == curve(result, "train/loss")
+    assert len(curve(resumed, "train/loss")) == 16
+
+
+def test_a_process_that_fails_is_an_error_here_and_leaves_none_behind(tiny_gpt2_dir, config):
+    with pytest.raises((RuntimeError, FloatingPointError)):
+        finetune_adapter(tiny_gpt2_dir, LORA, examples(4), [], replace(config, devices=2, learning_rate=1e30))
+    assert not torch.distributed.is_initialized()
+    assert torch.multiprocessing.active_children() == []
+
+
+def test_one_device_needs_no_group_and_gives_the_base_with_its_adapter(tiny_gpt2_dir, alone):
+    base = load_pretrained(tiny_gpt2_dir)
+    assert torch.equal(alone[0].wte.weight, base.wte.weight)
