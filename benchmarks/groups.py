@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import quantiles
@@ -13,7 +14,7 @@ from time import perf_counter, sleep
 import torch
 
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
-from benchmarks.peer import Decoder, best_trainer
+from benchmarks.peer import Decoder, Trainer, best_trainer
 from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig, Precision, TrainConfig
 from gpt2core.data import Example, encode_records
@@ -82,12 +83,13 @@ def train(setting: Setting) -> list[Row]:
         config = TrainConfig(epochs=1, batch_size=BATCH_SIZE, precision=precision, learning_rate=1e-3)
         trainer = best_trainer(setting.base, precision, setting.examples, BATCH_SIZE)
 
+        def peer(run: int, trainer: Trainer = trainer) -> float:
+            return trainer.train(setting.examples[:n], BATCH_SIZE)
+
         def ours(run: int, model: GPT2 = model, config: TrainConfig = config) -> float:
             return finetune(model, setting.examples[:n], [], config).tokens_per_second
 
-        values = interleave(
-            {"ours": ours, "peer": lambda run, t=trainer: t.train(setting.examples[:n], BATCH_SIZE)}, setting.runs
-        )
+        values = interleave({"ours": ours, "peer": peer}, setting.runs)
         # a product forward and one backward for each matrix: frozen ones need no gradient of their own
         limit = matmul_rate(dtype) / (4 * _matrix_weights(model))
         name = "finetuning, " + ("bf16" if dtype is torch.bfloat16 else "fp32")
@@ -108,7 +110,7 @@ def decode(setting: Setting) -> list[Row]:
     with ExitStack() as stack:
         engines = {weights: stack.enter_context(Engine(model, weights=weights)) for weights in formats}
         sides: dict[str, Callable[[int], float]] = {
-            weights: lambda run, e=engine: _engine_rate(e, setting, 1, run) for weights, engine in engines.items()
+            weights: partial(_engine_rate, engine, setting, 1) for weights, engine in engines.items()
         }
         values = interleave(sides | {"peer": lambda run: _peer_rate(peer, setting, 1, run)}, setting.runs)
     rows = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 import jinja2
+from transformers.utils import logging
 
 from benchmarks.groups import GROUPS, prepare
 from benchmarks.measure import Row, machine, versions, watch_machine
@@ -31,6 +32,7 @@ def main(only: str, runs: int, preset: str, medium: str, new_tokens: int, train_
     unknown = sorted(set(names) - set(GROUPS))
     if unknown or not names:
         raise click.BadParameter(f"{only!r} must name some of {', '.join(GROUPS)}", param_hint="--only")
+    logging.disable_progress_bar()
     about: dict[str, Any] = machine()
     rows: list[Row] = []
     with watch_machine(about), TemporaryDirectory() as scratch:
