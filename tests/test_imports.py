@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"gpt2core", "steps", "pipelines", "bentos", "stacks"}
+ROOMS = {"gpt2core", "steps", "pipelines", "bentos", "stacks", "benchmarks"}
 CORE = {"gpt2core", "torch", "numpy", "tiktoken", "safetensors"}
 FRONT = {"aiohttp", "multidict", "yarl"}
 MAY_IMPORT = {
     "gpt2core/*.py": CORE,
     "gpt2core/demo/*.py": CORE | {"tokenizers"},
+    "benchmarks/*.py": {"benchmarks", "gpt2core", "torch", "transformers", "peft", "click", "jinja2"},
     "pipelines/*.py": {"pipelines", "steps", "stacks", "zenml", "gpt2core", "yaml", "pydantic", "kubernetes"},
     "steps/*.py": {"steps", "zenml", "gpt2core"},
     "stacks/*.py": {"stacks", "zenml", "docker", "yaml", "pydantic"},

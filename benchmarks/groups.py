@@ -1,0 +1,305 @@
+"""The rows, group by group: each function measures both sides and gives its rows."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import quantiles
+from time import perf_counter, sleep
+
+import torch
+
+from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
+from benchmarks.peer import Decoder, Trainer, best_trainer
+from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
+from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig, Precision, TrainConfig
+from gpt2core.data import Example, encode_records
+from gpt2core.demo.base import train_tokenizer
+from gpt2core.demo.prose import write_prose
+from gpt2core.demo.records import write_records
+from gpt2core.demo.world import make_world
+from gpt2core.engine import Engine, Weights
+from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
+from gpt2core.model import GPT2
+from gpt2core.packed import has_int8
+from gpt2core.train import finetune
+
+BATCH_SIZE = 8  # of training
+# Random blocks of the usual size change little, and a tied head then repeats the last token for ever.
+PERTURBATION = 4.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all groups share."""
+
+    directory: Path  # scratch; base/ in it holds the checkpoint both sides load
+    examples: list[Example]
+    runs: int
+    n_new: int  # tokens of each reply
+    train_steps: int
+    medium: str  # preset of the rows that are about gpt2-medium
+    command: str
+
+    @property
+    def base(self) -> Path:
+        return self.directory / "base"
+
+    def prompts(self, n: int, run: int) -> list[list[int]]:
+        """Other ones in each run, so that nothing but their common beginning can be remembered."""
+        start = run * n
+        picked = [self.examples[i % len(self.examples)] for i in range(start, start + n)]
+        return [example.input_ids[: example.prompt_length] for example in picked]
+
+
+def prepare(
+    directory: Path, preset: str, medium: str, runs: int, n_new: int, train_steps: int, command: str
+) -> Setting:
+    """Write a random checkpoint of the preset's shape, and encode the demo's records.
+
+    The tokenizer is the nano's, trained on the demo's own prose: its numbers are below any preset's vocabulary, and
+    lengths and common beginnings are those of real prompts.
+    """
+    world = make_world(0)
+    vocab_size = min(GPT2Config.preset("gpt2-nano").vocab_size, GPT2Config.preset(preset).vocab_size)
+    tokenizer = train_tokenizer(write_prose(world, 0), vocab_size, directory / "tokenizer")
+    config = GPT2Config.preset(preset)
+    examples = encode_records(write_records(world, 0), tokenizer, config.n_positions - n_new)
+    save_pretrained(_random_model(config), directory / "base")
+    return Setting(directory, examples, runs, n_new, train_steps, medium, command)
+
+
+def train(setting: Setting) -> list[Row]:
+    """LoRA finetuning, the same records in batches of the same size."""
+    rows = []
+    n = setting.train_steps * BATCH_SIZE
+    precisions: list[tuple[Precision, torch.dtype]] = [("bf16-mixed", torch.bfloat16), ("fp32", torch.float32)]
+    for precision, dtype in precisions:
+        model = add_lora(load_pretrained(setting.base), LoraConfig(), seed=0)
+        config = TrainConfig(epochs=1, batch_size=BATCH_SIZE, precision=precision, learning_rate=1e-3)
+        trainer = best_trainer(setting.base, precision, setting.examples, BATCH_SIZE)
+
+        def peer(run: int, trainer: Trainer = trainer) -> float:
+            return trainer.train(setting.examples[:n], BATCH_SIZE)
+
+        def ours(run: int, model: GPT2 = model, config: TrainConfig = config) -> float:
+            return finetune(model, setting.examples[:n], [], config).tokens_per_second
+
+        values = interleave({"ours": ours, "peer": peer}, setting.runs)
+        # a product forward and one backward for each matrix: frozen ones need no gradient of their own
+        limit = matmul_rate(dtype) / (4 * _matrix_weights(model))
+        name = "finetuning, " + ("bf16" if dtype is torch.bfloat16 else "fp32")
+        rows.append(
+            make_row(
+                name, "tokens/s", values["ours"], values["peer"], setting.command, limit, note="padding not counted"
+            )
+        )
+    return rows
+
+
+def decode(setting: Setting) -> list[Row]:
+    """One request alone."""
+    model = load_pretrained(setting.base)
+    peer = Decoder(setting.base, setting.prompts(1, 0)[0])
+    formats: list[Weights] = ["auto", "fp32", "bf16", *(["int8"] if has_int8(torch.device("cpu")) else [])]  # type: ignore[list-item]
+    bandwidth = read_bandwidth()
+    with ExitStack() as stack:
+        engines = {weights: stack.enter_context(Engine(model, weights=weights)) for weights in formats}
+        sides: dict[str, Callable[[int], float]] = {
+            weights: partial(_engine_rate, engine, setting, 1) for weights, engine in engines.items()
+        }
+        values = interleave(sides | {"peer": lambda run: _peer_rate(peer, setting, 1, run)}, setting.runs)
+    rows = []
+    for weights, engine in engines.items():
+        limit = bandwidth / (_matrix_weights(model) * {"fp32": 4, "bf16": 2, "int8": 1}[engine.packed.weights])
+        note = f"weights {engine.packed.weights}; peer {peer.dtype}"
+        rows.append(
+            make_row(
+                f"1 request, {weights}", "tokens/s", values[weights], values["peer"], setting.command, limit, note=note
+            )
+        )
+    return rows
+
+
+def batch(setting: Setting) -> list[Row]:
+    """Many requests: beside the peer one by one, and beside its padded batch; then how long a first token takes."""
+    model = load_pretrained(setting.base)
+    peer = Decoder(setting.base, setting.prompts(1, 0)[0])
+    note = f"peer {peer.dtype}"
+    with Engine(model) as engine:
+
+        def one_by_one(run: int) -> float:
+            start = perf_counter()
+            for prompt in setting.prompts(16, run):
+                peer.decode([prompt], setting.n_new)
+            return 16 * setting.n_new / (perf_counter() - start)
+
+        values = interleave(
+            {"ours": lambda run: _engine_rate(engine, setting, 16, run), "peer": one_by_one}, setting.runs
+        )
+        rows = [
+            make_row(
+                "16 requests, peer one by one", "tokens/s", values["ours"], values["peer"], setting.command, note=note
+            )
+        ]
+        rows += _first_tokens(engine, setting, values["ours"])
+    with Engine(model, max_batch=32) as engine:
+        sides: dict[str, Callable[[int], float]] = {
+            "ours": lambda run: _engine_rate(engine, setting, 32, run),
+            "peer": lambda run: _peer_rate(peer, setting, 32, run),
+        }
+        values = interleave(sides, setting.runs)
+    rows.append(
+        make_row(
+            "32 requests, peer in one padded batch",
+            "tokens/s",
+            values["ours"],
+            values["peer"],
+            setting.command,
+            note=note,
+        )
+    )
+    return rows
+
+
+def adapters(setting: Setting) -> list[Row]:
+    """Eight adapters in one batch beside one that is merged; how long it takes to load one."""
+    model = load_pretrained(setting.base)
+    directories = [_random_adapter(model, setting.directory / f"adapter-{i}", i) for i in range(8)]
+    merged = merge_lora(_with_adapter(load_pretrained(setting.base), 0))
+    with Engine(model) as ours, Engine(merged) as one:
+        for i, directory in enumerate(directories):
+            ours.load_adapter(str(i), directory)
+        sides: dict[str, Callable[[int], float]] = {
+            "ours": lambda run: _engine_rate(ours, setting, 16, run, [str(i % 8) for i in range(16)]),
+            "merged": lambda run: _engine_rate(one, setting, 16, run),
+        }
+        values = interleave(sides, setting.runs)
+    note = f"peer: this engine with one merged adapter; weights {ours.packed.weights} and {one.packed.weights}"
+    rows = [
+        make_row("16 requests, 8 adapters", "tokens/s", values["ours"], values["merged"], setting.command, note=note)
+    ]
+
+    medium = GPT2(GPT2Config.preset(setting.medium), torch.Generator().manual_seed(0)).eval()
+    directory = _random_adapter(medium, setting.directory / "adapter-medium", 0)
+    prompt, greedy = setting.prompts(1, 0)[0], GenerationConfig(max_new_tokens=1)
+    loads, firsts = [], []
+    with Engine(medium, weights="fp32") as engine:
+        engine.submit(prompt, greedy).result()
+        for _ in range(setting.runs + 1):
+            start = perf_counter()
+            engine.load_adapter("a", directory)
+            loads.append(1e3 * (perf_counter() - start))
+            engine.submit(prompt, greedy, adapter="a").result()
+            firsts.append(1e3 * (perf_counter() - start))
+    for name, values_ in ((f"load an adapter, {setting.medium}", loads), ("load it and answer a first token", firsts)):
+        rows.append(make_row(name, "ms", values_[1:], None, setting.command, less_is_better=True))
+    return rows
+
+
+def memory(setting: Setting) -> list[Row]:
+    """Peak memory of finetuning: each side is a process of its own."""
+    config = GPT2Config.preset(setting.medium)
+    directory = setting.directory / "medium"
+    save_pretrained(GPT2(config, torch.Generator().manual_seed(0)), directory)
+
+    def peak(side: str) -> float:
+        command = [sys.executable, "-m", "benchmarks.memory", side, str(directory), str(min(128, config.n_positions))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the {side} side of the memory row failed:\n{done.stderr[-2000:]}")
+        return int(done.stdout.split()[-1]) / 2**20
+
+    values = interleave({"ours": lambda run: peak("ours"), "peer": lambda run: peak("peer")}, 1)
+    name = f"peak memory of finetuning {setting.medium}, bf16"
+    return [make_row(name, "MiB", values["ours"], values["peer"], setting.command, less_is_better=True)]
+
+
+GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
+    "train": train,
+    "decode": decode,
+    "batch": batch,
+    "adapters": adapters,
+    "memory": memory,
+}
+
+
+def _first_tokens(engine: Engine, setting: Setting, rates: Sequence[float]) -> list[Row]:
+    """Milliseconds from asking to the first token: 64 at once, and 64 at random times at 0.7 of what was measured."""
+    rows = []
+    interval = setting.n_new / (0.7 * max(rates))
+    ways = (("at once", 0.0), ("at random, at 0.7 of the rate", interval))
+    for way, (name, mean) in enumerate(ways, start=1):  # from 1: the batches before had the first prompts
+        random = Random(0)
+        middle, late = [], []
+        for run in range(setting.runs):
+            asked = []
+            for prompt in setting.prompts(64, way * setting.runs + run):
+                asked.append(engine.submit(prompt, GenerationConfig(max_new_tokens=setting.n_new)))
+                sleep(random.expovariate(1 / mean) if mean else 0.0)
+            for request in asked:
+                request.result()
+            waits = [1e3 * (r.first_token_at - r.submitted_at) for r in asked if r.first_token_at is not None]
+            cuts = quantiles(waits, n=20)
+            middle.append(cuts[9])
+            late.append(cuts[18])
+        for part, values in (("p50", middle), ("p95", late)):
+            label = f"first token of 64 requests {name}, {part}"
+            rows.append(make_row(label, "ms", values, None, setting.command, less_is_better=True))
+    return rows
+
+
+def _engine_rate(
+    engine: Engine, setting: Setting, n: int, run: int, adapters: Sequence[str | None] | None = None
+) -> float:
+    """New tokens a second of n requests that are asked at once, prompts included in the time."""
+    config = GenerationConfig(max_new_tokens=setting.n_new)
+    prompts = setting.prompts(n, run)
+    start = perf_counter()
+    asked = [engine.submit(p, config, adapter=a) for p, a in zip(prompts, adapters or [None] * n, strict=True)]
+    n_tokens = sum(len(request.result()) for request in asked)
+    return n_tokens / (perf_counter() - start)
+
+
+def _peer_rate(peer: Decoder, setting: Setting, n: int, run: int) -> float:
+    prompts = setting.prompts(n, run)
+    start = perf_counter()
+    n_tokens = sum(map(len, peer.decode(prompts, setting.n_new)))
+    return n_tokens / (perf_counter() - start)
+
+
+def _random_model(config: GPT2Config) -> GPT2:
+    model = GPT2(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith("h.") and weight.dim() == 2:
+                weight.mul_(PERTURBATION)
+    return model.eval()
+
+
+def _with_adapter(model: GPT2, seed: int) -> GPT2:
+    add_lora(model, LoraConfig(), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
+def _random_adapter(model: GPT2, directory: Path, seed: int) -> Path:
+    """Save one for models of this shape; the model is left as it was."""
+    save_adapter(_with_adapter(model, seed), directory)
+    remove_lora(model)
+    return directory
+
+
+def _matrix_weights(model: GPT2) -> int:
+    """How many weights a token is multiplied with: the blocks' matrices and the head's."""
+    blocks = sum(
+        w.numel() for n, w in model.named_parameters() if n.startswith("h.") and "lora_" not in n and w.dim() == 2
+    )
+    return blocks + model.wte.weight.numel()

@@ -1,0 +1,138 @@
+"""What every row shares: interleaved runs, the machine and its limits, one row's figures."""
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2")
+PACKAGES = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured comparison. `ours` and `peer` are medians; `peer` and `limit` are None where there is none."""
+
+    name: str
+    unit: str
+    ours: float
+    peer: float | None
+    runs: int
+    spread: float  # of ours: (largest - smallest) / median
+    command: str
+    limit: float | None = None  # of this machine, in the row's unit
+    less_is_better: bool = False
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times better ours is."""
+        if not self.peer or not self.ours:
+            return None
+        return self.peer / self.ours if self.less_is_better else self.ours / self.peer
+
+    def as_json(self) -> dict[str, Any]:
+        share = None if self.limit is None else self.ours / self.limit
+        return asdict(self) | {"ratio": self.ratio, "share_of_limit": share}
+
+
+def interleave(sides: dict[str, Callable[[int], float]], runs: int) -> dict[str, list[float]]:
+    """What each side returns, A B A B; run 0 warms up and is thrown away. A side is told the run's number."""
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    for run in range(runs + 1):
+        for name, side in sides.items():
+            value = side(run)
+            if run:
+                values[name].append(value)
+    return values
+
+
+def make_row(
+    name: str,
+    unit: str,
+    ours: list[float],
+    peer: list[float] | None,
+    command: str,
+    limit: float | None = None,
+    less_is_better: bool = False,
+    note: str = "",
+) -> Row:
+    middle = median(ours)
+    spread = (max(ours) - min(ours)) / middle if middle else 0.0
+    peers = None if peer is None else median(peer)
+    return Row(name, unit, middle, peers, len(ours), spread, command, limit, less_is_better, note)
+
+
+def best_seconds(work: Callable[[], object], times: int = 5) -> float:
+    work()
+    seconds = []
+    for _ in range(times):
+        start = perf_counter()
+        work()
+        seconds.append(perf_counter() - start)
+    return min(seconds)
+
+
+def read_bandwidth(n_bytes: int = 2**30) -> float:
+    """Bytes a second that this machine reads from memory, with torch's threads."""
+    values = torch.ones(n_bytes // 4)
+    return n_bytes / best_seconds(values.sum)
+
+
+@torch.inference_mode()
+def matmul_rate(dtype: torch.dtype, n: int = 1024) -> float:
+    """FLOP a second of a square matrix product."""
+    a = torch.randn(n, n).to(dtype)
+    return 2 * n**3 / best_seconds(lambda: a @ a)
+
+
+def machine() -> dict[str, Any]:
+    file = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in file.read_text().splitlines()] if file.is_file() else []
+    about = {key.strip(): value.strip() for key, _, value in lines}
+    flags = about.get("flags", "").split()
+    return {
+        "processor": about.get("model name") or platform.processor() or platform.machine(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+@contextmanager
+def watch_machine(about: dict[str, Any]) -> Iterator[None]:
+    """Add the load before, and the share of the cores that other processes took meanwhile."""
+    about["load_before"] = round(os.getloadavg()[0], 2)
+    busy, own, start = _busy_seconds(), _own_seconds(), perf_counter()
+    yield
+    cores = (os.cpu_count() or 1) * (perf_counter() - start)
+    after = _busy_seconds()
+    if busy is None or after is None:
+        about["others_cpu_share"] = None
+    else:
+        about["others_cpu_share"] = round(max(0.0, (after - busy - (_own_seconds() - own)) / cores), 3)
+
+
+def _busy_seconds() -> float | None:
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return None
+    user, nice, system = map(int, file.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

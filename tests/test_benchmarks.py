@@ -1,0 +1,56 @@
+"""The harness at the smallest size: that it runs, and what it writes. No test asserts a time."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.measure import interleave, make_row
+from benchmarks.run import main, render_table
+
+TINY = ["--model", "gpt2-nano", "--medium", "gpt2-nano", "--runs", "1", "--new-tokens", "4", "--train-steps", "1"]
+KEYS = {"name", "ours", "peer", "ratio", "unit", "runs", "spread", "limit", "share_of_limit", "command"}
+
+
+@pytest.mark.parametrize("group", ["train", "decode", "adapters"])
+def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
+    done = CliRunner().invoke(main, ["--only", group, *TINY, "--out", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "benchmarks" / "results" / "latest.json").read_text())
+    assert result["rows"]
+    assert result["machine"]["threads"] >= 1
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    for row in result["rows"]:
+        assert row.keys() >= KEYS
+        assert row["ours"] > 0
+        assert row["name"] in page
+        assert row["name"] in done.output
+
+
+def test_an_unknown_group_is_refused_with_those_there_are():
+    done = CliRunner().invoke(main, ["--only", "trian"])
+    assert done.exit_code == 2
+    assert "trian" in done.output
+    assert "decode" in done.output
+
+
+def test_sides_take_turns_and_the_first_run_is_not_counted():
+    seen = []
+
+    def side(name):
+        return lambda run: seen.append((name, run)) or float(run)
+
+    values = interleave({"a": side("a"), "b": side("b")}, 2)
+    assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert values == {"a": [1.0, 2.0], "b": [1.0, 2.0]}
+
+
+def test_the_ratio_says_how_many_times_better_ours_is():
+    assert make_row("speed", "tokens/s", [1.0, 4.0, 8.0], [2.0], "").ratio == 2
+    assert make_row("memory", "MiB", [4.0], [2.0], "", less_is_better=True).ratio == 0.5
+    assert make_row("alone", "ms", [4.0], None, "").ratio is None
+
+
+def test_the_table_leaves_open_what_there_is_not():
+    row = make_row("alone", "ms", [4.0], None, "").as_json()
+    assert "| alone | 4    | –    | –     | ms" in render_table([row])
