@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from threading import Condition
+from threading import Condition, Event
 from time import monotonic
 from typing import Literal
 
@@ -51,7 +51,8 @@ class Request:
         self._room, self._deadline, self._on_progress = room, deadline, on_progress
         self._cancelled = False
         self._error: EngineClosed | None = None
-        self._progress = Condition()
+        self._progress = Condition()  # for those who iterate
+        self._finished = Event()  # for those who only want the end: woken at each token, they would take a core from it
 
     def result(self, timeout: float | None = None) -> list[int]:
         """The whole reply, as `generate` gives it; what there is of it if it was cancelled or its deadline passed.
@@ -60,9 +61,8 @@ class Request:
             TimeoutError: it was not finished after so many seconds; it goes on.
             EngineClosed: the engine could not go on with it.
         """
-        with self._progress:
-            if not self._progress.wait_for(lambda: self.finish_reason is not None, timeout):
-                raise TimeoutError(f"the reply was not finished after {timeout} seconds")
+        if not self._finished.wait(timeout):
+            raise TimeoutError(f"the reply was not finished after {timeout} seconds")
         if self._error is not None:
             raise self._error
         return self.tokens
@@ -93,6 +93,7 @@ class Request:
         with self._progress:
             self.finish_reason, self._error = reason, error
             self._progress.notify_all()
+        self._finished.set()
         self._tell()
 
     def add(self, token: int) -> bool:
@@ -107,6 +108,8 @@ class Request:
                 self.finish_reason = "length"
             finished = self.finish_reason is not None
             self._progress.notify_all()
+        if finished:
+            self._finished.set()
         self._tell()
         return finished
 
