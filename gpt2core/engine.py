@@ -22,7 +22,7 @@ from gpt2core.config import GenerationConfig
 from gpt2core.generate import check_prompt, make_generator, sample_token
 from gpt2core.model import GPT2
 from gpt2core.packed import AdapterStack, Format, PackedModel, RowAdapters, choose_format
-from gpt2core.request import Adapter, EngineClosed, Request
+from gpt2core.request import Adapter, EngineClosed, Request, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Engine:
         adapter: str | None = None,
         deadline: float | None = None,
         on_progress: Callable[[Request], object] | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         """Ask for a reply to the prompt; returns at once.
 
@@ -99,13 +100,16 @@ class Engine:
             adapter: the name of a loaded one; None is the model as it was given.
             deadline: in `time.monotonic`'s seconds; a reply unfinished then ends with what there is of it.
             on_progress: called by the engine's thread after each token and at the end; must be quick, and not raise.
+            logprobs: how many of the most likely tokens are wanted beside each token's own; None: no logprobs at all.
 
         Raises:
-            ValueError: a prompt that `generate` refuses too, or an adapter that is not loaded.
+            ValueError: a prompt that `generate` refuses too, an adapter that is not loaded, or logprobs out of range.
             EngineFull: later there may be room.
             EngineClosed: there will be none.
         """
         check_prompt(input_ids, self.packed.config)
+        if logprobs is not None and not 0 <= logprobs <= self.packed.config.vocab_size:
+            raise ValueError(f"logprobs is {logprobs}; it must be from 0 to {self.packed.config.vocab_size}, or None")
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine is closed")
@@ -117,7 +121,7 @@ class Engine:
             room = min(config.max_new_tokens, self.packed.config.n_positions - len(input_ids))
             own = None if adapter is None else self._adapters[adapter]
             generator = make_generator(config, self.device)
-            request = Request(list(input_ids), config, room, own, deadline, on_progress, generator)
+            request = Request(list(input_ids), config, room, own, deadline, on_progress, generator, logprobs)
             self._waiting.append(request)
             self._changed.notify_all()
         return request
@@ -147,11 +151,16 @@ class Engine:
             return sorted(self._adapters)
 
     def stats(self) -> dict[str, int]:
-        """Requests waiting and running, and tokens in the caches, as of now."""
+        """Requests waiting and running, and tokens whose keys and values are kept: of those running, and of beginnings."""
         with self._changed:
             running = len(self._reading) + self._rows.n_active
-            prefixes = len(self._prefixes) * BLOCK
-            return {"waiting": len(self._waiting), "running": running, "cached_prefix_tokens": prefixes}
+            cached = sum(self._rows.lengths) + sum(prefill.length for prefill in self._reading)
+            return {
+                "waiting": len(self._waiting),
+                "running": running,
+                "cached_tokens": cached,
+                "cached_prefix_tokens": len(self._prefixes) * BLOCK,
+            }
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -261,8 +270,15 @@ class Engine:
         logits = self.packed.logits(hidden)  # (n, V)
         tokens: list[int] = logits.argmax(-1).tolist()
         for i, request in enumerate(requests):
-            if request is not None and request.config.temperature > 0:
+            if request is None:
+                continue
+            if request.config.temperature > 0:
                 tokens[i] = int(sample_token(logits[i], request.config, request.generator))
+            if request.n_logprobs is not None:
+                logprobs = logits[i].log_softmax(-1)
+                values, ids = logprobs.topk(request.n_logprobs)
+                top = list(zip(ids.tolist(), values.tolist(), strict=True))
+                request.logprobs.append(TokenLogprobs(float(logprobs[tokens[i]]), top))
         return tokens
 
     def _row_adapters(self, of_row: list[Adapter | None]) -> RowAdapters | None:

@@ -6,6 +6,8 @@ from gpt2core.tokenizer import END_OF_TEXT
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 RESPONSE = "### Response:"
+# What ends an answer: headers after white space, the preamble, end of text spelt out.
+MARKERS = ("### Instruction:", "### Input:", RESPONSE, PREAMBLE, END_OF_TEXT)
 _ANOTHER = re.compile(rf"(?:^|\s)### (?:Instruction|Input|Response):|{re.escape(PREAMBLE)}")
 
 
@@ -20,7 +22,12 @@ def parse_reply(raw: str) -> str:
 
     `raw` is the continuation of a prompt, or prompt and continuation.
     """
-    text = raw.split(END_OF_TEXT, 1)[0].strip()
+    return cut_reply(raw).rstrip()
+
+
+def cut_reply(raw: str) -> str:
+    """`parse_reply` of a reply that may go on: white space at its end stays."""
+    text = raw.split(END_OF_TEXT, 1)[0].lstrip()
     if text.startswith((PREAMBLE, RESPONSE)):
         text = text.partition(RESPONSE)[2]
-    return _ANOTHER.split(text.lstrip(), maxsplit=1)[0].strip()
+    return _ANOTHER.split(text.lstrip(), maxsplit=1)[0]

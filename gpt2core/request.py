@@ -30,6 +30,14 @@ class Adapter:
     state: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities at temperature 1: the drawn token's, and the most likely ones' by id."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class Request:
     """A prompt in the engine, and its reply as it grows: iterate for the tokens as they come."""
 
@@ -42,17 +50,24 @@ class Request:
         deadline: float | None,
         on_progress: "Callable[[Request], object] | None",
         generator: torch.Generator | None,
+        n_logprobs: int | None,
     ) -> None:
         self.input_ids, self.config, self.adapter, self.generator = input_ids, config, adapter, generator
         self.tokens: list[int] = []  # of the reply so far
+        self.n_logprobs = n_logprobs
+        self.logprobs: list[TokenLogprobs] = []  # of each token, if asked for; never shorter than `tokens` then
+        self.token_times: list[float] = []  # when each token came, in `time.monotonic`'s seconds
         self.finish_reason: FinishReason | None = None  # None: not finished
         self.submitted_at = monotonic()
-        self.first_token_at: float | None = None
         self._room, self._deadline, self._on_progress = room, deadline, on_progress
         self._cancelled = False
         self._error: EngineClosed | None = None
         self._progress = Condition()  # for those who iterate
         self._finished = Event()  # for those who only want the end: woken at each token, they would take a core from it
+
+    @property
+    def first_token_at(self) -> float | None:
+        return self.token_times[0] if self.token_times else None
 
     def result(self, timeout: float | None = None) -> list[int]:
         """The whole reply, as `generate` gives it; what there is of it if it was cancelled or its deadline passed.
@@ -99,8 +114,7 @@ class Request:
     def add(self, token: int) -> bool:
         """Append a token; whether that was the last."""
         with self._progress:
-            if self.first_token_at is None:
-                self.first_token_at = monotonic()
+            self.token_times.append(monotonic())
             self.tokens.append(token)
             if ended(self.tokens, self.config):
                 self.finish_reason = "stop"

@@ -387,3 +387,19 @@ def test_inverse_layer_scaling_and_relu_are_obeyed(tiny_config):
     prompt, wanted = [1, 2, 3], GenerationConfig(max_new_tokens=20)
     with Engine(model, 2, "fp32") as running:
         assert running.submit(prompt, wanted).result(60) == generate(model, [prompt], wanted)[0]
+
+
+def test_logprobs_are_those_of_the_plain_model(model):
+    prompt, sampled = [5, 6, 7], GenerationConfig(max_new_tokens=6, temperature=0.9, seed=3)
+    with Engine(model, 4, "fp32") as running:
+        with_logprobs = running.submit(prompt, sampled, logprobs=4)
+        without = running.submit(prompt, sampled)
+        reply = with_logprobs.result(60)
+        assert without.result(60) == reply
+    assert without.logprobs == []
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt + reply]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for token, got, row in zip(reply, with_logprobs.logprobs, expected, strict=True):
+        assert got.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [id for id, _ in got.top] == row.topk(4).indices.tolist()
+        assert [value for _, value in got.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
