@@ -19,9 +19,12 @@ class RequestError(Exception):
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def content(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"type": self.type, "message": self.message, "param": self.param}}
+
     def response(self) -> JSONResponse:
-        content = {"error": {"type": self.type, "message": self.message, "param": self.param}}
-        return JSONResponse(content, self.status, self.headers)
+        return JSONResponse(self.content, self.status, self.headers)
 
 
 class OneErrorShape:
@@ -63,5 +66,5 @@ def _is_ours(body: bytes | bytearray) -> bool:
 
 def _shaped(status: int, scope: Scope) -> bytes:
     phrase = HTTPStatus(status)
-    message = f"{scope['method']} {scope['path']}: {phrase.phrase}"
+    message = f"{scope['method']} {scope['asked_path']}: {phrase.phrase}"
     return bytes(RequestError(status, phrase.name.lower(), message).response().body)

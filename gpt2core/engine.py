@@ -151,7 +151,7 @@ class Engine:
             return sorted(self._adapters)
 
     def stats(self) -> dict[str, int]:
-        """Requests waiting and running, and tokens whose keys and values are kept: of those running, and of beginnings."""
+        """Requests waiting and running; tokens whose keys and values are kept, of those running and of beginnings."""
         with self._changed:
             running = len(self._reading) + self._rows.n_active
             cached = sum(self._rows.lengths) + sum(prefill.length for prefill in self._reading)

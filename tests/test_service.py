@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from bentos.answering import Answerer
+from bentos.answering import Answerer, Reply, Wanted, usage
 from bentos.errors import RequestError
-from bentos.schemas import DEFAULTS, PredictRequest
+from bentos.request_log import RequestLog
+from bentos.schemas import DEFAULTS, TUNED, PredictRequest
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
@@ -24,7 +25,7 @@ from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from steps.adapters import bento
 
-LINEAGE = {"run": {"id": "1", "name": "run-1"}, "data": {"train": "äöü"}}
+LINEAGE = {"run": {"id": "1", "name": "run-1"}, "data": {"train": "äöü"}, "base": {"sha256": "b" * 64}}
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +195,10 @@ def test_a_prompt_beyond_the_context_is_a_400_that_says_how_long_it_is(url, toke
 
 
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])
-def test_a_multipart_body_is_a_415(url, content_type):
+def test_a_multipart_body_is_a_400(url, content_type):
     response = post(url, b"--x", content_type)
-    assert response.status_code == 415
-    error_of(response)
+    assert response.status_code == 400
+    assert "not multipart" in error_of(response)["message"]
 
 
 def test_a_body_beyond_the_limit_is_a_413(url):
@@ -290,13 +291,20 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_body_does_no_harm(url):
 
 @pytest.fixture
 def answerer(base_dir, adapter_dir):
-    answerer = Answerer(base_dir, adapter_dir, "name", "fp32")
+    answerer = Answerer(base_dir, adapter_dir, "fp32", "", RequestLog(""))
     yield answerer
     answerer.close()
 
 
-def ask(answerer: Answerer, seconds: float = 60, **values):
-    return asyncio.run(answerer.answer(PredictRequest(instruction="Hello.", **values), monotonic() + seconds))
+async def reply_to(answerer: Answerer, seconds: float = 60, max_new_tokens: int = 8) -> tuple[str, Reply]:
+    prompt = answerer.tokenizer.encode_ordinary(format_prompt("Hello."))
+    config = answerer.config(max_new_tokens, "max_new_tokens")
+    (reply,) = answerer.submit([Wanted(prompt, config, TUNED, monotonic() + seconds)], "instruction")
+    return (await reply.whole()).text, reply
+
+
+def ask(answerer: Answerer, **values) -> tuple[str, Reply]:
+    return asyncio.run(reply_to(answerer, **values))
 
 
 def test_decoding_ends_at_the_deadline(answerer, monkeypatch):
@@ -306,7 +314,7 @@ def test_decoding_ends_at_the_deadline(answerer, monkeypatch):
         ask(answerer, seconds=0.1, max_new_tokens=60)
     assert error.value.status == 504
     assert answerer.engine.stats()["running"] == 0
-    assert ask(answerer, max_new_tokens=1).answer is not None
+    assert ask(answerer, max_new_tokens=1)[1].finish_reason is not None
 
 
 def test_a_cancelled_answer_leaves_the_engine(answerer, monkeypatch):
@@ -314,8 +322,7 @@ def test_a_cancelled_answer_leaves_the_engine(answerer, monkeypatch):
     monkeypatch.setattr(answerer.engine, "_step", lambda: (sleep(0.02), step()))
 
     async def give_up() -> None:
-        request = PredictRequest(instruction="Hello.", max_new_tokens=60)
-        await asyncio.wait_for(answerer.answer(request, monotonic() + 60), 0.1)
+        await asyncio.wait_for(reply_to(answerer, max_new_tokens=60), 0.1)
 
     with pytest.raises(TimeoutError):
         asyncio.run(give_up())
@@ -341,15 +348,15 @@ def test_an_answer_that_the_engine_drops_is_a_503(answerer, monkeypatch):
 def test_end_of_text_is_a_stop_and_no_part_of_the_answer(answerer, monkeypatch):
     tokens = iter([5, answerer.tokenizer.eot_token])
     monkeypatch.setattr(answerer.engine, "_sample", lambda hidden, requests: [next(tokens)])
-    answer = ask(answerer)
-    assert answer.finish_reason == "stop"
-    assert answer.answer == answerer.tokenizer.decode([5]).strip()
-    assert answer.usage.completion_tokens == 2
+    text, reply = ask(answerer)
+    assert reply.finish_reason == "stop"
+    assert text == answerer.tokenizer.decode([5]).strip()
+    assert usage([reply]).completion_tokens == 2
 
 
 def test_weights_of_a_format_that_there_is_not_are_refused(base_dir, adapter_dir):
     with pytest.raises(ValueError, match="GPT2_WEIGHTS is 'int4'; it must be one of auto, fp32, bf16, int8"):
-        Answerer(base_dir, adapter_dir, "name", "int4")
+        Answerer(base_dir, adapter_dir, "int4", "", RequestLog(""))
 
 
 def test_the_answer_of_a_client_that_is_gone_is_given_up(tag):

@@ -28,6 +28,9 @@ ROOT = Path(__file__).parent.parent.parent
 NAME = "gpt2-instruct"
 START_TIMEOUT = 180  # seconds; a base of 1.5 GB is read in that time
 ANSWER_TIMEOUT = 120  # seconds
+# Of a deployment's answers, those that must be evaluate's to the letter: it may compute in int8 or bf16, where a word
+# in doubt falls otherwise, but another model or adapter agrees in hardly any.
+DEPLOYED_AGREEMENT = 0.5
 
 
 class BentoError(RuntimeError):
@@ -108,7 +111,7 @@ def export(tag: str, file: Path) -> None:
 
 @contextmanager
 def serve(tag: str) -> Iterator[str]:
-    """Serve a Bento on a free port of this machine; its address, once it is ready.
+    """Serve a Bento on a free port of this machine, in fp32 as it was evaluated; its address, once it is ready.
 
     Raises:
         BentoError: the server ended or was not ready in time; with the last lines of its log.
@@ -125,7 +128,7 @@ def serve(tag: str) -> Iterator[str]:
                 command,
                 cwd=folder,
                 # "containerized": a worker that fails ends the server; elsewhere BentoML starts it again and again
-                env=_environment() | {"BENTOML_HOME": home, "BENTOML_CONTAINERIZED": "true"},
+                env={"GPT2_WEIGHTS": "fp32"} | _environment() | {"BENTOML_HOME": home, "BENTOML_CONTAINERIZED": "true"},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -161,21 +164,26 @@ def smoke(tag: str, expected: Sequence[Mapping[str, Any]], max_new_tokens: int) 
         return check(tag, lambda text, input: ask(url, text, input, max_new_tokens), expected)
 
 
-def check(tag: str, ask: Callable[[str, str], str], expected: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Ask for each row's `instruction` and `input`; the answers, which are the rows' `tuned`.
+def check(
+    tag: str, ask: Callable[[str, str], str], expected: Sequence[Mapping[str, Any]], agreement: float = 1.0
+) -> list[str]:
+    """Ask for each row's `instruction` and `input`; the answers.
+
+    Args:
+        agreement: the least share of them that must be the rows' `tuned`, to the letter.
 
     Raises:
-        BentoError: it answers something else.
+        BentoError: fewer are.
     """
-    answers = []
-    for row in expected:
-        answer = ask(row["instruction"], row["input"])
-        if answer != row["tuned"]:
-            raise BentoError(
-                f"{tag} answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, "
-                f"but the model it was built from answered {row['tuned']!r}"
-            )
-        answers.append(answer)
+    answers = [ask(row["instruction"], row["input"]) for row in expected]
+    others = [(row, answer) for row, answer in zip(expected, answers, strict=True) if answer != row["tuned"]]
+    if len(others) > (1 - agreement) * len(expected):
+        row, answer = others[0]
+        raise BentoError(
+            f"{tag} answers {answer!r} to {row['instruction']!r} with input {row['input']!r}, "
+            f"but the model it was built from answered {row['tuned']!r} "
+            f"({len(others)} of {len(expected)} answers differ)"
+        )
     return answers
 
 

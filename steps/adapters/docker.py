@@ -9,6 +9,7 @@ import io
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from posixpath import basename, dirname
 from secrets import token_hex
 from typing import Any
@@ -58,7 +59,8 @@ def deploy(tag: str, config: DeployConfig, samples: Sequence[Mapping[str, Any]],
         site.check_host()
 
         def check(url: str) -> None:
-            bento.check(tag, lambda text, input: bento.ask(url, text, input, max_new_tokens), samples)
+            asked = partial(bento.ask, url, max_new_tokens=max_new_tokens)
+            bento.check(tag, asked, samples, bento.DEPLOYED_AGREEMENT)
 
         current = site.current()
         if current is not None and site.serves(current, image.digest):

@@ -19,7 +19,7 @@ from kubernetes.config import ConfigException, load_incluster_config, load_kube_
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.util import Retry
 
-from steps.adapters.bento import NAME, BentoError, check
+from steps.adapters.bento import DEPLOYED_AGREEMENT, NAME, BentoError, check
 from steps.config import DeployConfig
 
 logger = logging.getLogger(__name__)
@@ -492,7 +492,7 @@ def _check_answers(cluster: Cluster, bento: str, samples: Sequence[Mapping[str, 
         body = {"instruction": instruction, "input": input, "max_new_tokens": max_new_tokens}
         return str(_answer(cluster, bento, body, end))
 
-    check(bento, ask, samples)
+    check(bento, ask, samples, DEPLOYED_AGREEMENT)
 
 
 def _answer(cluster: Cluster, bento: str, body: Mapping[str, Any], end: float) -> Any:

@@ -156,3 +156,17 @@ def test_a_bento_that_is_not_there_is_an_error():
 
 def test_lineage_in_the_bento_names_the_bento(tag):
     assert json.loads((in_store(tag) / "src" / "lineage.json").read_text()) == LINEAGE | {"bento": tag}
+
+
+@pytest.mark.parametrize(("agreement", "holds"), [(1.0, False), (0.5, True), (0.75, False)])
+def test_a_check_may_let_some_answers_differ(agreement, holds):
+    expected = [{"instruction": text, "input": "", "tuned": text} for text in "abcd"]
+
+    def ask(instruction: str, input: str) -> str:
+        return instruction if instruction in "ab" else "other"
+
+    if holds:
+        assert bento.check("tag", ask, expected, agreement) == ["a", "b", "other", "other"]
+    else:
+        with pytest.raises(BentoError, match=r"'other' to 'c'.*\(2 of 4 answers differ\)"):
+            bento.check("tag", ask, expected, agreement)
