@@ -43,6 +43,35 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 
 
 @main.command()
+@click.argument("instruction", required=False)
+@click.option("--input", default="", help="What the instruction is about, if it is not part of it.")
+@click.option("--file", help="Questions instead: .jsonl or .json, of objects with an instruction and maybe an input.")
+@click.option("--run", "name", default="latest", show_default=True, help="A folder of outputs/.")
+@click.option("--max-new-tokens", type=int, help="Of an answer.")
+@click.option("--temperature", type=float, help="0, the default, is greedy.")
+@click.option("--seed", type=int, help="Makes sampled answers repeatable.")
+def ask(instruction: str | None, input: str, file: str | None, name: str, **sampling: float | None) -> None:
+    """Answer INSTRUCTION, or a file of them as JSON lines, by a finished run's model, without a server."""
+    if (instruction is None) == (file is None):
+        raise click.UsageError("one of INSTRUCTION and --file is wanted")
+    if file is not None and input:
+        raise click.UsageError("--input goes with INSTRUCTION; in a file each question has its own")
+    from steps.ask import Asker, read_questions
+
+    try:
+        if file is None:
+            for text in Asker(name, sampling).stream(instruction or "", input):
+                click.echo(text, nl=False)
+            click.echo()
+        else:
+            questions = read_questions(file)
+            for line in Asker(name, sampling).answer(questions):
+                click.echo(line)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
 @click.argument("name")
 def lineage(name: str) -> None:
     """Print what NAME belongs to, from data to pod.

@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args
 
 from bentos import metrics
 from bentos.errors import RequestError
-from bentos.reply import ReplyText
 from bentos.request_log import RequestLog
 from bentos.schemas import BASE, TUNED, AdapterVersion, Usage
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, EngineFull, Weights
 from gpt2core.model import best_device
+from gpt2core.reply import ReplyText
 from gpt2core.request import EngineClosed, Request, TokenLogprobs
 from gpt2core.tokenizer import load_tokenizer
 

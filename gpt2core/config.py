@@ -162,6 +162,7 @@ class GenerationConfig:
         _check(self, "temperature", isfinite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more")
         _check(self, "top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for the whole vocabulary")
         _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or null for the whole vocabulary")
+        _check(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63), or null for a new one")
         _check(self, "stop", all(self.stop), "token sequences of at least one token")
 
 

@@ -18,7 +18,8 @@ IGNORED = -100  # the label of a token that the loss does not see
 SHARED, PADDING = -1, -2  # in place of an example's number
 ROW_TOKENS = 512  # of a row of examples, about: attention's cost grows with its square
 Record = dict[str, str]  # instruction, input, output; and group, family where known
-_REQUIRED, _OPTIONAL = ("instruction", "output"), ("input", "group", "family")
+_KEYS = ("instruction", "input", "output", "group", "family")
+REQUIRED = ("instruction", "output")
 
 
 class Split(NamedTuple):
@@ -45,8 +46,8 @@ class Batch(NamedTuple):
     example: Tensor | None = None  # (G, T) which one a token is of, SHARED, or PADDING
 
 
-def read_records(file: str | Path) -> list[Record]:
-    """Records from a .json list or from .jsonl lines.
+def read_records(file: str | Path, required: Sequence[str] = REQUIRED) -> list[Record]:
+    """Records from a .json list or from .jsonl lines; with the `required` keys, which are not empty.
 
     Raises:
         FileNotFoundError, ValueError: naming the file and the record.
@@ -62,33 +63,33 @@ def read_records(file: str | Path) -> list[Record]:
             records = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is not valid {file.suffix.lstrip('.') or 'json'}: {error}") from None
-    return check_records(records, source=str(file))
+    return check_records(records, str(file), required)
 
 
-def check_records(records: Any, source: str = "records") -> list[Record]:
-    """The records, each with an `input` and without unknown keys.
+def check_records(records: Any, source: str = "records", required: Sequence[str] = REQUIRED) -> list[Record]:
+    """The records, each with `input` and `output` and without unknown keys.
 
     Raises:
-        ValueError: no list, an empty one, a missing key, a value that is no string, or an empty instruction or output.
+        ValueError: no list, an empty one, a missing key, a value that is no string, or an empty required one.
     """
     if not isinstance(records, list):
         raise ValueError(f"{source}: a list of records is wanted, not a {type(records).__name__}")
     if not records:
         raise ValueError(f"{source}: the list of records is empty")
-    return [_check_record(record, f"{source}: record {i}") for i, record in enumerate(records)]
+    return [_check_record(record, f"{source}: record {i}", required) for i, record in enumerate(records)]
 
 
-def _check_record(record: Any, where: str) -> Record:
+def _check_record(record: Any, where: str, required: Sequence[str]) -> Record:
     if not isinstance(record, dict):
         raise ValueError(f"{where} is a {type(record).__name__}, not an object: {_shorten(record)}")
-    for key in _REQUIRED:
+    for key in required:
         if key not in record:
             raise ValueError(f"{where} has no {key!r}: {_shorten(record)}")
-    for key in (*_REQUIRED, *_OPTIONAL):
+    for key in _KEYS:
         value = record.get(key, "")
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key!r} is {_shorten(value)}, a {type(value).__name__}; it must be a string")
-        if key in _REQUIRED and not value.strip():
+        if key in required and not value.strip():
             raise ValueError(f"{where}: {key!r} is empty: {_shorten(record)}")
         try:
             value.encode()

@@ -10,6 +10,7 @@ from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
 from steps.adapters.base import open_base
+from steps.adapters.progress import counting
 from steps.adapters.rouge import rouge_l
 from steps.cache import code_of
 from steps.config import EvaluateConfig
@@ -28,9 +29,11 @@ def evaluate(
     base_dir = open_base(base)
     tokenizer, model = load_tokenizer(base_dir), load_pretrained(base_dir, device=best_device())
     limits = (evaluate.max_new_tokens, evaluate.batch_size, rouge_l)
-    before = answer_and_score(model, tokenizer, test_records, *limits)
+    with counting("base model's answers", len(test_records)) as show:
+        before = answer_and_score(model, tokenizer, test_records, *limits, show)
     merge_lora(load_adapter(model, adapter))  # as it is served
-    after = answer_and_score(model, tokenizer, test_records, *limits)
+    with counting("tuned model's answers", len(test_records)) as show:
+        after = answer_and_score(model, tokenizer, test_records, *limits, show)
     samples, metrics = side_by_side(test_records, before, after)
     describe("metrics", metrics)
     return samples, metrics | {"train": train_metrics}

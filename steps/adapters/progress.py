@@ -1,6 +1,6 @@
 """Progress bars on long work, by tqdm: shown on a terminal, silent elsewhere."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -20,5 +20,16 @@ def progress(description: str, total_steps: int, log: Log | None = None) -> Iter
             bar.update(step - bar.n)
             if log is not None:
                 log(step, values)
+
+        yield show
+
+
+@contextmanager
+def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A callback that is told how many are done."""
+    with tqdm(total=total, desc=description, disable=None) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
 
         yield show

@@ -1,0 +1,88 @@
+"""`python run.py ask` against the model of a run that lies in outputs/."""
+
+import json
+from shutil import copytree
+
+import pytest
+from click.testing import CliRunner
+
+from gpt2core.checkpoint import load_adapter, load_pretrained
+from gpt2core.config import GenerationConfig
+from gpt2core.evaluate import answer_text
+from gpt2core.generate import generate
+from gpt2core.prompt import format_prompt
+from gpt2core.tokenizer import load_tokenizer
+from run import main
+from steps import ask
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
+    monkeypatch.setattr(ask, "OUTPUTS", tmp_path)
+    copytree(base_dir, tmp_path / "latest" / "base")
+    copytree(adapter_dir, tmp_path / "latest" / "adapter")
+    return tmp_path
+
+
+def run(*words: str):
+    return CliRunner().invoke(main, ["ask", *words])
+
+
+def expected(base_dir, adapter_dir, question: dict[str, str], **sampling) -> str:
+    """By the adapter beside the base, not merged into it."""
+    tokenizer = load_tokenizer(base_dir)
+    config = GenerationConfig(eos_id=tokenizer.eot_token, **sampling)
+    prompt = tokenizer.encode_ordinary(format_prompt(question["instruction"], question.get("input", "")))
+    [reply] = generate(load_adapter(load_pretrained(base_dir), adapter_dir), [prompt], config)
+    return answer_text(reply, tokenizer)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 9}])
+def test_a_question_is_answered_as_evaluate_would(base_dir, adapter_dir, sampling):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
+    done = run("Name a river.", "--input", "Europe", *options)
+    wanted = expected(base_dir, adapter_dir, {"instruction": "Name a river.", "input": "Europe"}, **sampling)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == wanted + "\n"
+    assert wanted
+
+
+def test_a_file_is_answered_line_by_line_in_its_order(base_dir, adapter_dir, tmp_path):
+    questions = [{"instruction": f"Say {i}, ‘é’.", **({"input": "twice"} if i % 2 else {})} for i in range(70)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    done = run("--file", str(file), "--max-new-tokens", "4")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [{name: text for name, text in line.items() if name != "answer"} for line in lines] == questions
+    for i in (0, 1, 69):
+        assert lines[i]["answer"] == expected(base_dir, adapter_dir, questions[i], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of INSTRUCTION and --file"),
+        (["Hello", "--file", "x"], "one of INSTRUCTION and --file"),
+        (["--file", "x", "--input", "y"], "--input goes with INSTRUCTION"),
+        ([" "], "'instruction' is empty"),
+        (["word " * 200], "n_positions is 128"),
+        (["Hello", "--run", "elsewhere"], "no finished run"),
+        (["Hello", "--temperature", "-1"], "temperature is -1.0"),
+        (["--file", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+    ],
+)
+def test_what_cannot_be_answered_is_said_in_a_line(words, message):
+    done = run(*words)
+    assert done.exit_code in (1, 2)
+    assert message in done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+
+
+def test_a_question_too_long_is_named_before_any_is_answered(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"instruction": "short"}\n' * 40 + json.dumps({"instruction": "long " * 200}) + "\n")
+    done = run("--file", str(file))
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert "question 40" in done.stderr
