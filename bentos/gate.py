@@ -70,7 +70,7 @@ class Gate:
             return
         self.in_flight += 1
         try:
-            refused = self._refused(path, headers.get(b"authorization", b""))
+            refused = self._refused(path, headers)
             await (refused.response() if refused else self.app)(scope, receive, tell)
         finally:
             self.in_flight -= 1
@@ -103,7 +103,7 @@ class Gate:
 
         signal.signal(signal.SIGTERM, begin)
 
-    def _refused(self, path: str, authorization: bytes) -> RequestError | None:
+    def _refused(self, path: str, headers: Mapping[bytes, bytes]) -> RequestError | None:
         if path in ADMIN:
             if "admin" not in self.tokens:
                 return RequestError(403, "forbidden", "this is off: the server has no GPT2_ADMIN_TOKEN")
@@ -112,12 +112,13 @@ class Gate:
             wanted = [*self.tokens.values()]
         else:
             return None
-        given = _token(authorization)
+        # some proxies keep Authorization for themselves: Kubernetes' API server does
+        given = headers.get(b"x-api-key") or _token(headers.get(b"authorization", b""))
         if sum(hmac.compare_digest(given, token.encode()) for token in wanted):  # all of them, each in constant time
             return None
         # a browser that opens the page asks its user, and sends the token as Basic's password from then on
         scheme = 'Basic realm="gpt2-instruct", charset="UTF-8"' if path == "/" else "Bearer"
-        message = "a valid token is wanted: Authorization: Bearer …"
+        message = "a valid token is wanted: Authorization: Bearer …, or X-Api-Key"
         return RequestError(401, "unauthorized", message, headers={"WWW-Authenticate": scheme})
 
 

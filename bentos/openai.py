@@ -11,7 +11,7 @@ import tiktoken
 
 from bentos.answering import Answerer, Part, Reply, Wanted, usage
 from bentos.errors import RequestError
-from bentos.schemas import DEFAULTS, MAX_CHOICES, ChatRequest, CompletionRequest
+from bentos.schemas import DEFAULTS, ChatRequest, CompletionRequest
 from gpt2core.prompt import format_prompt
 from gpt2core.request import TokenLogprobs
 
@@ -104,10 +104,6 @@ def wanted(asked: Completions | Chat, answerer: Answerer, deadline: float, answe
     """The replies that a request wants: n to each prompt."""
     request = asked.request
     answerer.check_model(request.model, "model")
-    n = request.n or 1
-    if len(asked.prompts) * n > MAX_CHOICES:
-        message = f"{asked.param}: {len(asked.prompts)} prompts of {n} choices are more than {MAX_CHOICES} replies"
-        raise RequestError(400, "invalid_request", message, asked.param)
     if request.stream_options is not None and not request.stream:
         raise RequestError(400, "invalid_request", "stream_options: only together with stream", "stream_options")
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
@@ -133,7 +129,7 @@ def wanted(asked: Completions | Chat, answerer: Answerer, deadline: float, answe
             answered=answered,
         )
 
-    return [one(prompt, choice) for prompt in asked.prompts for choice in range(n)]
+    return [one(prompt, choice) for prompt in asked.prompts for choice in range(request.n or 1)]
 
 
 class Answer:

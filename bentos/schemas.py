@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gpt2core.config import GenerationConfig
 
@@ -10,8 +10,26 @@ DEFAULTS = GenerationConfig()
 TUNED = "gpt2-instruct"  # the base with the run's adapter: what answers unless another is asked for
 BASE = "base"
 MAX_STOPS = 16
-MAX_CHOICES = 16  # of one request to the OpenAI routes
+MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes: together, what the queue holds
 
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number, so 3.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_number(value: Any) -> Any:
+    if not isinstance(value, bool):  # 0 is equal to False, but is another thing
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+Never = Annotated[Literal[False], BeforeValidator(_no_number)]
+TopK = Annotated[int, Field(ge=1), WHOLE]
+Seed = Annotated[int, Field(ge=0, lt=2**63), WHOLE]
+# The served schema has numbers in place of these names of the model's limits.
+MaxTokens = Annotated[int, Field(ge=1, json_schema_extra={"maximum": "n_positions"}), WHOLE]
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
@@ -27,11 +45,11 @@ class PredictRequest(StrictRequest):
 
     instruction: str = Field(pattern=r"\S", description="not blank")
     input: str = ""
-    max_new_tokens: int = Field(DEFAULTS.max_new_tokens, ge=1)
+    max_new_tokens: MaxTokens = DEFAULTS.max_new_tokens
     temperature: float = Field(DEFAULTS.temperature, ge=0, description="0: greedy")
-    top_k: int | None = Field(DEFAULTS.top_k, ge=1)
+    top_k: TopK | None = DEFAULTS.top_k
     top_p: float | None = Field(DEFAULTS.top_p, gt=0, le=1)
-    seed: int | None = Field(DEFAULTS.seed, ge=0, lt=2**63)
+    seed: Seed | None = DEFAULTS.seed
     stop: Stops = Field(default=[], description="the answer ends before the first of these")
     stream: bool = Field(False, description="server-sent events, each with new text of the answer; [DONE] at the end")
     adapter: str = Field(TUNED, description="one of /v1/models")
@@ -56,6 +74,14 @@ class PredictResponse(BaseModel):
     adapter: AdapterVersion | None = Field(description="null: the base model alone")
 
 
+class Envelope(BaseModel):
+    """What the system before this one answered with; the HTTP status is the same."""
+
+    statusCode: int
+    headers: dict[str, str]
+    body: str = Field(description="JSON: the answer, or the error")
+
+
 class Error(BaseModel):
     type: str
     message: str
@@ -68,8 +94,11 @@ class ErrorResponse(BaseModel):
     error: Error
 
 
-Token = Annotated[int, Field(ge=0)]
+Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
+Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"})]
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
 # what may be said in only one way, as this server has no other
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 Nothing = Annotated[dict[str, Any], Field(max_length=0)] | None
@@ -80,15 +109,23 @@ class StreamOptions(StrictRequest):
     include_obfuscation: bool = False
 
 
+def _only_with(name: str, other: str) -> dict[str, Any]:
+    """In the schema: `name` is null unless `other` is true."""
+    null, true = {"properties": {name: {"type": "null"}}}, {"properties": {other: {"const": True}}, "required": [other]}
+    return {"anyOf": [null, true]}
+
+
 class OpenAIRequest(StrictRequest):
     """What both routes have. A null is as good as nothing, as clients send it so."""
 
+    model_config = ConfigDict(json_schema_extra={"allOf": [_only_with("stream_options", "stream")]})
+
     model: str = TUNED
-    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = 1
     temperature: float | None = Field(DEFAULTS.temperature, ge=0, description="0: greedy, and the default here")
-    top_k: int | None = Field(DEFAULTS.top_k, ge=1, description="not OpenAI's")
+    top_k: TopK | None = Field(DEFAULTS.top_k, description="not OpenAI's")
     top_p: float | None = Field(DEFAULTS.top_p, gt=0, le=1)
-    seed: int | None = Field(DEFAULTS.seed, ge=0, lt=2**63, description="of the first choice; the next has the next")
+    seed: Seed | None = Field(DEFAULTS.seed, description="of the first choice; the next has the next")
     stop: Stops | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="only with stream")
@@ -101,11 +138,11 @@ class OpenAIRequest(StrictRequest):
 class CompletionRequest(OpenAIRequest):
     """Goes on from a text as it is. An answer to an instruction is what /v1/chat/completions gives."""
 
-    prompt: Text | Annotated[list[Text] | list[Token] | list[list[Token]], Field(min_length=1, max_length=2048)]
-    max_tokens: int | None = Field(DEFAULTS.max_new_tokens, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=5)
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = None
+    prompt: Text | Tokens | Texts | ManyTokens
+    max_tokens: MaxTokens | None = DEFAULTS.max_new_tokens
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
+    echo: Never | None = None
     suffix: None = None
 
 
@@ -124,20 +161,51 @@ class Message(StrictRequest):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+def _turns() -> dict[str, Any]:
+    """In the schema: a user's message, or one after a system message; the first is not blank."""
+    part = {"required": ["text"], "properties": {"text": {"pattern": r"\S"}}}
+    said = {"anyOf": [{"type": "string", "pattern": r"\S"}, {"type": "array", "contains": part}]}
+
+    def first(*roles: str) -> dict[str, Any]:
+        return {"properties": {"role": {"enum": roles}, "content": said}}
+
+    user, system = first("user"), first("system", "developer")
+    one = {"prefixItems": [user], "maxItems": 1}
+    two = {"prefixItems": [system, {"properties": {"role": {"const": "user"}}}], "minItems": 2}
+    return {"anyOf": [one, two]}
+
+
+_SAME = ("max_tokens", "max_completion_tokens")
+
+
 class ChatRequest(OpenAIRequest):
     """One turn. A user's message is the instruction; after a system message, that is, and the user's is its input."""
 
-    messages: list[Message] = Field(min_length=1, max_length=2)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens by its newer name")
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                _only_with("stream_options", "stream"),
+                _only_with("top_logprobs", "logprobs"),
+                {
+                    "anyOf": [
+                        {"properties": {name: {"type": "null"}}} for name in ("max_tokens", "max_completion_tokens")
+                    ]
+                },
+            ]
+        }
+    )
+
+    messages: list[Message] = Field(min_length=1, max_length=2, json_schema_extra=_turns())
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = Field(None, description="max_tokens by its newer name")
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="only with logprobs")
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="only with logprobs")
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: Never | None = None
 
 
 class LoadAdapterRequest(StrictRequest):

@@ -10,11 +10,12 @@ import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import bentoml
 from _bentoml_sdk import Service
-from fastapi import FastAPI, Request
+from _bentoml_sdk.service.openapi import generate_spec
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
@@ -28,6 +29,7 @@ from bentos.schemas import (
     AdapterVersion,
     ChatRequest,
     CompletionRequest,
+    Envelope,
     ErrorResponse,
     LoadAdapterRequest,
     PredictRequest,
@@ -43,6 +45,7 @@ DEADLINE = 55.0  # seconds, streams too: below BentoML's own limit, which answer
 TIMEOUT = 60  # seconds
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
 
+Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
@@ -59,6 +62,19 @@ class GatedService(Service[Any]):
 
     gate: Gate
 
+    @property
+    def openapi_spec(self) -> Any:
+        """With this model's limits. BentoML says 3.0, whose schemas are another dialect than FastAPI's."""
+        config = json.loads(Path(bentoml.models.get(models.base).path, "config.json").read_text(encoding="utf-8"))
+        limits = {name: config[name] for name in ("n_positions", "vocab_size")} | {
+            "n_prompt": config["n_positions"] - 1
+        }
+        spec = generate_spec(self, openapi_version="3.1.0")
+        for path in spec.paths.values():
+            if isinstance(path.post, dict):
+                _set_limits(path.post, limits)
+        return spec
+
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         tokens = {"api": os.environ.get("GPT2_API_TOKEN", ""), "admin": os.environ.get("GPT2_ADMIN_TOKEN", "")}
         paths = app.openapi()["paths"]
@@ -71,8 +87,18 @@ def _operation(model: type[BaseModel], stream: bool = False) -> dict[str, Any]:
     """What the schema says of a body that FastAPI does not read, and of an answer that may be a stream."""
     schema = model.model_json_schema()
     body = {"required": True, "content": {"application/json": {"schema": _without_refs(schema, schema)}}}
-    ok = {"responses": {"200": {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}} if stream else {}
+    event = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON; the last is [DONE]"}}}
+    ok = {"responses": {"200": {"content": {"text/event-stream": {"schema": event}}}}} if stream else {}
     return {"requestBody": body, **ok}
+
+
+def _set_limits(schema: Any, limits: dict[str, int]) -> None:
+    """Numbers in place of the names of bentos/schemas.py."""
+    for key, value in schema.items() if isinstance(schema, dict) else enumerate(schema):
+        if isinstance(value, dict | list):
+            _set_limits(value, limits)
+        elif key in ("maximum", "exclusiveMaximum", "maxItems"):
+            schema[key] = limits.get(value, value)
 
 
 def _without_refs(schema: Any, root: dict[str, Any]) -> Any:
@@ -144,12 +170,15 @@ class GPT2Instruct:
 
     @app.post(
         "/predict",
-        response_model=PredictResponse,
-        responses=errors,
+        response_model=PredictResponse | Envelope,
+        responses={status: {"model": ErrorResponse | Envelope} for status in errors},
         openapi_extra=_operation(PredictRequest, stream=True),
     )
-    async def predict(self, request: Request, format: str = "") -> Response:
-        """Answer an instruction. `?format=lambda` puts the answer into the envelope of the system before this one."""
+    async def predict(self, request: Request, format: Format = "") -> Response:
+        """Answer an instruction.
+
+        `?format=lambda` puts the answer, which is whole then, into the envelope of the system before this one.
+        """
         if format not in ("", "lambda"):
             raise RequestError(400, "invalid_request", f"format is {format!r}; it may be lambda", "format")
         try:
@@ -164,8 +193,7 @@ class GPT2Instruct:
 
         deadline = monotonic() + DEADLINE
         asked = await _read(request, PredictRequest)
-        if enveloped and asked.stream:
-            raise RequestError(400, "invalid_request", "stream: not together with format=lambda", "stream")
+        stream = asked.stream and not enveloped
         answerer = self.answerer
         answerer.check_model(asked.adapter, "adapter")
         wanted = Wanted(
@@ -181,7 +209,7 @@ class GPT2Instruct:
             asked.adapter,
             deadline,
             [asked.stop] if isinstance(asked.stop, str) else asked.stop,
-            stream=asked.stream,
+            stream=stream,
             answered=request.scope["answered"],
         )
         (reply,) = answerer.submit([wanted], "input" if asked.input else "instruction")
@@ -196,7 +224,7 @@ class GPT2Instruct:
                 "adapter": reply.adapter and reply.adapter.model_dump(),
             }
 
-        if not asked.stream:
+        if not stream:
             part = await _unless_gone(request, reply.whole(), [reply])
             return JSONResponse(content(part.text))
 

@@ -153,7 +153,7 @@ class KubeApi:
         if plural != "namespaces" and namespace not in self.namespaces:
             return _error(404, "NotFound", f'namespaces "{namespace}" not found', name=namespace)
         if sub == "proxy":
-            return self.proxy(name, match["rest"], json.loads(body))
+            return self.proxy(name, match["rest"], json.loads(body), headers)
         if sub == "log":
             return 200, "it crashed: no such model\n"
         if method == "GET" and name is None:
@@ -294,13 +294,15 @@ class KubeApi:
             "status": {"containerStatuses": [container], "conditions": [ready]},
         }
 
-    def proxy(self, name: str, rest: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def proxy(self, name: str, rest: str, body: dict[str, Any], headers: Any) -> tuple[int, Any]:
+        """Passes headers on but for Authorization, which is the API server's own."""
         assert (name, rest) == ("gpt2-instruct:http", "/predict")
         if not self.running():
             return _error(503, "ServiceUnavailable", 'no endpoints available for service "gpt2-instruct"')
         answer = self.answers[self.running()[0]]
         if isinstance(answer, str):
-            response = requests.post(f"{answer}/predict", json=body, timeout=60)
+            passed_on = {name: value for name, value in headers.items() if name in ("X-Api-Key", "Content-Type")}
+            response = requests.post(f"{answer}/predict", json=body, headers=passed_on, timeout=60)
             return response.status_code, response.json()
         return 200, answer(body)
 

@@ -408,6 +408,18 @@ def test_only_the_last_service_is_kept_and_none_runs_with_rights(engine, first, 
         assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
 
 
+def test_a_service_asks_for_the_token_of_the_environment_it_was_deployed_in(engine, first, samples, site, monkeypatch):
+    docker.deploy(first.reference, site, samples, MAX_NEW_TOKENS)
+    monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
+    guarded = docker.deploy(first.reference, site, samples, MAX_NEW_TOKENS)
+    assert guarded["outcome"] == "deployed"
+    assert docker.deploy(first.reference, site, samples, MAX_NEW_TOKENS)["outcome"] == "unchanged"
+    assert requests.get(f"{guarded['url']}/metadata", timeout=10).status_code == 401
+    token = {"Authorization": "Bearer s3cret-token"}
+    assert requests.get(f"{guarded['url']}/metadata", headers=token, timeout=10).status_code == 200
+    assert "s3cret-token" not in str(guarded)
+
+
 def test_a_run_deploys_its_service_and_run_py_takes_it_back(
     engine, site, first, samples, tmp_path, monkeypatch, outputs
 ):

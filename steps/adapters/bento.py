@@ -31,6 +31,8 @@ ANSWER_TIMEOUT = 120  # seconds
 # Of a deployment's answers, those that must be evaluate's to the letter: it may compute in int8 or bf16, where a word
 # in doubt falls otherwise, but another model or adapter agrees in hardly any.
 DEPLOYED_AGREEMENT = 0.5
+# What the environment of a deployment says to its service: what it asks of users, and how it computes.
+SETTINGS = ("GPT2_API_TOKEN", "GPT2_ADMIN_TOKEN", "GPT2_WEIGHTS")
 
 
 class BentoError(RuntimeError):
@@ -141,6 +143,17 @@ def serve(tag: str) -> Iterator[str]:
             _stop(server)
 
 
+def settings() -> dict[str, str]:
+    """Those of `SETTINGS` that the environment has."""
+    return {name: os.environ[name] for name in SETTINGS if os.environ.get(name)}
+
+
+def key_header() -> dict[str, str]:
+    """What a service with the environment's token wants to see. Not Authorization: some proxies keep that."""
+    token = os.environ.get("GPT2_API_TOKEN")
+    return {"X-Api-Key": token} if token else {}
+
+
 def ask(url: str, instruction: str, input: str, max_new_tokens: int) -> str:
     """The greedy answer of a running service.
 
@@ -149,7 +162,7 @@ def ask(url: str, instruction: str, input: str, max_new_tokens: int) -> str:
     """
     body = {"instruction": instruction, "input": input, "max_new_tokens": max_new_tokens}
     try:
-        response = requests.post(f"{url}/predict", json=body, timeout=ANSWER_TIMEOUT)
+        response = requests.post(f"{url}/predict", json=body, headers=key_header(), timeout=ANSWER_TIMEOUT)
         response.raise_for_status()
         return str(response.json()["answer"])
     except requests.HTTPError as error:

@@ -152,6 +152,7 @@ class _Site:
             network=self.name,
             ports={PORT: ("127.0.0.1",)},
             mem_limit=self.config.memory,
+            environment=bento.settings(),
             **CONFINED,
         )
 
@@ -208,9 +209,11 @@ class _Site:
                     container.remove()
 
     def serves(self, current: Container, image: str) -> bool:
-        """Whether the current service is of this image and is there as the configuration asks."""
+        """Whether the current service is of this image and is there as configuration and environment ask."""
+        has = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
+            and {name: has[name] for name in bento.SETTINGS if name in has} == bento.settings()
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
             and _is_ready(self.url)
         )

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -19,7 +20,7 @@ from kubernetes.config import ConfigException, load_incluster_config, load_kube_
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.util import Retry
 
-from steps.adapters.bento import DEPLOYED_AGREEMENT, NAME, BentoError, check
+from steps.adapters.bento import DEPLOYED_AGREEMENT, NAME, BentoError, check, key_header
 from steps.config import DeployConfig
 
 logger = logging.getLogger(__name__)
@@ -275,7 +276,7 @@ class Cluster:
     def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """What the service answers to a POST /predict, through the API server."""
         path = f"/api/v1/namespaces/{self.namespace}/services/{NAME}:http/proxy/predict"
-        answer = self._call("POST", path, dict(body), timeout=ANSWER_TIMEOUT)
+        answer = self._call("POST", path, dict(body), timeout=ANSWER_TIMEOUT, headers=key_header())
         return answer if isinstance(answer, dict) else {}
 
     def check_permissions(self) -> None:
@@ -317,13 +318,14 @@ class Cluster:
         content_type: str = "application/json",
         timeout: float = TIMEOUT,
         response_type: str = "object",
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
         try:
             return self.api.call_api(
                 path,
                 method,
                 query_params=list(query),
-                header_params={"Accept": "application/json", "Content-Type": content_type},
+                header_params={"Accept": "application/json", "Content-Type": content_type, **headers},
                 body=body,
                 response_type=response_type,
                 auth_settings=["BearerToken"],
@@ -338,6 +340,11 @@ class Cluster:
     def _explained(self, error: ApiException, method: str, path: str) -> KubeError:
         status = _status(error.body)
         message = status.get("message") or error.body or error.reason
+        if error.status == 401 and '"unauthorized"' in (error.body or ""):  # the service's own, through the proxy
+            return KubeError(
+                f"the service asks for a token: set GPT2_API_TOKEN, as the Secret {NAME} in {self} has it, where the "
+                "run is started"
+            )
         if error.status == 401:
             return KubeError(
                 f"{self.host} does not accept the credentials of {self.source}: they are wrong, or have expired; "

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from steps.adapters import kube
+from steps.adapters import bento, kube
 from steps.adapters.kube import KubeError
 from steps.config import DeployConfig
 from tests.kube_api import TOKEN, KubeApi
@@ -157,6 +157,20 @@ def test_a_version_that_answers_otherwise_is_rolled_back(api, cluster, first):
     assert "'Toronto' to 'What is the capital?' with input 'Canada'" in outcome["reason"]
     assert "the model it was built from answered 'Ottawa'" in outcome["reason"]
     assert api.running() == [OLD, OLD]
+
+
+def test_a_service_that_asks_for_a_token_is_given_the_environments(api, cluster, base_dir, adapter_dir, monkeypatch):
+    monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
+    tag = bento.build(base_dir, adapter_dir, {"run": LINEAGE["run"]})
+    with bento.serve(tag) as url:
+        samples = [{"instruction": "Hello.", "input": "", "tuned": bento.ask(url, "Hello.", "", 8)}]
+        api.answers[OLD] = url
+        outcome = kube.deploy({**LINEAGE, "bento": tag}, cluster, samples, 8)
+        assert (outcome["outcome"], outcome["bento"]) == ("deployed", tag)
+        monkeypatch.setenv("GPT2_API_TOKEN", "another")
+        outcome = kube.deploy({**LINEAGE, "bento": tag}, cluster, samples, 8)
+        assert "set GPT2_API_TOKEN, as the Secret gpt2-instruct in namespace gpt2-instruct" in outcome["reason"]
+    assert "s3cret-token" not in str(outcome)
 
 
 def test_an_image_with_another_bento_in_it_is_rolled_back(api, cluster, first):

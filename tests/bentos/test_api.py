@@ -55,9 +55,13 @@ def served(tag, **environment):
 
 
 @pytest.fixture(scope="module")
-def url(tag, adapters, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "requests.jsonl"
-    with served(tag, GPT2_ADMIN_TOKEN="admin", GPT2_ADAPTERS_DIR=adapters, GPT2_REQUEST_LOG=log) as url:
+def request_log(tmp_path_factory):
+    return tmp_path_factory.mktemp("log") / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url(tag, adapters, request_log):
+    with served(tag, GPT2_ADMIN_TOKEN="admin", GPT2_ADAPTERS_DIR=adapters, GPT2_REQUEST_LOG=request_log) as url:
         yield url
 
 
@@ -101,6 +105,13 @@ def events(response: requests.Response) -> list[dict]:
 def metric(url: str, start: str) -> float:
     lines = requests.get(f"{url}/metrics", timeout=10).text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
+
+
+def until(holds) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def user(text: str) -> list[dict]:
@@ -291,10 +302,7 @@ def test_a_client_that_leaves_a_stream_frees_its_place(url):
             head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
             assert b"200" in connection.recv(100)
-    end = time.monotonic() + 10
-    while metric(url, "gpt2_running_requests") and time.monotonic() < end:
-        time.sleep(0.05)
-    assert metric(url, "gpt2_running_requests") == 0
+    until(lambda: metric(url, "gpt2_running_requests") == 0)
     assert metric(url, 'gpt2_requests_total{adapter="gpt2-instruct",finish_reason="cancelled"}') > cancelled
 
 
@@ -372,6 +380,18 @@ def test_a_request_keeps_the_id_it_comes_with(url):
     assert len(response.headers["X-Request-Id"]) == 32
 
 
+def test_the_request_log_has_a_line_for_each_answer_and_no_text(url, request_log):
+    headers = {"X-Request-Id": "logged-1"}
+    body = {"instruction": "Whisper a secret.", "max_new_tokens": 4}
+    requests.post(f"{url}/predict", json=body, headers=headers, timeout=60)
+    until(lambda: "logged-1" in request_log.read_text())
+    text = request_log.read_text()
+    (line,) = [json.loads(line) for line in text.splitlines() if "logged-1" in line]
+    assert (line["completion_tokens"], line["finish_reason"], line["model"]) == (4, "length", "gpt2-instruct")
+    assert len(line["prompt_sha256"]) == len(line["answer_sha256"]) == 64
+    assert "secret" not in text
+
+
 def test_a_token_is_asked_for(tag):
     with served(tag, GPT2_API_TOKEN="s3cret-token", GPT2_ADMIN_TOKEN="") as url:
         for path in ("/livez", "/readyz", "/metrics"):
@@ -387,6 +407,9 @@ def test_a_token_is_asked_for(tag):
         headers = {"Authorization": "Bearer s3cret-token"}
         assert requests.get(f"{url}/metadata", headers=headers, timeout=10).status_code == 200
         assert requests.get(f"{url}/metadata", auth=("anyone", "s3cret-token"), timeout=10).status_code == 200
+        headers = {"X-Api-Key": "s3cret-token", "Authorization": "Bearer of-a-proxy"}
+        assert requests.get(f"{url}/metadata", headers=headers, timeout=10).status_code == 200
+        assert requests.get(f"{url}/metadata", headers={"X-Api-Key": "x"}, timeout=10).status_code == 401
         with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
