@@ -217,3 +217,32 @@ class LoadAdapterRequest(StrictRequest):
 
 class UnloadAdapterRequest(StrictRequest):
     lora_name: str
+
+
+def operation(model: type[BaseModel], stream: bool = False) -> dict[str, Any]:
+    """What the schema says of a body that FastAPI does not read, and of an answer that may be a stream."""
+    schema = model.model_json_schema()
+    body = {"required": True, "content": {"application/json": {"schema": _without_refs(schema, schema)}}}
+    event = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON; the last is [DONE]"}}}
+    ok = {"responses": {"200": {"content": {"text/event-stream": {"schema": event}}}}} if stream else {}
+    return {"requestBody": body, **ok}
+
+
+def set_limits(schema: Any, limits: dict[str, int]) -> None:
+    """Numbers in place of the names of bentos/schemas.py."""
+    for key, value in schema.items() if isinstance(schema, dict) else enumerate(schema):
+        if isinstance(value, dict | list):
+            set_limits(value, limits)
+        elif key in ("maximum", "exclusiveMaximum", "maxItems"):
+            schema[key] = limits.get(value, value)
+
+
+def _without_refs(schema: Any, root: dict[str, Any]) -> Any:
+    """The models that are referred to, in place: references are to the document's root, which this is not."""
+    if isinstance(schema, list):
+        return [_without_refs(one, root) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _without_refs(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
+    return {key: _without_refs(value, root) for key, value in schema.items() if key != "$defs"}

@@ -1,53 +1,31 @@
 """The service: HTTP in, HTTP out, lineage beside it. `steps/adapters/bento.py` builds it.
 
-BentoML serves health, metrics and the schema. The routes are FastAPI's: BentoML 1.4's own ignore unknown keys, read a
-bare `curl -d` as a form, and hide the message of most errors.
+BentoML serves health and metrics, and builds and runs it; the routes are in `bentos/routes.py`.
 """
 
-import asyncio
+import gc
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from time import monotonic, time
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from time import time
+from typing import Any
 
 import bentoml
 from _bentoml_sdk import Service
 from _bentoml_sdk.service.openapi import generate_spec
-from fastapi import FastAPI, Query, Request
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from pydantic import BaseModel
+from starlette.types import ASGIApp
 
-from bentos.errors import OneErrorShape, RequestError
-from bentos.gate import MODEL_ROUTE, Gate
-from bentos.schemas import (
-    TUNED,
-    AdapterVersion,
-    ChatRequest,
-    CompletionRequest,
-    Envelope,
-    ErrorResponse,
-    LoadAdapterRequest,
-    PredictRequest,
-    PredictResponse,
-    UnloadAdapterRequest,
-)
+from bentos.errors import OneErrorShape
+from bentos.gate import Gate
+from bentos.routes import app
+from bentos.schemas import set_limits
 
-if TYPE_CHECKING:  # torch, which only the process that answers needs
-    from bentos.answering import Reply
-
-MAX_BODY = 1_000_000  # bytes
-DEADLINE = 55.0  # seconds, streams too: below BentoML's own limit, which answers 504 but lets the work go on
 TIMEOUT = 60  # seconds
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
 
-Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
-M = TypeVar("M", bound=BaseModel)
-T = TypeVar("T")
+# BentoML would record a span for each message of each request, and send it nowhere: a fifth of what HTTP costs.
+os.environ.setdefault("OTEL_SDK_DISABLED", "true")
 
 
 class Models(BaseModel):
@@ -72,7 +50,7 @@ class GatedService(Service[Any]):
         spec = generate_spec(self, openapi_version="3.1.0")
         for path in spec.paths.values():
             if isinstance(path.post, dict):
-                _set_limits(path.post, limits)
+                set_limits(path.post, limits)
         return spec
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
@@ -83,52 +61,7 @@ class GatedService(Service[Any]):
         return GatedService.gate
 
 
-def _operation(model: type[BaseModel], stream: bool = False) -> dict[str, Any]:
-    """What the schema says of a body that FastAPI does not read, and of an answer that may be a stream."""
-    schema = model.model_json_schema()
-    body = {"required": True, "content": {"application/json": {"schema": _without_refs(schema, schema)}}}
-    event = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON; the last is [DONE]"}}}
-    ok = {"responses": {"200": {"content": {"text/event-stream": {"schema": event}}}}} if stream else {}
-    return {"requestBody": body, **ok}
-
-
-def _set_limits(schema: Any, limits: dict[str, int]) -> None:
-    """Numbers in place of the names of bentos/schemas.py."""
-    for key, value in schema.items() if isinstance(schema, dict) else enumerate(schema):
-        if isinstance(value, dict | list):
-            _set_limits(value, limits)
-        elif key in ("maximum", "exclusiveMaximum", "maxItems"):
-            schema[key] = limits.get(value, value)
-
-
-def _without_refs(schema: Any, root: dict[str, Any]) -> Any:
-    """The models that are referred to, in place: references are to the document's root, which this is not."""
-    if isinstance(schema, list):
-        return [_without_refs(one, root) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        return _without_refs(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    return {key: _without_refs(value, root) for key, value in schema.items() if key != "$defs"}
-
-
 models = bentoml.use_arguments(Models)
-app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None, openapi_url=None)
-errors: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 413, 415, 429, 500, 503, 504)
-}
-admin_errors = {403: {"model": ErrorResponse}, **errors}
-
-
-@app.exception_handler(RequestError)
-async def _refuse(request: Request, error: RequestError) -> Response:
-    return error.response()
-
-
-@app.exception_handler(ClientDisconnect)
-async def _gone(request: Request, error: ClientDisconnect) -> Response:
-    """Nobody reads this; it is for the log and the metrics."""
-    return RequestError(499, "client_closed_request", "the client has closed the connection").response()
 
 
 @bentoml.service(
@@ -148,13 +81,17 @@ class GPT2Instruct:
         from bentos.answering import Answerer
         from bentos.request_log import RequestLog
 
-        self.lineage = json.loads(LINEAGE.read_text(encoding="utf-8"))
-        self.started = int(time())
         environment = os.environ.get
         log = RequestLog(environment("GPT2_REQUEST_LOG", ""), environment("GPT2_REQUEST_LOG_TEXT", "hash"))
         weights, adapters = environment("GPT2_WEIGHTS", "auto"), environment("GPT2_ADAPTERS_DIR", "")
         self.answerer = Answerer(self.base.path, self.adapter.path, weights, adapters, log)
+        app.state.answerer, app.state.started = self.answerer, int(time())
+        app.state.lineage = json.loads(LINEAGE.read_text(encoding="utf-8"))
         GatedService.gate.drain_at_sigterm()
+        # What is loaded now stays. Without it a full collection is soon done, and so it is done more often: the cycles
+        # of answered requests do not add up to 100 MB, and no pause is long.
+        gc.collect()
+        gc.freeze()
 
     @bentoml.on_shutdown
     def close(self) -> None:
@@ -167,250 +104,3 @@ class GPT2Instruct:
         from bentos import metrics
 
         return text + metrics.gauges(self.answerer.gauges)
-
-    @app.post(
-        "/predict",
-        response_model=PredictResponse | Envelope,
-        responses={status: {"model": ErrorResponse | Envelope} for status in errors},
-        openapi_extra=_operation(PredictRequest, stream=True),
-    )
-    async def predict(self, request: Request, format: Format = "") -> Response:
-        """Answer an instruction.
-
-        `?format=lambda` puts the answer, which is whole then, into the envelope of the system before this one.
-        """
-        if format not in ("", "lambda"):
-            raise RequestError(400, "invalid_request", f"format is {format!r}; it may be lambda", "format")
-        try:
-            response = await self._predict(request, enveloped=format == "lambda")
-        except RequestError as error:
-            response = error.response()
-        return _envelope(response) if format == "lambda" else response
-
-    async def _predict(self, request: Request, enveloped: bool) -> Response:
-        from bentos.answering import Wanted, usage
-        from gpt2core.prompt import format_prompt
-
-        deadline = monotonic() + DEADLINE
-        asked = await _read(request, PredictRequest)
-        stream = asked.stream and not enveloped
-        answerer = self.answerer
-        answerer.check_model(asked.adapter, "adapter")
-        wanted = Wanted(
-            answerer.tokenizer.encode_ordinary(format_prompt(asked.instruction, asked.input)),
-            answerer.config(
-                asked.max_new_tokens,
-                "max_new_tokens",
-                temperature=asked.temperature,
-                top_k=asked.top_k,
-                top_p=asked.top_p,
-                seed=asked.seed,
-            ),
-            asked.adapter,
-            deadline,
-            [asked.stop] if isinstance(asked.stop, str) else asked.stop,
-            stream=stream,
-            answered=request.scope["answered"],
-        )
-        (reply,) = answerer.submit([wanted], "input" if asked.input else "instruction")
-
-        def content(text: str) -> dict[str, Any]:
-            ended = reply.finish_reason is not None
-            return {
-                "answer": text,
-                "finish_reason": reply.finish_reason,
-                "usage": usage([reply]).model_dump() if ended else None,
-                "model": self.lineage["bento"],
-                "adapter": reply.adapter and reply.adapter.model_dump(),
-            }
-
-        if not stream:
-            part = await _unless_gone(request, reply.whole(), [reply])
-            return JSONResponse(content(part.text))
-
-        async def events() -> AsyncIterator[dict[str, Any]]:
-            async for part in reply.parts():
-                yield content(part.text)
-
-        return await _stream(request, events(), [reply])
-
-    @app.post(
-        "/v1/completions",
-        response_model=dict[str, Any],
-        responses=errors,
-        openapi_extra=_operation(CompletionRequest, stream=True),
-    )
-    async def completions(self, request: Request) -> Response:
-        """Go on from a text, or several, as OpenAI's route of that name."""
-        from bentos.openai import Completions
-
-        return await self._openai(request, CompletionRequest, Completions)
-
-    @app.post(
-        "/v1/chat/completions",
-        response_model=dict[str, Any],
-        responses=errors,
-        openapi_extra=_operation(ChatRequest, stream=True),
-    )
-    async def chat_completions(self, request: Request) -> Response:
-        """Answer an instruction, as OpenAI's route of that name: a user's turn, perhaps after a system message."""
-        from bentos.openai import Chat
-
-        return await self._openai(request, ChatRequest, Chat)
-
-    async def _openai(self, request: Request, model: type[M], form: Callable[..., Any]) -> Response:
-        from bentos.answering import merge
-        from bentos.openai import Answer, wanted
-
-        deadline, answered = monotonic() + DEADLINE, request.scope["answered"]
-        asked = form(await _read(request, model), self.answerer)
-        replies = self.answerer.submit(wanted(asked, self.answerer, deadline, answered), asked.param)
-        answer = Answer(asked, replies, answered["request_id"], self.lineage["bento"])
-        if not asked.request.stream:
-
-            async def whole() -> dict[str, Any]:
-                return answer.whole(await asyncio.gather(*(reply.whole() for reply in replies)))
-
-            return JSONResponse(await _unless_gone(request, whole(), replies))
-
-        async def events() -> AsyncIterator[dict[str, Any]]:
-            async for i, part, finish_reason in merge(replies):
-                yield answer.chunk(i, part, finish_reason)
-            if (last := answer.last_chunk()) is not None:
-                yield last
-
-        return await _stream(request, events(), replies)
-
-    @app.get("/v1/models", responses=errors)
-    async def list_models(self) -> JSONResponse:
-        """What `model` and `adapter` may name."""
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.answerer.models]})
-
-    @app.get(MODEL_ROUTE, responses=errors)
-    async def get_model(self, request: Request, model: str) -> JSONResponse:
-        name = request.scope["asked_path"].removeprefix("/v1/models/")  # the gate gives all of them one path
-        self.answerer.check_model(name, "model")
-        return JSONResponse(self._model(name))
-
-    def _model(self, name: str) -> dict[str, Any]:
-        adapter: AdapterVersion | None = self.answerer.models[name]
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": TUNED,
-            "parent": None if adapter is None else "base",
-            "sha256": self.lineage["base"]["sha256"] if adapter is None else adapter.sha256,
-            "max_model_len": self.answerer.n_positions,
-        }
-
-    @app.post(
-        "/v1/load_lora_adapter",
-        response_model=AdapterVersion,
-        responses=admin_errors,
-        openapi_extra=_operation(LoadAdapterRequest),
-    )
-    async def load_adapter(self, request: Request) -> JSONResponse:
-        """Load an adapter from below GPT2_ADAPTERS_DIR, or replace one; wants GPT2_ADMIN_TOKEN."""
-        asked = await _read(request, LoadAdapterRequest)
-        return JSONResponse((await self.answerer.load(asked.lora_name, asked.lora_path)).model_dump())
-
-    @app.post("/v1/unload_lora_adapter", responses=admin_errors, openapi_extra=_operation(UnloadAdapterRequest))
-    async def unload_adapter(self, request: Request) -> JSONResponse:
-        """Forget a loaded adapter; wants GPT2_ADMIN_TOKEN."""
-        asked = await _read(request, UnloadAdapterRequest)
-        await self.answerer.unload(asked.lora_name)
-        return JSONResponse({"unloaded": asked.lora_name})
-
-    @app.get("/metadata", responses=errors)
-    async def metadata(self) -> JSONResponse:
-        """Run, commit, data, base and adapter of what answers here: the lineage.json of the run that made it."""
-        return JSONResponse(self.lineage)
-
-
-async def _read(request: Request, model: type[M]) -> M:
-    """The body. JSON whatever its header says: a bare `curl -d` calls it a form."""
-    if request.headers.get("content-type", "").startswith("multipart/"):
-        raise RequestError(400, "invalid_request", "the body must be JSON, not multipart")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:  # and read no further
-            raise RequestError(413, "body_too_large", f"the body may have at most {MAX_BODY} bytes")
-    try:
-        return model.model_validate_json(bytes(body))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else None
-        message = f"{field}: {first['msg']}" if field else first["msg"]
-        raise RequestError(400, "invalid_request", message, field) from None
-
-
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, T], replies: "Sequence[Reply]") -> T:
-    """The answer; if the client hangs up before, or anything else ends it, the engine is left."""
-    answering = asyncio.create_task(answer)
-    gone = asyncio.ensure_future(request.receive())  # the body was read, so all that can come is the end
-    try:
-        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise ClientDisconnect
-        return answering.result()
-    except BaseException:
-        for reply in replies:
-            reply.cancel()
-        raise
-    finally:
-        answering.cancel()
-        gone.cancel()
-
-
-async def _stream(request: Request, events: AsyncIterator[dict[str, Any]], replies: "Sequence[Reply]") -> Response:
-    """Server-sent events. It begins with the first of them: what goes wrong before still has a status."""
-
-    async def next_one() -> dict[str, Any]:
-        return await anext(events)
-
-    first = await _unless_gone(request, next_one(), replies)
-
-    async def lines() -> AsyncIterator[bytes]:
-        yield _event(first)
-        try:
-            async for event in events:
-                yield _event(event)
-        except RequestError as error:
-            yield _event(error.content)
-        else:
-            yield b"data: [DONE]\n\n"
-
-    return _EventStream(lines(), replies)
-
-
-class _EventStream(StreamingResponse):
-    """However it ends, the engine is left."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, content: AsyncIterator[bytes], replies: "Sequence[Reply]") -> None:
-        # a proxy that collects a stream would take its point away
-        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._replies = replies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for reply in self._replies:
-                reply.cancel()
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _envelope(response: Response) -> JSONResponse:
-    content = {
-        "statusCode": response.status_code,
-        "headers": {"Content-Type": "application/json"},
-        "body": bytes(response.body).decode(),
-    }
-    return JSONResponse(content, response.status_code)
