@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torch, which only the process that answers needs; the paren
     from bentos.answering import Answerer, Reply
 
 MAX_BODY = 1_000_000  # bytes
-DEADLINE = 55.0  # seconds, streams too: below the service's own limit, which answers 504 but lets the work go on
+DEADLINE = 55.0  # seconds from the request's head to the answer's end, streams too
 
 Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
 M = TypeVar("M", bound=BaseModel)
@@ -48,7 +48,7 @@ T = TypeVar("T")
 # its state, set by the service: answerer, lineage, and started in Unix seconds
 app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None, openapi_url=None)
 errors: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 413, 415, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
 }
 admin_errors = {403: {"model": ErrorResponse}, **errors}
 
@@ -246,10 +246,14 @@ async def _read(request: Request, model: type[M]) -> M:
     if request.headers.get("content-type", "").startswith("multipart/"):
         raise RequestError(400, "invalid_request", "the body must be JSON, not multipart")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:  # and read no further
-            raise RequestError(413, "body_too_large", f"the body may have at most {MAX_BODY} bytes")
+    try:
+        async with asyncio.timeout(DEADLINE):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:  # and read no further
+                    raise RequestError(413, "body_too_large", f"the body may have at most {MAX_BODY} bytes")
+    except TimeoutError:
+        raise RequestError(408, "request_timeout", f"the body was not there after {DEADLINE:.0f} seconds") from None
     try:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:

@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from starlette.requests import Request
 
+from bentos import routes
 from bentos.answering import Answerer, Reply, Wanted, usage
 from bentos.errors import RequestError
 from bentos.request_log import RequestLog
@@ -305,6 +307,18 @@ async def reply_to(answerer: Answerer, seconds: float = 60, max_new_tokens: int 
 
 def ask(answerer: Answerer, **values) -> tuple[str, Reply]:
     return asyncio.run(reply_to(answerer, **values))
+
+
+def test_a_body_that_does_not_come_is_waited_for_until_the_deadline(monkeypatch):
+    monkeypatch.setattr(routes, "DEADLINE", 0.05)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    request = Request({"type": "http", "headers": []}, receive)
+    with pytest.raises(RequestError) as error:
+        asyncio.run(routes._read(request, PredictRequest))
+    assert error.value.status == 408
 
 
 def test_decoding_ends_at_the_deadline(answerer, monkeypatch):
