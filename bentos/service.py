@@ -58,7 +58,7 @@ class GatedService(Service[Any]):
         paths = app.openapi()["paths"]
         run_id = json.loads(LINEAGE.read_text(encoding="utf-8"))["run"]["id"]
         asgi = super().to_asgi(is_main)
-        # its timer stays for a minute after each answer, 1 KB of it; the routes have a deadline, which ends the work too
+        # its timer stays for a minute after each answer, 1 KB of it; the deadline of the routes ends the work too
         asgi.user_middleware = [each for each in asgi.user_middleware if each.cls is not TimeoutMiddleware]
         GatedService.gate = Gate(OneErrorShape(asgi), paths, run_id, tokens)
         return GatedService.gate
