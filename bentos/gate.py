@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bentos.errors import RequestError
 
 OPEN = ("/livez", "/readyz", "/healthz", "/metrics")  # without a token, and not in the access log
-OF_BENTOML = (*OPEN, "/docs.json", "/schema.json")
+NOT_IN_SCHEMA = ("/", *OPEN, "/docs.json", "/schema.json")
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 MODEL_ROUTE = "/v1/models/{model}"
 UNKNOWN = "/unknown"
@@ -38,7 +38,7 @@ class Gate:
             run_id: the response header X-Run-Id.
             tokens: "api" and "admin": what the routes ask for; an empty "api": nothing.
         """
-        self.app, self.paths, self.run_id = app, {*paths, *OF_BENTOML}, run_id.encode()
+        self.app, self.paths, self.run_id = app, {*paths, *NOT_IN_SCHEMA}, run_id.encode()
         self.tokens = {name: token for name, token in tokens.items() if token}
         self.in_flight, self.draining = 0, False
 

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from bentos.errors import RequestError
 from bentos.gate import MODEL_ROUTE
+from bentos.page import page
 from bentos.schemas import (
     TUNED,
     AdapterVersion,
@@ -62,6 +63,12 @@ async def _refuse(request: Request, error: RequestError) -> Response:
 async def _gone(request: Request, error: ClientDisconnect) -> Response:
     """Nobody reads this; it is for the log and the metrics."""
     return RequestError(499, "client_closed_request", "the client has closed the connection").response()
+
+
+@app.get("/", include_in_schema=False)
+async def index() -> Response:
+    """To try the model in a browser."""
+    return page()
 
 
 @app.post(
