@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
@@ -27,6 +29,7 @@ from steps.adapters import bento
 
 LINEAGE = {"run": {"id": "run-17", "name": "run-17"}, "base": {"sha256": "b" * 64}}
 N = {"max_tokens": 8}
+DASHBOARD = Path(__file__).parent.parent.parent / "docs" / "grafana.json"
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,15 @@ def until(holds) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def pids(*options: str) -> list[int]:
+    done = subprocess.run(["pgrep", *options], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in done.stdout.split()]
+
+
+def server_pid(url: str) -> int:
+    return pids("-f", "--", f"--port {urlsplit(url).port}")[0]
 
 
 def user(text: str) -> list[dict]:
@@ -373,6 +385,55 @@ def test_metrics_count_tokens_and_times(url):
     ]
 
 
+def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(url):
+    requests.post(f"{url}/predict", json={"instruction": "Hello.", "max_new_tokens": 3}, timeout=60)
+    lines = requests.get(f"{url}/metrics", timeout=10).text.splitlines()
+    labels = {}  # of each metric
+    for line in lines:
+        if not line.startswith("#"):
+            name, _, rest = line.partition("{")
+            labels.setdefault(name.split(" ")[0], set()).update(re.findall(r'(\w+)="', rest))
+    dashboard = json.loads(DASHBOARD.read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(queries) > 10
+    for query in queries:
+        (metric_name,) = re.findall(r"\b(?:gpt2|bentoml)_\w+", query.partition("{")[0])
+        assert metric_name in labels, query
+        wanted = re.findall(r"by \(([^)]*)\)", query) + re.findall(r"(\w+)=", query)
+        assert {name.strip() for names in wanted for name in names.split(",")} <= labels[metric_name], query
+
+
+@pytest.mark.slow
+def test_64_clients_are_all_answered_and_memory_stays_flat(tag):
+    """Half of them streams; some clients hang up in the middle, which must leave nothing behind."""
+    wrong: list[str] = []
+
+    def client(number: int) -> int:
+        answers = 0
+        while time.monotonic() < end:
+            body = {"instruction": f"Say {answers % 7}.", "max_new_tokens": 8 * (1 + number % 8), "temperature": 1.0}
+            body["stream"] = bool(number % 2)
+            with requests.post(f"{url}/predict", json=body, stream=True, timeout=60) as response:
+                if number % 16 == 1:
+                    next(response.iter_content(16))  # and no more
+                elif response.status_code != 200 or not response.text.rstrip().endswith(("}", "data: [DONE]")):
+                    wrong.append(f"{response.status_code} {response.text[-300:]}")
+            answers += 1
+        return answers
+
+    with served(tag) as url, ThreadPoolExecutor(64) as pool:
+        (worker,) = pids("-P", str(server_pid(url)))
+        memory = []
+        for seconds in (10, 10, 10):
+            end = time.monotonic() + seconds
+            answered = sum(pool.map(client, range(64)))
+            assert answered > 64
+            memory.append(int(Path(f"/proc/{worker}/statm").read_text().split()[1]))  # resident pages
+        until(lambda: metric(url, "gpt2_running_requests") == metric(url, "gpt2_queue_depth") == 0)
+    assert wrong == []
+    assert memory[2] < 1.02 * memory[1], memory
+
+
 def test_a_request_keeps_the_id_it_comes_with(url):
     response = requests.get(f"{url}/metadata", headers={"X-Request-Id": "mine-1"}, timeout=10)
     assert response.headers["X-Request-Id"] == "mine-1"
@@ -420,13 +481,12 @@ def test_a_token_is_asked_for(tag):
 
 def test_readiness_falls_first_and_requests_in_flight_are_answered(tag):
     with served(tag) as url:
-        pgrep = ["pgrep", "-f", "--", f"--port {urlsplit(url).port}"]
-        found = subprocess.run(pgrep, capture_output=True, text=True, check=True)
+        server = server_pid(url)
         body = {"instruction": "Say hello.", "max_new_tokens": 60}
         requests.post(f"{url}/predict", json=body, timeout=60)
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(requests.post, f"{url}/predict", json=body, timeout=60) for _ in range(40)]
-            os.kill(int(found.stdout.split()[0]), signal.SIGTERM)
+            os.kill(server, signal.SIGTERM)
             seen = []
             with suppress(requests.ConnectionError):
                 while True:
