@@ -2,33 +2,33 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from random import Random
 from statistics import quantiles
-from time import perf_counter, sleep
 
 import torch
 
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
 from benchmarks.peer import Decoder, Trainer, best_trainer
+from benchmarks.sides import Ours, Side
 from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
-from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig, Precision, TrainConfig
+from gpt2core.config import GPT2Config, LoraConfig, Precision, TrainConfig
 from gpt2core.data import Example, encode_records
 from gpt2core.demo.base import train_tokenizer
 from gpt2core.demo.prose import write_prose
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
-from gpt2core.engine import Engine, Weights
+from gpt2core.engine import Weights
 from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
 from gpt2core.model import GPT2
 from gpt2core.packed import has_int8
 from gpt2core.train import finetune
 
 BATCH_SIZE = 8  # of training
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 # Random blocks of the usual size change little, and a tied head then repeats the last token for ever.
 PERTURBATION = 4.0
 
@@ -48,6 +48,13 @@ class Setting:
     @property
     def base(self) -> Path:
         return self.directory / "base"
+
+    @property
+    def n_matrix_weights(self) -> int:
+        return _matrix_weights(load_pretrained(self.base))
+
+    def peer(self) -> Side:
+        return Side(Decoder, self.base, self.prompts(1, 0)[0])
 
     def prompts(self, n: int, run: int) -> list[list[int]]:
         """Other ones in each run, so that nothing but their common beginning can be remembered."""
@@ -103,66 +110,49 @@ def train(setting: Setting) -> list[Row]:
 
 def decode(setting: Setting) -> list[Row]:
     """One request alone."""
-    model = load_pretrained(setting.base)
-    peer = Decoder(setting.base, setting.prompts(1, 0)[0])
+    n_weights, bandwidth = setting.n_matrix_weights, read_bandwidth()
     formats: list[Weights] = ["auto", "fp32", "bf16", *(["int8"] if has_int8(torch.device("cpu")) else [])]  # type: ignore[list-item]
-    bandwidth = read_bandwidth()
     with ExitStack() as stack:
-        engines = {weights: stack.enter_context(Engine(model, weights=weights)) for weights in formats}
+        peer = stack.enter_context(setting.peer())
+        engines = {weights: stack.enter_context(Side(Ours, setting.base, weights)) for weights in formats}
         sides: dict[str, Callable[[int], float]] = {
-            weights: partial(_engine_rate, engine, setting, 1) for weights, engine in engines.items()
+            weights: partial(_rate, engine, setting, 1) for weights, engine in engines.items()
         }
-        values = interleave(sides | {"peer": lambda run: _peer_rate(peer, setting, 1, run)}, setting.runs)
-    rows = []
-    for weights, engine in engines.items():
-        limit = bandwidth / (_matrix_weights(model) * {"fp32": 4, "bf16": 2, "int8": 1}[engine.packed.weights])
-        note = f"weights {engine.packed.weights}; peer {peer.dtype}"
-        rows.append(
-            make_row(
-                f"1 request, {weights}", "tokens/s", values[weights], values["peer"], setting.command, limit, note=note
-            )
+        values = interleave(sides | {"peer": partial(_peer_rate, peer, setting, 1, 1)}, setting.runs)
+        used = {weights: engine.weights() for weights, engine in engines.items()}
+        dtype = peer.weights()
+    return [
+        make_row(
+            f"1 request, {weights}",
+            "tokens/s",
+            values[weights],
+            values["peer"],
+            setting.command,
+            bandwidth / (n_weights * BYTES[used[weights]]),
+            note=f"weights {used[weights]}; peer {dtype}",
         )
-    return rows
+        for weights in formats
+    ]
 
 
 def batch(setting: Setting) -> list[Row]:
     """Many requests: beside the peer one by one, and beside its padded batch; then how long a first token takes."""
-    model = load_pretrained(setting.base)
-    peer = Decoder(setting.base, setting.prompts(1, 0)[0])
-    note = f"peer {peer.dtype}"
-    with Engine(model) as engine:
-
-        def one_by_one(run: int) -> float:
-            start = perf_counter()
-            for prompt in setting.prompts(16, run):
-                peer.decode([prompt], setting.n_new)
-            return 16 * setting.n_new / (perf_counter() - start)
-
-        values = interleave(
-            {"ours": lambda run: _engine_rate(engine, setting, 16, run), "peer": one_by_one}, setting.runs
-        )
-        rows = [
-            make_row(
-                "16 requests, peer one by one", "tokens/s", values["ours"], values["peer"], setting.command, note=note
+    rows = []
+    for n, name, peers_batch in ((16, "peer one by one", 1), (32, "peer in one padded batch", 32)):
+        with Side(Ours, setting.base, "auto", n) as ours, setting.peer() as peer:
+            sides: dict[str, Callable[[int], float]] = {
+                "ours": partial(_rate, ours, setting, n),
+                "peer": partial(_peer_rate, peer, setting, n, peers_batch),
+            }
+            values = interleave(sides, setting.runs)
+            note = f"weights {ours.weights()}; peer {peer.weights()}"
+            rows.append(
+                make_row(
+                    f"{n} requests, {name}", "tokens/s", values["ours"], values["peer"], setting.command, note=note
+                )
             )
-        ]
-        rows += _first_tokens(engine, setting, values["ours"])
-    with Engine(model, max_batch=32) as engine:
-        sides: dict[str, Callable[[int], float]] = {
-            "ours": lambda run: _engine_rate(engine, setting, 32, run),
-            "peer": lambda run: _peer_rate(peer, setting, 32, run),
-        }
-        values = interleave(sides, setting.runs)
-    rows.append(
-        make_row(
-            "32 requests, peer in one padded batch",
-            "tokens/s",
-            values["ours"],
-            values["peer"],
-            setting.command,
-            note=note,
-        )
-    )
+            if n == 16:
+                rows += _first_tokens(ours, setting, max(values["ours"]))
     return rows
 
 
@@ -170,34 +160,26 @@ def adapters(setting: Setting) -> list[Row]:
     """Eight adapters in one batch beside one that is merged; how long it takes to load one."""
     model = load_pretrained(setting.base)
     directories = [_random_adapter(model, setting.directory / f"adapter-{i}", i) for i in range(8)]
-    merged = merge_lora(_with_adapter(load_pretrained(setting.base), 0))
-    with Engine(model) as ours, Engine(merged) as one:
-        for i, directory in enumerate(directories):
-            ours.load_adapter(str(i), directory)
+    merged = setting.directory / "merged"
+    save_pretrained(merge_lora(_with_adapter(model, 0)), merged)
+    with Side(Ours, setting.base, "auto", 16, directories) as ours, Side(Ours, merged) as one:
         sides: dict[str, Callable[[int], float]] = {
-            "ours": lambda run: _engine_rate(ours, setting, 16, run, [str(i % 8) for i in range(16)]),
-            "merged": lambda run: _engine_rate(one, setting, 16, run),
+            "ours": partial(_rate, ours, setting, 16, n_adapters=8),
+            "merged": partial(_rate, one, setting, 16),
         }
         values = interleave(sides, setting.runs)
-    note = f"peer: this engine with one merged adapter; weights {ours.packed.weights} and {one.packed.weights}"
+        note = f"peer: this engine with one merged adapter; weights {ours.weights()} and {one.weights()}"
     rows = [
         make_row("16 requests, 8 adapters", "tokens/s", values["ours"], values["merged"], setting.command, note=note)
     ]
-
     medium = GPT2(GPT2Config.preset(setting.medium), torch.Generator().manual_seed(0)).eval()
+    save_pretrained(medium, setting.directory / "medium")
     directory = _random_adapter(medium, setting.directory / "adapter-medium", 0)
-    prompt, greedy = setting.prompts(1, 0)[0], GenerationConfig(max_new_tokens=1)
-    loads, firsts = [], []
-    with Engine(medium, weights="fp32") as engine:
-        engine.submit(prompt, greedy).result()
-        for _ in range(setting.runs + 1):
-            start = perf_counter()
-            engine.load_adapter("a", directory)
-            loads.append(1e3 * (perf_counter() - start))
-            engine.submit(prompt, greedy, adapter="a").result()
-            firsts.append(1e3 * (perf_counter() - start))
-    for name, values_ in ((f"load an adapter, {setting.medium}", loads), ("load it and answer a first token", firsts)):
-        rows.append(make_row(name, "ms", values_[1:], None, setting.command, less_is_better=True))
+    with Side(Ours, setting.directory / "medium", "fp32") as ours:
+        prompt = setting.prompts(1, 0)[0]
+        times = [ours.load(directory, prompt) for _ in range(setting.runs + 1)][1:]
+    for i, name in enumerate((f"load an adapter, {setting.medium}", "load it and answer a first token")):
+        rows.append(make_row(name, "ms", [one[i] for one in times], None, setting.command, less_is_better=True))
     return rows
 
 
@@ -228,48 +210,30 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
 }
 
 
-def _first_tokens(engine: Engine, setting: Setting, rates: Sequence[float]) -> list[Row]:
+def _first_tokens(engine: Side, setting: Setting, rate: float) -> list[Row]:
     """Milliseconds from asking to the first token: 64 at once, and 64 at random times at 0.7 of what was measured."""
     rows = []
-    interval = setting.n_new / (0.7 * max(rates))
+    interval = setting.n_new / (0.7 * rate)
     ways = (("at once", 0.0), ("at random, at 0.7 of the rate", interval))
     for way, (name, mean) in enumerate(ways, start=1):  # from 1: the batches before had the first prompts
-        random = Random(0)
-        middle, late = [], []
-        for run in range(setting.runs):
-            asked = []
-            for prompt in setting.prompts(64, way * setting.runs + run):
-                asked.append(engine.submit(prompt, GenerationConfig(max_new_tokens=setting.n_new)))
-                sleep(random.expovariate(1 / mean) if mean else 0.0)
-            for request in asked:
-                request.result()
-            waits = [1e3 * (r.first_token_at - r.submitted_at) for r in asked if r.first_token_at is not None]
-            cuts = quantiles(waits, n=20)
-            middle.append(cuts[9])
-            late.append(cuts[18])
-        for part, values in (("p50", middle), ("p95", late)):
+        cuts = [
+            quantiles(engine.first_tokens(setting.prompts(64, way * setting.runs + run), setting.n_new, mean), n=20)
+            for run in range(setting.runs)
+        ]
+        for part, i in (("p50", 9), ("p95", 18)):
             label = f"first token of 64 requests {name}, {part}"
-            rows.append(make_row(label, "ms", values, None, setting.command, less_is_better=True))
+            rows.append(make_row(label, "ms", [cut[i] for cut in cuts], None, setting.command, less_is_better=True))
     return rows
 
 
-def _engine_rate(
-    engine: Engine, setting: Setting, n: int, run: int, adapters: Sequence[str | None] | None = None
-) -> float:
-    """New tokens a second of n requests that are asked at once, prompts included in the time."""
-    config = GenerationConfig(max_new_tokens=setting.n_new)
-    prompts = setting.prompts(n, run)
-    start = perf_counter()
-    asked = [engine.submit(p, config, adapter=a) for p, a in zip(prompts, adapters or [None] * n, strict=True)]
-    n_tokens = sum(len(request.result()) for request in asked)
-    return n_tokens / (perf_counter() - start)
+def _rate(engine: Side, setting: Setting, n: int, run: int, n_adapters: int = 0) -> float:
+    rate: float = engine.rate(setting.prompts(n, run), setting.n_new, n_adapters)
+    return rate
 
 
-def _peer_rate(peer: Decoder, setting: Setting, n: int, run: int) -> float:
-    prompts = setting.prompts(n, run)
-    start = perf_counter()
-    n_tokens = sum(map(len, peer.decode(prompts, setting.n_new)))
-    return n_tokens / (perf_counter() - start)
+def _peer_rate(peer: Side, setting: Setting, n: int, batch_size: int, run: int) -> float:
+    rate: float = peer.rate(setting.prompts(n, run), setting.n_new, batch_size)
+    return rate
 
 
 def _random_model(config: GPT2Config) -> GPT2:

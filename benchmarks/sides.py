@@ -1,0 +1,119 @@
+"""The sides of a row, each in a process of its own that is kept alive and asked in turn.
+
+OpenMP keeps workers for each thread that has computed anything. With more of them in a process than cores, a step of
+the engine takes 9.8 ms in place of 5.9 (decision 10); the peer's steps suffer too. So neither shares its process.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
+from time import perf_counter, sleep
+from traceback import format_exc
+from types import TracebackType
+from typing import Any, Self
+
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.config import GenerationConfig
+from gpt2core.engine import Engine, Weights
+
+
+class Side:
+    """`make(*arguments)` in another process; `side.method(...)` is called there."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        context = get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_work, args=(other, make, arguments), daemon=True)
+        self._process.start()
+        other.close()
+        self._receive()
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self._pipe.send((method, arguments))
+            return self._receive()
+
+        return call
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+
+    def _receive(self) -> Any:
+        done, value = self._pipe.recv()
+        if not done:
+            raise RuntimeError(f"a side of the benchmark failed:\n{value}")
+        return value
+
+
+def _work(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    try:
+        side = make(*arguments)
+        pipe.send((True, None))
+        while True:
+            method, arguments = pipe.recv()
+            try:
+                pipe.send((True, getattr(side, method)(*arguments)))
+            except Exception:
+                pipe.send((False, format_exc()))
+    except EOFError:  # nobody will ask any more
+        pass
+    except Exception:
+        pipe.send((False, format_exc()))
+
+
+class Ours:
+    """The engine, loaded as the service loads it: in a thread that ends."""
+
+    def __init__(
+        self, base: Path, weights: Weights = "auto", max_batch: int = 16, adapters: Sequence[Path] = ()
+    ) -> None:
+        """`adapters` are called "0", "1", …"""
+        with ThreadPoolExecutor(1) as thread:
+            self.engine = thread.submit(lambda: Engine(load_pretrained(base), max_batch, weights)).result()
+            for i, directory in enumerate(adapters):
+                thread.submit(self.engine.load_adapter, str(i), directory).result()
+        self.engine.start()
+
+    def weights(self) -> str:
+        return self.engine.packed.weights
+
+    def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
+        """New tokens a second of requests that are asked at once, prompts included in the time.
+
+        `n_adapters`: the first so many take turns; 0: none is used.
+        """
+        config = GenerationConfig(max_new_tokens=n_new)
+        names = [str(i % n_adapters) if n_adapters else None for i in range(len(prompts))]
+        start = perf_counter()
+        asked = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
+        n_tokens = sum(len(request.result()) for request in asked)
+        return n_tokens / (perf_counter() - start)
+
+    def first_tokens(self, prompts: Sequence[Sequence[int]], n_new: int, interval: float = 0.0) -> list[float]:
+        """Milliseconds from asking to the first token; asked at random times, `interval` seconds apart on average."""
+        random, config = Random(0), GenerationConfig(max_new_tokens=n_new)
+        asked = []
+        for prompt in prompts:
+            asked.append(self.engine.submit(prompt, config))
+            sleep(random.expovariate(1 / interval) if interval else 0.0)
+        for request in asked:
+            request.result()
+        return [1e3 * (r.first_token_at - r.submitted_at) for r in asked if r.first_token_at is not None]
+
+    def load(self, directory: Path, prompt: Sequence[int]) -> tuple[float, float]:
+        """Milliseconds until an adapter is loaded, and until it has answered a first token."""
+        start = perf_counter()
+        self.engine.load_adapter("new", directory)
+        loaded = perf_counter()
+        self.engine.submit(prompt, GenerationConfig(max_new_tokens=1), adapter="new").result()
+        return 1e3 * (loaded - start), 1e3 * (perf_counter() - start)
