@@ -63,7 +63,10 @@ class Rows:
         self.lengths: list[int] = []  # tokens in the cache
         self.end = 0
         self._mask: Tensor | None = None
-        self._first = 0  # the first column that a row of this step looks at
+        # of this step and each layer: the new column (B, 2, H, D), and the keys and values (B, H, W, D) up to it
+        self._new: Sequence[Tensor] = ()
+        self._k: Sequence[Tensor] = ()
+        self._v: Sequence[Tensor] = ()
 
     @property
     def n_active(self) -> int:
@@ -83,8 +86,10 @@ class Rows:
             return
         if self.end == self.kv.shape[4]:
             self._move(max(self.lengths))
-        longest = max(self.lengths)
-        self._first, self._mask = self.end - longest, None
+        n, longest = len(self.requests), max(self.lengths)
+        seen = self.kv[:, :n, :, :, self.end - longest : self.end + 1]  # (n_layer, B, 2, H, W, D)
+        self._new, self._k, self._v = seen[..., -1, :].unbind(), seen[:, :, 0].unbind(), seen[:, :, 1].unbind()
+        self._mask = None
         if min(self.lengths) < longest:
             lengths = torch.tensor(self.lengths, device=self.kv.device)[:, None]
             back = torch.arange(
@@ -94,12 +99,10 @@ class Rows:
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         """Attention (B, C) of one token a row, of qkv (B, 3, H, D)."""
-        n = len(qkv)
-        kv = self.kv[layer, :n]  # (B, 2, H, columns, D)
-        kv[:, :, :, self.end] = qkv[:, 1:]
-        k, v = kv[:, :, :, self._first : self.end + 1].unbind(1)  # two of (B, H, W, D)
+        self._new[layer].copy_(qkv[:, 1:])
         q = qkv[:, 0, :, None]  # (B, H, 1, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, scale=scale).flatten(1)
+        y = F.scaled_dot_product_attention(q, self._k[layer], self._v[layer], attn_mask=self._mask, scale=scale)
+        return y.flatten(1)
 
     def close_column(self) -> None:
         if self.requests:
