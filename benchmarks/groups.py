@@ -1,5 +1,6 @@
 """The rows, group by group: each function measures both sides and gives its rows."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,12 +8,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 from statistics import quantiles
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
 from benchmarks.peer import Decoder, Trainer, best_trainer
+from benchmarks.serving import Clients, Naive, widen_tokenizer
 from benchmarks.sides import Ours, Side
 from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, Precision, TrainConfig
@@ -26,8 +30,10 @@ from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
 from gpt2core.model import GPT2
 from gpt2core.packed import has_int8
 from gpt2core.train import finetune
+from steps.adapters import bento
 
 BATCH_SIZE = 8  # of training
+NANO_VOCABULARY = GPT2Config.preset("gpt2-nano").vocab_size
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 # Random blocks of the usual size change little, and a tied head then repeats the last token for ever.
 PERTURBATION = 4.0
@@ -72,8 +78,7 @@ def prepare(
     lengths and common beginnings are those of real prompts.
     """
     world = make_world(0)
-    vocab_size = min(GPT2Config.preset("gpt2-nano").vocab_size, GPT2Config.preset(preset).vocab_size)
-    tokenizer = train_tokenizer(write_prose(world, 0), vocab_size, directory / "tokenizer")
+    tokenizer = train_tokenizer(write_prose(world, 0), NANO_VOCABULARY, directory / "tokenizer")
     config = GPT2Config.preset(preset)
     examples = encode_records(write_records(world, 0), tokenizer, config.n_positions - n_new)
     save_pretrained(_random_model(config), directory / "base")
@@ -201,12 +206,55 @@ def memory(setting: Setting) -> list[Row]:
     return [make_row(name, "MiB", values["ours"], values["peer"], setting.command, less_is_better=True)]
 
 
+def serve(setting: Setting) -> list[Row]:
+    """The served Bento beside its own engine, and beside a first version of a server."""
+    directory = setting.directory / "served"
+    copytree(setting.base, directory)
+    copytree(setting.directory / "tokenizer", directory, dirs_exist_ok=True)
+    widen_tokenizer(directory, load_pretrained(setting.base).config.vocab_size)
+    adapter = _random_adapter(load_pretrained(setting.base), setting.directory / "adapter", 0)
+    with ExitStack() as stack:
+        engine = stack.enter_context(Side(Ours, setting.base, "auto", 16, [adapter]))
+        naive = stack.enter_context(Side(Naive, setting.base, setting.prompts(1, 0)[0]))
+        clients = stack.enter_context(Side(Clients))
+        environ = {"BENTOML_HOME": str(setting.directory / "bentoml"), "GPT2_WEIGHTS": engine.weights()}
+        stack.enter_context(patch.dict(os.environ, environ))
+        Path(environ["BENTOML_HOME"]).mkdir()
+        url = stack.enter_context(bento.serve(bento.build(directory, adapter, {"run": {"id": "benchmark"}})))
+        note = f"peer: this service's engine, without HTTP; both with one adapter and weights {engine.weights()}"
+        rows = []
+        for n, name in ((1, "1 client"), (16, "16 clients"), (64, "64 clients")):
+            sides: dict[str, Callable[[int], float]] = {
+                "ours": partial(_http_rate, clients, url, setting, n),
+                "engine": partial(_rate, engine, setting, n, n_adapters=1),
+            }
+            values = interleave(sides, setting.runs)
+            rows.append(
+                make_row(f"HTTP, {name}", "tokens/s", values["ours"], values["engine"], setting.command, note=note)
+            )
+        sides = {
+            "ours": lambda run: clients.first_token(url, setting.prompts(1, run)[0], setting.n_new),
+            "engine": lambda run: engine.first_tokens(setting.prompts(1, run), setting.n_new, 0.0, 1)[0],
+        }
+        values = interleave(sides, 3 * setting.runs)
+        name, times = "HTTP, first token of a stream, 1 client", (values["ours"], values["engine"])
+        rows.append(make_row(name, "ms", *times, setting.command, less_is_better=True, note=note))
+        sides = {
+            "ours": partial(_http_rate, clients, url, setting, 16),
+            "peer": partial(_http_rate, clients, naive.url(), setting, 16),
+        }
+        values = interleave(sides, setting.runs)
+        name, note = "HTTP, 16 clients, beside a first server", "peer: FastAPI and generate, a request after the other"
+        return [*rows, make_row(name, "tokens/s", values["ours"], values["peer"], setting.command, note=note)]
+
+
 GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
     "train": train,
     "decode": decode,
     "batch": batch,
     "adapters": adapters,
     "memory": memory,
+    "serve": serve,
 }
 
 
@@ -228,6 +276,11 @@ def _first_tokens(engine: Side, setting: Setting, rate: float) -> list[Row]:
 
 def _rate(engine: Side, setting: Setting, n: int, run: int, n_adapters: int = 0) -> float:
     rate: float = engine.rate(setting.prompts(n, run), setting.n_new, n_adapters)
+    return rate
+
+
+def _http_rate(clients: Side, url: str, setting: Setting, n: int, run: int) -> float:
+    rate: float = clients.rate(url, setting.prompts(n, run), setting.n_new)
     return rate
 
 

@@ -99,12 +99,14 @@ class Ours:
         n_tokens = sum(len(request.result()) for request in asked)
         return n_tokens / (perf_counter() - start)
 
-    def first_tokens(self, prompts: Sequence[Sequence[int]], n_new: int, interval: float = 0.0) -> list[float]:
+    def first_tokens(
+        self, prompts: Sequence[Sequence[int]], n_new: int, interval: float = 0.0, n_adapters: int = 0
+    ) -> list[float]:
         """Milliseconds from asking to the first token; asked at random times, `interval` seconds apart on average."""
         random, config = Random(0), GenerationConfig(max_new_tokens=n_new)
         asked = []
         for prompt in prompts:
-            asked.append(self.engine.submit(prompt, config))
+            asked.append(self.engine.submit(prompt, config, adapter="0" if n_adapters else None))
             sleep(random.expovariate(1 / interval) if interval else 0.0)
         for request in asked:
             request.result()

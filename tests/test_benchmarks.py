@@ -12,7 +12,7 @@ TINY = ["--model", "gpt2-nano", "--medium", "gpt2-nano", "--runs", "1", "--new-t
 KEYS = {"name", "ours", "peer", "ratio", "unit", "runs", "spread", "limit", "share_of_limit", "command"}
 
 
-@pytest.mark.parametrize("group", ["train", "decode", "adapters"])
+@pytest.mark.parametrize("group", ["train", "decode", "adapters", "serve"])
 def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
     done = CliRunner().invoke(main, ["--only", group, *TINY, "--out", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output

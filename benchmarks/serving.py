@@ -1,0 +1,108 @@
+"""Over HTTP: clients in a process of their own, and the server that a first version of such a project has."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import aiohttp
+import uvicorn
+from fastapi import FastAPI
+
+from benchmarks.peer import Decoder
+from gpt2core.tokenizer import END_OF_TEXT
+
+
+class Clients:
+    """Each asks once, all at the same time; the connections are opened before."""
+
+    def rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int) -> float:
+        """New tokens a second of one request a client, from the first question to the last answer."""
+        return asyncio.run(self._rate(url, prompts, n_new))
+
+    async def _rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int) -> float:
+        async with _session() as session:
+            await asyncio.gather(*(session.get(f"{url}/livez") for _ in prompts))
+
+            async def ask(prompt: Sequence[int]) -> int:
+                async with session.post(f"{url}/v1/completions", json=_body(prompt, n_new)) as response:
+                    response.raise_for_status()
+                    answer = await response.json()
+                return int(answer["usage"]["completion_tokens"])
+
+            start = perf_counter()
+            n_tokens = sum(await asyncio.gather(*map(ask, prompts)))
+            return n_tokens / (perf_counter() - start)
+
+    def first_token(self, url: str, prompt: Sequence[int], n_new: int) -> float:
+        """Milliseconds from asking to the first event of a stream."""
+        return asyncio.run(self._first_token(url, prompt, n_new))
+
+    async def _first_token(self, url: str, prompt: Sequence[int], n_new: int) -> float:
+        async with _session() as session:
+            await session.get(f"{url}/livez")
+            start = perf_counter()
+            async with session.post(f"{url}/v1/completions", json=_body(prompt, n_new) | {"stream": True}) as response:
+                await response.content.readline()
+                waited = 1e3 * (perf_counter() - start)
+                await response.read()
+            return waited
+
+
+class Naive:
+    """FastAPI and `generate`: a request after the other, since that is faster than several threads that compute."""
+
+    def __init__(self, base: Path, prompt: Sequence[int]) -> None:
+        app = FastAPI()
+        decoders: list[Decoder] = []
+
+        @app.get("/livez")
+        async def livez() -> None:
+            """There is nothing to say."""
+
+        @app.post("/v1/completions")
+        async def complete(body: dict[str, Any]) -> dict[str, Any]:
+            (reply,) = decoders[0].decode([body["prompt"]], body["max_tokens"])
+            return {"tokens": reply, "usage": {"completion_tokens": len(reply)}}
+
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+
+        def run() -> None:  # all of it in one thread
+            decoders.append(Decoder(base, prompt))
+            server.run()
+
+        threading.Thread(target=run, daemon=True).start()
+        while not server.started:
+            threading.Event().wait(0.05)
+        self._url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+    def url(self) -> str:
+        return self._url
+
+
+def widen_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Add tokens that no text has, until there is one for each number that a random model may say."""
+    vocab = json.loads((directory / "vocab.json").read_text())
+    del vocab[END_OF_TEXT]
+    old = list(vocab)
+    merges = []
+    for control in (chr(256 + byte) for byte in range(1, 9)):  # bytes of no text, as GPT-2 spells them
+        for token in old:
+            if len(vocab) < vocab_size - 1 and control + token not in vocab:
+                vocab[control + token] = len(vocab)
+                merges.append(f"{control} {token}\n")
+    vocab[END_OF_TEXT] = len(vocab)
+    (directory / "vocab.json").write_text(json.dumps(vocab))
+    with (directory / "merges.txt").open("a") as file:
+        file.writelines(merges)
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300))
+
+
+def _body(prompt: Sequence[int], n_new: int) -> dict[str, Any]:
+    return {"prompt": list(prompt), "max_tokens": n_new}
