@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -89,11 +90,11 @@ def widen_tokenizer(directory: Path, vocab_size: int) -> None:
     del vocab[END_OF_TEXT]
     old = list(vocab)
     merges = []
-    for control in (chr(256 + byte) for byte in range(1, 9)):  # bytes of no text, as GPT-2 spells them
-        for token in old:
-            if len(vocab) < vocab_size - 1 and control + token not in vocab:
-                vocab[control + token] = len(vocab)
-                merges.append(f"{control} {token}\n")
+    controls = [chr(256 + byte) for byte in range(1, 9)]  # bytes of no text, as GPT-2 spells them
+    for left, right in product([a + b for a in ["", *controls] for b in controls], old):
+        if len(vocab) < vocab_size - 1 and left + right not in vocab:
+            vocab[left + right] = len(vocab)
+            merges.append(f"{left} {right}\n")
     vocab[END_OF_TEXT] = len(vocab)
     (directory / "vocab.json").write_text(json.dumps(vocab))
     with (directory / "merges.txt").open("a") as file:
