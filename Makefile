@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/local.yaml
 PORT ?= 3000
 
-.PHONY: install run test test-slow lint format serve report dashboard bench image image-train stack-local stack-docker stack-kubernetes clean
+.PHONY: install run test test-slow lint format serve report dashboard bench bench-growth image image-train stack-local stack-docker stack-kubernetes clean
 
 install: .venv/.installed
 
@@ -48,6 +48,9 @@ dashboard: install
 # ONLY=train,decode measures some groups of rows alone; an idle machine gives figures worth having.
 bench: install
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
+
+bench-growth: install
+	$(BIN)/python -m benchmarks.growth
 
 # BASE_IMAGE=, TORCH_INDEX= (its CUDA indices too) and BUILD_IMAGE= choose what they are made from: see the Dockerfiles.
 image: install

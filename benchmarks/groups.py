@@ -81,7 +81,7 @@ def prepare(
     tokenizer = train_tokenizer(write_prose(world, 0), NANO_VOCABULARY, directory / "tokenizer")
     config = GPT2Config.preset(preset)
     examples = encode_records(write_records(world, 0), tokenizer, config.n_positions - n_new)
-    save_pretrained(_random_model(config), directory / "base")
+    save_pretrained(random_model(config), directory / "base")
     return Setting(directory, examples, runs, n_new, train_steps, medium, command)
 
 
@@ -164,7 +164,7 @@ def batch(setting: Setting) -> list[Row]:
 def adapters(setting: Setting) -> list[Row]:
     """Eight adapters in one batch beside one that is merged; how long it takes to load one."""
     model = load_pretrained(setting.base)
-    directories = [_random_adapter(model, setting.directory / f"adapter-{i}", i) for i in range(8)]
+    directories = [random_adapter(model, setting.directory / f"adapter-{i}", i) for i in range(8)]
     merged = setting.directory / "merged"
     save_pretrained(merge_lora(_with_adapter(model, 0)), merged)
     with Side(Ours, setting.base, "auto", 16, directories) as ours, Side(Ours, merged) as one:
@@ -179,7 +179,7 @@ def adapters(setting: Setting) -> list[Row]:
     ]
     medium = GPT2(GPT2Config.preset(setting.medium), torch.Generator().manual_seed(0)).eval()
     save_pretrained(medium, setting.directory / "medium")
-    directory = _random_adapter(medium, setting.directory / "adapter-medium", 0)
+    directory = random_adapter(medium, setting.directory / "adapter-medium", 0)
     with Side(Ours, setting.directory / "medium", "fp32") as ours:
         prompt = setting.prompts(1, 0)[0]
         times = [ours.load(directory, prompt) for _ in range(setting.runs + 1)][1:]
@@ -212,7 +212,7 @@ def serve(setting: Setting) -> list[Row]:
     copytree(setting.base, directory)
     copytree(setting.directory / "tokenizer", directory, dirs_exist_ok=True)
     widen_tokenizer(directory, load_pretrained(setting.base).config.vocab_size)
-    adapter = _random_adapter(load_pretrained(setting.base), setting.directory / "adapter", 0)
+    adapter = random_adapter(load_pretrained(setting.base), setting.directory / "adapter", 0)
     with ExitStack() as stack:
         engine = stack.enter_context(Side(Ours, setting.base, "auto", 16, [adapter]))
         naive = stack.enter_context(Side(Naive, setting.base, setting.prompts(1, 0)[0]))
@@ -289,7 +289,7 @@ def _peer_rate(peer: Side, setting: Setting, n: int, batch_size: int, run: int) 
     return rate
 
 
-def _random_model(config: GPT2Config) -> GPT2:
+def random_model(config: GPT2Config) -> GPT2:
     model = GPT2(config, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -307,7 +307,7 @@ def _with_adapter(model: GPT2, seed: int) -> GPT2:
     return model
 
 
-def _random_adapter(model: GPT2, directory: Path, seed: int) -> Path:
+def random_adapter(model: GPT2, directory: Path, seed: int) -> Path:
     """Save one for models of this shape; the model is left as it was."""
     save_adapter(_with_adapter(model, seed), directory)
     remove_lora(model)

@@ -99,6 +99,17 @@ class Ours:
         n_tokens = sum(len(request.result()) for request in asked)
         return n_tokens / (perf_counter() - start)
 
+    def decoding_rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
+        """The same, from when all prompts are read: of the tokens that come after the last reply's first."""
+        config = GenerationConfig(max_new_tokens=n_new)
+        names = [str(i % n_adapters) if n_adapters else None for i in range(len(prompts))]
+        asked = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
+        for request in asked:
+            request.result()
+        start = max(request.token_times[0] for request in asked)
+        times = [t for request in asked for t in request.token_times if t > start]
+        return len(times) / (max(times) - start)
+
     def first_tokens(
         self, prompts: Sequence[Sequence[int]], n_new: int, interval: float = 0.0, n_adapters: int = 0
     ) -> list[float]:

@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import growth
 from benchmarks.measure import interleave, make_row
 from benchmarks.run import main, render_table
 
@@ -12,7 +13,7 @@ TINY = ["--model", "gpt2-nano", "--medium", "gpt2-nano", "--runs", "1", "--new-t
 KEYS = {"name", "ours", "peer", "ratio", "unit", "runs", "spread", "limit", "share_of_limit", "command"}
 
 
-@pytest.mark.parametrize("group", ["train", "decode", "adapters", "serve"])
+@pytest.mark.parametrize("group", ["train", "decode", "adapters", pytest.param("serve", marks=pytest.mark.slow)])
 def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
     done = CliRunner().invoke(main, ["--only", group, *TINY, "--out", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -25,6 +26,19 @@ def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
         assert row["ours"] > 0
         assert row["name"] in page
         assert row["name"] in done.output
+
+
+@pytest.mark.slow
+def test_growth_writes_its_curves_page_and_plot(tmp_path):
+    options = ["--model", "gpt2-nano", "--sizes", "gpt2-nano", "--most", "4", "--out", str(tmp_path)]
+    done = CliRunner().invoke(growth.main, options, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    curves = json.loads((tmp_path / "benchmarks" / "results" / "growth.json").read_text())["curves"]
+    assert len({curve["x"] for curve in curves}) == 6
+    assert all(rate > 0 for curve in curves for _, rate in curve["points"])
+    page = (tmp_path / "docs" / "growth.md").read_text()
+    assert all(curve["name"] in page for curve in curves)
+    assert (tmp_path / "docs" / "growth.svg").read_text().lstrip().startswith("<?xml")
 
 
 def test_an_unknown_group_is_refused_with_those_there_are():

@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "aiohttp",
         "fastapi",
         "uvicorn",
+        "matplotlib",
     },
     "pipelines/*.py": {"pipelines", "steps", "stacks", "zenml", "gpt2core", "yaml", "pydantic", "kubernetes"},
     "steps/*.py": {"steps", "zenml", "gpt2core"},
