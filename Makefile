@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/local.yaml
 PORT ?= 3000
 
-.PHONY: install run test test-slow lint format serve report dashboard bench bench-growth image image-train stack-local stack-docker stack-kubernetes clean
+.PHONY: install run test test-slow lint format serve report dashboard bench bench-growth bench-gpu image image-train stack-local stack-docker stack-kubernetes clean
 
 install: .venv/.installed
 
@@ -51,6 +51,10 @@ bench: install
 
 bench-growth: install
 	$(BIN)/python -m benchmarks.growth
+
+# On a machine with CUDA.
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu
 
 # BASE_IMAGE=, TORCH_INDEX= (its CUDA indices too) and BUILD_IMAGE= choose what they are made from: see the Dockerfiles.
 image: install

@@ -57,7 +57,7 @@ class Setting:
 
     @property
     def n_matrix_weights(self) -> int:
-        return _matrix_weights(load_pretrained(self.base))
+        return matrix_weights(load_pretrained(self.base))
 
     def peer(self) -> Side:
         return Side(Decoder, self.base, self.prompts(1, 0)[0])
@@ -103,7 +103,7 @@ def train(setting: Setting) -> list[Row]:
 
         values = interleave({"ours": ours, "peer": peer}, setting.runs)
         # a product forward and one backward for each matrix: frozen ones need no gradient of their own
-        limit = matmul_rate(dtype) / (4 * _matrix_weights(model))
+        limit = matmul_rate(dtype) / (4 * matrix_weights(model))
         name = "finetuning, " + ("bf16" if dtype is torch.bfloat16 else "fp32")
         rows.append(
             make_row(
@@ -314,7 +314,7 @@ def random_adapter(model: GPT2, directory: Path, seed: int) -> Path:
     return directory
 
 
-def _matrix_weights(model: GPT2) -> int:
+def matrix_weights(model: GPT2) -> int:
     """How many weights a token is multiplied with: the blocks' matrices and the head's."""
     blocks = sum(
         w.numel() for n, w in model.named_parameters() if n.startswith("h.") and "lora_" not in n and w.dim() == 2

@@ -54,8 +54,9 @@ class Decoder:
 class Trainer:
     """PEFT's LoRA on c_attn and AdamW; bf16 is a bf16 base with PEFT's fp32 adapter, or autocast over an fp32 base."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype, autocast: bool = False) -> None:
-        base = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype)
+    def __init__(self, directory: Path, dtype: torch.dtype, autocast: bool = False, device: str = "cpu") -> None:
+        self.device = device
+        base = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype, device_map=device)
         base.config.use_cache = False
         lora = LoraConfig(
             r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", lora_dropout=0.0
@@ -69,14 +70,18 @@ class Trainer:
         n_tokens = 0
         start = perf_counter()
         for ids, mask, labels in _batches(examples, batch_size):
-            context: AbstractContextManager = torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
+            n_tokens += int(mask.sum()) - len(ids)  # the last token of a record is no input, as we count
+            ids, mask, labels = (part.to(self.device) for part in (ids, mask, labels))
+            bf16 = torch.autocast(self.device, torch.bfloat16)
+            context: AbstractContextManager = bf16 if self.autocast else nullcontext()
             with context:
                 loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimiser.step()
             self.optimiser.zero_grad()
-            n_tokens += int(mask.sum()) - len(ids)  # the last token of a record is no input, as we count
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         return n_tokens / (perf_counter() - start)
 
 

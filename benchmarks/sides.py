@@ -18,6 +18,7 @@ from typing import Any, Self
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, Weights
+from gpt2core.model import best_device
 
 
 class Side:
@@ -66,7 +67,7 @@ def _work(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any]) 
             except Exception:
                 pipe.send((False, format_exc()))
     except EOFError:  # nobody will ask any more
-        pass
+        getattr(side, "close", lambda: None)()
     except Exception:
         pipe.send((False, format_exc()))
 
@@ -79,10 +80,15 @@ class Ours:
     ) -> None:
         """`adapters` are called "0", "1", …"""
         with ThreadPoolExecutor(1) as thread:
-            self.engine = thread.submit(lambda: Engine(load_pretrained(base), max_batch, weights)).result()
+            self.engine = thread.submit(
+                lambda: Engine(load_pretrained(base, device=best_device()), max_batch, weights)
+            ).result()
             for i, directory in enumerate(adapters):
                 thread.submit(self.engine.load_adapter, str(i), directory).result()
         self.engine.start()
+
+    def close(self) -> None:
+        self.engine.close()
 
     def weights(self) -> str:
         return self.engine.packed.weights

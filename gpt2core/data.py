@@ -42,8 +42,8 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (G, T), padded on the right
     labels: Tensor  # (G, T): the token that comes after, IGNORED where the loss does not look
     n_tokens: int  # without padding; a shared beginning counts for each example
-    positions: Tensor | None = None  # (G, T) within the example; None: rows are plain text
-    example: Tensor | None = None  # (G, T) which one a token is of, SHARED, or PADDING
+    positions: Tensor | None = None  # (G, T) within the example; None: a row is one text, to be read as it stands
+    example: Tensor | None = None  # (G, T) which one a token is of, SHARED, or PADDING; None: there are none
 
 
 def read_records(file: str | Path, required: Sequence[str] = REQUIRED) -> list[Record]:
@@ -213,7 +213,8 @@ def pack(
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # that the loss sees
     shared = _common_prefix(examples, min(first) - 1) if share_beginning and len(examples) > 1 else 0
     lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is only ever a label
-    rows: list[list[int]] = [[] for _ in range(-(-sum(lengths) // max(ROW_TOKENS - shared, 1)))]
+    n_rows = min(-(-sum(lengths) // max(ROW_TOKENS - shared, 1)), len(examples))
+    rows: list[list[int]] = [[] for _ in range(n_rows)]
     loads = [0] * len(rows)
     for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):  # the longest first, into the emptiest row
         row = loads.index(min(loads))
@@ -235,7 +236,14 @@ def pack(
             labels[row, start + first[i] - 1 - shared : place.stop] = ids[first[i] - shared :]
             start = place.stop
     n_tokens = sum(lengths) + shared * len(examples)
-    return Batch(input_ids.to(device), labels.to(device), n_tokens, positions.to(device), example.to(device))
+    plain = n_rows == len(examples)
+    return Batch(
+        input_ids.to(device),
+        labels.to(device),
+        n_tokens,
+        None if plain else positions.to(device),
+        example.to(device),
+    )
 
 
 def _common_prefix(examples: Sequence[Example], at_most: int) -> int:

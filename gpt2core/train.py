@@ -203,7 +203,7 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
 def _losses(model: GPT2, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross-entropy (N) at the N labelled positions, in fp32, and where those are: (G, T). The head sees only them."""
     wanted = batch.labels != IGNORED
-    mask = None if batch.example is None else _packing_mask(batch.example)
+    mask = None if batch.positions is None or batch.example is None else _packing_mask(batch.example)
     logits = model.head(model.hidden(batch.input_ids, mask, positions=batch.positions)[wanted])  # (N, V)
     return F.cross_entropy(logits.float(), batch.labels[wanted], reduction="none"), wanted
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks import growth
+from benchmarks import gpu, growth
 from benchmarks.measure import interleave, make_row
 from benchmarks.run import main, render_table
 
@@ -39,6 +40,13 @@ def test_growth_writes_its_curves_page_and_plot(tmp_path):
     page = (tmp_path / "docs" / "growth.md").read_text()
     assert all(curve["name"] in page for curve in curves)
     assert (tmp_path / "docs" / "growth.svg").read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_gpus_benchmark_says_so_and_ends_with_2(tmp_path):
+    done = CliRunner().invoke(gpu.main, ["--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "finds no CUDA device here" in done.output
 
 
 def test_an_unknown_group_is_refused_with_those_there_are():

@@ -228,6 +228,14 @@ def test_many_examples_fill_several_rows_evenly(monkeypatch):
         assert batch.positions[row][own].tolist() == list(range(len(example.input_ids) - 1))
 
 
+def test_examples_that_fill_a_row_each_have_no_others_and_need_no_mask(monkeypatch):
+    monkeypatch.setattr(data, "ROW_TOKENS", 3)
+    batch = pack([LONG, SHORT], "response")
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5], [IGNORED, 8, IGNORED, IGNORED]]
+    assert batch.positions is None
+
+
 def test_batches_hold_every_example_once_in_the_order_given():
     examples = [Example([i, i], 1) for i in range(5)]
     assert list(batches(examples, 2)) == [examples[:2], examples[2:4], examples[4:]]

@@ -9,6 +9,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import GPT2LMHeadModel
 
+from gpt2core import data
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example, pack
@@ -46,8 +47,10 @@ def adapter(weights: dict) -> dict:
     return {name: tensor for name, tensor in weights.items() if "lora_" in name}
 
 
+@pytest.mark.parametrize("row_tokens", [1, 512])  # an example a row, and all in one
 @pytest.mark.parametrize("loss_on", ["response", "all"])
-def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, loss_on):
+def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, loss_on, row_tokens, monkeypatch):
+    monkeypatch.setattr(data, "ROW_TOKENS", row_tokens)
     reference = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
     for example, (loss, count) in zip(examples(), token_losses(model, examples(), 3, loss_on), strict=True):
         ids = torch.tensor([example.input_ids])
