@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
 from benchmarks.peer import Decoder, Trainer, best_trainer
+from benchmarks.pipeline import WORK, Quality, run_cold
 from benchmarks.serving import Clients, Naive, widen_tokenizer
 from benchmarks.sides import Ours, Side
 from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
@@ -49,6 +50,7 @@ class Setting:
     n_new: int  # tokens of each reply
     train_steps: int
     medium: str  # preset of the rows that are about gpt2-medium
+    config: str  # of the pipeline's run
     command: str
 
     @property
@@ -70,7 +72,7 @@ class Setting:
 
 
 def prepare(
-    directory: Path, preset: str, medium: str, runs: int, n_new: int, train_steps: int, command: str
+    directory: Path, preset: str, medium: str, runs: int, n_new: int, train_steps: int, config: str, command: str
 ) -> Setting:
     """Write a random checkpoint of the preset's shape, and encode the demo's records.
 
@@ -79,10 +81,10 @@ def prepare(
     """
     world = make_world(0)
     tokenizer = train_tokenizer(write_prose(world, 0), NANO_VOCABULARY, directory / "tokenizer")
-    config = GPT2Config.preset(preset)
-    examples = encode_records(write_records(world, 0), tokenizer, config.n_positions - n_new)
-    save_pretrained(random_model(config), directory / "base")
-    return Setting(directory, examples, runs, n_new, train_steps, medium, command)
+    shape = GPT2Config.preset(preset)
+    examples = encode_records(write_records(world, 0), tokenizer, shape.n_positions - n_new)
+    save_pretrained(random_model(shape), directory / "base")
+    return Setting(directory, examples, runs, n_new, train_steps, medium, config, command)
 
 
 def train(setting: Setting) -> list[Row]:
@@ -248,6 +250,23 @@ def serve(setting: Setting) -> list[Row]:
         return [*rows, make_row(name, "tokens/s", values["ours"], values["peer"], setting.command, note=note)]
 
 
+def pipeline(setting: Setting) -> list[Row]:
+    """A cold run of the pipeline beside its work, and other weights of the model that it made."""
+    seconds, work, run = run_cold(setting.config, setting.directory / "home")
+    note = f"the rest of {seconds:.0f} s; the work is the steps {', '.join(WORK)}; the limit is what we allow"
+    row = make_row("pipeline beside its work", "s", [seconds - work], None, setting.command, 60, True, note)
+    rows, quality = [row], Quality(run)
+    reference, replies = quality.perplexity("fp32"), quality.replies("fp32")
+    for weights in ("bf16", "int8") if has_int8(torch.device("cpu")) else ("bf16",):
+        note = f"peer: fp32, by the references of {len(replies)} test records"
+        values = [quality.perplexity(weights)], [reference]
+        rows.append(make_row(f"perplexity, {weights}", "", *values, setting.command, less_is_better=True, note=note))
+        equal = [one == other for one, other in zip(quality.replies(weights), replies, strict=True)]
+        share = [100 * sum(equal) / len(equal)]
+        rows.append(make_row(f"answers as in fp32, {weights}", "%", share, None, setting.command, 100))
+    return rows
+
+
 GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
     "train": train,
     "decode": decode,
@@ -255,6 +274,7 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
     "adapters": adapters,
     "memory": memory,
     "serve": serve,
+    "pipeline": pipeline,
 }
 
 

@@ -25,8 +25,11 @@ TEMPLATE = Path(__file__).parent / "performance.md.j2"
 @click.option("--medium", default="gpt2-medium", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--train-steps", default=6, show_default=True, type=click.IntRange(1))
+@click.option("--config", default="configs/local.yaml", show_default=True, help="Of the pipeline's run.")
 @click.option("--out", default=ROOT, type=click.Path(path_type=Path), help="Where benchmarks/results and docs are.")
-def main(only: str, runs: int, preset: str, medium: str, new_tokens: int, train_steps: int, out: Path) -> None:
+def main(
+    only: str, runs: int, preset: str, medium: str, new_tokens: int, train_steps: int, config: str, out: Path
+) -> None:
     """Measure, print one table, write benchmarks/results/latest.json and docs/performance.md."""
     names = [name.strip() for name in only.split(",") if name.strip()]
     unknown = sorted(set(names) - set(GROUPS))
@@ -38,9 +41,9 @@ def main(only: str, runs: int, preset: str, medium: str, new_tokens: int, train_
     with watch_machine(about), TemporaryDirectory() as scratch:
         for name in names:
             command = f"python -m benchmarks.run --only {name} --runs {runs} --model {preset} --medium {medium}"
-            command += f" --new-tokens {new_tokens} --train-steps {train_steps}"
+            command += f" --new-tokens {new_tokens} --train-steps {train_steps} --config {config}"
             directory = Path(scratch) / name
-            setting = prepare(directory, preset, medium, runs, new_tokens, train_steps, command)
+            setting = prepare(directory, preset, medium, runs, new_tokens, train_steps, config, command)
             rows += GROUPS[name](setting)
             click.echo(f"{name}: done", err=True)
     result = {

@@ -197,13 +197,13 @@ def _perplexity_cost(model: GPT2, weights: Format) -> float:
     generator = torch.Generator().manual_seed(0)
     ids, positions = torch.randint(model.config.vocab_size, (T,), generator=generator), torch.arange(T)
     reference, other = (
-        packed.logits(packed.hidden(ids, positions, _causal(packed))).log_softmax(-1)
+        packed.logits(packed.hidden(ids, positions, causal(packed))).log_softmax(-1)
         for packed in (PackedModel(model, "fp32"), PackedModel(model, weights))
     )
     return expm1(min(float(F.kl_div(other, reference, log_target=True, reduction="batchmean")), 700.0))
 
 
-def _causal(packed: PackedModel) -> Attend:
+def causal(packed: PackedModel) -> Attend:
     """Attention of one prompt's tokens to each other, without a cache."""
 
     def attend(layer: int, qkv: Tensor) -> Tensor:

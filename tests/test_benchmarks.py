@@ -11,10 +11,14 @@ from benchmarks.measure import interleave, make_row
 from benchmarks.run import main, render_table
 
 TINY = ["--model", "gpt2-nano", "--medium", "gpt2-nano", "--runs", "1", "--new-tokens", "4", "--train-steps", "1"]
+TINY += ["--config", "configs/dev.yaml"]
 KEYS = {"name", "ours", "peer", "ratio", "unit", "runs", "spread", "limit", "share_of_limit", "command"}
 
 
-@pytest.mark.parametrize("group", ["train", "decode", "adapters", pytest.param("serve", marks=pytest.mark.slow)])
+SLOW = [pytest.param(group, marks=pytest.mark.slow) for group in ("serve", "pipeline")]
+
+
+@pytest.mark.parametrize("group", ["train", "decode", "adapters", *SLOW])
 def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
     done = CliRunner().invoke(main, ["--only", group, *TINY, "--out", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -322,7 +322,7 @@ def test_what_generate_refuses_is_refused(model, prompt, named):
 def logits_of(model: GPT2, weights: str, ids: torch.Tensor) -> torch.Tensor:
     whole = PackedModel(model, weights)
     with torch.inference_mode():
-        return whole.logits(whole.hidden(ids, torch.arange(len(ids)), packed._causal(whole)))
+        return whole.logits(whole.hidden(ids, torch.arange(len(ids)), packed.causal(whole)))
 
 
 @pytest.mark.parametrize(
