@@ -116,7 +116,7 @@ class Rows:
             self.requests.append(None)
             self.lengths.append(0)
         self.requests[row], self.lengths[row] = prefill.request, prefill.length
-        if self.end < prefill.length or self.kv.shape[4] < prefill.length:
+        if self.end < prefill.length:
             self._move(max(self.lengths))
         self.kv[:, row, :, :, self.end - prefill.length : self.end] = prefill.kv
 

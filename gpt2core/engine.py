@@ -21,7 +21,7 @@ from gpt2core.checkpoint import read_adapter
 from gpt2core.config import GenerationConfig
 from gpt2core.generate import check_prompt, make_generator, sample_token
 from gpt2core.model import GPT2
-from gpt2core.packed import AdapterStack, Format, PackedModel, RowAdapters, choose_format
+from gpt2core.packed import AdapterStack, Format, PackedModel, RowAdapters, adapter_matrices, choose_format
 from gpt2core.request import Adapter, EngineClosed, Request, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -133,8 +133,9 @@ class Engine:
             FileNotFoundError, ValueError: as `gpt2core.checkpoint.load_adapter`.
         """
         lora, state = read_adapter(directory, self.packed.config, self.device)
+        adapter = Adapter(adapter_matrices(self.packed.config, lora, state, self.packed.dtype, self.device))
         with self._changed:
-            self._adapters[name] = Adapter(lora, state)
+            self._adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; replies that have begun keep it.
@@ -285,12 +286,9 @@ class Engine:
         used = {adapter for adapter in of_row if adapter is not None}
         if not used:
             return None
-        with self._changed:
-            loaded = tuple(self._adapters.values())
-        # those that are loaded, and those that were and are still in use
-        wanted = loaded + tuple(sorted(used - set(loaded), key=id))
+        wanted = tuple(sorted(used, key=id))
         if self._stack is None or self._stack[0] != wanted:
-            pairs = [(adapter.lora, adapter.state) for adapter in wanted]
-            self._stack = wanted, AdapterStack(self.packed.config, pairs, self.packed.dtype, self.device)
+            stack = AdapterStack([adapter.matrices for adapter in wanted], self.packed.dtype, self.device)
+            self._stack = wanted, stack
         index = {adapter: i for i, adapter in enumerate(wanted)}
         return self._stack[1].rows([-1 if adapter is None else index[adapter] for adapter in of_row])

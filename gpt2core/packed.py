@@ -78,67 +78,62 @@ class RowAdapters:
 
     def __init__(self, stack: "AdapterStack", of_row: Sequence[int]) -> None:
         """`of_row`: the index of each row's adapter; -1 is the base alone."""
-        self.stack = stack
-        self.columns, self.masks = dict[str, slice](), dict[str, Tensor]()
-        first = of_row[0]
-        if all(adapter == first for adapter in of_row):  # the usual case: one range of columns, nothing to mask
-            self.columns = {path: slices[first] for path, slices in stack.columns.items()}
-        else:
+        self.stack, self.masks = stack, dict[str, Tensor]()
+        if len(set(of_row)) > 1:  # else there is nothing to mask: the stack holds the adapters of the step, here one
             rows = torch.tensor(of_row, device=stack.device)[:, None]
             self.masks = {path: (rows == owner).to(stack.dtype) for path, owner in stack.owner.items()}  # (N, R)
 
     def add_(self, y: Tensor, layer: int, path: str, x: Tensor) -> None:
         """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""
-        if path not in self.stack.owner:
-            return
-        a, b = self.stack.matrices[layer, path]
-        if self.columns:
-            y.addmm_(x @ a[:, self.columns[path]], b[self.columns[path]])
-        else:
-            y.addmm_((x @ a).mul_(self.masks[path]), b)
+        if path in self.stack.owner:
+            a, b = self.stack.matrices[layer, path]
+            low = x @ a  # (N, R)
+            y.addmm_(low.mul_(self.masks[path]) if self.masks else low, b)
+
+
+Matrices = Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, path) -> A (in, R) and scaled B (R, out)
 
 
 class AdapterStack:
     """Adapters side by side: for each layer one matrix A (in, R) and one B (R, out), whose columns an adapter owns.
 
-    All rows of a step are multiplied with all adapters and keep their own: two matrix products a layer, however many
-    adapters there are, for a cost that grows with the sum of their ranks.
+    All rows of a step are multiplied with all of its adapters and keep their own: two matrix products a layer, for a
+    cost that grows with the sum of their ranks.
     """
 
-    def __init__(
-        self,
-        config: GPT2Config,
-        adapters: Sequence[tuple[LoraConfig, Mapping[str, Tensor]]],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """`adapters`: as `gpt2core.checkpoint.read_adapter` gives them."""
+    def __init__(self, adapters: Sequence[Matrices], dtype: torch.dtype, device: torch.device) -> None:
+        """`adapters`: as `adapter_matrices` gives them."""
         self.dtype, self.device = dtype, device
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self.owner: dict[str, Tensor] = {}  # path -> (R), which adapter a column is of
-        self.columns: dict[str, list[slice]] = {}  # path -> for each adapter, its columns
-        for path in sorted({TARGET_LAYERS[target][0] for lora, _ in adapters for target in lora.targets}):
-            targets = [
-                [t for t, (p, _, _) in TARGET_LAYERS.items() if p == path and t in lora.targets] for lora, _ in adapters
-            ]
-            ranks = [lora.rank * len(own) for (lora, _), own in zip(adapters, targets, strict=True)]
-            ends = torch.tensor([0, *ranks]).cumsum(0).tolist()
-            self.columns[path] = [slice(*ends[i : i + 2]) for i in range(len(adapters))] + [slice(0, 0)]  # [-1]: base
+        for path in sorted({path for own in adapters for _, path in own}):
+            ranks = [own[0, path][0].shape[1] if (0, path) in own else 0 for own in adapters]
             self.owner[path] = torch.arange(len(adapters), device=device).repeat_interleave(
                 torch.tensor(ranks, device=device)
             )
-            for layer in range(config.n_layer):
-                parts = [
-                    _dense(lora, state[f"h.{layer}.{path}.lora_A"], state[f"h.{layer}.{path}.lora_B"], own)
-                    for (lora, state), own in zip(adapters, targets, strict=True)
-                    if own
-                ]
-                a, b = (torch.cat([part[i] for part in parts]).to(device, dtype) for i in (0, 1))
-                self.matrices[layer, path] = a.T.contiguous(), b.contiguous()
+        for layer, path in sorted({key for own in adapters for key in own}):
+            parts = [own[layer, path] for own in adapters if (layer, path) in own]
+            self.matrices[layer, path] = (
+                parts[0] if len(parts) == 1 else (torch.cat([a for a, _ in parts], 1), torch.cat([b for _, b in parts]))
+            )
 
     def rows(self, of_row: Sequence[int]) -> RowAdapters | None:
         """For a step whose rows have these adapters; None where no row has one."""
         return RowAdapters(self, of_row) if any(adapter >= 0 for adapter in of_row) else None
+
+
+def adapter_matrices(
+    config: GPT2Config, lora: LoraConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> Matrices:
+    """An adapter, as `gpt2core.checkpoint.read_adapter` gives it, ready for an `AdapterStack`."""
+    matrices = {}
+    for path in {TARGET_LAYERS[target][0] for target in lora.targets}:
+        targets = [target for target, (own, _, _) in TARGET_LAYERS.items() if own == path and target in lora.targets]
+        for layer in range(config.n_layer):
+            name = f"h.{layer}.{path}"
+            a, b = _dense(lora, state[f"{name}.lora_A"], state[f"{name}.lora_B"], targets)
+            matrices[layer, path] = a.T.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
+    return matrices
 
 
 def _dense(lora: LoraConfig, a: Tensor, b: Tensor, targets: Sequence[str]) -> tuple[Tensor, Tensor]:

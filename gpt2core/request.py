@@ -1,7 +1,7 @@
 """A request to the engine, and the reply as whoever asked sees it grow."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Condition, Event
 from time import monotonic
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt2core.config import GenerationConfig, LoraConfig
+from gpt2core.config import GenerationConfig
 from gpt2core.generate import ended
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,9 @@ class EngineClosed(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA weights as `gpt2core.checkpoint.read_adapter` gives them; each load is one of its own."""
+    """A loaded adapter, as `gpt2core.packed.adapter_matrices` gives it; each load is one of its own."""
 
-    lora: LoraConfig
-    state: dict[str, Tensor]
+    matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
