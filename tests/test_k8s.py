@@ -12,6 +12,7 @@ import pytest
 import yaml
 from kubernetes_validate.utils import latest_version
 
+from bentos.gate import DRAIN
 from steps.adapters import bento
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,7 @@ OPTIONAL = {
     path.stem: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "k8s" / "optional").glob("*.yaml")
 }
 POD_LABELS = MANIFESTS["30-deployment.yaml"]["spec"]["template"]["metadata"]["labels"]
-SERVICE = (ROOT / "bentos" / "service.py").read_text()
+ROUTES = (ROOT / "bentos" / "routes.py").read_text()
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_the_paths_of_the_ingress_are_routes_of_the_service_and_show_no_metrics(
     paths = [path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]]
     assert {path["pathType"] for path in ingress["spec"]["rules"][0]["http"]["paths"]} == {"Exact"}
     assert paths
-    assert [path for path in paths if f'"{path}"' not in SERVICE] == []
+    assert [path for path in paths if f'"{path}"' not in ROUTES] == []
 
 
 def test_the_role_binding_binds_the_role_to_the_account_beside_it():
@@ -175,9 +176,9 @@ def test_probes_ask_bentomls_own_routes_on_the_named_port(container):
 
 
 def test_a_pod_that_ends_has_time_for_the_longest_answer(pod, container):
-    deadline = float(re.search(r"^DEADLINE = ([\d.]+)", SERVICE, re.MULTILINE)[1])
+    deadline = float(re.search(r"^DEADLINE = ([\d.]+)", ROUTES, re.MULTILINE)[1])
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] > pause + deadline
+    assert pod["terminationGracePeriodSeconds"] > pause + DRAIN[1] + deadline
 
 
 def test_the_pod_runs_as_nobody_in_particular_on_a_root_it_cannot_write_to(pod, container):
