@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2core.config import GPT2Config, LoraConfig
+from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS, LoraLinear
 from gpt2core.model import GPT2, Block
 
@@ -27,6 +28,7 @@ Linear = Callable[[Tensor], Tensor]
 # What another format has to be before it is taken in place of fp32: faster by this factor, and its perplexity higher by
 # no more than this share.
 WORTH, PERPLEXITY_COST = 1.3, 0.01
+LARGE = 2**18  # weights; a matrix in fp32 with fewer is read too fast for oneDNN's calls to pay
 
 
 class PackedModel:
@@ -246,11 +248,12 @@ def _pack(weight: Tensor, bias: Tensor | None, weights: Format) -> Linear:
         return _int8(weight.float(), None if bias is None else bias.float())
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # laid out once as oneDNN reads it; F.linear would do so at each call
+    large = dtype == torch.bfloat16 or weight.numel() >= LARGE
+    if large and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # laid out once as oneDNN reads it, and not at each call
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
+    return lambda x: linear(x, weight, bias)
 
 
 def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
