@@ -54,6 +54,7 @@ class Rows:
     """
 
     SPARE = 256  # columns to grow into before the rows are moved back to the start
+    ALIGN = 64  # where they may end then: a prompt that is a little longer than all before moves nothing
 
     def __init__(self, packed: PackedModel, max_batch: int, device: torch.device) -> None:
         config = packed.config
@@ -143,17 +144,17 @@ class Rows:
         self.clear()
 
     def _move(self, end: int) -> None:
-        """Put what all rows hold behind column 0, so that they end at `end`, in a cache with columns to spare."""
-        held = min(self.end, end)
-        window = self.kv[..., self.end - held : self.end, :]
+        """Put what the rows hold behind column 0, so that they end at `end` or soon after, with columns to spare."""
+        end = -(-end // self.ALIGN) * self.ALIGN
+        n, held = len(self.requests), min(self.end, end)
+        window = self.kv[:, :n, ..., self.end - held : self.end, :]
         if end + self.SPARE > self.kv.shape[4]:
             shape = (*self.shape[:4], end + self.SPARE, self.shape[5])
             # zeros: what a row must not look at has to be finite all the same
             self.kv = torch.zeros(shape, dtype=self.kv.dtype, device=self.kv.device)
         else:
             window = window.clone()
-        n = len(self.requests)
-        self.kv[:, :n, :, :, end - held : end] = window[:, :n]
+        self.kv[:, :n, ..., end - held : end, :] = window
         self.end = end
 
 
