@@ -5,7 +5,6 @@ the engine takes 9.8 ms in place of 5.9 (decision 10); the peer's steps suffer t
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Self
 
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig
-from gpt2core.engine import Engine, Weights
+from gpt2core.engine import Engine, Weights, apart
 from gpt2core.model import best_device
 
 
@@ -73,18 +72,15 @@ def _work(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any]) 
 
 
 class Ours:
-    """The engine, loaded as the service loads it: in a thread that ends."""
+    """The engine, loaded as the service loads it."""
 
     def __init__(
         self, base: Path, weights: Weights = "auto", max_batch: int = 16, adapters: Sequence[Path] = ()
     ) -> None:
         """`adapters` are called "0", "1", …"""
-        with ThreadPoolExecutor(1) as thread:
-            self.engine = thread.submit(
-                lambda: Engine(load_pretrained(base, device=best_device()), max_batch, weights)
-            ).result()
-            for i, directory in enumerate(adapters):
-                thread.submit(self.engine.load_adapter, str(i), directory).result()
+        self.engine = apart(lambda: Engine(load_pretrained(base, device=best_device()), max_batch, weights))
+        for i, directory in enumerate(adapters):
+            self.engine.load_adapter(str(i), directory)
         self.engine.start()
 
     def close(self) -> None:

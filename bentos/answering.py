@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -14,7 +13,7 @@ from bentos.request_log import RequestLog
 from bentos.schemas import BASE, TUNED, AdapterVersion, Usage
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
-from gpt2core.engine import Engine, EngineFull, Weights
+from gpt2core.engine import Engine, EngineFull, Weights, apart
 from gpt2core.model import best_device
 from gpt2core.reply import ReplyText
 from gpt2core.request import EngineClosed, Request, TokenLogprobs
@@ -140,10 +139,7 @@ class Answerer:
         self._adapters_dir, self._log = adapters_dir, log
         self._adapters: dict[str, AdapterVersion] = {}
         self._changing = asyncio.Lock()
-        # In a thread that ends: OpenMP keeps its workers for each thread that has ever computed, and with more of them
-        # than cores they sleep between operations. A step of gpt2 took 9.8 ms then, and 5.9 without (two cores).
-        with ThreadPoolExecutor(1) as thread:
-            self.engine = thread.submit(_make_engine, base_dir, weights).result()
+        self.engine = apart(_make_engine, base_dir, weights)
         self._load(TUNED, Path(adapter_dir))
         self.engine.start()
 

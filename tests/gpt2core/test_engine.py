@@ -1,5 +1,7 @@
 """The engine against `generate`, which is plain and slow: whatever else runs, each reply is what it is alone."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from gpt2core import caches, engine, packed
-from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter
+from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.data import Example
 from gpt2core.engine import Engine, EngineFull
@@ -158,6 +160,32 @@ def test_an_adapter_put_in_place_of_another_answers_new_requests_and_none_that_h
         with pytest.raises(ValueError, match="no adapter is called 'x'; loaded: none"):
             running.submit(prompt, config, "x")
     assert wanted[0] != wanted[1]
+
+
+LOAD_AND_COUNT = """
+import os, sys, time, torch
+from concurrent.futures import ThreadPoolExecutor
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.engine import Engine
+torch.set_num_threads(2)
+running = Engine(load_pretrained(sys.argv[1]), 1, "fp32")
+with ThreadPoolExecutor(1) as pool:  # whose thread lives on, as that of a server does
+    pool.submit(int).result()
+    before = len(os.listdir("/proc/self/task"))
+    pool.submit(running.load_adapter, "x", sys.argv[2]).result()
+    last = time.monotonic() + 5  # threads that have ended are not gone at once
+    while len(os.listdir("/proc/self/task")) > before and time.monotonic() < last:
+        time.sleep(0.01)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_loading_an_adapter_leaves_no_workers_that_would_slow_down_every_step(tmp_path):
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=128, n_layer=1, n_head=4)
+    base = save_pretrained(GPT2(config), tmp_path / "base")
+    adapter = save_random_adapter(GPT2(config), LoraConfig(rank=128), 0, tmp_path / "adapter")  # worth two threads
+    command = [sys.executable, "-c", LOAD_AND_COUNT, str(base), str(adapter)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout == "0\n"
 
 
 @pytest.mark.parametrize("merged", [True, False])
