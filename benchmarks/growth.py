@@ -27,7 +27,7 @@ from gpt2core.train import finetune
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RUNS = 2  # after one that warms up
+RUNS = 3  # after one that warms up
 N_NEW = 32
 SIZES = ("gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large")
 TEMPLATE = Path(__file__).parent / "growth.md.j2"

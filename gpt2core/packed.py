@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS, LoraLinear
 from gpt2core.model import GPT2, Block
 
@@ -253,7 +252,7 @@ def _pack(weight: Tensor, bias: Tensor | None, weights: Format) -> Linear:
         # laid out once as oneDNN reads it, and not at each call
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return lambda x: linear(x, weight, bias)
+    return lambda x: F.linear(x, weight, bias)
 
 
 def _int8(weight: Tensor, bias: Tensor | None) -> Linear:
