@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig
-from gpt2core.engine import Engine, Weights, apart
+from gpt2core.engine import Engine, Weights
 from gpt2core.model import best_device
 
 
@@ -78,7 +78,7 @@ class Ours:
         self, base: Path, weights: Weights = "auto", max_batch: int = 16, adapters: Sequence[Path] = ()
     ) -> None:
         """`adapters` are called "0", "1", …"""
-        self.engine = apart(lambda: Engine(load_pretrained(base, device=best_device()), max_batch, weights))
+        self.engine = Engine(load_pretrained(base, device=best_device()), max_batch, weights)
         for i, directory in enumerate(adapters):
             self.engine.load_adapter(str(i), directory)
         self.engine.start()

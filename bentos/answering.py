@@ -13,7 +13,7 @@ from bentos.request_log import RequestLog
 from bentos.schemas import BASE, TUNED, AdapterVersion, Usage
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
-from gpt2core.engine import Engine, EngineFull, Weights, apart
+from gpt2core.engine import Engine, EngineFull, Weights
 from gpt2core.model import best_device
 from gpt2core.reply import ReplyText
 from gpt2core.request import EngineClosed, Request, TokenLogprobs
@@ -139,7 +139,8 @@ class Answerer:
         self._adapters_dir, self._log = adapters_dir, log
         self._adapters: dict[str, AdapterVersion] = {}
         self._changing = asyncio.Lock()
-        self.engine = apart(_make_engine, base_dir, weights)
+        model = load_pretrained(base_dir, device=best_device())
+        self.engine = Engine(model, MAX_BATCH, weights, MAX_QUEUE)  # type: ignore[arg-type]
         self._load(TUNED, Path(adapter_dir))
         self.engine.start()
 
@@ -334,7 +335,3 @@ async def merge(replies: Sequence[Reply]) -> AsyncIterator[tuple[int, Part, str 
             task.cancel()
         for reply in replies:
             reply.cancel()
-
-
-def _make_engine(base_dir: str | Path, weights: str) -> Engine:
-    return Engine(load_pretrained(base_dir, device=best_device()), MAX_BATCH, weights, MAX_QUEUE)  # type: ignore[arg-type]
