@@ -68,7 +68,7 @@ def make_row(
     note: str = "",
 ) -> Row:
     middle = median(ours)
-    spread = (max(ours) - min(ours)) / middle if middle else 0.0
+    spread = (max(ours) - min(ours)) / abs(middle) if middle else 0.0
     peers = None if peer is None else median(peer)
     return Row(name, unit, middle, peers, len(ours), spread, command, limit, less_is_better, note)
 
