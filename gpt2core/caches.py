@@ -3,8 +3,10 @@
 Letters in the shape comments: B rows, W columns that are looked at; T, S, C, H and D as in model.py.
 """
 
+import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -150,8 +152,7 @@ class Rows:
         window = self.kv[:, :n, ..., self.end - held : self.end, :]
         if end + self.SPARE > self.kv.shape[4]:
             shape = (*self.shape[:4], end + self.SPARE, self.shape[5])
-            # zeros: what a row must not look at has to be finite all the same
-            self.kv = torch.zeros(shape, dtype=self.kv.dtype, device=self.kv.device)
+            self.kv = _zeros(shape, self.kv.dtype, self.kv.device)
         else:
             window = window.clone()
         self.kv[:, :n, ..., end - held : end, :] = window
@@ -194,3 +195,11 @@ class PrefixCache:
         while self.bytes > self.max_bytes:
             _, block = self.blocks.popitem(last=False)
             self.bytes -= block.nbytes
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since what a row must not look at has to be finite all the same; on a processor no memory until used."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)

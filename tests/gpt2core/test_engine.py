@@ -1,5 +1,6 @@
 """The engine against `generate`, which is plain and slow: whatever else runs, each reply is what it is alone."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -160,6 +161,21 @@ def test_an_adapter_put_in_place_of_another_answers_new_requests_and_none_that_h
         with pytest.raises(ValueError, match="no adapter is called 'x'; loaded: none"):
             running.submit(prompt, config, "x")
     assert wanted[0] != wanted[1]
+
+
+def test_rows_that_nobody_uses_take_no_memory(model):
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("what memory a process uses is not told here")
+
+    def used() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = used()
+    with Engine(model, 1000, "fp32") as running:
+        running.submit([1] * 8, GenerationConfig(max_new_tokens=40)).result(60)
+        assert running._rows.kv.nbytes > 100 * 2**20
+        assert used() - before < 50 * 2**20
 
 
 COUNT_THREADS = """
