@@ -54,7 +54,9 @@ def load_pretrained(
             expected = wanted["wte.weight" if name == "lm_head.weight" else name]
             turned = name.endswith(CONV1D)
             _check_shape(file, key, tensor, expected.T if turned else expected)
-            state[name] = (tensor.T if turned else tensor).to(dtype).contiguous()
+            # copied: what is read is the file, mapped, and all of it stays in memory for as long as a part does
+            tensor = tensor.T if turned else tensor
+            state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     head = state.pop("lm_head.weight", None)
     for name in wanted:
         if name not in state:

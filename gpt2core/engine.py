@@ -24,7 +24,7 @@ from gpt2core.checkpoint import read_adapter
 from gpt2core.config import GenerationConfig
 from gpt2core.generate import check_prompt, make_generator, sample_token
 from gpt2core.model import GPT2
-from gpt2core.packed import AdapterStack, Format, PackedModel, RowAdapters, adapter_matrices, choose_format
+from gpt2core.packed import AdapterStack, PackedModel, RowAdapters, adapter_matrices, pack_fastest
 from gpt2core.request import Adapter, EngineClosed, Request, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ class Engine:
         """
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
-        chosen: Format = choose_format(model, max_batch) if weights == "auto" else weights
-        self.packed = PackedModel(model, chosen)
+        self.packed = pack_fastest(model, max_batch) if weights == "auto" else PackedModel(model, weights)
         self.device = model.wte.weight.device
         self.max_batch, self.max_queue = max_batch, max_queue
         self._adapters: dict[str, Adapter] = {}

@@ -3,6 +3,8 @@
 Letters in the shape comments: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = C/H, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from math import sqrt
 
 import torch
@@ -121,18 +123,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.activation = config.activation_function
+        self.activate = activation(config.activation_function)
         self.c_fc = Linear(config.n_embd, config.mlp_width)
         self.c_proj = Linear(config.mlp_width, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.activate(self.c_fc(x)))
 
-    def activate(self, x: Tensor) -> Tensor:
-        if self.activation == "relu":
-            return F.relu(x)
-        # gelu_new and gelu_pytorch_tanh are two names of one function
-        return F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """By the name that config.json has; gelu_new and gelu_pytorch_tanh are two names of one function."""
+    return F.relu if name == "relu" else partial(F.gelu, approximate="none" if name == "gelu" else "tanh")
 
 
 class KVCache:

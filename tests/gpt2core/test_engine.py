@@ -1,9 +1,11 @@
 """The engine against `generate`, which is plain and slow: whatever else runs, each reply is what it is alone."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import monotonic, sleep
@@ -20,7 +22,7 @@ from gpt2core.generate import generate
 from gpt2core.lora import add_lora, merge_lora
 from gpt2core.metrics import perplexity
 from gpt2core.model import GPT2
-from gpt2core.packed import PackedModel, choose_format
+from gpt2core.packed import PackedModel, pack_fastest
 from gpt2core.request import EngineClosed
 from gpt2core.train import token_losses
 
@@ -161,6 +163,17 @@ def test_an_adapter_put_in_place_of_another_answers_new_requests_and_none_that_h
         with pytest.raises(ValueError, match="no adapter is called 'x'; loaded: none"):
             running.submit(prompt, config, "x")
     assert wanted[0] != wanted[1]
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_an_engine_does_not_keep_the_model_it_was_made_of(tiny_gpt2_dir, weights):
+    model = load_pretrained(tiny_gpt2_dir)
+    layers = [weakref.ref(layer) for layer in model.modules()]
+    running = Engine(model, 2, weights)
+    del model
+    gc.collect()
+    assert [layer() for layer in layers if layer() is not None] == []
+    assert running.packed.weights == weights
 
 
 def test_rows_that_nobody_uses_take_no_memory(model):
@@ -422,24 +435,24 @@ def test_auto_takes_the_fastest_and_refuses_one_that_would_cost_perplexity(model
     seconds = {"fp32": 3.0, "bf16": 2.0, "int8": 1.0}
     cost = {"bf16": 0.001, "int8": 0.002}
     monkeypatch.setattr(packed, "_step_seconds", lambda whole, n: seconds[whole.weights])
-    monkeypatch.setattr(packed, "_perplexity_cost", lambda model, weights: cost[weights])
-    assert choose_format(model, 16) == "int8"
+    monkeypatch.setattr(packed, "_perplexity_cost", lambda model, whole: cost[whole.weights])
+    assert pack_fastest(model, 16).weights == "int8"
     cost["int8"] = 0.2
     with caplog.at_level("WARNING", "gpt2core.packed"):
-        assert choose_format(model, 16) == "bf16"
+        assert pack_fastest(model, 16).weights == "bf16"
     assert "int8 weights would be faster, but raise perplexity by 20.0 %" in caplog.text
     seconds |= {"bf16": 2.9, "int8": 2.9}  # not worth it
-    assert choose_format(model, 16) == "fp32"
+    assert pack_fastest(model, 16).weights == "fp32"
 
 
 def test_the_cost_in_perplexity_sees_weights_that_int8_cannot_hold():
     config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
     model = GPT2(config, torch.Generator().manual_seed(0))
-    good = packed._perplexity_cost(model, "int8")
+    good = packed._perplexity_cost(model, PackedModel(model, "int8"))
     for block in model.h:  # one channel that drowns all others, as large models have it
         block.ln_1.weight.data[3] = block.ln_2.weight.data[3] = 1000.0
         block.attn.c_attn.weight.data[:, 3] = block.mlp.c_fc.weight.data[:, 3] = 1e-4
-    assert good < 0.01 < packed._perplexity_cost(model, "int8")
+    assert good < 0.01 < packed._perplexity_cost(model, PackedModel(model, "int8"))
 
 
 def test_inverse_layer_scaling_and_relu_are_obeyed(tiny_config):
