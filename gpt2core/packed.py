@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2core.config import GPT2Config, LoraConfig
+from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS, LoraLinear
 from gpt2core.model import GPT2, Block
 
@@ -54,7 +55,7 @@ class PackedModel:
     ) -> Tensor:
         """The last layer's normalised states (N, C) of tokens (N); `attend` keeps keys and values."""
 
-        def linear(matrix: Linear, path: str, x: Tensor) -> Tensor:
+        def project(matrix: Linear, path: str, x: Tensor) -> Tensor:
             y = matrix(x)
             if adapters is not None:
                 adapters.add_(y, layer, path, x)
@@ -62,11 +63,11 @@ class PackedModel:
 
         x = (F.embedding(input_ids, self.wte) + F.embedding(positions, self.wpe)).float()  # (N, C)
         for layer, block in enumerate(self.blocks):
-            qkv = linear(block.c_attn, "attn.c_attn", block.ln_1(x).to(self.dtype))  # (N, 3 * C)
+            qkv = project(block.c_attn, "attn.c_attn", block.ln_1(x).to(self.dtype))  # (N, 3 * C)
             y = attend(layer, qkv.unflatten(-1, (3, self.config.n_head, -1)))
-            x = x + linear(block.attn_proj, "attn.c_proj", y)
-            a = linear(block.c_fc, "mlp.c_fc", block.ln_2(x).to(self.dtype))
-            x = x + linear(block.mlp_proj, "mlp.c_proj", block.activation(a))
+            x = x + project(block.attn_proj, "attn.c_proj", y)
+            a = project(block.c_fc, "mlp.c_fc", block.ln_2(x).to(self.dtype))
+            x = x + project(block.mlp_proj, "mlp.c_proj", block.activation(a))
         return self.ln_f(x).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -88,15 +89,15 @@ class RowAdapters:
         """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""
         if path in self.stack.owner:
             a, b = self.stack.matrices[layer, path]
-            low = x @ a  # (N, R)
-            y.addmm_(low.mul_(self.masks[path]) if self.masks else low, b)
+            low = linear(x, a)  # (N, R)
+            y.add_(linear(low.mul_(self.masks[path]) if self.masks else low, b))
 
 
-Matrices = Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, path) -> A (in, R) and scaled B (R, out)
+Matrices = Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, path) -> A (R, in) and scaled B (out, R)
 
 
 class AdapterStack:
-    """Adapters side by side: for each layer one matrix A (in, R) and one B (R, out), whose columns an adapter owns.
+    """Adapters side by side: for each layer one matrix A (R, in) and one B (out, R); each of R is one adapter's.
 
     All rows of a step are multiplied with all of its adapters and keep their own: two matrix products a layer, for a
     cost that grows with the sum of their ranks.
@@ -106,16 +107,16 @@ class AdapterStack:
         """`adapters`: as `adapter_matrices` gives them."""
         self.dtype, self.device = dtype, device
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self.owner: dict[str, Tensor] = {}  # path -> (R), which adapter a column is of
+        self.owner: dict[str, Tensor] = {}  # path -> (R), which adapter each is of
         for path in sorted({path for own in adapters for _, path in own}):
-            ranks = [own[0, path][0].shape[1] if (0, path) in own else 0 for own in adapters]
+            ranks = [len(own[0, path][0]) if (0, path) in own else 0 for own in adapters]
             self.owner[path] = torch.arange(len(adapters), device=device).repeat_interleave(
                 torch.tensor(ranks, device=device)
             )
         for layer, path in sorted({key for own in adapters for key in own}):
             parts = [own[layer, path] for own in adapters if (layer, path) in own]
             self.matrices[layer, path] = (
-                parts[0] if len(parts) == 1 else (torch.cat([a for a, _ in parts], 1), torch.cat([b for _, b in parts]))
+                parts[0] if len(parts) == 1 else (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1))
             )
 
     def rows(self, of_row: Sequence[int]) -> RowAdapters | None:
@@ -133,18 +134,18 @@ def adapter_matrices(
         for layer in range(config.n_layer):
             name = f"h.{layer}.{path}"
             a, b = _dense(lora, state[f"{name}.lora_A"], state[f"{name}.lora_B"], targets)
-            matrices[layer, path] = a.T.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
+            matrices[layer, path] = a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
     return matrices
 
 
 def _dense(lora: LoraConfig, a: Tensor, b: Tensor, targets: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """A (n * rank, in) and scaled B (n * rank, out) of one layer; B is zero outside of the adapted blocks of `out`."""
+    """A (n * rank, in) and scaled B (out, n * rank) of one layer; B is zero outside of the adapted blocks of `out`."""
     n, width, rank = b.shape
     n_blocks = TARGET_LAYERS[targets[0]][2]
     dense = b.new_zeros(n, rank, n_blocks, width)
     for pair, target in enumerate(targets):
         dense[pair, :, TARGET_LAYERS[target][1]] = lora.scaling * b[pair].T
-    return a.flatten(0, 1), dense.flatten(2).flatten(0, 1)
+    return a.flatten(0, 1), dense.flatten(2).flatten(0, 1).T
 
 
 def pack_fastest(model: GPT2, max_batch: int) -> PackedModel:
