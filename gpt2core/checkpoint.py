@@ -54,9 +54,7 @@ def load_pretrained(
             expected = wanted["wte.weight" if name == "lm_head.weight" else name]
             turned = name.endswith(CONV1D)
             _check_shape(file, key, tensor, expected.T if turned else expected)
-            # copied: what is read is the file, mapped, and all of it stays in memory for as long as a part does
-            tensor = tensor.T if turned else tensor
-            state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            state[name] = (tensor.T if turned else tensor).to(dtype).contiguous()
     head = state.pop("lm_head.weight", None)
     for name in wanted:
         if name not in state:
@@ -300,7 +298,8 @@ def _read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, T
         raise FileNotFoundError(f"{file} is not there; is {file.parent} the right directory?")
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}
+            # cloned: else they are the mapped file, change with it, and keep all of it in memory as long as one is used
+            return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut short ({error}); fetch or save it again") from None
 

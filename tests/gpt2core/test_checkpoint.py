@@ -19,6 +19,7 @@ from gpt2core.checkpoint import (
     file_sha256,
     load_adapter,
     load_pretrained,
+    read_adapter,
     save_adapter,
     save_pretrained,
 )
@@ -93,6 +94,18 @@ def test_the_loaded_model_is_in_eval_mode_and_trainable(directory):
     model = load_pretrained(str(directory))
     assert not model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_loaded_does_not_change_with_its_file(directory, tmp_path):
+    model = load_pretrained(directory)
+    adapter = save_adapter(randomise(add_lora(load_pretrained(directory), LoraConfig())), tmp_path / "adapter")
+    _, state = read_adapter(adapter, model.config)
+    tensors = [*model.parameters(), *state.values()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    for file in (directory / "model.safetensors", adapter / "adapter.safetensors"):
+        with file.open("r+b") as opened:  # in place: a file put instead of it would not be the one that was read
+            opened.write(bytes(file.stat().st_size))
+    assert all(map(torch.equal, tensors, before))
 
 
 def test_keys_may_lack_the_transformer_prefix(directory, change, whole):
