@@ -1,7 +1,7 @@
 """The sides of a row, each in a process of its own that is kept alive and asked in turn.
 
-OpenMP keeps workers for each thread that has computed anything. With more of them in a process than cores, a step of
-the engine takes 9.8 ms in place of 5.9 (decision 10); the peer's steps suffer too. So neither shares its process.
+OpenMP keeps workers for each thread that has computed anything, and with more of them in a process than cores they
+sleep between operations (decision 10): the engine's would slow down the peer's steps. So neither shares its process.
 """
 
 from collections.abc import Callable, Sequence

@@ -159,16 +159,15 @@ def pack_fastest(model: GPT2, max_batch: int) -> PackedModel:
         return PackedModel(model, "bf16")
     candidates: list[Format] = ["fp32", "bf16", *(["int8"] if has_int8(device) else [])]  # type: ignore[list-item]
     seconds = {weights: _step_seconds(PackedModel(model, weights, n_layer=2), max_batch) for weights in candidates}
+    faster = sorted((name for name in candidates if seconds[name] * WORTH < seconds["fp32"]), key=seconds.__getitem__)
+    for name in [*faster, "fp32"]:
+        packed = PackedModel(model, name)
+        if name == "fp32" or (cost := _perplexity_cost(model, packed)) <= PERPLEXITY_COST:
+            break
+        logger.warning("%s weights would be faster, but raise perplexity by %.1f %%", name, 100 * cost)
     measured = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
-    logger.info("two blocks and the head, mean of 1 row and %d rows: %s", max_batch, measured)
-    for name in sorted(candidates, key=seconds.__getitem__):
-        if seconds[name] * WORTH < seconds["fp32"]:
-            packed = PackedModel(model, name)
-            cost = _perplexity_cost(model, packed)
-            if cost <= PERPLEXITY_COST:
-                return packed
-            logger.warning("%s weights would be faster, but raise perplexity by %.1f %%", name, 100 * cost)
-    return PackedModel(model, "fp32")
+    logger.info("weights: %s (two blocks and the head, mean of 1 row and %d rows: %s)", name, max_batch, measured)
+    return packed
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
@@ -177,12 +178,11 @@ def test_an_engine_does_not_keep_the_model_it_was_made_of(tiny_gpt2_dir, weights
 
 
 def test_rows_that_nobody_uses_take_no_memory(model):
-    if not os.path.exists("/proc/self/statm"):
+    if not Path("/proc/self/statm").exists():
         pytest.skip("what memory a process uses is not told here")
 
     def used() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = used()
     with Engine(model, 1000, "fp32") as running:
