@@ -106,20 +106,23 @@ def image(which: str) -> None:
 
     BASE_IMAGE, BUILD_IMAGE, TORCH_INDEX and BUILD_NETWORK of the environment choose what it is made from.
     """
-    from steps.adapters import bento
-    from steps.adapters import image as images
-    from steps.outputs import OUTPUTS
+    from deploy import bento
+    from deploy.containers import images
+    from gpt2core.checkpoint import atomic_write
+    from steps.outputs import outputs_dir
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger(images.__name__).setLevel(logging.DEBUG)
-    newest = OUTPUTS / "latest" / "bento.txt"
+    newest = outputs_dir() / "latest" / "bento.txt"
     if which == "service" and not newest.is_file():
         raise click.ClickException("there is no Bento yet; make run builds one")
     try:
         built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
     except (bento.BentoError, images.EngineError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"SBOM: {built.sbom}\n{built.reference}")
+    sbom = outputs_dir() / "images" / f"{built.reference.replace(':', '-')}.cdx.json"
+    atomic_write(sbom, built.sbom)
+    click.echo(f"SBOM: {sbom}\n{built.reference}")
 
 
 def _run(pipeline: Any) -> Any:

@@ -19,6 +19,7 @@ from benchmarks.peer import Decoder, Trainer, best_trainer
 from benchmarks.pipeline import WORK, Quality, run_cold
 from benchmarks.serving import Clients, Naive, widen_tokenizer
 from benchmarks.sides import Ours, Side
+from deploy import bento
 from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, Precision, TrainConfig
 from gpt2core.data import Example, encode_records
@@ -27,11 +28,12 @@ from gpt2core.demo.prose import write_prose
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.engine import Weights
+from gpt2core.inference.quantized import has_int8
 from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
+from gpt2core.metrics import Scores
 from gpt2core.model import GPT2
-from gpt2core.packed import has_int8
 from gpt2core.train import finetune
-from steps.adapters import bento
+from gpt2core.types import AdapterRef, BaseRef, Commit, Lineage, LineageMetrics, RunRef, TrainSummary
 
 BATCH_SIZE = 8  # of training
 NANO_VOCABULARY = GPT2Config.preset("gpt2-nano").vocab_size
@@ -222,7 +224,7 @@ def serve(setting: Setting) -> list[Row]:
         environ = {"BENTOML_HOME": str(setting.directory / "bentoml"), "GPT2_WEIGHTS": engine.weights()}
         stack.enter_context(patch.dict(os.environ, environ))
         Path(environ["BENTOML_HOME"]).mkdir()
-        url = stack.enter_context(bento.serve(bento.build(directory, adapter, {"run": {"id": "benchmark"}})))
+        url = stack.enter_context(bento.serve(bento.build(directory, adapter, _lineage())))
         note = f"peer: this service's engine, without HTTP; both with one adapter and weights {engine.weights()}"
         rows = []
         for n, name in ((1, "1 client"), (16, "16 clients"), (64, "64 clients")):
@@ -344,3 +346,18 @@ def matrix_weights(model: GPT2) -> int:
         w.numel() for n, w in model.named_parameters() if n.startswith("h.") and "lora_" not in n and w.dim() == 2
     )
     return blocks + model.wte.weight.numel()
+
+
+def _lineage() -> Lineage:
+    """A lineage for a Bento that no pipeline run built."""
+    scores = Scores(0.0, 0.0, 0.0, 1.0, 0.0)
+    return Lineage(
+        run=RunRef("benchmark", "benchmark"),
+        model_version="gpt2-instruct/0",
+        commit=Commit("unknown", False),
+        versions={},
+        data={},
+        base=BaseRef("benchmark", "", ""),
+        adapter=AdapterRef("", 8, 16.0, [], 0.0),
+        metrics=LineageMetrics(scores, scores, TrainSummary(0.0, None, 0.0, 0.0)),
+    )

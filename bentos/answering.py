@@ -14,9 +14,9 @@ from bentos.schemas import BASE, TUNED, AdapterVersion, Usage
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, EngineFull, Weights
+from gpt2core.inference.detokenizer import ReplyText
+from gpt2core.inference.request import EngineClosed, Request, TokenLogprobs
 from gpt2core.model import best_device
-from gpt2core.reply import ReplyText
-from gpt2core.request import EngineClosed, Request, TokenLogprobs
 from gpt2core.tokenizer import load_tokenizer
 
 MAX_BATCH = 16  # replies written at the same time

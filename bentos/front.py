@@ -1,8 +1,8 @@
-"""What holds a deployment's port on one machine, and passes each request on to the service that is current.
+"""Reverse proxy of a deployment on one machine: listens on its port and forwards each request to the current service.
 
-Services come and go behind it, and no request fails: each is passed on whole, by its own connection, to the service
-that is current when it begins. `steps/adapters/docker.py` runs it, in a container of the service's image, and writes
-the file that names the current one.
+Services are replaced behind it without a failed request: each request uses one connection of its own, to the service
+that is current when it begins. `deploy/containers/service.py` runs the proxy in a container of the service's image and
+writes the file that names the current service.
 """
 
 import logging

@@ -7,7 +7,7 @@ from itertools import pairwise
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from gpt2core.request import Request
+from gpt2core.inference.request import Request
 
 MAX_LABELS = 32  # adapters with series of their own; names that come later share "other"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

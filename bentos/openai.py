@@ -12,8 +12,8 @@ import tiktoken
 from bentos.answering import Answerer, Part, Reply, Wanted, usage
 from bentos.errors import RequestError
 from bentos.schemas import DEFAULTS, ChatRequest, CompletionRequest
+from gpt2core.inference.request import TokenLogprobs
 from gpt2core.prompt import format_prompt
-from gpt2core.request import TokenLogprobs
 
 
 class Completions:

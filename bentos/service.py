@@ -1,4 +1,4 @@
-"""The service: HTTP in, HTTP out, lineage beside it. `steps/adapters/bento.py` builds it.
+"""The service: HTTP in, HTTP out, lineage beside it. `deploy/bento.py` builds it.
 
 BentoML serves health and metrics, and builds and runs it; the routes are in `bentos/routes.py`.
 """

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Precision = Literal["fp32", "bf16-true", "bf16-mixed"]
 LossOn = Literal["response", "all"]
@@ -41,10 +41,12 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} cannot be divided into n_head={self.n_head} heads of one size")
-        _check(self, "activation_function", self.activation_function in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+        check_field(
+            self, "activation_function", self.activation_function in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"
+        )
 
     @classmethod
     def preset(cls, name: str) -> "GPT2Config":
@@ -69,11 +71,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        _check(self, "rank", self.rank >= 1, "at least 1")
-        _check(self, "alpha", isfinite(self.alpha), "a finite number")
-        _check(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        check_field(self, "rank", self.rank >= 1, "at least 1")
+        check_field(self, "alpha", isfinite(self.alpha), "a finite number")
+        check_field(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         known = bool(self.targets) and set(self.targets) <= set(LORA_TARGETS)
-        _check(
+        check_field(
             self, "targets", known and len(set(self.targets)) == len(self.targets), f"out of {', '.join(LORA_TARGETS)}"
         )
 
@@ -110,11 +112,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_training(self)
         for name in ("epochs", "devices", "validate_every_epochs", "checkpoint_every_epochs"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
             value = getattr(self, name)
-            _check(self, name, value is None or value >= 1, "at least 1, or null for no limit")
-        _check(self, "loss_on", self.loss_on in ("response", "all"), "response or all")
+            check_field(self, name, value is None or value >= 1, "at least 1, or null for no limit")
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         _check_training(self)
         for name in ("max_steps", "checkpoint_every_steps"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -158,31 +161,49 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(tuple(sequence) for sequence in self.stop))
-        _check(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        _check(self, "temperature", isfinite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more")
-        _check(self, "top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for the whole vocabulary")
-        _check(self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or null for the whole vocabulary")
-        _check(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63), or null for a new one")
-        _check(self, "stop", all(self.stop), "token sequences of at least one token")
+        check_field(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        check_field(
+            self, "temperature", isfinite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more"
+        )
+        check_field(
+            self, "top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for the whole vocabulary"
+        )
+        check_field(
+            self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or null for the whole vocabulary"
+        )
+        check_field(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63), or null for a new one")
+        check_field(self, "stop", all(self.stop), "token sequences of at least one token")
 
 
 def _check_training(config: TrainConfig | PretrainConfig) -> None:
     object.__setattr__(config, "betas", tuple(config.betas))
     for name in ("batch_size", "gradient_accumulation_steps", "log_every_steps"):
-        _check(config, name, getattr(config, name) >= 1, "at least 1")
-    _check(config, "learning_rate", isfinite(config.learning_rate) and config.learning_rate > 0, "a number above 0")
-    _check(config, "weight_decay", config.weight_decay >= 0, "0 or more")
-    _check(config, "warmup_steps", config.warmup_steps >= 0, "0 or more")
+        check_field(config, name, getattr(config, name) >= 1, "at least 1")
+    check_field(
+        config, "learning_rate", isfinite(config.learning_rate) and config.learning_rate > 0, "a number above 0"
+    )
+    check_field(config, "weight_decay", config.weight_decay >= 0, "0 or more")
+    check_field(config, "warmup_steps", config.warmup_steps >= 0, "0 or more")
     for name in ("decay_fraction", "final_lr_ratio"):
-        _check(config, name, 0 <= getattr(config, name) <= 1, "in [0, 1]")
-    _check(
+        check_field(config, name, 0 <= getattr(config, name) <= 1, "in [0, 1]")
+    check_field(
         config, "max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "above 0, or null for none"
     )
-    _check(
-        config, "precision", config.precision in ("fp32", "bf16-true", "bf16-mixed"), "fp32, bf16-true or bf16-mixed"
-    )
 
 
-def _check(config: Any, name: str, holds: bool, rule: str) -> None:
+def check_field(config: Any, name: str, holds: bool, rule: str) -> None:
+    """Raise ValueError naming the field, its value and the rule unless the condition holds.
+
+    Also for the configuration dataclasses of other packages.
+    """
     if not holds:
         raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; it must be {rule}")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError unless every field annotated with a `Literal` holds one of its values."""
+    for name, annotation in get_type_hints(type(config)).items():
+        if get_origin(annotation) is Literal:
+            *others, last = (value if value != "" else "empty" for value in get_args(annotation))
+            rule = f"{', '.join(others)} or {last}" if others else str(last)
+            check_field(config, name, getattr(config, name) in get_args(annotation), rule)

@@ -19,13 +19,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from gpt2core.caches import BLOCK, Prefill, PrefixCache, Rows
 from gpt2core.checkpoint import read_adapter
 from gpt2core.config import GenerationConfig
 from gpt2core.generate import check_prompt, make_generator, sample_token
+from gpt2core.inference.kv_cache import BLOCK, Prefill, PrefixCache, Rows
+from gpt2core.inference.quantized import AdapterStack, PackedModel, RowAdapters, adapter_matrices, pack_fastest
+from gpt2core.inference.request import Adapter, EngineClosed, Request, TokenLogprobs
 from gpt2core.model import GPT2
-from gpt2core.packed import AdapterStack, PackedModel, RowAdapters, adapter_matrices, pack_fastest
-from gpt2core.request import Adapter, EngineClosed, Request, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 

@@ -1,28 +1,29 @@
 """A model's answers to records, scored: what the test split says of it."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import tiktoken
 
 from gpt2core.config import GenerationConfig
 from gpt2core.data import Record, encode_records
 from gpt2core.generate import generate
-from gpt2core.metrics import exact_match, exact_match_by_family, mean, perplexity, token_f1
+from gpt2core.metrics import RecordScores, Scores, exact_match, mean, perplexity, token_f1
 from gpt2core.model import GPT2
 from gpt2core.prompt import parse_reply
 from gpt2core.train import token_losses
+from gpt2core.types import Evaluation, FamilyScores, Sample, TrainSummary
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Lists over the records, in their order, and what they come to."""
+    """One model's answers, in the order of the records, and their scores."""
 
     texts: list[str]  # clean answers
     finished: list[bool]  # ended by end of text, not by max_new_tokens or a full context
-    scores: dict[str, list[float]]  # exact_match, token_f1, rouge_l, nll (nats a token of the reference)
-    metrics: dict[str, float]  # means of the scores and of finished; perplexity over all reference tokens
+    record_scores: list[RecordScores]
+    scores: Scores
 
 
 def evaluate(
@@ -55,16 +56,23 @@ def evaluate(
     losses = token_losses(model, examples, batch_size, "response")
     texts = [answer_text(reply, tokenizer) for reply in replies]
     finished = [reply[-1] == tokenizer.eot_token for reply in replies]
-    pairs = [(record["output"], text) for record, text in zip(records, texts, strict=True)]
-    scores = {
-        "exact_match": [exact_match(*pair) for pair in pairs],
-        "token_f1": [token_f1(*pair) for pair in pairs],
-        "rouge_l": [rouge_l(*pair) for pair in pairs],
-        "nll": [loss / count for loss, count in losses],
-    }
-    metrics = {name: mean(values) for name, values in scores.items() if name != "nll"}
-    metrics |= {"perplexity": perplexity(losses), "finished": mean([float(value) for value in finished])}
-    return Answers(texts, finished, scores, metrics)
+    record_scores = [
+        RecordScores(
+            exact_match(record["output"], text),
+            token_f1(record["output"], text),
+            rouge_l(record["output"], text),
+            loss / count,
+        )
+        for record, text, (loss, count) in zip(records, texts, losses, strict=True)
+    ]
+    scores = Scores(
+        exact_match=mean([score.exact_match for score in record_scores]),
+        token_f1=mean([score.token_f1 for score in record_scores]),
+        rouge_l=mean([score.rouge_l for score in record_scores]),
+        perplexity=perplexity(losses),
+        finished=mean([float(value) for value in finished]),
+    )
+    return Answers(texts, finished, record_scores, scores)
 
 
 def answer_text(reply: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
@@ -75,21 +83,38 @@ def answer_text(reply: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
     return parse_reply(tokenizer.decode(tokens))
 
 
-def side_by_side(
-    records: Sequence[Record], base: Answers, tuned: Answers
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row a record with both models' answers and scores, and the metrics of both, also by family."""
-    rows = []
-    for i, record in enumerate(records):
-        scores = {
-            f"{side}_{name}": values[i]
-            for side, answers in (("base", base), ("tuned", tuned))
-            for name, values in answers.scores.items()
-        }
-        rows.append(
-            {key: record[key] for key in ("instruction", "input", "output")}
-            | {"base": base.texts[i], "tuned": tuned.texts[i], "finished": tuned.finished[i]}
-            | {"family": record.get("family", "")}
-            | scores
+def compare_answers(
+    records: Sequence[Record], base: Answers, tuned: Answers, train: TrainSummary
+) -> tuple[list[Sample], Evaluation]:
+    """Both models' answers and scores, one sample per record, and the evaluation of all of them."""
+    samples = [
+        Sample(
+            record["instruction"],
+            record["input"],
+            record["output"],
+            base.texts[i],
+            tuned.texts[i],
+            tuned.finished[i],
+            record.get("family", ""),
+            base.record_scores[i],
+            tuned.record_scores[i],
         )
-    return rows, {"base": base.metrics, "tuned": tuned.metrics, "by_family": exact_match_by_family(rows)}
+        for i, record in enumerate(records)
+    ]
+    return samples, Evaluation(base.scores, tuned.scores, _by_family(samples), train)
+
+
+def _by_family(samples: Sequence[Sample]) -> dict[str, FamilyScores]:
+    """By name; samples without a family are left out."""
+    families: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.family:
+            families[sample.family].append(sample)
+    return {
+        family: FamilyScores(
+            len(members),
+            mean([sample.base_scores.exact_match for sample in members]),
+            mean([sample.tuned_scores.exact_match for sample in members]),
+        )
+        for family, members in sorted(families.items())
+    }

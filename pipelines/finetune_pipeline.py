@@ -3,12 +3,12 @@ from dataclasses import replace
 from zenml import Model, pipeline
 from zenml.enums import ExecutionMode
 
+from deploy.config import DeployConfig
+from deploy.source import describe_commit
 from gpt2core.config import LoraConfig, TrainConfig
-from steps.adapters.source import describe_commit
 from steps.config import (
     BaseConfig,
     DataConfig,
-    DeployConfig,
     EvaluateConfig,
     PackageConfig,
     PromoteConfig,
@@ -29,7 +29,7 @@ from steps.split_data import split_data
 @pipeline(
     execution_mode=ExecutionMode.FAIL_FAST,
     model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"),
-    extra={"commit": describe_commit()},
+    extra={"commit": describe_commit().to_json()},
 )
 def finetune_pipeline(
     seed: int = 0,

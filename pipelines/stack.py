@@ -5,8 +5,9 @@ from typing import Any
 
 from zenml.client import Client
 
+from deploy.containers import client as engine
 from pipelines.config import ConfigError
-from stacks import engine, register
+from stacks import register
 from stacks.containers import FLAVOR
 
 

@@ -24,7 +24,7 @@ from zenml.orchestrators.local_docker.local_docker_orchestrator import (
 )
 from zenml.step_operators import BaseStepOperator, BaseStepOperatorConfig, BaseStepOperatorFlavor
 
-from stacks import engine
+from deploy.containers import client as engine
 
 FLAVOR = "container"
 ROOT = Path(__file__).parent.parent

@@ -8,15 +8,15 @@ from gpt2core.config import GenerationConfig
 from gpt2core.data import Record, check_records, read_records, to_jsonl
 from gpt2core.evaluate import answer_text
 from gpt2core.generate import check_prompt, generate, stream
+from gpt2core.inference.detokenizer import ReplyText
 from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
-from gpt2core.reply import ReplyText
 from gpt2core.tokenizer import load_tokenizer
 from steps.adapters.base import open_base
 from steps.adapters.progress import counting
 from steps.config import EvaluateConfig
-from steps.outputs import OUTPUTS
+from steps.outputs import outputs_dir
 
 REQUIRED = ("instruction",)
 
@@ -35,7 +35,7 @@ class Asker:
             ValueError: a field has a wrong value.
             HubError: the base is one of the hub and cannot be fetched.
         """
-        directory = OUTPUTS / run
+        directory = outputs_dir() / run
         if not (directory / "adapter").is_dir():
             raise FileNotFoundError(f"there is no finished run in {directory}; make run makes one")
         given = {name: value for name, value in sampling.items() if value is not None}

@@ -7,7 +7,7 @@ from pathlib import Path
 from zenml.config import CachePolicy
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("gpt2core", "steps", "bentos")
+ROOMS = ("gpt2core", "steps", "deploy", "bentos")
 
 
 def code_of(

@@ -1,24 +1,9 @@
 """Values of the pipeline outside of the mathematics, with their defaults; gpt2core.config has the others."""
 
-import re
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 from typing import Literal
 
-from gpt2core.config import PRESETS, PretrainConfig
-
-
-def _check(config: object, name: str, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; it must be {rule}")
-
-
-def _is_ipv4(text: str) -> bool:
-    try:
-        IPv4Address(text)
-    except ValueError:
-        return False
-    return True
+from gpt2core.config import PRESETS, PretrainConfig, check_choices, check_field
 
 
 @dataclass(frozen=True)
@@ -38,13 +23,14 @@ class DataConfig:
     test_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "source", self.source in ("bundled", "url", "file"), "bundled, url or file")
-        _check(self, "path", bool(self.path) or self.source != "file", "the records' file when source is file")
-        _check(self, "sha256", len(self.sha256) == 64 or self.source != "url", "the file's 64 hexadecimal digits")
-        _check(self, "order", self.order in ("seed", "file"), "seed or file")
-        _check(self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world")
+        check_choices(self)
+        check_field(self, "path", bool(self.path) or self.source != "file", "the records' file when source is file")
+        check_field(self, "sha256", len(self.sha256) == 64 or self.source != "url", "the file's 64 hexadecimal digits")
+        check_field(
+            self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
+        )
         for name in ("val_fraction", "test_fraction"):
-            _check(self, name, 0 < getattr(self, name) < 0.5, "between 0 and 0.5")
+            check_field(self, name, 0 < getattr(self, name) < 0.5, "between 0 and 0.5")
 
 
 @dataclass(frozen=True)
@@ -57,9 +43,9 @@ class BaseConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
-        _check(self, "source", self.source in ("nano", "random", "hub"), "nano, random or hub")
+        check_choices(self)
         known = self.source == "hub" or self.name in PRESETS
-        _check(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
+        check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -81,10 +67,7 @@ class PromoteConfig:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, "stage", self.stage in ("staging", "production"), "staging or production")
-        _check(
-            self, "metric", self.metric in ("exact_match", "token_f1", "rouge_l"), "exact_match, token_f1 or rouge_l"
-        )
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -92,37 +75,7 @@ class PackageConfig:
     smoke_prompts: int = 3  # test records that the Bento is asked before it counts as built
 
     def __post_init__(self) -> None:
-        _check(self, "smoke_prompts", self.smoke_prompts >= 1, "at least 1")
-
-
-@dataclass(frozen=True)
-class DeployConfig:
-    """Where the Bento answers users: nowhere yet, in a container of this machine's engine, or in a cluster."""
-
-    target: Literal["none", "docker", "kubernetes"] = "none"
-    require_stage: Literal["", "staging", "production"] = ""  # of the model version; "": any
-    host: str = "127.0.0.1"  # of docker: the address that is listened on; 0.0.0.0 lets other machines ask
-    port: int = 3000  # of docker, and the deployment's name; as `make serve` and all examples have it
-    memory: str = "2g"  # of docker: more ends the container; gpt2-nano takes 340 MB
-    image: str = ""  # of kubernetes: what its nodes pull, name:tag or name@sha256:…
-    kubeconfig: str = ""  # "": $KUBECONFIG, in a pod its service account, or ~/.kube/config
-    context: str = ""  # "": the kubeconfig's current one
-    namespace: str = "gpt2-instruct"
-    force: bool = False  # of kubernetes: take over fields that somebody else set
-
-    def __post_init__(self) -> None:
-        targets = ("none", "docker", "kubernetes")
-        _check(self, "target", self.target in targets, "none, docker or kubernetes")
-        _check(self, "require_stage", self.require_stage in ("", "staging", "production"), "staging or production")
-        _check(self, "host", _is_ipv4(self.host), "an IPv4 address of this machine, or 0.0.0.0 for all of them")
-        _check(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
-        _check(self, "memory", re.fullmatch(r"[1-9]\d*[mg]", self.memory) is not None, "a number with m or g, like 2g")
-        reference = r"[^:@]+(:(?!latest$)[\w.-]+|(:[\w.-]+)?@sha256:[0-9a-f]{64})"
-        exact = re.fullmatch(reference, self.image.rpartition("/")[2]) is not None
-        rule = "name:tag (not latest) or name@sha256:… of what the cluster's nodes pull"
-        _check(self, "image", exact or (self.target != "kubernetes" and not self.image), rule)
-        name = re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.namespace) is not None
-        _check(self, "namespace", name, "a namespace's name: at most 63 of a-z, 0-9 and -")
+        check_field(self, "smoke_prompts", self.smoke_prompts >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -133,4 +86,4 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         # YAML reads a bare off as false
         object.__setattr__(self, "wandb", {False: "off"}.get(self.wandb, self.wandb))  # type: ignore[call-overload]
-        _check(self, "wandb", self.wandb in ("off", "offline", "online"), "off, offline or online")
+        check_choices(self)

@@ -4,10 +4,12 @@ from typing import Annotated, Any
 from zenml import get_step_context, step
 from zenml.client import Client
 
-from steps.adapters import docker, kube
-from steps.adapters.bento import exists
-from steps.adapters.image import pinned
-from steps.config import DeployConfig, EvaluateConfig, PackageConfig
+from deploy.bento import exists
+from deploy.config import DeployConfig
+from deploy.containers import service as docker
+from deploy.containers.images import pinned
+from deploy.kubernetes import rollout as kube
+from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe, keep
 from steps.promote import check_stage
 

@@ -4,11 +4,12 @@ from typing import Annotated, Any
 from zenml import step
 
 from gpt2core.checkpoint import load_adapter, load_pretrained
+from gpt2core.evaluate import compare_answers
 from gpt2core.evaluate import evaluate as answer_and_score
-from gpt2core.evaluate import side_by_side
 from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import TrainSummary
 from steps.adapters.base import open_base
 from steps.adapters.progress import counting
 from steps.adapters.rouge import rouge_l
@@ -34,6 +35,6 @@ def evaluate(
     merge_lora(load_adapter(model, adapter))  # as it is served
     with counting("tuned model's answers", len(test_records)) as show:
         after = answer_and_score(model, tokenizer, test_records, *limits, show)
-    samples, metrics = side_by_side(test_records, before, after)
-    describe("metrics", metrics)
-    return samples, metrics | {"train": train_metrics}
+    samples, evaluation = compare_answers(test_records, before, after, TrainSummary.from_json(train_metrics))
+    describe("metrics", evaluation.to_json())
+    return [sample.to_json() for sample in samples], evaluation.to_json()

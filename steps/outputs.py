@@ -9,21 +9,23 @@ from typing import Any
 
 from gpt2core.checkpoint import atomic_write
 
-# elsewhere in a container, where the code is unpacked into a folder that goes with it
-OUTPUTS = Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or Path(__file__).parent.parent / "outputs")
+
+def outputs_dir() -> Path:
+    """`outputs/` of the checkout, or $GPT2_INSTRUCT_OUTPUTS: a step's container unpacks the code elsewhere."""
+    return Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or Path(__file__).parent.parent / "outputs")
 
 
 def write_outputs(run_name: str, texts: Mapping[str, str | bytes], folders: Mapping[str, Path]) -> Path:
     """Lay out a run's files, then point outputs/latest at them."""
-    directory = OUTPUTS / run_name
+    directory = outputs_dir() / run_name
     for name, text in texts.items():
         atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
     for name, folder in folders.items():
         copytree(folder, directory / name, dirs_exist_ok=True)
         (directory / name).chmod(0o755)  # a temporary folder's 0700 came along
-    link = OUTPUTS / f".latest-{run_name}"
+    link = outputs_dir() / f".latest-{run_name}"
     link.symlink_to(run_name, target_is_directory=True)
-    os.replace(link, OUTPUTS / "latest")
+    os.replace(link, outputs_dir() / "latest")
     return directory
 
 
@@ -33,4 +35,4 @@ def to_json(value: Any) -> str:
 
 def wandb_directory() -> Path:
     """Where runs are tracked before, or instead of, being sent."""
-    return OUTPUTS / "wandb"
+    return outputs_dir() / "wandb"

@@ -1,12 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from zenml import get_step_context, step
 from zenml.client import Client
 
-from steps.adapters import bento
+from deploy import bento
+from deploy.source import describe_versions
+from gpt2core.types import BaseRef, Commit, Lineage, LineageMetrics, RunRef
 from steps.adapters.base import describe_base, open_base
-from steps.adapters.source import describe_versions
 from steps.cache import code_of
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe
@@ -30,17 +32,18 @@ def package(
 ) -> tuple[Annotated[str, "bento"], Annotated[dict[str, Any], "lineage"]]:
     """Build the Bento, then serve and ask it: it must answer as the model did in `evaluate`. Its tag and lineage."""
     context = get_step_context()
-    lineage = {
-        "run": {"id": str(context.pipeline_run.id), "name": context.pipeline_run.name},
-        "model_version": f"{context.model.name}/{context.model.version}",
-        "commit": context.pipeline_run.config.extra["commit"],  # of where the run was started; a container has no git
-        "versions": describe_versions(),
-        "data": {name: about["sha256"] for name, about in split.items()},
-        "base": describe_base(base),
-        "adapter": bento.describe_adapter(adapter),
-        "metrics": {name: metrics[name] for name in ("base", "tuned", "train")},
-    }
+    lineage = Lineage(
+        run=RunRef(str(context.pipeline_run.id), context.pipeline_run.name),
+        model_version=f"{context.model.name}/{context.model.version}",
+        # of where the run was started; a container has no git
+        commit=Commit.from_json(context.pipeline_run.config.extra["commit"]),
+        versions=describe_versions(),
+        data={name: about["sha256"] for name, about in split.items()},
+        base=BaseRef.from_json(describe_base(base)),
+        adapter=bento.describe_adapter(adapter),
+        metrics=LineageMetrics.from_json(metrics),
+    )
     tag = bento.build(open_base(base), adapter, lineage)
     asked = bento.smoke(tag, samples[: package.smoke_prompts], evaluate.max_new_tokens)
     describe("bento", {"tag": tag, "smoke_prompts": len(asked)})
-    return tag, lineage | {"bento": tag}
+    return tag, replace(lineage, bento=tag).to_json()

@@ -16,20 +16,13 @@ from evidently.presets import ValueStats
 from plotly.subplots import make_subplots
 
 from gpt2core.checkpoint import atomic_write
+from gpt2core.metrics import METRICS
 from gpt2core.prompt import RESPONSE
 
 SCORES = ("exact_match", "token_f1", "rouge_l", "nll")  # of each row
 DESCRIPTORS = ("characters", "words", "prompt_leaked", "repeats_itself")  # of each answer
 REPEATS = r"(?s)\b(\w+)\b(?:\W+\1\b){3}"  # a word four times in a row
 N_EXAMPLES = 5
-# name in metrics -> (heading, what it is, whether more is better)
-METRICS = {
-    "exact_match": ("Exact match", "share of answers equal to the reference", True),
-    "token_f1": ("Token F1", "words in common with the reference, mean", True),
-    "rouge_l": ("ROUGE-L", "longest common subsequence with the reference, mean", True),
-    "perplexity": ("Perplexity", "of the reference answers, a token", False),
-    "finished": ("Finished", "share ended by end of text", True),
-}
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
 )
@@ -41,7 +34,7 @@ def write_report(
     """Write report.html, which loads nothing from elsewhere, and report.json: {"metrics", "evidently"}.
 
     Args:
-        rows, metrics: as `gpt2core.evaluate.side_by_side` gives them.
+        rows, metrics: as `to_json` of `gpt2core.evaluate.compare_answers`' samples and evaluation.
     """
     right, wrong = ([row for row in rows if row["tuned_exact_match"] == one] for one in (1.0, 0.0))
     best = sorted(right, key=lambda row: (row["base_token_f1"], -row["base_nll"]))

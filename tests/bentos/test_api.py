@@ -19,13 +19,13 @@ import pytest
 import requests
 import torch
 
+from deploy import bento
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
 from gpt2core.generate import generate
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
-from steps.adapters import bento
 
 LINEAGE = {"run": {"id": "run-17", "name": "run-17"}, "base": {"sha256": "b" * 64}}
 N = {"max_tokens": 8}

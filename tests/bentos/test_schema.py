@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from steps.adapters import bento
+from deploy import bento
 
 
 def test_the_service_keeps_to_its_schema(base_dir, adapter_dir, tmp_path, monkeypatch):

@@ -14,17 +14,19 @@ from time import monotonic, sleep
 import pytest
 import torch
 
-from gpt2core import caches, engine, packed
+from gpt2core import engine
 from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.data import Example
 from gpt2core.engine import Engine, EngineFull
 from gpt2core.generate import generate
+from gpt2core.inference import kv_cache as caches
+from gpt2core.inference import quantized as packed
+from gpt2core.inference.quantized import PackedModel, pack_fastest
+from gpt2core.inference.request import EngineClosed
 from gpt2core.lora import add_lora, merge_lora
 from gpt2core.metrics import perplexity
 from gpt2core.model import GPT2
-from gpt2core.packed import PackedModel, pack_fastest
-from gpt2core.request import EngineClosed
 from gpt2core.train import token_losses
 
 FORMATS = ("fp32", "bf16", "int8")
@@ -438,7 +440,7 @@ def test_auto_takes_the_fastest_and_refuses_one_that_would_cost_perplexity(model
     monkeypatch.setattr(packed, "_perplexity_cost", lambda model, whole: cost[whole.weights])
     assert pack_fastest(model, 16).weights == "int8"
     cost["int8"] = 0.2
-    with caplog.at_level("WARNING", "gpt2core.packed"):
+    with caplog.at_level("WARNING", "gpt2core.inference.quantized"):
         assert pack_fastest(model, 16).weights == "bf16"
     assert "int8 weights would be faster, but raise perplexity by 20.0 %" in caplog.text
     seconds |= {"bf16": 2.9, "int8": 2.9}  # not worth it

@@ -16,6 +16,8 @@ from zenml.cli.cli import cli
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
+from deploy import bento
+from deploy.kubernetes import rollout as kube
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import records_sha256, split_records
@@ -27,9 +29,7 @@ from gpt2core.metrics import exact_match
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from run import main
-from steps import outputs
-from steps.adapters import bento, kube
-from tests.kube_api import TOKEN, KubeApi
+from tests.deploy.kube_api import TOKEN, KubeApi
 
 DEV = "configs/dev.yaml"
 MAX_NEW_TOKENS, N_FACTS = 12, 120  # dev.yaml's
@@ -40,7 +40,7 @@ FILES = {"report.html", "report.json", "curves.html", "metrics.json", "samples.j
 @contextmanager
 def outputs_in(directory: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "OUTPUTS", directory)
+        patch.setenv("GPT2_INSTRUCT_OUTPUTS", str(directory))
         yield
 
 
@@ -240,7 +240,7 @@ IMAGE = "registry.example/gpt2-instruct:1"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A double of a cluster's API (tests/kube_api.py), and the values that deploy to it."""
+    """A double of a cluster's API (tests/deploy/kube_api.py), and the values that deploy to it."""
     directory = tmp_path_factory.mktemp("cluster")
     api = KubeApi(directory)
     kubeconfig = directory / "kubeconfig"

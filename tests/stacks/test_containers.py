@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stacks import engine
-from steps.adapters import bento, image
+from deploy import bento
+from deploy.containers import client as engine
+from deploy.containers import images as image
 from tests.copies import copy_project, fresh_environment
 
 pytestmark = pytest.mark.slow

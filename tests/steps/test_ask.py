@@ -13,12 +13,11 @@ from gpt2core.generate import generate
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from run import main
-from steps import ask
 
 
 @pytest.fixture(autouse=True)
 def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
-    monkeypatch.setattr(ask, "OUTPUTS", tmp_path)
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
     copytree(base_dir, tmp_path / "latest" / "base")
     copytree(adapter_dir, tmp_path / "latest" / "adapter")
     return tmp_path

@@ -1,9 +1,9 @@
 import pytest
 
+from deploy.config import DeployConfig
 from steps.config import (
     BaseConfig,
     DataConfig,
-    DeployConfig,
     EvaluateConfig,
     PackageConfig,
     PromoteConfig,

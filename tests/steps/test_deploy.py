@@ -4,13 +4,12 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-import steps.outputs
+from deploy.containers import images as image
 from run import main
-from steps.adapters import image
 
 
 def test_an_image_of_a_service_that_was_never_built_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps.outputs, "OUTPUTS", tmp_path)
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
     result = CliRunner().invoke(main, ["image", "service"])
     assert result.exit_code == 1
     assert result.output == "Error: there is no Bento yet; make run builds one\n"

@@ -7,7 +7,7 @@ from steps import outputs
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path / "outputs"))
     return tmp_path / "outputs"
 
 

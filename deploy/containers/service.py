@@ -20,9 +20,9 @@ from docker.errors import APIError, NotFound
 from docker.models.containers import Container
 from docker.utils import parse_bytes
 
-from steps.adapters import bento
-from steps.adapters.image import EngineError, engine, read_file, service_image
-from steps.config import DeployConfig
+from deploy import bento
+from deploy.config import DeployConfig
+from deploy.containers.images import EngineError, engine, read_file, service_image
 
 LABEL = "gpt2-instruct.deployment"
 PORT = "3000/tcp"  # of the image

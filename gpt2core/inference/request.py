@@ -24,7 +24,7 @@ class EngineClosed(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A loaded adapter, as `gpt2core.packed.adapter_matrices` gives it; each load is one of its own."""
+    """A loaded adapter, as `gpt2core.inference.quantized.adapter_matrices` gives it; each load is one of its own."""
 
     matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
 

@@ -19,13 +19,13 @@ from bentos.answering import Answerer, Reply, Wanted, usage
 from bentos.errors import RequestError
 from bentos.request_log import RequestLog
 from bentos.schemas import DEFAULTS, TUNED, PredictRequest
+from deploy import bento
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
 from gpt2core.generate import generate
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
-from steps.adapters import bento
 
 LINEAGE = {"run": {"id": "1", "name": "run-1"}, "data": {"train": "äöü"}, "base": {"sha256": "b" * 64}}
 

@@ -4,15 +4,15 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from gpt2core.types import Commit
+
+ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "zenml", "bentoml", "transformers", "evidently", "wandb")
 
 
-def describe_commit() -> dict[str, Any]:
-    """`sha` ("unknown" outside of a git checkout) and `dirty` (uncommitted changes)."""
-    return {"sha": _git("rev-parse", "HEAD") or "unknown", "dirty": bool(_git("status", "--porcelain"))}
+def describe_commit() -> Commit:
+    return Commit(_git("rev-parse", "HEAD") or "unknown", bool(_git("status", "--porcelain")))
 
 
 def describe_versions() -> dict[str, str]:

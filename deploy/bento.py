@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from tempfile import TemporaryDirectory
@@ -23,8 +24,9 @@ import requests
 import yaml
 
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
+from gpt2core.types import AdapterRef, Lineage
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 NAME = "gpt2-instruct"
 START_TIMEOUT = 180  # seconds; a base of 1.5 GB is read in that time
 ANSWER_TIMEOUT = 120  # seconds
@@ -39,12 +41,13 @@ class BentoError(RuntimeError):
     """A Bento that could not be built, served or asked, or that answers otherwise than its model did."""
 
 
-def describe_adapter(directory: Path) -> dict[str, Any]:
+def describe_adapter(directory: Path) -> AdapterRef:
     """The adapter's sha256 (over its files) and LoRA config."""
-    return {"sha256": directory_sha256(directory), **json.loads((directory / ADAPTER_CONFIG).read_text())["lora"]}
+    lora = json.loads((directory / ADAPTER_CONFIG).read_text())["lora"]
+    return AdapterRef.from_json({"sha256": directory_sha256(directory), **lora})
 
 
-def build(base_dir: Path, adapter_dir: Path, lineage: Mapping[str, Any]) -> str:
+def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
     """The tag of a Bento with base, adapter, this project's serving code and the lineage (to which the tag is added).
 
     Raises:
@@ -58,11 +61,11 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Mapping[str, Any]) -> str:
         context = Path(temporary)
         copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns("__pycache__"))
         copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns("__pycache__", "demo"))
-        content = json.dumps([directory_sha256(context), models, lineage], sort_keys=True)
+        content = json.dumps([directory_sha256(context), models, lineage.to_json()], sort_keys=True)
         tag = f"{NAME}:{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         if exists(tag):
             return tag
-        (context / "lineage.json").write_text(json.dumps({**lineage, "bento": tag}, indent=2))
+        (context / "lineage.json").write_text(json.dumps(replace(lineage, bento=tag).to_json(), indent=2))
         arguments = [part for name, model in models.items() for part in ("--arg", f"{name}={model}")]
         command = [
             *_bentoml("build"),
@@ -88,7 +91,7 @@ def exists(tag: str) -> bool:
     return all((_in_store("models", model["tag"]) / "model.yaml").is_file() for model in models)
 
 
-def lineage(tag: str) -> dict[str, Any]:
+def lineage(tag: str) -> Lineage:
     """The lineage that a Bento of the store was built with.
 
     Raises:
@@ -96,7 +99,7 @@ def lineage(tag: str) -> dict[str, Any]:
     """
     if not exists(tag):
         raise BentoError(f"the Bento {tag} is not in the store; run the pipeline again with --no-cache")
-    return dict(json.loads((_in_store("bentos", tag) / "src" / "lineage.json").read_text()))
+    return Lineage.from_json(json.loads((_in_store("bentos", tag) / "src" / "lineage.json").read_text()))
 
 
 def export(tag: str, file: Path) -> None:

@@ -5,8 +5,8 @@ import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gpt2core.inference.detokenizer import ReplyText
 from gpt2core.prompt import MARKERS, PREAMBLE, parse_reply
-from gpt2core.reply import ReplyText
 
 # a token for each byte, and end of text
 tokenizer = tiktoken.Encoding(

@@ -10,7 +10,7 @@ import pytest
 import requests
 from playwright.sync_api import Page, expect, sync_playwright
 
-from steps.adapters import bento
+from deploy import bento
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core.packed import PackedModel
-from gpt2core.request import Adapter, Request
+from gpt2core.inference.quantized import PackedModel
+from gpt2core.inference.request import Adapter, Request
 
 BLOCK = 16  # tokens; prompts that begin alike share keys and values by blocks
 

@@ -11,17 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import docker
 from docker.errors import DockerException, ImageNotFound
 from docker.models.containers import Container
 from requests import RequestException
 
-from gpt2core.checkpoint import atomic_write
-from steps.adapters import bento
-from steps.adapters.source import describe_commit
-from steps.outputs import OUTPUTS
+from deploy import bento
+from deploy.source import describe_commit
+from gpt2core.types import Commit
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class EngineError(RuntimeError):
 class Image:
     reference: str  # name:tag
     digest: str  # the engine's id: sha256 of the configuration, which names the layers
-    sbom: Path
+    sbom: bytes  # CycloneDX, JSON
 
 
 @contextmanager
@@ -101,10 +100,10 @@ def build_service(tag: str) -> Image:
     """
     lineage = bento.lineage(tag)
     labels = {
-        **_labels(bento.NAME, tag.partition(":")[2], lineage["commit"]),
-        "gpt2-instruct.run-id": lineage["run"]["id"],
-        "gpt2-instruct.run-name": lineage["run"]["name"],
-        "gpt2-instruct.adapter-sha256": lineage["adapter"]["sha256"],
+        **_labels(bento.NAME, tag.partition(":")[2], lineage.commit),
+        "gpt2-instruct.run-id": lineage.run.id,
+        "gpt2-instruct.run-name": lineage.run.name,
+        "gpt2-instruct.adapter-sha256": lineage.adapter.sha256,
     }
     with TemporaryDirectory() as directory:
         exported = Path(directory, "bento.tar")
@@ -146,11 +145,11 @@ def build_steps() -> Image:
     return _build(context, "Dockerfile", f"{name}:{version}", _labels(name, version, describe_commit()))
 
 
-def _labels(title: str, version: str, commit: Mapping[str, Any]) -> dict[str, str]:
+def _labels(title: str, version: str, commit: Commit) -> dict[str, str]:
     return {
         "org.opencontainers.image.title": title,
         "org.opencontainers.image.version": version,
-        "org.opencontainers.image.revision": commit["sha"] + ("-dirty" if commit["dirty"] else ""),
+        "org.opencontainers.image.revision": commit.sha + ("-dirty" if commit.dirty else ""),
         "org.opencontainers.image.licenses": "Apache-2.0",
     }
 
@@ -194,9 +193,7 @@ def _image(client: docker.DockerClient, tag: str) -> Image:
         content = read_file(container, SBOM)
     finally:
         container.remove()
-    sbom = OUTPUTS / "images" / f"{tag.replace(':', '-')}.cdx.json"
-    atomic_write(sbom, content)
-    return Image(tag, image.id, sbom)
+    return Image(tag, image.id, content)
 
 
 def _without_time(entry: tarfile.TarInfo) -> tarfile.TarInfo:

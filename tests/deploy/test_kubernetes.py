@@ -1,4 +1,4 @@
-"""Deploying to Kubernetes: the real client, over HTTPS, against a double of the API server (tests/kube_api.py)."""
+"""Deploying to Kubernetes: the real client, over HTTPS, against a double of the API server (kube_api.py)."""
 
 import json
 import logging
@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from steps.adapters import bento, kube
-from steps.adapters.kube import KubeError
-from steps.config import DeployConfig
-from tests.kube_api import TOKEN, KubeApi
+from deploy import bento
+from deploy.config import DeployConfig
+from deploy.kubernetes import rollout as kube
+from deploy.kubernetes.rollout import KubeError
+from tests.deploy.kube_api import TOKEN, KubeApi
 
 LINEAGE = {
     "run": {"id": "0c1d2e3f-0000-4000-8000-0123456789ab", "name": "finetune_pipeline-2026_11_25-01_02_03"},

@@ -10,8 +10,8 @@ import pytest
 import requests
 import yaml
 
-from steps.adapters import bento
-from steps.adapters.bento import BentoError
+from deploy import bento
+from deploy.bento import BentoError
 
 LINEAGE = {"run": {"id": "7", "name": "run-7"}}
 

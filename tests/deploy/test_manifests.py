@@ -13,9 +13,9 @@ import yaml
 from kubernetes_validate.utils import latest_version
 
 from bentos.gate import DRAIN
-from steps.adapters import bento
+from deploy import bento
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "k8s").glob("*.yaml"))}
 OPTIONAL = {
     path.stem: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "k8s" / "optional").glob("*.yaml")

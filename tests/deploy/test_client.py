@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from zenml.enums import StoreType
 
-from stacks import containers, engine
+from deploy.containers import client as engine
+from stacks import containers
 
 
 @pytest.fixture

@@ -19,16 +19,17 @@ import yaml
 from click.testing import CliRunner
 from docker.errors import DockerException, ImageNotFound
 
-import steps.outputs
+from deploy import bento
+from deploy.bento import BentoError
+from deploy.config import DeployConfig
+from deploy.containers import images as image
+from deploy.containers import service as docker
+from deploy.containers.images import EngineError
+from deploy.containers.service import CONFINED, DeployError
 from run import main
-from steps.adapters import bento, docker, image
-from steps.adapters.bento import BentoError
-from steps.adapters.docker import CONFINED, DeployError
-from steps.adapters.image import EngineError
-from steps.config import DeployConfig
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MAX_NEW_TOKENS = 5
 IMAGE_LIMIT = 1.2e9  # bytes
 READY_LIMIT = 5  # seconds, on a machine that does nothing else
@@ -57,7 +58,7 @@ def engine():
 def outputs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("outputs")
-        patch.setattr(image, "OUTPUTS", folder)
+        patch.setenv("GPT2_INSTRUCT_OUTPUTS", str(folder))
         yield folder
 
 
@@ -423,7 +424,7 @@ def test_a_service_asks_for_the_token_of_the_environment_it_was_deployed_in(engi
 def test_a_run_deploys_its_service_and_run_py_takes_it_back(
     engine, site, first, samples, tmp_path, monkeypatch, outputs
 ):
-    monkeypatch.setattr(steps.outputs, "OUTPUTS", tmp_path)
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
     docker.deploy(first.reference, site, samples, MAX_NEW_TOKENS)
     invoke(
         *("finetune", "--config", str(ROOT / "configs" / "dev.yaml")),
@@ -441,7 +442,7 @@ def test_a_run_deploys_its_service_and_run_py_takes_it_back(
 
 
 def test_the_image_command_prints_the_tag_last(first, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps.outputs, "OUTPUTS", tmp_path)
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
     (tmp_path / "latest").mkdir()
     (tmp_path / "latest" / "bento.txt").write_text(f"{first.reference}\n")
     assert invoke("image", "service").splitlines()[-1] == first.reference

@@ -20,8 +20,8 @@ from kubernetes.config import ConfigException, load_incluster_config, load_kube_
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from urllib3.util import Retry
 
-from steps.adapters.bento import DEPLOYED_AGREEMENT, NAME, BentoError, check, key_header
-from steps.config import DeployConfig
+from deploy.bento import DEPLOYED_AGREEMENT, NAME, BentoError, check, key_header
+from deploy.config import DeployConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,56 @@
+"""What tests of several packages share."""
+
+import socket
+import time
+from collections.abc import Callable
+
+import requests
+
+from gpt2core.metrics import Scores
+from gpt2core.types import (
+    AdapterRef,
+    BaseRef,
+    Commit,
+    Lineage,
+    LineageMetrics,
+    RunRef,
+    TrainSummary,
+)
+
+
+def make_lineage(run: str = "run-17", **changes: object) -> Lineage:
+    """A complete lineage; `changes` replace its fields."""
+    scores = Scores(exact_match=0.5, token_f1=0.5, rouge_l=0.5, perplexity=2.0, finished=1.0)
+    fields = {
+        "run": RunRef(id=run, name=run),
+        "model_version": "gpt2-instruct/3",
+        "commit": Commit(sha="c" * 40, dirty=False),
+        "versions": {"torch": "2.13.0"},
+        "data": {"train": "1" * 64, "val": "2" * 64, "test": "3" * 64},
+        "base": BaseRef(name="gpt2-nano", revision="", sha256="b" * 64),
+        "adapter": AdapterRef(sha256="a" * 64, rank=4, alpha=16.0, targets=["q", "v"], dropout=0.0),
+        "metrics": LineageMetrics(scores, scores, TrainSummary(1.0, 1.0, 100.0, 50.0)),
+    }
+    return Lineage(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Poll until the condition holds; AssertionError naming `what` after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"
+        time.sleep(0.05)
+
+
+def is_ready(url: str) -> bool:
+    """Whether a service answers /readyz with 200."""
+    try:
+        return requests.get(f"{url}/readyz", timeout=5).ok
+    except requests.RequestException:
+        return False
