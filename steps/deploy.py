@@ -9,17 +9,18 @@ from deploy.config import DeployConfig
 from deploy.containers import service as docker
 from deploy.containers.images import pinned
 from deploy.kubernetes import rollout as kube
+from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe, keep
-from steps.promote import check_stage
+from steps.promote import Promotion, check_stage
 
 
 @step(enable_cache=False)
 def deploy(
     bento: str,
-    lineage: dict[str, Any],
-    samples: list[dict[str, Any]],
-    promotion: dict[str, Any],
+    lineage: Lineage,
+    samples: list[Sample],
+    promotion: Promotion,
     deploy: DeployConfig,
     package: PackageConfig,
     evaluate: EvaluateConfig,
@@ -27,15 +28,15 @@ def deploy(
     """Bring the Bento to where it answers users, as in `evaluate`; with target none it stays for `make serve`."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
-    check_stage(deploy.require_stage, promotion["model_version"], lineage["model_version"])
+    check_stage(deploy.require_stage, promotion.model_version, lineage.model_version)
     run = str(get_step_context().pipeline_run.id)
     deployment: dict[str, Any] = {"target": deploy.target, "bento": bento, "run": run, "config": asdict(deploy)}
-    asked = samples[: package.smoke_prompts]
+    asked = [sample.to_json() for sample in samples[: package.smoke_prompts]]
     if deploy.target == "docker":
         deployment |= docker.deploy(bento, deploy, asked, evaluate.max_new_tokens)
     elif deploy.target == "kubernetes":
         exact = replace(deploy, image=pinned(deploy.image))
-        deployment |= kube.deploy(lineage, exact, asked, evaluate.max_new_tokens)
+        deployment |= kube.deploy(lineage.to_json(), exact, asked, evaluate.max_new_tokens)
     if deployment.get("outcome") in ("rolled_back", "failed"):
         keep("deployment", deployment)  # a step that fails returns nothing
         raise RuntimeError(f"{bento} was not deployed: {deployment['reason']}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"gpt2core", "steps", "pipelines", "deploy", "bentos", "stacks", "benchmarks"}
+PACKAGES = {"gpt2core", "steps", "pipelines", "commands", "deploy", "bentos", "stacks", "benchmarks"}
 CORE = {"gpt2core", "torch", "numpy", "tiktoken", "safetensors"}
 PROXY = {"aiohttp", "multidict", "yarl"}
 MAY_IMPORT = {
@@ -32,6 +32,8 @@ MAY_IMPORT = {
         "matplotlib",
     },
     "pipelines/*.py": {"pipelines", "steps", "stacks", "deploy", "zenml", "gpt2core", "yaml", "pydantic", "kubernetes"},
+    "commands/*.py": {"commands", "steps", "gpt2core"},
+    "commands/lineage/*.py": {"commands", "zenml", "gpt2core"},
     "steps/*.py": {"steps", "deploy", "zenml", "gpt2core"},
     "stacks/*.py": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "deploy/*.py": {"deploy", "gpt2core", "bentoml", "requests", "yaml"},
