@@ -16,25 +16,6 @@ pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TRICKY = 'Say "it\'s" & `pwd` $HOME \\ 100%\nfür <b>mich</b>'
-LINEAGE = {
-    "run": {"id": "run-17", "name": "finetune-17"},
-    "commit": {"sha": "c" * 40, "dirty": False},
-    "data": {"train": "a" * 64},
-    "base": {"name": "gpt2-nano", "revision": "", "sha256": "b" * 64},
-    "adapter": {"rank": 4, "sha256": "d" * 64},
-    "metrics": {"base": {"exact_match": 0.0}, "tuned": {"exact_match": 0.8125}},
-}
-
-
-@pytest.fixture(scope="module")
-def tag(base_dir, adapter_dir):
-    return bento.build(base_dir, adapter_dir, LINEAGE)
-
-
-@pytest.fixture(scope="module")
-def url(tag):
-    with bento.serve(tag) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +39,7 @@ def opened(browser, url: str, **options):
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{url}/")
-    expect(page.locator("#model")).to_contain_text("finetune-17")
+    expect(page.locator("#model")).to_contain_text("run-17")
     yield page
     context.close()
     # a status of 400 is an error in the browser's eyes, and one that a test may have wanted
