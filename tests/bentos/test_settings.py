@@ -1,12 +1,6 @@
-import re
-from pathlib import Path
-
 import pytest
 
-from bentos import settings
 from bentos.settings import Settings
-
-PACKAGE = Path(settings.__file__).parent
 
 
 def test_settings_come_from_the_environment():
@@ -23,8 +17,3 @@ def test_an_unknown_value_is_refused_with_the_allowed_ones():
 def test_tracing_is_off_unless_asked_for(value, tracing):
     environment = {} if value is None else {"OTEL_SDK_DISABLED": value}
     assert Settings.from_environment(environment).tracing == tracing
-
-
-def test_the_environment_is_read_in_one_place():
-    readers = {path.name for path in PACKAGE.rglob("*.py") if re.search(r"\bos\.environ|getenv", path.read_text())}
-    assert readers <= {"service.py", "front.py"}  # the service passes it to Settings; front.py is another program
