@@ -16,11 +16,6 @@ def test_the_environment_is_read_in_one_place():
     assert readers <= {"service.py", "front.py"}  # the service passes it to Settings; front.py is another program
 
 
-def test_private_names_of_bentoml_are_in_compat_only():
-    private = re.compile(r"_bentoml_sdk|_bentoml_impl|bentoml\._internal")
-    assert [path.name for path in PACKAGE.rglob("*.py") if private.search(path.read_text())] == ["compat.py"]
-
-
 def test_bentomls_parent_process_does_not_import_torch():
     modules = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
     others = sorted(set(modules) - ENGINE - {"bentos.service", "bentos.front"})
