@@ -1,6 +1,7 @@
-"""Weights in and out: Hugging Face GPT-2 directories, our adapters, PEFT's. Alone knows foreign parameter names.
+"""Checkpoint files: Hugging Face GPT-2 directories, this project's adapters, PEFT exports.
 
-Only safetensors and JSON are read or written: nothing that is loaded can run code.
+The only module that knows foreign parameter names. It reads and writes only safetensors and JSON: nothing that is
+loaded can run code.
 """
 
 import hashlib
@@ -18,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gpt2core.config import ACTIVATIONS, GPT2Config, LoraConfig
+from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.lora import LoraLinear, add_lora, lora_layers
 from gpt2core.model import GPT2
+from gpt2core.prompt import PROMPT_TEMPLATE
 
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 keeps these as (in, out)
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 stores these as (in, out)
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -33,15 +35,15 @@ def load_pretrained(
     """Read a Hugging Face GPT-2 checkpoint (one file or sharded); the model is in eval mode.
 
     Raises:
-        FileNotFoundError: config.json or the safetensors files are not there.
-        ValueError: a file is damaged, a key is missing or unknown, a shape differs, or the config asks for something
-            this GPT-2 is not; the message names file, key and both sides.
+        FileNotFoundError: config.json or the safetensors files are missing.
+        ValueError: a file is damaged, a key is missing or unknown, a shape differs, or the config needs a feature that
+            this GPT-2 does not have; the message names file, key and both values.
     """
     directory = Path(directory)
     config = read_config(directory / CONFIG)
-    with torch.device("meta"):  # no random weights are drawn only to be overwritten
+    with torch.device("meta"):  # skip drawing random weights that are overwritten below
         model = GPT2(config)
-    wanted = dict(model.state_dict())
+    expected = dict(model.state_dict())
     files = _weight_files(directory)
     state: dict[str, Tensor] = {}
     for file in files:
@@ -49,14 +51,14 @@ def load_pretrained(
             name = key.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias")):  # constant causal masks of old checkpoints
                 continue
-            if name != "lm_head.weight" and name not in wanted:
-                raise ValueError(f"{file}: key {key!r} is not one of GPT-2's with n_layer={config.n_layer}")
-            expected = wanted["wte.weight" if name == "lm_head.weight" else name]
-            turned = name.endswith(CONV1D)
-            _check_shape(file, key, tensor, expected.T if turned else expected)
-            state[name] = (tensor.T if turned else tensor).to(dtype).contiguous()
+            if name != "lm_head.weight" and name not in expected:
+                raise ValueError(f"{file}: key {key!r} is not a key of GPT-2 with n_layer={config.n_layer}")
+            target = expected["wte.weight" if name == "lm_head.weight" else name]
+            transposed = name.endswith(CONV1D)
+            _check_shape(file, key, tensor, target.T if transposed else target)
+            state[name] = (tensor.T if transposed else tensor).to(dtype).contiguous()
     head = state.pop("lm_head.weight", None)
-    for name in wanted:
+    for name in expected:
         if name not in state:
             raise ValueError(f"{files[-1] if len(files) == 1 else directory / INDEX}: key {name!r} is missing")
     if head is not None and not torch.equal(head, state["wte.weight"]):
@@ -66,7 +68,7 @@ def load_pretrained(
 
 
 def save_pretrained(model: GPT2, directory: str | Path) -> Path:
-    """Write config.json and model.safetensors so that transformers' GPT2LMHeadModel reads them back.
+    """Write config.json and model.safetensors in the format of transformers' GPT2LMHeadModel.
 
     Raises:
         ValueError: the model has LoRA layers that are not merged.
@@ -93,15 +95,20 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
 
 
 def save_adapter(model: GPT2, directory: str | Path, base: Mapping[str, Any] | None = None) -> Path:
-    """Write the LoRA weights alone (fp32), with their config and a reference to the base beside them.
+    """Write the LoRA weights (fp32), and beside them their config, the prompt template and a reference to the base.
 
     Raises:
         ValueError: the model has no LoRA layers.
     """
     config = _lora_config(model)
     weights = to_safetensors(_adapter_state(model))
-    # The digest ties the two files together: a pair torn by a crash between their renames is noticed when it is read.
-    description = {"lora": asdict(config), "base": dict(base or {}), "sha256": hashlib.sha256(weights).hexdigest()}
+    description = {
+        "lora": asdict(config),
+        "base": dict(base or {}),
+        "prompt": {"name": PROMPT_TEMPLATE.name, "sha256": PROMPT_TEMPLATE.sha256},
+        # ties the two files together: `read_adapter` notices a crash between their renames
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
     return _write(directory, {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: _json(description)})
 
 
@@ -109,9 +116,9 @@ def load_adapter(model: GPT2, directory: str | Path) -> GPT2:
     """Read an adapter into the model, in place, adding LoRA layers where there are none.
 
     Raises:
-        FileNotFoundError: a file of the adapter is not there.
-        ValueError: a file is damaged, a key or shape does not fit the model, or the model has LoRA layers of another
-            config or merged ones. The model is then as it was.
+        FileNotFoundError: a file of the adapter is missing.
+        ValueError: a file is damaged, a key or shape does not fit the model, the adapter was trained with another
+            prompt template, or the model has LoRA layers of another config or merged ones. The model is unchanged.
     """
     lora, found = read_adapter(directory, model.config, model.wte.weight.device)
     layers = list(lora_layers(model))
@@ -119,7 +126,7 @@ def load_adapter(model: GPT2, directory: str | Path) -> GPT2:
         add_lora(model, lora)
     elif _lora_config(model) != lora:
         raise ValueError(
-            f"the model has LoRA layers of {_lora_config(model)}, {directory} holds {lora}; remove_lora first"
+            f"the model has LoRA layers of {_lora_config(model)}, but {directory} has {lora}; remove_lora(model) first"
         )
     elif any(layer.merged for _, layer in layers):
         raise ValueError("the model's adapter is merged; unmerge_lora(model) before loading another")
@@ -130,7 +137,7 @@ def load_adapter(model: GPT2, directory: str | Path) -> GPT2:
 def read_adapter(
     directory: str | Path, config: GPT2Config, device: str | torch.device = "cpu"
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's LoRA config and weights, of which each is there and has the shape that a model of `config` asks for.
+    """An adapter's LoRA config and weights, complete and with the shapes that a model of `config` needs.
 
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`.
@@ -142,27 +149,27 @@ def read_adapter(
         lora = LoraConfig(**description["lora"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / ADAPTER_CONFIG}: no valid LoRA config under 'lora': {error}") from None
+    _check_prompt(directory / ADAPTER_CONFIG, description.get("prompt"))
     found = _read_tensors(file, device)
     if description.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
         raise ValueError(
-            f"{file} is not the file that {ADAPTER_CONFIG} beside it describes (sha256 differs); save it again"
+            f"{file} is not the file that {ADAPTER_CONFIG} beside it describes (sha256 differs); save the adapter again"
         )
     with torch.device("meta"):
-        wanted = _adapter_state(add_lora(GPT2(config), lora))
-    for key in wanted.keys() | found.keys():
-        if key not in found or key not in wanted:
-            raise ValueError(
-                f"{file}: key {key!r} is {'missing' if key in wanted else 'not one of this model with ' + str(lora)}"
-            )
-        _check_shape(file, key, found[key], wanted[key])
+        expected = _adapter_state(add_lora(GPT2(config), lora))
+    for key in expected.keys() | found.keys():
+        if key not in found or key not in expected:
+            problem = "missing" if key in expected else f"not a key of this model with {lora}"
+            raise ValueError(f"{file}: key {key!r} is {problem}")
+        _check_shape(file, key, found[key], expected[key])
     return lora, found
 
 
 def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
-    """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` gives the same logits.
+    """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
 
-    PEFT adapts whole layers, so the pairs of a fused c_attn become one of rank n * R whose lora_B is zero outside of
-    the adapted thirds; alpha grows with the rank, which leaves the scaling as it is.
+    PEFT adapts whole layers, so the n pairs of a fused c_attn become one pair of rank n * R whose lora_B is zero
+    outside the adapted thirds; alpha grows with the rank, so the scaling stays the same.
     """
     config = _lora_config(model)
     state, ranks, alphas = {}, {}, {}
@@ -201,14 +208,10 @@ def read_config(file: Path) -> GPT2Config:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
     values = _read_json(file)
-    fixed = {"model_type": "gpt2", "tie_word_embeddings": True, "add_cross_attention": False}
-    for key, only in fixed.items():
+    supported = {"model_type": "gpt2", "tie_word_embeddings": True, "add_cross_attention": False}
+    for key, only in supported.items():
         if values.get(key, only) != only:
-            raise ValueError(f"{file}: {key} is {values[key]!r}; this GPT-2 supports {only!r} only")
-    if values.get("activation_function", "gelu_new") not in ACTIVATIONS:
-        raise ValueError(
-            f"{file}: activation_function is {values['activation_function']!r}; known: {', '.join(ACTIVATIONS)}"
-        )
+            raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported")
     known = {field.name for field in fields(GPT2Config)}
     try:
         return GPT2Config(**{key: value for key, value in values.items() if key in known})
@@ -217,7 +220,7 @@ def read_config(file: Path) -> GPT2Config:
 
 
 def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
-    """One sha256 of a directory: over the sorted lines "<sha256>  <relative path>" of its files (sha256sum's)."""
+    """sha256 of a directory: of the sorted lines "<sha256>  <relative path>" of its files, as sha256sum prints them."""
     directory = Path(directory)
     names = (
         sorted(files)
@@ -235,14 +238,14 @@ def file_sha256(file: str | Path) -> str:
 
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write the file whole or not at all: a crash leaves the one there was."""
+    """Write the file completely or not at all: a crash leaves the previous content."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
         try:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)  # the temporary file's 0600 would keep other users, and containers, out
+            os.chmod(stream.name, 0o644)  # the temporary file's 0600 would lock out other users and containers
             os.replace(stream.name, file)
         except BaseException:
             with suppress(FileNotFoundError):
@@ -262,13 +265,13 @@ def _json(value: Any) -> bytes:
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; is {file.parent} the right directory?")
+        raise FileNotFoundError(f"{file} does not exist; is {file.parent} the right directory?")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a JSON {type(value).__name__}, not an object")
+        raise ValueError(f"{file} contains a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -278,7 +281,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if not (directory / INDEX).is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
         raise FileNotFoundError(
-            f"{directory} holds neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
+            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
         )
     index = _read_json(directory / INDEX)
     weight_map = index.get("weight_map")
@@ -286,28 +289,40 @@ def _weight_files(directory: Path) -> list[Path]:
         raise ValueError(f"{directory / INDEX}: 'weight_map' must map keys to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:  # a checkpoint from elsewhere must not reach outside of its directory
+        if Path(name).name != name:  # a downloaded checkpoint must not reach outside its directory
             raise ValueError(f"{directory / INDEX}: shard {name!r} is not a plain file name")
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory / name} is not there, but {INDEX} names it")
+            raise FileNotFoundError(f"{directory / name} does not exist, but {INDEX} names it")
     return [directory / name for name in names]
 
 
 def _read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; is {file.parent} the right directory?")
+        raise FileNotFoundError(f"{file} does not exist; is {file.parent} the right directory?")
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
-            # cloned: else they are the mapped file, change with it, and keep all of it in memory as long as one is used
+            # cloned: otherwise the tensors are the mapped file, change with it, and keep all of it in memory
             return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); fetch or save it again") from None
+        raise ValueError(f"{file} is damaged or truncated ({error}); download or save it again") from None
 
 
-def _check_shape(file: Path, key: str, found: Tensor, wanted: Tensor) -> None:
-    if found.shape != wanted.shape:
-        sides = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} by the config"
-        raise ValueError(f"{file}: key {key!r} has another shape than its config says: {sides}")
+def _check_prompt(file: Path, prompt: Any) -> None:
+    """Refuse an adapter of another prompt template; adapters from before the key was written are accepted."""
+    if prompt is None:
+        return
+    name, sha256 = (prompt.get(key) for key in ("name", "sha256")) if isinstance(prompt, dict) else (prompt, None)
+    if sha256 != PROMPT_TEMPLATE.sha256:
+        raise ValueError(
+            f"{file}: the adapter was trained with prompt template {name!r} (sha256 {str(sha256)[:12]}), but this code "
+            f"uses {PROMPT_TEMPLATE.name!r} (sha256 {PROMPT_TEMPLATE.sha256[:12]}); train it again or use its template"
+        )
+
+
+def _check_shape(file: Path, key: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        shapes = f"{tuple(found.shape)} in the file, {tuple(expected.shape)} by the config"
+        raise ValueError(f"{file}: key {key!r} has a shape that differs from its config: {shapes}")
 
 
 def _lora_config(model: GPT2) -> LoraConfig:

@@ -3,7 +3,8 @@
 Letters in the shape comments: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = C/H, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import sqrt
 
@@ -18,6 +19,18 @@ from gpt2core.linear import Linear, linear
 def best_device() -> torch.device:
     """Where a process that may choose should compute: the GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def evaluating(model: "GPT2") -> Iterator[None]:
+    """Dropout off, and every module's mode as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class GPT2(nn.Module):

@@ -1,6 +1,6 @@
-"""GPT-2's byte-level BPE as a tiktoken.Encoding. Knows no prompts.
+"""GPT-2's byte-level BPE as a tiktoken.Encoding. Independent of prompts.
 
-`encode_ordinary` is the way to read a user's text: what looks like a special token stays text.
+Use `encode_ordinary` for user text: it encodes the spelling of a special token as plain text.
 """
 
 import json
@@ -10,16 +10,16 @@ from pathlib import Path
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's own way of cutting text before merging (Radford et al. 2019, section 2.2), in tiktoken's faster form
+# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
-    """The tokenizer called "gpt2", or that of a directory with vocab.json and merges.txt.
+    """The tokenizer named "gpt2", or that of a directory with vocab.json and merges.txt.
 
     Raises:
-        FileNotFoundError: vocab.json or merges.txt is not there.
-        ValueError: the two do not belong together, or `name` is neither a directory nor known to tiktoken.
+        FileNotFoundError: vocab.json or merges.txt is missing.
+        ValueError: the two do not match, or `name` is neither a directory nor known to tiktoken.
     """
     directory = Path(name)
     if not directory.is_dir():
@@ -27,7 +27,7 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
             return tiktoken.get_encoding(str(name))
         except ValueError as error:
             raise ValueError(
-                f"no tokenizer {str(name)!r}: neither a directory nor a name tiktoken knows ({error})"
+                f"no tokenizer {str(name)!r}: neither a directory nor known to tiktoken ({error})"
             ) from None
     ranks, end_of_text = _read_ranks(directory / "vocab.json", directory / "merges.txt")
     return tiktoken.Encoding(
@@ -39,10 +39,10 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
 
 
 def _read_ranks(vocab_file: Path, merges_file: Path) -> tuple[dict[bytes, int], int]:
-    """Bytes -> id for tiktoken, which merges the pair of the lowest id first, and the id of end of text."""
+    """Bytes -> id for tiktoken, which merges the pair with the lowest id first, and the id of end of text."""
     for file in (vocab_file, merges_file):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is not there; a tokenizer directory holds vocab.json and merges.txt")
+            raise FileNotFoundError(f"{file} does not exist; a tokenizer directory has vocab.json and merges.txt")
     try:
         vocab: dict[str, int] = json.loads(vocab_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -54,7 +54,7 @@ def _read_ranks(vocab_file: Path, merges_file: Path) -> tuple[dict[bytes, int], 
     merged = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
     missing = [token for token in (*_byte_of_character(), *merged) if token not in vocab]
     if missing:
-        raise ValueError(f"{vocab_file} lacks {missing[0]!r}, which {merges_file} needs; they do not belong together")
+        raise ValueError(f"{vocab_file} lacks {missing[0]!r}, which {merges_file} needs; the files do not match")
     ids = [vocab[token] for token in merged]
     if ids != sorted(ids) or len(vocab) != len(set(merged)) + 256:
         raise ValueError(
@@ -69,7 +69,7 @@ def _to_bytes(token: str) -> bytes:
 
 @lru_cache
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2 writes each byte as one visible character: its own where Latin-1 has one, else from U+0100 on."""
+    """GPT-2 spells each byte as one visible character: its own in Latin-1 if visible, else one from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

@@ -1,24 +1,18 @@
+"""Instruction records: reading, checking, splitting, encoding."""
+
 import json
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2core import data
 from gpt2core.data import (
-    IGNORED,
-    PADDING,
-    SHARED,
-    Example,
-    batches,
     check_records,
     count_duplicates,
     encode_records,
-    pack,
     read_records,
     records_sha256,
     split_records,
@@ -48,13 +42,13 @@ def tokenizer(tokenizer_dir):
         ("a.json", json.dumps([{"instruction": "Say é.", "output": "é", "more": 1}, GOOD])),
     ],
 )
-def test_records_are_read_from_json_and_jsonl_and_have_an_input(tmp_path, name, text):
+def test_records_are_read_from_json_and_jsonl(tmp_path, name, text):
     file = tmp_path / name
     file.write_text(text, encoding="utf-8")
     assert read_records(file) == [GOOD, GOOD]
 
 
-def test_group_and_family_are_kept_where_there_are_any():
+def test_group_and_family_are_kept():
     record = GOOD | {"group": "g", "family": "f"}
     assert check_records([record, GOOD]) == [record, GOOD]
 
@@ -72,10 +66,10 @@ def test_group_and_family_are_kept_where_there_are_any():
         ("a.json", json.dumps([GOOD | {"input": None}]), ["record 0", "'input'", "NoneType"]),
         ("a.json", json.dumps([GOOD | {"group": 3}]), ["record 0", "'group'"]),
         ("a.json", json.dumps([GOOD | {"output": " \n"}]), ["record 0", "'output'", "empty"]),
-        ("a.json", '[{"instruction": "\\ud800", "output": "x"}]', ["record 0", "'instruction'", "unicode"]),
+        ("a.json", '[{"instruction": "\\ud800", "output": "x"}]', ["record 0", "'instruction'", "Unicode"]),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_with_its_name_and_the_record(tmp_path, name, text, named):
+def test_an_error_names_the_file_and_the_record(tmp_path, name, text, named):
     file = tmp_path / name
     file.write_text(text)
     with pytest.raises(ValueError, match=r"a\.json") as error:
@@ -84,12 +78,12 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name_and_the_record(tmp_path
         assert word in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nope\.json is not there"):
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nope\.json does not exist"):
         read_records(tmp_path / "nope.json")
 
 
-def test_a_directory_or_bytes_that_are_no_text_are_named(tmp_path):
+def test_a_file_that_is_not_text_is_named(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"a\.json"):
         read_records(tmp_path / "a.json")
@@ -101,7 +95,7 @@ def test_duplicates_are_counted_and_kept():
     assert count_duplicates(records) == 2
 
 
-def test_the_digest_is_of_the_records_and_their_order_not_of_their_file(tmp_path):
+def test_the_digest_depends_on_the_records_and_their_order_not_on_their_file(tmp_path):
     records = numbered(3)
     (tmp_path / "a.json").write_text(json.dumps(records, indent=4))
     (tmp_path / "a.jsonl").write_bytes(to_jsonl(records))
@@ -133,7 +127,7 @@ def test_1100_records_without_groups_are_split_935_55_110(seed):
     assert [len(part) for part in split_records(numbered(1100), seed)] == [935, 55, 110]
 
 
-def test_without_a_seed_the_files_order_is_kept_train_then_test_then_validation():
+def test_without_a_seed_the_order_of_the_file_is_kept_train_then_test_then_validation():
     records = numbered(1100)
     parts = split_records(records, None)
     assert parts.train + parts.test + parts.val == records
@@ -145,7 +139,7 @@ def test_another_seed_is_another_split():
     assert one != numbered(100)[:10]
 
 
-def test_families_have_their_share_of_each_part():
+def test_families_are_represented_in_proportion_in_each_part():
     records = [r | {"family": family} for family, n in (("a", 100), ("b", 200)) for r in numbered(n)]
     for part in split_records(records, 0, 0.1, 0.2):
         counts = Counter(r["family"] for r in part)
@@ -153,13 +147,13 @@ def test_families_have_their_share_of_each_part():
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0), (float("nan"), 0.1)])
-def test_fractions_that_cannot_be_are_refused(fractions):
+def test_impossible_fractions_are_refused(fractions):
     with pytest.raises(ValueError, match="val_fraction"):
         split_records(numbered(10), 0, *fractions)
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused():
-    with pytest.raises(ValueError, match="1 records cannot be cut"):
+    with pytest.raises(ValueError, match="1 records cannot be split"):
         split_records(numbered(1), 0, 0.0, 0.6)
 
 
@@ -172,12 +166,12 @@ def test_an_example_is_the_prompt_then_the_response_then_end_of_text(tokenizer):
     assert example.input_ids[-1] == tokenizer.eot_token
 
 
-def test_what_looks_like_end_of_text_in_a_record_stays_text(tokenizer):
+def test_end_of_text_spelled_in_a_record_is_plain_text(tokenizer):
     [example] = encode_records([GOOD | {"instruction": "<|endoftext|>", "output": "<|endoftext|>"}], tokenizer, 200)
     assert example.input_ids.count(tokenizer.eot_token) == 1
 
 
-def test_a_record_beyond_the_context_is_named_with_both_lengths(tokenizer):
+def test_a_record_longer_than_the_context_is_named_with_both_lengths(tokenizer):
     records = [GOOD, GOOD | {"output": "é" * 50}]
     n = len(encode_records(records, tokenizer, 1000)[1].input_ids)
     assert len(encode_records(records, tokenizer, n)) == 2
@@ -185,67 +179,10 @@ def test_a_record_beyond_the_context_is_named_with_both_lengths(tokenizer):
         encode_records(records, tokenizer, n - 1)
 
 
-LONG, SHORT = Example([1, 2, 3, 4, 5], 3), Example([1, 2, 8], 2)
-
-
-def test_examples_lie_behind_each_other_and_labels_are_the_next_tokens_of_the_response():
-    batch = pack([SHORT, LONG], "response", share_beginning=False)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 1, 2]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, IGNORED, 8]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert batch.example.tolist() == [[1, 1, 1, 1, 0, 0]]
-    assert batch.n_tokens == 6
-
-
-def test_a_beginning_that_all_share_is_there_once_and_counts_for_each():
-    batch = pack([SHORT, LONG], "response")  # they share 1 and 2, but the loss looks at what follows 2
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, 8]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 1]]
-    assert batch.example.tolist() == [[SHARED, 1, 1, 1, 0]]
-    assert batch.n_tokens == 6
-
-
-def test_loss_on_all_sees_every_token_but_the_first_so_nothing_is_shared():
-    batch = pack([SHORT, LONG], "all")
-    assert batch.labels.tolist() == [[2, 3, 4, 5, 2, 8]]
-    assert SHARED not in batch.example
-
-
-def test_many_examples_fill_several_rows_evenly(monkeypatch):
-    monkeypatch.setattr(data, "ROW_TOKENS", 20)
-    examples = [Example([7, 7, *range(n)], 2) for n in range(1, 12)]
-    batch = pack(examples, "response")
-    assert sorted(set(batch.example[batch.example >= 0].tolist())) == list(range(11))
-    assert len(batch.input_ids) > 3
-    filled = (batch.example != PADDING).float().mean()
-    assert filled > 0.85
-    for i, example in enumerate(examples):  # whole, in one row, in order
-        row = int(torch.where(batch.example == i)[0][0])
-        own = batch.example[row] == i
-        own[: int((batch.example[row] == SHARED).sum())] = True
-        assert batch.input_ids[row][own].tolist() == example.input_ids[:-1]
-        assert batch.positions[row][own].tolist() == list(range(len(example.input_ids) - 1))
-
-
-def test_examples_that_fill_a_row_each_have_no_others_and_need_no_mask(monkeypatch):
-    monkeypatch.setattr(data, "ROW_TOKENS", 3)
-    batch = pack([LONG, SHORT], "response")
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5], [IGNORED, 8, IGNORED, IGNORED]]
-    assert batch.positions is None
-
-
-def test_batches_hold_every_example_once_in_the_order_given():
-    examples = [Example([i, i], 1) for i in range(5)]
-    assert list(batches(examples, 2)) == [examples[:2], examples[2:4], examples[4:]]
-    assert list(batches(examples, 2, [4, 0, 1])) == [[examples[4], examples[0]], [examples[1]]]
-
-
-def test_the_1100_records_of_the_older_system_are_read_and_split():
+def test_the_1100_records_of_mariovas3_llms_are_read_and_split():
     file = os.environ.get("INSTRUCTION_DATA")
     if file is None:
-        pytest.skip("INSTRUCTION_DATA does not name the older system's instruction-data.json")
+        pytest.skip("INSTRUCTION_DATA does not name the instruction-data.json of mariovas3/llms")
     records = read_records(Path(file))
     assert [len(part) for part in split_records(records, 0)] == [935, 55, 110]
     assert split_records(records, None).train[0]["instruction"].startswith("Evaluate the following phrase")

@@ -1,4 +1,4 @@
-"""The byte-level BPE against the tokenizers library on the same files, for texts of every kind."""
+"""The byte-level BPE against the tokenizers library on the same files, for all kinds of text."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import shutil
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 
@@ -22,7 +22,7 @@ PIECES = [
     *(END_OF_TEXT, "<|endoftext", "|>", "<|im_start|>", "<s>", "[CLS]", "<|endoftext|><|endoftext|>"),
     *("### Response:", "!!!", "...", "--", "_", "a_b", "(", ")", "#", "$5"),
 ]
-# surrogates alone are no text: they cannot be written in UTF-8
+# lone surrogates are not text: UTF-8 cannot encode them
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
     st.text(" \n\t'abemnoprstv0123.", max_size=60),
@@ -31,9 +31,7 @@ TEXTS = st.one_of(
         "".join
     ),
 )
-MANY = settings(
-    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+MANY = settings(max_examples=250)
 EXAMPLES = ["", " ", "\n", "  a", "a  ", "a \n b", "we'll've", "x" * 50, " " * 30, END_OF_TEXT, "e\u0301 \u0000"]
 
 
@@ -51,26 +49,16 @@ def theirs(tokenizer_dir):
 @given(TEXTS)
 @example("".join(PIECES))
 @example(" ".join(PIECES))
-def test_ids_are_those_of_the_tokenizers_library(ours, theirs, text):
-    assert ours.encode_ordinary(text) == theirs.encode(text).ids
+def test_ids_are_those_of_the_tokenizers_library_and_decode_to_the_text(ours, theirs, text):
+    ids = ours.encode_ordinary(text)
+    assert ids == theirs.encode(text).ids
+    assert ours.decode(ids) == text
+    assert all(0 <= token < ours.n_vocab and token != ours.eot_token for token in ids)
 
 
-@pytest.mark.parametrize("text", [*EXAMPLES, *PIECES], ids=ascii)
-def test_ids_of_these_texts_are_those_of_the_tokenizers_library(ours, theirs, text):
-    assert ours.encode_ordinary(text) == theirs.encode(text).ids
-
-
-@MANY
-@given(TEXTS)
-@example("".join(PIECES))
-def test_decoding_gives_the_text_back(ours, text):
-    assert ours.decode(ours.encode_ordinary(text)) == text
-
-
-@MANY
-@given(TEXTS)
-def test_every_id_is_in_the_vocabulary_and_none_is_end_of_text(ours, text):
-    assert all(0 <= token < ours.n_vocab and token != ours.eot_token for token in ours.encode_ordinary(text))
+def test_ids_of_special_cases_are_those_of_the_tokenizers_library(ours, theirs):
+    for text in [*EXAMPLES, *PIECES]:
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids, ascii(text)
 
 
 def test_decoding_is_that_of_the_tokenizers_library_for_every_token(ours, theirs):
@@ -78,30 +66,30 @@ def test_decoding_is_that_of_the_tokenizers_library_for_every_token(ours, theirs
         assert ours.decode([token]) == theirs.decode([token])
 
 
-def test_training_made_tokens_longer_than_a_byte(ours):
+def test_the_tokenizer_has_tokens_longer_than_a_byte(ours):
     text = "The quick brown fox jumps over the lazy dog"
-    assert len(ours.encode_ordinary(text)) < 0.7 * len(text)  # else the comparisons would not touch the merges
+    assert len(ours.encode_ordinary(text)) < 0.7 * len(text)  # otherwise the comparisons would not exercise the merges
 
 
-def test_end_of_text_has_the_last_id_and_the_size_is_that_of_the_vocabulary(ours, tokenizer_dir):
+def test_end_of_text_has_the_last_id_of_the_vocabulary(ours, tokenizer_dir):
     vocab = json.loads((tokenizer_dir / "vocab.json").read_text(encoding="utf-8"))
     assert ours.n_vocab == len(vocab) == 400
     assert ours.eot_token == vocab[END_OF_TEXT] == 399
     assert ours.decode([ours.eot_token]) == END_OF_TEXT
 
 
-def test_end_of_text_written_by_a_user_stays_text(ours):
+def test_end_of_text_spelled_by_a_user_is_plain_text(ours):
     ids = ours.encode_ordinary(f"a{END_OF_TEXT}b")
     assert ours.eot_token not in ids
     assert ours.decode(ids) == f"a{END_OF_TEXT}b"
 
 
-def test_transformers_reads_the_same_files_alike(ours, tokenizer_dir):
+def test_transformers_encodes_the_same_ids_from_the_same_files(ours, tokenizer_dir):
     from transformers import GPT2TokenizerFast
 
     reference = GPT2TokenizerFast.from_pretrained(str(tokenizer_dir))
     for text in PIECES:
-        if END_OF_TEXT not in text:  # there it is a special token
+        if END_OF_TEXT not in text:  # transformers encodes it as a special token
             assert ours.encode_ordinary(text) == reference(text)["input_ids"]
     assert reference.eos_token_id == ours.eot_token
 
@@ -114,7 +102,7 @@ def broken(tokenizer_dir, tmp_path):
     return shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
 
 
-def test_line_ends_of_windows_and_a_missing_version_line_change_nothing(broken, ours):
+def test_windows_line_ends_and_a_missing_version_line_are_accepted(broken, ours):
     file = broken / "merges.txt"
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_bytes("\r\n".join(lines[1:]).encode())
@@ -125,7 +113,7 @@ def test_line_ends_of_windows_and_a_missing_version_line_change_nothing(broken, 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_a_missing_file_is_named(broken, name):
     (broken / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{broken / name} is not there"):
+    with pytest.raises(FileNotFoundError, match=f"{broken / name} does not exist"):
         load_tokenizer(broken)
 
 
@@ -160,28 +148,23 @@ MISMATCHES = {
 
 
 @pytest.mark.parametrize("damage", MISMATCHES.values(), ids=MISMATCHES)
-def test_files_that_do_not_belong_together_are_refused(broken, damage):
+def test_files_that_do_not_match_are_refused(broken, damage):
     damage(broken)
     with pytest.raises(ValueError, match=str(broken)):
         load_tokenizer(broken)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_a_vocabulary_that_is_no_json_object_is_a_value_error_with_its_name(broken, content):
+def test_a_vocabulary_that_is_not_a_json_object_is_refused_with_its_name(broken, content):
     (broken / "vocab.json").write_text(content)
     with pytest.raises(ValueError, match=r"vocab.json"):
         load_tokenizer(broken)
 
 
-@pytest.mark.parametrize("name", ["gpt5", "", "no/such/directory"])
-def test_an_unknown_name_is_refused(name, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    if name:
-        with pytest.raises(ValueError, match=f"no tokenizer '{name}': neither a directory nor a name"):
-            load_tokenizer(name)
-    else:  # the empty path is the working directory
-        with pytest.raises(FileNotFoundError, match=r"vocab.json"):
-            load_tokenizer(name)
+@pytest.mark.parametrize("name", ["gpt5", "no/such/directory"])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"no tokenizer '{name}': neither a directory nor known to tiktoken"):
+        load_tokenizer(name)
 
 
 # ------------------------------------------------------------------------------------------------------ GPT-2's own BPE
@@ -203,7 +186,7 @@ def test_gpt2_is_known_by_name(gpt2):
 
 @pytest.fixture(scope="module")
 def gpt2_files(gpt2, tmp_path_factory):
-    """vocab.json and merges.txt of GPT-2, derived from tiktoken's ranks: the pair that each token is made of."""
+    """vocab.json and merges.txt of GPT-2, derived from tiktoken's ranks: the two tokens that each token merges."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letter = {byte: chr(byte) for byte in visible}
     letter |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in letter)}
@@ -232,7 +215,7 @@ def gpt2_files(gpt2, tmp_path_factory):
     return directory
 
 
-def test_gpt2s_files_give_gpt2s_ids_as_does_the_tokenizers_library(gpt2, gpt2_files):
+def test_files_of_gpt2_give_the_ids_of_gpt2_and_of_the_tokenizers_library(gpt2, gpt2_files):
     ours = load_tokenizer(gpt2_files)
     theirs = ByteLevelBPETokenizer(str(gpt2_files / "vocab.json"), str(gpt2_files / "merges.txt"))
     assert (ours.n_vocab, ours.eot_token) == (50257, 50256)
