@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Precision = Literal["fp32", "bf16-true", "bf16-mixed"]
 LossOn = Literal["response", "all"]
+TooLong = Literal["error", "drop", "truncate"]  # what happens to records longer than the context
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
 LoraTarget = Literal["q", "k", "v", "o", "fc", "proj"]
 
