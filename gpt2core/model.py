@@ -22,8 +22,8 @@ def best_device() -> torch.device:
 
 
 @contextmanager
-def evaluating(model: "GPT2") -> Iterator[None]:
-    """Dropout off, and every module's mode as it was afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode; afterwards, also after an exception, every module has its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
