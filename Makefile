@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/local.yaml
 PORT ?= 3000
+HOST ?= 0.0.0.0
 
 .PHONY: install run test test-slow lint format serve report dashboard bench bench-growth bench-gpu image image-train stack-local stack-docker stack-kubernetes clean
 
@@ -34,7 +35,7 @@ format: install
 
 serve: install
 	@test -f outputs/latest/bento.txt || { echo "There is no Bento yet; build one with: make run" >&2; exit 1; }
-	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --port $(PORT)
+	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --host $(HOST) --port $(PORT)
 
 report:
 	@test -f outputs/latest/report.html || { echo "There is no report yet; write one with: make run" >&2; exit 1; }

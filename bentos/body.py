@@ -34,6 +34,9 @@ async def read_body(request: Request, model: type[M]) -> M:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else None
-        message = f"{field}: {first['msg']}" if field else first["msg"]
-        raise ServiceError("invalid_request", message, field) from None
+        location = first["loc"]
+        param = str(location[0]) if location else None
+        in_list = len(location) > 1 and isinstance(location[1], int)  # else the rest names types of a union
+        place = ".".join(map(str, location)) if in_list else param
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise ServiceError("invalid_request", message, param) from None

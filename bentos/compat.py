@@ -3,6 +3,10 @@
 tests/bentos/test_compat.py fails when BentoML no longer needs one of them.
 """
 
+import asyncio
+import os
+import select
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +85,26 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
         if scope["type"] == "http":
             scope = {**scope, "path": self._label(scope["path"]), _REQUEST_SCOPE: scope}
         await super().__call__(scope, receive, send)
+
+
+async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
+    """Refuse new connections, and serve on those that were accepted.
+
+    Args:
+        sigterm_handler: uvicorn's, a method of the `Server` that listens.
+
+    uvicorn alone closes this process's descriptor of the listening socket. BentoML's parent process has one too, so the
+    kernel would go on accepting connections for a second, which the parent's end then resets. `shutdown` ends the
+    listening itself (Linux). It resets connections that are still in the kernel's queue, so those are accepted first.
+    """
+    servers = getattr(getattr(sigterm_handler, "__self__", None), "servers", [])
+    for server in servers:
+        for listening in server.sockets:
+            with socket.socket(fileno=os.dup(listening.fileno())) as duplicate:
+                while select.select([duplicate], [], [], 0)[0]:
+                    await asyncio.sleep(0)  # the event loop accepts
+                duplicate.shutdown(socket.SHUT_RDWR)
+        server.close()
 
 
 def _remove(app: Starlette, middleware: type) -> None:

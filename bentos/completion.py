@@ -103,11 +103,12 @@ class Completion:
             ServiceError: the deadline has passed, or the engine has stopped.
         """
         running, ended_by = self._running, "cancelled"
+        sent = 0  # tokens of earlier chunks; further ones may be read, but their text held back
         try:
             while self.finish_reason is None:
                 await self._progress.wait()
                 reason = running.finish_reason  # read before the tokens, so that none is missed when it is set
-                first, text = self.n_tokens, self._read_tokens()
+                text = self._read_tokens()
                 if self._detokenizer.stopped:
                     reason = "stop"
                 elif reason == "deadline":
@@ -122,7 +123,8 @@ class Completion:
                 if reason is not None:
                     self.finish_reason = ended_by = reason
                 if text or reason is not None:
-                    yield Chunk(text, running.tokens[first : self.n_tokens], running.logprobs[first : self.n_tokens])
+                    new, sent = slice(sent, self.n_tokens), self.n_tokens
+                    yield Chunk(text, running.tokens[new], running.logprobs[new])
         finally:
             self._end(ended_by)
 

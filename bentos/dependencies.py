@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 
 from bentos.middleware.access_log import RequestRecord
+from bentos.settings import MultiTurn
 from gpt2core.types import Lineage
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class Served:
     generator: "TextGenerator"
     lineage: Lineage
     started: int  # Unix seconds
+    multi_turn: MultiTurn
 
 
 def served(request: Request) -> Served:

@@ -1,4 +1,4 @@
-"""Errors of the service and their HTTP form: a status and {"error": {"type", "message", "param"}}."""
+"""Errors of the service and their HTTP form: a status and {"error": {"type", "message", "param", "code"}}."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class ServiceError(Exception):
 
 
 def error_content(type: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """The body of every error."""
-    return {"error": {"type": type, "message": message, "param": param}}
+    """The body of every error. `code` is the type again: it is where clients of OpenAI look for it."""
+    return {"error": {"type": type, "message": message, "param": param, "code": type.replace(" ", "_")}}
 
 
 def error_response(error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -80,14 +80,8 @@ class TextGenerator:
             message = f"there is no model {name!r}; available: {', '.join(self.models)}"
             raise ServiceError("model_not_found", message, param)
 
-    def config(self, max_new_tokens: int, param: str, **sampling: Any) -> GenerationConfig:
-        """
-        Raises:
-            ServiceError: more tokens than the context holds, whatever the prompt.
-        """
-        if max_new_tokens > self.n_positions:
-            message = f"{param} is {max_new_tokens}, but the context holds {self.n_positions} tokens"
-            raise ServiceError("invalid_request", message, param)
+    def config(self, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
+        """The engine reduces `max_new_tokens` to what the prompt leaves of the context."""
         return GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
 
     def submit(

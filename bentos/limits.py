@@ -11,4 +11,5 @@ DEADLINE = 55.0  # seconds from a request's head to the end of its response, str
 MAX_STOPS = 16  # stop texts of one request
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 
-DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds that the service still accepts requests after SIGTERM
+DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections
+LAST_REQUESTS = 1.0  # seconds after that in which accepted connections may still send a request

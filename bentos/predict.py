@@ -51,9 +51,11 @@ async def _predict(request: Request, may_stream: bool) -> Response:
     stream = body.stream and may_stream
     generator = served(request).generator
     generator.check_model(body.adapter, "adapter")
+    if body.max_new_tokens > generator.n_positions:
+        message = f"max_new_tokens is {body.max_new_tokens}, but the context holds {generator.n_positions} tokens"
+        raise ServiceError("invalid_request", message, "max_new_tokens")
     config = generator.config(
         body.max_new_tokens,
-        "max_new_tokens",
         temperature=body.temperature,
         top_k=body.top_k,
         top_p=body.top_p,

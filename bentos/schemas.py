@@ -89,6 +89,7 @@ class Error(BaseModel):
     type: str
     message: str
     param: str | None = Field(description="the field of the request that is wrong")
+    code: str
 
 
 class ErrorResponse(BaseModel):

@@ -23,6 +23,7 @@ from bentos.middleware.access_log import AccessLogMiddleware
 from bentos.middleware.auth import AuthMiddleware
 from bentos.middleware.drain import DrainMiddleware
 from bentos.middleware.error_shape import ErrorShapeMiddleware
+from bentos.middleware.head import HeadMiddleware
 from bentos.middleware.metrics_path import path_label
 from bentos.middleware.request_id import RequestIdMiddleware
 from bentos.openapi import set_limits
@@ -52,10 +53,11 @@ class GPT2Service(compat.WrappableService):
         if not settings().tracing:
             compat.remove_tracing(app)
         compat.bound_metrics(app, path_label(_paths()))
-        wrapped: ASGIApp = ErrorShapeMiddleware(app)
+        wrapped: ASGIApp = HeadMiddleware(app)
+        wrapped = ErrorShapeMiddleware(wrapped)
         wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, open_paths=PROBES)
         wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)
-        wrapped = DrainMiddleware(wrapped, uncounted_paths=PROBES)
+        wrapped = DrainMiddleware(wrapped, PROBES, compat.stop_listening)
         return RequestIdMiddleware(wrapped, lineage().run.id)
 
     def complete_spec(self, paths: dict[str, Any]) -> None:
@@ -87,7 +89,7 @@ class GPT2Instruct:
         self.generator = TextGenerator(
             self.base.path, self.adapter.path, settings().weights, settings().adapters_dir, Metrics(), log
         )
-        app.state.served = Served(self.generator, lineage(), started=int(time()))
+        app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn)
         # Exclude everything loaded so far from garbage collection: full collections stay short, so cycles of finished
         # requests are freed often (they do not grow to 100 MB) and no pause is long.
         gc.collect()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 LogText = Literal["hash", "keep", "drop"]
+MultiTurn = Literal["last", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Settings:
     weights: str = "auto"  # one of gpt2core.engine.Weights
     request_log: str = ""  # file for one JSON line per completion; "": no log
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
+    multi_turn: MultiTurn = "last"  # of a conversation, answer the last user turn; or refuse more than one turn
     tracing: bool = False  # BentoML's OpenTelemetry spans; not a GPT2_ variable: OTEL_SDK_DISABLED=false sets it
 
     @classmethod

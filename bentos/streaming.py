@@ -13,6 +13,8 @@ from bentos.completion import Completion
 from bentos.errors import ServiceError, error_content
 
 T = TypeVar("T")
+# Characters that JSON allows in strings, and at which some clients split lines (httpx: str.splitlines).
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T], completions: Sequence[Completion]) -> T:
@@ -79,4 +81,5 @@ class _EventStream(StreamingResponse):
 
 
 def _line(event: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return f"data: {data}\n\n".encode()

@@ -1,5 +1,6 @@
 """POST /v1/completions: continues a text, or several, as they are."""
 
+from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from bentos.body import read_body
 from bentos.completion import Chunk, FinishReason
 from bentos.dependencies import served
 from bentos.limits import DEADLINE
+from bentos.openai.logprobs import token_text
 from bentos.openai.protocol import CompletionRequest
 from bentos.openai.serving import Route, respond
 from bentos.openapi import ERRORS, operation
@@ -38,41 +40,43 @@ async def completions(request: Request) -> Response:
 
 class CompletionRoute(Route):
     object, chunk_object, id_prefix = "text_completion", "text_completion", "cmpl"
-    prompt_field, max_tokens_field, clean = "prompt", "max_tokens", False
+    prompt_field, clean = "prompt", False
 
     def __init__(self, body: CompletionRequest, tokenizer: tiktoken.Encoding) -> None:
-        self.body, self._tokenizer = body, tokenizer
+        self.body, self.tokenizer = body, tokenizer
         self.max_new_tokens = body.max_tokens or DEFAULTS.max_new_tokens
         self.logprobs = body.logprobs
-        prompt = body.prompt
+        prompt = body.prompt or ""
         many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-        self.prompts = [tokenizer.encode_ordinary(one) if isinstance(one, str) else list(one) for one in many]
+        self.prompts = [self._tokens(one) if isinstance(one, str) else list(one) for one in many]
 
-    def choice(self, index: int, chunk: Chunk, finish_reason: FinishReason | None) -> dict[str, Any]:
-        return self.chunk_choice(index, chunk, finish_reason, first=True, offset=0)
-
-    def chunk_choice(
-        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, first: bool, offset: int
+    def choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int]
     ) -> dict[str, Any]:
         logprobs = None
         if self.logprobs is not None:
-            texts = [self._text(token) for token in chunk.tokens]
             logprobs = {
-                "tokens": texts,
+                "tokens": [self._text(token) for token in chunk.tokens],
                 "token_logprobs": [one.logprob for one in chunk.logprobs],
                 "top_logprobs": [
                     {self._text(id): value for id, value in _with_own(token, one)}
                     for token, one in zip(chunk.tokens, chunk.logprobs, strict=True)
                 ],
-                "text_offset": [offset + len("".join(texts[:k])) for k in range(len(texts))],
+                "text_offset": list(offsets),
             }
         return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def length(self, chunk: Chunk) -> int:
-        return sum(len(self._text(token)) for token in chunk.tokens)
+    def event_choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int], first: bool
+    ) -> dict[str, Any]:
+        return self.choice(index, chunk, finish_reason, offsets)
+
+    def _tokens(self, text: str) -> list[int]:
+        """Without a text, end of text: the model then begins a text of its own."""
+        return self.tokenizer.encode_ordinary(text) or [self.tokenizer.eot_token]
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode_single_token_bytes(token).decode("utf-8", "replace")
+        return token_text(token, self.tokenizer)
 
 
 def _with_own(token: int, logprobs: "TokenLogprobs") -> list[tuple[int, float]]:

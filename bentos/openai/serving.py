@@ -2,18 +2,21 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from time import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import tiktoken
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bentos.completion import Chunk, Completion, FinishReason, GenerationRequest, merge, usage
 from bentos.dependencies import record, request_id, served
 from bentos.errors import ServiceError
+from bentos.openai.logprobs import TextOffsets
 from bentos.openai.protocol import OpenAIRequest
-from bentos.schemas import DEFAULTS
+from bentos.schemas import DEFAULTS, TUNED
 from bentos.streaming import event_stream, unless_disconnected
 
 if TYPE_CHECKING:
@@ -30,24 +33,24 @@ class Route(ABC):
     clean: bool  # whether the text is an answer to an instruction
 
     body: OpenAIRequest
+    tokenizer: tiktoken.Encoding
     prompts: list[list[int]]
     max_new_tokens: int
-    max_tokens_field: str
     logprobs: int | None
 
-    @abstractmethod
-    def choice(self, index: int, chunk: Chunk, finish_reason: FinishReason | None) -> dict[str, Any]:
-        """A choice of a whole response."""
+    extra_fields: Mapping[str, Any] = MappingProxyType({})  # of the response, which OpenAI's does not have
 
     @abstractmethod
-    def chunk_choice(
-        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, first: bool, offset: int
+    def choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int]
     ) -> dict[str, Any]:
-        """A choice of an event. `first`: the choice's first event; `offset`: characters of its tokens so far."""
+        """A choice of a whole response. `offsets`: where the chunk's tokens begin in the completion's text."""
 
     @abstractmethod
-    def length(self, chunk: Chunk) -> int:
-        """Characters of a chunk's tokens."""
+    def event_choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int], first: bool
+    ) -> dict[str, Any]:
+        """A choice of an event. `first`: this choice had no event before."""
 
 
 async def respond(request: Request, route: Route, deadline: float) -> Response:
@@ -76,24 +79,25 @@ def generation_requests(
 ) -> list[GenerationRequest]:
     """`n` requests for each prompt."""
     body = route.body
-    generator.check_model(body.model, "model")
-    if body.stream_options is not None and not body.stream:
+    model = body.model or TUNED
+    generator.check_model(model, "model")
+    if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise ServiceError("invalid_request", "stream_options: only together with stream", "stream_options")
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
+    greedy = body.top_p == 0  # the smallest set of tokens whose probability reaches 0 is the most likely one
 
     def one(prompt: list[int], choice: int) -> GenerationRequest:
         config = generator.config(
             route.max_new_tokens,
-            route.max_tokens_field,
-            temperature=DEFAULTS.temperature if body.temperature is None else body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
+            temperature=0.0 if greedy else DEFAULTS.temperature if body.temperature is None else body.temperature,
+            top_k=body.top_k if body.top_k and body.top_k > 0 else None,
+            top_p=body.top_p or None,
             seed=None if body.seed is None else (body.seed + choice) % 2**63,
         )
         return GenerationRequest(
             prompt,
             config,
-            body.model,
+            model,
             deadline,
             request_id,
             stop=stop,
@@ -114,28 +118,29 @@ class _Form:
         self._common = {
             "id": f"{route.id_prefix}-{request_id}",
             "created": int(time()),
-            "model": route.body.model,
+            "model": completions[0].request.model,
             # identifies what generated it: the Bento, and the adapter by its content
             "system_fingerprint": f"{bento}+{adapter.sha256[:16]}" if adapter else bento,
             "adapter": adapter and adapter.model_dump(),
+            **route.extra_fields,
         }
         options = route.body.stream_options
-        self._include_usage = options is not None and options.include_usage
-        self._offsets = [0] * len(completions)
+        self._include_usage = options is not None and bool(options.include_usage)
+        self._offsets = [TextOffsets(route.tokenizer) for _ in completions]
         self._started: set[int] = set()
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         choices = [
-            self.route.choice(i, chunk, completion.finish_reason)
+            self.route.choice(i, chunk, completion.finish_reason, self._offsets[i].next(chunk.tokens))
             for i, (chunk, completion) in enumerate(zip(chunks, self.completions, strict=True))
         ]
         counts = usage(self.completions).model_dump()
         return {"object": self.route.object, **self._common, "choices": choices, "usage": counts}
 
     def event(self, i: int, chunk: Chunk, finish_reason: FinishReason | None) -> dict[str, Any]:
-        choice = self.route.chunk_choice(i, chunk, finish_reason, i not in self._started, self._offsets[i])
+        offsets = self._offsets[i].next(chunk.tokens)
+        choice = self.route.event_choice(i, chunk, finish_reason, offsets, first=i not in self._started)
         self._started.add(i)
-        self._offsets[i] += self.route.length(chunk)
         counts = {"usage": None} if self._include_usage else {}
         return {"object": self.route.chunk_object, **self._common, "choices": [choice], **counts}
 

@@ -44,7 +44,7 @@ def predict(url: str, query: str = "", **body) -> requests.Response:
 def error_of(response: requests.Response) -> dict:
     content = response.json()
     assert content.keys() == {"error"}
-    assert content["error"].keys() == {"type", "message", "param"}
+    assert content["error"].keys() == {"type", "message", "param", "code"}
     return content["error"]
 
 

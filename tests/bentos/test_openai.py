@@ -1,4 +1,4 @@
-"""The OpenAI routes, with the official openai client."""
+"""Responses of the OpenAI routes, with the official openai client."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 import requests
 import torch
 
+from bentos.openai.logprobs import TextOffsets, token_text
 from gpt2core.checkpoint import directory_sha256
 from gpt2core.prompt import format_prompt
 from tests.bentos.client import answer_of, tokens_of
@@ -24,12 +25,6 @@ def test_chat_answers_as_predict_does(client, tuned, tokenizer):
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 8
     assert answer.usage.prompt_tokens == len(tokenizer.encode_ordinary(format_prompt("Say hello.")))
-
-
-def test_a_system_message_is_the_instruction_and_the_users_its_input(client, tuned, tokenizer):
-    messages = [{"role": "system", "content": "Name the capital."}, *user("France")]
-    answer = client.chat.completions.create(model="gpt2-instruct", messages=messages, **N)
-    assert answer.choices[0].message.content == answer_of(tuned, tokenizer, "Name the capital.", "France")
 
 
 def test_a_completion_continues_the_text_as_it_is(client, base, tuned, tokenizer):
@@ -110,9 +105,41 @@ def test_logprobs_are_the_models(client, tuned, tokenizer):
     own = [float(row[token]) for row, token in zip(expected, completion, strict=True)]
     logprobs = client.completions.create(model="gpt2-instruct", prompt="One", logprobs=3, **N).choices[0].logprobs
     assert logprobs.token_logprobs == pytest.approx(own, abs=1e-4)
-    assert "".join(logprobs.tokens) == tokenizer.decode(completion)
-    assert logprobs.text_offset[1] == len(logprobs.tokens[0])
+    assert logprobs.tokens == [token_text(token, tokenizer) for token in completion]
     assert all(len(top) == 3 for top in logprobs.top_logprobs)
+
+
+def test_every_token_has_its_logprobs_also_while_text_is_held_back(client):
+    values = {"model": "base", "prompt": "The capital of Canada", "max_tokens": 24, "logprobs": 2}
+    whole = client.completions.create(**values).choices[0]
+    assert len(whole.logprobs.tokens) == 24
+    # the text begins as this stop text does, and then differs: it is held back until the end
+    stop = whole.text[: len(whole.text) // 2] + "\x01never"
+    assert client.completions.create(**values, stop=stop).choices[0] == whole
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**values, stop=stop, stream=True)]
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [one for chunk in chunks for one in getattr(chunk.logprobs, field)] == getattr(whole.logprobs, field)
+
+
+def test_a_stop_text_ends_the_text_and_its_tokens_keep_their_logprobs(client):
+    values = {"model": "base", "prompt": "The capital of Canada", "max_tokens": 24, "logprobs": 0}
+    whole = client.completions.create(**values).choices[0]
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    response = client.completions.create(**values, stop=stop)
+    assert response.choices[0].text == whole.text[: whole.text.index(stop)]
+    assert len(response.choices[0].logprobs.tokens) == response.usage.completion_tokens
+
+
+def test_tokens_that_are_no_text_by_themselves_have_distinct_texts(tokenizer):
+    tokens = [tokenizer.encode_single_token(bytes([byte])) for byte in range(256)]
+    assert len({token_text(token, tokenizer) for token in tokens}) == 256
+    assert token_text(tokenizer.encode_single_token(b"\xe2"), tokenizer) == r"bytes:\xe2"
+
+
+def test_offsets_count_characters_of_the_text(tokenizer):
+    offsets = TextOffsets(tokenizer)
+    tokens = [tokenizer.encode_single_token(bytes([byte])) for byte in "a€b".encode()]
+    assert offsets.next(tokens[:2]) + offsets.next(tokens[2:]) == [0, 1, 1, 1, 2]
 
 
 def test_chat_logprobs_begin_with_the_most_likely_token(client):
@@ -124,32 +151,6 @@ def test_chat_logprobs_begin_with_the_most_likely_token(client):
     for one in content:
         assert one.logprob == one.top_logprobs[0].logprob < 0
         assert math.isclose(one.top_logprobs[0].logprob, max(top.logprob for top in one.top_logprobs))
-
-
-@pytest.mark.parametrize(
-    ("values", "error", "param"),
-    [
-        ({"model": "gpt-9"}, openai.NotFoundError, "model"),
-        ({"temperature": -1}, openai.BadRequestError, "temperature"),
-        ({"max_tokens": 1000}, openai.BadRequestError, "max_tokens"),
-        ({"messages": []}, openai.BadRequestError, "messages"),
-        ({"messages": user("")}, openai.BadRequestError, "messages"),
-        ({"messages": user("word " * 200)}, openai.BadRequestError, "messages"),
-        ({"messages": user("a") * 2}, openai.BadRequestError, "messages"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "messages"),
-        ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty"),
-        ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs"),
-        ({"n": 17}, openai.BadRequestError, "n"),
-        ({"tools": [{"type": "function", "function": {"name": "a"}}]}, openai.BadRequestError, "tools"),
-        ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options"),
-        ({"extra_body": {"unknown": 1}}, openai.BadRequestError, "unknown"),
-    ],
-)
-def test_an_error_is_the_clients_exception_and_names_the_field(client, values, error, param):
-    with pytest.raises(error) as raised:
-        client.chat.completions.create(**{"model": "gpt2-instruct", "messages": user("a")} | values)
-    assert raised.value.param == param
-    assert raised.value.type
 
 
 def test_an_unknown_token_id_is_refused(client):

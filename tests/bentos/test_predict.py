@@ -244,6 +244,15 @@ def test_health_and_metrics_are_bentomls(url, path):
     assert requests.get(url + path, timeout=10).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/models/base", "/metadata", "/livez", "/readyz", "/metrics"])
+def test_head_answers_where_get_does(url, path):
+    get, head = requests.get(url + path, timeout=10), requests.head(url + path, timeout=10)
+    assert head.status_code == get.status_code == 200
+    assert head.headers["Content-Type"] == get.headers["Content-Type"]
+    assert head.content == b""
+    assert requests.head(f"{url}/predict", timeout=10).status_code == 405
+
+
 def test_the_schema_describes_requests_responses_and_errors(url):
     schema = requests.get(f"{url}/docs.json", timeout=10).json()
     predict = schema["paths"]["/predict"]["post"]
