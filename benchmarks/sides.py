@@ -87,7 +87,7 @@ class Ours:
         self.engine.close()
 
     def weights(self) -> str:
-        return self.engine.packed.weights
+        return self.engine.weights
 
     def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
         """New tokens a second of requests that are asked at once, prompts included in the time.

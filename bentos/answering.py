@@ -14,7 +14,7 @@ from bentos.schemas import BASE, TUNED, AdapterVersion, Usage
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, EngineFull, Weights
-from gpt2core.inference.detokenizer import ReplyText
+from gpt2core.inference.detokenizer import IncrementalDetokenizer
 from gpt2core.inference.request import EngineClosed, Request, TokenLogprobs
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ class Reply:
         self,
         wanted: Wanted,
         adapter: AdapterVersion | None,
-        text: ReplyText,
+        text: IncrementalDetokenizer,
         on_end: Callable[["Reply", str], None],
     ) -> None:
         self.wanted, self.adapter = wanted, adapter
@@ -151,7 +151,7 @@ class Answerer:
 
     @property
     def n_positions(self) -> int:
-        return self.engine.packed.config.n_positions
+        return self.engine.config.n_positions
 
     @property
     def models(self) -> dict[str, AdapterVersion | None]:
@@ -193,7 +193,7 @@ class Answerer:
             raise RequestError(400, "context_length_exceeded", message, param)
         try:
             for one in wanted:
-                text = ReplyText(self.tokenizer, one.stops, one.clean)
+                text = IncrementalDetokenizer(self.tokenizer, one.stops, one.clean)
                 reply = Reply(one, self.models[one.model], text, self._ended)
                 reply.running = self.engine.submit(
                     one.prompt,
