@@ -28,7 +28,7 @@ from gpt2core.demo.prose import write_prose
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.engine import Weights
-from gpt2core.inference.quantized import has_int8
+from gpt2core.inference.kernels import has_int8
 from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
 from gpt2core.metrics import Scores
 from gpt2core.model import GPT2

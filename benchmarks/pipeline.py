@@ -17,7 +17,7 @@ from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import Example, encode_records
 from gpt2core.engine import Engine
-from gpt2core.inference.quantized import Format, PackedModel, causal
+from gpt2core.inference.quantized import QuantizedModel, WeightFormat, causal_attention
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer
@@ -66,19 +66,19 @@ class Quality:
         self.prompts = [example.input_ids[: example.prompt_length] for example in self.examples]
 
     @torch.inference_mode()
-    def perplexity(self, weights: Format) -> float:
+    def perplexity(self, weights: WeightFormat) -> float:
         """Perplexity per token of the references."""
-        packed, loss, count = PackedModel(self.model, weights), 0.0, 0
+        quantized, loss, count = QuantizedModel(self.model, weights), 0.0, 0
         for example in self.examples:
             ids = torch.tensor(example.input_ids[:-1])
-            logits = packed.logits(packed.hidden(ids, torch.arange(len(ids)), causal(packed)))
+            logits = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)), causal_attention(quantized)))
             first = example.prompt_length - 1
             labels = torch.tensor(example.input_ids[example.prompt_length :])
             loss += float(F.cross_entropy(logits[first:], labels, reduction="sum"))
             count += len(labels)
         return exp(loss / count)
 
-    def completions(self, weights: Format) -> list[list[int]]:
+    def completions(self, weights: WeightFormat) -> list[list[int]]:
         """Greedy completions of the test prompts, as token ids."""
         config = GenerationConfig(max_new_tokens=32, eos_id=self.tokenizer.eot_token)
         with Engine(self.model, weights=weights) as engine:

@@ -87,7 +87,7 @@ class Ours:
         self.engine.close()
 
     def weights(self) -> str:
-        return self.engine.packed.weights
+        return self.engine.weights
 
     def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
         """Throughput in new tokens/s of requests submitted at once, prompt processing included in the time.

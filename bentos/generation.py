@@ -18,7 +18,7 @@ from bentos.settings import check_choice
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, EngineFull, Weights
-from gpt2core.inference.detokenizer import ReplyText as Detokenizer
+from gpt2core.inference.detokenizer import IncrementalDetokenizer as Detokenizer
 from gpt2core.inference.request import EngineClosed, TokenLogprobs
 from gpt2core.inference.request import Request as EngineRequest
 from gpt2core.model import best_device
@@ -64,7 +64,7 @@ class TextGenerator:
 
     @property
     def n_positions(self) -> int:
-        return self.engine.packed.config.n_positions
+        return self.engine.config.n_positions
 
     @property
     def models(self) -> dict[str, AdapterVersion | None]:

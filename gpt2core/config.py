@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Precision = Literal["fp32", "bf16-true", "bf16-mixed"]
 LossOn = Literal["response", "all"]
+TooLong = Literal["error", "drop", "truncate"]  # what happens to records longer than the context
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
 LoraTarget = Literal["q", "k", "v", "o", "fc", "proj"]
 
@@ -40,12 +41,19 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
+    bos_token_id: int | None = None  # None: not known; these two and generation_config are kept for others
+    eos_token_id: int | tuple[int, ...] | None = None
+    n_tokens: int | None = None  # ids that the tokenizer has, if fewer than vocab_size: the rows beyond are padding
+    generation_config: str | None = None  # text of generation_config.json
 
     def __post_init__(self) -> None:
+        _lists_to_tuples(self, "eos_token_id")
         check_types(self)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
         check_field(self, "n_inner", self.n_inner is None or self.n_inner >= 1, "at least 1, or null for 4 * n_embd")
+        tokens = self.n_tokens is None or 1 <= self.n_tokens <= self.vocab_size
+        check_field(self, "n_tokens", tokens, f"from 1 to vocab_size={self.vocab_size}, or null for all of them")
         for name in ("layer_norm_epsilon", "initializer_range"):
             check_field(self, name, getattr(self, name) >= 0, "0 or more")
         if self.n_embd % self.n_head:
@@ -57,6 +65,11 @@ class GPT2Config:
         if name not in PRESETS:
             raise ValueError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
+
+    @property
+    def token_count(self) -> int:
+        """Number of ids that may be sampled: those below it."""
+        return self.vocab_size if self.n_tokens is None else self.n_tokens
 
     @property
     def mlp_width(self) -> int:

@@ -1,21 +1,47 @@
-"""Instruction records: reading, checking, splitting, encoding. Downloads nothing."""
+"""From instruction records to training examples: splitting, length limits, encoding. Downloads nothing."""
 
-import hashlib
-import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
 import torch
 
-from gpt2core.prompt import format_prompt
+from gpt2core.config import TooLong
+from gpt2core.prompt import MARKERS, format_prompt
+from gpt2core.records import (  # the public path of these names
+    REQUIRED,
+    TEXTS,
+    Record,
+    check_records,
+    place_of,
+    read_records,
+    records_sha256,
+    to_jsonl,
+)
 
-Record = dict[str, str]  # instruction, input, output; and group, family where known
-_KEYS = ("instruction", "input", "output", "group", "family")
-REQUIRED = ("instruction", "output")
+__all__ = [
+    "REQUIRED",
+    "Example",
+    "LongRecord",
+    "Record",
+    "Split",
+    "check_records",
+    "count_duplicates",
+    "count_repeated_questions",
+    "encode_records",
+    "find_markers",
+    "find_too_long",
+    "limit_lengths",
+    "place_of",
+    "read_records",
+    "records_sha256",
+    "split_records",
+    "to_jsonl",
+]
+
+SHOWN_RECORDS = 10  # places named in one message
 
 
 class Split(NamedTuple):
@@ -32,74 +58,36 @@ class Example:
     prompt_length: int
 
 
-def read_records(file: str | Path, required: Sequence[str] = REQUIRED) -> list[Record]:
-    """Records from a .json list or from .jsonl lines, each with non-empty `required` keys.
+@dataclass(frozen=True)
+class LongRecord:
+    """A record with more tokens than the context."""
 
-    Raises:
-        FileNotFoundError, ValueError: naming the file and the record.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".jsonl":
-            records: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid {file.suffix.lstrip('.') or 'json'}: {error}") from None
-    return check_records(records, str(file), required)
-
-
-def check_records(records: Any, source: str = "records", required: Sequence[str] = REQUIRED) -> list[Record]:
-    """The records, each with `input` and `output` and without unknown keys.
-
-    Raises:
-        ValueError: not a list, an empty list, a missing key, a value that is not a string, or an empty required one.
-    """
-    if not isinstance(records, list):
-        raise ValueError(f"{source}: expected a list of records, not a {type(records).__name__}")
-    if not records:
-        raise ValueError(f"{source}: the list of records is empty")
-    return [_check_record(record, f"{source}: record {i}", required) for i, record in enumerate(records)]
-
-
-def _check_record(record: Any, where: str, required: Sequence[str]) -> Record:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}, not an object: {_shorten(record)}")
-    for key in required:
-        if key not in record:
-            raise ValueError(f"{where} has no {key!r}: {_shorten(record)}")
-    for key in _KEYS:
-        value = record.get(key, "")
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {key!r} is {_shorten(value)}, a {type(value).__name__}; it must be a string")
-        if key in required and not value.strip():
-            raise ValueError(f"{where}: {key!r} is empty: {_shorten(record)}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer can encode it
-            raise ValueError(f"{where}: {key!r} is not valid Unicode text: {error}") from None
-    return {key: record.get(key, "") for key in ("instruction", "input", "output")} | {
-        key: record[key] for key in ("group", "family") if key in record
-    }
+    index: int
+    place: str  # in the user's file, or number in the list, from 1
+    tokens: int  # prompt, response and end of text
 
 
 def count_duplicates(records: Sequence[Record]) -> int:
     """Number of records equal to an earlier one. They are kept: repeating a record is a choice of the data's author."""
-    seen = Counter((record["instruction"], record["input"], record["output"]) for record in records)
-    return sum(seen.values()) - len(seen)
+    return len(records) - len({tuple(record[key] for key in TEXTS) for record in records})
 
 
-def records_sha256(records: Sequence[Record]) -> str:
-    """Digest of the records in their order, independent of the layout of their file."""
-    return hashlib.sha256(to_jsonl(records)).hexdigest()
+def count_repeated_questions(records: Sequence[Record]) -> int:
+    """Number of records with the instruction and input of an earlier one. A split keeps them on one side."""
+    return len(records) - len({_question(record) for record in records})
 
 
-def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """JSON lines in UTF-8: one object per line, keys in their order."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+def find_markers(records: Sequence[Record]) -> list[str]:
+    """Places of records whose text contains a section header of the prompt, its preamble, or end of text spelled out.
+
+    The model cannot tell such a text from the prompt's own sections, and an answer is cut at a marker, so such an
+    output never scores as correct.
+    """
+    return [
+        place_of(records, i)
+        for i, record in enumerate(records)
+        if any(marker in record[key] for key in TEXTS for marker in MARKERS)
+    ]
 
 
 def split_records(
@@ -107,11 +95,12 @@ def split_records(
 ) -> Split:
     """Shuffle by the seed and split; `seed=None` keeps the file's order: train first, then test, then validation.
 
-    Records of one `group` stay together. Each family, where records have one, is represented in each part in
-    proportion. The parts have exactly the requested sizes unless the groups are too large to add up to them.
+    Records of one `group`, and records with the same question (instruction and input), stay together. Each family,
+    where records have one, is represented in each part in proportion. The parts have exactly the requested sizes
+    unless the groups are too large to add up to them; a test_fraction above 0 gives at least one test record.
 
     Raises:
-        ValueError: the fractions leave no training record.
+        ValueError: the fractions or the groups leave no training record or no test record.
     """
     n = len(records)
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
@@ -119,9 +108,12 @@ def split_records(
             f"val_fraction={val_fraction} and test_fraction={test_fraction} must be 0 or more, and below 1 together"
         )
     n_test, n_val = round(n * test_fraction), round(n * val_fraction)
+    if test_fraction:
+        n_test = max(n_test, 1)
     if n and n_test + n_val >= n:
         raise ValueError(f"{n} records cannot be split into train, {n_val} validation and {n_test} test records")
     groups = _ordered_groups(records, seed)
+    n_groups = len(groups)
     if seed is None:  # the parts are taken from the end of the file, validation last
         groups.reverse()
         val, groups = _take(groups, n_val)
@@ -130,16 +122,21 @@ def split_records(
     else:
         test, groups = _take(groups, n_test)
         val, groups = _take(groups, n_val)
+    if n and (not groups or (n_test and not test)):
+        raise ValueError(
+            f"{n} records in {n_groups} groups (same group or same question) cannot be split: no group is small enough "
+            f"for {n_test} test records; raise test_fraction, or give records of one topic different groups"
+        )
     return Split(*([records[i] for group in part for i in group] for part in (groups, val, test)))
+
+
+def _question(record: Record) -> tuple[str, str]:
+    return record["instruction"], record["input"]
 
 
 def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[int]]:
     """Indices of records by group, shuffled so that any slice of the list has each family in proportion."""
-    members: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        # the first element keeps a record without a group apart from a group that is named like its index
-        members[("group", record["group"]) if record.get("group") else ("record", str(i))].append(i)
-    groups = list(members.values())
+    groups = _groups(records)
     if seed is None:
         return groups
     generator = torch.Generator().manual_seed(seed)
@@ -154,6 +151,29 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
     return sorted(groups, key=lambda group: place[group[0]])  # stable: groups of one family keep their shuffled order
 
 
+def _groups(records: Sequence[Record]) -> list[list[int]]:
+    """Connected components of records that share a `group` or a question, in the order of their first records."""
+    parent = list(range(len(records)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[tuple[str, ...], int] = {}
+    for i, record in enumerate(records):
+        keys: list[tuple[str, ...]] = [("question", *_question(record))]
+        if record.get("group"):
+            keys.append(("group", record["group"]))
+        for key in keys:
+            one, other = sorted((root(first.setdefault(key, i)), root(i)))
+            parent[other] = one
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(records)):
+        members[root(i)].append(i)
+    return list(members.values())
+
+
 def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
     """Whole groups, in order, that have at most `size` records together; and the remaining groups."""
     taken, rest = [], []
@@ -166,27 +186,90 @@ def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[lis
     return taken, rest
 
 
+def find_too_long(records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int) -> list[LongRecord]:
+    """All records that have more than `context_length` tokens."""
+    return _too_long(records, [_encode(record, tokenizer) for record in records], context_length)
+
+
+def limit_lengths(
+    records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int, too_long: TooLong
+) -> tuple[list[Record], list[LongRecord]]:
+    """The records that fit into the context, and those that were dropped or whose output was truncated.
+
+    Raises:
+        ValueError: naming all places, if too_long is "error" and a record does not fit, or if it is "truncate" and a
+            prompt leaves no room for an output; or no record is left.
+    """
+    found = find_too_long(records, tokenizer, context_length)
+    if found and too_long == "error":
+        raise _too_long_error(found, len(records), context_length)
+    limited: dict[int, Record] = dict(enumerate(records))
+    for long in found:
+        shorter = _truncate(records[long.index], tokenizer, context_length) if too_long == "truncate" else None
+        if shorter is not None:
+            limited[long.index] = shorter
+        else:
+            del limited[long.index]
+    without_room = [long for long in found if too_long == "truncate" and long.index not in limited]
+    if without_room:
+        raise ValueError(
+            f"{len(without_room)} prompts leave no room for an output in a context of {context_length} tokens: "
+            f"{_places(without_room)}; set too_long to drop, or use a base with a longer context"
+        )
+    if not limited:
+        raise ValueError(f"all {len(records)} records have more tokens than the context of {context_length}")
+    return list(limited.values()), found
+
+
 def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int) -> list[Example]:
     """Each record as an Example.
 
     Prompt and response are encoded separately: the tokens of the inference prompt are a strict prefix of the example's.
 
     Raises:
-        ValueError: a record has more than `context_length` tokens.
+        ValueError: records have more than `context_length` tokens; the message names them.
     """
-    examples = []
-    for i, record in enumerate(records):
-        prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record.get("input", "")))
-        input_ids = [*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token]
-        if len(input_ids) > context_length:
-            raise ValueError(
-                f"record {i} has {len(input_ids)} tokens but the context holds {context_length}; "
-                f"shorten it, remove it, or use a base with a longer context: {_shorten(record)}"
-            )
-        examples.append(Example(input_ids, len(prompt)))
+    examples = [_encode(record, tokenizer) for record in records]
+    found = _too_long(records, examples, context_length)
+    if found:
+        raise _too_long_error(found, len(records), context_length)
     return examples
 
 
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:
+    prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record.get("input", "")))
+    return Example([*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token], len(prompt))
+
+
+def _truncate(record: Record, tokenizer: tiktoken.Encoding, context_length: int) -> Record | None:
+    """The record with the longest beginning of its output that fits; None if not even one token does."""
+    example = _encode(record, tokenizer)
+    output = example.input_ids[example.prompt_length : -1]
+    for length in range(context_length - example.prompt_length - 1, 0, -1):
+        # a cut inside a character leaves incomplete bytes, and the shorter text may have other tokens
+        text = tokenizer.decode_bytes(output[:length]).decode(errors="ignore")
+        shorter = record | {"output": text}
+        if text.strip() and len(_encode(shorter, tokenizer).input_ids) <= context_length:
+            return shorter
+    return None
+
+
+def _too_long(records: Sequence[Record], examples: Sequence[Example], context_length: int) -> list[LongRecord]:
+    return [
+        LongRecord(i, place_of(records, i), len(example.input_ids))
+        for i, example in enumerate(examples)
+        if len(example.input_ids) > context_length
+    ]
+
+
+def _too_long_error(found: Sequence[LongRecord], n: int, context_length: int) -> ValueError:
+    return ValueError(
+        f"{len(found)} of {n} records have more tokens than the context of {context_length}: {_places(found)}; shorten "
+        "them, set too_long to drop or truncate, or use a base with a longer context"
+    )
+
+
+def _places(found: Sequence[LongRecord]) -> str:
+    shown = ", ".join(f"{record.place} has {record.tokens} tokens" for record in found[:SHOWN_RECORDS])
+    rest = len(found) - SHOWN_RECORDS
+    return f"{shown}{f' and {rest} more' if rest > 0 else ''}"

@@ -49,12 +49,13 @@ def merge_lora(model: GPT2) -> GPT2:
     """Add every adapter to its weight, so that it costs nothing at inference. Merging twice has no further effect.
 
     Raises:
-        ValueError: the adapter holds NaN or infinity; no weight is changed then.
+        ValueError: the adapter has NaN or infinite values; no weight is changed then.
     """
-    layers = [layer for _, layer in lora_layers(model) if not layer.merged]
-    if not all(layer.delta_weight().isfinite().all() for layer in layers):
-        raise ValueError("the adapter holds NaN or infinity; merging it would make the base weights unusable")
-    for layer in layers:
+    layers = {name: layer for name, layer in lora_layers(model) if not layer.merged}
+    for name, layer in layers.items():
+        if not layer.delta_weight().isfinite().all():
+            raise ValueError(f"the adapter of {name} has NaN or infinite values; it cannot be merged")
+    for layer in layers.values():
         layer.merge()
     return model
 
@@ -78,6 +79,18 @@ def remove_lora(model: GPT2) -> GPT2:
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, "LoraLinear"]]:
     """Name and layer of every adapted layer, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+def lora_config(model: GPT2) -> LoraConfig:
+    """The config that `add_lora` was given.
+
+    Raises:
+        ValueError: the model has no LoRA layers.
+    """
+    layer = next((layer for _, layer in lora_layers(model)), None)
+    if layer is None:
+        raise ValueError("the model has no LoRA layers; add_lora(model, LoraConfig()) first")
+    return layer.config
 
 
 class LoraLinear(nn.Module):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from gpt2core.checkpoint import atomic_write
+from gpt2core.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from gpt2core.checkpoint import atomic_write, directory_sha256, save_pretrained
+from gpt2core.checkpoint import save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, PretrainConfig
 from gpt2core.demo.prose import cloze_questions, write_prose
 from gpt2core.demo.world import make_world
+from gpt2core.files import atomic_write, directory_sha256
 from gpt2core.generate import generate
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained, save_adapter
+from gpt2core.checkpoint import directory_sha256, export_peft, load_adapter, load_pretrained, save_adapter
 from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.model import GPT2
@@ -120,6 +120,38 @@ def test_an_adapter_from_before_the_template_was_stored_is_accepted(bare, adapte
     load_adapter(bare, adapter)
 
 
+def test_an_adapter_of_another_base_is_refused_unless_it_is_accepted(bare, tiny_gpt2_dir, tmp_path, caplog):
+    model = randomise_lora(add_lora(load_pretrained(tiny_gpt2_dir), LORA))
+    adapter = save_adapter(model, tmp_path, base={"name": "nano", "sha256": "a" * 64})
+    with pytest.raises(ValueError, match=r"adapter.json: .* base 'nano' with sha256 'aaa.* has sha256 bbb"):
+        load_adapter(bare, adapter, base_sha256="b" * 64)
+    assert not list(lora_layers(bare))
+    load_adapter(bare, adapter, base_sha256="b" * 64, accept_other_base=True)
+    assert "this base has sha256 bbb" in caplog.text
+    for known in ("a" * 64, None):
+        load_adapter(load_pretrained(tiny_gpt2_dir), adapter, base_sha256=known)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_adapter_is_neither_saved_nor_loaded_nor_exported(bare, adapter, tmp_path, value):
+    before = snapshot(bare)
+    rewrite(adapter, lambda tensors: tensors[KEY].view(-1)[5].fill_(value))
+    with pytest.raises(ValueError, match=f"adapter.safetensors: tensor '{KEY}' has NaN or infinite values"):
+        load_adapter(bare, adapter)
+    assert same_state(snapshot(bare), before)
+    add_lora(bare, LORA).h[0].attn.c_attn.lora_B.data[0, 0, 0] = value
+    for save in (save_adapter, export_peft):
+        with pytest.raises(ValueError, match=r"the adapter: tensor '.*h.0.attn.c_attn.lora_B"):
+            save(bare, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_integer_tensor_is_refused(bare, adapter):
+    rewrite(adapter, lambda tensors: tensors.update({KEY: tensors[KEY].long()}))
+    with pytest.raises(ValueError, match=f"tensor '{KEY}' has the type torch.int64"):
+        load_adapter(bare, adapter)
+
+
 def rewrite(adapter, edit):
     """Change the tensors and update the digest, as another writer of the format would."""
     tensors = load_file(adapter / "adapter.safetensors")
@@ -154,6 +186,10 @@ DAMAGES = {
     "no LoRA config": (lambda a: describe(a, lora=None), ["adapter.json", "lora"]),
     "an unknown LoRA field": (lambda a: describe(a, lora={"r": 8}), ["adapter.json", "'r'"]),
     "a wrong rank": (lambda a: describe(a, lora={"rank": 0}), ["adapter.json", "LoraConfig.rank is 0"]),
+    "a float rank": (lambda a: describe(a, lora={"rank": 8.0}), ["adapter.json", "LoraConfig.rank is 8.0"]),
+    "a huge rank": (lambda a: describe(a, lora={"rank": 2**70}), ["adapter.json", "LoraConfig.rank is 1180"]),
+    "a large rank": (lambda a: describe(a, lora={"rank": 2**40}), ["adapter.json", "rank is 1099511627776, but"]),
+    "nested JSON": (lambda a: (a / "adapter.json").write_text("[" * 10**5), ["adapter.json", "not valid JSON"]),
     "another rank": (lambda a: describe(a, lora={"rank": 4}), ["adapter"]),
 }
 

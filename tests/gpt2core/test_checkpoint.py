@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2LMHeadModel
 
 from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.lora import add_lora
+from gpt2core.demo.base import train_tokenizer
+from gpt2core.lora import add_lora, merge_lora
 from gpt2core.model import GPT2
+from gpt2core.tokenizer import load_tokenizer
 from tests.helpers import randomise_lora, same_state, snapshot
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_model
@@ -128,6 +131,56 @@ def test_weights_are_read_in_the_requested_dtype_whatever_dtype_is_stored(direct
         assert same_state(snapshot(load_pretrained(directory, dtype)), expected)
 
 
+def test_a_tied_checkpoint_may_have_the_head_alone(directory, change, undamaged):
+    change(lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}))
+    assert same_state(snapshot(load_pretrained(directory)), undamaged)
+
+
+# ------------------------------------------------------------------------------------------ special tokens, vocabulary
+
+
+def test_special_tokens_and_generation_config_survive_load_merge_and_save(directory, configure, tmp_path):
+    configure(bos_token_id=3, eos_token_id=[5, 7])
+    generation_config = '{"eos_token_id": 5,  "max_length": 20}'
+    (directory / "generation_config.json").write_text(generation_config)
+    save_pretrained(merge_lora(add_lora(load_pretrained(directory), LoraConfig())), tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, [5, 7])
+    assert (tmp_path / "merged" / "generation_config.json").read_text() == generation_config
+    assert load_pretrained(tmp_path / "merged").config == load_pretrained(directory).config
+
+
+def test_a_damaged_generation_config_is_named(directory):
+    (directory / "generation_config.json").write_text("{")
+    refused(directory, "generation_config.json is not valid JSON")
+
+
+@pytest.mark.parametrize("files", [("vocab.json", "merges.txt"), ("tokenizer.json",)])
+def test_the_number_of_tokens_is_known_where_the_embedding_has_padding(directory, configure, change, tmp_path, files):
+    train_tokenizer(["a b c"], 300, tmp_path / "tokenizer")
+    n_tokens = load_tokenizer(tmp_path / "tokenizer").n_vocab
+    ByteLevelBPETokenizer(str(tmp_path / "tokenizer" / "vocab.json"), str(tmp_path / "tokenizer" / "merges.txt")).save(
+        str(tmp_path / "tokenizer" / "tokenizer.json")
+    )
+    for name in files:
+        shutil.copy(tmp_path / "tokenizer" / name, directory)
+    configure(vocab_size=n_tokens + 47)
+    change(lambda tensors: tensors.update({"transformer.wte.weight": torch.ones(n_tokens + 47, 32)}))
+    model = load_pretrained(directory)
+    assert (model.config.n_tokens, model.config.token_count, model.config.vocab_size) == (
+        n_tokens,
+        n_tokens,
+        n_tokens + 47,
+    )
+    save_pretrained(model, tmp_path / "saved")  # without a tokenizer beside it
+    assert load_pretrained(tmp_path / "saved").config == model.config
+    configure(vocab_size=n_tokens)
+    change(lambda tensors: tensors.update({"transformer.wte.weight": torch.ones(n_tokens, 32)}))
+    assert load_pretrained(directory).config.n_tokens is None
+    file = configure(vocab_size=n_tokens - 1)
+    refused(directory, f"{file}: vocab_size is {n_tokens - 1}, but the tokenizer beside it has {n_tokens} ids")
+
+
 # ------------------------------------------------------------------------------------------------- writing checkpoints
 
 
@@ -160,6 +213,18 @@ def test_the_saved_file_equals_the_one_of_transformers(directory, tmp_path):
     assert same_state(ours, load_file(directory / "model.safetensors"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_weights_are_neither_saved_nor_loaded(directory, change, tmp_path, value):
+    model = load_pretrained(directory)
+    model.h[1].mlp.c_fc.weight.data[3, 5] = value
+    with pytest.raises(ValueError, match=r"the model: tensor 'h.1.mlp.c_fc.weight' has NaN or infinite values"):
+        save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    key = "transformer.h.0.ln_1.bias"
+    file = change(lambda tensors: tensors[key].view(-1)[3].fill_(value))
+    refused(directory, f"{file}: tensor {key!r} has NaN or infinite values")
+
+
 # ------------------------------------------------------------------------------------------------- damaged checkpoints
 
 
@@ -182,6 +247,12 @@ def test_a_wrong_shape_is_named_with_file_key_and_both_shapes(directory, change,
 def test_a_missing_key_is_named_with_its_file(directory, change, key):
     file = change(lambda tensors: {name: t for name, t in tensors.items() if name != f"transformer.{key}"})
     refused(directory, file, f"key {key!r} is missing")
+
+
+def test_integer_weights_are_refused(directory, change):
+    key = "transformer.wpe.weight"
+    file = change(lambda tensors: tensors.update({key: tensors[key].long()}))
+    refused(directory, f"{file}: tensor {key!r} has the type torch.int64")
 
 
 @pytest.mark.parametrize("key", ["transformer.h.2.ln_1.weight", "score.weight", "transformer.h.0.attn.c_attn.lora_A"])
@@ -238,6 +309,12 @@ def test_a_config_that_is_not_a_json_object_is_named(directory, content):
         ({"n_head": 5}, "n_embd=32 is not divisible by n_head=5"),
         ({"n_embd": "32"}, "GPT2Config.n_embd is '32'"),
         ({"n_positions": None}, "GPT2Config.n_positions is None"),
+        ({"n_layer": 3.0}, "GPT2Config.n_layer is 3.0; it must be an integer"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000, but the weights have 2 layers"),
+        ({"n_embd": 2**40}, "n_embd is 1099511627776, but no stored weight is larger than 128"),
+        ({"n_inner": 2**62}, "mlp_width is 4611686018427387904, but"),
+        ({"vocab_size": 2**70}, "GPT2Config.vocab_size is 1180591620717411303424"),
+        ({"layer_norm_epsilon": float("nan")}, "GPT2Config.layer_norm_epsilon is nan; it must be a finite number"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from itertools import pairwise
 
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2TokenizerFast
 
-from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt2core.tokenizer import END_OF_TEXT, count_tokens, load_tokenizer
 
 PIECES = [
     *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "I'M", "don't", "’s", "''s", "'s's"),
@@ -85,8 +87,6 @@ def test_end_of_text_spelled_by_a_user_is_plain_text(ours):
 
 
 def test_transformers_encodes_the_same_ids_from_the_same_files(ours, tokenizer_dir):
-    from transformers import GPT2TokenizerFast
-
     reference = GPT2TokenizerFast.from_pretrained(str(tokenizer_dir))
     for text in PIECES:
         if END_OF_TEXT not in text:  # transformers encodes it as a special token
@@ -106,6 +106,13 @@ def test_windows_line_ends_and_a_missing_version_line_are_accepted(broken, ours)
     file = broken / "merges.txt"
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_bytes("\r\n".join(lines[1:]).encode())
+    text = "The quick brown fox, we'll see"
+    assert load_tokenizer(broken).encode_ordinary(text) == ours.encode_ordinary(text)
+
+
+def test_byte_order_marks_are_ignored(broken, ours):
+    for name in ("vocab.json", "merges.txt"):
+        (broken / name).write_bytes(b"\xef\xbb\xbf" + (broken / name).read_bytes())
     text = "The quick brown fox, we'll see"
     assert load_tokenizer(broken).encode_ordinary(text) == ours.encode_ordinary(text)
 
@@ -139,6 +146,8 @@ MISMATCHES = {
     "no end of text": lambda d: edit_vocab(d, lambda v: v.pop(END_OF_TEXT)),
     "a byte missing": lambda d: edit_vocab(d, lambda v: v.pop("Ġ")),
     "a token missing": lambda d: edit_vocab(d, lambda v: v.pop(list(v)[300])),
+    "an id that is not a number": lambda d: edit_vocab(d, lambda v: v.update({"Ġ": "5"})),
+    "a hole in the ids": lambda d: edit_vocab(d, lambda v: v.update({END_OF_TEXT: 777})),
     "a token too many": lambda d: edit_vocab(d, lambda v: v.update({"qzqz": 400})),
     "a merge missing": lambda d: edit_merges(d, lambda lines: lines.pop(10)),
     "a foreign merge": lambda d: edit_merges(d, lambda lines: lines.append("q zq")),
@@ -165,6 +174,66 @@ def test_a_vocabulary_that_is_not_a_json_object_is_refused_with_its_name(broken,
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match=f"no tokenizer '{name}': neither a directory nor known to tiktoken"):
         load_tokenizer(name)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer.json
+
+
+@pytest.fixture
+def one_file(tokenizer_dir, tmp_path):
+    """A directory with tokenizer.json alone, as transformers 5 saves it, and a padding token."""
+    reference = GPT2TokenizerFast.from_pretrained(str(tokenizer_dir))
+    reference.add_special_tokens({"pad_token": "<pad>"})
+    reference.save_pretrained(tmp_path / "one")
+    assert not (tmp_path / "one" / "vocab.json").exists()
+    return tmp_path / "one"
+
+
+def test_tokenizer_json_alone_gives_the_same_ids(one_file, ours):
+    alone = load_tokenizer(one_file)
+    for text in [*EXAMPLES, *PIECES, "<pad>"]:
+        assert alone.encode_ordinary(text) == ours.encode_ordinary(text), ascii(text)
+    assert (alone.eot_token, alone.n_vocab, count_tokens(one_file)) == (ours.eot_token, 401, 401)
+    assert alone.decode([400]) == "<pad>"
+
+
+def test_merges_of_tokenizer_json_may_be_strings(one_file, ours):
+    edit_tokenizer(
+        one_file, lambda content: content["model"].update(merges=list(map(" ".join, content["model"]["merges"])))
+    )
+    assert load_tokenizer(one_file).encode_ordinary("The quick brown fox") == ours.encode_ordinary(
+        "The quick brown fox"
+    )
+
+
+def edit_tokenizer(directory, edit):
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    edit(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(type="Unigram"), "is not a GPT-2 tokenizer"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "is not a GPT-2 tokenizer"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "is not a GPT-2 tokenizer"),
+        (lambda c: c.update(added_tokens=[]) or c["model"]["vocab"].pop(END_OF_TEXT), "has no '<|endoftext|>'"),
+        (lambda c: c["model"].pop("vocab"), "is damaged: KeyError: 'vocab'"),
+        (lambda c: c["model"]["vocab"].update({"Ġ": -1}), "is damaged"),
+        (lambda c: c["added_tokens"][1].update(id=999), "do not have the ids 0 to 400, each once"),
+    ],
+)
+def test_another_tokenizer_json_is_refused_with_its_name(one_file, change, message):
+    edit_tokenizer(one_file, change)
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{re.escape(message)}"):
+        load_tokenizer(one_file)
+
+
+def test_the_number_of_ids_is_counted_without_loading(tokenizer_dir, tmp_path):
+    assert count_tokens(tokenizer_dir) == 400
+    assert count_tokens(tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------ GPT-2's own BPE
