@@ -142,10 +142,10 @@ def test_a_server_that_cannot_start_is_an_error_with_its_log(base_dir, adapter_d
 
 def test_the_served_code_is_the_bentos_own(tag, base_dir, adapter_dir):
     other = bento.build(base_dir, adapter_dir, {"run": {"id": "own code"}})
-    file = in_store(other) / "src" / "bentos" / "routes.py"
+    file = in_store(other) / "src" / "bentos" / "metadata.py"
     file.chmod(0o644)
     theirs = file.read_text().replace(
-        "return JSONResponse(request.app.state.lineage)", 'return JSONResponse({"own": True})'
+        "return JSONResponse(served(request).lineage.to_json())", 'return JSONResponse({"own": True})'
     )
     file.write_text(theirs)
     with bento.serve(other) as url:
