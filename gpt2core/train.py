@@ -20,7 +20,7 @@ from gpt2core.config import Precision, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2, evaluating
-from gpt2core.training_state import CHECKPOINT, TrainingState
+from gpt2core.training_state import TrainingState
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -55,7 +55,7 @@ def finetune(
     At the end the model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
     weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
     result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; epochs and
-    max_steps may have grown since.
+    max_steps may have grown since. A damaged checkpoint is skipped with a warning.
 
     In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
     takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` counts the
@@ -63,7 +63,7 @@ def finetune(
 
     Raises:
         ValueError: no examples, nothing to train, a merged adapter, or a checkpoint of other data or another config.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or the weights are no longer finite.
     """
     if not train:
         raise ValueError("there are no training examples")
@@ -222,14 +222,14 @@ class _Plan:
 def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path | None) -> TrainResult:
     weights = _trainable_weights(model)
     device = model.wte.weight.device
-    file = None if checkpoint_dir is None else Path(checkpoint_dir) / CHECKPOINT
+    directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     log = log if is_first and log is not None else lambda step, values: None
     with _training(model, plan.config.precision), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
         state = TrainingState(weights, plan.optimisers(weights), device)
-        if file is not None and file.is_file():
-            state.load(file, plan.fingerprint)
+        if directory is not None:
+            state.resume(directory, plan.fingerprint)
         while state.progress.step < plan.total_steps:
             values = _step(model, plan, state)
             step = state.progress.step
@@ -239,8 +239,10 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
                 val_loss = plan.validate()
                 state.keep_best(val_loss)
                 log(step, {"val/loss": val_loss})
-            if file is not None and is_first and plan.is_due(step, plan.checkpoint_every):
-                state.save(file, plan.fingerprint)
+            if plan.is_due(step, plan.checkpoint_every):
+                state.check_finite()
+                if directory is not None and is_first:
+                    state.save(directory, plan.fingerprint)
         state.restore_best()
     progress = state.progress
     speed = progress.tokens_seen / progress.seconds if progress.seconds else 0.0
