@@ -20,6 +20,7 @@ from gpt2core.files import (
     file_sha256,
     read_json,
     read_tensors,
+    read_text,
     to_json,
     write_files,
 )
@@ -151,7 +152,7 @@ def read_config(file: Path) -> GPT2Config:
     generation_config = file.parent / GENERATION_CONFIG
     if generation_config.is_file():
         read_json(generation_config)  # refuses a damaged one
-        described["generation_config"] = generation_config.read_text(encoding="utf-8-sig")
+        described["generation_config"] = read_text(generation_config)
     n_tokens, n_rows = count_tokens(file.parent), values.get("vocab_size", GPT2Config.vocab_size)
     if n_tokens is not None and isinstance(n_rows, int):
         if n_tokens > n_rows:
