@@ -20,6 +20,7 @@ import requests
 import torch
 
 from deploy import bento
+from deploy.server import serve
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
@@ -53,7 +54,7 @@ def served(tag, **environment):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, str(value))
-        with bento.serve(tag) as url:
+        with serve(tag) as url:
             yield url
 
 

@@ -11,6 +11,8 @@ import requests
 from playwright.sync_api import Page, expect, sync_playwright
 
 from deploy import bento
+from deploy.server import serve
+from deploy.verify import request_answer
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +35,7 @@ def tag(base_dir, adapter_dir):
 
 @pytest.fixture(scope="module")
 def url(tag):
-    with bento.serve(tag) as url:
+    with serve(tag) as url:
         yield url
 
 
@@ -227,11 +229,11 @@ def test_a_phone_needs_no_sideways_scroll_and_colours_have_contrast(browser, url
 
 def test_a_token_is_asked_for_by_the_browser_and_goes_with_every_request(tag, browser, monkeypatch):
     monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
-    with bento.serve(tag) as url:
+    with serve(tag) as url:
         assert requests.get(url, timeout=10).status_code == 401
         with opened(browser, url, http_credentials={"username": "me", "password": "s3cret-token"}) as page:
             ask(page, "Say hello.", max_new_tokens="8")
-            assert answered(page) == bento.ask(url, "Say hello.", "", 8)
+            assert answered(page) == request_answer(url, "Say hello.", "", 8)
 
 
 # WCAG 2.2: (L1 + 0.05) / (L2 + 0.05) of an element's colour and the first background behind it

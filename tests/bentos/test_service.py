@@ -20,6 +20,7 @@ from bentos.errors import RequestError
 from bentos.request_log import RequestLog
 from bentos.schemas import DEFAULTS, TUNED, PredictRequest
 from deploy import bento
+from deploy.server import serve
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
@@ -37,7 +38,7 @@ def tag(base_dir, adapter_dir):
 
 @pytest.fixture(scope="module")
 def url(tag):
-    with bento.serve(tag) as url:
+    with serve(tag) as url:
         yield url
 
 
@@ -376,7 +377,7 @@ def test_weights_of_a_format_that_there_is_not_are_refused(base_dir, adapter_dir
 def test_the_answer_of_a_client_that_is_gone_is_given_up(tag):
     body = json.dumps({"instruction": "Hello.", "max_new_tokens": 80}).encode()
     head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with bento.serve(tag) as url:
+    with serve(tag) as url:
         parts = urlsplit(url)
         for i in range(60):
             with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:

@@ -17,7 +17,10 @@ from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
 from deploy import bento
-from deploy.kubernetes import rollout as kube
+from deploy.kubernetes import progress
+from deploy.kubernetes.render import annotations
+from deploy.server import serve
+from deploy.verify import request_answer
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import records_sha256, split_records
@@ -28,6 +31,7 @@ from gpt2core.generate import generate
 from gpt2core.metrics import exact_match
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import Lineage
 from run import main
 from tests.deploy.kube_api import TOKEN, KubeApi
 
@@ -144,8 +148,8 @@ def test_lineage_names_run_code_data_base_adapter_and_bento(first):
 
 def test_the_served_bento_answers_as_samples_say_and_names_its_lineage(first):
     lineage, row = read(first, "lineage.json"), samples(first)[-1]
-    with bento.serve(lineage["bento"]) as url:
-        assert bento.ask(url, row["instruction"], row["input"], MAX_NEW_TOKENS) == row["tuned"]
+    with serve(lineage["bento"]) as url:
+        assert request_answer(url, row["instruction"], row["input"], MAX_NEW_TOKENS) == row["tuned"]
         assert requests.get(f"{url}/metadata", timeout=10).json() == lineage
 
 
@@ -246,7 +250,7 @@ def cluster(tmp_path_factory):
     kubeconfig = directory / "kubeconfig"
     kubeconfig.write_text(json.dumps(api.kubeconfig()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kube, "POLL", 0.05)
+        patch.setattr(progress, "POLL", 0.05)
         yield SimpleNamespace(api=api, values=("deploy.target=kubernetes", f"deploy.kubeconfig={kubeconfig}"))
     api.close()
 
@@ -254,7 +258,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def deployed(folder, first, cluster):
     """A run whose Bento, served for real, is behind the cluster's service."""
-    with bento.serve(read(finetune(folder), "lineage.json")["bento"]) as url:
+    with serve(read(finetune(folder), "lineage.json")["bento"]) as url:
         cluster.api.answers[IMAGE] = url
         done = finetune(folder, *cluster.values, f"deploy.image={IMAGE}")
         done.url = url
@@ -283,7 +287,7 @@ def test_a_run_deploys_what_it_packaged_to_kubernetes(deployed, cluster):
 def test_the_annotations_of_a_pod_are_what_its_metadata_says(deployed, cluster):
     template = cluster.api.object("deployments")["spec"]["template"]["metadata"]
     metadata = requests.get(f"{deployed.url}/metadata", timeout=10).json()
-    assert template["annotations"] == kube.annotations(metadata)
+    assert template["annotations"] == annotations(Lineage.from_json(metadata))
     assert metadata == read(deployed, "lineage.json")
 
 
