@@ -259,7 +259,7 @@ def cluster(tmp_path_factory):
 def deployed(folder, first, cluster):
     """A run whose Bento, served for real, is behind the cluster's service."""
     with serve(read(finetune(folder), "lineage.json")["bento"]) as url:
-        cluster.api.answers[IMAGE] = url
+        cluster.api.responses[IMAGE] = url
         done = finetune(folder, *cluster.values, f"deploy.image={IMAGE}")
         done.url = url
         yield done
@@ -292,7 +292,7 @@ def test_the_annotations_of_a_pod_are_what_its_metadata_says(deployed, cluster):
 
 
 def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recorded(folder, deployed, cluster):
-    cluster.api.pods["other:2"] = "ErrImagePull"
+    cluster.api.pod_states["other:2"] = "ErrImagePull"
     result = run_py(folder, *cluster.values, "deploy.image=other:2")
     assert result.exit_code == 1
     [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
@@ -306,7 +306,7 @@ def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recor
 
 def test_rollback_goes_back_where_the_last_deployment_was_made_and_is_recorded(folder, deployed, cluster):
     again = IMAGE.replace(":1", ":3")
-    cluster.api.answers[again] = deployed.url
+    cluster.api.responses[again] = deployed.url
     finetune(folder, *cluster.values, f"deploy.image={again}")
     assert cluster.api.image() == again
     for image in (IMAGE, again):
