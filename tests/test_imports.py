@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "stacks/*.py": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "deploy/*.py": {"deploy", "gpt2core", "bentoml", "requests", "yaml"},
     "deploy/containers/*.py": {"deploy", "gpt2core", "docker", "requests"},
-    "deploy/kubernetes/*.py": {"deploy", "kubernetes", "urllib3", "yaml"},
+    "deploy/kubernetes/*.py": {"deploy", "gpt2core", "kubernetes", "urllib3", "yaml"},
     "bentos/*.py": {
         "bentos",
         "_bentoml_sdk",  # the class of a service, which bentoml.service takes and bentoml does not name
