@@ -1,0 +1,76 @@
+"""Files: atomic writes, digests, and JSON whose errors name the file. Imports no torch."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+
+def atomic_write(file: Path, content: bytes) -> None:
+    """Write the file completely or not at all: a crash leaves the previous content."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.chmod(stream.name, 0o644)  # the temporary file's 0600 would lock out other users and containers
+            os.replace(stream.name, file)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(stream.name)
+            raise
+
+
+def write_files(directory: str | Path, files: Mapping[str, bytes]) -> Path:
+    """Write the files (name -> content) into the directory, each atomically; return the directory."""
+    for name, content in files.items():
+        atomic_write(Path(directory) / name, content)
+    return Path(directory)
+
+
+def file_sha256(file: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
+    """sha256 of a directory: of the sorted lines "<sha256>  <relative path>" of its files, as sha256sum prints them."""
+    directory = Path(directory)
+    names = (
+        sorted(files)
+        if files is not None
+        else sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    )
+    lines = "".join(f"{file_sha256(directory / name)}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in the file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    check_exists(file)
+    try:
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} contains a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def check_exists(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; is {file.parent} the right directory?")
