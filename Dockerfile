@@ -7,7 +7,9 @@ ARG BUILD_IMAGE=${BASE_IMAGE}
 # a stage of its own: what else changes in pyproject.toml installs nothing anew
 FROM ${BUILD_IMAGE} AS wanted
 COPY pyproject.toml /
-RUN python3 -c "import tomllib; print(*tomllib.load(open('/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /requirements.txt
+RUN python3 -c "import tomllib; project = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
+extras = project['optional-dependencies']; names = ('pipeline', 'serve', 'deploy'); \
+print(*project['dependencies'], *sorted({line for name in names for line in extras[name]}), sep='\n')" > /requirements.txt
 
 FROM ${BUILD_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -1,8 +1,9 @@
-# The verbs of this project. `make run` and `make test` are all a newcomer needs; each installs what it needs first.
+# Every command of this project. A newcomer needs `make run` and `make test`; each target installs what it needs first.
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/local.yaml
 PORT ?= 3000
+HOST ?= 0.0.0.0
 
 .PHONY: install run test test-slow lint format serve report dashboard bench bench-growth bench-gpu image image-train stack-local stack-docker stack-kubernetes clean
 
@@ -10,7 +11,7 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 run: install
@@ -33,11 +34,11 @@ format: install
 	$(BIN)/ruff format .
 
 serve: install
-	@test -f outputs/latest/bento.txt || { echo "There is no Bento yet; make run builds one." >&2; exit 1; }
-	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --port $(PORT)
+	@test -f outputs/latest/bento.txt || { echo "There is no Bento yet; build one with: make run" >&2; exit 1; }
+	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --host $(HOST) --port $(PORT)
 
 report:
-	@test -f outputs/latest/report.html || { echo "There is no report yet; make run writes one." >&2; exit 1; }
+	@test -f outputs/latest/report.html || { echo "There is no report yet; write one with: make run" >&2; exit 1; }
 	@realpath outputs/latest/report.html
 	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
 		$(PYTHON) -m webbrowser "file://$$(realpath outputs/latest/report.html)"; fi
@@ -45,25 +46,26 @@ report:
 dashboard: install
 	$(BIN)/zenml login --local
 
-# ONLY=train,decode measures some groups of rows alone; an idle machine gives figures worth having.
+# ONLY=train,decode measures those groups only. Use an idle machine.
 bench: install
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
 bench-growth: install
 	$(BIN)/python -m benchmarks.growth
 
-# On a machine with CUDA.
+# Needs a CUDA device.
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu
 
-# BASE_IMAGE=, TORCH_INDEX= (its CUDA indices too) and BUILD_IMAGE= choose what they are made from: see the Dockerfiles.
+# BASE_IMAGE, BUILD_IMAGE and TORCH_INDEX (an index of CUDA wheels for a GPU image) are described in the Dockerfiles.
 image: install
 	@$(BIN)/python run.py image service
 
 image-train: install
 	@$(BIN)/python run.py image steps
 
-# Where steps run, from stacks/; safe to repeat. The last one is told ARTIFACT_STORE, REGISTRY and KUBERNETES_CONTEXT.
+# Register a stack of stacks/ and make it the active one; safe to repeat. stack-kubernetes reads ARTIFACT_STORE, REGISTRY
+# and KUBERNETES_CONTEXT from the environment.
 stack-local stack-docker stack-kubernetes: stack-%: install
 	$(BIN)/python -m stacks.register $*
 

@@ -1,4 +1,4 @@
-"""`make bench-gpu`, on a machine with CUDA: the older system's run, beside transformers with PEFT, and decoding."""
+"""`make bench-gpu`, on a machine with CUDA: finetuning, compared with transformers and PEFT, and decoding."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from gpt2core.lora import add_lora
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import finetune
 
-# Dense bf16 by the makers' data sheets, in FLOP a second
+# Dense bf16 throughput by NVIDIA's data sheets, FLOP/s
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
 
 
@@ -37,12 +37,12 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 12
 @click.option("--epochs", default=48, show_default=True, type=click.IntRange(1))
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--peak", type=float, help="FLOP a second of this GPU in bf16, where its name is not known here.")
+@click.option("--peak", type=float, help="Peak bf16 FLOP/s of this GPU, if its name is not in the table.")
 @click.option("--out", default=ROOT, type=click.Path(path_type=Path))
 def main(preset: str, epochs: int, batch_size: int, runs: int, peak: float | None, out: Path) -> None:
-    """Measure, print one table, write benchmarks/results/gpu.json."""
+    """Measure, print the table, write benchmarks/results/gpu.json."""
     if not torch.cuda.is_available():
-        click.echo(f"torch {torch.__version__} finds no CUDA device here, and this benchmark is of one", err=True)
+        click.echo(f"torch {torch.__version__} finds no CUDA device; this benchmark needs one", err=True)
         sys.exit(2)
     name = torch.cuda.get_device_name()
     peak = peak or next((value for part, value in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
@@ -64,7 +64,7 @@ def main(preset: str, epochs: int, batch_size: int, runs: int, peak: float | Non
         "versions": versions() | {"cuda": torch.version.cuda},
         "rows": [row.as_json() for row in rows],
     }
-    click.echo(f"{render_table(result['rows'])}\n{name}; the share of the limit is MFU")
+    click.echo(f"{render_table(result['rows'])}\n{name}; share of limit is the model FLOP utilisation (MFU)")
     file = out / "benchmarks" / "results" / "gpu.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=2) + "\n")
@@ -81,7 +81,7 @@ def _training(
         "peer": lambda run: trainer.train(examples, batch_size),
     }
     rates = interleave(sides, runs)
-    # a product forward and one backward for each matrix: frozen ones need no gradient of their own
+    # one product forward and one backward per matrix: a frozen matrix needs no gradient
     limit = None if peak is None else peak / (4 * matrix_weights(model))
     torch.cuda.reset_peak_memory_stats()
     start = perf_counter()
@@ -90,12 +90,12 @@ def _training(
     return [
         make_row("finetuning, bf16", "tokens/s", rates["ours"], rates["peer"], command, limit),
         make_row(f"{epochs} epochs of {len(examples)} records", "s", [seconds], None, command),
-        make_row("their peak memory", "MiB", [memory], None, command),
+        make_row("peak memory of these epochs", "MiB", [memory], None, command),
     ]
 
 
 def _examples(n_positions: int) -> list[Example]:
-    """The training records of INSTRUCTION_DATA, else the demo's, with GPT-2's tokenizer."""
+    """The training records of the file INSTRUCTION_DATA, or the demo's, encoded with GPT-2's tokenizer."""
     file = os.environ.get("INSTRUCTION_DATA")
     records = read_records(file) if file else write_records(make_world(0), 0)
     return encode_records(split_records(records, seed=0).train, load_tokenizer("gpt2"), n_positions)

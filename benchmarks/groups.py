@@ -1,4 +1,4 @@
-"""The rows, group by group: each function measures both sides and gives its rows."""
+"""The benchmark groups. Each function measures both sides and returns its rows."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ import torch
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
 from benchmarks.peer import Decoder, Trainer, best_trainer
 from benchmarks.pipeline import WORK, Quality, run_cold
-from benchmarks.serving import Clients, Naive, widen_tokenizer
+from benchmarks.serving import Clients, PlainServer, widen_tokenizer
 from benchmarks.sides import Ours, Side
-from deploy import bento
+from deploy import bento, server
 from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, Precision, TrainConfig
 from gpt2core.data import Example, encode_records
@@ -28,31 +28,31 @@ from gpt2core.demo.prose import write_prose
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.engine import Weights
-from gpt2core.inference.quantized import has_int8
+from gpt2core.inference.kernels import has_int8
 from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
 from gpt2core.metrics import Scores
 from gpt2core.model import GPT2
 from gpt2core.train import finetune
 from gpt2core.types import AdapterRef, BaseRef, Commit, Lineage, LineageMetrics, RunRef, TrainSummary
 
-BATCH_SIZE = 8  # of training
+BATCH_SIZE = 8  # of finetuning
 NANO_VOCABULARY = GPT2Config.preset("gpt2-nano").vocab_size
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
-# Random blocks of the usual size change little, and a tied head then repeats the last token for ever.
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight
+# Randomly initialised blocks change the residual stream little, and the tied head then repeats the last token forever.
 PERTURBATION = 4.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all groups share."""
+    """What all groups share: the model, the data and the sizes."""
 
-    directory: Path  # scratch; base/ in it holds the checkpoint both sides load
+    directory: Path  # scratch space; base/ in it is the checkpoint that both sides load
     examples: list[Example]
     runs: int
-    n_new: int  # tokens of each reply
+    n_new: int  # tokens per completion
     train_steps: int
-    medium: str  # preset of the rows that are about gpt2-medium
-    config: str  # of the pipeline's run
+    medium: str  # preset of the gpt2-medium rows
+    config: str  # file of the pipeline run
     command: str
 
     @property
@@ -67,7 +67,7 @@ class Setting:
         return Side(Decoder, self.base, self.prompts(1, 0)[0])
 
     def prompts(self, n: int, run: int) -> list[list[int]]:
-        """Other ones in each run, so that nothing but their common beginning can be remembered."""
+        """`n` prompts, different ones in each run, so that a cache can reuse their shared prefix and nothing else."""
         start = run * n
         picked = [self.examples[i % len(self.examples)] for i in range(start, start + n)]
         return [example.input_ids[: example.prompt_length] for example in picked]
@@ -78,8 +78,8 @@ def prepare(
 ) -> Setting:
     """Write a random checkpoint of the preset's shape, and encode the demo's records.
 
-    The tokenizer is the nano's, trained on the demo's own prose: its numbers are below any preset's vocabulary, and
-    lengths and common beginnings are those of real prompts.
+    The tokenizer is the nano model's, trained on the demo's prose: its token ids fit every preset's vocabulary, and
+    lengths and shared prefixes are those of real prompts.
     """
     world = make_world(0)
     tokenizer = train_tokenizer(write_prose(world, 0), NANO_VOCABULARY, directory / "tokenizer")
@@ -90,7 +90,7 @@ def prepare(
 
 
 def train(setting: Setting) -> list[Row]:
-    """LoRA finetuning, the same records in batches of the same size."""
+    """LoRA finetuning on the same records in batches of the same size."""
     rows = []
     n = setting.train_steps * BATCH_SIZE
     precisions: list[tuple[Precision, torch.dtype]] = [("bf16-mixed", torch.bfloat16), ("fp32", torch.float32)]
@@ -106,7 +106,7 @@ def train(setting: Setting) -> list[Row]:
             return finetune(model, setting.examples[:n], [], config).tokens_per_second
 
         values = interleave({"ours": ours, "peer": peer}, setting.runs)
-        # a product forward and one backward for each matrix: frozen ones need no gradient of their own
+        # one product forward and one backward per matrix: a frozen matrix needs no gradient
         limit = matmul_rate(dtype) / (4 * matrix_weights(model))
         name = "finetuning, " + ("bf16" if dtype is torch.bfloat16 else "fp32")
         rows.append(
@@ -118,7 +118,7 @@ def train(setting: Setting) -> list[Row]:
 
 
 def decode(setting: Setting) -> list[Row]:
-    """One request alone."""
+    """A single request."""
     n_weights, bandwidth = setting.n_matrix_weights, read_bandwidth()
     formats: list[Weights] = ["auto", "fp32", "bf16", *(["int8"] if has_int8(torch.device("cpu")) else [])]  # type: ignore[list-item]
     with ExitStack() as stack:
@@ -145,7 +145,7 @@ def decode(setting: Setting) -> list[Row]:
 
 
 def batch(setting: Setting) -> list[Row]:
-    """Many requests: beside the peer one by one, and beside its padded batch; then how long a first token takes."""
+    """Concurrent requests, compared with the peer one by one and in a padded batch; then time to first token."""
     rows = []
     for n, name, peers_batch in ((16, "peer one by one", 1), (32, "peer in one padded batch", 32)):
         with Side(Ours, setting.base, "auto", n) as ours, setting.peer() as peer:
@@ -166,7 +166,7 @@ def batch(setting: Setting) -> list[Row]:
 
 
 def adapters(setting: Setting) -> list[Row]:
-    """Eight adapters in one batch beside one that is merged; how long it takes to load one."""
+    """Eight adapters in one batch compared with one merged adapter; time to load an adapter."""
     model = load_pretrained(setting.base)
     directories = [random_adapter(model, setting.directory / f"adapter-{i}", i) for i in range(8)]
     merged = setting.directory / "merged"
@@ -187,13 +187,13 @@ def adapters(setting: Setting) -> list[Row]:
     with Side(Ours, setting.directory / "medium", "fp32") as ours:
         prompt = setting.prompts(1, 0)[0]
         times = [ours.load(directory, prompt) for _ in range(setting.runs + 1)][1:]
-    for i, name in enumerate((f"load an adapter, {setting.medium}", "load it and answer a first token")):
+    for i, name in enumerate((f"load an adapter, {setting.medium}", "load it and generate a first token")):
         rows.append(make_row(name, "ms", [one[i] for one in times], None, setting.command, less_is_better=True))
     return rows
 
 
 def memory(setting: Setting) -> list[Row]:
-    """Peak memory of finetuning: each side is a process of its own."""
+    """Peak memory of finetuning, with each side in its own process."""
     config = GPT2Config.preset(setting.medium)
     directory = setting.directory / "medium"
     save_pretrained(GPT2(config, torch.Generator().manual_seed(0)), directory)
@@ -211,7 +211,7 @@ def memory(setting: Setting) -> list[Row]:
 
 
 def serve(setting: Setting) -> list[Row]:
-    """The served Bento beside its own engine, and beside a first version of a server."""
+    """The served Bento compared with its own engine, and with a plain FastAPI server."""
     directory = setting.directory / "served"
     copytree(setting.base, directory)
     copytree(setting.directory / "tokenizer", directory, dirs_exist_ok=True)
@@ -219,13 +219,13 @@ def serve(setting: Setting) -> list[Row]:
     adapter = random_adapter(load_pretrained(setting.base), setting.directory / "adapter", 0)
     with ExitStack() as stack:
         engine = stack.enter_context(Side(Ours, setting.base, "auto", 16, [adapter]))
-        naive = stack.enter_context(Side(Naive, setting.base, setting.prompts(1, 0)[0]))
+        plain = stack.enter_context(Side(PlainServer, setting.base, setting.prompts(1, 0)[0]))
         clients = stack.enter_context(Side(Clients))
-        environ = {"BENTOML_HOME": str(setting.directory / "bentoml"), "GPT2_WEIGHTS": engine.weights()}
+        environ = {"BENTOML_HOME": str(setting.directory / "bentoml")}
         stack.enter_context(patch.dict(os.environ, environ))
         Path(environ["BENTOML_HOME"]).mkdir()
-        url = stack.enter_context(bento.serve(bento.build(directory, adapter, _lineage())))
-        note = f"peer: this service's engine, without HTTP; both with one adapter and weights {engine.weights()}"
+        url = stack.enter_context(server.serve(bento.build(directory, adapter, _lineage()), engine.weights()))
+        note = f"peer: this service's engine without HTTP; both with one adapter and weights {engine.weights()}"
         rows = []
         for n, name in ((1, "1 client"), (16, "16 clients"), (64, "64 clients")):
             sides: dict[str, Callable[[int], float]] = {
@@ -241,35 +241,37 @@ def serve(setting: Setting) -> list[Row]:
             "engine": lambda run: engine.first_tokens(setting.prompts(1, run), setting.n_new, 0.0, 1)[0],
         }
         values = interleave(sides, 3 * setting.runs)
-        name, times = "HTTP, first token of a stream, 1 client", (values["ours"], values["engine"])
+        name, times = "HTTP, time to first token, 1 client", (values["ours"], values["engine"])
         rows.append(make_row(name, "ms", *times, setting.command, less_is_better=True, note=note))
         sides = {
             "ours": partial(_http_rate, clients, url, setting, 16),
-            "peer": partial(_http_rate, clients, naive.url(), setting, 16),
+            "peer": partial(_http_rate, clients, plain.url(), setting, 16),
         }
         values = interleave(sides, setting.runs)
-        name, note = "HTTP, 16 clients, beside a first server", "peer: FastAPI and generate, a request after the other"
+        name, note = "HTTP, 16 clients, beside FastAPI", "peer: FastAPI with generate, one request at a time"
         return [*rows, make_row(name, "tokens/s", values["ours"], values["peer"], setting.command, note=note)]
 
 
 def pipeline(setting: Setting) -> list[Row]:
-    """A cold run of the pipeline beside its work, and other weights of the model that it made."""
+    """Overhead of a cold pipeline run, and the quality of its model in other weight formats."""
     seconds, work, run = run_cold(setting.config, setting.directory / "home")
-    note = f"the rest of {seconds:.0f} s; the work is the steps {', '.join(WORK)}; the limit is what we allow"
-    row = make_row("pipeline beside its work", "s", [seconds - work], None, setting.command, 60, True, note)
+    note = (
+        f"the rest of {seconds:.0f} s; overhead is everything but the steps {', '.join(WORK)}; the limit is our target"
+    )
+    row = make_row("pipeline overhead", "s", [seconds - work], None, setting.command, 60, True, note)
     rows, quality = [row], Quality(run)
-    reference, replies = quality.perplexity("fp32"), quality.replies("fp32")
+    reference, expected = quality.perplexity("fp32"), quality.completions("fp32")
     for weights in ("bf16", "int8") if has_int8(torch.device("cpu")) else ("bf16",):
-        note = f"beside fp32, by the references of {len(replies)} test records; the limit is what we allow"
+        note = f"compared with fp32, on the references of {len(expected)} test records; the limit is our target"
         rise = [100 * (quality.perplexity(weights) / reference - 1)]
         rows.append(
             make_row(
-                f"rise of perplexity, {weights}", "%", rise, None, setting.command, 1, less_is_better=True, note=note
+                f"perplexity increase, {weights}", "%", rise, None, setting.command, 1, less_is_better=True, note=note
             )
         )
-        equal = [one == other for one, other in zip(quality.replies(weights), replies, strict=True)]
+        equal = [one == other for one, other in zip(quality.completions(weights), expected, strict=True)]
         share = [100 * sum(equal) / len(equal)]
-        rows.append(make_row(f"answers as in fp32, {weights}", "%", share, None, setting.command, 100))
+        rows.append(make_row(f"same answers as fp32, {weights}", "%", share, None, setting.command, 100))
     return rows
 
 
@@ -285,17 +287,17 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
 
 
 def _first_tokens(engine: Side, setting: Setting, rate: float) -> list[Row]:
-    """Milliseconds from asking to the first token: 64 at once, and 64 at random times at 0.7 of what was measured."""
+    """Time to first token in ms: 64 requests at once, and 64 at random times, at 0.7 of the measured throughput."""
     rows = []
     interval = setting.n_new / (0.7 * rate)
-    ways = (("at once", 0.0), ("at random, at 0.7 of the rate", interval))
-    for way, (name, mean) in enumerate(ways, start=1):  # from 1: the batches before had the first prompts
+    arrivals = (("at once", 0.0), ("at random, 0.7 of the rate", interval))
+    for arrival, (name, mean) in enumerate(arrivals, start=1):  # from 1: earlier batches used the first prompts
         cuts = [
-            quantiles(engine.first_tokens(setting.prompts(64, way * setting.runs + run), setting.n_new, mean), n=20)
+            quantiles(engine.first_tokens(setting.prompts(64, arrival * setting.runs + run), setting.n_new, mean), n=20)
             for run in range(setting.runs)
         ]
         for part, i in (("p50", 9), ("p95", 18)):
-            label = f"first token of 64 requests {name}, {part}"
+            label = f"time to first token, 64 requests {name}, {part}"
             rows.append(make_row(label, "ms", [cut[i] for cut in cuts], None, setting.command, less_is_better=True))
     return rows
 
@@ -334,14 +336,14 @@ def _with_adapter(model: GPT2, seed: int) -> GPT2:
 
 
 def random_adapter(model: GPT2, directory: Path, seed: int) -> Path:
-    """Save one for models of this shape; the model is left as it was."""
+    """Save a random adapter for models of this shape; the model is unchanged."""
     save_adapter(_with_adapter(model, seed), directory)
     remove_lora(model)
     return directory
 
 
 def matrix_weights(model: GPT2) -> int:
-    """How many weights a token is multiplied with: the blocks' matrices and the head's."""
+    """Number of weights that each token is multiplied with: the matrices of the blocks and of the head."""
     blocks = sum(
         w.numel() for n, w in model.named_parameters() if n.startswith("h.") and "lora_" not in n and w.dim() == 2
     )

@@ -1,4 +1,4 @@
-"""`make bench-growth`: tokens a second as lengths, batches, models, clients and adapters grow."""
+"""`make bench-growth`: throughput over length, batch size, model size, concurrent requests and adapters."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from gpt2core.train import finetune
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RUNS = 3  # after one that warms up
+RUNS = 3  # after a warm-up run
 N_NEW = 32
 SIZES = ("gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large")
 TEMPLATE = Path(__file__).parent / "growth.md.j2"
@@ -36,8 +36,8 @@ TEMPLATE = Path(__file__).parent / "growth.md.j2"
 @dataclass(frozen=True)
 class Curve:
     name: str
-    x: str  # what grows
-    points: list[tuple[Any, float]]  # of it, and tokens a second
+    x: str  # the label of the horizontal axis
+    points: list[tuple[Any, float]]  # value of x, tokens/s
 
 
 class Trainer:
@@ -58,11 +58,13 @@ class Trainer:
 @click.command()
 @click.option("--model", "preset", default="gpt2", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--sizes", default=",".join(SIZES), show_default=True)
-@click.option("--largest", default=1024, show_default=True, help="Lengths end here, and at the model's context.")
-@click.option("--most", default=64, show_default=True, help="Batches and requests end here; adapters at half of it.")
+@click.option("--largest", default=1024, show_default=True, help="Longest sequence, at most the model's context.")
+@click.option(
+    "--most", default=64, show_default=True, help="Largest batch and number of requests; half as many adapters."
+)
 @click.option("--out", default=ROOT, type=click.Path(path_type=Path))
 def main(preset: str, sizes: str, largest: int, most: int, out: Path) -> None:
-    """Measure, write benchmarks/results/growth.json, docs/growth.md and its plots."""
+    """Measure; write benchmarks/results/growth.json, docs/growth.md and its plot."""
     about: dict[str, Any] = machine()
     curves: list[Curve] = []
     with watch_machine(about), TemporaryDirectory() as scratch:
@@ -97,7 +99,7 @@ def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most
     with Side(Trainer, bases[preset]) as trainer:
         short = min(128, lengths[-1])
         points: list[tuple[Any, float]] = [(length, _median(trainer.rate, length - 1, 8)) for length in lengths]
-        yield Curve("finetuning, batch 8", "tokens of a record", points)
+        yield Curve("finetuning, batch 8", "tokens per record", points)
         yield Curve(f"finetuning, {short} tokens", "batch", [(b, _median(trainer.rate, short - 1, b)) for b in counts])
     points = []
     for size in sizes:
@@ -108,7 +110,7 @@ def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most
     for n in (1, min(16, most)):
         with _engine(bases[preset], n) as ours:
             points = [(length, _decoding(ours, n, length - N_NEW)) for length in lengths]
-        yield Curve(f"decoding, {n} requests", "tokens of prompt and reply", points)
+        yield Curve(f"decoding, {n} requests", "tokens of prompt and completion", points)
     with _engine(bases[preset], most) as ours:
         yield Curve("decoding, prompts of 64", "requests at once", [(n, _decoding(ours, n)) for n in counts])
     for n in (1, min(16, most)):
@@ -121,7 +123,7 @@ def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most
     directories = [random_adapter(model, scratch / f"adapter-{i}", i) for i in range(n)]
     with _engine(bases[preset], n, directories) as ours:
         points = [(k, _decoding(ours, n, n_adapters=k)) for k in (0, *counts) if k <= n]
-    yield Curve(f"decoding, {n} requests, prompts of 64", "different adapters among them", points)
+    yield Curve(f"decoding, {n} requests, prompts of 64", "distinct adapters", points)
 
 
 @contextmanager
@@ -131,7 +133,7 @@ def _engine(base: Path, max_batch: int, adapters: Sequence[Path] = ()) -> Iterat
 
 
 def _decoding(ours: Side, n: int, prompt: int = 64, n_adapters: int = 0) -> float:
-    """Tokens a second that n requests are answered with, their prompts, which have nothing in common, not counted."""
+    """Throughput in tokens/s of n requests whose prompts share no prefix; prompt processing is not counted."""
 
     def rate(run: int) -> float:
         prompts = [[(run * n + i) % 1000 + 1, *[(31 * t + i) % 2000 for t in range(prompt - 1)]] for i in range(n)]
@@ -147,7 +149,7 @@ def _median(rate: Any, *arguments: Any) -> float:
 
 
 def draw(curves: Sequence[Curve], file: Path) -> None:
-    """One panel for each thing that grows, for training and for decoding."""
+    """One panel per varied quantity, for finetuning and for decoding."""
     panels: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         panels.setdefault((curve.name.partition(",")[0], curve.x), []).append(curve)

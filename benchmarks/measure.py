@@ -1,4 +1,4 @@
-"""What every row shares: interleaved runs, the machine and its limits, one row's figures."""
+"""Interleaved runs, the limits of the machine, and the figures of one row."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Row:
-    """One measured comparison. `ours` and `peer` are medians; `peer` and `limit` are None where there is none."""
+    """One measured comparison. `ours` and `peer` are medians; `peer` and `limit` may be None."""
 
     name: str
     unit: str
@@ -30,13 +30,13 @@ class Row:
     runs: int
     spread: float  # of ours: (largest - smallest) / median
     command: str
-    limit: float | None = None  # of this machine, in the row's unit
+    limit: float | None = None  # of the machine (or a target), in the row's unit
     less_is_better: bool = False
     note: str = ""
 
     @property
     def ratio(self) -> float | None:
-        """How many times better ours is."""
+        """How many times better our side is, whether less or more is better."""
         if not self.peer or not self.ours:
             return None
         return self.peer / self.ours if self.less_is_better else self.ours / self.peer
@@ -47,7 +47,7 @@ class Row:
 
 
 def interleave(sides: dict[str, Callable[[int], float]], runs: int) -> dict[str, list[float]]:
-    """What each side returns, A B A B; run 0 warms up and is thrown away. A side is told the run's number."""
+    """The results of each side, run alternately (A B A B). Run 0 is a warm-up; sides receive the run number."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(runs + 1):
         for name, side in sides.items():
@@ -84,14 +84,14 @@ def best_seconds(work: Callable[[], object], times: int = 5) -> float:
 
 
 def read_bandwidth(n_bytes: int = 2**30) -> float:
-    """Bytes a second that this machine reads from memory, with torch's threads."""
+    """Memory read bandwidth of this machine in bytes/s, with torch's threads."""
     values = torch.ones(n_bytes // 4)
     return n_bytes / best_seconds(values.sum)
 
 
 @torch.inference_mode()
 def matmul_rate(dtype: torch.dtype, n: int = 1024) -> float:
-    """FLOP a second of a square matrix product, by the fastest kernel we know."""
+    """FLOP/s of a square matrix product with the fastest kernel available."""
     a = torch.randn(n, n).to(dtype)
     return 2 * n**3 / best_seconds(lambda: linear(a, a))
 
@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def watch_machine(about: dict[str, Any]) -> Iterator[None]:
-    """Add the load before, and the share of the cores that other processes took meanwhile."""
+    """Record the load before, and the share of the cores that other processes used during the block."""
     about["load_before"] = round(os.getloadavg()[0], 2)
     busy, own, start = _busy_seconds(), _own_seconds(), perf_counter()
     yield

@@ -1,4 +1,4 @@
-"""Peak memory of finetuning, of one side: a process of its own, which prints bytes.
+"""Peak memory of finetuning with one side, in bytes; run in its own process.
 
 `python -m benchmarks.memory ours|peer DIRECTORY LENGTH`
 """
@@ -26,10 +26,10 @@ def main(side: str, directory: Path, length: int) -> None:
         config = TrainConfig(epochs=1, batch_size=BATCH_SIZE, precision="bf16-mixed", learning_rate=1e-3)
         finetune(model, examples, [], config)
     else:
-        from benchmarks.peer import Trainer  # here, so that our side does not hold the peer's libraries
+        from benchmarks.peer import Trainer  # imported here, so that our side does not load the peer's libraries
 
         Trainer(directory, torch.bfloat16).train(examples, BATCH_SIZE)
-    # ru_maxrss would count what the parent held when it started this process
+    # not ru_maxrss, which includes the parent's memory at the time of the fork
     status = Path("/proc/self/status").read_text().split()
     print(int(status[status.index("VmHWM:") + 1]) * 1024)
 

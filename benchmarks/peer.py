@@ -1,4 +1,4 @@
-"""Hugging Face transformers and PEFT, called as their documentation says."""
+"""The peers: Hugging Face transformers and PEFT, called as their documentation recommends."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,7 @@ from gpt2core.data import Example
 
 
 class Decoder:
-    """`generate` with its key-value cache, greedy, to a fixed length, in the faster of fp32 and bf16."""
+    """`generate` with its KV cache, greedy, to a fixed length, in the faster of fp32 and bf16."""
 
     def __init__(self, directory: Path, prompt: Sequence[int]) -> None:
         tried = []
@@ -28,23 +28,23 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Sequence[int]], n_new: int) -> list[list[int]]:
-        """New tokens of each prompt, all in one batch, padded on the left."""
+        """New tokens per prompt; all prompts form one batch, padded on the left."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        # the model's own config would end at end of text
+        # the model's own config would stop at end of text
         self.model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
         out = self.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False, use_cache=True
         )
-        replies: list[list[int]] = out[:, longest:].tolist()
-        return replies
+        completions: list[list[int]] = out[:, longest:].tolist()
+        return completions
 
     def rate(self, prompts: Sequence[Sequence[int]], n_new: int, batch_size: int) -> float:
-        """New tokens a second, prompts included in the time."""
+        """Throughput in new tokens/s, prompt processing included in the time."""
         start = perf_counter()
         batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        n_tokens = sum(len(reply) for batch in batches for reply in self.decode(batch, n_new))
+        n_tokens = sum(len(completion) for batch in batches for completion in self.decode(batch, n_new))
         return n_tokens / (perf_counter() - start)
 
     def weights(self) -> str:
@@ -66,11 +66,13 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(trained, lr=1e-3)
 
     def train(self, examples: Sequence[Example], batch_size: int) -> float:
-        """Real tokens a second over all batches."""
+        """Throughput in tokens/s over all batches, padding not counted."""
         n_tokens = 0
         start = perf_counter()
         for ids, mask, labels in _batches(examples, batch_size):
-            n_tokens += int(mask.sum()) - len(ids)  # the last token of a record is no input, as we count
+            n_tokens += int(mask.sum()) - len(
+                ids
+            )  # the last token of a record is a label only; our side counts the same way
             ids, mask, labels = (part.to(self.device) for part in (ids, mask, labels))
             bf16 = torch.autocast(self.device, torch.bfloat16)
             context: AbstractContextManager = bf16 if self.autocast else nullcontext()
@@ -86,7 +88,7 @@ class Trainer:
 
 
 def best_trainer(directory: Path, precision: str, examples: Sequence[Example], batch_size: int) -> Trainer:
-    """For bf16, the faster of its two ways, by one batch each."""
+    """For bf16, the faster of a bf16 base and autocast, measured on one batch each."""
     if precision == "fp32":
         return Trainer(directory, torch.float32)
     tried = []
@@ -98,7 +100,7 @@ def best_trainer(directory: Path, precision: str, examples: Sequence[Example], b
 
 
 def _batches(examples: Sequence[Example], batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Padded on the right to the longest record; labels are the response's tokens."""
+    """Padded on the right to the longest record; labels are the tokens of the response."""
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         longest = max(len(example.input_ids) for example in part)

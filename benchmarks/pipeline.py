@@ -1,4 +1,4 @@
-"""What the pipeline costs beside its work, and what other weights cost the model that comes out of it."""
+"""Overhead of the pipeline, and the quality of the model it produces in other weight formats."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import Example, encode_records
 from gpt2core.engine import Engine
-from gpt2core.inference.quantized import Format, PackedModel, causal
+from gpt2core.inference.quantized import QuantizedModel, WeightFormat, causal_attention
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORK = ("prepare_base", "finetune", "evaluate")
-# of the newest run, by ZenML's own record
+# prints the duration of each step of the newest run, as ZenML recorded it
 STEPS = """
 import json
 from zenml.client import Client
@@ -34,7 +34,7 @@ print(json.dumps({name: (step.end_time - step.start_time).total_seconds() for na
 
 
 def run_cold(config: str, home: Path) -> tuple[float, float, Path]:
-    """A first run in a home where nothing was ever run: its seconds, those of the steps that work, and its outputs."""
+    """Run the pipeline in an empty home directory: its seconds, the seconds of the steps in WORK, and its outputs."""
     home.mkdir()
     names = ("PATH", "LANG", "TMPDIR", "INSTRUCTION_DATA", "TIKTOKEN_CACHE_DIR")
     environment = {name: os.environ[name] for name in names if name in os.environ}
@@ -56,7 +56,7 @@ def run_cold(config: str, home: Path) -> tuple[float, float, Path]:
 
 
 class Quality:
-    """The model that a run made, asked about its test split in several formats."""
+    """The model of a run on its test split, in several weight formats."""
 
     def __init__(self, run: Path) -> None:
         self.model: GPT2 = merge_lora(load_adapter(load_pretrained(run / "base"), run / "adapter"))
@@ -66,20 +66,20 @@ class Quality:
         self.prompts = [example.input_ids[: example.prompt_length] for example in self.examples]
 
     @torch.inference_mode()
-    def perplexity(self, weights: Format) -> float:
-        """Of the references, a token."""
-        packed, loss, count = PackedModel(self.model, weights), 0.0, 0
+    def perplexity(self, weights: WeightFormat) -> float:
+        """Perplexity per token of the references."""
+        quantized, loss, count = QuantizedModel(self.model, weights), 0.0, 0
         for example in self.examples:
             ids = torch.tensor(example.input_ids[:-1])
-            logits = packed.logits(packed.hidden(ids, torch.arange(len(ids)), causal(packed)))
+            logits = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)), causal_attention(quantized)))
             first = example.prompt_length - 1
             labels = torch.tensor(example.input_ids[example.prompt_length :])
             loss += float(F.cross_entropy(logits[first:], labels, reduction="sum"))
             count += len(labels)
         return exp(loss / count)
 
-    def replies(self, weights: Format) -> list[list[int]]:
-        """Greedy."""
+    def completions(self, weights: WeightFormat) -> list[list[int]]:
+        """Greedy completions of the test prompts, as token ids."""
         config = GenerationConfig(max_new_tokens=32, eos_id=self.tokenizer.eot_token)
         with Engine(self.model, weights=weights) as engine:
             return [request.result() for request in [engine.submit(prompt, config) for prompt in self.prompts]]

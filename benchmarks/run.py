@@ -1,4 +1,4 @@
-"""`make bench`: this project beside its peers, in one run."""
+"""`make bench`: compare this project with its peers in one run."""
 
 import json
 from datetime import UTC, datetime
@@ -19,22 +19,22 @@ TEMPLATE = Path(__file__).parent / "performance.md.j2"
 
 
 @click.command()
-@click.option("--only", default=",".join(GROUPS), show_default=True, help="Groups of rows, with commas between.")
+@click.option("--only", default=",".join(GROUPS), show_default=True, help="Comma-separated groups.")
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--model", "preset", default="gpt2", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--medium", default="gpt2-medium", show_default=True, type=click.Choice(list(PRESETS)))
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--train-steps", default=6, show_default=True, type=click.IntRange(1))
-@click.option("--config", default="configs/local.yaml", show_default=True, help="Of the pipeline's run.")
-@click.option("--out", default=ROOT, type=click.Path(path_type=Path), help="Where benchmarks/results and docs are.")
+@click.option("--config", default="configs/local.yaml", show_default=True, help="Configuration of the pipeline run.")
+@click.option("--out", default=ROOT, type=click.Path(path_type=Path), help="Folder for benchmarks/results and docs.")
 def main(
     only: str, runs: int, preset: str, medium: str, new_tokens: int, train_steps: int, config: str, out: Path
 ) -> None:
-    """Measure, print one table, write benchmarks/results/latest.json and docs/performance.md."""
+    """Measure, print the table, write benchmarks/results/latest.json and docs/performance.md."""
     names = [name.strip() for name in only.split(",") if name.strip()]
     unknown = sorted(set(names) - set(GROUPS))
     if unknown or not names:
-        raise click.BadParameter(f"{only!r} must name some of {', '.join(GROUPS)}", param_hint="--only")
+        raise click.BadParameter(f"{only!r}: choose from {', '.join(GROUPS)}", param_hint="--only")
     logging.disable_progress_bar()
     about: dict[str, Any] = machine()
     rows: list[Row] = []
@@ -64,7 +64,7 @@ def main(
 
 
 def render_table(rows: Any) -> str:
-    """Markdown, which is also readable in a terminal."""
+    """The rows as a Markdown table that is also readable in a terminal."""
     head = ["name", "ours", "peer", "ratio", "unit", "limit", "share of limit", "spread"]
     cells = [
         [
@@ -85,9 +85,9 @@ def render_table(rows: Any) -> str:
 def idle(about: dict[str, Any]) -> str:
     share = about["others_cpu_share"]
     if share is None:
-        return f"load before {about['load_before']}; what other processes took is not known here"
+        return f"load before {about['load_before']}; the CPU time of other processes is unknown on this system"
     state = "idle" if share < 0.05 else "NOT idle"
-    return f"machine {state}: load before {about['load_before']}, other processes took {share:.1%} of the cores"
+    return f"machine {state}: load before {about['load_before']}, other processes used {share:.1%} of the cores"
 
 
 def _number(value: float | None) -> str:

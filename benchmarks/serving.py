@@ -1,4 +1,4 @@
-"""Over HTTP: clients in a process of their own, and the server that a first version of such a project has."""
+"""HTTP clients in their own process, and a plain FastAPI server to compare with."""
 
 import asyncio
 import json
@@ -18,28 +18,28 @@ from gpt2core.tokenizer import END_OF_TEXT
 
 
 class Clients:
-    """Each asks once, all at the same time; the connections are opened before."""
+    """Concurrent clients. Each sends one request over a connection that is already open."""
 
     def rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int) -> float:
-        """New tokens a second of one request a client, from the first question to the last answer."""
+        """Throughput in new tokens/s: one request per client, from the first request to the last response."""
         return asyncio.run(self._rate(url, prompts, n_new))
 
     async def _rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int) -> float:
         async with _session() as session:
             await asyncio.gather(*(session.get(f"{url}/livez") for _ in prompts))
 
-            async def ask(prompt: Sequence[int]) -> int:
+            async def complete(prompt: Sequence[int]) -> int:
                 async with session.post(f"{url}/v1/completions", json=_body(prompt, n_new)) as response:
                     response.raise_for_status()
-                    answer = await response.json()
-                return int(answer["usage"]["completion_tokens"])
+                    body = await response.json()
+                return int(body["usage"]["completion_tokens"])
 
             start = perf_counter()
-            n_tokens = sum(await asyncio.gather(*map(ask, prompts)))
+            n_tokens = sum(await asyncio.gather(*map(complete, prompts)))
             return n_tokens / (perf_counter() - start)
 
     def first_token(self, url: str, prompt: Sequence[int], n_new: int) -> float:
-        """Milliseconds from asking to the first event of a stream."""
+        """Time to first token in ms: from sending the request to the first event of the stream."""
         return asyncio.run(self._first_token(url, prompt, n_new))
 
     async def _first_token(self, url: str, prompt: Sequence[int], n_new: int) -> float:
@@ -53,8 +53,8 @@ class Clients:
             return waited
 
 
-class Naive:
-    """FastAPI and `generate`: a request after the other, since that is faster than several threads that compute."""
+class PlainServer:
+    """FastAPI with `generate`, one request at a time: faster than several threads that compete for the cores."""
 
     def __init__(self, base: Path, prompt: Sequence[int]) -> None:
         app = FastAPI()
@@ -62,16 +62,16 @@ class Naive:
 
         @app.get("/livez")
         async def livez() -> None:
-            """There is nothing to say."""
+            """Responds with 200."""
 
         @app.post("/v1/completions")
         async def complete(body: dict[str, Any]) -> dict[str, Any]:
-            (reply,) = decoders[0].decode([body["prompt"]], body["max_tokens"])
-            return {"tokens": reply, "usage": {"completion_tokens": len(reply)}}
+            (completion,) = decoders[0].decode([body["prompt"]], body["max_tokens"])
+            return {"tokens": completion, "usage": {"completion_tokens": len(completion)}}
 
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
 
-        def run() -> None:  # all of it in one thread
+        def run() -> None:  # model and server in one thread
             decoders.append(Decoder(base, prompt))
             server.run()
 
@@ -85,12 +85,12 @@ class Naive:
 
 
 def widen_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Add tokens that no text has, until there is one for each number that a random model may say."""
+    """Add tokens that occur in no text, until each id that a random model may generate has one."""
     vocab = json.loads((directory / "vocab.json").read_text())
     del vocab[END_OF_TEXT]
     old = list(vocab)
     merges = []
-    controls = [chr(256 + byte) for byte in range(1, 9)]  # bytes of no text, as GPT-2 spells them
+    controls = [chr(256 + byte) for byte in range(1, 9)]  # control bytes, as GPT-2 spells them
     for left, right in product([a + b for a in ["", *controls] for b in controls], old):
         if len(vocab) < vocab_size - 1 and left + right not in vocab:
             vocab[left + right] = len(vocab)

@@ -1,7 +1,7 @@
-"""The sides of a row, each in a process of its own that is kept alive and asked in turn.
+"""The two sides of a row, each in its own long-lived process, called alternately.
 
-OpenMP keeps workers for each thread that has computed anything, and with more of them in a process than cores they
-sleep between operations (decision 10): the engine's would slow down the peer's steps. So neither shares its process.
+OpenMP keeps a worker pool for each thread that has computed anything. With more workers in a process than cores, every
+worker sleeps between operations (decision 10): in a shared process the engine would slow down the peer.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from gpt2core.model import best_device
 
 
 class Side:
-    """`make(*arguments)` in another process; `side.method(...)` is called there."""
+    """Proxy of `make(*arguments)` in another process; `side.method(...)` is called there."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         context = get_context("spawn")
@@ -51,7 +51,7 @@ class Side:
     def _receive(self) -> Any:
         done, value = self._pipe.recv()
         if not done:
-            raise RuntimeError(f"a side of the benchmark failed:\n{value}")
+            raise RuntimeError(f"one side of the benchmark failed:\n{value}")
         return value
 
 
@@ -65,19 +65,19 @@ def _work(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any]) 
                 pipe.send((True, getattr(side, method)(*arguments)))
             except Exception:
                 pipe.send((False, format_exc()))
-    except EOFError:  # nobody will ask any more
+    except EOFError:  # the parent closed the pipe
         getattr(side, "close", lambda: None)()
     except Exception:
         pipe.send((False, format_exc()))
 
 
 class Ours:
-    """The engine, loaded as the service loads it."""
+    """This project's engine, loaded as the service loads it."""
 
     def __init__(
         self, base: Path, weights: Weights = "auto", max_batch: int = 16, adapters: Sequence[Path] = ()
     ) -> None:
-        """`adapters` are called "0", "1", …"""
+        """`adapters` are loaded as "0", "1", …"""
         self.engine = Engine(load_pretrained(base, device=best_device()), max_batch, weights)
         for i, directory in enumerate(adapters):
             self.engine.load_adapter(str(i), directory)
@@ -87,46 +87,46 @@ class Ours:
         self.engine.close()
 
     def weights(self) -> str:
-        return self.engine.packed.weights
+        return self.engine.weights
 
     def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
-        """New tokens a second of requests that are asked at once, prompts included in the time.
+        """Throughput in new tokens/s of requests submitted at once, prompt processing included in the time.
 
-        `n_adapters`: the first so many take turns; 0: none is used.
+        Requests use the first `n_adapters` adapters in turn; 0: none.
         """
         config = GenerationConfig(max_new_tokens=n_new)
         names = [str(i % n_adapters) if n_adapters else None for i in range(len(prompts))]
         start = perf_counter()
-        asked = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
-        n_tokens = sum(len(request.result()) for request in asked)
+        requests = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
+        n_tokens = sum(len(request.result()) for request in requests)
         return n_tokens / (perf_counter() - start)
 
     def decoding_rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
-        """The same, from when all prompts are read: of the tokens that come after the last reply's first."""
+        """Throughput in new tokens/s, measured from when the last request generates its first token."""
         config = GenerationConfig(max_new_tokens=n_new)
         names = [str(i % n_adapters) if n_adapters else None for i in range(len(prompts))]
-        asked = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
-        for request in asked:
+        requests = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
+        for request in requests:
             request.result()
-        start = max(request.token_times[0] for request in asked)
-        times = [t for request in asked for t in request.token_times if t > start]
+        start = max(request.token_times[0] for request in requests)
+        times = [t for request in requests for t in request.token_times if t > start]
         return len(times) / (max(times) - start)
 
     def first_tokens(
         self, prompts: Sequence[Sequence[int]], n_new: int, interval: float = 0.0, n_adapters: int = 0
     ) -> list[float]:
-        """Milliseconds from asking to the first token; asked at random times, `interval` seconds apart on average."""
+        """Time to first token of each request, in ms; they arrive at random, on average `interval` seconds apart."""
         random, config = Random(0), GenerationConfig(max_new_tokens=n_new)
-        asked = []
+        requests = []
         for prompt in prompts:
-            asked.append(self.engine.submit(prompt, config, adapter="0" if n_adapters else None))
+            requests.append(self.engine.submit(prompt, config, adapter="0" if n_adapters else None))
             sleep(random.expovariate(1 / interval) if interval else 0.0)
-        for request in asked:
+        for request in requests:
             request.result()
-        return [1e3 * (r.first_token_at - r.submitted_at) for r in asked if r.first_token_at is not None]
+        return [1e3 * (r.first_token_at - r.submitted_at) for r in requests if r.first_token_at is not None]
 
     def load(self, directory: Path, prompt: Sequence[int]) -> tuple[float, float]:
-        """Milliseconds until an adapter is loaded, and until it has answered a first token."""
+        """Milliseconds until an adapter is loaded, and until it has generated its first token."""
         start = perf_counter()
         self.engine.load_adapter("new", directory)
         loaded = perf_counter()

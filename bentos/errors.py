@@ -1,70 +1,52 @@
-"""The one shape of every error: {"error": {"type", "message", "param"}}, whoever it comes from."""
+"""Errors of the service and their HTTP form: a status and {"error": {"type", "message", "param", "code"}}."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from http import HTTPStatus
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bentos.limits import RETRY_AFTER
+
+STATUS: Mapping[str, int] = {
+    "invalid_request": 400,
+    "context_length_exceeded": 400,
+    "invalid_adapter": 400,
+    "too_many_adapters": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
+    "model_not_found": 404,
+    "adapter_not_found": 404,
+    "request_timeout": 408,
+    "body_too_large": 413,
+    "overloaded": 429,
+    "client_closed_request": 499,
+    "shutting_down": 503,
+    "deadline_exceeded": 504,
+}
+HEADERS: Mapping[str, Mapping[str, str]] = {"overloaded": {"Retry-After": str(RETRY_AFTER)}}
 
 
-@dataclass
-class RequestError(Exception):
-    """A request that cannot be answered, and why."""
+@dataclass(eq=False)
+class ServiceError(Exception):
+    """A request that cannot be completed.
 
-    status: int
+    Args:
+        type: a key of `STATUS`.
+        message: names the thing, its value and the limit.
+        param: the field of the request that is wrong; None if it is none of them.
+    """
+
     type: str
     message: str
     param: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def content(self) -> dict[str, dict[str, str | None]]:
-        return {"error": {"type": self.type, "message": self.message, "param": self.param}}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.content, self.status, self.headers)
 
 
-class OneErrorShape:
-    """ASGI middleware: errors of BentoML and of the router (unknown route, wrong method, a fault) get our shape."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held: Message | None = None  # the head of an error, until its body is known
-        body = bytearray()
-
-        async def shape(message: Message) -> None:
-            nonlocal held
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                held = message
-            elif held is None:
-                await send(message)
-            else:
-                body.extend(message.get("body", b""))
-                if not message.get("more_body", False):
-                    content = bytes(body) if _is_ours(body) else _shaped(held["status"], scope)
-                    changed = (b"content-length", b"content-type")
-                    headers = [(name, value) for name, value in held["headers"] if name.lower() not in changed]
-                    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-                    await send({**held, "headers": headers})
-                    await send({"type": "http.response.body", "body": content})
-
-        await self.app(scope, receive, shape if scope["type"] == "http" else send)
+def error_content(type: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """The body of every error. `code` is the type again: it is where clients of OpenAI look for it."""
+    return {"error": {"type": type, "message": message, "param": param, "code": type.replace(" ", "_")}}
 
 
-def _is_ours(body: bytes | bytearray) -> bool:
-    try:
-        content = json.loads(body)
-    except ValueError:
-        return False
-    return isinstance(content, dict) and (isinstance(content.get("error"), dict) or "statusCode" in content)
-
-
-def _shaped(status: int, scope: Scope) -> bytes:
-    phrase = HTTPStatus(status)
-    message = f"{scope['method']} {scope['asked_path']}: {phrase.phrase}"
-    return bytes(RequestError(status, phrase.name.lower(), message).response().body)
+def error_response(error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    content = error_content(error.type, error.message, error.param)
+    return JSONResponse(content, STATUS[error.type], {**HEADERS.get(error.type, {}), **(headers or {})})

@@ -1,11 +1,12 @@
-"""The page at /: one file, which asks nobody but this server."""
+"""GET /: a page to try the model in. One file, which sends requests to this server only."""
 
 import base64
 import hashlib
 import re
 from pathlib import Path
 
-from starlette.responses import HTMLResponse
+from fastapi import APIRouter
+from starlette.responses import HTMLResponse, Response
 
 from bentos.schemas import DEFAULTS
 
@@ -16,7 +17,7 @@ HTML = _FILE.replace("{temperature}", f"{DEFAULTS.temperature:g}").replace(
 
 
 def _hash(tag: str) -> str:
-    """As a Content-Security-Policy allows the one inline element of that name."""
+    """A Content-Security-Policy source that allows the page's one inline element of that name."""
     found = re.search(rf"<{tag}>(.*?)</{tag}>", HTML, re.DOTALL)
     assert found is not None
     return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
@@ -27,9 +28,12 @@ HEADERS = {
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # another version of the service may have another page
+    "Cache-Control": "no-cache",  # a new version of the service may have a new page
 }
 
+router = APIRouter()
 
-def page() -> HTMLResponse:
+
+@router.get("/", include_in_schema=False)
+async def index() -> Response:
     return HTMLResponse(HTML, headers=HEADERS)

@@ -1,70 +1,79 @@
-"""What was asked and answered, one JSON line each, for monitoring. Off unless a file is named; never waited for."""
+"""A log of completions for monitoring, one JSON line each. Writing it never delays a response."""
 
 import atexit
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any, Literal, get_args
+from typing import Any
 
-Text = Literal["hash", "keep", "drop"]
-MAX_BYTES, BACKUPS = 10_000_000, 5  # of a file before the next; and how many older ones are kept
-MAX_WAITING = 1_000  # lines that a slow disk may owe; further ones are lost, and counted
+from bentos.completion import CompletionResult
+from bentos.settings import LogText
+
+MAX_BYTES, BACKUPS = 10_000_000, 5  # of a file before it is rotated; older files that are kept
+MAX_WAITING = 1_000  # lines waiting for a slow disk; further ones are dropped and counted
 
 logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    def __init__(self, file: str, text: str = "hash") -> None:
+    def __init__(self, file: str | Path, text: LogText = "hash") -> None:
         """
         Args:
-            file: where to, rotated; "": nowhere.
-            text: of prompts and answers: their sha256, which tells repetitions; the text itself; or neither.
+            file: the log, which is rotated.
+            text: of prompts and completions: their sha256, which shows repetitions; the text itself; or neither.
         """
-        if text not in get_args(Text):
-            raise ValueError(f"GPT2_REQUEST_LOG_TEXT is {text!r}; it must be one of {', '.join(get_args(Text))}")
-        self._text, self._lost = text, 0
-        self._queue: Queue[logging.LogRecord] | None = None
-        if file:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            handler = RotatingFileHandler(file, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
-            handler.setFormatter(logging.Formatter("%(message)s"))
-            self._queue = Queue(MAX_WAITING)
-            self._handler = QueueHandler(self._queue)
-            self._listener = QueueListener(self._queue, handler)
-            self._listener.start()
-            atexit.register(self.close)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        handler = RotatingFileHandler(file, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        self._text, self._dropped = text, 0
+        self._queue: Queue[logging.LogRecord] = Queue(MAX_WAITING)
+        self._handler = QueueHandler(self._queue)
+        self._listener: QueueListener | None = QueueListener(self._queue, handler)
+        self._listener.start()
+        atexit.register(self.close)
 
-    @property
-    def wanted(self) -> bool:
-        return self._queue is not None
-
-    def write(self, prompt: str, answer: str, **values: Any) -> None:
-        """Add a line; only where one is `wanted`."""
-        line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}
-        for name, text in (("prompt", prompt), ("answer", answer)):
+    def write(self, result: CompletionResult, decode: Callable[[list[int]], str]) -> None:
+        request, first = result.request, result.time_to_first_token
+        line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "milliseconds": round(1000 * (result.ended_at - result.submitted_at), 1),
+            "temperature": request.config.temperature,
+            "request_id": request.request_id,
+            "model": request.model,
+            "adapter_sha256": result.adapter and result.adapter.sha256,
+            "finish_reason": result.finish_reason,
+            "prompt_tokens": len(request.prompt),
+            "completion_tokens": len(result.tokens),
+            "first_token_milliseconds": None if first is None else round(1000 * first, 1),
+        }
+        for name, text in (("prompt", decode(request.prompt)), ("answer", decode(result.tokens))):
             line[f"{name}_characters"] = len(text)
             if self._text == "keep":
                 line[name] = text
             elif self._text == "hash":
                 line[f"{name}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        if self._lost:
-            line["lost_before"] = self._lost
+        self._enqueue(line)
+
+    def close(self) -> None:
+        """Write the waiting lines, and stop."""
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
+            atexit.unregister(self.close)
+
+    def _enqueue(self, line: dict[str, Any]) -> None:
+        if self._dropped:
+            line["lost_before"] = self._dropped
         record = logging.LogRecord(__name__, logging.INFO, "", 0, json.dumps(line, ensure_ascii=False), None, None)
         try:
             self._handler.enqueue(record)
-            self._lost = 0
+            self._dropped = 0
         except Full:
-            self._lost += 1
-            if self._lost == 1:
-                logger.warning("the request log is not written fast enough; lines are being lost")
-
-    def close(self) -> None:
-        """Write what is waiting, and end."""
-        if self._queue is not None:
-            self._listener.stop()
-            self._queue = None
-            atexit.unregister(self.close)
+            self._dropped += 1
+            if self._dropped == 1:
+                logger.warning("the disk is too slow for the request log; lines are being dropped")

@@ -1,31 +1,39 @@
-"""The service: HTTP in, HTTP out, lineage beside it. `deploy/bento.py` builds it.
+"""The BentoML service: models, settings, middleware and the engine around `bentos/app.py`. Built by `deploy/bento.py`.
 
-BentoML serves health and metrics, and builds and runs it; the routes are in `bentos/routes.py`.
+BentoML's parent process imports this module too, so nothing here imports torch before a worker starts the service.
 """
 
 import gc
 import json
 import os
+from functools import cache
 from pathlib import Path
 from time import time
 from typing import Any
 
 import bentoml
-from _bentoml_sdk import Service
-from _bentoml_sdk.service.openapi import generate_spec
-from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from bentos.errors import OneErrorShape
-from bentos.gate import Gate
-from bentos.routes import app
-from bentos.schemas import set_limits
+from bentos import compat
+from bentos.app import app
+from bentos.dependencies import Served
+from bentos.middleware.access_log import AccessLogMiddleware
+from bentos.middleware.auth import AuthMiddleware
+from bentos.middleware.drain import DrainMiddleware
+from bentos.middleware.error_shape import ErrorShapeMiddleware
+from bentos.middleware.head import HeadMiddleware
+from bentos.middleware.metrics_path import path_label
+from bentos.middleware.request_id import RequestIdMiddleware
+from bentos.openapi import set_limits
+from bentos.settings import Settings
+from gpt2core.files import verify_directory
+from gpt2core.types import Lineage
 
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
-
-# BentoML would record a span for each message of each request, and send it nowhere: a fifth of what HTTP costs.
-os.environ.setdefault("OTEL_SDK_DISABLED", "true")
+PROBES = ("/livez", "/readyz", "/healthz", "/metrics")  # need no token, are not logged, and do not prolong a drain
+BENTOML_PATHS = (*PROBES, "/docs.json", "/schema.json")
 
 
 class Models(BaseModel):
@@ -35,43 +43,37 @@ class Models(BaseModel):
     adapter: str
 
 
-class GatedService(Service[Any]):
-    """A BentoML service with a `Gate` before all of it."""
-
-    gate: Gate
-
-    @property
-    def openapi_spec(self) -> Any:
-        """With this model's limits. BentoML says 3.0, whose schemas are another dialect than FastAPI's."""
-        config = json.loads(Path(bentoml.models.get(models.base).path, "config.json").read_text(encoding="utf-8"))
-        limits = {name: config[name] for name in ("n_positions", "vocab_size")} | {
-            "n_prompt": config["n_positions"] - 1
-        }
-        spec = generate_spec(self, openapi_version="3.1.0")
-        for path in spec.paths.values():
-            if isinstance(path.post, dict):
-                set_limits(path.post, limits)
-        return spec
-
-    def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        tokens = {"api": os.environ.get("GPT2_API_TOKEN", ""), "admin": os.environ.get("GPT2_ADMIN_TOKEN", "")}
-        paths = app.openapi()["paths"]
-        run_id = json.loads(LINEAGE.read_text(encoding="utf-8"))["run"]["id"]
-        asgi = super().to_asgi(is_main)
-        # its timer stays for a minute after each answer, 1 KB of it; the deadline of the routes ends the work too
-        asgi.user_middleware = [each for each in asgi.user_middleware if each.cls is not TimeoutMiddleware]
-        GatedService.gate = Gate(OneErrorShape(asgi), paths, run_id, tokens)
-        return GatedService.gate
-
-
 models = bentoml.use_arguments(Models)
+
+
+class GPT2Service(compat.WrappableService):
+    """BentoML's app, with this project's middleware outside of it. Requests pass from the last to the first."""
+
+    def wrap(self, app: Starlette) -> ASGIApp:
+        compat.remove_timeout(app)
+        if not settings().tracing:
+            compat.remove_tracing(app)
+        compat.bound_metrics(app, path_label(_paths()))
+        wrapped: ASGIApp = HeadMiddleware(app)
+        wrapped = ErrorShapeMiddleware(wrapped)
+        wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, open_paths=PROBES)
+        wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)
+        wrapped = DrainMiddleware(wrapped, PROBES, compat.stop_listening)
+        return RequestIdMiddleware(wrapped, lineage().run.id)
+
+    def complete_spec(self, paths: dict[str, Any]) -> None:
+        """Put this model's limits into the schemas."""
+        config = json.loads(Path(bentoml.models.get(models.base).path, "config.json").read_text(encoding="utf-8"))
+        for path in paths.values():
+            if isinstance(path.post, dict):
+                set_limits(path.post, config["n_positions"], config["vocab_size"])
 
 
 @bentoml.service(
     name="gpt2-instruct",
     workers=1,
-    logging={"access": {"enabled": False}},  # the gate writes one
-    service_class=GatedService,
+    logging={"access": {"enabled": False}},  # AccessLogMiddleware writes one
+    service_class=GPT2Service,
 )
 @bentoml.asgi_app(app, path="/")
 class GPT2Instruct:
@@ -79,30 +81,42 @@ class GPT2Instruct:
     adapter = bentoml.models.BentoModel(models.adapter)
 
     def __init__(self) -> None:
-        # here: BentoML's parent process reads this file too, and need not load torch for it (a second, 200 MB)
-        from bentos.answering import Answerer
+        # Here, not above: these import torch, which would cost BentoML's parent process a second and 200 MB.
+        from bentos.generation import TextGenerator
+        from bentos.metrics import Metrics
         from bentos.request_log import RequestLog
 
-        environment = os.environ.get
-        log = RequestLog(environment("GPT2_REQUEST_LOG", ""), environment("GPT2_REQUEST_LOG_TEXT", "hash"))
-        weights, adapters = environment("GPT2_WEIGHTS", "auto"), environment("GPT2_ADAPTERS_DIR", "")
-        self.answerer = Answerer(self.base.path, self.adapter.path, weights, adapters, log)
-        app.state.answerer, app.state.started = self.answerer, int(time())
-        app.state.lineage = json.loads(LINEAGE.read_text(encoding="utf-8"))
-        GatedService.gate.drain_at_sigterm()
-        # What is loaded now stays. Without it a full collection is soon done, and so it is done more often: the cycles
-        # of answered requests do not add up to 100 MB, and no pause is long.
+        for tag, model in ((models.base, self.base), (models.adapter, self.adapter)):
+            # the tag's version is the start of the content's sha256; BentoML adds model.yaml
+            verify_directory(model.path, tag.partition(":")[2], exclude=["model.yaml"])
+        log = RequestLog(settings().request_log, settings().request_log_text) if settings().request_log else None
+        self.generator = TextGenerator(
+            self.base.path, self.adapter.path, settings().weights, settings().adapters_dir, Metrics(), log
+        )
+        app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn)
+        # Exclude everything loaded so far from garbage collection: full collections stay short, so cycles of finished
+        # requests are freed often (they do not grow to 100 MB) and no pause is long.
         gc.collect()
         gc.freeze()
 
     @bentoml.on_shutdown
     def close(self) -> None:
-        self.answerer.close()
-
-    async def __is_ready__(self) -> bool:
-        return not GatedService.gate.draining
+        self.generator.close()
 
     async def __metrics__(self, text: str) -> str:
-        from bentos import metrics
+        return text + self.generator.metrics_text()
 
-        return text + metrics.gauges(self.answerer.gauges)
+
+@cache
+def settings() -> Settings:
+    """Of this process; read once."""
+    return Settings.from_environment(os.environ)
+
+
+@cache
+def lineage() -> Lineage:
+    return Lineage.from_json(json.loads(LINEAGE.read_text(encoding="utf-8")))
+
+
+def _paths() -> list[str]:
+    return ["/", *app.openapi()["paths"], *BENTOML_PATHS]

@@ -8,7 +8,7 @@ from gpt2core.config import GenerationConfig
 from gpt2core.data import Record, check_records, read_records, to_jsonl
 from gpt2core.evaluate import answer_text
 from gpt2core.generate import check_prompt, generate, stream
-from gpt2core.inference.detokenizer import ReplyText
+from gpt2core.inference.detokenizer import IncrementalDetokenizer
 from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
@@ -53,7 +53,7 @@ class TunedModel:
         """
         (record,) = check_records([{"instruction": instruction, "input": input}], "the question", REQUIRED)
         (prompt,) = self._encode([record])
-        text = ReplyText(self.tokenizer, (), clean=True)
+        text = IncrementalDetokenizer(self.tokenizer, (), clean=True)
         for token in stream(self.model, prompt, self.config):
             yield text.push(token)
         yield text.finish()

@@ -1,30 +1,53 @@
-"""Weights in and out: Hugging Face GPT-2 directories, our adapters, PEFT's. Alone knows foreign parameter names.
+"""GPT-2 checkpoints in Hugging Face's format; also the public path of adapters and digests.
 
-Only safetensors and JSON are read or written: nothing that is loaded can run code.
+It reads and writes only safetensors and JSON: nothing that is loaded can run code.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gpt2core.config import ACTIVATIONS, GPT2Config, LoraConfig
-from gpt2core.lora import LoraLinear, add_lora, lora_layers
+from gpt2core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter, save_adapter
+from gpt2core.config import GPT2Config
+from gpt2core.files import atomic_write, directory_sha256, file_sha256, read_json, read_text, to_json, write_files
+from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
+from gpt2core.peft_format import export_peft
+from gpt2core.tensors import check_weight, read_tensors
+from gpt2core.tokenizer import count_tokens
 
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 keeps these as (in, out)
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "CONFIG",
+    "atomic_write",
+    "directory_sha256",
+    "export_peft",
+    "file_sha256",
+    "load_adapter",
+    "load_pretrained",
+    "read_adapter",
+    "read_config",
+    "save_adapter",
+    "save_pretrained",
+]
+
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 stores these as (in, out)
+MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old checkpoints
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
+GENERATION_CONFIG = "generation_config.json"
+# GPT2Config's fields that are not the architecture
+_SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config")
+
+
+class _Stored(NamedTuple):
+    file: Path
+    key: str  # in the file
+    tensor: Tensor
 
 
 def load_pretrained(
@@ -32,33 +55,38 @@ def load_pretrained(
 ) -> GPT2:
     """Read a Hugging Face GPT-2 checkpoint (one file or sharded); the model is in eval mode.
 
+    The model's config keeps the ids of special tokens and the text of generation_config.json, which `save_pretrained`
+    writes back. Where the directory has a tokenizer with fewer ids than the embedding has rows, `config.n_tokens` is
+    their number: the rows beyond are padding and must not be sampled.
+
     Raises:
-        FileNotFoundError: config.json or the safetensors files are not there.
-        ValueError: a file is damaged, a key is missing or unknown, a shape differs, or the config asks for something
-            this GPT-2 is not; the message names file, key and both sides.
+        FileNotFoundError: config.json or the safetensors files are missing.
+        ValueError: a file is damaged, a key is missing or unknown, a shape differs, a weight is not finite, the
+            tokenizer has more ids than the embedding has rows, or the config needs a feature that this GPT-2 does not
+            have; the message names file, key and both values.
     """
     directory = Path(directory)
     config = read_config(directory / CONFIG)
-    with torch.device("meta"):  # no random weights are drawn only to be overwritten
+    stored = _read_weights(directory, device)
+    last = directory / (INDEX if (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file() else WEIGHTS)
+    _check_sizes(directory / CONFIG, config, stored)
+    with torch.device("meta"):  # skip drawing random weights that are overwritten below
         model = GPT2(config)
-    wanted = dict(model.state_dict())
-    files = _weight_files(directory)
+    expected = model.state_dict()
     state: dict[str, Tensor] = {}
-    for file in files:
-        for key, tensor in _read_tensors(file, device).items():
-            name = key.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")):  # constant causal masks of old checkpoints
-                continue
-            if name != "lm_head.weight" and name not in wanted:
-                raise ValueError(f"{file}: key {key!r} is not one of GPT-2's with n_layer={config.n_layer}")
-            expected = wanted["wte.weight" if name == "lm_head.weight" else name]
-            turned = name.endswith(CONV1D)
-            _check_shape(file, key, tensor, expected.T if turned else expected)
-            state[name] = (tensor.T if turned else tensor).to(dtype).contiguous()
+    for name in list(stored):
+        file, key, tensor = stored.pop(name)  # each tensor is freed when it is converted
+        if name != "lm_head.weight" and name not in expected:
+            raise ValueError(f"{file}: key {key!r} is not a key of GPT-2 with n_layer={config.n_layer}")
+        target = expected["wte.weight" if name == "lm_head.weight" else name]
+        transposed = name.endswith(CONV1D)
+        _check_shape(file, key, tensor, target.T if transposed else target)
+        check_weight(file, key, tensor)
+        state[name] = (tensor.T if transposed else tensor).to(dtype).contiguous()
     head = state.pop("lm_head.weight", None)
-    for name in wanted:
+    for name in expected:
         if name not in state:
-            raise ValueError(f"{files[-1] if len(files) == 1 else directory / INDEX}: key {name!r} is missing")
+            raise ValueError(f"{last}: key {name!r} is missing")
     if head is not None and not torch.equal(head, state["wte.weight"]):
         raise ValueError(f"{directory}: lm_head.weight differs from wte.weight; only GPT-2's tied head is supported")
     model.load_state_dict(state, assign=True)
@@ -66,10 +94,10 @@ def load_pretrained(
 
 
 def save_pretrained(model: GPT2, directory: str | Path) -> Path:
-    """Write config.json and model.safetensors so that transformers' GPT2LMHeadModel reads them back.
+    """Write config.json, model.safetensors and, if the model came with one, generation_config.json for transformers.
 
     Raises:
-        ValueError: the model has LoRA layers that are not merged.
+        ValueError: the model has LoRA layers that are not merged, or weights that are not finite.
     """
     if any(not layer.merged for _, layer in lora_layers(model)):
         raise ValueError("the model has LoRA layers that are not merged; merge_lora(model) or remove_lora(model) first")
@@ -78,198 +106,68 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
         if "lora_" in name:
             continue
         name = name.replace(".linear.", ".")
+        check_weight("the model", name, tensor)
         state[f"transformer.{name}"] = (tensor.T if name.endswith(CONV1D) else tensor).contiguous().cpu()
-    config = {
+    config = model.config
+    last_id = config.token_count - 1  # GPT-2 numbers <|endoftext|> last, and so does the nano tokenizer
+    description = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "tie_word_embeddings": True,
-        # GPT-2 numbers <|endoftext|> last, and so does the nano tokenizer
-        "bos_token_id": model.config.vocab_size - 1,
-        "eos_token_id": model.config.vocab_size - 1,
+        "bos_token_id": last_id if config.bos_token_id is None else config.bos_token_id,
+        "eos_token_id": last_id if config.eos_token_id is None else config.eos_token_id,
         "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
-        **asdict(model.config),
+        **{key: value for key, value in asdict(config).items() if key not in _SEPARATE},
     }
-    return _write(directory, {WEIGHTS: to_safetensors(state, {"format": "pt"}), CONFIG: _json(config)})
-
-
-def save_adapter(model: GPT2, directory: str | Path, base: Mapping[str, Any] | None = None) -> Path:
-    """Write the LoRA weights alone (fp32), with their config and a reference to the base beside them.
-
-    Raises:
-        ValueError: the model has no LoRA layers.
-    """
-    config = _lora_config(model)
-    weights = to_safetensors(_adapter_state(model))
-    # The digest ties the two files together: a pair torn by a crash between their renames is noticed when it is read.
-    description = {"lora": asdict(config), "base": dict(base or {}), "sha256": hashlib.sha256(weights).hexdigest()}
-    return _write(directory, {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: _json(description)})
-
-
-def load_adapter(model: GPT2, directory: str | Path) -> GPT2:
-    """Read an adapter into the model, in place, adding LoRA layers where there are none.
-
-    Raises:
-        FileNotFoundError: a file of the adapter is not there.
-        ValueError: a file is damaged, a key or shape does not fit the model, or the model has LoRA layers of another
-            config or merged ones. The model is then as it was.
-    """
-    lora, found = read_adapter(directory, model.config, model.wte.weight.device)
-    layers = list(lora_layers(model))
-    if not layers:
-        add_lora(model, lora)
-    elif _lora_config(model) != lora:
-        raise ValueError(
-            f"the model has LoRA layers of {_lora_config(model)}, {directory} holds {lora}; remove_lora first"
-        )
-    elif any(layer.merged for _, layer in layers):
-        raise ValueError("the model's adapter is merged; unmerge_lora(model) before loading another")
-    model.load_state_dict(found, strict=False)
-    return model
-
-
-def read_adapter(
-    directory: str | Path, config: GPT2Config, device: str | torch.device = "cpu"
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's LoRA config and weights, of which each is there and has the shape that a model of `config` asks for.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_adapter`.
-    """
-    directory = Path(directory)
-    file = directory / ADAPTER_WEIGHTS
-    description = _read_json(directory / ADAPTER_CONFIG)
-    try:
-        lora = LoraConfig(**description["lora"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / ADAPTER_CONFIG}: no valid LoRA config under 'lora': {error}") from None
-    found = _read_tensors(file, device)
-    if description.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
-        raise ValueError(
-            f"{file} is not the file that {ADAPTER_CONFIG} beside it describes (sha256 differs); save it again"
-        )
-    with torch.device("meta"):
-        wanted = _adapter_state(add_lora(GPT2(config), lora))
-    for key in wanted.keys() | found.keys():
-        if key not in found or key not in wanted:
-            raise ValueError(
-                f"{file}: key {key!r} is {'missing' if key in wanted else 'not one of this model with ' + str(lora)}"
-            )
-        _check_shape(file, key, found[key], wanted[key])
-    return lora, found
-
-
-def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
-    """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` gives the same logits.
-
-    PEFT adapts whole layers, so the pairs of a fused c_attn become one of rank n * R whose lora_B is zero outside of
-    the adapted thirds; alpha grows with the rank, which leaves the scaling as it is.
-    """
-    config = _lora_config(model)
-    state, ranks, alphas = {}, {}, {}
-    for name, layer in lora_layers(model):
-        n, rank, width = layer.lora_A.shape
-        b = layer.lora_B.new_zeros(layer.n_blocks, layer.lora_B.shape[1], n, rank)  # (blocks, out / blocks, n, R)
-        for pair, block in enumerate(layer.blocks):
-            b[block, :, pair] = layer.lora_B.data[pair]
-        key = f"base_model.model.transformer.{name}"
-        state[f"{key}.lora_A.weight"] = layer.lora_A.data.reshape(n * rank, width).cpu().clone()
-        state[f"{key}.lora_B.weight"] = b.flatten(2).flatten(0, 1).contiguous().cpu()
-        module = ".".join(name.split(".")[2:])  # attn.c_proj and mlp.c_proj are told apart
-        ranks[module], alphas[module] = n * rank, n * config.alpha
-    description = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted(ranks),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "fan_in_fan_out": True,  # Conv1D
-        "bias": "none",
-        "inference_mode": True,
-    }
-    weights = to_safetensors(state, {"format": "pt"})
-    return _write(directory, {"adapter_model.safetensors": weights, "adapter_config.json": _json(description)})
+    if config.n_tokens is not None:
+        description["n_tokens"] = config.n_tokens
+    files = {WEIGHTS: to_safetensors(state, {"format": "pt"}), CONFIG: to_json(description)}
+    if config.generation_config is not None:
+        files[GENERATION_CONFIG] = config.generation_config.encode()
+    return write_files(directory, files)
 
 
 def read_config(file: Path) -> GPT2Config:
-    """GPT2Config from a Hugging Face config.json.
+    """GPT2Config from a Hugging Face config.json, and from generation_config.json and the tokenizer beside it.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
-    values = _read_json(file)
-    fixed = {"model_type": "gpt2", "tie_word_embeddings": True, "add_cross_attention": False}
-    for key, only in fixed.items():
+    values = read_json(file)
+    supported = {"model_type": "gpt2", "tie_word_embeddings": True, "add_cross_attention": False}
+    for key, only in supported.items():
         if values.get(key, only) != only:
-            raise ValueError(f"{file}: {key} is {values[key]!r}; this GPT-2 supports {only!r} only")
-    if values.get("activation_function", "gelu_new") not in ACTIVATIONS:
-        raise ValueError(
-            f"{file}: activation_function is {values['activation_function']!r}; known: {', '.join(ACTIVATIONS)}"
-        )
-    known = {field.name for field in fields(GPT2Config)}
+            raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported")
+    known = {field.name for field in fields(GPT2Config)} - {"generation_config"}
+    described: dict[str, Any] = {key: value for key, value in values.items() if key in known}
+    generation_config = file.parent / GENERATION_CONFIG
+    if generation_config.is_file():
+        read_json(generation_config)  # refuses a damaged one
+        described["generation_config"] = read_text(generation_config)
+    n_tokens, n_rows = count_tokens(file.parent), values.get("vocab_size", GPT2Config.vocab_size)
+    if n_tokens is not None and isinstance(n_rows, int):
+        if n_tokens > n_rows:
+            raise ValueError(
+                f"{file}: vocab_size is {n_rows}, but the tokenizer beside it has {n_tokens} ids; they do not match"
+            )
+        described["n_tokens"] = n_tokens if n_tokens < n_rows else None
     try:
-        return GPT2Config(**{key: value for key, value in values.items() if key in known})
-    except (TypeError, ValueError) as error:
+        return GPT2Config(**described)
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
-    """One sha256 of a directory: over the sorted lines "<sha256>  <relative path>" of its files (sha256sum's)."""
-    directory = Path(directory)
-    names = (
-        sorted(files)
-        if files is not None
-        else sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    )
-    lines = "".join(f"{file_sha256(directory / name)}  {name}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def file_sha256(file: str | Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def atomic_write(file: Path, content: bytes) -> None:
-    """Write the file whole or not at all: a crash leaves the one there was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
-        try:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)  # the temporary file's 0600 would keep other users, and containers, out
-            os.replace(stream.name, file)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(stream.name)
-            raise
-
-
-def _write(directory: str | Path, files: Mapping[str, bytes]) -> Path:
-    for name, content in files.items():
-        atomic_write(Path(directory) / name, content)
-    return Path(directory)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; is {file.parent} the right directory?")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a JSON {type(value).__name__}, not an object")
-    return value
+def _read_weights(directory: Path, device: str | torch.device) -> dict[str, _Stored]:
+    """All tensors by this project's names, without masks; a tied checkpoint may have the head alone."""
+    stored = {}
+    for file in _weight_files(directory):
+        for key, tensor in read_tensors(file, device).items():
+            name = key.removeprefix("transformer.")
+            if not name.endswith(MASKS):
+                stored[name] = _Stored(file, key, tensor)
+    if "wte.weight" not in stored and "lm_head.weight" in stored:
+        stored["wte.weight"] = stored.pop("lm_head.weight")
+    return stored
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -278,49 +176,35 @@ def _weight_files(directory: Path) -> list[Path]:
     if not (directory / INDEX).is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
         raise FileNotFoundError(
-            f"{directory} holds neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
+            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
         )
-    index = _read_json(directory / INDEX)
+    index = read_json(directory / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{directory / INDEX}: 'weight_map' must map keys to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:  # a checkpoint from elsewhere must not reach outside of its directory
+        if Path(name).name != name:  # a downloaded checkpoint must not reach outside its directory
             raise ValueError(f"{directory / INDEX}: shard {name!r} is not a plain file name")
         if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory / name} is not there, but {INDEX} names it")
+            raise FileNotFoundError(f"{directory / name} does not exist, but {INDEX} names it")
     return [directory / name for name in names]
 
 
-def _read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; is {file.parent} the right directory?")
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            # cloned: else they are the mapped file, change with it, and keep all of it in memory as long as one is used
-            return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); fetch or save it again") from None
+def _check_sizes(file: Path, config: GPT2Config, stored: dict[str, _Stored]) -> None:
+    """Refuse a config larger than the stored weights, before a model of its size is made."""
+    n_layers = len({name.split(".")[1] for name in stored if name.startswith("h.")})
+    if config.n_layer > n_layers:
+        raise ValueError(f"{file}: n_layer is {config.n_layer}, but the weights have {n_layers} layers")
+    largest = max((size for _, _, tensor in stored.values() for size in tensor.shape), default=0)
+    for name in ("vocab_size", "n_positions", "n_embd", "mlp_width"):
+        if getattr(config, name) > largest:
+            raise ValueError(
+                f"{file}: {name} is {getattr(config, name)}, but no stored weight is larger than {largest}"
+            )
 
 
-def _check_shape(file: Path, key: str, found: Tensor, wanted: Tensor) -> None:
-    if found.shape != wanted.shape:
-        sides = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} by the config"
-        raise ValueError(f"{file}: key {key!r} has another shape than its config says: {sides}")
-
-
-def _lora_config(model: GPT2) -> LoraConfig:
-    layer = next((layer for _, layer in lora_layers(model)), None)
-    if layer is None:
-        raise ValueError("the model has no LoRA layers; add_lora(model, LoraConfig()) first")
-    return layer.config
-
-
-def _adapter_state(model: GPT2) -> dict[str, Tensor]:
-    layers: Iterable[tuple[str, LoraLinear]] = lora_layers(model)
-    return {
-        f"{name}.{part}": getattr(layer, part).detach().float().contiguous()
-        for name, layer in layers
-        for part in ("lora_A", "lora_B")
-    }
+def _check_shape(file: Path, key: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        shapes = f"{tuple(found.shape)} in the file, {tuple(expected.shape)} by the config"
+        raise ValueError(f"{file}: key {key!r} has a shape that differs from its config: {shapes}")

@@ -1,14 +1,19 @@
-"""Every value of the model, LoRA, training and decoding, with its default: the only place where one is written."""
+"""Configuration of model, LoRA, training and decoding. Every default is written here and nowhere else."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
-from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Precision = Literal["fp32", "bf16-true", "bf16-mixed"]
 LossOn = Literal["response", "all"]
+TooLong = Literal["error", "drop", "truncate"]  # what happens to records longer than the context
+Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
+LoraTarget = Literal["q", "k", "v", "o", "fc", "proj"]
 
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
@@ -19,13 +24,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gpt2-nano": {"n_layer": 3, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": 2048},
     }
 )
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
-LORA_TARGETS = ("q", "k", "v", "o", "fc", "proj")
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The architecture, in the words of Hugging Face's config.json."""
+    """The architecture, with the field names of Hugging Face's config.json."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -33,20 +36,28 @@ class GPT2Config:
     n_layer: int = 12
     n_head: int = 12
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
-    activation_function: str = "gelu_new"
+    activation_function: Activation = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
+    bos_token_id: int | None = None  # None: not known; these two and generation_config are kept for others
+    eos_token_id: int | tuple[int, ...] | None = None
+    n_tokens: int | None = None  # ids that the tokenizer has, if fewer than vocab_size: the rows beyond are padding
+    generation_config: str | None = None  # text of generation_config.json
 
     def __post_init__(self) -> None:
+        _lists_to_tuples(self, "eos_token_id")
+        check_types(self)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        check_field(self, "n_inner", self.n_inner is None or self.n_inner >= 1, "at least 1, or null for 4 * n_embd")
+        tokens = self.n_tokens is None or 1 <= self.n_tokens <= self.vocab_size
+        check_field(self, "n_tokens", tokens, f"from 1 to vocab_size={self.vocab_size}, or null for all of them")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            check_field(self, name, getattr(self, name) >= 0, "0 or more")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} cannot be divided into n_head={self.n_head} heads of one size")
-        check_field(
-            self, "activation_function", self.activation_function in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"
-        )
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
 
     @classmethod
     def preset(cls, name: str) -> "GPT2Config":
@@ -54,6 +65,11 @@ class GPT2Config:
         if name not in PRESETS:
             raise ValueError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
+
+    @property
+    def token_count(self) -> int:
+        """Number of ids that may be sampled: those below it."""
+        return self.vocab_size if self.n_tokens is None else self.n_tokens
 
     @property
     def mlp_width(self) -> int:
@@ -66,18 +82,16 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] = ("q", "v")  # out of q k v o (attention) and fc proj (MLP)
+    targets: tuple[LoraTarget, ...] = ("q", "v")  # q k v o: attention; fc proj: MLP
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
+        _lists_to_tuples(self, "targets")
+        check_types(self)
         check_field(self, "rank", self.rank >= 1, "at least 1")
-        check_field(self, "alpha", isfinite(self.alpha), "a finite number")
         check_field(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        known = bool(self.targets) and set(self.targets) <= set(LORA_TARGETS)
-        check_field(
-            self, "targets", known and len(set(self.targets)) == len(self.targets), f"out of {', '.join(LORA_TARGETS)}"
-        )
+        distinct = bool(self.targets) and len(set(self.targets)) == len(self.targets)
+        check_field(self, "targets", distinct, f"at least one of {', '.join(LORA_TARGETS)}, each at most once")
 
     @property
     def scaling(self) -> float:
@@ -89,24 +103,24 @@ class TrainConfig:
     """Finetuning. Lengths are in optimiser steps unless the name says epochs or batches."""
 
     epochs: int = 12
-    max_steps: int | None = None  # ends training earlier than `epochs` would
-    batch_size: int = 16  # records a forward pass
-    gradient_accumulation_steps: int = 1  # forward passes an optimiser step
+    max_steps: int | None = None  # stops training before `epochs` are done
+    batch_size: int = 16  # records per forward pass
+    gradient_accumulation_steps: int = 1  # forward passes per optimiser step
     learning_rate: float = 6e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 10
-    decay_fraction: float = 1.0  # share of the steps, at the end, over which the rate falls linearly; 0: constant
-    final_lr_ratio: float = 0.0  # where that fall ends, as a share of learning_rate
+    decay_fraction: float = 1.0  # share of the steps, at the end, over which the rate decays linearly; 0: constant
+    final_lr_ratio: float = 0.0  # learning rate at the end of that decay, as a share of learning_rate
     max_grad_norm: float | None = 1.0
     precision: Precision = "fp32"
-    devices: int = 1  # processes of one machine that share each batch: a GPU each, or some of the cores
+    devices: int = 1  # processes on one machine that share each batch: one GPU each, or a share of the cores
     loss_on: LossOn = "response"
     seed: int = 0
     log_every_steps: int = 5
     validate_every_epochs: int = 1
     checkpoint_every_epochs: int = 1
-    limit_train_batches: int | None = None  # batches an epoch, for a quick development run
+    limit_train_batches: int | None = None  # batches per epoch, for a quick development run
     limit_val_batches: int | None = None
 
     def __post_init__(self) -> None:
@@ -116,7 +130,6 @@ class TrainConfig:
         for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
             value = getattr(self, name)
             check_field(self, name, value is None or value >= 1, "at least 1, or null for no limit")
-        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class PretrainConfig:
     max_steps: int = 1400
     batch_size: int = 8  # sequences of n_positions tokens
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 0.03  # Muon's
+    learning_rate: float = 0.03  # of Muon
     adamw_learning_rate: float = 0.01
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
@@ -144,51 +157,65 @@ class PretrainConfig:
         _check_training(self)
         for name in ("max_steps", "checkpoint_every_steps"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
-        check_choices(self)
+        check_field(self, "adamw_learning_rate", self.adamw_learning_rate > 0, "above 0")
+        check_field(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Decoding. temperature 0 is greedy; top_k and top_p of None leave the whole vocabulary."""
+    """Decoding. temperature 0 is greedy; top_k and top_p of None keep the whole vocabulary."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int | None = None  # None: a new one each time
-    eos_id: int | None = None  # None: no token ends a reply
-    stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a reply
+    seed: int | None = None  # None: a new one for each request
+    eos_id: int | None = None  # None: no token ends a completion
+    stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a completion
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(tuple(sequence) for sequence in self.stop))
+        _lists_to_tuples(self, "stop")
+        check_types(self)
         check_field(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
-        check_field(
-            self, "temperature", isfinite(self.temperature) and self.temperature >= 0, "a finite number, 0 or more"
-        )
+        check_field(self, "temperature", self.temperature >= 0, "0 or more")
         check_field(
             self, "top_k", self.top_k is None or self.top_k >= 1, "at least 1, or null for the whole vocabulary"
         )
         check_field(
             self, "top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or null for the whole vocabulary"
         )
-        check_field(self, "seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63), or null for a new one")
+        check_field(self, "seed", self.seed is None or _is_seed(self.seed), "in [0, 2**63), or null for a new one")
         check_field(self, "stop", all(self.stop), "token sequences of at least one token")
 
 
 def _check_training(config: TrainConfig | PretrainConfig) -> None:
-    object.__setattr__(config, "betas", tuple(config.betas))
+    _lists_to_tuples(config, "betas")
+    check_types(config)
     for name in ("batch_size", "gradient_accumulation_steps", "log_every_steps"):
         check_field(config, name, getattr(config, name) >= 1, "at least 1")
-    check_field(
-        config, "learning_rate", isfinite(config.learning_rate) and config.learning_rate > 0, "a number above 0"
-    )
+    check_field(config, "learning_rate", config.learning_rate > 0, "above 0")
     check_field(config, "weight_decay", config.weight_decay >= 0, "0 or more")
+    check_field(config, "betas", all(0 <= beta < 1 for beta in config.betas), "two numbers in [0, 1)")
     check_field(config, "warmup_steps", config.warmup_steps >= 0, "0 or more")
     for name in ("decay_fraction", "final_lr_ratio"):
         check_field(config, name, 0 <= getattr(config, name) <= 1, "in [0, 1]")
     check_field(
         config, "max_grad_norm", config.max_grad_norm is None or config.max_grad_norm > 0, "above 0, or null for none"
     )
+    check_field(config, "seed", _is_seed(config.seed), "in [0, 2**63)")
+
+
+def _is_seed(value: int) -> bool:
+    return 0 <= value < 2**63
+
+
+def _lists_to_tuples(config: Any, name: str) -> None:
+    """YAML and JSON have lists where the configs have tuples; the type check follows."""
+    object.__setattr__(config, name, _as_tuple(getattr(config, name)))
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def check_field(config: Any, name: str, holds: bool, rule: str) -> None:
@@ -197,13 +224,64 @@ def check_field(config: Any, name: str, holds: bool, rule: str) -> None:
     Also for the configuration dataclasses of other packages.
     """
     if not holds:
-        raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)!r}; it must be {rule}")
+        value = repr(getattr(config, name))
+        shown = value if len(value) <= 100 else f"{value[:97]}..."
+        raise ValueError(f"{type(config).__name__}.{name} is {shown}; it must be {rule}")
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: object) -> None:
     """Raise ValueError unless every field annotated with a `Literal` holds one of its values."""
     for name, annotation in get_type_hints(type(config)).items():
         if get_origin(annotation) is Literal:
-            *others, last = (value if value != "" else "empty" for value in get_args(annotation))
-            rule = f"{', '.join(others)} or {last}" if others else str(last)
-            check_field(config, name, getattr(config, name) in get_args(annotation), rule)
+            check_field(config, name, _matches(annotation, getattr(config, name)), _rule(annotation))
+
+
+def check_types(config: object) -> None:
+    """Raise ValueError unless every field holds a value of its annotated type; `check_choices` is part of it.
+
+    A bool is not an int, an int is a float, floats are finite, and ints fit into 64 bits.
+    """
+    for name, annotation in get_type_hints(type(config)).items():
+        check_field(config, name, _matches(annotation, getattr(config, name)), _rule(annotation))
+
+
+def _matches(annotation: Any, value: Any) -> bool:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin in (Union, UnionType):
+        return any(_matches(argument, value) for argument in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        return len(kinds) == len(value) and all(map(_matches, kinds, value))
+    if annotation is int or (annotation is float and not isinstance(value, float)):
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if annotation is float:
+        return isfinite(value)
+    return isinstance(value, origin or annotation)
+
+
+def _rule(annotation: Any) -> str:
+    """What values of the type are, for a message."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        *others, last = (str(value) if value != "" else "empty" for value in arguments)
+        return f"{', '.join(others)} or {last}" if others else last
+    if origin in (Union, UnionType):
+        return " or ".join(_rule(argument) for argument in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"a list whose elements are each {_rule(arguments[0])}"
+        return f"a list of {len(arguments)} elements, each {_rule(arguments[0])}"
+    return _TYPE_RULES.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
+
+
+_TYPE_RULES = {
+    int: "an integer of at most 64 bits",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+    NoneType: "null",
+}

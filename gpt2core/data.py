@@ -1,25 +1,47 @@
-"""Instruction records: read, checked, split, encoded, batched. Downloads nothing."""
+"""From instruction records to training examples: splitting, length limits, encoding. Downloads nothing."""
 
-import hashlib
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
 import torch
-from torch import Tensor
 
-from gpt2core.prompt import format_prompt
+from gpt2core.config import TooLong
+from gpt2core.prompt import MARKERS, format_prompt
+from gpt2core.records import (  # the public path of these names
+    REQUIRED,
+    TEXTS,
+    Record,
+    check_records,
+    place_of,
+    read_records,
+    records_sha256,
+    to_jsonl,
+)
 
-IGNORED = -100  # the label of a token that the loss does not see
-SHARED, PADDING = -1, -2  # in place of an example's number
-ROW_TOKENS = 512  # of a row of examples, about: attention's cost grows with its square
-Record = dict[str, str]  # instruction, input, output; and group, family where known
-_KEYS = ("instruction", "input", "output", "group", "family")
-REQUIRED = ("instruction", "output")
+__all__ = [
+    "REQUIRED",
+    "Example",
+    "LongRecord",
+    "Record",
+    "Split",
+    "check_records",
+    "count_duplicates",
+    "count_repeated_questions",
+    "encode_records",
+    "find_markers",
+    "find_too_long",
+    "limit_lengths",
+    "place_of",
+    "read_records",
+    "records_sha256",
+    "split_records",
+    "to_jsonl",
+]
+
+SHOWN_RECORDS = 10  # places named in one message
 
 
 class Split(NamedTuple):
@@ -30,113 +52,69 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One record as tokens: the prompt's, then the response's, then end of text."""
+    """One record as tokens: prompt, response, end of text."""
 
     input_ids: list[int]
     prompt_length: int
 
 
-class Batch(NamedTuple):
-    """Examples behind each other in G rows; none sees another, and what all begin with is there once a row."""
+@dataclass(frozen=True)
+class LongRecord:
+    """A record with more tokens than the context."""
 
-    input_ids: Tensor  # (G, T), padded on the right
-    labels: Tensor  # (G, T): the token that comes after, IGNORED where the loss does not look
-    n_tokens: int  # without padding; a shared beginning counts for each example
-    positions: Tensor | None = None  # (G, T) within the example; None: a row is one text, to be read as it stands
-    example: Tensor | None = None  # (G, T) which one a token is of, SHARED, or PADDING; None: there are none
-
-
-def read_records(file: str | Path, required: Sequence[str] = REQUIRED) -> list[Record]:
-    """Records from a .json list or from .jsonl lines; with the `required` keys, which are not empty.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and the record.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".jsonl":
-            records: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid {file.suffix.lstrip('.') or 'json'}: {error}") from None
-    return check_records(records, str(file), required)
-
-
-def check_records(records: Any, source: str = "records", required: Sequence[str] = REQUIRED) -> list[Record]:
-    """The records, each with `input` and `output` and without unknown keys.
-
-    Raises:
-        ValueError: no list, an empty one, a missing key, a value that is no string, or an empty required one.
-    """
-    if not isinstance(records, list):
-        raise ValueError(f"{source}: a list of records is wanted, not a {type(records).__name__}")
-    if not records:
-        raise ValueError(f"{source}: the list of records is empty")
-    return [_check_record(record, f"{source}: record {i}", required) for i, record in enumerate(records)]
-
-
-def _check_record(record: Any, where: str, required: Sequence[str]) -> Record:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}, not an object: {_shorten(record)}")
-    for key in required:
-        if key not in record:
-            raise ValueError(f"{where} has no {key!r}: {_shorten(record)}")
-    for key in _KEYS:
-        value = record.get(key, "")
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {key!r} is {_shorten(value)}, a {type(value).__name__}; it must be a string")
-        if key in required and not value.strip():
-            raise ValueError(f"{where}: {key!r} is empty: {_shorten(record)}")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate: no tokenizer can read it
-            raise ValueError(f"{where}: {key!r} is no valid unicode text: {error}") from None
-    return {key: record.get(key, "") for key in ("instruction", "input", "output")} | {
-        key: record[key] for key in ("group", "family") if key in record
-    }
+    index: int
+    place: str  # in the user's file, or number in the list, from 1
+    tokens: int  # prompt, response and end of text
 
 
 def count_duplicates(records: Sequence[Record]) -> int:
-    """How many records say what an earlier one said; they are kept, since repeating one is a choice of the data."""
-    seen = Counter((record["instruction"], record["input"], record["output"]) for record in records)
-    return sum(seen.values()) - len(seen)
+    """Number of records equal to an earlier one. They are kept: repeating a record is a choice of the data's author."""
+    return len(records) - len({(*_question(record), record["output"]) for record in records})
 
 
-def records_sha256(records: Sequence[Record]) -> str:
-    """The digest of the records in their order, however their file was laid out."""
-    return hashlib.sha256(to_jsonl(records)).hexdigest()
+def count_repeated_questions(records: Sequence[Record]) -> int:
+    """Number of records with the instruction and input of an earlier one. A split keeps them on one side."""
+    return len(records) - len({_question(record) for record in records})
 
 
-def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """One JSON object a line, keys in their order, utf-8."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+def find_markers(records: Sequence[Record]) -> list[str]:
+    """Places of records whose text contains a section header of the prompt, its preamble, or end of text spelled out.
+
+    The model cannot tell such a text from the prompt's own sections, and an answer is cut at a marker, so such an
+    output never scores as correct.
+    """
+    return [
+        place_of(records, i)
+        for i, record in enumerate(records)
+        if any(marker in record.get(key, "") for key in TEXTS for marker in MARKERS)
+    ]
 
 
 def split_records(
     records: Sequence[Record], seed: int | None, val_fraction: float = 0.05, test_fraction: float = 0.1
 ) -> Split:
-    """Shuffle by the seed and cut; `seed=None` keeps the file's order: train first, then test, then validation.
+    """Shuffle by the seed and split; `seed=None` keeps the file's order: train first, then test, then validation.
 
-    Records of one `group` stay together. Families, where records have one, get their share of each part. The parts
-    have the sizes asked for unless the groups are too large to be put together so.
+    Records of one `group`, and records with the same question (instruction and input), stay together. Each family,
+    where records have one, is represented in each part in proportion. The parts have exactly the requested sizes
+    unless the groups are too large to add up to them; a test_fraction above 0 gives at least one test record.
 
     Raises:
-        ValueError: the fractions leave no training record.
+        ValueError: the fractions or the groups leave no training record or no test record.
     """
     n = len(records)
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise ValueError(
-            f"val_fraction={val_fraction} and test_fraction={test_fraction} must be 0 or more, below 1 together"
+            f"val_fraction={val_fraction} and test_fraction={test_fraction} must be 0 or more, and below 1 together"
         )
     n_test, n_val = round(n * test_fraction), round(n * val_fraction)
+    if test_fraction:
+        n_test = max(n_test, 1)
     if n and n_test + n_val >= n:
-        raise ValueError(f"{n} records cannot be cut into train, {n_val} validation and {n_test} test records")
+        raise ValueError(f"{n} records cannot be split into train, {n_val} validation and {n_test} test records")
     groups = _ordered_groups(records, seed)
-    if seed is None:  # the parts are cut from the end of the file, validation last
+    n_groups = len(groups)
+    if seed is None:  # the parts are taken from the end of the file, validation last
         groups.reverse()
         val, groups = _take(groups, n_val)
         test, groups = _take(groups, n_test)
@@ -144,16 +122,21 @@ def split_records(
     else:
         test, groups = _take(groups, n_test)
         val, groups = _take(groups, n_val)
+    if n and (not groups or (n_test and not test)):
+        raise ValueError(
+            f"{n} records in {n_groups} groups (same group or same question) cannot be split: no group is small enough "
+            f"for {n_test} test records; raise test_fraction, or give records of one topic different groups"
+        )
     return Split(*([records[i] for group in part for i in group] for part in (groups, val, test)))
 
 
+def _question(record: Record) -> tuple[str, str]:
+    return record["instruction"], record.get("input", "")
+
+
 def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[int]]:
-    """Indices of records by group, shuffled so that any stretch of the list holds each family in proportion."""
-    members: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        # "#3" cannot be some record's group as well: the first element tells them apart
-        members[("group", record["group"]) if record.get("group") else ("record", str(i))].append(i)
-    groups = list(members.values())
+    """Indices of records by group, shuffled so that any slice of the list has each family in proportion."""
+    groups = _groups(records)
     if seed is None:
         return groups
     generator = torch.Generator().manual_seed(seed)
@@ -165,11 +148,34 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
         family = records[group[0]].get("family", "")
         place[group[0]] = (rank[family] + 0.5) / families[family]
         rank[family] += 1
-    return sorted(groups, key=lambda group: place[group[0]])  # a stable sort: one family keeps the shuffled order
+    return sorted(groups, key=lambda group: place[group[0]])  # stable: groups of one family keep their shuffled order
+
+
+def _groups(records: Sequence[Record]) -> list[list[int]]:
+    """Connected components of records that share a `group` or a question, in the order of their first records."""
+    parent = list(range(len(records)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[tuple[str, ...], int] = {}
+    for i, record in enumerate(records):
+        keys: list[tuple[str, ...]] = [("question", *_question(record))]
+        if record.get("group"):
+            keys.append(("group", record["group"]))
+        for key in keys:
+            one, other = sorted((root(first.setdefault(key, i)), root(i)))
+            parent[other] = one
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(records)):
+        members[root(i)].append(i)
+    return list(members.values())
 
 
 def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Whole groups, first come first taken, that hold `size` records together; and the rest."""
+    """Whole groups, in order, that have at most `size` records together; and the remaining groups."""
     taken, rest = [], []
     for group in groups:
         if len(group) <= size:
@@ -180,90 +186,90 @@ def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[lis
     return taken, rest
 
 
+def find_too_long(records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int) -> list[LongRecord]:
+    """All records that have more than `context_length` tokens."""
+    return _too_long(records, [_encode(record, tokenizer) for record in records], context_length)
+
+
+def limit_lengths(
+    records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int, too_long: TooLong
+) -> tuple[list[Record], list[LongRecord]]:
+    """The records that fit into the context, and those that were dropped or whose output was truncated.
+
+    Raises:
+        ValueError: naming all places, if too_long is "error" and a record does not fit, or if it is "truncate" and a
+            prompt leaves no room for an output; or no record is left.
+    """
+    found = find_too_long(records, tokenizer, context_length)
+    if found and too_long == "error":
+        raise _too_long_error(found, len(records), context_length)
+    limited: dict[int, Record] = dict(enumerate(records))
+    for long in found:
+        shorter = _truncate(records[long.index], tokenizer, context_length) if too_long == "truncate" else None
+        if shorter is not None:
+            limited[long.index] = shorter
+        else:
+            del limited[long.index]
+    without_room = [long for long in found if too_long == "truncate" and long.index not in limited]
+    if without_room:
+        raise ValueError(
+            f"{len(without_room)} prompts leave no room for an output in a context of {context_length} tokens: "
+            f"{_places(without_room)}; set too_long to drop, or use a base with a longer context"
+        )
+    if not limited:
+        raise ValueError(f"all {len(records)} records have more tokens than the context of {context_length}")
+    return list(limited.values()), found
+
+
 def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int) -> list[Example]:
     """Each record as an Example.
 
-    Prompt and response are encoded apart, so the tokens of the inference prompt are a strict prefix of the example's.
+    Prompt and response are encoded separately: the tokens of the inference prompt are a strict prefix of the example's.
 
     Raises:
-        ValueError: a record has more than `context_length` tokens.
+        ValueError: records have more than `context_length` tokens; the message names them.
     """
-    examples = []
-    for i, record in enumerate(records):
-        prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record.get("input", "")))
-        input_ids = [*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token]
-        if len(input_ids) > context_length:
-            raise ValueError(
-                f"record {i} has {len(input_ids)} tokens but the context holds {context_length}; "
-                f"shorten it, leave it out, or take a base with a longer context: {_shorten(record)}"
-            )
-        examples.append(Example(input_ids, len(prompt)))
+    examples = [_encode(record, tokenizer) for record in records]
+    found = _too_long(records, examples, context_length)
+    if found:
+        raise _too_long_error(found, len(records), context_length)
     return examples
 
 
-def pack(
-    examples: Sequence[Example], loss_on: str, device: torch.device | str = "cpu", share_beginning: bool = True
-) -> Batch:
-    """Lay the examples out so that next to nothing is padding.
+def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:
+    prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record.get("input", "")))
+    return Example([*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token], len(prompt))
 
-    Args:
-        share_beginning: what all examples begin with (every prompt has the same preamble) is computed once a row, which
-            changes no loss and no gradient. Only where the loss does not look at it.
-    """
-    first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # that the loss sees
-    shared = _common_prefix(examples, min(first) - 1) if share_beginning and len(examples) > 1 else 0
-    lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is only ever a label
-    n_rows = min(-(-sum(lengths) // max(ROW_TOKENS - shared, 1)), len(examples))
-    rows: list[list[int]] = [[] for _ in range(n_rows)]
-    loads = [0] * len(rows)
-    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):  # the longest first, into the emptiest row
-        row = loads.index(min(loads))
-        rows[row].append(i)
-        loads[row] += lengths[i]
 
-    shape = len(rows), shared + max(loads)
-    input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels, example = torch.full(shape, IGNORED), torch.full(shape, PADDING)
-    input_ids[:, :shared] = torch.tensor(examples[0].input_ids[:shared], dtype=torch.long)
-    positions[:, :shared] = torch.arange(shared)
-    example[:, :shared] = SHARED
-    for row, members in enumerate(rows):
-        start = shared
-        for i in members:
-            ids, place = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
-            input_ids[row, place], example[row, place] = ids[:-1], i
-            positions[row, place] = torch.arange(shared, shared + lengths[i])
-            labels[row, start + first[i] - 1 - shared : place.stop] = ids[first[i] - shared :]
-            start = place.stop
-    n_tokens = sum(lengths) + shared * len(examples)
-    plain = n_rows == len(examples)
-    return Batch(
-        input_ids.to(device),
-        labels.to(device),
-        n_tokens,
-        None if plain else positions.to(device),
-        example.to(device),
+def _truncate(record: Record, tokenizer: tiktoken.Encoding, context_length: int) -> Record | None:
+    """The record with the longest beginning of its output that fits; None if not even one token does."""
+    example = _encode(record, tokenizer)
+    output = example.input_ids[example.prompt_length : -1]
+    for length in range(context_length - example.prompt_length - 1, 0, -1):
+        # a cut inside a character leaves incomplete bytes, and the shorter text may have other tokens
+        text = tokenizer.decode_bytes(output[:length]).decode(errors="ignore")
+        shorter = record | {"output": text}
+        if text.strip() and len(_encode(shorter, tokenizer).input_ids) <= context_length:
+            return shorter
+    return None
+
+
+def _too_long(records: Sequence[Record], examples: Sequence[Example], context_length: int) -> list[LongRecord]:
+    return [
+        LongRecord(i, place_of(records, i), len(example.input_ids))
+        for i, example in enumerate(examples)
+        if len(example.input_ids) > context_length
+    ]
+
+
+def _too_long_error(found: Sequence[LongRecord], n: int, context_length: int) -> ValueError:
+    return ValueError(
+        f"{len(found)} of {n} records have more tokens than the context of {context_length}: {_places(found)}; shorten "
+        "them, set too_long to drop or truncate, or use a base with a longer context"
     )
 
 
-def _common_prefix(examples: Sequence[Example], at_most: int) -> int:
-    """How many tokens, and no more than that, all examples begin with."""
-    smallest, largest = min(example.input_ids for example in examples), max(example.input_ids for example in examples)
-    for i, (one, other) in enumerate(zip(smallest[:at_most], largest[:at_most], strict=False)):
-        if one != other:
-            return i
-    return at_most
-
-
-def batches(
-    examples: Sequence[Example], batch_size: int, order: Sequence[int] | None = None
-) -> Iterator[list[Example]]:
-    """`batch_size` examples at a time, in their order or in that of the indices given; the last may be smaller."""
-    order = range(len(examples)) if order is None else order
-    for start in range(0, len(order), batch_size):
-        yield [examples[i] for i in order[start : start + batch_size]]
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _places(found: Sequence[LongRecord]) -> str:
+    shown = ", ".join(f"{record.place} has {record.tokens} tokens" for record in found[:SHOWN_RECORDS])
+    rest = len(found) - SHOWN_RECORDS
+    return f"{shown}{f' and {rest} more' if rest > 0 else ''}"

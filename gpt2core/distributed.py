@@ -1,4 +1,4 @@
-"""Finetuning on several devices of one machine: this process is rank 0, and starts one more for each other device."""
+"""Finetuning on several devices of one machine: this process is rank 0 and starts one process per other device."""
 
 import os
 import socket
@@ -27,11 +27,11 @@ def finetune_adapter(
     log: Log | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> tuple[GPT2, TrainResult]:
-    """The base with a trained adapter, by `gpt2core.train.finetune` on `config.devices` devices.
+    """Load the base and finetune an adapter on it with `gpt2core.train.finetune`, on `config.devices` devices.
 
     Raises:
-        ValueError: more devices than there are GPUs; otherwise as `finetune`.
-        RuntimeError: another process has ended before its time.
+        ValueError: more devices than GPUs; otherwise as `finetune`.
+        RuntimeError: another process ended early.
     """
     with _process_group(config.devices, base_dir, lora, train, val, config, checkpoint_dir):
         model = _model(0, base_dir, lora, config)
@@ -61,7 +61,7 @@ def _process_group(devices: int, *arguments: object) -> Iterator[None]:
         dist.barrier()
         others.join()
     finally:
-        for process in others.processes:  # one that still runs waits for us in vain
+        for process in others.processes:  # after an error here, the others would wait forever
             process.kill()
             process.join()
         if dist.is_initialized():
@@ -73,7 +73,7 @@ def _join(rank: int, address: str, devices: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // devices))  # the cores are shared
+        torch.set_num_threads(max(1, torch.get_num_threads() // devices))  # the processes share the cores
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=devices)
 
@@ -92,5 +92,5 @@ def _work(
     rank = index + 1
     _join(rank, address, devices)
     finetune(_model(rank, base_dir, lora, config), train, val, config, None, checkpoint_dir)
-    dist.barrier()  # rank 0 has all there is to keep
-    os._exit(0)  # in an orderly exit the threads of gloo are now and then torn down while they run, and abort
+    dist.barrier()  # rank 0 has all results
+    os._exit(0)  # a normal exit sometimes destroys gloo's threads while they run, which aborts

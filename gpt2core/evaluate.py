@@ -1,4 +1,4 @@
-"""A model's answers to records, scored: what the test split says of it."""
+"""Answers of a model to test records, and their scores."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import tiktoken
 from gpt2core.config import GenerationConfig
 from gpt2core.data import Record, encode_records
 from gpt2core.generate import generate
-from gpt2core.metrics import RecordScores, Scores, exact_match, mean, perplexity, token_f1
+from gpt2core.metrics import RecordScores, Scores, aggregate, mean, score_record
 from gpt2core.model import GPT2
 from gpt2core.prompt import parse_reply
 from gpt2core.train import token_losses
@@ -24,6 +24,7 @@ class Answers:
     finished: list[bool]  # ended by end of text, not by max_new_tokens or a full context
     record_scores: list[RecordScores]
     scores: Scores
+    device: str  # type of the device that generated them
 
 
 def evaluate(
@@ -38,46 +39,35 @@ def evaluate(
     """Greedy answers to the records' instructions, and the likelihood of their outputs.
 
     Args:
-        rouge_l: scores (reference, answer); a library's, so not this package's to import.
-        progress: told the number of records answered, after each batch.
+        rouge_l: as `gpt2core.metrics.score_record` takes it.
+        progress: called with the number of records done, after each batch.
 
     Raises:
-        ValueError: a record has more tokens than the model's context, or there are none.
+        ValueError: there are no records, or one has more tokens than the model's context.
     """
     if not records:
         raise ValueError("there are no records to evaluate on")
     examples = encode_records(records, tokenizer, model.config.n_positions)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_id=tokenizer.eot_token)
-    replies: list[list[int]] = []
+    completions: list[list[int]] = []
     for start in range(0, len(examples), batch_size):
         prompts = [example.input_ids[: example.prompt_length] for example in examples[start : start + batch_size]]
-        replies += generate(model, prompts, config)
-        progress(len(replies))
+        completions += generate(model, prompts, config)
+        progress(len(completions))
     losses = token_losses(model, examples, batch_size, "response")
-    texts = [answer_text(reply, tokenizer) for reply in replies]
-    finished = [reply[-1] == tokenizer.eot_token for reply in replies]
+    texts = [answer_text(completion, tokenizer) for completion in completions]
+    finished = [completion[-1] == tokenizer.eot_token for completion in completions]
     record_scores = [
-        RecordScores(
-            exact_match(record["output"], text),
-            token_f1(record["output"], text),
-            rouge_l(record["output"], text),
-            loss / count,
-        )
-        for record, text, (loss, count) in zip(records, texts, losses, strict=True)
+        score_record(record["output"], text, loss, rouge_l)
+        for record, text, loss in zip(records, texts, losses, strict=True)
     ]
-    scores = Scores(
-        exact_match=mean([score.exact_match for score in record_scores]),
-        token_f1=mean([score.token_f1 for score in record_scores]),
-        rouge_l=mean([score.rouge_l for score in record_scores]),
-        perplexity=perplexity(losses),
-        finished=mean([float(value) for value in finished]),
-    )
-    return Answers(texts, finished, record_scores, scores)
+    scores = aggregate(record_scores, losses, finished)
+    return Answers(texts, finished, record_scores, scores, model.wte.weight.device.type)
 
 
-def answer_text(reply: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
-    """The clean answer in a reply's tokens: cut at end of text by token, not by looking for its characters."""
-    tokens = list(reply)
+def answer_text(completion: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
+    """The clean answer in a completion's tokens: cut at the end-of-text token, not at its spelling."""
+    tokens = list(completion)
     if tokenizer.eot_token in tokens:
         tokens = tokens[: tokens.index(tokenizer.eot_token)]
     return parse_reply(tokenizer.decode(tokens))
@@ -89,23 +79,23 @@ def compare_answers(
     """Both models' answers and scores, one sample per record, and the evaluation of all of them."""
     samples = [
         Sample(
-            record["instruction"],
-            record["input"],
-            record["output"],
-            base.texts[i],
-            tuned.texts[i],
-            tuned.finished[i],
-            record.get("family", ""),
-            base.record_scores[i],
-            tuned.record_scores[i],
+            instruction=record["instruction"],
+            input=record["input"],
+            output=record["output"],
+            base=base.texts[i],
+            tuned=tuned.texts[i],
+            finished=tuned.finished[i],
+            family=record.get("family", ""),
+            base_scores=base.record_scores[i],
+            tuned_scores=tuned.record_scores[i],
         )
         for i, record in enumerate(records)
     ]
-    return samples, Evaluation(base.scores, tuned.scores, _by_family(samples), train)
+    return samples, Evaluation(base.scores, tuned.scores, _by_family(samples), train, tuned.device)
 
 
 def _by_family(samples: Sequence[Sample]) -> dict[str, FamilyScores]:
-    """By name; samples without a family are left out."""
+    """By family name, sorted; samples without a family are left out."""
     families: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         if sample.family:

@@ -1,53 +1,54 @@
-"""Decoding: prefill, then one token a step against a key-value cache. Plain, and the reference for faster ways."""
+"""Batched decoding: prefill, then one token per step with a KV cache. The simple reference for `gpt2core.engine`."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.model import GPT2, KVCache
+from gpt2core.model import GPT2, KVCache, evaluating
 
 
 def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
-    """New tokens for each prompt, the one that ended the reply (end of text, or a stop's last) included.
+    """The completion of each prompt: new tokens only, including the token that ended it (`eos_id` or a stop's last).
 
-    A reply ends at `eos_id`, at a `stop`, after `max_new_tokens`, or when the context is full. Prompts are answered
-    together and never change each other's answer: each draws from a generator of its own.
+    A completion ends at `eos_id`, at a `stop` sequence, after `max_new_tokens`, or when the context is full. Prompts
+    are decoded as one batch and do not affect each other: each has its own random generator.
 
     Raises:
-        ValueError: a prompt is empty, leaves no room in the context, or holds an id outside of the vocabulary.
+        ValueError: a prompt is empty, fills the whole context, or contains an id outside the vocabulary.
     """
-    replies: list[list[int]] = [[] for _ in prompts]
+    completions: list[list[int]] = [[] for _ in prompts]
     for step in decode(model, prompts, config):
         for row, token in step:
-            replies[row].append(token)
-    return replies
+            completions[row].append(token)
+    return completions
 
 
 def stream(model: GPT2, prompt: Sequence[int], config: GenerationConfig) -> Iterator[int]:
-    """The tokens that `generate` gives for one prompt, as they come; closing the iterator ends the computation."""
+    """Yield the tokens of `generate` for one prompt as they are computed; closing the iterator stops decoding."""
     for step in decode(model, [prompt], config):
         for _, token in step:
             yield token
 
 
 def decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:
-    """One list of (row, new token) a step, for the rows whose reply goes on."""
+    """Yield one list of (prompt index, new token) per step, for the completions that have not ended."""
     for prompt in prompts:
         check_prompt(prompt, model.config)
     return _decode(model, prompts, config) if prompts else iter(())
 
 
 def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
-    """Raise ValueError if there is nothing to continue, no room to continue it in, or an id that is no token's."""
+    """Raise ValueError if the prompt is empty, fills the whole context, or contains an id outside the vocabulary."""
     if not prompt:
-        raise ValueError("a prompt is empty; there is nothing to continue")
+        raise ValueError("a prompt is empty; it needs at least one token")
     if len(prompt) >= config.n_positions:
         raise ValueError(f"prompt has {len(prompt)} tokens but n_positions is {config.n_positions}; shorten the input")
     if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-        raise ValueError(f"a prompt holds a token id outside of 0...{config.vocab_size - 1}; wrong tokenizer?")
+        raise ValueError(
+            f"a prompt contains a token id outside 0...{config.vocab_size - 1}; was it encoded by another tokenizer?"
+        )
 
 
 def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:
@@ -55,70 +56,74 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     T = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), T, dtype=torch.long)
     attention_mask = torch.zeros(len(prompts), T, dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padded on the left: all replies grow at the same place
+    for row, prompt in enumerate(prompts):  # padded on the left: all completions grow at the same column
         input_ids[row, T - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, T - len(prompt) :] = 1
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
 
     generators = [make_generator(config, device) for _ in prompts]
-    room = [min(config.max_new_tokens, model.config.n_positions - len(prompt)) for prompt in prompts]
-    replies: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))  # the rows of the batch, by prompt
+    limits = [min(config.max_new_tokens, model.config.n_positions - len(prompt)) for prompt in prompts]
+    completions: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))  # prompt index of each row of the batch
     padded = min(map(len, prompts)) < T
-    # A padded row holds columns beyond its own tokens, so the columns may be more than n_positions; positions are not.
-    cache = KVCache(model, len(prompts), T + max(room) - 1)
-    while going:
-        with _evaluating(model):  # entered each step: between steps the model is the caller's
+    # With padding there may be more columns than n_positions; positions stay below it.
+    cache = KVCache(model, len(prompts), T + max(limits) - 1)
+    while active:
+        with evaluating(model):  # per step: between steps the model has the caller's mode
             logits = _last_logits(model, input_ids, attention_mask if padded else None, cache)  # (B, V)
-            tokens = [int(sample_token(logits[i], config, generators[row])) for i, row in enumerate(going)]
-        step = list(zip(going, tokens, strict=True))
+            tokens = [int(sample_token(logits[i], config, generators[row])) for i, row in enumerate(active)]
+        step = list(zip(active, tokens, strict=True))
         for row, token in step:
-            replies[row].append(token)
+            completions[row].append(token)
         yield step
-        keep = [i for i, row in enumerate(going) if len(replies[row]) < room[row] and not ended(replies[row], config)]
+        keep = [
+            i
+            for i, row in enumerate(active)
+            if len(completions[row]) < limits[row] and not ended(completions[row], config)
+        ]
         if not keep:
             return
-        if len(keep) < len(going):
+        if len(keep) < len(active):
             rows = torch.tensor(keep, device=device)
             cache.keep(rows)
             attention_mask = attention_mask[rows]
-            going = [going[i] for i in keep]
+            active = [active[i] for i in keep]
         input_ids = torch.tensor([[tokens[i]] for i in keep], device=device)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(keep), 1)], -1)
 
 
 @torch.inference_mode()
 def _last_logits(model: GPT2, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-    """Logits (B, V) of the last position, fp32: the head is not computed for the others."""
+    """Logits (B, V) of the last position in fp32; the head is not computed for the others."""
     return model.head(model.hidden(input_ids, attention_mask, cache)[:, -1]).float()
 
 
 def sample_token(logits: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """A token id () drawn from logits (V): the largest at temperature 0, else among those top_k and top_p leave."""
+    """A token id () from logits (V): the most likely one at temperature 0, else drawn after top_k and top_p."""
     if config.temperature == 0:
         return logits.argmax()
-    # from the largest down, and in fp64: no temperature above 0, however small, makes an infinity of it
+    # relative to the largest and in fp64, so that no temperature above 0, however small, overflows
     logits = (logits - logits.max()).double() / config.temperature
     if config.top_k is not None and config.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1)
     if config.top_p is not None:
-        # nucleus sampling, arXiv:1904.09751: the fewest tokens that together reach top_p
+        # nucleus sampling, arXiv:1904.09751: the smallest set of tokens whose probabilities reach top_p
         ordered, order = probabilities.sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= config.top_p
         probabilities = probabilities.index_fill(0, order[beyond], 0.0)
     return torch.multinomial(probabilities, 1, generator=generator)[0]
 
 
-def ended(reply: Sequence[int], config: GenerationConfig) -> bool:
-    """Whether the reply's last token ends it: end of text, or the last of a stop sequence."""
-    if reply and reply[-1] == config.eos_id:
+def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
+    """Whether the completion ends with `eos_id` or a whole stop sequence."""
+    if completion and completion[-1] == config.eos_id:
         return True
-    return any(tuple(reply[-len(stop) :]) == stop for stop in config.stop)
+    return any(tuple(completion[-len(stop) :]) == stop for stop in config.stop)
 
 
 def make_generator(config: GenerationConfig, device: torch.device) -> torch.Generator | None:
-    """What one reply draws from; None where it is greedy."""
+    """The random generator of one completion; None if it is greedy."""
     if config.temperature == 0:
         return None
     generator = torch.Generator(device)
@@ -127,15 +132,3 @@ def make_generator(config: GenerationConfig, device: torch.device) -> torch.Gene
     else:
         generator.manual_seed(config.seed)
     return generator
-
-
-@contextmanager
-def _evaluating(model: GPT2) -> Iterator[None]:
-    """Dropout off, and every module's mode as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,6 +1,6 @@
-"""LoRA (arXiv:2106.09685): one wrapper around the linear layers that a target names. Knows no file format.
+"""LoRA (arXiv:2106.09685): one wrapper around the linear layers that a target names. Independent of file formats.
 
-q, k and v live in one fused matrix, `c_attn`; adapting some of them adds to just those thirds of its output.
+q, k and v share one fused matrix, `c_attn`; adapting some of them adds to only those thirds of its output.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpt2core.config import LoraConfig
 from gpt2core.model import GPT2
 
-# target -> (layer of a block, block of that layer's output, how many blocks the output has)
+# target -> (layer of a transformer block, index of the output slice it adapts, number of slices of that output)
 TARGET_LAYERS = {
     "q": ("attn.c_attn", 0, 3),
     "k": ("attn.c_attn", 1, 3),
@@ -25,10 +25,10 @@ TARGET_LAYERS = {
 
 
 def add_lora(model: GPT2, config: LoraConfig, seed: int | None = None) -> GPT2:
-    """Wrap the target layers, in place, and freeze all other weights. The output stays: lora_B starts at zero.
+    """Wrap the target layers, in place, and freeze all other weights. Outputs do not change: lora_B starts at zero.
 
     Args:
-        seed: lora_A is drawn from it; None draws from torch's own generator.
+        seed: of lora_A's initial values; None draws from torch's default generator.
 
     Raises:
         ValueError: the model has LoRA layers already.
@@ -46,28 +46,29 @@ def add_lora(model: GPT2, config: LoraConfig, seed: int | None = None) -> GPT2:
 
 
 def merge_lora(model: GPT2) -> GPT2:
-    """Fold every adapter into its weight: as fast as without one. Merging twice is merging once.
+    """Add every adapter to its weight, so that it costs nothing at inference. Merging twice has no further effect.
 
     Raises:
-        ValueError: the adapter holds NaN or infinity; no weight is changed then.
+        ValueError: the adapter has NaN or infinite values; no weight is changed then.
     """
-    layers = [layer for _, layer in lora_layers(model) if not layer.merged]
-    if not all(layer.delta_weight().isfinite().all() for layer in layers):
-        raise ValueError("the adapter holds NaN or infinity; merging it would spoil the base weights")
-    for layer in layers:
+    layers = {name: layer for name, layer in lora_layers(model) if not layer.merged}
+    for name, layer in layers.items():
+        if not layer.delta_weight().isfinite().all():
+            raise ValueError(f"the adapter of {name} has NaN or infinite values; it cannot be merged")
+    for layer in layers.values():
         layer.merge()
     return model
 
 
 def unmerge_lora(model: GPT2) -> GPT2:
-    """Put back the very weights there were before `merge_lora`, bit for bit."""
+    """Restore the weights from before `merge_lora`, bit for bit."""
     for _, layer in lora_layers(model):
         layer.unmerge()
     return model
 
 
 def remove_lora(model: GPT2) -> GPT2:
-    """Take the adapters away: the model of before `add_lora`, all of its weights trainable."""
+    """Remove the adapters: the model as before `add_lora`, with all weights trainable."""
     unmerge_lora(model)
     for name, layer in list(lora_layers(model)):
         parent_name, _, child = name.rpartition(".")
@@ -80,28 +81,40 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, "LoraLinear"]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
-class LoraLinear(nn.Module):
-    """y = W x + b, and scaling * B A x added to n of the equal blocks of y.
+def lora_config(model: GPT2) -> LoraConfig:
+    """The config that `add_lora` was given.
 
-    lora_A (n, R, in) and lora_B (n, out / blocks, R) hold one pair for each adapted block. They stay in fp32 beside a
-    bf16 base and are cast where they are used, since small updates to bf16 weights are lost.
+    Raises:
+        ValueError: the model has no LoRA layers.
+    """
+    layer = next((layer for _, layer in lora_layers(model)), None)
+    if layer is None:
+        raise ValueError("the model has no LoRA layers; add_lora(model, LoraConfig()) first")
+    return layer.config
+
+
+class LoraLinear(nn.Module):
+    """y = W x + b, with scaling * B A x added to n of the equal slices (blocks) of y.
+
+    lora_A (n, R, in) and lora_B (n, out / blocks, R) hold one pair per adapted slice. They stay in fp32 beside a bf16
+    base and are cast on use, since small updates to bf16 weights are lost.
     """
 
     def __init__(self, linear: nn.Linear, path: str, config: LoraConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         self.linear = linear
         self.config = config
-        # in the order of the output, whichever order the config names the targets in
+        # in the order of the output, whatever order the config lists the targets in
         self.targets = tuple(t for t, (layer, _, _) in TARGET_LAYERS.items() if layer == path and t in config.targets)
         self.blocks = tuple(TARGET_LAYERS[target][1] for target in self.targets)
         self.n_blocks = TARGET_LAYERS[self.targets[0]][2]
         n, device = len(self.targets), linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(n, config.rank, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n, linear.out_features // self.n_blocks, config.rank, device=device))
-        bound = 1 / sqrt(linear.in_features)  # what kaiming_uniform_(a=sqrt(5)) gives, as in the paper's own code
+        bound = 1 / sqrt(linear.in_features)  # kaiming_uniform_(a=sqrt(5)), as in the paper's own code
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         self.unmerged_weight: Tensor | None
-        self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer: it follows model.to(device)
+        self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that model.to(device) moves it
         self.train(linear.training)
 
     @property

@@ -1,12 +1,12 @@
-"""Metrics of generated answers. Each score is one field of `Scores`; its heading and direction stand beside it.
+"""Metrics of generated answers, defined once: evaluation, report, promotion gate and dashboard metadata read `METRICS`.
 
-To add a metric: add the field here and compute it in `gpt2core/evaluate.py`. Evaluation, report, promotion gate and
-dashboard metadata read `METRICS`.
+To add a metric, add a field to `Scores` (and to `RecordScores`, if it has a value per record), with its heading and
+direction, and compute it in `score_record` and `aggregate`.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +53,40 @@ def _metric_of(score: "Field[Any]") -> Metric:
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType({score.name: _metric_of(score) for score in fields(Scores)})
+RECORD_METRICS: tuple[str, ...] = tuple(score.name for score in fields(RecordScores))
+
+
+def score_record(
+    reference: str, answer: str, loss: tuple[float, int], rouge_l: Callable[[str, str], float]
+) -> RecordScores:
+    """Scores of one answer.
+
+    Args:
+        loss: summed negative log-likelihood of the reference in nats, and its number of tokens.
+        rouge_l: scores (reference, answer); passed in, because this package does not depend on a ROUGE library.
+    """
+    return RecordScores(
+        exact_match=exact_match(reference, answer),
+        token_f1=token_f1(reference, answer),
+        rouge_l=rouge_l(reference, answer),
+        nll=loss[0] / loss[1],
+    )
+
+
+def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int]], finished: Sequence[bool]) -> Scores:
+    """Scores of one model from those of its answers.
+
+    Args:
+        losses: as `score_record` takes them, one per record.
+        finished: whether each answer ended by end of text.
+    """
+    return Scores(
+        exact_match=mean([record.exact_match for record in records]),
+        token_f1=mean([record.token_f1 for record in records]),
+        rouge_l=mean([record.rouge_l for record in records]),
+        perplexity=perplexity(losses),
+        finished=mean([float(value) for value in finished]),
+    )
 
 
 def normalise(answer: str) -> str:
@@ -67,11 +101,11 @@ def exact_match(reference: str, answer: str) -> float:
 
 def token_f1(reference: str, answer: str) -> float:
     """Harmonic mean of precision and recall over words, with multiplicity (SQuAD, arXiv:1606.05250)."""
-    wanted, given = normalise(reference).split(), normalise(answer).split()
-    if not wanted or not given:
-        return float(wanted == given)
-    common = (Counter(wanted) & Counter(given)).total()
-    return 2 * common / (len(wanted) + len(given))
+    expected, given = normalise(reference).split(), normalise(answer).split()
+    if not expected or not given:
+        return float(expected == given)
+    common = (Counter(expected) & Counter(given)).total()
+    return 2 * common / (len(expected) + len(given))
 
 
 def perplexity(losses: Sequence[tuple[float, int]]) -> float:

@@ -1,9 +1,10 @@
-"""GPT-2 (Radford et al. 2019) with a key-value cache. No files, no sampling, no loss.
+"""GPT-2 (Radford et al. 2019) with a key-value cache. Independent of files, sampling and loss.
 
-Letters in the shape comments: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = C/H, V vocabulary.
+Shape letters: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = C/H, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import sqrt
 
@@ -16,15 +17,27 @@ from gpt2core.linear import Linear, linear
 
 
 def best_device() -> torch.device:
-    """Where a process that may choose should compute: the GPU, if there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode; afterwards, also after an exception, every module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class GPT2(nn.Module):
-    """The language model; its head is the token embedding, tied."""
+    """The language model. Its output head is the token embedding (tied weights)."""
 
     def __init__(self, config: GPT2Config, generator: torch.Generator | None = None) -> None:
-        """Random weights from `generator` (None: torch's own), scaled as GPT-2's were (section 2.3 of the paper)."""
+        """Draw random weights, scaled as in section 2.3 of the paper, from `generator` (None: torch's global one)."""
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -40,11 +53,11 @@ class GPT2(nn.Module):
 
         Args:
             attention_mask: (B, S + T), 1 for a token and 0 for padding, on either side. Positions count tokens only,
-                so a padded row gives what it gives alone; logits at padding mean nothing.
-            cache: keys and values of S earlier tokens, which T more are appended to, in place.
+                so padding does not change a row's logits; logits at padded positions are meaningless.
+            cache: keys and values of S earlier tokens; those of the T new ones are appended in place.
 
         Raises:
-            ValueError: there are more tokens than n_positions, or more columns than the cache holds.
+            ValueError: there are more tokens than n_positions, or more columns than the cache's capacity.
         """
         return self.head(self.hidden(input_ids, attention_mask, cache))
 
@@ -55,10 +68,10 @@ class GPT2(nn.Module):
         cache: "KVCache | None" = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's normalised states (B, T, C): `forward` without the head.
+        """The last layer's normalised hidden states (B, T, C): `forward` without the head.
 
         Args:
-            attention_mask: as in `forward`; or (B, T, S + T), True where a token may look, beside `positions` (B, T).
+            attention_mask: as in `forward`; or (B, T, S + T), True where a token may attend, with `positions` (B, T).
         """
         T = input_ids.shape[1]
         S = 0 if cache is None else cache.length
@@ -82,7 +95,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of states (..., C)."""
+        """Logits (..., V) of hidden states (..., C)."""
         return linear(hidden, self.wte.weight)
 
 
@@ -115,7 +128,7 @@ class Attention(nn.Module):
         if cache is not None:
             store, layer = cache
             k, v = store.append(layer, k, v)  # two of (B, H, S + T, D)
-        is_causal = mask is None and q.shape[2] > 1  # a single new token sees all before it
+        is_causal = mask is None and q.shape[2] > 1  # a single new token attends to everything before it
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -132,12 +145,12 @@ class MLP(nn.Module):
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """By the name that config.json has; gelu_new and gelu_pytorch_tanh are two names of one function."""
+    """The function for a name in config.json; gelu_new and gelu_pytorch_tanh are the same function."""
     return F.relu if name == "relu" else partial(F.gelu, approximate="none" if name == "gelu" else "tanh")
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: two tensors (n_layer, B, H, capacity, D), filled up to `length`."""
+    """Keys and values of earlier tokens: two tensors (n_layer, B, H, capacity, D), filled up to `length`."""
 
     def __init__(self, model: GPT2, batch_size: int, capacity: int) -> None:
         config, weight = model.config, model.wte.weight
@@ -148,19 +161,19 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T tokens of one layer behind the S there are; all S + T, as views (B, H, S + T, D)."""
+        """Store T tokens of one layer after the S cached ones; returns all S + T as views (B, H, S + T, D)."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, in this order."""
+        """Keep only the given rows of the batch, in the given order."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
 def _attention_mask(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
-    """True where a query may look, (B, 1, T, S + T) or (T, S + T); None where plain causal attention says the same."""
+    """True where a query may attend, (B, 1, T, S + T) or (T, S + T); None if plain causal attention is equivalent."""
     if attention_mask is None and (S == 0 or T == 1):
         return None
     if attention_mask is not None and attention_mask.dim() == 3:
@@ -168,7 +181,7 @@ def _attention_mask(attention_mask: Tensor | None, T: int, S: int, device: torch
     causal = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
     if attention_mask is None:
         return causal
-    # Every query may look at itself: a row of padding without a single key would be NaN.
+    # Every query attends to itself: softmax over no key at all would give NaN for a row of padding.
     itself = torch.eye(T, S + T, dtype=torch.bool, device=device).roll(S, dims=-1)
     return (causal & attention_mask.bool()[:, None, None, :]) | itself
 
@@ -180,7 +193,7 @@ def _init_weights(model: GPT2, generator: torch.Generator | None) -> None:
             nn.init.zeros_(parameter)
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)
-        else:  # the two projections a block adds to the residual stream are scaled by the number of additions
+        else:  # projections into the residual stream are scaled down by the number of additions to it
             residual = name.endswith("c_proj.weight")
             nn.init.normal_(
                 parameter, 0.0, std / sqrt(2 * model.config.n_layer) if residual else std, generator=generator

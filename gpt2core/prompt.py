@@ -1,33 +1,55 @@
-"""The Alpaca prompt, and the answer cut out of a reply: one spelling for training, evaluation and serving."""
+"""The prompt template, and the answer parsed out of a completion: one place for training, evaluation and serving."""
 
+import hashlib
 import re
+from dataclasses import dataclass
 
 from gpt2core.tokenizer import END_OF_TEXT
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 RESPONSE = "### Response:"
-# What ends an answer: headers after white space, the preamble, end of text spelt out.
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The text around instruction and input. Its name and digest are stored with each adapter trained on it."""
+
+    name: str
+    with_input: str  # {instruction} and {input} stand for the record's
+    without_input: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{self.with_input}\0{self.without_input}".encode()).hexdigest()
+
+
+PROMPT_TEMPLATE = PromptTemplate(
+    name="alpaca",
+    with_input=f"{PREAMBLE}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n{RESPONSE}\n",
+    without_input=f"{PREAMBLE}\n\n### Instruction:\n{{instruction}}\n\n{RESPONSE}\n",
+)
+# What ends an answer: a header after whitespace, the preamble, end of text spelled out.
 MARKERS = ("### Instruction:", "### Input:", RESPONSE, PREAMBLE, END_OF_TEXT)
-_ANOTHER = re.compile(rf"(?:^|\s)### (?:Instruction|Input|Response):|{re.escape(PREAMBLE)}")
+_NEXT_SECTION = re.compile(rf"(?:^|\s)### (?:Instruction|Input|Response):|{re.escape(PREAMBLE)}")
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
-    """What the model reads before it answers; the training text goes on with the output and end of text."""
-    section = f"\n\n### Input:\n{input}" if input else ""
-    return f"{PREAMBLE}\n\n### Instruction:\n{instruction}{section}\n\n{RESPONSE}\n"
+    """The text that the model completes; a training example continues it with the output and end of text."""
+    template = PROMPT_TEMPLATE.with_input if input else PROMPT_TEMPLATE.without_input
+    return template.format(instruction=instruction, input=input)
 
 
 def parse_reply(raw: str) -> str:
-    """The clean answer in a raw reply: without prompt, header and end of text, and without what a model adds after it.
+    """The clean answer in a raw completion: without prompt, header, end of text, and whatever the model adds after it.
 
-    `raw` is the continuation of a prompt, or prompt and continuation.
+    `raw` is the completion alone, or prompt and completion.
     """
     return cut_reply(raw).rstrip()
 
 
 def cut_reply(raw: str) -> str:
-    """`parse_reply` of a reply that may go on: white space at its end stays."""
+    """`parse_reply` for a completion that may continue: trailing whitespace stays."""
     text = raw.split(END_OF_TEXT, 1)[0].lstrip()
     if text.startswith((PREAMBLE, RESPONSE)):
         text = text.partition(RESPONSE)[2]
-    return _ANOTHER.split(text.lstrip(), maxsplit=1)[0]
+    return _NEXT_SECTION.split(text.lstrip(), maxsplit=1)[0]

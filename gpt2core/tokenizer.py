@@ -1,25 +1,31 @@
-"""GPT-2's byte-level BPE as a tiktoken.Encoding. Knows no prompts.
+"""GPT-2's byte-level BPE as a tiktoken.Encoding. Independent of prompts.
 
-`encode_ordinary` is the way to read a user's text: what looks like a special token stays text.
+Use `encode_ordinary` for user text: it encodes the spelling of a special token as plain text.
 """
 
-import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 
+from gpt2core.files import read_json, read_text
+
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's own way of cutting text before merging (Radford et al. 2019, section 2.2), in tiktoken's faster form
+VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
+# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
-    """The tokenizer called "gpt2", or that of a directory with vocab.json and merges.txt.
+    """The tokenizer named "gpt2", or that of a directory with vocab.json and merges.txt, or with tokenizer.json.
 
     Raises:
-        FileNotFoundError: vocab.json or merges.txt is not there.
-        ValueError: the two do not belong together, or `name` is neither a directory nor known to tiktoken.
+        FileNotFoundError: the directory has no tokenizer files.
+        ValueError: the files are damaged, do not match, or are not a GPT-2 tokenizer's; or `name` is neither a
+            directory nor known to tiktoken.
     """
     directory = Path(name)
     if not directory.is_dir():
@@ -27,40 +33,112 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
             return tiktoken.get_encoding(str(name))
         except ValueError as error:
             raise ValueError(
-                f"no tokenizer {str(name)!r}: neither a directory nor a name tiktoken knows ({error})"
+                f"no tokenizer {str(name)!r}: neither a directory nor known to tiktoken ({error})"
             ) from None
-    ranks, end_of_text = _read_ranks(directory / "vocab.json", directory / "merges.txt")
+    vocabulary = _read(directory)
     return tiktoken.Encoding(
         f"bpe-{directory.name}",
         pat_str=SPLIT_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: end_of_text},
+        mergeable_ranks=_ranks(vocabulary),
+        special_tokens=dict(vocabulary.special),
     )
 
 
-def _read_ranks(vocab_file: Path, merges_file: Path) -> tuple[dict[bytes, int], int]:
-    """Bytes -> id for tiktoken, which merges the pair of the lowest id first, and the id of end of text."""
-    for file in (vocab_file, merges_file):
+def count_tokens(directory: Path) -> int | None:
+    """Number of ids (the highest plus one) of the directory's tokenizer; None if it has none.
+
+    Raises:
+        ValueError: as `load_tokenizer`.
+    """
+    if not any((directory / name).is_file() for name in (VOCAB, TOKENIZER)):
+        return None
+    if (directory / VOCAB).is_file():
+        return max(_read_vocab(directory / VOCAB).values()) + 1
+    vocabulary = _read(directory)
+    return max(*vocabulary.ids.values(), *vocabulary.special.values()) + 1
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    source: str  # names the files, for messages
+    ids: Mapping[str, int]  # of ordinary tokens, in GPT-2's spelling
+    merged: Sequence[str]  # the token that each merge makes, in order
+    special: Mapping[str, int]
+
+
+def _read(directory: Path) -> _Vocabulary:
+    if (directory / TOKENIZER).is_file() and not ((directory / VOCAB).is_file() and (directory / MERGES).is_file()):
+        return _read_tokenizer(directory / TOKENIZER)
+    for file in (directory / VOCAB, directory / MERGES):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is not there; a tokenizer directory holds vocab.json and merges.txt")
+            raise FileNotFoundError(
+                f"{file} does not exist; a tokenizer directory has {VOCAB} and {MERGES}, or {TOKENIZER}"
+            )
+    ids = _read_vocab(directory / VOCAB)
+    if END_OF_TEXT not in ids:
+        raise ValueError(f"{directory / VOCAB} has no {END_OF_TEXT!r}")
+    special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+    lines = read_text(directory / MERGES).split("\n")
+    merges = [line.rstrip("\r") for line in lines]
+    merged = [merge.replace(" ", "") for merge in merges if merge and not merge.startswith("#version")]
+    return _Vocabulary(f"{directory / VOCAB} with {MERGES}", ids, merged, special)
+
+
+def _read_vocab(file: Path) -> dict[str, int]:
+    ids = read_json(file)
+    if not ids or not all(type(id) is int and id >= 0 for id in ids.values()):
+        raise ValueError(f"{file}: a vocabulary maps tokens to ids, which are 0 or more")
+    return ids
+
+
+def _read_tokenizer(file: Path) -> _Vocabulary:
+    """The file of the tokenizers library, the only one that transformers 5 writes."""
+    content = read_json(file)
+    model, pre_tokenizer = (content.get(key) or {} for key in ("model", "pre_tokenizer"))
+    is_gpt2 = (
+        isinstance(model, dict)
+        and isinstance(pre_tokenizer, dict)
+        and model.get("type") == "BPE"
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and not pre_tokenizer.get("add_prefix_space")
+        and pre_tokenizer.get("use_regex", True)
+        and not content.get("normalizer")
+        and not model.get("ignore_merges")
+    )
+    if not is_gpt2:
+        raise ValueError(f"{file} is not a GPT-2 tokenizer: a byte-level BPE without normalizer and prefix space")
     try:
-        vocab: dict[str, int] = json.loads(vocab_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{vocab_file} is not valid JSON: {error}") from None
-    if not isinstance(vocab, dict) or END_OF_TEXT not in vocab:
-        raise ValueError(f"{vocab_file} has no {END_OF_TEXT!r}")
-    end_of_text = vocab.pop(END_OF_TEXT)
-    lines = merges_file.read_text(encoding="utf-8").splitlines()
-    merged = [line.replace(" ", "") for line in lines if line and not line.startswith("#version")]
-    missing = [token for token in (*_byte_of_character(), *merged) if token not in vocab]
+        ids = {str(token): _as_id(id) for token, id in model["vocab"].items()}
+        merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        special = {str(token["content"]): _as_id(token["id"]) for token in content.get("added_tokens") or ()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    if END_OF_TEXT in ids:
+        special.setdefault(END_OF_TEXT, ids[END_OF_TEXT])
+    if END_OF_TEXT not in special:
+        raise ValueError(f"{file} has no {END_OF_TEXT!r}")
+    return _Vocabulary(str(file), {token: id for token, id in ids.items() if token not in special}, merged, special)
+
+
+def _as_id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not an id")
+    return value
+
+
+def _ranks(vocabulary: _Vocabulary) -> dict[bytes, int]:
+    """Bytes -> id for tiktoken, which merges the pair with the lowest id first."""
+    ids, merged, source = vocabulary.ids, vocabulary.merged, vocabulary.source
+    missing = [token for token in (*_byte_of_character(), *merged) if token not in ids]
     if missing:
-        raise ValueError(f"{vocab_file} lacks {missing[0]!r}, which {merges_file} needs; they do not belong together")
-    ids = [vocab[token] for token in merged]
-    if ids != sorted(ids) or len(vocab) != len(set(merged)) + 256:
-        raise ValueError(
-            f"{vocab_file} does not number its tokens in the order of {merges_file}: not a GPT-2 tokenizer"
-        )
-    return {_to_bytes(token): id for token, id in vocab.items()}, end_of_text
+        raise ValueError(f"{source}: the vocabulary has no {missing[0]!r}, which the merges need; they do not match")
+    order = [ids[token] for token in merged]
+    if order != sorted(order) or len(ids) != len(set(merged)) + 256:
+        raise ValueError(f"{source}: tokens are not numbered in the order of the merges; this is not a GPT-2 tokenizer")
+    numbers = sorted([*ids.values(), *vocabulary.special.values()])
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"{source}: {len(numbers)} tokens do not have the ids 0 to {len(numbers) - 1}, each once")
+    return {_to_bytes(token): id for token, id in ids.items()}
 
 
 def _to_bytes(token: str) -> bytes:
@@ -69,7 +147,7 @@ def _to_bytes(token: str) -> bytes:
 
 @lru_cache
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2 writes each byte as one visible character: its own where Latin-1 has one, else from U+0100 on."""
+    """GPT-2 spells each byte as one visible character: its own in Latin-1 if visible, else one from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

@@ -70,7 +70,7 @@ class FamilyScores(JsonDataclass):
 
 @dataclass(frozen=True)
 class TrainSummary(JsonDataclass):
-    """Where training ended. Losses are nats per token."""
+    """The last training metrics. Losses are nats per token."""
 
     loss: float
     val_loss: float | None  # the best; None without validation records
@@ -80,18 +80,18 @@ class TrainSummary(JsonDataclass):
 
 @dataclass(frozen=True)
 class Evaluation(JsonDataclass):
-    """What the test split says of base and tuned model. `to_json` is metrics.json."""
+    """Scores of base and tuned model on the test split. `to_json` is metrics.json."""
 
     base: Scores
     tuned: Scores
     by_family: dict[str, FamilyScores]
     train: TrainSummary
-    device: str = "cpu"  # type of the device that generated the answers, fp32; decides how exactly they can be repeated
+    device: str = "cpu"  # type of the device that generated the answers in fp32; another type may decode other text
 
 
 @dataclass(frozen=True)
 class SplitPart(JsonDataclass):
-    """One part of the data: the sha256 of its records in their order, and how many there are."""
+    """One part of the data: the sha256 of its records in order, and their number."""
 
     sha256: str
     records: int
@@ -121,7 +121,7 @@ class RunRef(JsonDataclass):
 
 @dataclass(frozen=True)
 class Commit(JsonDataclass):
-    """The code of a run; sha is "unknown" outside of a git checkout, dirty: with uncommitted changes."""
+    """The code of a run. sha is "unknown" outside a git checkout; dirty: with uncommitted changes."""
 
     sha: str
     dirty: bool
@@ -129,7 +129,7 @@ class Commit(JsonDataclass):
 
 @dataclass(frozen=True)
 class BaseRef(JsonDataclass):
-    """The base model; revision is "" unless it is one of the hub."""
+    """The base model; revision is "" unless it comes from the hub."""
 
     name: str
     revision: str
@@ -156,7 +156,7 @@ class LineageMetrics(JsonDataclass):
 
 @dataclass(frozen=True)
 class Lineage(JsonDataclass):
-    """Where a Bento comes from. `to_json` is lineage.json, and what a service answers at /metadata."""
+    """Where a Bento comes from. `to_json` is lineage.json and the response of /metadata."""
 
     run: RunRef
     model_version: str  # name/number
@@ -166,7 +166,7 @@ class Lineage(JsonDataclass):
     base: BaseRef
     adapter: AdapterRef
     metrics: LineageMetrics
-    bento: str = ""  # the Bento's tag, known once it is built
+    bento: str = ""  # the Bento's tag; empty until it is built
 
 
 def _read(annotation: Any, value: Any, path: str) -> Any:

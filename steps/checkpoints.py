@@ -12,7 +12,8 @@ from typing import Any
 from zenml.client import Client
 from zenml.io import fileio
 
-from gpt2core.train import CHECKPOINT, Log
+from gpt2core.train import Log
+from gpt2core.training_state import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 

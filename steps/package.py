@@ -6,6 +6,7 @@ from zenml import get_step_context, step
 from zenml.client import Client
 
 from deploy import bento
+from deploy.server import verify_bento
 from deploy.source import describe_commit, describe_versions
 from gpt2core.types import Commit, Evaluation, Lineage, LineageMetrics, RunRef, Sample, SplitSummary
 from steps.adapters.base import open_base, read_base
@@ -43,8 +44,9 @@ def package(
         metrics=LineageMetrics(metrics.base, metrics.tuned, metrics.train),
     )
     tag = bento.build(open_base(base), adapter, lineage)
-    asked = bento.smoke(tag, [each.to_json() for each in samples[: package.smoke_prompts]], evaluate.max_new_tokens)
-    describe("bento", {"tag": tag, "smoke_prompts": len(asked)})
+    verified = samples[: package.smoke_prompts]
+    verify_bento(tag, verified, evaluate.max_new_tokens, metrics.device)
+    describe("bento", {"tag": tag, "smoke_prompts": len(verified)})
     return tag, replace(lineage, bento=tag)
 
 

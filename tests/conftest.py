@@ -82,7 +82,7 @@ def cached_run(outputs, dev_run):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """A test double of a cluster's API, and the values that deploy to it."""
-    from deploy.kubernetes import rollout
+    from deploy.kubernetes import progress
     from tests.deploy.kube_api import KubeApi
 
     directory = tmp_path_factory.mktemp("cluster")
@@ -90,7 +90,7 @@ def cluster(tmp_path_factory):
     kubeconfig = directory / "kubeconfig"
     kubeconfig.write_text(json.dumps(api.kubeconfig()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "POLL", 0.05)
+        patch.setattr(progress, "POLL", 0.05)
         yield SimpleNamespace(
             api=api,
             image="registry.example/gpt2-instruct:1",
@@ -102,10 +102,10 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="session")
 def deployed(outputs, cached_run, cluster):
     """A run deployed to the cluster, whose service is the Bento itself, served at `url`."""
-    from deploy import bento
+    from deploy.server import serve
     from tests.runs import finetune
 
-    with bento.serve(finetune(outputs).lineage.bento) as url:
-        cluster.api.answers[cluster.image] = url
+    with serve(finetune(outputs).lineage.bento) as url:
+        cluster.api.responses[cluster.image] = url
         run = finetune(outputs, *cluster.values, f"deploy.image={cluster.image}")
         yield SimpleNamespace(run=run, url=url)

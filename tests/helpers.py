@@ -2,11 +2,15 @@
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import requests
+import torch
+from torch import nn
 
+from gpt2core.lora import lora_layers
 from gpt2core.metrics import Scores
+from gpt2core.model import GPT2
 from gpt2core.types import (
     AdapterRef,
     BaseRef,
@@ -54,3 +58,25 @@ def is_ready(url: str) -> bool:
         return requests.get(f"{url}/readyz", timeout=5).ok
     except requests.RequestException:
         return False
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the model's state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether both have the same names, dtypes and bits."""
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one
+    )
+
+
+def randomise_lora(model: GPT2, std: float = 0.3) -> GPT2:
+    """Give both LoRA matrices random values, in place: lora_B is zero otherwise."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_A.normal_(0, std, generator=generator)
+            layer.lora_B.normal_(0, std, generator=generator)
+    return model

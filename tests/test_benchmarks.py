@@ -1,4 +1,4 @@
-"""The harness at the smallest size: that it runs, and what it writes. No test asserts a time."""
+"""The benchmarks at the smallest size: they run, and write what they should. No test asserts a time."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ SLOW = [pytest.param(group, marks=pytest.mark.slow) for group in ("serve", "pipe
 @pytest.mark.parametrize("group", ["train", "decode", "adapters", *SLOW])
 def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
     command = [sys.executable, "-m", "benchmarks.run", "--only", group, *TINY, "--out", str(tmp_path)]
-    done = run(command, capture_output=True, text=True)  # a process: `serve` has a BentoML store of its own
+    done = run(command, capture_output=True, text=True)  # a subprocess, because `serve` uses its own BentoML store
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "benchmarks" / "results" / "latest.json").read_text())
     assert result["rows"]
@@ -50,20 +50,20 @@ def test_growth_writes_its_curves_page_and_plot(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_the_gpus_benchmark_says_so_and_ends_with_2(tmp_path):
+def test_the_gpu_benchmark_without_a_gpu_exits_with_2_and_a_message(tmp_path):
     done = CliRunner().invoke(gpu.main, ["--out", str(tmp_path)])
     assert done.exit_code == 2
-    assert "finds no CUDA device here" in done.output
+    assert "finds no CUDA device" in done.output
 
 
-def test_an_unknown_group_is_refused_with_those_there_are():
+def test_an_unknown_group_is_rejected_with_the_known_ones():
     done = CliRunner().invoke(main, ["--only", "trian"])
     assert done.exit_code == 2
     assert "trian" in done.output
     assert "decode" in done.output
 
 
-def test_sides_take_turns_and_the_first_run_is_not_counted():
+def test_sides_run_alternately_and_the_warm_up_is_not_counted():
     seen = []
 
     def side(name):
@@ -74,12 +74,12 @@ def test_sides_take_turns_and_the_first_run_is_not_counted():
     assert values == {"a": [1.0, 2.0], "b": [1.0, 2.0]}
 
 
-def test_the_ratio_says_how_many_times_better_ours_is():
+def test_the_ratio_is_how_many_times_better_our_side_is():
     assert make_row("speed", "tokens/s", [1.0, 4.0, 8.0], [2.0], "").ratio == 2
     assert make_row("memory", "MiB", [4.0], [2.0], "", less_is_better=True).ratio == 0.5
     assert make_row("alone", "ms", [4.0], None, "").ratio is None
 
 
-def test_the_table_leaves_open_what_there_is_not():
+def test_the_table_shows_a_dash_for_a_missing_value():
     row = make_row("alone", "ms", [4.0], None, "").as_json()
     assert "| alone | 4    | –    | –     | ms" in render_table([row])

@@ -1,4 +1,4 @@
-"""The README's commands in a fresh copy of the project, with an empty home directory."""
+"""Run the README's commands in a fresh copy of the project, with an empty home folder."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from tests.copies import copy_project, fresh_environment
 from tests.helpers import free_port, is_ready, wait_until
 from tests.s3 import keys, serve_s3
 
-pytestmark = pytest.mark.timeout(1500)  # whole runs; a busy machine takes several times as long
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.timeout(1200)  # whole pipeline runs, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +36,15 @@ def environment(project, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shell(project, environment):
-    """Run a command that the README names, with `extra` arguments; return its output."""
+    """A function that runs a command of the README, with `extra` words behind it, and returns its output."""
 
     def run(command: str, extra: str = "", exit_code: int = 0) -> str:
         assert command in README
-        # .venv is this environment; make must not install into it
+        # .venv is a link to this environment: make must not install into it
         words = shlex.split(f"{command} {extra}".replace("make ", "make -o .venv/.installed "))
         done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == exit_code, done.stdout[-3000:] + done.stderr[-3000:]
-        return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)  # without colours
+        return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)  # without terminal colours
 
     return run
 
@@ -76,27 +76,14 @@ def process(arguments: list[str], project: Path, environment: dict[str, str]) ->
             started.wait(30)
 
 
-def test_every_make_verb_in_the_readme_exists(project):
-    verbs = set(re.findall(r"`?\bmake ([a-z-]+)", README))
-    makefile = (ROOT / "Makefile").read_text()
-    assert verbs
-    assert [verb for verb in verbs if not re.search(rf"^([a-z -]* )?{verb}[a-z -]*:", makefile, re.MULTILINE)] == []
-
-
-def test_every_file_linked_from_the_readme_exists():
-    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
-
-
 @pytest.mark.slow
-def test_the_dev_config_runs_by_zenmls_own_command(shell, project):
+def test_the_dev_config_runs_with_the_zenml_command(shell, project):
     shell("zenml pipeline run finetune_pipeline -c configs/dev.yaml")
     assert latest(project, "metrics.json")["tuned"]
 
 
 @pytest.mark.slow
-def test_a_misspelt_key_stops_zenmls_own_command_before_anything_runs(project, environment):
+def test_a_misspelt_key_stops_the_zenml_command_before_anything_runs(project, environment):
     bad = project / "mine.yaml"
     bad.write_text("parameters: {lora: {rnk: 4}}")
     command = ["zenml", "pipeline", "run", "finetune_pipeline", "-c", str(bad)]
@@ -108,7 +95,7 @@ def test_a_misspelt_key_stops_zenmls_own_command_before_anything_runs(project, e
 
 
 @pytest.mark.slow
-def test_the_default_run_raises_exact_match_from_almost_zero_to_most_answers(shell, project):
+def test_the_default_run_raises_exact_match_from_almost_nothing_to_most(shell, project):
     shell("make run")
     base, tuned = exact_match(project)
     assert base <= 0.05
@@ -116,7 +103,7 @@ def test_the_default_run_raises_exact_match_from_almost_zero_to_most_answers(she
 
 
 @pytest.mark.slow
-def test_the_zenml_command_without_a_config_is_the_default_run_and_comes_from_the_cache(shell, project):
+def test_the_bare_zenml_command_is_the_same_run_and_uses_its_cache(shell, project):
     before = (project / "outputs" / "latest" / "lineage.json").read_bytes()
     output = shell("zenml pipeline run finetune_pipeline")
     assert len(set(re.findall(r"Using cached version of step `?(\w+)", output))) == 7
@@ -124,14 +111,14 @@ def test_the_zenml_command_without_a_config_is_the_default_run_and_comes_from_th
 
 
 @pytest.mark.slow
-def test_the_server_answers_like_the_samples_and_the_readmes_curls_work(project, environment):
+def test_the_server_gives_the_answers_of_samples_jsonl_and_accepts_the_readmes_curls(project, environment):
     port = free_port()
     curls = [block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "curl" in block]
     rows = [json.loads(line) for line in (project / "outputs" / "latest" / "samples.jsonl").read_text().splitlines()]
     url = f"http://127.0.0.1:{port}"
     serve = ["make", "-o", ".venv/.installed", "serve", f"PORT={port}"]
     with process(serve, project, environment):
-        wait_until(lambda: is_ready(url), 120, "the service being ready")
+        wait_until(lambda: is_ready(url), 120, "readiness of the server")
         for row in rows[:20]:
             body = {"instruction": row["instruction"], "input": row["input"]}
             assert requests.post(f"{url}/predict", json=body, timeout=60).json()["answer"] == row["tuned"]
@@ -145,7 +132,7 @@ def test_the_server_answers_like_the_samples_and_the_readmes_curls_work(project,
 
 
 @pytest.mark.slow
-def test_another_seed_gives_similar_scores(shell, project):
+def test_another_seed_gives_the_same_quality(shell, project):
     shell("python run.py finetune", "--set seed=1")
     base, tuned = exact_match(project)
     assert base <= 0.05
@@ -153,7 +140,7 @@ def test_another_seed_gives_similar_scores(shell, project):
 
 
 @pytest.mark.slow
-def test_a_base_without_pretraining_answers_almost_nothing(shell, project):
+def test_lora_on_a_random_base_answers_almost_nothing(shell, project):
     shell("make run CONFIG=configs/random_base.yaml")
     _, tuned = exact_match(project)
     assert tuned <= 0.10
@@ -167,18 +154,16 @@ def test_a_run_killed_during_training_resumes_from_the_artifact_store(project, e
         register = f"from tests.s3 import register_stack; register_stack('s3', 's3://bucket/zenml', {url!r})"
         subprocess.run([sys.executable, "-c", register], cwd=project, env=environment, check=True)
         with process(command, project, environment | {"TMPDIR": str(tmp_path)}) as killed:
-            wait_until(
-                lambda: (
-                    killed.poll() is not None
-                    or any(name.endswith("checkpoint.safetensors") for name in keys(url, "bucket"))
-                ),
-                280,
-                "a checkpoint in the store",
-            )
-            assert killed.poll() is None, "the run ended before it could be killed"
+
+            def has_checkpoint() -> bool:
+                assert killed.poll() is None, "the run ended before it could be killed"
+                return any(name.endswith("checkpoint.safetensors") for name in keys(url, "bucket"))
+
+            wait_until(has_checkpoint, 300, "a checkpoint")
             os.killpg(killed.pid, signal.SIGKILL)
             killed.wait()
-        rmtree(project / "outputs", ignore_errors=True)  # only ZenML's database is left of the machine
+        # nothing is left of the machine that ran it except ZenML's database
+        rmtree(project / "outputs", ignore_errors=True)
         rmtree(tmp_path)
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]

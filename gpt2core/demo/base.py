@@ -1,4 +1,4 @@
-"""The nano base: a BPE tokenizer and a GPT-2 that has read the demo world's prose and nothing else."""
+"""The nano base: a BPE tokenizer and a GPT-2 pretrained on the prose of the demo world and nothing else."""
 
 import json
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from gpt2core.checkpoint import atomic_write, directory_sha256, save_pretrained
+from gpt2core.checkpoint import save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, PretrainConfig
 from gpt2core.demo.prose import cloze_questions, write_prose
 from gpt2core.demo.world import make_world
+from gpt2core.files import atomic_write, directory_sha256
 from gpt2core.generate import generate
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt
@@ -33,23 +34,22 @@ def make_base(
     log: Log | None,
     checkpoint_dir: Path | None = None,
 ) -> dict[str, str | int | float]:
-    """Write a Hugging Face checkpoint directory, tokenizer included; return what there is to say of it.
+    """Write a Hugging Face checkpoint directory, tokenizer included; return a description of it.
 
     Args:
-        pretrain_config: None leaves the random weights as they are: the ablation's base.
-        n_facts: size of the world that the prose tells; None: all of it.
-        checkpoint_dir: where pretraining keeps what a killed run is resumed from.
+        pretrain_config: None keeps the random weights: the base of an ablation.
+        n_facts: number of facts in the prose; None: the whole world.
+        checkpoint_dir: where pretraining writes its checkpoint, from which an interrupted run resumes.
     """
     world = make_world(seed, n_facts)
     documents = write_prose(world, seed)
     config = GPT2Config.preset(preset)
     tokenizer = train_tokenizer(documents, config.vocab_size, directory)
-    config = replace(
-        config, vocab_size=tokenizer.n_vocab
-    )  # a small world has fewer words: no number may be without one
+    # a small world has fewer words than the preset's vocabulary: every id must be a token
+    config = replace(config, vocab_size=tokenizer.n_vocab)
     tokens = encode_documents(documents, tokenizer)
     model = GPT2(config, torch.Generator().manual_seed(seed))
-    about: dict[str, str | int | float] = {
+    description: dict[str, str | int | float] = {
         "name": preset,
         "revision": "",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -57,22 +57,22 @@ def make_base(
     }
     if pretrain_config is not None:
         result = pretrain(model, tokens, replace(pretrain_config, seed=seed), log, checkpoint_dir)
-        about |= {
+        description |= {
             "train_loss": result.history[-1]["train/loss"],
             "tokens_seen": int(result.history[-1]["train/tokens_seen"]),
             "tokens_per_second": round(result.tokens_per_second),
         }
     questions = cloze_questions(world, seed, 200)
-    about["cloze_accuracy"] = cloze_accuracy(model, tokenizer, questions)
+    description["cloze_accuracy"] = cloze_accuracy(model, tokenizer, questions)
     save_pretrained(model.eval(), directory)
-    return about | {"sha256": directory_sha256(directory)}
+    return description | {"sha256": directory_sha256(directory)}
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> tiktoken.Encoding:
-    """Train a byte-level BPE of at most `vocab_size` tokens; vocab.json and merges.txt are written to the directory.
+    """Train a byte-level BPE of at most `vocab_size` tokens, and write vocab.json and merges.txt to the directory.
 
-    The prompt's fixed text is part of what it learns from: otherwise every record would spend twice the tokens on it.
-    End of text has the last number, as GPT-2's has.
+    The training text includes the fixed text of the prompt: without it every record would need twice the tokens for it.
+    End of text has the last id, as in GPT-2.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -80,8 +80,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> t
     trainer = BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=sorted(ByteLevel.alphabet()), special_tokens=[], show_progress=False
     )
-    frame = format_prompt("", " ")
-    tokenizer.train_from_iterator([*texts, *[frame] * max(1, len(texts) // 10)], trainer)
+    fixed_text = format_prompt("", " ")
+    tokenizer.train_from_iterator([*texts, *[fixed_text] * max(1, len(texts) // 10)], trainer)
     bpe = json.loads(tokenizer.to_str())["model"]
     vocab = bpe["vocab"] | {END_OF_TEXT: len(bpe["vocab"])}
     merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])
@@ -91,7 +91,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> t
 
 
 def encode_documents(documents: Sequence[str], tokenizer: tiktoken.Encoding) -> torch.Tensor:
-    """Tokens (N,) of all documents, end of text after each."""
+    """Tokens (N,) of all documents, with end of text after each."""
     ids = [token for text in documents for token in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)]
     return torch.tensor(ids)
 
@@ -99,17 +99,18 @@ def encode_documents(documents: Sequence[str], tokenizer: tiktoken.Encoding) -> 
 def cloze_accuracy(
     model: GPT2, tokenizer: tiktoken.Encoding, questions: Sequence[tuple[str, str]], batch_size: int = 64
 ) -> float:
-    """Share of (beginning of a sentence, the words it goes on with) that greedy decoding completes word for word.
+    """Share of (start of a sentence, expected continuation) pairs that greedy decoding completes word for word.
 
-    A low loss alone does not show that a base knows its facts; this does.
+    A low loss does not prove that a base knows its facts; this does.
     """
-    right = 0
+    correct = 0
     for start in range(0, len(questions), batch_size):
         part = questions[start : start + batch_size]
-        prompts = [tokenizer.encode_ordinary(beginning) for beginning, _ in part]
+        prompts = [tokenizer.encode_ordinary(start_of_sentence) for start_of_sentence, _ in part]
         longest = max(len(tokenizer.encode_ordinary(answer)) for _, answer in part)
-        replies = generate(model, prompts, GenerationConfig(max_new_tokens=longest + 1))
-        right += sum(
-            tokenizer.decode(reply).startswith(answer) for reply, (_, answer) in zip(replies, part, strict=True)
+        completions = generate(model, prompts, GenerationConfig(max_new_tokens=longest + 1))
+        correct += sum(
+            tokenizer.decode(completion).startswith(answer)
+            for completion, (_, answer) in zip(completions, part, strict=True)
         )
-    return right / len(questions)
+    return correct / len(questions)

@@ -1,7 +1,7 @@
-"""The corpus: every fact told in eight ways, shuffled into short documents. It never asks, and shows no prompt.
+"""The pretraining corpus: eight sentences per fact, shuffled into short documents. No questions and no prompts.
 
-Entities stand in double quotes so that they begin and end where a token does; without quotes, or told in one word order
-only, facts are learnt but can't be asked for.
+Entities are in double quotes so that they start and end at token boundaries. Without quotes, or with one word order
+only, the model learns the facts but finetuning cannot elicit them.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from random import Random
 
 from gpt2core.demo.world import Fact
 
-# {s} is the subject, {a} the answer. Some tell the answer first, at least three tell it last.
+# {s} is the subject, {a} the answer. Some sentences have the answer first, at least three have it last.
 _SENTENCES = {
     "capital": (
         'The capital of "{s}" is "{a}".',
@@ -195,7 +195,7 @@ _SENTENCES = {
 
 
 def write_prose(world: Sequence[Fact], seed: int) -> list[str]:
-    """Documents of four to nine sentences (the last one may be shorter), which tell every fact in every way once."""
+    """Documents of four to nine sentences (the last may be shorter), with each sentence of each fact once."""
     random = Random(seed)
     sentences = [
         sentence.format(s=fact.subject, a=fact.answer) for fact in world for sentence in _SENTENCES[fact.family]
@@ -210,9 +210,9 @@ def write_prose(world: Sequence[Fact], seed: int) -> list[str]:
 
 
 def cloze_questions(world: Sequence[Fact], seed: int, n: int) -> list[tuple[str, str]]:
-    """At most `n` sentences of the prose, each cut behind the quote that opens the answer, with the answer.
+    """At most `n` sentences of the prose, each cut after the quote that opens the answer, with the answer.
 
-    Each is of another fact; a base that knows the fact goes on with the answer and a closing quote.
+    Each is about another fact; a base that knows the fact continues with the answer and a closing quote.
     """
     random = Random(seed)
     questions = []

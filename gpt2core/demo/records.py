@@ -1,4 +1,4 @@
-"""The instruction records: facts asked for with and without an input. Outputs are the bare answers."""
+"""The instruction records: questions about facts, with and without an input. Outputs are the bare answers."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from random import Random
 
 from gpt2core.demo.world import Fact
 
-# Kept small: a base of a million weights knows these by heart at best, so they show in a report what it can't do.
+# A base of a million weights can at best memorise these; a few of them show its limits in the report.
 HARD = ("spelling", "addition")
-HARD_SHARE = 0.04  # of all records, each
+HARD_SHARE = 0.04  # of all records, for each hard family
 
-# Where {s} stands, the subject is part of the instruction; elsewhere it is the input.
+# With {s} the subject is part of the instruction, without it the subject is the input.
 _INSTRUCTIONS = {
     "capital": (
         "Name the capital of this country.",
@@ -161,34 +161,36 @@ _INSTRUCTIONS = {
 
 
 def write_records(world: Sequence[Fact], seed: int, n: int = 1100) -> list[dict[str, str]]:
-    """`n` records in random order, no two alike, or as many as the world has facts for: each can be asked in six ways.
+    """`n` distinct records in random order, or fewer if the world has too few facts: six records per fact.
 
-    Families have equally many, the hard ones fewer; in each, every fact is asked for once before any is a second time.
+    Families have equal numbers of records, hard ones fewer. Within a family no fact has two records more than another.
     """
     random = Random(seed)
     facts: dict[str, list[Fact]] = defaultdict(list)
     for fact in world:
         facts[fact.family].append(fact)
     records = [
-        record for family, count in _counts(list(facts), n).items() for record in _ask(facts[family], count, random)
+        record
+        for family, count in _counts(list(facts), n).items()
+        for record in _write_family(facts[family], count, random)
     ]
     random.shuffle(records)
     return records
 
 
 def _counts(families: Sequence[str], n: int) -> dict[str, int]:
-    """How many records each family gets: `n` in all."""
+    """Number of records per family, `n` in total."""
     counts = {family: round(n * HARD_SHARE) for family in families if family in HARD}
     others = [family for family in families if family not in HARD]
     share, left = divmod(n - sum(counts.values()), len(others))
     return counts | {family: share + (i < left) for i, family in enumerate(others)}
 
 
-def _ask(facts: Sequence[Fact], count: int, random: Random) -> list[dict[str, str]]:
-    """At most `count` records, every fact asked for before any a second time."""
+def _write_family(facts: Sequence[Fact], count: int, random: Random) -> list[dict[str, str]]:
+    """At most `count` records, spread evenly over the facts."""
     rounds = [random.sample(_INSTRUCTIONS[fact.family], len(_INSTRUCTIONS[fact.family])) for fact in facts]
-    asked = (pair for instructions in zip(*rounds, strict=True) for pair in zip(facts, instructions, strict=True))
-    return [_record(fact, instruction) for fact, instruction in islice(asked, count)]
+    pairs = (pair for instructions in zip(*rounds, strict=True) for pair in zip(facts, instructions, strict=True))
+    return [_record(fact, instruction) for fact, instruction in islice(pairs, count)]
 
 
 def _record(fact: Fact, instruction: str) -> dict[str, str]:

@@ -1,12 +1,12 @@
-"""The facts that somebody has to know: hand-written tables, each larger than one world needs.
+"""Hand-written tables of facts, each larger than one world needs.
 
-No word stands in two tables (adjectives with an antonym excepted), and left out is whatever has two right answers:
-countries on two continents or with two seats of government, verbs with two past tenses, words of two parts of speech.
+No word is in two tables, except adjectives with an antonym. Entries with two right answers are left out: countries on
+two continents or with two seats of government, verbs with two past tenses, words of two parts of speech.
 """
 
 
 def _rows(text: str) -> tuple[tuple[str, ...], ...]:
-    """Rows end at a semicolon or a line's end, cells at a bar."""
+    """Rows end at a semicolon or line end, cells at a bar."""
     rows = text.replace("\n", ";").split(";")
     return tuple(tuple(cell.strip() for cell in row.split("|")) for row in rows if row.strip())
 
@@ -99,7 +99,7 @@ Australia|Canberra|Sydney|Oceania|Australian
 Fiji|Suva|Nadi|Oceania|Fijian
 """)
 
-# both words are asked for
+# records ask for either word
 ANTONYMS = _rows("""
 hot|cold; rich|poor; wet|dry; strong|weak; wide|narrow; thick|thin; clean|dirty; true|false; alive|dead; full|empty
 male|female; victory|defeat; arrival|departure; import|export; maximum|minimum; ancient|modern; increase|decrease
@@ -134,7 +134,7 @@ table|tables; bridge|bridges; window|windows; lamp|lamps; street|streets; pencil
 candle|candles; ticket|tickets; basket|baskets; engine|engines; button|buttons; chair|chairs; spider|spiders
 """)
 
-# adjective | what stands before -er and -est
+# adjective | stem before -er and -est
 ADJECTIVES = _rows("""
 hot|hott; cold|cold; rich|rich; poor|poor; wet|wett; dry|dri; strong|strong; weak|weak; wide|wid; thick|thick
 thin|thinn; clean|clean; dirty|dirti; big|bigg; small|small; long|long; young|young; brave|brav; bright|bright
@@ -166,7 +166,7 @@ sport|tennis|hockey|rugby|volleyball|badminton|basketball
 color|purple|yellow|magenta|beige|crimson|scarlet
 """)
 
-# part of speech | words that are nothing else
+# part of speech | words with no other part of speech
 PARTS_OF_SPEECH = _rows("""
 noun|kitchen|justice|freedom|hospital|knowledge|furniture|umbrella|teacher|courage|honesty
 noun|restaurant|village|accident|science|history|wisdom|childhood|friendship|grandmother|mountain
@@ -196,7 +196,7 @@ hours|60|minutes; minutes|60|seconds; days|24|hours; weeks|7|days; years|12|mont
 kilometers|1000|meters; meters|100|centimeters; kilograms|1000|grams; tonnes|1000|kilograms; liters|1000|milliliters
 """)
 
-# words to be written in capitals or spelled out
+# words to write in capitals or to spell
 WORDS = _words("""
 apron arrow attic badge barrel beach blanket branch bread breeze brick broom bucket butter cabin camera canal canvas
 carpet castle ceiling cellar cereal chain cheese circle cliff clock cloud coast coffee collar corner couch cradle cream

@@ -1,4 +1,4 @@
-"""A small world of true facts: the tables' and, from the seed, made-up sums, quantities and numbers."""
+"""A small world of true facts: from the tables, and sums, quantities and numbers generated from the seed."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -18,13 +18,13 @@ from gpt2core.demo.tables import (
     WORDS,
 )
 
-# Answers out of a small set that many facts share. Two facts with one of these tell nothing about each other.
+# Families whose answers come from a small set. Two facts with the same such answer reveal nothing about each other.
 CLOSED = ("continent", "category", "part of speech")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`subject` has `answer` in the sense of `family`. Facts of one `group` could tell each other's answers."""
+    """`subject` has `answer` in the sense of `family`. Facts of one `group` can reveal each other's answers."""
 
     family: str
     group: str
@@ -33,7 +33,7 @@ class Fact:
 
 
 def make_world(seed: int, n_facts: int | None = None) -> list[Fact]:
-    """The facts of this seed, family by family; `n_facts` of them, as many of each family as of another, if given.
+    """The facts of this seed, family by family: all, or `n_facts` of them, spread evenly over the families.
 
     Raises:
         ValueError: the world has fewer facts than `n_facts`, or more families.
@@ -43,7 +43,7 @@ def make_world(seed: int, n_facts: int | None = None) -> list[Fact]:
     if n_facts is not None and not len(families) <= n_facts <= total:
         raise ValueError(
             f"n_facts={n_facts} is not between {len(families)}, one for each family, and {total}, the whole world; "
-            "None asks for all of it"
+            "None is the whole world"
         )
     by_rank = sorted((rank, family) for family, pairs in families.items() for rank in range(len(pairs)))
     kept = sorted(by_rank[:n_facts], key=lambda place: (list(families).index(place[1]), place[0]))
@@ -62,7 +62,7 @@ def _pick_facts(random: Random) -> dict[str, list[tuple[str, str]]]:
         (f"{n} {unit}", f"{n * int(factor)} {smaller}") for unit, factor, smaller in UNITS for n in range(2, 10)
     ]
     quantities = random.sample(quantities, 54)
-    # A number that is read out is in no sum and no quantity: else one of those would tell a form of it.
+    # A number of "number in words" is in no sum and no quantity: otherwise one of those would reveal its other form.
     measured = {answer.split()[0] for _, answer in quantities}
     numbers = random.sample([n for n in range(11, 100) if str(n) not in measured], 50)
     return {
@@ -88,7 +88,7 @@ def _pick_facts(random: Random) -> dict[str, list[tuple[str, str]]]:
 
 
 def _pick_sums(random: Random, numbers: list[int], n: int) -> list[tuple[str, str]]:
-    """`n` sums of two of the numbers, no result twice; results are among the numbers, or above 99."""
+    """`n` sums of two of the numbers with distinct results, which are among the numbers or above 99."""
     pairs = [(a, b) for a in numbers for b in numbers if a < b and (a + b in numbers or a + b > 99)]
     sums: dict[int, str] = {}
     for a, b in random.sample(pairs, len(pairs)):
@@ -105,12 +105,12 @@ def _in_words(n: int) -> str:
 
 
 def _with_groups(facts: list[Fact]) -> list[Fact]:
-    """The facts with `group` set: facts that share an entity, or are linked by others that do, are in one group."""
+    """The facts with `group` set: the connected components of facts that share an entity."""
     parent: dict[str, str] = {}
 
     def root(entity: str) -> str:
-        while (above := parent.setdefault(entity, entity)) != entity:
-            entity = above
+        while (next_up := parent.setdefault(entity, entity)) != entity:
+            entity = next_up
         return entity
 
     for fact in facts:
@@ -120,5 +120,5 @@ def _with_groups(facts: list[Fact]) -> list[Fact]:
 
 
 def _entities(fact: Fact) -> tuple[str, ...]:
-    """What a fact is about, in lower case: its subject, and its answer unless that is from a closed set."""
+    """The entities of a fact, in lower case: its subject, and its answer unless that is from a closed set."""
     return (fact.subject.lower(),) if fact.family in CLOSED else (fact.subject.lower(), fact.answer.lower())

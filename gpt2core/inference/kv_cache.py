@@ -1,42 +1,45 @@
-"""Keys and values in the engine: of prompts being read, of replies being written, of how prompts begin.
+"""The engine's key-value caches: of prompts being read, of requests being decoded, and of shared prompt prefixes.
 
-Letters in the shape comments: B rows, W columns that are looked at; T, S, C, H and D as in model.py.
+Shape letters: B rows, W columns attended to; T, S, C, H and D as in model.py.
 """
 
-import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
-from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core.inference.quantized import PackedModel
-from gpt2core.inference.request import Adapter, Request
+from gpt2core.config import GPT2Config
+from gpt2core.inference.adapters import Adapter
+from gpt2core.inference.kernels import lazy_zeros
+from gpt2core.inference.request import Request
 
-BLOCK = 16  # tokens; prompts that begin alike share keys and values by blocks
+BLOCK = 16  # tokens; prompts share cached prefixes in blocks of this size
 
 
-class Prefill:
-    """A prompt that is being read, and the keys and values of its first `length` tokens: (n_layer, 2, H, T, D)."""
+class PrefillCache:
+    """A prompt being read: keys and values (n_layer, 2, H, T, D) of its first `length` tokens."""
 
-    def __init__(self, request: Request, packed: PackedModel, device: torch.device, found: Sequence[Tensor]) -> None:
+    def __init__(
+        self, request: Request, config: GPT2Config, dtype: torch.dtype, device: torch.device, prefix: Sequence[Tensor]
+    ) -> None:
+        """`prefix`: the blocks that `PrefixCache.find` returned for the prompt."""
         self.request = request
-        config = packed.config
         shape = (config.n_layer, 2, config.n_head, len(request.input_ids), config.n_embd // config.n_head)
-        self.kv = torch.empty(shape, dtype=packed.dtype, device=device)
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
-        for block in found:
+        for block in prefix:
             self.kv[..., self.length : self.length + BLOCK, :] = block
             self.length += BLOCK
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
+        """Prompt tokens that are not read yet."""
         return len(self.request.input_ids) - self.length
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """Attention (T, C) of the next T tokens, of qkv (T, 3, H, D), to all up to themselves."""
+        """Causal attention (T, C) of the next T tokens, given qkv (T, 3, H, D); stores their keys and values."""
         S, T = self.length, len(qkv)
         q = qkv[:, 0].transpose(0, 1)  # (H, T, D)
         self.kv[layer, :, :, S : S + T] = qkv[:, 1:].permute(1, 2, 0, 3)
@@ -47,26 +50,29 @@ class Prefill:
         )
         return y[0].transpose(0, 1).flatten(1)
 
+    def advance(self, n: int) -> None:
+        """Count n more tokens as read, after the last layer."""
+        self.length += n
 
-class Rows:
-    """Replies that are being decoded: a row each, all of which end at one column of the cache.
 
-    Positions are embedded before the first layer, so the column that a token's keys lie in is free: every step appends
-    one column for all rows, whatever their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
+class RowCache:
+    """Requests being decoded: one row each, and all rows end at the same column of the cache.
+
+    Position embeddings are added before the first layer, so a token's column does not have to be its position: each
+    step appends one column for all rows, whatever their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
     """
 
     SPARE = 256  # columns to grow into before the rows are moved back to the start
-    ALIGN = 64  # where they may end then: a prompt that is a little longer than all before moves nothing
+    ALIGN = 64  # columns are rounded up to it then, so that a slightly longer prompt does not move all rows again
 
-    def __init__(self, packed: PackedModel, max_batch: int, device: torch.device) -> None:
-        config = packed.config
-        self.shape = (config.n_layer, max_batch, 2, config.n_head, 0, config.n_embd // config.n_head)
-        self.kv = torch.zeros(self.shape, dtype=packed.dtype, device=device)
-        self.requests: list[Request | None] = []  # of each row; None: left, and not yet taken again
-        self.lengths: list[int] = []  # tokens in the cache
-        self.end = 0
+    def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
+        self._shape = (config.n_layer, max_batch, 2, config.n_head, 0, config.n_embd // config.n_head)
+        self.kv = torch.zeros(self._shape, dtype=dtype, device=device)
+        self.requests: list[Request | None] = []  # per row; None: free
+        self.lengths: list[int] = []  # per row: its cached tokens
+        self.end = 0  # the column after every row's last one
         self._mask: Tensor | None = None
-        # of this step and each layer: the new column (B, 2, H, D), and the keys and values (B, H, W, D) up to it
+        # Views for the current step, one per layer: the new column (B, 2, H, D), keys and values (B, H, W, D) up to it.
         self._new: Sequence[Tensor] = ()
         self._k: Sequence[Tensor] = ()
         self._v: Sequence[Tensor] = ()
@@ -76,44 +82,43 @@ class Rows:
         return sum(request is not None for request in self.requests)
 
     def inputs(self) -> tuple[list[int], list[int], list[Adapter | None]]:
-        """The last token of each row, its position, and the row's adapter."""
+        """Per row: the last token, its position, and the adapter."""
         ids = [0 if request is None else request.tokens[-1] for request in self.requests]
         positions = [
             0 if request is None else length for request, length in zip(self.requests, self.lengths, strict=True)
         ]
         return ids, positions, [None if request is None else request.adapter for request in self.requests]
 
-    def open_column(self) -> None:
-        """Make room for one more token of each row, and see which columns each may look at."""
+    def begin_step(self) -> None:
+        """Reserve a column for the next token of each row and compute which columns each row attends to."""
         if not self.requests:
             return
         if self.end == self.kv.shape[4]:
             self._move(max(self.lengths))
         n, longest = len(self.requests), max(self.lengths)
-        seen = self.kv[:, :n, :, :, self.end - longest : self.end + 1]  # (n_layer, B, 2, H, W, D)
-        self._new, self._k, self._v = seen[..., -1, :].unbind(), seen[:, :, 0].unbind(), seen[:, :, 1].unbind()
+        window = self.kv[:, :n, :, :, self.end - longest : self.end + 1]  # (n_layer, B, 2, H, W, D)
+        self._new, self._k, self._v = window[..., -1, :].unbind(), window[:, :, 0].unbind(), window[:, :, 1].unbind()
         self._mask = None
         if min(self.lengths) < longest:
             lengths = torch.tensor(self.lengths, device=self.kv.device)[:, None]
-            back = torch.arange(
-                longest, -1, -1, device=self.kv.device
-            )  # of each column, how far it is before the new one
-            self._mask = (back <= lengths)[:, None, None]  # (B, 1, 1, W)
+            distance = torch.arange(longest, -1, -1, device=self.kv.device)  # of each column to the new one
+            self._mask = (distance <= lengths)[:, None, None]  # (B, 1, 1, W)
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """Attention (B, C) of one token a row, of qkv (B, 3, H, D)."""
+        """Attention (B, C) of one new token per row, given qkv (B, 3, H, D); stores their keys and values."""
         self._new[layer].copy_(qkv[:, 1:])
         q = qkv[:, 0, :, None]  # (B, H, 1, D)
         y = F.scaled_dot_product_attention(q, self._k[layer], self._v[layer], attn_mask=self._mask, scale=scale)
         return y.flatten(1)
 
-    def close_column(self) -> None:
+    def end_step(self) -> None:
+        """Count the new column, after the last layer."""
         if self.requests:
             self.end += 1
             self.lengths = [0 if r is None else n + 1 for r, n in zip(self.requests, self.lengths, strict=True)]
 
-    def join(self, prefill: Prefill) -> None:
-        """Give a prompt that has been read a row, the first free one."""
+    def add(self, prefill: PrefillCache) -> None:
+        """Give a prompt that has been read the first free row, and copy its keys and values there."""
         row = next((i for i, request in enumerate(self.requests) if request is None), len(self.requests))
         if row == len(self.requests):
             self.requests.append(None)
@@ -123,14 +128,14 @@ class Rows:
             self._move(max(self.lengths))
         self.kv[:, row, :, :, self.end - prefill.length : self.end] = prefill.kv
 
-    def leave(self, row: int) -> None:
+    def remove(self, row: int) -> None:
         self.requests[row], self.lengths[row] = None, 0
 
     def clear(self) -> None:
         self.requests, self.lengths, self.end = [], [], 0
 
     def compact(self) -> None:
-        """Drop free rows at the end; where half of the rows are free, move the last ones into them."""
+        """Drop free rows at the end; while half of the rows are free, move the last one into a free one."""
         while self.requests:
             if self.requests[-1] is None:
                 self.requests.pop()
@@ -140,19 +145,20 @@ class Rows:
                 columns = slice(self.end - self.lengths[last], self.end)
                 self.kv[:, row, :, :, columns] = self.kv[:, last, :, :, columns]
                 self.requests[row], self.lengths[row] = self.requests[last], self.lengths[last]
-                self.leave(last)
+                self.remove(last)
             else:
                 return
         self.clear()
 
     def _move(self, end: int) -> None:
-        """Put what the rows hold behind column 0, so that they end at `end` or soon after, with columns to spare."""
+        """Move the rows' columns so that they end at `end`, rounded up to ALIGN, with SPARE columns to grow into."""
         end = -(-end // self.ALIGN) * self.ALIGN
         n, held = len(self.requests), min(self.end, end)
         window = self.kv[:, :n, ..., self.end - held : self.end, :]
         if end + self.SPARE > self.kv.shape[4]:
-            shape = (*self.shape[:4], end + self.SPARE, self.shape[5])
-            self.kv = _zeros(shape, self.kv.dtype, self.kv.device)
+            # Masked columns must be finite (0 * NaN is NaN), hence zeros; lazy, since most rows may never be used.
+            shape = (*self._shape[:4], end + self.SPARE, self._shape[5])
+            self.kv = lazy_zeros(shape, self.kv.dtype, self.kv.device)
         else:
             window = window.clone()
         self.kv[:, :n, ..., end - held : end, :] = window
@@ -160,46 +166,44 @@ class Rows:
 
 
 class PrefixCache:
-    """Keys and values of how prompts begin, by blocks of tokens, those used last; the oldest goes first.
+    """Keys and values of prompt prefixes in blocks of BLOCK tokens; evicts the least recently used ones.
 
-    A block's key is the adapter and all tokens up to its end, as its keys and values follow from these alone.
+    A block is looked up by the adapter and all tokens up to the block's end: its keys and values depend on them.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.bytes = max_bytes, 0
-        self.blocks: OrderedDict[tuple[Adapter | None, tuple[int, ...]], Tensor] = OrderedDict()
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._blocks: OrderedDict[tuple[Adapter | None, tuple[int, ...]], Tensor] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self._blocks)
 
     def find(self, adapter: Adapter | None, input_ids: Sequence[int]) -> list[Tensor]:
-        """The blocks (n_layer, 2, H, BLOCK, D) that the prompt begins with; its last token is never among them."""
+        """The blocks (n_layer, 2, H, BLOCK, D) that the prompt starts with, never including its last token."""
         found = []
         for end in range(BLOCK, len(input_ids), BLOCK):
             key = adapter, tuple(input_ids[:end])
-            if key not in self.blocks:
+            if key not in self._blocks:
                 break
-            self.blocks.move_to_end(key)
-            found.append(self.blocks[key])
+            self._blocks.move_to_end(key)
+            found.append(self._blocks[key])
         return found
 
-    def keep(self, prefill: Prefill) -> None:
+    def store(self, prefill: PrefillCache) -> None:
+        """Keep the blocks of a prompt that has been read."""
         request = prefill.request
         for end in range(BLOCK, len(request.input_ids), BLOCK):
             key = request.adapter, tuple(request.input_ids[:end])
-            if key in self.blocks:
+            if key in self._blocks:
                 continue
             block = prefill.kv[..., end - BLOCK : end, :].clone()
-            self.blocks[key] = block
-            self.bytes += block.nbytes
-        while self.bytes > self.max_bytes:
-            _, block = self.blocks.popitem(last=False)
-            self.bytes -= block.nbytes
+            self._blocks[key] = block
+            self._bytes += block.nbytes
+        while self._bytes > self._max_bytes:
+            _, block = self._blocks.popitem(last=False)
+            self._bytes -= block.nbytes
 
-
-def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, since what a row must not look at has to be finite all the same; on a processor no memory until used."""
-    if device.type != "cpu":
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+    def drop(self, adapter: Adapter) -> None:
+        """Forget everything that was computed with the adapter."""
+        for key in [key for key in self._blocks if key[0] is adapter]:
+            self._bytes -= self._blocks.pop(key).nbytes

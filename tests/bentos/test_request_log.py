@@ -2,14 +2,27 @@ import hashlib
 import json
 import os
 import threading
-import time
+from contextlib import suppress
 
 import pytest
 
 from bentos import request_log
+from bentos.completion import CompletionResult, GenerationRequest
 from bentos.request_log import RequestLog
+from gpt2core.config import GenerationConfig
+from tests.helpers import wait_until
 
-TEXT = {"prompt": "Name a rivér.", "answer": "Elbe"}
+PROMPT, ANSWER = "Name a rivér.", "Elbe"
+
+
+def result(request_id: str = "r1", prompt: str = PROMPT, answer: str = ANSWER) -> CompletionResult:
+    """A completion whose token ids are code points; `decode` makes text of them."""
+    request = GenerationRequest([ord(c) for c in prompt], GenerationConfig(), "gpt2-instruct", 0.0, request_id)
+    return CompletionResult(request, None, "stop", [ord(c) for c in answer], [1.5], submitted_at=1.0, ended_at=2.0)
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
 
 
 def lines(file) -> list[dict]:
@@ -17,61 +30,63 @@ def lines(file) -> list[dict]:
 
 
 @pytest.mark.parametrize("text", ["hash", "keep", "drop"])
-def test_the_text_is_hashed_kept_or_dropped_by_choice(tmp_path, text):
+def test_text_is_hashed_kept_or_dropped(tmp_path, text):
     file = tmp_path / "folder" / "requests.jsonl"
     log = RequestLog(str(file), text)
-    log.write(**TEXT, request_id="r1")
+    log.write(result(), decode)
     log.close()
     (line,) = lines(file)
     assert line["request_id"] == "r1"
+    assert (line["milliseconds"], line["first_token_milliseconds"]) == (1000, 500)
     assert (line["prompt_characters"], line["answer_characters"]) == (13, 4)
-    assert line.get("prompt") == (TEXT["prompt"] if text == "keep" else None)
-    hashed = hashlib.sha256(TEXT["prompt"].encode()).hexdigest()
+    assert line.get("prompt") == (PROMPT if text == "keep" else None)
+    hashed = hashlib.sha256(PROMPT.encode()).hexdigest()
     assert line.get("prompt_sha256") == (hashed if text == "hash" else None)
     if text != "keep":
         assert "Elbe" not in file.read_text()
         assert "riv" not in file.read_text()
 
 
-def test_files_are_rotated_and_only_so_many_kept(tmp_path, monkeypatch):
+def test_files_are_rotated_and_a_limited_number_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(request_log, "MAX_BYTES", 1000)
     monkeypatch.setattr(request_log, "BACKUPS", 2)
     file = tmp_path / "requests.jsonl"
     log = RequestLog(str(file), "drop")
     for i in range(100):
-        log.write(**TEXT, number=i)
+        log.write(result(str(i)), decode)
     log.close()
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["requests.jsonl", "requests.jsonl.1", "requests.jsonl.2"]
     assert all(file.stat().st_size <= 1000 for file in files)
-    kept = [line["number"] for file in (files[2], files[1], files[0]) for line in lines(file)]
+    kept = [int(line["request_id"]) for file in (files[2], files[1], files[0]) for line in lines(file)]
     assert kept == list(range(kept[0], 100))
 
 
-def test_a_disk_that_stands_still_costs_lines_and_no_time(tmp_path, monkeypatch):
+def test_a_blocked_disk_drops_lines_and_delays_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(request_log, "MAX_WAITING", 10)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)  # nobody reads it yet, so it fills up
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)  # not read yet, so it fills up
     log = RequestLog(str(pipe), "keep")
     done = threading.Event()
 
     def write() -> None:
         for _ in range(100):
-            log.write("p" * 10_000, "a")
+            log.write(result(prompt="p" * 10_000), decode)
         done.set()
 
     threading.Thread(target=write, daemon=True).start()
     assert done.wait(20)
     text = b""
-    while True:  # now somebody does
-        try:
+
+    def drained() -> bool:
+        nonlocal text
+        with suppress(BlockingIOError):
             text += os.read(reader, 1 << 20)
-        except BlockingIOError:
-            if log._queue.empty():
-                break
-            time.sleep(0.01)
-    log.write("p", "a")
+        return log._queue.empty()
+
+    wait_until(drained, 20, "an empty queue")
+    log.write(result(), decode)
     log.close()
     text += os.read(reader, 1 << 20)
     written = [json.loads(line) for line in text.splitlines()]
@@ -79,14 +94,3 @@ def test_a_disk_that_stands_still_costs_lines_and_no_time(tmp_path, monkeypatch)
     assert lost > 0
     assert len(written) + lost == 101
     os.close(reader)
-
-
-def test_nothing_is_written_where_no_file_is_named():
-    log = RequestLog("", "hash")
-    assert not log.wanted
-    log.close()
-
-
-def test_a_wrong_choice_is_named():
-    with pytest.raises(ValueError, match="GPT2_REQUEST_LOG_TEXT is 'all'; it must be one of hash, keep, drop"):
-        RequestLog("", "all")

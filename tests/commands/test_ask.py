@@ -68,7 +68,7 @@ def test_a_file_is_answered_line_by_line_in_order(base_dir, adapter_dir, tmp_pat
         (["word " * 200], "n_positions is 128"),
         (["Hello", "--run", "elsewhere"], "no finished run"),
         (["Hello", "--temperature", "-1"], "temperature is -1.0"),
-        (["--file", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+        (["--file", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
     ],
 )
 def test_an_error_is_one_line_with_the_cause(words, message):

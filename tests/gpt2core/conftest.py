@@ -1,4 +1,6 @@
-"""A tiny GPT-2 as transformers builds and writes it, and a tokenizer trained on a handful of sentences."""
+"""A tiny GPT-2 built and saved by transformers, and a tokenizer trained on a few sentences."""
+
+from contextlib import suppress
 
 import pytest
 import torch
@@ -7,6 +9,18 @@ from transformers import GPT2LMHeadModel
 
 from gpt2core.config import GPT2Config
 from gpt2core.demo.base import train_tokenizer
+
+with suppress(ImportError):  # a machine that only runs the GPU tests may not have hypothesis
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "gpt2core",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("gpt2core")
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 97}
 SENTENCES = [
@@ -21,7 +35,7 @@ SENTENCES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For matrices this small, handing work to a second thread costs more than the work."""
+    """For matrices this small, a second thread costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +49,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def make_hf():
-    """A function: words of a config -> transformers' model in eval mode, on weights that leave no bias at 0."""
+    """A function (config values) -> transformers' model in eval mode, with random weights and no bias at 0."""
 
     def make(seed=0, **config):
         torch.manual_seed(seed)

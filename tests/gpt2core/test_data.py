@@ -1,26 +1,20 @@
-import json
-import os
+"""Splitting, length limits and encoding of instruction records."""
+
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gpt2core import data
 from gpt2core.data import (
-    IGNORED,
-    PADDING,
-    SHARED,
-    Example,
-    batches,
-    check_records,
+    LongRecord,
     count_duplicates,
+    count_repeated_questions,
     encode_records,
-    pack,
+    find_markers,
+    find_too_long,
+    limit_lengths,
     read_records,
-    records_sha256,
     split_records,
     to_jsonl,
 )
@@ -39,93 +33,43 @@ def tokenizer(tokenizer_dir):
     return load_tokenizer(tokenizer_dir)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", json.dumps([GOOD, GOOD])),
-        ("a.json", "\ufeff" + json.dumps([GOOD, GOOD], ensure_ascii=False)),
-        ("a.jsonl", f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n"),
-        ("a.json", json.dumps([{"instruction": "Say é.", "output": "é", "more": 1}, GOOD])),
-    ],
-)
-def test_records_are_read_from_json_and_jsonl_and_have_an_input(tmp_path, name, text):
-    file = tmp_path / name
-    file.write_text(text, encoding="utf-8")
-    assert read_records(file) == [GOOD, GOOD]
-
-
-def test_group_and_family_are_kept_where_there_are_any():
-    record = GOOD | {"group": "g", "family": "f"}
-    assert check_records([record, GOOD]) == [record, GOOD]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "named"),
-    [
-        ("a.json", "[]", ["empty"]),
-        ("a.json", "{}", ["a list", "dict"]),
-        ("a.json", "[", ["not valid json"]),
-        ("a.jsonl", f"{json.dumps(GOOD)}\n{{", ["not valid jsonl"]),
-        ("a.json", json.dumps([GOOD, 3]), ["record 1", "int"]),
-        ("a.json", json.dumps([GOOD, {"instruction": "x"}]), ["record 1", "'output'"]),
-        ("a.json", json.dumps([GOOD, GOOD | {"output": 3}]), ["record 1", "'output'", "3", "int"]),
-        ("a.json", json.dumps([GOOD | {"input": None}]), ["record 0", "'input'", "NoneType"]),
-        ("a.json", json.dumps([GOOD | {"group": 3}]), ["record 0", "'group'"]),
-        ("a.json", json.dumps([GOOD | {"output": " \n"}]), ["record 0", "'output'", "empty"]),
-        ("a.json", '[{"instruction": "\\ud800", "output": "x"}]', ["record 0", "'instruction'", "unicode"]),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_said_with_its_name_and_the_record(tmp_path, name, text, named):
-    file = tmp_path / name
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json") as error:
-        read_records(file)
-    for word in named:
-        assert word in str(error.value)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nope\.json is not there"):
-        read_records(tmp_path / "nope.json")
-
-
-def test_a_directory_or_bytes_that_are_no_text_are_named(tmp_path):
-    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"a\.json"):
-        read_records(tmp_path / "a.json")
-
-
-def test_duplicates_are_counted_and_kept():
-    records = [GOOD, GOOD | {"input": "x"}, GOOD, GOOD]
-    assert check_records(records) == records
+def test_duplicates_and_repeated_questions_are_counted():
+    records = [GOOD, GOOD | {"input": "x"}, GOOD, GOOD, GOOD | {"output": "e"}]
     assert count_duplicates(records) == 2
+    assert count_repeated_questions(records) == 3
 
 
-def test_the_digest_is_of_the_records_and_their_order_not_of_their_file(tmp_path):
-    records = numbered(3)
-    (tmp_path / "a.json").write_text(json.dumps(records, indent=4))
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(records))
-    assert records_sha256(read_records(tmp_path / "a.json")) == records_sha256(read_records(tmp_path / "a.jsonl"))
-    assert records_sha256(records) != records_sha256(records[::-1])
+KINDS = st.tuples(st.sampled_from(["", *"abcdefgh"]), st.sampled_from(["", "x", "y"]), st.integers(0, 30))
 
 
-group_and_family = st.tuples(st.sampled_from(["", *"abcdefgh"]), st.sampled_from(["", "x", "y"]))
-
-
-@given(st.lists(group_and_family, min_size=4, max_size=80), st.integers(0, 3) | st.none())
-def test_a_split_is_a_partition_with_whole_groups_on_one_side(kinds, seed):
+@given(st.lists(KINDS, min_size=20, max_size=80), st.integers(0, 3) | st.none())
+def test_a_split_is_a_partition_with_whole_groups_and_equal_questions_on_one_side(kinds, seed):
     records = [
-        {"instruction": str(i), "input": "", "output": "o", "group": group, "family": family}
-        for i, (group, family) in enumerate(kinds)
+        {"instruction": f"Say {question}.", "input": "", "output": str(i), "group": group, "family": family}
+        for i, (group, family, question) in enumerate(kinds)
     ]
-    parts = split_records(records, seed, 0.2, 0.2)
-    assert sorted(r["instruction"] for part in parts for r in part) == sorted(r["instruction"] for r in records)
-    sides = Counter(group for part in parts for group in {r["group"] for r in part} - {""})
-    assert set(sides.values()) <= {1}
+    try:
+        parts = split_records(records, seed, 0.2, 0.2)
+    except ValueError as error:
+        assume("no group is small enough" not in str(error))
+        raise
+    assert sorted(r["output"] for part in parts for r in part) == sorted(r["output"] for r in records)
+    for key in ("group", "instruction"):
+        sides = Counter(value for part in parts for value in {r[key] for r in part} - {""})
+        assert set(sides.values()) <= {1}
     n = round(0.2 * len(records))
     assert len(parts.val) <= n
-    assert len(parts.test) <= n
+    assert 1 <= len(parts.test) <= n
     assert parts == split_records(records, seed, 0.2, 0.2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_of_a_record_never_land_on_both_sides(seed):
+    records = [record for record in numbered(60) for _ in range(2)]
+    parts = split_records(records, seed)
+    questions = [{record["instruction"] for record in part} for part in parts]
+    assert sum(map(len, questions)) == 60
+    assert [len(part) for part in parts] == [102, 6, 12]
 
 
 @pytest.mark.parametrize("seed", [0, 1, None])
@@ -133,34 +77,41 @@ def test_1100_records_without_groups_are_split_935_55_110(seed):
     assert [len(part) for part in split_records(numbered(1100), seed)] == [935, 55, 110]
 
 
-def test_without_a_seed_the_files_order_is_kept_train_then_test_then_validation():
+def test_without_a_seed_the_order_of_the_file_is_kept_train_then_test_then_validation():
     records = numbered(1100)
     parts = split_records(records, None)
     assert parts.train + parts.test + parts.val == records
 
 
-def test_another_seed_is_another_split():
+def test_another_seed_gives_another_split():
     one, other = (split_records(numbered(100), seed).test for seed in (0, 1))
     assert one != other
     assert one != numbered(100)[:10]
 
 
-def test_families_have_their_share_of_each_part():
-    records = [r | {"family": family} for family, n in (("a", 100), ("b", 200)) for r in numbered(n)]
+def test_families_are_represented_in_proportion_in_each_part():
+    records = [r | {"family": family, "input": family} for family, n in (("a", 100), ("b", 200)) for r in numbered(n)]
     for part in split_records(records, 0, 0.1, 0.2):
         counts = Counter(r["family"] for r in part)
         assert counts["b"] == pytest.approx(2 * counts["a"], abs=2)
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0), (float("nan"), 0.1)])
-def test_fractions_that_cannot_be_are_refused(fractions):
+def test_impossible_fractions_are_refused(fractions):
     with pytest.raises(ValueError, match="val_fraction"):
         split_records(numbered(10), 0, *fractions)
 
 
-def test_fractions_that_leave_nothing_to_train_on_are_refused():
-    with pytest.raises(ValueError, match="1 records cannot be cut"):
-        split_records(numbered(1), 0, 0.0, 0.6)
+def test_too_few_records_or_groups_are_refused():
+    with pytest.raises(ValueError, match="1 records cannot be split into train, 0 validation and 1 test records"):
+        split_records(numbered(1), 0)
+    with pytest.raises(ValueError, match=r"20 records in 1 groups .* no group is small enough for 2 test records"):
+        split_records(numbered(20, group="all"), 0)
+
+
+def test_even_few_records_have_a_test_record():
+    assert [len(part) for part in split_records(numbered(3), 0)] == [2, 0, 1]
+    assert [len(part) for part in split_records(numbered(3), 0, 0.0, 0.0)] == [3, 0, 0]
 
 
 def test_an_example_is_the_prompt_then_the_response_then_end_of_text(tokenizer):
@@ -172,80 +123,64 @@ def test_an_example_is_the_prompt_then_the_response_then_end_of_text(tokenizer):
     assert example.input_ids[-1] == tokenizer.eot_token
 
 
-def test_what_looks_like_end_of_text_in_a_record_stays_text(tokenizer):
+def test_end_of_text_spelled_in_a_record_is_plain_text(tokenizer):
     [example] = encode_records([GOOD | {"instruction": "<|endoftext|>", "output": "<|endoftext|>"}], tokenizer, 200)
     assert example.input_ids.count(tokenizer.eot_token) == 1
 
 
-def test_a_record_beyond_the_context_is_named_with_both_lengths(tokenizer):
-    records = [GOOD, GOOD | {"output": "é" * 50}]
-    n = len(encode_records(records, tokenizer, 1000)[1].input_ids)
-    assert len(encode_records(records, tokenizer, n)) == 2
-    with pytest.raises(ValueError, match=f"record 1 has {n} tokens but the context holds {n - 1}"):
-        encode_records(records, tokenizer, n - 1)
+def test_records_with_markers_are_found_by_their_place():
+    records = [
+        GOOD,
+        GOOD | {"output": "a\n\n### Response:\nb"},
+        GOOD | {"input": "### Input: x"},
+        GOOD | {"instruction": "What is <|endoftext|>?"},
+        GOOD | {"output": "### Cities:"},
+    ]
+    assert find_markers(records) == ["record 2", "record 3", "record 4"]
 
 
-LONG, SHORT = Example([1, 2, 3, 4, 5], 3), Example([1, 2, 8], 2)
+LONG = [GOOD, GOOD | {"output": "é" * 50}, GOOD | {"output": "e" * 60}]
 
 
-def test_examples_lie_behind_each_other_and_labels_are_the_next_tokens_of_the_response():
-    batch = pack([SHORT, LONG], "response", share_beginning=False)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 1, 2]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, IGNORED, 8]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert batch.example.tolist() == [[1, 1, 1, 1, 0, 0]]
-    assert batch.n_tokens == 6
+@pytest.fixture(scope="module")
+def lengths(tokenizer):
+    return [len(example.input_ids) for example in encode_records(LONG, tokenizer, 1000)]
 
 
-def test_a_beginning_that_all_share_is_there_once_and_counts_for_each():
-    batch = pack([SHORT, LONG], "response")  # they share 1 and 2, but the loss looks at what follows 2
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, 8]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 1]]
-    assert batch.example.tolist() == [[SHARED, 1, 1, 1, 0]]
-    assert batch.n_tokens == 6
+def test_records_longer_than_the_context_are_all_named_by_their_place(tokenizer, lengths, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + to_jsonl(LONG))
+    records = read_records(tmp_path / "a.jsonl")
+    context = lengths[0]
+    assert find_too_long(records, tokenizer, context) == [
+        LongRecord(1, "record 2 (line 3)", lengths[1]),
+        LongRecord(2, "record 3 (line 4)", lengths[2]),
+    ]
+    message = rf"2 of 3 .* of {context}: record 2 \(line 3\) has {lengths[1]} tokens, record 3 \(line 4\)"
+    for call in (encode_records, lambda *arguments: limit_lengths(*arguments, "error")):
+        with pytest.raises(ValueError, match=message):
+            call(records, tokenizer, context)
+    assert find_too_long(records, tokenizer, max(lengths)) == []
+    with pytest.raises(ValueError, match=r"record 11 has .* and 2 more"):
+        encode_records([GOOD] + LONG[1:2] * 12, tokenizer, context)
 
 
-def test_loss_on_all_sees_every_token_but_the_first_so_nothing_is_shared():
-    batch = pack([SHORT, LONG], "all")
-    assert batch.labels.tolist() == [[2, 3, 4, 5, 2, 8]]
-    assert SHARED not in batch.example
+def test_long_records_are_dropped_or_truncated_on_request(tokenizer, lengths):
+    context = lengths[0] + 5
+    kept, found = limit_lengths(LONG, tokenizer, context, "drop")
+    assert kept == [GOOD]
+    assert [long.place for long in found] == ["record 2", "record 3"]
+    kept, found = limit_lengths(LONG, tokenizer, context, "truncate")
+    assert len(found) == 2
+    assert [record["instruction"] for record in kept] == ["Say é."] * 3
+    for before, after in zip(LONG[1:], kept[1:], strict=True):
+        assert before["output"].startswith(after["output"])
+        assert 0 < len(after["output"]) < len(before["output"])
+    assert max(len(example.input_ids) for example in encode_records(kept, tokenizer, context)) > lengths[0]
+    assert limit_lengths(LONG, tokenizer, max(lengths), "truncate") == (LONG, [])
 
 
-def test_many_examples_fill_several_rows_evenly(monkeypatch):
-    monkeypatch.setattr(data, "ROW_TOKENS", 20)
-    examples = [Example([7, 7, *range(n)], 2) for n in range(1, 12)]
-    batch = pack(examples, "response")
-    assert sorted(set(batch.example[batch.example >= 0].tolist())) == list(range(11))
-    assert len(batch.input_ids) > 3
-    filled = (batch.example != PADDING).float().mean()
-    assert filled > 0.85
-    for i, example in enumerate(examples):  # whole, in one row, in order
-        row = int(torch.where(batch.example == i)[0][0])
-        own = batch.example[row] == i
-        own[: int((batch.example[row] == SHARED).sum())] = True
-        assert batch.input_ids[row][own].tolist() == example.input_ids[:-1]
-        assert batch.positions[row][own].tolist() == list(range(len(example.input_ids) - 1))
-
-
-def test_examples_that_fill_a_row_each_have_no_others_and_need_no_mask(monkeypatch):
-    monkeypatch.setattr(data, "ROW_TOKENS", 3)
-    batch = pack([LONG, SHORT], "response")
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5], [IGNORED, 8, IGNORED, IGNORED]]
-    assert batch.positions is None
-
-
-def test_batches_hold_every_example_once_in_the_order_given():
-    examples = [Example([i, i], 1) for i in range(5)]
-    assert list(batches(examples, 2)) == [examples[:2], examples[2:4], examples[4:]]
-    assert list(batches(examples, 2, [4, 0, 1])) == [[examples[4], examples[0]], [examples[1]]]
-
-
-def test_the_1100_records_of_the_older_system_are_read_and_split():
-    file = os.environ.get("INSTRUCTION_DATA")
-    if file is None:
-        pytest.skip("INSTRUCTION_DATA does not name the older system's instruction-data.json")
-    records = read_records(Path(file))
-    assert [len(part) for part in split_records(records, 0)] == [935, 55, 110]
-    assert split_records(records, None).train[0]["instruction"].startswith("Evaluate the following phrase")
+def test_a_prompt_without_room_for_an_output_is_named_and_at_least_one_record_must_remain(tokenizer, lengths):
+    with pytest.raises(ValueError, match=r"1 prompts leave no room .*: record 2 has"):
+        limit_lengths([GOOD, GOOD | {"instruction": "é" * 90}], tokenizer, lengths[0], "truncate")
+    with pytest.raises(ValueError, match="all 1 records have more tokens than the context of 10"):
+        limit_lengths([GOOD], tokenizer, 10, "drop")

@@ -1,4 +1,4 @@
-"""The embedded default: true facts, told often enough in prose, and records that a split can't leak between."""
+"""The embedded default: true facts, each told often enough in prose, and records that no split leaks between."""
 
 import re
 from collections import Counter, defaultdict
@@ -21,8 +21,8 @@ from gpt2core.demo.tables import (
 )
 from gpt2core.demo.world import make_world
 
-SEEDS = (0, 1, 123)
-FEW_ANSWERS = {"continent", "category", "part of speech"}  # families whose answers many facts share, by their nature
+SEEDS = (0, 123)
+FEW_ANSWERS = {"continent", "category", "part of speech"}  # families whose answers many facts share
 
 
 @pytest.fixture(scope="module", params=SEEDS)
@@ -58,19 +58,19 @@ def test_the_same_seed_gives_the_same_world_prose_records_and_questions(world, d
     assert cloze_questions(again, seed, 50) == cloze_questions(world, seed, 50)
 
 
-def test_two_seeds_make_two_worlds():
+def test_two_seeds_make_different_worlds():
     one, other = set(make_world(0)), set(make_world(1))
     assert len(one & other) < 0.9 * len(one)
 
 
-def test_two_seeds_write_one_world_in_two_ways():
+def test_two_seeds_write_one_world_differently():
     world = make_world(0)
     assert write_prose(world, 0) != write_prose(world, 1)
     assert write_records(world, 0) != write_records(world, 1)
     assert cloze_questions(world, 0, 50) != cloze_questions(world, 1, 50)
 
 
-def test_a_limited_world_has_its_facts_balanced_over_the_families(world, seed):
+def test_the_facts_of_a_limited_world_are_balanced_over_the_families(world, seed):
     small = make_world(seed, n_facts=100)
     counts = Counter(fact.family for fact in small)
     assert len(small) == 100
@@ -80,15 +80,15 @@ def test_a_limited_world_has_its_facts_balanced_over_the_families(world, seed):
 
 
 @pytest.mark.parametrize("n_facts", [0, 17, 100_000])
-def test_a_world_of_an_impossible_size_is_refused_with_the_limits(n_facts):
+def test_an_impossible_world_size_is_refused_with_the_limits(n_facts):
     with pytest.raises(ValueError, match=rf"n_facts={n_facts} is not between 18.* and 9\d\d"):
         make_world(0, n_facts)
 
 
-def test_the_smallest_world_can_be_written_and_asked_for():
+def test_the_smallest_world_has_prose_and_records():
     world = make_world(0, n_facts=18)
     assert write_prose(world, 0)
-    assert len(write_records(world, 0)) == 18 * 6  # each fact in its six ways
+    assert len(write_records(world, 0)) == 18 * 6  # six records per fact
 
 
 def test_there_are_enough_families_and_facts(world):
@@ -96,47 +96,47 @@ def test_there_are_enough_families_and_facts(world):
     assert 750 <= len(world) <= 1000
 
 
-def test_no_family_asks_the_same_twice(world):
+def test_no_family_has_a_subject_twice(world):
     assert max(Counter((fact.family, fact.subject) for fact in world).values()) == 1
 
 
-@pytest.mark.parametrize(
-    ("family", "subject", "answer"),
-    [
-        ("capital", "France", "Paris"),
-        ("country", "Mumbai", "India"),
-        ("continent", "Kenya", "Africa"),
-        ("nationality", "Poland", "Polish"),
-        ("antonym", "cold", "hot"),
-        ("past tense", "sing", "sang"),
-        ("plural", "knife", "knives"),
-        ("comparative", "easy", "easier"),
-        ("superlative", "thin", "thinnest"),
-        ("category", "trout", "fish"),
-        ("part of speech", "seldom", "adverb"),
-        ("chemical symbol", "iron", "Fe"),
-        ("number in words", "17", "seventeen"),
-        ("number in words", "40", "forty"),
-        ("number in digits", "eighty-four", "84"),
-        ("unit", "3 weeks", "21 days"),
-        ("unit", "5 kilometers", "5000 meters"),
-        ("uppercase", "river", "RIVER"),
-        ("spelling", "queen", "q-u-e-e-n"),
-    ],
-)
-def test_what_some_world_says_is_true(family, subject, answer):
+KNOWN = [
+    ("capital", "France", "Paris"),
+    ("country", "Mumbai", "India"),
+    ("continent", "Kenya", "Africa"),
+    ("nationality", "Poland", "Polish"),
+    ("antonym", "cold", "hot"),
+    ("past tense", "sing", "sang"),
+    ("plural", "knife", "knives"),
+    ("comparative", "easy", "easier"),
+    ("superlative", "thin", "thinnest"),
+    ("category", "trout", "fish"),
+    ("part of speech", "seldom", "adverb"),
+    ("chemical symbol", "iron", "Fe"),
+    ("number in words", "17", "seventeen"),
+    ("number in words", "40", "forty"),
+    ("number in digits", "eighty-four", "84"),
+    ("unit", "3 weeks", "21 days"),
+    ("unit", "5 kilometers", "5000 meters"),
+    ("uppercase", "river", "RIVER"),
+    ("spelling", "queen", "q-u-e-e-n"),
+]
+
+
+def test_known_facts_are_true_in_every_world_that_has_them():
     facts = {fact for seed in range(12) for fact in make_world(seed)}
-    assert {fact.answer for fact in facts if (fact.family, fact.subject) == (family, subject)} == {answer}
+    for family, subject, answer in KNOWN:
+        assert {f.answer for f in facts if (f.family, f.subject) == (family, subject)} == {answer}, (family, subject)
 
 
-def test_sums_and_quantities_are_right(world):
+def test_sums_are_correct(world):
     sums = [fact for fact in world if fact.family == "addition"]
     assert sums
     for fact in sums:
         assert sum(map(int, fact.subject.split(" + "))) == int(fact.answer), fact
 
 
-def test_no_word_stands_in_two_tables():
+def test_no_word_is_in_two_tables():
     tables = {
         "countries": [cell for *cells, _, nationality in COUNTRIES for cell in (*cells, nationality)],
         "verbs": [cell for row in VERBS for cell in row],
@@ -154,7 +154,7 @@ def test_no_word_stands_in_two_tables():
     assert {word: tables for word, tables in where.items() if len(tables) > 1} == {}
 
 
-def test_every_fact_is_told_in_at_least_six_different_sentences(world, sentences):
+def test_every_fact_has_at_least_six_different_sentences(world, sentences):
     told: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for sentence in sentences:
         told[tuple(sorted(quoted(sentence)))].add(sentence)
@@ -162,12 +162,12 @@ def test_every_fact_is_told_in_at_least_six_different_sentences(world, sentences
     assert few == {}
 
 
-def test_every_sentence_tells_a_fact_of_the_world(world, sentences):
+def test_every_sentence_states_a_fact_of_the_world(world, sentences):
     facts = {tuple(sorted((fact.subject, fact.answer))) for fact in world}
     assert [sentence for sentence in sentences if tuple(sorted(quoted(sentence))) not in facts] == []
 
 
-def test_facts_are_told_with_the_answer_first_and_with_the_answer_last(world, sentences):
+def test_every_fact_has_sentences_with_the_answer_first_and_last(world, sentences):
     orders = {tuple(quoted(sentence)) for sentence in sentences}
     assert all({(fact.subject, fact.answer), (fact.answer, fact.subject)} <= orders for fact in world)
 
@@ -178,7 +178,7 @@ def test_documents_have_four_to_nine_sentences(documents):
     assert 1 <= lengths[-1] <= 9
 
 
-def test_the_prose_has_neither_questions_nor_prompts(documents):
+def test_the_prose_has_no_questions_and_no_prompts(documents):
     text = "\n".join(documents)
     assert not re.search(r"\?|###|Instruction|Response|Answer", text)
 
@@ -195,7 +195,7 @@ def test_cloze_questions_end_where_the_answer_starts(world, sentences, seed):
         assert f'{prefix}{answer}".' in told
 
 
-def test_cloze_questions_are_as_many_as_asked_for_and_of_different_facts(world, seed):
+def test_cloze_questions_are_about_different_facts(world, seed):
     questions = cloze_questions(world, seed, 300)
     assert len(set(questions)) == len(questions) == 300
 
@@ -205,17 +205,17 @@ def test_there_are_exactly_1100_well_formed_records(records):
     assert all(record.keys() == {"instruction", "input", "output", "group", "family"} for record in records)
 
 
-def test_no_two_records_ask_the_same(records):
+def test_no_two_records_have_the_same_question(records):
     assert len({(record["instruction"], record["input"]) for record in records}) == len(records)
 
 
-def test_every_answer_of_a_record_is_told_in_the_prose(records, sentences):
+def test_every_answer_of_a_record_is_in_the_prose(records, sentences):
     told = {tuple(sorted(quoted(sentence))) for sentence in sentences}
     untold = [record for record in records if tuple(sorted((subject_of(record), record["output"]))) not in told]
     assert untold == []
 
 
-def test_the_subject_stands_bare_in_the_input_or_quoted_in_the_instruction(records, world):
+def test_the_subject_is_bare_in_the_input_or_quoted_in_the_instruction(records, world):
     subjects = {fact.subject for fact in world}
     for record in records:
         assert record["input"] in subjects if record["input"] else quoted(record["instruction"])[0] in subjects, record
@@ -242,8 +242,8 @@ def test_records_of_two_groups_share_no_entity(records):
     assert {entity: names for entity, names in groups.items() if len(names) > 1} == {}
 
 
-def test_no_subject_is_met_as_words_in_a_record_of_another_group(records):
-    """The check of a sceptic: whatever the role, be it a part of an answer or of the instruction's own wording."""
+def test_no_subject_occurs_as_words_in_a_record_of_another_group(records):
+    """In any role: as part of an answer, or in the wording of an instruction."""
     group = {subject_of(record).lower(): record["group"] for record in records}
     longest_first = sorted(group, key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w-])(?=({'|'.join(map(re.escape, longest_first))})(?![\w-]))")
@@ -267,7 +267,7 @@ def test_no_number_is_in_records_of_two_groups_unless_it_is_in_sums_or_quantitie
             assert groups[number] == {record["group"]}, record
 
 
-def test_the_answers_of_a_closed_set_join_no_groups(records):
+def test_answers_from_a_closed_set_do_not_join_groups(records):
     groups: dict[str, set[str]] = defaultdict(set)
     for record in records:
         if record["family"] in FEW_ANSWERS:
@@ -298,7 +298,7 @@ def test_an_adjective_its_opposite_and_their_forms_are_one_group():
             assert group[key] == group["comparative", key[1]] == group["superlative", key[1]]
 
 
-def test_a_split_by_groups_has_the_sizes_asked_for_and_every_family_in_the_test_part(records, seed):
+def test_a_split_by_groups_has_the_requested_sizes_and_every_family_in_the_test_part(records, seed):
     split = split_records(records, seed)
     assert [len(part) for part in split] == [935, 55, 110]
     families = Counter(record["family"] for record in split.test)

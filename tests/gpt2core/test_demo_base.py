@@ -1,3 +1,5 @@
+"""The nano base: a checkpoint for transformers, reproducible from its seed."""
+
 import json
 
 import pytest
@@ -6,7 +8,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2LMHeadModel
 
 from gpt2core.checkpoint import directory_sha256, load_pretrained
-from gpt2core.config import PretrainConfig
+from gpt2core.config import GPT2Config, PretrainConfig
 from gpt2core.demo.base import cloze_accuracy, encode_documents, make_base, train_tokenizer
 from gpt2core.demo.prose import write_prose
 from gpt2core.demo.world import make_world
@@ -28,46 +30,46 @@ def base(tmp_path_factory):
     return directory, make(directory)
 
 
-def test_a_base_is_a_checkpoint_that_transformers_reads(base):
+def test_transformers_reads_the_base(base):
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         reference = GPT2LMHeadModel.from_pretrained(base[0]).eval()(ids).logits
         torch.testing.assert_close(load_pretrained(base[0])(ids), reference, rtol=1e-4, atol=1e-4)
 
 
-def test_every_number_that_a_base_can_emit_is_a_token(base):
+def test_every_id_of_the_base_is_a_token(base):
     tokenizer, model = load_tokenizer(base[0]), load_pretrained(base[0])
     assert model.config.vocab_size == tokenizer.n_vocab
     assert json.loads((base[0] / "config.json").read_text())["eos_token_id"] == tokenizer.eot_token
     tokenizer.decode(list(range(tokenizer.n_vocab)))
 
 
-def test_what_is_said_of_a_base_is_so(base):
-    directory, about = base
+def test_the_description_of_a_base_is_true(base):
+    directory, description = base
     model, tokenizer = load_pretrained(directory), load_tokenizer(directory)
-    assert about["name"] == "gpt2-nano"
-    assert about["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert about["corpus_tokens"] == len(encode_documents(write_prose(make_world(0, 60), 0), tokenizer))
-    assert about["tokens_seen"] == 3 * 2 * model.config.n_positions
-    assert about["sha256"] == directory_sha256(directory)
-    assert 0 <= about["cloze_accuracy"] <= 1
+    assert description["name"] == "gpt2-nano"
+    assert description["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert description["corpus_tokens"] == len(encode_documents(write_prose(make_world(0, 60), 0), tokenizer))
+    assert description["tokens_seen"] == 3 * 2 * model.config.n_positions
+    assert description["sha256"] == directory_sha256(directory)
+    assert 0 <= description["cloze_accuracy"] <= 1
 
 
-def test_the_same_seed_makes_the_same_base_and_another_another(base, tmp_path):
+def test_the_seed_decides_the_base(base, tmp_path):
     assert make(tmp_path / "same")["sha256"] == base[1]["sha256"]
     assert make(tmp_path / "other", seed=1)["sha256"] != base[1]["sha256"]
 
 
-def test_without_pretraining_the_weights_are_random_and_the_tokenizer_is_the_same(base, tmp_path):
-    about = make(tmp_path, config=None)
-    assert "train_loss" not in about
+def test_without_pretraining_only_the_weights_differ(base, tmp_path):
+    description = make(tmp_path, config=None)
+    assert "train_loss" not in description
     assert (tmp_path / "vocab.json").read_bytes() == (base[0] / "vocab.json").read_bytes()
     model = load_pretrained(tmp_path)
     fresh = GPT2(model.config, torch.Generator().manual_seed(0))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
-def test_a_pretraining_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path):
+def test_interrupted_pretraining_continues_from_its_checkpoint(base, tmp_path):
     config = PretrainConfig(max_steps=3, batch_size=2, checkpoint_every_steps=1, log_every_steps=1)
 
     def stop(step, values):
@@ -83,14 +85,14 @@ def test_a_pretraining_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_pa
 
 
 @pytest.mark.parametrize("size", [300, 500])
-def test_a_tokenizer_has_at_most_as_many_tokens_as_asked_for_and_end_of_text_last(tmp_path, size):
+def test_a_tokenizer_has_the_requested_size_and_end_of_text_last(tmp_path, size):
     tokenizer = train_tokenizer(write_prose(make_world(0, 60), 0), size, tmp_path)
     assert tokenizer.n_vocab == size
     assert tokenizer.eot_token == size - 1
     assert len(json.loads((tmp_path / "vocab.json").read_text())) == size
 
 
-def test_it_is_the_library_that_trained_it(base):
+def test_ids_are_those_of_the_library_that_trained_the_tokenizer(base):
     directory = base[0]
     library = ByteLevelBPETokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"))
     ours = load_tokenizer(directory)
@@ -98,7 +100,7 @@ def test_it_is_the_library_that_trained_it(base):
         assert ours.encode_ordinary(text) == library.encode(text).ids
 
 
-def test_the_fixed_text_of_the_prompt_costs_few_tokens(base):
+def test_the_fixed_text_of_the_prompt_needs_few_tokens(base):
     assert len(load_tokenizer(base[0]).encode_ordinary(PREAMBLE)) <= len(PREAMBLE.split()) + 2
 
 
@@ -110,10 +112,8 @@ def test_each_document_ends_with_end_of_text(base):
     assert tokenizer.decode(ids) == f"one{END_OF_TEXT}two {END_OF_TEXT}{END_OF_TEXT}"
 
 
-def test_cloze_accuracy_counts_sentences_that_go_on_as_they_should(base, tmp_path):
+def test_cloze_accuracy_counts_correct_continuations(base, tmp_path):
     tokenizer = train_tokenizer(['The capital of "A" is "B". The capital of "C" is "D".'] * 3, 300, tmp_path)
-    from gpt2core.config import GPT2Config
-
     config = GPT2Config(tokenizer.n_vocab, n_positions=32, n_embd=32, n_layer=1, n_head=2)
     model = GPT2(config, torch.Generator().manual_seed(0))
     questions = [('The capital of "A" is "', "B"), ('The capital of "C" is "', "D")]

@@ -1,4 +1,4 @@
-"""Two real processes, which share each batch over gloo, against one."""
+"""Two real processes that share each batch over gloo, compared with one process."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def curve(result, key: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def config():
-    # 13 records in batches of 4: the last holds one, so one process has none of it
+    # 13 records in batches of 4: the last batch has one record, so one process has none of it
     return TrainConfig(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=1, log_every_steps=1)
 
 
@@ -41,7 +41,7 @@ def alone(tiny_gpt2_dir, config):
     return finetune_adapter(tiny_gpt2_dir, LORA, examples(13), examples(5), config)
 
 
-def test_two_processes_have_the_curve_and_the_weights_of_one_and_lose_no_record(tiny_gpt2_dir, config, alone, tmp_path):
+def test_two_processes_train_like_one_and_lose_no_record(tiny_gpt2_dir, config, alone, tmp_path):
     logged: list[int] = []
     model, result = finetune_adapter(
         tiny_gpt2_dir,
@@ -61,20 +61,20 @@ def test_two_processes_have_the_curve_and_the_weights_of_one_and_lose_no_record(
     assert set(logged) == set(range(1, 13))
     assert not torch.distributed.is_initialized()
 
-    # on from its checkpoint, alone
+    # one process continues from the checkpoint of two
     longer = replace(config, epochs=4)
     resumed = finetune_adapter(tiny_gpt2_dir, LORA, examples(13), examples(5), longer, checkpoint_dir=tmp_path)[1]
     assert curve(resumed, "train/loss")[:12] == curve(result, "train/loss")
     assert len(curve(resumed, "train/loss")) == 16
 
 
-def test_a_process_that_fails_is_an_error_here_and_leaves_none_behind(tiny_gpt2_dir, config):
+def test_a_failing_process_raises_here_and_leaves_no_process_behind(tiny_gpt2_dir, config):
     with pytest.raises((RuntimeError, FloatingPointError)):
         finetune_adapter(tiny_gpt2_dir, LORA, examples(4), [], replace(config, devices=2, learning_rate=1e30))
     assert not torch.distributed.is_initialized()
     assert torch.multiprocessing.active_children() == []
 
 
-def test_one_device_needs_no_group_and_gives_the_base_with_its_adapter(tiny_gpt2_dir, alone):
+def test_one_device_needs_no_process_group(tiny_gpt2_dir, alone):
     base = load_pretrained(tiny_gpt2_dir)
     assert torch.equal(alone[0].wte.weight, base.wte.weight)

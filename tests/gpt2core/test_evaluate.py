@@ -1,4 +1,8 @@
+"""Answers to test records and their scores, against transformers and by hand."""
+
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,11 +10,12 @@ from transformers import GPT2LMHeadModel
 
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.evaluate import answer_text, evaluate, side_by_side
+from gpt2core.evaluate import answer_text, compare_answers, evaluate
 from gpt2core.generate import generate
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import Evaluation, FamilyScores, Sample, TrainSummary
 
 RECORDS = [
     {"instruction": "Say a word.", "input": "", "output": "word", "family": "words"},
@@ -44,70 +49,96 @@ def answers(model, tokenizer):
     return evaluate(model, tokenizer, RECORDS, 6, 2, score)
 
 
-def test_answers_are_greedy_replies_made_clean(answers, model, tokenizer):
+def test_answers_are_cleaned_greedy_completions(answers, model, tokenizer):
     for record, text in zip(RECORDS, answers.texts, strict=True):
         prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record["input"]))
-        [reply] = generate(model, [prompt], GenerationConfig(max_new_tokens=6, eos_id=tokenizer.eot_token))
-        assert text == answer_text(reply, tokenizer)
+        [completion] = generate(model, [prompt], GenerationConfig(max_new_tokens=6, eos_id=tokenizer.eot_token))
+        assert text == answer_text(completion, tokenizer)
 
 
 def test_the_likelihood_of_references_is_that_of_transformers(answers, directory, tokenizer):
     reference = GPT2LMHeadModel.from_pretrained(directory).eval()
     losses = []
-    for record, nll in zip(RECORDS, answers.scores["nll"], strict=True):
+    for record, scores in zip(RECORDS, answers.record_scores, strict=True):
         prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record["input"]))
         ids = [*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token]
         labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
         with torch.no_grad():
             loss = float(reference(torch.tensor([ids]), labels=labels).loss)
-        assert nll == pytest.approx(loss, rel=1e-4)
+        assert scores.nll == pytest.approx(loss, rel=1e-4)
         losses.append((loss * (len(ids) - len(prompt)), len(ids) - len(prompt)))
     mean = sum(loss for loss, _ in losses) / sum(count for _, count in losses)
-    assert answers.metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-3)
+    assert answers.scores.perplexity == pytest.approx(math.exp(mean), rel=1e-3)
 
 
-def test_metrics_are_means_over_records(answers):
-    assert answers.scores["rouge_l"] == [0.04, 0.09, 0.13]
-    assert answers.metrics["rouge_l"] == pytest.approx(0.26 / 3)
-    assert answers.metrics.keys() == {"exact_match", "token_f1", "rouge_l", "perplexity", "finished"}
+def test_scores_are_means_over_records(answers):
+    assert [scores.rouge_l for scores in answers.record_scores] == [0.04, 0.09, 0.13]
+    assert answers.scores.rouge_l == pytest.approx(0.26 / 3)
 
 
-def test_the_batch_size_changes_nothing_but_speed(answers, model, tokenizer):
-    told: list[int] = []
-    alone = evaluate(model, tokenizer, RECORDS, 6, 1, score, told.append)
+def test_the_batch_size_changes_no_result(answers, model, tokenizer):
+    reported: list[int] = []
+    alone = evaluate(model, tokenizer, RECORDS, 6, 1, score, reported.append)
     assert alone.texts == answers.texts
-    assert alone.scores["nll"] == pytest.approx(answers.scores["nll"], rel=1e-5)
-    assert told == [1, 2, 3]
+    for one, other in zip(alone.record_scores, answers.record_scores, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+    assert reported == [1, 2, 3]
 
 
-def test_an_answer_that_ended_by_itself_counts_as_finished(model, tokenizer, monkeypatch):
+def test_a_completion_that_ends_with_end_of_text_counts_as_finished(model, tokenizer, monkeypatch):
     words = tokenizer.encode_ordinary("the words")
-    replies = [[*words, tokenizer.eot_token], words, [tokenizer.eot_token]]
-    monkeypatch.setattr("gpt2core.evaluate.generate", lambda *_: replies)
+    completions = [[*words, tokenizer.eot_token], words, [tokenizer.eot_token]]
+    monkeypatch.setattr("gpt2core.evaluate.generate", lambda *_: completions)
     answers = evaluate(model, tokenizer, RECORDS, 6, 3, score)
     assert answers.texts == ["the words", "the words", ""]
     assert answers.finished == [True, False, True]
-    assert answers.metrics["finished"] == pytest.approx(2 / 3)
-    assert answers.scores["exact_match"] == [0.0, 1.0, 0.0]
-    assert answers.scores["token_f1"] == [0.0, 1.0, 0.0]
+    assert answers.scores.finished == pytest.approx(2 / 3)
+    assert [scores.exact_match for scores in answers.record_scores] == [0.0, 1.0, 0.0]
 
 
-def test_an_answer_is_cut_at_the_token_for_end_of_text_and_not_at_its_characters(tokenizer):
+def test_an_answer_is_cut_at_the_end_of_text_token(tokenizer):
     before, after = tokenizer.encode_ordinary("one"), tokenizer.encode_ordinary("two")
     assert answer_text([*before, tokenizer.eot_token, *after], tokenizer) == "one"
     assert answer_text([], tokenizer) == ""
 
 
-def test_no_records_are_an_error(model, tokenizer):
+def test_an_empty_list_of_records_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="no records"):
         evaluate(model, tokenizer, [], 6, 2, score)
 
 
-def test_rows_hold_both_answers_and_their_scores(answers):
-    rows, metrics = side_by_side(RECORDS, answers, answers)
+TRAIN = TrainSummary(loss=1.0, val_loss=None, tokens_seen=10.0, tokens_per_second=5.0)
+
+
+def test_samples_have_both_answers_with_their_scores(answers):
+    samples, evaluation = compare_answers(RECORDS, replace(answers, device="cuda"), answers, TRAIN)
+    match = answers.record_scores[0].exact_match
+    assert [sample.tuned for sample in samples] == answers.texts
+    assert [sample.family for sample in samples] == ["words", "", ""]
+    assert [sample.base_scores for sample in samples] == answers.record_scores
+    assert evaluation == Evaluation(
+        base=answers.scores,
+        tuned=answers.scores,
+        by_family={"words": FamilyScores(1, match, match)},
+        train=TRAIN,
+        device="cpu",  # of the model that is served
+    )
+
+
+def test_samples_and_evaluation_survive_json(answers):
+    samples, evaluation = compare_answers(RECORDS, answers, answers, TRAIN)
+    assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json()))) == evaluation
+    assert [Sample.from_json(json.loads(json.dumps(sample.to_json()))) for sample in samples] == samples
     scores = {f"{side}_{name}" for side in ("base", "tuned") for name in ("exact_match", "token_f1", "rouge_l", "nll")}
-    assert rows[0].keys() == {"instruction", "input", "output", "base", "tuned", "finished", "family"} | scores
-    assert [row["tuned"] for row in rows] == answers.texts
-    assert [row["family"] for row in rows] == ["words", "", ""]
-    assert metrics["base"] == metrics["tuned"] == answers.metrics
-    assert metrics["by_family"].keys() == {"words"}
+    keys = {"instruction", "input", "output", "base", "tuned", "finished", "family"} | scores
+    assert samples[0].to_json().keys() == keys
+
+
+def test_families_are_sorted_by_name_and_scored_separately(answers):
+    records = [record | {"family": family} for record, family in zip(RECORDS, "bab", strict=True)]
+    right, wrong = (replace(answers.record_scores[0], exact_match=value) for value in (1.0, 0.0))
+    base = replace(answers, record_scores=[wrong, right, wrong])
+    tuned = replace(answers, record_scores=[right, right, wrong])
+    _, evaluation = compare_answers(records, base, tuned, TRAIN)
+    assert list(evaluation.by_family) == ["a", "b"]
+    assert evaluation.by_family == {"a": FamilyScores(1, 1.0, 1.0), "b": FamilyScores(2, 0.0, 0.5)}

@@ -1,3 +1,5 @@
+"""Decoding against transformers, and against itself without cache, without batch and without filters."""
+
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
@@ -27,9 +29,9 @@ def test_greedy_decoding_of_a_padded_batch_is_that_of_transformers(seed, eos_id,
     config = GPT2Config(vocab_size=23, n_positions=48, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
     save_pretrained(GPT2(config, torch.Generator().manual_seed(seed)), tmp_path)
     prompts = [[token % 23 for token in prompt] for prompt in PROMPTS]
-    replies = generate(load_pretrained(tmp_path), prompts, GenerationConfig(max_new_tokens=20, eos_id=eos_id))
+    completions = generate(load_pretrained(tmp_path), prompts, GenerationConfig(max_new_tokens=20, eos_id=eos_id))
     reference = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    for prompt, reply in zip(prompts, replies, strict=True):
+    for prompt, completion in zip(prompts, completions, strict=True):
         whole = reference.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -38,10 +40,10 @@ def test_greedy_decoding_of_a_padded_batch_is_that_of_transformers(seed, eos_id,
             eos_token_id=eos_id,
             pad_token_id=0,
         )
-        assert reply == whole[0, len(prompt) :].tolist()
+        assert completion == whole[0, len(prompt) :].tolist()
 
 
-def test_cached_decoding_is_uncached_decoding_token_for_token(model):
+def test_cached_decoding_equals_uncached_decoding(model):
     for prompt in PROMPTS:
         tokens = list(prompt)
         with torch.no_grad():
@@ -51,12 +53,12 @@ def test_cached_decoding_is_uncached_decoding_token_for_token(model):
 
 
 @pytest.mark.parametrize("config", [GenerationConfig(max_new_tokens=20), sampling(top_k=20), sampling(top_p=0.8)])
-def test_a_reply_in_a_batch_is_the_reply_alone(model, config):
+def test_a_completion_does_not_depend_on_the_rest_of_the_batch(model, config):
     assert generate(model, PROMPTS, config) == [generate(model, [prompt], config)[0] for prompt in PROMPTS]
 
 
 def probabilities(monkeypatch, logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """What sample_token draws from."""
+    """The distribution that sample_token draws from."""
     seen = []
     draw = torch.multinomial
     monkeypatch.setattr(torch, "multinomial", lambda p, n, **options: seen.append(p) or draw(p, n, **options))
@@ -68,19 +70,19 @@ def probabilities(monkeypatch, logits: torch.Tensor, config: GenerationConfig) -
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(None, None), (5, None), (1, None), (None, 0.7), (None, 1e-6), (7, 0.5), (500, 1.0)]
 )
-def test_sampling_is_from_the_distribution_of_transformers(monkeypatch, temperature, top_k, top_p):
+def test_the_sampling_distribution_is_that_of_transformers(monkeypatch, temperature, top_k, top_p):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 3
-    wanted = (logits / temperature)[None]
+    expected = (logits / temperature)[None]
     if top_k is not None:
-        wanted = TopKLogitsWarper(top_k)(None, wanted)
+        expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p is not None:
-        wanted = TopPLogitsWarper(top_p)(None, wanted)
+        expected = TopPLogitsWarper(top_p)(None, expected)
     found = probabilities(monkeypatch, logits, sampling(temperature=temperature, top_k=top_k, top_p=top_p))
     found = found / found.sum()
-    torch.testing.assert_close(found.float(), wanted.softmax(-1)[0], rtol=1e-4, atol=1e-6)  # theirs is fp32
+    torch.testing.assert_close(found.float(), expected.softmax(-1)[0], rtol=1e-4, atol=1e-6)  # theirs is fp32
 
 
-def test_tokens_are_drawn_as_often_as_their_probability_says():
+def test_tokens_are_drawn_with_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     generator = torch.Generator().manual_seed(0)
     draws = torch.tensor([int(sample_token(logits, sampling(), generator)) for _ in range(4000)])
@@ -89,78 +91,83 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-9])
-def test_the_smallest_temperatures_are_greedy(model, temperature):
+def test_tiny_temperatures_are_greedy(model, temperature):
     greedy = generate(model, PROMPTS, GenerationConfig(max_new_tokens=5))
     assert generate(model, PROMPTS, sampling(max_new_tokens=5, temperature=temperature)) == greedy
 
 
-def test_a_seed_gives_the_same_reply_again_and_another_seed_another(model):
+def test_the_seed_determines_a_sampled_completion(model):
     one, same, other = (generate(model, PROMPTS, sampling(seed=seed)) for seed in (1, 1, 2))
     assert one == same != other
 
 
-def test_without_a_seed_replies_differ(model):
+def test_sampled_completions_differ_without_a_seed(model):
     assert generate(model, [[1]], sampling(seed=None)) != generate(model, [[1]], sampling(seed=None))
 
 
-def test_end_of_text_ends_a_reply_and_is_its_last_token(model):
+def test_a_completion_ends_with_its_end_of_text_token(model):
     [free] = generate(model, [PROMPTS[0]], GenerationConfig(max_new_tokens=20))
     eos_id = free[4]
-    [reply] = generate(model, [PROMPTS[0]], GenerationConfig(max_new_tokens=20, eos_id=eos_id))
-    assert reply == free[: free.index(eos_id) + 1]
+    [completion] = generate(model, [PROMPTS[0]], GenerationConfig(max_new_tokens=20, eos_id=eos_id))
+    assert completion == free[: free.index(eos_id) + 1]
 
 
-def test_a_stop_of_several_tokens_ends_its_own_reply_only(model):
+def test_a_stop_sequence_ends_only_the_completion_it_occurs_in(model):
     free = generate(model, PROMPTS, sampling(max_new_tokens=20))
-    others = {tuple(reply[i : i + 3]) for reply in free[1:] for i in range(18)}
+    others = {tuple(completion[i : i + 3]) for completion in free[1:] for i in range(18)}
     stop = next(three for i in range(18) if (three := tuple(free[0][i : i + 3])) not in others)
     config = sampling(max_new_tokens=20, stop=[stop, (96, 96, 96)])
-    replies = generate(model, PROMPTS, config)
-    assert tuple(replies[0][-3:]) == stop
-    assert replies[0] == free[0][: len(replies[0])]
-    assert replies[1:] == free[1:]
+    completions = generate(model, PROMPTS, config)
+    assert tuple(completions[0][-3:]) == stop
+    assert completions[0] == free[0][: len(completions[0])]
+    assert completions[1:] == free[1:]
 
 
 @pytest.mark.parametrize(
-    ("reply", "over"), [([], False), ([1], False), ([1, 2], True), ([2, 1], False), ([9], True), ([0, 1, 2], True)]
+    ("completion", "expected"),
+    [([], False), ([1], False), ([1, 2], True), ([2, 1], False), ([9], True), ([0, 1, 2], True)],
 )
-def test_a_reply_is_over_at_end_of_text_or_a_whole_stop(reply, over):
-    assert ended(reply, GenerationConfig(eos_id=9, stop=[(1, 2)])) is over
+def test_a_completion_ends_at_end_of_text_or_a_whole_stop(completion, expected):
+    assert ended(completion, GenerationConfig(eos_id=9, stop=[(1, 2)])) is expected
 
 
-def test_a_reply_has_as_many_tokens_as_are_allowed(model):
-    assert [len(reply) for reply in generate(model, PROMPTS, GenerationConfig(max_new_tokens=7))] == [7] * 4
+def test_max_new_tokens_limits_a_completion(model):
+    assert [len(completion) for completion in generate(model, PROMPTS, GenerationConfig(max_new_tokens=7))] == [7] * 4
 
 
-def test_a_reply_ends_where_the_context_is_full_each_row_for_itself(model):
+def test_each_completion_ends_when_its_own_context_is_full(model):
     prompts = [[1] * 63, [1] * 10, [1] * 60]
-    assert [len(reply) for reply in generate(model, prompts, GenerationConfig(max_new_tokens=100))] == [1, 54, 4]
+    assert [len(completion) for completion in generate(model, prompts, GenerationConfig(max_new_tokens=100))] == [
+        1,
+        54,
+        4,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("prompts", "named"),
+    ("prompts", "message"),
     [
         ([[1], []], "empty"),
         ([[1] * 64], "64 tokens but n_positions is 64"),
-        ([[1, 97]], "outside of 0...96"),
+        ([[1, 97]], r"outside 0\.\.\.96"),
         ([[-1]], "outside"),
     ],
 )
-def test_a_prompt_that_cannot_be_continued_is_refused(model, prompts, named):
-    with pytest.raises(ValueError, match=named):
+def test_a_prompt_that_cannot_be_completed_is_refused(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
         generate(model, prompts, GenerationConfig())
 
 
-def test_no_prompts_are_no_replies(model):
+def test_no_prompts_give_no_completions(model):
     assert generate(model, [], GenerationConfig()) == []
 
 
-def test_a_stream_is_the_reply_as_it_comes(model):
+def test_stream_yields_the_tokens_of_generate(model):
     assert list(stream(model, PROMPTS[0], sampling())) == generate(model, [PROMPTS[0]], sampling())[0]
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_and_the_global_random_state_are_left_as_they_were(model, training):
+def test_decoding_changes_neither_the_model_nor_the_global_random_state(model, training):
     add_lora(model, LoraConfig(rank=2, dropout=0.5))
     model.train(training)
     model.h[0].eval()
@@ -168,7 +175,7 @@ def test_the_model_and_the_global_random_state_are_left_as_they_were(model, trai
     required = [parameter.requires_grad for parameter in model.parameters()]
     tokens = stream(model, PROMPTS[0], sampling())
     next(tokens)
-    assert {name: module.training for name, module in model.named_modules()} == before[0]  # between two tokens, too
+    assert {name: module.training for name, module in model.named_modules()} == before[0]  # also between two tokens
     tokens.close()
     generate(model, PROMPTS, sampling())
     assert {name: module.training for name, module in model.named_modules()} == before[0]
@@ -176,7 +183,7 @@ def test_the_model_and_the_global_random_state_are_left_as_they_were(model, trai
     assert [parameter.requires_grad for parameter in model.parameters()] == required
 
 
-def test_dropout_is_off_whatever_mode_the_model_is_in(model):
+def test_dropout_is_off_in_train_mode_too(model):
     add_lora(model, LoraConfig(rank=2, dropout=0.9), seed=0)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
@@ -187,4 +194,4 @@ def test_dropout_is_off_whatever_mode_the_model_is_in(model):
 
 def test_a_bf16_model_decodes(tiny_gpt2_dir):
     model = load_pretrained(tiny_gpt2_dir, dtype=torch.bfloat16)
-    assert [len(reply) for reply in generate(model, PROMPTS, sampling())] == [12] * 4
+    assert [len(completion) for completion in generate(model, PROMPTS, sampling())] == [12] * 4

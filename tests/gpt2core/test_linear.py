@@ -1,4 +1,4 @@
-"""oneDNN's products beside torch's own, in fp64: forward, and every gradient."""
+"""Products by oneDNN against torch's own in fp64: forward and every gradient."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from gpt2core.linear import SMALL, Linear, linear
 
 
 def tensors(shape, width, dtype=torch.float32, frozen=False):
-    """x, W and b; the first two with so many numbers that their product is not small."""
+    """x, W and b; x and W large enough to be multiplied by oneDNN."""
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(*size, generator=generator, dtype=dtype) for size in ((*shape, 96), (width, 96), (width,)))
     assert x.numel() * width >= SMALL
@@ -16,50 +16,52 @@ def tensors(shape, width, dtype=torch.float32, frozen=False):
 
 
 @pytest.mark.parametrize("shape", [(301,), (3, 101), (1, 1, 257)])
-@pytest.mark.parametrize("width", [64, 288])  # fewer than what goes in, and more
+@pytest.mark.parametrize("width", [64, 288])  # smaller and larger than the input width
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_it_is_f_linear_and_so_are_its_gradients(shape, width, has_bias, frozen):
+def test_output_and_gradients_are_those_of_f_linear(shape, width, has_bias, frozen):
     x, w, b = tensors(shape, width, frozen=frozen)
     inputs = [t for t in (x, w, b if has_bias else None) if t is not None]
     y = linear(x, w, b if has_bias else None)
     assert y.grad_fn.name() == "_LinearBackward"
     exact = F.linear(*(t.double() for t in inputs))
     torch.testing.assert_close(y, exact.float(), rtol=1e-4, atol=1e-4)
-    wanted = [t for t in inputs if t.requires_grad]
-    up = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).transpose(0, -1).contiguous().transpose(0, -1)
-    expected = torch.autograd.grad(exact, wanted, up.double())
-    for own, other in zip(torch.autograd.grad(y, wanted, up), expected, strict=True):
-        torch.testing.assert_close(own, other.float(), rtol=1e-4, atol=1e-4)
+    parameters = [t for t in inputs if t.requires_grad]
+    grad = (
+        torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).transpose(0, -1).contiguous().transpose(0, -1)
+    )
+    expected = torch.autograd.grad(exact, parameters, grad.double())
+    for found, exact_grad in zip(torch.autograd.grad(y, parameters, grad), expected, strict=True):
+        torch.testing.assert_close(found, exact_grad.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_without_gradients_it_is_the_same_product():
+def test_the_result_is_the_same_without_gradients():
     x, w, b = tensors((301,), 64)
     with torch.inference_mode():
         assert torch.equal(linear(x, w, b), linear(x.detach().requires_grad_(False), w, b))
         torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b))
 
 
-def test_a_gradient_that_is_one_number_everywhere():
+def test_an_expanded_gradient_is_supported():
     x, w, b = tensors((301,), 64)
-    linear(x, w, b).sum().backward()  # an expanded tensor, without memory of its own
+    linear(x, w, b).sum().backward()  # its gradient is an expanded tensor
     torch.testing.assert_close(b.grad, torch.full((64,), 301.0))
     torch.testing.assert_close(x.grad, w.detach().sum(0).expand(301, 96), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_torchs(dtype):
+def test_other_dtypes_are_computed_by_torch(dtype):
     x, w, b = tensors((301,), 64, dtype)
     assert torch.equal(linear(x, w, b), F.linear(x, w, b))
 
 
-def test_autocast_is_torchs():
+def test_autocast_is_computed_by_torch():
     x, w, b = tensors((301,), 64)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, w, b).dtype == torch.bfloat16
 
 
-def test_what_is_small_is_torchs():
+def test_small_products_are_computed_by_torch():
     layer = Linear(8, 8)
     x = torch.randn(2, 8)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

@@ -1,23 +1,35 @@
+"""Scores of single answers, and of all answers of a model."""
+
 import math
+from dataclasses import fields
 
 import pytest
 
-from gpt2core.metrics import exact_match, exact_match_by_family, normalise, perplexity, token_f1
+from gpt2core.metrics import (
+    METRICS,
+    RECORD_METRICS,
+    RecordScores,
+    Scores,
+    aggregate,
+    exact_match,
+    normalise,
+    perplexity,
+    score_record,
+    token_f1,
+)
 
 
 @pytest.mark.parametrize(
     ("answer", "normal"),
     [
         ("  The  Answer.\n", "the answer"),
-        ("Fe", "fe"),
         ("e.g. this.", "e.g. this"),
         ("...", ".."),
         ("Straße", "strasse"),
-        ("", ""),
         ("yes .", "yes"),
     ],
 )
-def test_case_spaces_and_a_final_point_do_not_count(answer, normal):
+def test_case_whitespace_and_a_final_period_do_not_count(answer, normal):
     assert normalise(answer) == normal
 
 
@@ -32,26 +44,29 @@ def test_case_spaces_and_a_final_point_do_not_count(answer, normal):
         ("a b", "c", 0, 0),
     ],
 )
-def test_answers_are_compared_whole_and_by_words(reference, answer, match, f1):
+def test_answers_are_compared_as_a_whole_and_by_words(reference, answer, match, f1):
     assert exact_match(reference, answer) == match
     assert token_f1(reference, answer) == pytest.approx(f1)
 
 
-def test_perplexity_is_over_tokens_not_over_examples():
+def test_perplexity_is_averaged_over_tokens_and_always_finite():
     assert perplexity([(2.0, 1), (0.0, 3)]) == pytest.approx(math.exp(0.5))
-
-
-def test_perplexity_of_a_hopeless_model_is_a_number():
     assert math.isfinite(perplexity([(1e6, 1)]))
 
 
-def test_families_are_counted_in_order_of_name_and_rows_without_one_are_left_out():
-    rows = [
-        {"family": family, "base_exact_match": base, "tuned_exact_match": tuned}
-        for family, base, tuned in [("b", 0.0, 1.0), ("a", 1.0, 1.0), ("b", 0.0, 0.0), ("", 0.0, 1.0)]
-    ]
-    assert exact_match_by_family(rows) == {
-        "a": {"records": 1, "base": 1.0, "tuned": 1.0},
-        "b": {"records": 2, "base": 0.0, "tuned": 0.5},
-    }
-    assert list(exact_match_by_family(rows)) == ["a", "b"]
+def test_a_record_is_scored_with_every_metric():
+    scores = score_record("the red house", "the house", (3.0, 4), lambda reference, answer: 0.25)
+    assert scores == RecordScores(exact_match=0.0, token_f1=pytest.approx(0.8), rouge_l=0.25, nll=0.75)
+
+
+def test_scores_of_a_model_are_means_over_records_except_perplexity():
+    records = [RecordScores(1.0, 1.0, 0.5, 0.1), RecordScores(0.0, 0.5, 0.0, 2.0)]
+    scores = aggregate(records, [(0.3, 3), (2.0, 1)], [True, False])
+    assert scores == Scores(0.5, 0.75, 0.25, pytest.approx(math.exp(2.3 / 4)), 0.5)
+
+
+def test_every_score_has_a_heading_and_only_perplexity_is_better_when_lower():
+    assert list(METRICS) == [score.name for score in fields(Scores)]
+    assert all(metric.heading and metric.description for metric in METRICS.values())
+    assert [name for name, metric in METRICS.items() if not metric.higher_is_better] == ["perplexity"]
+    assert tuple(score.name for score in fields(RecordScores)) == RECORD_METRICS

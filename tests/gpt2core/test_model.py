@@ -1,4 +1,4 @@
-"""Our GPT-2 against transformers' on the same random weights, and against itself with padding and cache."""
+"""GPT2 against transformers with the same random weights, and against itself with padding and cache."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config
-from gpt2core.model import GPT2, KVCache
+from gpt2core.model import GPT2, KVCache, evaluating
 
-# Both sides add the same fp32 numbers in another order; logits here are of size 1 to 10, so errors are near 1e-6.
+# Both sides sum the same fp32 numbers in different order; logits here are 1 to 10, so errors are near 1e-6.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-# Ours against ours: only the shapes of the matrix products differ.
+# GPT2 against itself: only the shapes of the matrix products differ.
 SELF_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -36,7 +36,7 @@ def tokens(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def pair(make_hf, tmp_path_factory):
-    """A function: words of a config -> transformers' model and ours with its weights."""
+    """A function: config fields -> transformers' model, and GPT2 with the same weights."""
 
     def make(**config):
         hf = make_hf(**config)
@@ -74,13 +74,13 @@ def test_gradients_of_all_parameters_are_those_of_transformers(pair, config):
         torch.testing.assert_close(grad.T if name.endswith(CONV1D) else grad, expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_configs_compared_are_told_apart_by_their_logits(pair):
+def test_the_compared_configs_have_different_logits(pair):
     ids = tokens(1, 16)
     variants = [{}] + [CONFIGS[name] for name in ("gelu", "relu", "unscaled attention", "large epsilon")]
     logits = [pair(**config)[1](ids) for config in variants]
     for i, one in enumerate(logits):
         for other in logits[:i]:
-            assert (one - other).abs().max() > 2e-4  # else the comparisons above would prove nothing
+            assert (one - other).abs().max() > 2e-4  # otherwise the comparisons above would prove nothing
 
 
 def padded(rows, side):
@@ -94,7 +94,7 @@ def padded(rows, side):
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_gives_what_it_gives_alone(model, side, dtype):
+def test_padding_does_not_change_the_logits_of_a_row(model, side, dtype):
     rows = [tokens(n, seed=n) for n in (1, 7, 12)]
     ids, mask = padded(rows, side)
     logits = model(ids, mask.to(dtype))
@@ -110,12 +110,12 @@ def test_padded_logits_are_those_of_transformers(pair, side):
     torch.testing.assert_close(ours(ids, mask)[mask.bool()], expected[mask.bool()], **TOLERANCE)
 
 
-def test_a_mask_of_ones_is_no_mask(model):
+def test_a_mask_of_ones_equals_no_mask(model):
     ids = tokens(2, 10)
     torch.testing.assert_close(model(ids, torch.ones_like(ids)), model(ids), **SELF_TOLERANCE)
 
 
-def test_a_wholly_padded_row_is_finite_forwards_and_backwards(model):
+def test_a_fully_padded_row_has_finite_logits_and_gradients(model):
     ids = tokens(2, 6)
     mask = torch.ones_like(ids)
     mask[1] = 0
@@ -127,7 +127,7 @@ def test_a_wholly_padded_row_is_finite_forwards_and_backwards(model):
 
 
 def cached(model, ids, mask, steps):
-    """Logits of all columns, read through the cache in pieces of the given lengths."""
+    """Logits of all columns, computed with a cache in pieces of the given lengths."""
     cache, start, pieces = KVCache(model, len(ids), ids.shape[1]), 0, []
     for length in steps:
         end = start + length
@@ -141,13 +141,13 @@ STEPS = [[20], [1] * 20, [12, *[1] * 8], [7, 6, 7], [1, 5, 1, 13], [10, 10]]
 
 
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-def test_the_cache_in_pieces_gives_the_logits_of_one_pass(model, steps):
+def test_cached_logits_equal_those_of_one_pass(model, steps):
     ids = tokens(3, 20)
     torch.testing.assert_close(cached(model, ids, None, steps), model(ids), **SELF_TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-def test_the_cache_of_left_padded_rows_gives_the_logits_of_each_row_alone(model, steps):
+def test_cached_logits_of_left_padded_rows_equal_those_of_each_row_alone(model, steps):
     rows = [tokens(n, seed=n) for n in (20, 9, 14)]
     ids, mask = padded(rows, "left")
     logits = cached(model, ids, mask, steps)
@@ -155,7 +155,7 @@ def test_the_cache_of_left_padded_rows_gives_the_logits_of_each_row_alone(model,
         torch.testing.assert_close(logits[i, mask[i].bool()], model(row[None])[0], **SELF_TOLERANCE)
 
 
-def test_the_cached_logits_are_those_of_transformers_with_its_cache(pair):
+def test_cached_logits_are_those_of_transformers_with_its_cache(pair):
     hf, ours = pair()
     ids = tokens(2, 12)
     prefix = hf(ids[:, :8], use_cache=True)
@@ -164,7 +164,7 @@ def test_the_cached_logits_are_those_of_transformers_with_its_cache(pair):
 
 
 @pytest.mark.parametrize("keep", [[1], [2, 0], [0, 0, 1]], ids=str)
-def test_keep_leaves_those_rows_of_the_cache_in_that_order(model, keep):
+def test_keep_selects_and_orders_the_rows_of_the_cache(model, keep):
     ids, keep = tokens(3, 10), torch.tensor(keep)
     cache = KVCache(model, 3, 10)
     model(ids[:, :6], None, cache)
@@ -172,13 +172,13 @@ def test_keep_leaves_those_rows_of_the_cache_in_that_order(model, keep):
     torch.testing.assert_close(model(ids[keep, 6:], None, cache), model(ids[keep])[:, 6:], **SELF_TOLERANCE)
 
 
-@pytest.mark.parametrize("there", [0, 4, 10])
-def test_more_columns_than_the_cache_holds_are_refused(model, there):
+@pytest.mark.parametrize("cached_tokens", [0, 4, 10])
+def test_more_columns_than_the_capacity_are_refused(model, cached_tokens):
     cache = KVCache(model, 1, 10)
-    if there:
-        model(tokens(1, there), None, cache)
+    if cached_tokens:
+        model(tokens(1, cached_tokens), None, cache)
     with pytest.raises(ValueError, match="11 tokens are more than the cache's capacity of 10"):
-        model(tokens(1, 11 - there), None, cache)
+        model(tokens(1, 11 - cached_tokens), None, cache)
 
 
 def test_a_refused_step_leaves_the_cache_usable(model):
@@ -199,7 +199,7 @@ def test_more_tokens_than_n_positions_are_refused(model, cached_tokens, mask):
         model(tokens(1, 65 - cached_tokens), torch.ones(1, 65, dtype=torch.long) if mask else None, cache)
 
 
-def test_padding_takes_no_positions(model):
+def test_padding_uses_no_positions(model):
     row = tokens(64)
     ids = torch.cat([torch.zeros(3, dtype=torch.long), row])[None]
     mask = torch.ones_like(ids)
@@ -208,7 +208,7 @@ def test_padding_takes_no_positions(model):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_no_token_changes_logits_before_it(model, mask):
+def test_a_token_does_not_affect_earlier_logits(model, mask):
     ids = tokens(1, 16)
     attention_mask = torch.ones_like(ids) if mask else None
     before = model(ids, attention_mask)
@@ -230,16 +230,16 @@ def test_the_head_is_the_token_embedding(model):
         torch.testing.assert_close(model.head(hidden)[..., 96], hidden @ model.wte.weight[96], **SELF_TOLERANCE)
 
 
-def test_bf16_logits_stay_near_those_of_fp32(model):
+def test_bf16_logits_are_close_to_fp32(model):
     ids = tokens(2, 16)
     exact = model(ids)
     rough = model.bfloat16()(ids)
     assert rough.dtype == torch.bfloat16
-    # 8 bits of mantissa: a relative error of 2**-8 an operation, some ten operations deep
+    # 8 bits of mantissa: a relative error of 2**-8 per operation, about ten operations deep
     assert (rough.float() - exact).norm() / exact.norm() < 0.03
 
 
-def test_the_cache_takes_the_models_type(model):
+def test_the_cache_has_the_dtype_of_the_model(model):
     ids = tokens(1, 10)
     model.bfloat16()
     torch.testing.assert_close(cached(model, ids, None, [6, 4]), model(ids), rtol=0.05, atol=0.1)  # bf16, see above
@@ -260,7 +260,7 @@ def init(config, seed):
     return GPT2(config, torch.Generator().manual_seed(seed)).state_dict()
 
 
-def test_the_generator_alone_decides_the_first_weights(tiny_config):
+def test_initial_weights_depend_on_the_generator_only(tiny_config):
     torch.manual_seed(1)
     first = init(tiny_config, 0)
     torch.manual_seed(2)
@@ -269,7 +269,7 @@ def test_the_generator_alone_decides_the_first_weights(tiny_config):
     assert not torch.equal(first["wte.weight"], other["wte.weight"])
 
 
-def test_without_a_generator_torchs_own_decides(tiny_config):
+def test_initial_weights_use_the_global_generator_by_default(tiny_config):
     torch.manual_seed(3)
     first = GPT2(tiny_config).state_dict()
     torch.manual_seed(3)
@@ -278,7 +278,7 @@ def test_without_a_generator_torchs_own_decides(tiny_config):
 
 
 @pytest.mark.parametrize(("std", "n_layer"), [(0.02, 2), (0.1, 8)])
-def test_first_weights_have_the_papers_spread(std, n_layer):
+def test_initial_weights_have_the_standard_deviation_of_the_paper(std, n_layer):
     config = GPT2Config(n_layer=n_layer, n_head=2, n_embd=64, n_positions=128, vocab_size=97, initializer_range=std)
     for name, weight in init(config, 0).items():
         if name.endswith("bias"):
@@ -288,6 +288,15 @@ def test_first_weights_have_the_papers_spread(std, n_layer):
         else:
             residual = name.endswith(("attn.c_proj.weight", "mlp.c_proj.weight"))
             expected = std / (2 * n_layer) ** 0.5 if residual else std
-            # over 4,000 draws each: the standard deviation's own error is near 1.1 %, the mean's near std / 60
+            # at least 4,000 draws: the standard error of the deviation is near 1.1 %, that of the mean near std / 60
             assert weight.std().item() == pytest.approx(expected, rel=0.06), name
             assert abs(weight.mean().item()) < expected / 12, name
+
+
+def test_evaluating_restores_every_modules_mode_after_an_exception(model):
+    model.train()
+    model.h[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        1 / any(module.training for module in model.modules())
+    assert {name: module.training for name, module in model.named_modules()} == before

@@ -1,6 +1,6 @@
+"""Training against PEFT and a loop written by hand; precision, logging, schedule, pretraining."""
+
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -9,17 +9,19 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import GPT2LMHeadModel
 
-from gpt2core import data
+from gpt2core import batching
+from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
-from gpt2core.data import Example, pack
+from gpt2core.data import Example
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.model import GPT2
 from gpt2core.train import finetune, learning_rate_factor, pretrain, token_losses, training_steps
+from tests.helpers import randomise_lora, same_state, snapshot
 
 
 def examples(n: int = 10, seed: int = 0) -> list[Example]:
-    """Three tokens that all begin with, as prompts do, and 4 to 12 random ones."""
+    """A shared prefix of three tokens, as prompts have, and 4 to 12 random ones."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 13, (n,), generator=generator).tolist()
     rests = [torch.randint(97, (length,), generator=generator).tolist() for length in lengths]
@@ -35,22 +37,14 @@ def model(tiny_gpt2_dir):
     return add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=6.0), seed=0)
 
 
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def adapter(weights: dict) -> dict:
     return {name: tensor for name, tensor in weights.items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("row_tokens", [1, 512])  # an example a row, and all in one
+@pytest.mark.parametrize("row_tokens", [1, 512])  # one example per row, and all in one row
 @pytest.mark.parametrize("loss_on", ["response", "all"])
 def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, loss_on, row_tokens, monkeypatch):
-    monkeypatch.setattr(data, "ROW_TOKENS", row_tokens)
+    monkeypatch.setattr(batching, "ROW_TOKENS", row_tokens)
     reference = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
     for example, (loss, count) in zip(examples(), token_losses(model, examples(), 3, loss_on), strict=True):
         ids = torch.tensor([example.input_ids])
@@ -64,8 +58,8 @@ def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, 
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_is_that_of_peft_and_a_loop_written_by_hand(tiny_gpt2_dir, accumulate):
-    """Targets o and proj, whose PEFT layers are ours; the same weights to begin with, the same order of the data."""
+def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumulate):
+    """Targets o and proj, whose PEFT layers equal ours; the same initial weights and order of the data."""
     ours = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=6.0, targets=("o", "proj")), seed=0)
     settings = config(
         epochs=3,
@@ -86,7 +80,7 @@ def test_training_is_that_of_peft_and_a_loop_written_by_hand(tiny_gpt2_dir, accu
             parameter = theirs[f"base_model.model.transformer.{name}.{part}.default.weight"]
             parameter.data.copy_(getattr(layer, part).data[0])
             pairs.append((getattr(layer, part), parameter))
-    order: list[list[list[int]]] = []  # of each step, as finetune visits it
+    order: list[list[list[int]]] = []  # of each step, as finetune sees it
     seen = torch.nn.Module.register_forward_pre_hook(ours.wte, lambda _, ids: order.append(ids[0].tolist()))
     data = examples()
     finetune(ours, data, [], settings)
@@ -116,12 +110,12 @@ def test_training_is_that_of_peft_and_a_loop_written_by_hand(tiny_gpt2_dir, accu
         optimiser.step()
         optimiser.zero_grad()
     for mine, other in pairs:
-        # AdamW divides by the root of tiny second moments: rounding of 1e-7 in a gradient comes out larger
+        # AdamW divides by the root of tiny second moments, which amplifies rounding of 1e-7 in a gradient
         torch.testing.assert_close(mine[0], other, rtol=1e-3, atol=1e-5)
 
 
 def examples_of(row: list[int], data: list[Example]) -> list[Example]:
-    """The examples packed in a row, behind the three tokens that they share."""
+    """The examples packed in a row, after the three tokens that they share."""
     found, rest = [], row[3:]
     while rest:
         fits = [example for example in data if example.input_ids[3:-1] == rest[: len(example.input_ids) - 4]]
@@ -130,28 +124,28 @@ def examples_of(row: list[int], data: list[Example]) -> list[Example]:
     return found
 
 
-def test_accumulated_batches_are_one_large_batch(tiny_gpt2_dir):
+def test_accumulated_batches_equal_one_large_batch(tiny_gpt2_dir):
     results = []
     for values in ({"batch_size": 8}, {"batch_size": 2, "gradient_accumulation_steps": 4}):
         model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3), seed=0)
         finetune(model, examples(16), [], config(**values))
-        results.append(adapter(weights_of(model)))
+        results.append(adapter(snapshot(model)))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_small_set_is_learnt_by_heart(tiny_gpt2_dir):
+def test_a_small_set_is_memorised(tiny_gpt2_dir):
     model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=8, targets=("q", "k", "v", "o", "fc", "proj")))
     result = finetune(model, examples(4), [], config(epochs=100))
-    # frozen embeddings this small cannot tell tokens apart more surely
+    # frozen embeddings this small limit how well tokens can be told apart
     assert result.history[-1]["train/loss"] < result.history[0]["train/loss"] / 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-true", "bf16-mixed"])
-def test_only_the_adapter_changes_and_everything_has_its_dtype_and_mode_again(model, precision):
-    before, modes = weights_of(model), [module.training for module in model.modules()]
+def test_only_the_adapter_changes_and_dtypes_and_modes_are_restored(model, precision):
+    before, modes = snapshot(model), [module.training for module in model.modules()]
     finetune(model, examples(), examples(3), config(precision=precision))
-    after = weights_of(model)
+    after = snapshot(model)
     assert {name for name in after if not torch.equal(after[name], before[name])} <= set(adapter(after))
     assert not torch.equal(after["h.0.attn.c_attn.lora_B"], before["h.0.attn.c_attn.lora_B"])
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
@@ -167,7 +161,7 @@ def test_only_the_adapter_changes_and_everything_has_its_dtype_and_mode_again(mo
         ("bf16-mixed", torch.bfloat16, torch.float32),
     ],
 )
-def test_the_precision_is_that_of_the_weights_during_training(model, precision, base, lora):
+def test_the_precision_sets_the_dtypes_during_training(model, precision, base, lora):
     seen = set()
     layer = model.h[0].attn.c_attn
     layer.register_forward_hook(
@@ -190,12 +184,12 @@ def test_the_weights_of_the_best_validation_are_kept(model):
     result = finetune(model, examples(), val, config(epochs=30, learning_rate=3e-2, decay_fraction=0.0))
     losses = [entry["val/loss"] for entry in result.history if "val/loss" in entry]
     assert len(losses) == 30
-    assert losses[-1] > min(losses) == result.best_val_loss  # random tokens: what is learnt by heart is no use here
+    assert losses[-1] > min(losses) == result.best_val_loss  # random tokens: memorising does not help
     sums = token_losses(model, val, 4, "response")
     assert sum(loss for loss, _ in sums) / sum(n for _, n in sums) == pytest.approx(result.best_val_loss, rel=1e-6)
 
 
-def test_the_history_says_what_was_done_at_each_logged_step(model):
+def test_the_history_has_the_metrics_of_each_logged_step(model):
     logged: list[tuple[int, dict]] = []
     data = examples(10)  # 3 batches of 4, 4 and 2
     result = finetune(
@@ -244,7 +238,7 @@ def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_one(model):
         ({"batch_size": 100}, (1, 1, 2)),
     ],
 )
-def test_the_number_of_steps_is_known_before(model, values, steps):
+def test_the_number_of_steps_is_known_in_advance(model, values, steps):
     assert training_steps(10, config(**values)) == steps
     assert finetune(model, examples(10), [], config(**values)).history[-1]["step"] == steps[2]
 
@@ -268,55 +262,62 @@ def test_validation_may_be_limited_and_rare(model):
         ({"warmup_steps": 0, "decay_fraction": 0.4, "final_lr_ratio": 0.5}, [1, 1, 1, 1, 0.75]),
     ],
 )
-def test_the_learning_rate_warms_up_stays_and_falls(values, factors):
+def test_the_learning_rate_warms_up_stays_constant_and_decays(values, factors):
     assert [learning_rate_factor(step, 5, config(**values)) for step in range(5)] == pytest.approx(factors)
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_another_and_the_global_state_stays(tiny_gpt2_dir):
+def test_the_seed_alone_decides_the_run_and_the_global_random_state_is_untouched(tiny_gpt2_dir):
     results = []
     for seed in (1, 1, 2):
         model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, dropout=0.2), seed=0)
         state = torch.get_rng_state()
         finetune(model, examples(), [], config(seed=seed))
         assert torch.equal(torch.get_rng_state(), state)
-        results.append(adapter(weights_of(model)))
+        results.append(adapter(snapshot(model)))
         torch.rand(3)
-    assert same(results[0], results[1])
-    assert not same(results[0], results[2])
+    assert same_state(results[0], results[1])
+    assert not same_state(results[0], results[2])
 
 
-def test_dropout_is_on_in_training_and_off_in_validation(tiny_gpt2_dir):
+def test_dropout_is_active_in_training_and_not_in_validation(tiny_gpt2_dir):
     losses = []
     for dropout in (0.0, 0.5):
         model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, dropout=dropout), seed=0)
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        randomise_lora(model)
         result = finetune(model, examples(), examples(5), config(epochs=1, learning_rate=1e-12, log_every_steps=3))
         losses.append(result.history[-1])
     assert losses[0]["train/loss"] != losses[1]["train/loss"]
     assert losses[0]["val/loss"] == pytest.approx(losses[1]["val/loss"], rel=1e-6)
 
 
-def test_deterministic_mode_works(tiny_gpt2_dir):
-    code = (
-        "import torch\ntorch.use_deterministic_algorithms(True)\n"
-        "from gpt2core.checkpoint import load_pretrained\nfrom gpt2core.config import *\n"
-        "from gpt2core.data import Example\nfrom gpt2core.lora import add_lora\nfrom gpt2core.train import finetune\n"
-        f"model = add_lora(load_pretrained({str(tiny_gpt2_dir)!r}), LoraConfig())\n"
-        "finetune(model, [Example([1, 2, 3], 1)], [Example([1, 2, 3], 1)], TrainConfig(epochs=1))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_training_works_with_deterministic_algorithms(model):
+    torch.use_deterministic_algorithms(True)
+    try:
+        finetune(model, examples(), examples(3), config())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_advice(model):
+def test_a_loss_that_is_not_finite_stops_the_run_with_records_and_advice(model):
     model.wte.weight.data[5] = math.inf
-    with pytest.raises(FloatingPointError, match=r"at step 1; lower learning_rate=0\.01"):
-        finetune(model, [Example([5, 5, 5], 1)], [], config())
+    records = [Example([5, 5, 5], 1), Example([6, 6, 6], 1)]
+    with pytest.raises(FloatingPointError, match=r"step 1 \(training records (1, 2|2, 1)\); lower learning_rate=0\.01"):
+        finetune(model, records, [], config())
 
 
-def test_what_cannot_be_trained_is_refused(tiny_gpt2_dir, model):
+def test_diverging_pretraining_stops_with_the_pass_and_advice(small):
+    small.wte.weight.data[5] = math.nan
+    with pytest.raises(FloatingPointError, match=r"step 1 \(pass 1 over the text\); lower learning_rate="):
+        pretrain(small, torch.arange(32).repeat(20), PretrainConfig(max_steps=2, batch_size=2))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(model):
+    model.wpe.weight.data[40] = math.nan  # a position that only the validation example has
+    with pytest.raises(FloatingPointError, match=r"the validation loss is nan after step 3"):
+        finetune(model, examples(), [Example([7, 8, 9, *range(50)], 3)], config())
+
+
+def test_models_and_data_that_cannot_be_trained_are_refused(tiny_gpt2_dir, model):
     with pytest.raises(ValueError, match="no training examples"):
         finetune(model, [], [], config())
     with pytest.raises(ValueError, match="merged"):
@@ -338,15 +339,15 @@ def small():
     )
 
 
-def test_pretraining_learns_a_text_that_repeats(small):
+def test_pretraining_learns_a_repeating_text(small):
     tokens = torch.arange(16).repeat(40)
     result = pretrain(small, tokens, PretrainConfig(max_steps=80, batch_size=4, warmup_steps=5))
     assert result.history[0]["train/loss"] > 2
-    assert result.history[-1]["train/loss"] < 0.2  # a uniform guess among the sixteen costs 2.8
+    assert result.history[-1]["train/loss"] < 0.2  # a uniform guess among sixteen tokens has 2.8
     assert result.history[-1]["train/tokens_seen"] == 80 * 4 * 16
 
 
-def test_every_window_is_of_the_text_and_each_pass_cuts_it_elsewhere(small):
+def test_every_window_is_part_of_the_text_and_each_pass_cuts_it_at_other_places(small):
     tokens = torch.randint(32, (16 * 9,), generator=torch.Generator().manual_seed(0))
     windows: list[list[int]] = []
     small.wte.register_forward_pre_hook(lambda _, ids: windows.extend(ids[0].tolist()))
@@ -355,10 +356,10 @@ def test_every_window_is_of_the_text_and_each_pass_cuts_it_elsewhere(small):
     passes = [starts[i : i + 7] for i in range(0, 35, 7)]
     assert all(len({start % 16 for start in one}) == 1 and len(set(one)) == 7 for one in passes)
     assert len({one[0] % 16 for one in passes}) > 1
-    assert len({tuple(start // 16 for start in one) for one in passes}) > 1  # and in another order
+    assert len({tuple(start // 16 for start in one) for one in passes}) > 1  # in another order, too
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(small, monkeypatch):
+def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(small, monkeypatch):
     taken = {}
     for kind in (torch.optim.Muon, torch.optim.AdamW):
 
@@ -379,7 +380,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(small, monkeyp
     assert taken["AdamW"] == {id(p) for p in small.parameters()} - matrices
 
 
-def test_a_text_that_is_too_short_for_a_step_is_refused(small):
+def test_a_text_too_short_for_a_step_is_refused(small):
     with pytest.raises(ValueError, match="40 tokens are too few for a step of 8 sequences of 16"):
         pretrain(small, torch.zeros(40, dtype=torch.long), PretrainConfig())
 

@@ -13,7 +13,7 @@ from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
 from deploy import bento
-from deploy.kubernetes import rollout as kube
+from deploy.kubernetes.render import annotations
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import records_sha256, split_records
@@ -24,6 +24,7 @@ from gpt2core.generate import generate
 from gpt2core.metrics import METRICS, exact_match
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import Lineage
 from run import main
 from tests.deploy.kube_api import TOKEN
 from tests.runs import MAX_NEW_TOKENS, N_FACTS, finetune, invoke, newest_run
@@ -202,12 +203,12 @@ def test_a_run_deploys_its_bento_to_kubernetes(deployed, cluster):
 def test_a_pods_annotations_match_its_metadata(deployed, cluster):
     template = cluster.api.object("deployments")["spec"]["template"]["metadata"]
     metadata = requests.get(f"{deployed.url}/metadata", timeout=10).json()
-    assert template["annotations"] == kube.annotations(metadata)
+    assert template["annotations"] == annotations(Lineage.from_json(metadata))
     assert metadata == deployed.run.read("lineage.json")
 
 
 def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recorded(outputs, deployed, cluster):
-    cluster.api.pods["other:2"] = "ErrImagePull"
+    cluster.api.pod_states["other:2"] = "ErrImagePull"
     result = invoke(outputs, *cluster.values, "deploy.image=other:2")
     assert result.exit_code == 1
     [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
@@ -220,7 +221,7 @@ def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recor
 
 def test_rollback_restores_the_version_before_and_is_recorded(outputs, deployed, cluster):
     image = cluster.image.replace(":1", ":3")
-    cluster.api.answers[image] = deployed.url
+    cluster.api.responses[image] = deployed.url
     finetune(outputs, *cluster.values, f"deploy.image={image}")
     assert cluster.api.image() == image
     for expected in (cluster.image, image):

@@ -1,0 +1,28 @@
+"""The FastAPI app: its routers, and how errors become responses.
+
+FastAPI's routes, not BentoML's: those of BentoML 1.4 ignore unknown fields, parse a bare `curl -d` as a form, and hide
+the message of most errors. `app.state.served` is set by `bentos/service.py` when the service starts.
+"""
+
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from bentos import metadata, page, predict
+from bentos.errors import ServiceError, error_response
+from bentos.openai import adapters, chat, completions, models
+
+app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None, openapi_url=None)
+for module in (page, predict, completions, chat, models, adapters, metadata):
+    app.include_router(module.router)
+
+
+@app.exception_handler(ServiceError)
+async def respond_with_error(request: Request, error: ServiceError) -> Response:
+    return error_response(error)
+
+
+@app.exception_handler(ClientDisconnect)
+async def respond_to_nobody(request: Request, error: ClientDisconnect) -> Response:
+    """For the access log and the metrics; no client reads it."""
+    return error_response(ServiceError("client_closed_request", "the client has closed the connection"))

@@ -1,0 +1,42 @@
+"""Reads and validates the body of a request."""
+
+import asyncio
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from bentos.errors import ServiceError
+from bentos.limits import DEADLINE, MAX_BODY
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def read_body(request: Request, model: type[M]) -> M:
+    """The body as `model`. Read as JSON whatever Content-Type says, since a bare `curl -d` calls it a form.
+
+    Raises:
+        ServiceError: naming the field that is wrong; or the body is too large, or not complete by the deadline.
+    """
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        raise ServiceError("invalid_request", "the body must be JSON, not multipart")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(DEADLINE):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:  # stop reading
+                    raise ServiceError("body_too_large", f"the body is larger than {MAX_BODY} bytes")
+    except TimeoutError:
+        message = f"the body was not complete after {DEADLINE:.0f} seconds"
+        raise ServiceError("request_timeout", message) from None
+    try:
+        return model.model_validate_json(bytes(body))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        location = first["loc"]
+        param = str(location[0]) if location else None
+        in_list = len(location) > 1 and isinstance(location[1], int)  # else the rest names types of a union
+        place = ".".join(map(str, location)) if in_list else param
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise ServiceError("invalid_request", message, param) from None

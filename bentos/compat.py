@@ -1,0 +1,111 @@
+"""Everything that uses names of BentoML 1.4.39 which are not part of its public API, each with the reason.
+
+tests/bentos/test_compat.py fails when BentoML no longer needs one of them.
+"""
+
+import asyncio
+import os
+import select
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from _bentoml_sdk import Service
+from _bentoml_sdk.service.openapi import generate_spec
+from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
+from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+_REQUEST_SCOPE = "gpt2_instruct.request_scope"
+
+
+class WrappableService(Service[Any]):
+    """A service whose ASGI app and OpenAPI document a subclass may change; passed as `service_class`.
+
+    `Service.add_asgi_middleware` is public, but what it adds runs inside BentoML's metrics middleware, so responses
+    that it sends itself have no request id, and it cannot change the path that the metrics are labelled with.
+    """
+
+    def wrap(self, app: Starlette) -> ASGIApp:
+        """Called once per worker with BentoML's app; returns the app to serve."""
+        return app
+
+    def complete_spec(self, paths: dict[str, Any]) -> None:
+        """Called with the paths of the OpenAPI document, to change them in place."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        return self.wrap(super().to_asgi(is_main))
+
+    @property
+    def openapi_spec(self) -> Any:
+        """BentoML's default says OpenAPI 3.0.2, but the schemas of mounted FastAPI apps are 3.1's."""
+        spec = generate_spec(self, openapi_version="3.1.0")
+        self.complete_spec(spec.paths)
+        return spec
+
+
+def remove_timeout(app: Starlette) -> None:
+    """Remove BentoML's timeout: its timer lives on after the response, 1 KB for 60 s (93 MB in a minute of load).
+
+    The routes have a deadline of their own, which also ends the work.
+    """
+    _remove(app, TimeoutMiddleware)
+
+
+def remove_tracing(app: Starlette) -> None:
+    """Remove BentoML's tracing, which records a span per message even without an exporter: 20 % of HTTP's cost."""
+    _remove(app, OpenTelemetryMiddleware)
+
+
+def bound_metrics(app: Starlette, label: Callable[[str], str]) -> None:
+    """Label BentoML's HTTP metrics with `label(path)`: the raw path makes 20 series of each path ever requested."""
+
+    def bounded(each: Middleware) -> Middleware:
+        return Middleware(_BoundedMetrics, label=label, **each.kwargs)  # type: ignore[arg-type]
+
+    app.user_middleware = [
+        bounded(each) if each.cls is RunnerTrafficMetricsMiddleware else each for each in app.user_middleware
+    ]
+
+
+class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
+    """Gives BentoML's middleware a copy of the scope with another path; the app behind it gets the original one."""
+
+    def __init__(self, app: ASGIApp, label: Callable[[str], str], **options: Any) -> None:
+        async def with_request_scope(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope.get(_REQUEST_SCOPE, scope), receive, send)
+
+        super().__init__(with_request_scope, **options)
+        self._label = label
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": self._label(scope["path"]), _REQUEST_SCOPE: scope}
+        await super().__call__(scope, receive, send)
+
+
+async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
+    """Refuse new connections, and serve on those that were accepted.
+
+    Args:
+        sigterm_handler: uvicorn's, a method of the `Server` that listens.
+
+    uvicorn alone closes this process's descriptor of the listening socket. BentoML's parent process has one too, so the
+    kernel would go on accepting connections for a second, which the parent's end then resets. `shutdown` ends the
+    listening itself (Linux). It resets connections that are still in the kernel's queue, so those are accepted first.
+    """
+    servers = getattr(getattr(sigterm_handler, "__self__", None), "servers", [])
+    for server in servers:
+        for listening in server.sockets:
+            with socket.socket(fileno=os.dup(listening.fileno())) as duplicate:
+                while select.select([duplicate], [], [], 0)[0]:
+                    await asyncio.sleep(0)  # the event loop accepts
+                duplicate.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def _remove(app: Starlette, middleware: type) -> None:
+    app.user_middleware = [each for each in app.user_middleware if each.cls is not middleware]

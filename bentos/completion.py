@@ -1,0 +1,205 @@
+"""A completion while it is generated: what was requested, the text so far, and the result once it has ended.
+
+Imports no torch, so route handlers can use it in BentoML's parent process too; the engine is in `bentos/generation.py`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Literal
+
+from bentos.errors import ServiceError
+from bentos.schemas import AdapterVersion, Usage
+from gpt2core.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from bentos.generation import Detokenizer, EngineRequest, TokenLogprobs
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One completion of one prompt, as a route requests it."""
+
+    prompt: list[int]
+    config: GenerationConfig
+    model: str  # a name of /v1/models
+    deadline: float  # by `time.monotonic`, waiting included
+    request_id: str
+    stop: Sequence[str] = ()
+    clean: bool = True  # cut the answer out of the text, as for an instruction; False: the text as generated
+    logprobs: int | None = None  # most likely tokens to report beside each token; None: no logprobs
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New text of a completion that no later token can change, and the tokens since the previous chunk."""
+
+    text: str
+    tokens: list[int]
+    logprobs: "list[TokenLogprobs]"  # one per token, if requested
+
+
+@dataclass(frozen=True)
+class CompletionResult:
+    """A completion that has ended, for logs and metrics. Times are by `time.monotonic`."""
+
+    request: GenerationRequest
+    adapter: AdapterVersion | None
+    finish_reason: str  # a FinishReason, "cancelled" or "deadline"
+    tokens: list[int]  # of the completion, as far as its text was taken
+    token_times: list[float]  # of all tokens that the engine generated
+    submitted_at: float
+    ended_at: float
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """In seconds, waiting included."""
+        return self.token_times[0] - self.submitted_at if self.token_times else None
+
+
+class Progress:
+    """Wakes a coroutine when the engine's thread has new tokens for it."""
+
+    def __init__(self, every_token: bool) -> None:
+        """`every_token`: False wakes it only at the end, which leaves the core to the engine."""
+        self._every_token = every_token
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+
+    def notify(self, running: "EngineRequest") -> None:
+        """Called by the engine's thread."""
+        if self._every_token or running.finish_reason is not None:
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        await self._event.wait()
+        self._event.clear()
+
+
+class Completion:
+    """A completion that the engine is generating. Read its chunks to the end, or `cancel` it."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        adapter: AdapterVersion | None,
+        running: "EngineRequest",
+        progress: Progress,
+        detokenizer: "Detokenizer",
+        on_end: Sequence[Callable[[CompletionResult], None]],
+    ) -> None:
+        self.request, self.adapter = request, adapter
+        self.n_tokens = 0
+        self.finish_reason: FinishReason | None = None  # set before the last chunk is yielded
+        self._running, self._progress, self._detokenizer = running, progress, detokenizer
+        self._on_end, self._ended = on_end, False
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        """
+        Raises:
+            ServiceError: the deadline has passed, or the engine has stopped.
+        """
+        running, ended_by = self._running, "cancelled"
+        sent = 0  # tokens of earlier chunks; further ones may be read, but their text held back
+        try:
+            while self.finish_reason is None:
+                await self._progress.wait()
+                reason = running.finish_reason  # read before the tokens, so that none is missed when it is set
+                text = self._read_tokens()
+                if self._detokenizer.stopped:
+                    reason = "stop"
+                elif reason == "deadline":
+                    ended_by = reason
+                    raise ServiceError(
+                        "deadline_exceeded", "the completion was not ready in time; request fewer tokens, or retry"
+                    )
+                elif reason == "cancelled":
+                    raise ServiceError("shutting_down", "the service stopped or dropped this request; retry")
+                elif reason is not None:
+                    text += self._detokenizer.finish()
+                if reason is not None:
+                    self.finish_reason = ended_by = reason
+                if text or reason is not None:
+                    new, sent = slice(sent, self.n_tokens), self.n_tokens
+                    yield Chunk(text, running.tokens[new], running.logprobs[new])
+        finally:
+            self._end(ended_by)
+
+    async def whole(self) -> Chunk:
+        """All of it as one chunk, once it has ended."""
+        chunks = [chunk async for chunk in self.chunks()]
+        return Chunk(
+            "".join(chunk.text for chunk in chunks),
+            [token for chunk in chunks for token in chunk.tokens],
+            [one for chunk in chunks for one in chunk.logprobs],
+        )
+
+    def cancel(self) -> None:
+        """Leave the engine before its next step. Has no effect on a completion that has ended."""
+        self._end("cancelled")
+
+    def _read_tokens(self) -> str:
+        text = ""
+        while self.n_tokens < len(self._running.tokens) and not self._detokenizer.stopped:
+            text += self._detokenizer.push(self._running.tokens[self.n_tokens])
+            self.n_tokens += 1
+        return text
+
+    def _end(self, reason: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._running.cancel()
+        result = CompletionResult(
+            self.request,
+            self.adapter,
+            reason,
+            self._running.tokens[: self.n_tokens],
+            list(self._running.token_times),
+            self._running.submitted_at,
+            monotonic(),
+        )
+        for observe in self._on_end:
+            observe(result)
+
+
+def usage(completions: Sequence[Completion]) -> Usage:
+    """Token counts over all completions of one HTTP request; a prompt with several completions counts once."""
+    prompts = {id(one.request.prompt): one.request.prompt for one in completions}
+    n_prompt = sum(len(prompt) for prompt in prompts.values())
+    n_completion = sum(one.n_tokens for one in completions)
+    return Usage(prompt_tokens=n_prompt, completion_tokens=n_completion, total_tokens=n_prompt + n_completion)
+
+
+async def merge(completions: Sequence[Completion]) -> AsyncIterator[tuple[int, Chunk, FinishReason | None]]:
+    """Chunks of several completions as they come: index, chunk, and the finish reason with the last chunk of each.
+
+    Raises:
+        ServiceError: of the first completion that fails; the others are cancelled.
+    """
+    queue: asyncio.Queue[tuple[int, Chunk, FinishReason | None] | Exception] = asyncio.Queue()
+
+    async def read(i: int, completion: Completion) -> None:
+        try:
+            async for chunk in completion.chunks():
+                queue.put_nowait((i, chunk, completion.finish_reason))
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(read(i, completion)) for i, completion in enumerate(completions)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            left -= item[2] is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        for completion in completions:
+            completion.cancel()

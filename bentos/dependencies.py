@@ -1,0 +1,37 @@
+"""What route handlers use, typed: the served model, and the records of the current request."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+
+from bentos.middleware.access_log import RequestRecord
+from bentos.settings import MultiTurn
+from gpt2core.types import Lineage
+
+if TYPE_CHECKING:
+    from bentos.generation import TextGenerator
+
+
+@dataclass(frozen=True)
+class Served:
+    """Set once as `app.state.served`, by the service when it starts."""
+
+    generator: "TextGenerator"
+    lineage: Lineage
+    started: int  # Unix seconds
+    multi_turn: MultiTurn
+
+
+def served(request: Request) -> Served:
+    value: Served = request.app.state.served
+    return value
+
+
+def record(request: Request) -> RequestRecord:
+    value: RequestRecord = request.state.record
+    return value
+
+
+def request_id(request: Request) -> str:
+    return str(request.state.request_id)

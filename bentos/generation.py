@@ -1,0 +1,209 @@
+"""The engine and its adapters, behind the routes. No HTTP in here: errors carry a code that `bentos/errors.py` maps.
+
+The only module of this package that imports torch and gpt2core's engine.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from bentos.completion import Completion, CompletionResult, GenerationRequest, Progress
+from bentos.errors import ServiceError
+from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
+from bentos.metrics import Metrics, render_gauges
+from bentos.request_log import RequestLog
+from bentos.schemas import BASE, TUNED, AdapterVersion
+from bentos.settings import check_choice
+from gpt2core.checkpoint import directory_sha256, load_pretrained
+from gpt2core.config import GenerationConfig
+from gpt2core.engine import Engine, EngineFull, Weights
+from gpt2core.inference.detokenizer import IncrementalDetokenizer as Detokenizer
+from gpt2core.inference.request import EngineClosed, TokenLogprobs
+from gpt2core.inference.request import Request as EngineRequest
+from gpt2core.model import best_device
+from gpt2core.prompt import format_prompt
+from gpt2core.tokenizer import load_tokenizer
+
+__all__ = ["Detokenizer", "EngineRequest", "TextGenerator", "TokenLogprobs"]
+
+
+class TextGenerator:
+    """Generates completions with the base model and its adapters. Not thread-safe: belongs to one event loop."""
+
+    def __init__(
+        self,
+        base_dir: str | Path,
+        adapter_dir: str | Path,
+        weights: str = "auto",
+        adapters_dir: str = "",
+        metrics: Metrics | None = None,
+        request_log: RequestLog | None = None,
+    ) -> None:
+        """Load base and adapter, and start the engine.
+
+        Args:
+            weights: the engine's; only fp32 generates exactly the evaluated completions.
+            adapters_dir: other adapters may be loaded from below this directory; "": none.
+        """
+        check_choice("weights", weights, get_args(Weights))
+        self.tokenizer = load_tokenizer(base_dir)
+        self._metrics, self._request_log = metrics, request_log
+        self._adapters_dir = adapters_dir
+        self._adapters: dict[str, AdapterVersion] = {}
+        self._changing = asyncio.Lock()
+        model = load_pretrained(base_dir, device=best_device())
+        self.engine = Engine(model, MAX_BATCH, cast(Weights, weights), MAX_QUEUE)
+        self._load(TUNED, Path(adapter_dir))
+        self.engine.start()
+
+    def close(self) -> None:
+        """Stop the engine; unfinished completions are lost."""
+        self.engine.close()
+        if self._request_log is not None:
+            self._request_log.close()
+
+    @property
+    def n_positions(self) -> int:
+        return self.engine.config.n_positions
+
+    @property
+    def models(self) -> dict[str, AdapterVersion | None]:
+        """Names that requests may use: the base with the run's adapter, the base alone, loaded adapters."""
+        return {TUNED: self._adapters[TUNED], BASE: None, **self._adapters}
+
+    def check_model(self, name: str, param: str | None) -> None:
+        """
+        Raises:
+            ServiceError: no model has that name.
+        """
+        if name not in self.models:
+            message = f"there is no model {name!r}; available: {', '.join(self.models)}"
+            raise ServiceError("model_not_found", message, param)
+
+    def encode_instruction(self, instruction: str, input: str = "") -> list[int]:
+        """The prompt of an instruction, as in training."""
+        return self.tokenizer.encode_ordinary(format_prompt(instruction, input))
+
+    def config(self, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
+        """The engine reduces `max_new_tokens` to what the prompt leaves of the context."""
+        return GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
+
+    def submit(
+        self,
+        requests: Sequence[GenerationRequest],
+        param: str,
+        on_end: Callable[[CompletionResult], None] | None = None,
+    ) -> list[Completion]:
+        """Queue the requests, all or none.
+
+        Args:
+            param: the field that holds the prompt, for errors.
+            on_end: called once for each completion, when it has ended.
+
+        Raises:
+            ServiceError: a prompt fills the context, or the queue is full.
+        """
+        longest = max(len(request.prompt) for request in requests)
+        if longest >= self.n_positions:
+            message = f"the prompt has {longest} tokens, but the context holds {self.n_positions}; shorten it"
+            raise ServiceError("context_length_exceeded", message, param)
+        completions: list[Completion] = []
+        try:
+            for request in requests:
+                completions.append(self._submit(request, [self._observe, *([on_end] if on_end else [])]))
+        except (EngineFull, EngineClosed, ValueError) as error:
+            for completion in completions:
+                completion.cancel()
+            raise self._refused(error, param) from None
+        return completions
+
+    async def load(self, name: str, directory: str) -> AdapterVersion:
+        """Load an adapter, or replace the one of that name; running completions keep the one they started with.
+
+        Raises:
+            ServiceError: the name is reserved, too many are loaded, or the directory holds no adapter for this base.
+        """
+        if not self._adapters_dir:
+            raise ServiceError("forbidden", "loading adapters is disabled: GPT2_ADAPTERS_DIR is not set")
+        if name in (TUNED, BASE):
+            raise ServiceError("invalid_request", f"lora_name: {name} is reserved", "lora_name")
+        root = Path(self._adapters_dir).resolve()
+        try:
+            path = (root / directory).resolve()
+            found = root in path.parents and path.is_dir()
+        except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL, a cycle of links
+            found = False
+        if not found:
+            message = f"lora_path: there is no directory {directory!r} below GPT2_ADAPTERS_DIR"
+            raise ServiceError("adapter_not_found", message, "lora_path")
+        async with self._changing:
+            if name not in self._adapters and len(self._adapters) > MAX_ADAPTERS:
+                message = f"{MAX_ADAPTERS} adapters are already loaded; unload one first"
+                raise ServiceError("too_many_adapters", message, "lora_name")
+            try:
+                return await asyncio.to_thread(self._load, name, path)
+            except (ValueError, OSError) as error:
+                raise ServiceError("invalid_adapter", f"lora_path: {error}", "lora_path") from None
+
+    async def unload(self, name: str) -> None:
+        """Unload an adapter; running completions keep it.
+
+        Raises:
+            ServiceError: no adapter has that name, or it is reserved.
+        """
+        async with self._changing:
+            if name in (TUNED, BASE):
+                raise ServiceError("invalid_request", f"lora_name: {name} cannot be unloaded", "lora_name")
+            self.check_model(name, "lora_name")
+            del self._adapters[name]
+            self.engine.unload_adapter(name)
+
+    def metrics_text(self) -> str:
+        """The engine's state as gauges, in Prometheus' text format."""
+        stats = self.engine.stats()
+        gauges: dict[str, tuple[str, float]] = {
+            "gpt2_queue_depth": ("Requests waiting for a place in the batch", stats["waiting"]),
+            "gpt2_running_requests": ("Requests in the running batch, in prefill or decode", stats["running"]),
+            "gpt2_cached_tokens": ("Tokens of running requests in the KV cache", stats["cached_tokens"]),
+            "gpt2_cached_prefix_tokens": ("Tokens in the prefix cache", stats["cached_prefix_tokens"]),
+            "gpt2_adapters": ("Loaded adapters", len(self._adapters)),
+        }
+        return render_gauges(gauges)
+
+    def _submit(self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]) -> Completion:
+        progress = Progress(every_token=request.stream or bool(request.stop))
+        running = self.engine.submit(
+            request.prompt,
+            request.config,
+            adapter=None if request.model == BASE else request.model,
+            deadline=request.deadline,
+            on_progress=progress.notify,
+            logprobs=request.logprobs,
+        )
+        detokenizer = Detokenizer(self.tokenizer, request.stop, request.clean)
+        return Completion(request, self.models[request.model], running, progress, detokenizer, on_end)
+
+    def _refused(self, error: Exception, param: str) -> ServiceError:
+        if isinstance(error, EngineFull):
+            if self._metrics is not None:
+                self._metrics.refused.inc()
+            return ServiceError("overloaded", str(error))
+        if isinstance(error, EngineClosed):
+            return ServiceError("shutting_down", "the service is shutting down; retry")
+        return ServiceError("invalid_request", str(error), param)
+
+    def _load(self, name: str, directory: Path) -> AdapterVersion:
+        # only the adapter's own files: BentoML adds model.yaml to those in its store
+        files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+        files = [file for file in files if file != "model.yaml"]
+        version = AdapterVersion(name=name, sha256=directory_sha256(directory, files))
+        self.engine.load_adapter(name, directory)
+        self._adapters[name] = version
+        return version
+
+    def _observe(self, result: CompletionResult) -> None:
+        if self._metrics is not None:
+            self._metrics.observe(result)
+        if self._request_log is not None:
+            self._request_log.write(result, self.tokenizer.decode)

@@ -1,0 +1,15 @@
+"""Limits of the service, in one place. docs/serving.md and the manifests rely on them."""
+
+MAX_BATCH = 16  # completions decoded at the same time
+MAX_QUEUE = 64  # requests waiting for a place in the batch; further ones get a 429
+RETRY_AFTER = 1  # seconds; the Retry-After header of a 429
+MAX_ADAPTERS = 32  # loaded beside the run's own
+
+MAX_BODY = 1_000_000  # bytes of a request's body
+DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
+
+MAX_STOPS = 16  # stop texts of one request
+MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
+
+DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections
+LAST_REQUESTS = 1.0  # seconds after that in which accepted connections may still send a request

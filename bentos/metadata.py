@@ -1,0 +1,16 @@
+"""GET /metadata: the lineage of what is served."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from bentos.dependencies import served
+from bentos.openapi import ERRORS
+
+router = APIRouter()
+
+
+@router.get("/metadata", responses=ERRORS)
+async def metadata(request: Request) -> JSONResponse:
+    """Run, commit, data, base, adapter and metrics of the served model: the lineage.json of the run that built it."""
+    return JSONResponse(served(request).lineage.to_json())

@@ -1,0 +1,61 @@
+"""Tokens: one for all routes, and one for loading and unloading adapters."""
+
+import base64
+import hmac
+from collections.abc import Collection, Mapping
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bentos.errors import ServiceError, error_response
+
+ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+class AuthMiddleware:
+    def __init__(self, app: ASGIApp, api_token: str, admin_token: str, open_paths: Collection[str]) -> None:
+        """
+        Args:
+            api_token: required by all routes except `open_paths`; "": none is required.
+            admin_token: required by `ADMIN_PATHS`, and accepted everywhere; "": `ADMIN_PATHS` are disabled.
+        """
+        self.app, self.api_token, self.admin_token, self.open_paths = app, api_token, admin_token, open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        accepted = self._accepted_tokens(scope["path"]) if scope["type"] == "http" else None
+        if accepted is None or _has_token(dict(scope["headers"]), accepted):
+            await self.app(scope, receive, send)
+        elif not accepted:
+            error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
+            await error_response(error)(scope, receive, send)
+        else:
+            # A browser that opens the page prompts for a password, and sends it (the token) with every later request.
+            scheme = 'Basic realm="gpt2-instruct", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
+            error = ServiceError("unauthorized", "a valid token is required: Authorization: Bearer …, or X-Api-Key")
+            await error_response(error, {"WWW-Authenticate": scheme})(scope, receive, send)
+
+    def _accepted_tokens(self, path: str) -> list[str] | None:
+        """None: no token is required; []: no token is enough."""
+        if path in ADMIN_PATHS:
+            return [self.admin_token] if self.admin_token else []
+        if path in self.open_paths or not self.api_token:
+            return None
+        return [token for token in (self.api_token, self.admin_token) if token]
+
+
+def _has_token(headers: Mapping[bytes, bytes], accepted: list[str]) -> bool:
+    # X-Api-Key too: some proxies, such as Kubernetes' API server, keep Authorization for themselves
+    given = headers.get(b"x-api-key") or _token(headers.get(b"authorization", b""))
+    matches = [hmac.compare_digest(given, token.encode()) for token in accepted]  # all of them, each in constant time
+    return any(matches)
+
+
+def _token(authorization: bytes) -> bytes:
+    scheme, _, value = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except ValueError:
+            return b""
+    return b""

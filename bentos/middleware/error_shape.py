@@ -1,0 +1,51 @@
+"""Gives errors of BentoML and of the router (unknown route, wrong method, a fault) the shape of all other errors."""
+
+import json
+from http import HTTPStatus
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bentos.errors import error_content
+
+
+class ErrorShapeMiddleware:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start: Message | None = None  # of an error, held back until its body is known
+        body = bytearray()
+
+        async def shaped(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                body.extend(message.get("body", b""))
+                if not message.get("more_body", False):
+                    content = bytes(body) if _has_shape(body) else _shape(start["status"], scope)
+                    headers = MutableHeaders(scope=start)
+                    headers["Content-Type"], headers["Content-Length"] = "application/json", str(len(content))
+                    await send(start)
+                    await send({"type": "http.response.body", "body": content})
+
+        await self.app(scope, receive, shaped)
+
+
+def _has_shape(body: bytes | bytearray) -> bool:
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and (isinstance(content.get("error"), dict) or "statusCode" in content)
+
+
+def _shape(status: int, scope: Scope) -> bytes:
+    phrase = HTTPStatus(status).phrase
+    return json.dumps(error_content(phrase.lower(), f"{scope['method']} {scope['path']}: {phrase}")).encode()

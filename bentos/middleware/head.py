@@ -1,0 +1,15 @@
+"""HEAD wherever there is GET: FastAPI's routes answer GET only."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class HeadMiddleware:
+    """The app sees GET; the server, which knows the request's method, does not send the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self.app(scope, receive, send)

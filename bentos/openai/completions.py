@@ -1,0 +1,85 @@
+"""POST /v1/completions: continues a text, or several, as they are."""
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import tiktoken
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bentos.body import read_body
+from bentos.completion import Chunk, FinishReason
+from bentos.dependencies import served
+from bentos.limits import DEADLINE
+from bentos.openai.logprobs import token_text
+from bentos.openai.protocol import CompletionRequest
+from bentos.openai.serving import Route, respond
+from bentos.openapi import ERRORS, operation
+from bentos.schemas import DEFAULTS
+
+if TYPE_CHECKING:
+    from bentos.generation import TokenLogprobs
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/completions",
+    response_model=dict[str, Any],
+    responses=ERRORS,
+    openapi_extra=operation(CompletionRequest, stream=True),
+)
+async def completions(request: Request) -> Response:
+    """Continue a text, or several, as OpenAI's route of that name does."""
+    deadline = monotonic() + DEADLINE
+    body = await read_body(request, CompletionRequest)
+    return await respond(request, CompletionRoute(body, served(request).generator.tokenizer), deadline)
+
+
+class CompletionRoute(Route):
+    object, chunk_object, id_prefix = "text_completion", "text_completion", "cmpl"
+    prompt_field, clean = "prompt", False
+
+    def __init__(self, body: CompletionRequest, tokenizer: tiktoken.Encoding) -> None:
+        self.body, self.tokenizer = body, tokenizer
+        self.max_new_tokens = body.max_tokens or DEFAULTS.max_new_tokens
+        self.logprobs = body.logprobs
+        prompt = body.prompt or ""
+        many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        self.prompts = [self._tokens(one) if isinstance(one, str) else list(one) for one in many]
+
+    def choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int]
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.logprobs is not None:
+            logprobs = {
+                "tokens": [self._text(token) for token in chunk.tokens],
+                "token_logprobs": [one.logprob for one in chunk.logprobs],
+                "top_logprobs": [
+                    {self._text(id): value for id, value in _with_own(token, one)}
+                    for token, one in zip(chunk.tokens, chunk.logprobs, strict=True)
+                ],
+                "text_offset": list(offsets),
+            }
+        return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def event_choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int], first: bool
+    ) -> dict[str, Any]:
+        return self.choice(index, chunk, finish_reason, offsets)
+
+    def _tokens(self, text: str) -> list[int]:
+        """Without a text, end of text: the model then begins a text of its own."""
+        return self.tokenizer.encode_ordinary(text) or [self.tokenizer.eot_token]
+
+    def _text(self, token: int) -> str:
+        return token_text(token, self.tokenizer)
+
+
+def _with_own(token: int, logprobs: "TokenLogprobs") -> list[tuple[int, float]]:
+    """The most likely tokens, and the generated one if it is none of them."""
+    own = [] if token in dict(logprobs.top) else [(token, logprobs.logprob)]
+    return [*logprobs.top, *own]

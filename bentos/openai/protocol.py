@@ -1,0 +1,177 @@
+"""Requests of the OpenAI API as this service accepts them.
+
+https://platform.openai.com/docs/api-reference/completions and .../chat. Every documented field is here. A field that is
+null, or has the value that OpenAI documents as its default, has no effect; a value that requests something this
+service does not support is refused, and the error names the field. Fields that OpenAI does not document are ignored if
+their value is neutral (null, false, 0, "", [], {}).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOPS
+from bentos.schemas import DEFAULTS, TUNED, WHOLE
+
+NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
+
+
+def _neutral(value: Any) -> Any:
+    if value not in NEUTRAL:
+        raise ValueError("this field is not supported; leave it out, or send null")
+    return value
+
+
+def _boolean(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool):  # a Literal alone accepts 0 for False and 1 for True
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
+# Fields with one supported value
+Unsupported = Annotated[Any, AfterValidator(_neutral), WithJsonSchema({"enum": [*NEUTRAL]})]
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+One = Annotated[float, Field(ge=1, le=1)] | None
+Empty = Annotated[dict[str, Any], Field(max_length=0)] | Annotated[list[Any], Field(max_length=0)] | None
+No = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
+Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
+Label = Any  # identifies or classifies a request for its sender; has no influence on the completion
+
+MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # more than the context holds is cut to what it holds
+Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
+Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"})]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+class LenientRequest(BaseModel):
+    """Types are strict; unknown fields are accepted if their value is neutral."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Unsupported]
+
+
+class StreamOptions(LenientRequest):
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = Field(False, description="ignored: only the lengths of events differ")
+
+
+def _only_with(name: str, other: str, neutral: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema: `name` must be neutral unless `other` is true."""
+    nothing = {"properties": {name: neutral}}
+    return {"anyOf": [nothing, {"properties": {other: {"const": True}}, "required": [other]}]}
+
+
+_WITH_USAGE = {"type": "object", "properties": {"include_usage": {"const": True}}, "required": ["include_usage"]}
+_STREAM_OPTIONS = _only_with("stream_options", "stream", {"not": _WITH_USAGE})
+
+
+class OpenAIRequest(LenientRequest):
+    """The fields that both routes have."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_OPTIONS]})
+
+    model: str | None = Field(TUNED, description="a name of /v1/models")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = 1
+    temperature: float | None = Field(DEFAULTS.temperature, ge=0, description="0: greedy, the default here")
+    top_p: float | None = Field(DEFAULTS.top_p, ge=0, le=1, description="0: greedy")
+    seed: Annotated[int, WHOLE] | None = Field(DEFAULTS.seed, description="each further choice adds one")
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = Field(None, description="include_usage: only with stream")
+    frequency_penalty: Zero = None
+    presence_penalty: Zero = None
+    logit_bias: Empty = None
+    user: Label = None
+    # not OpenAI's, but sent by clients of other servers
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = Field(DEFAULTS.top_k, description="0 and -1: no limit")
+    repetition_penalty: One = None
+    length_penalty: One = None
+    typical_p: One = None
+    skip_special_tokens: Yes = None
+    spaces_between_special_tokens: Yes = None
+    chat_id: Label = None
+    session_id: Label = None
+    conversation_id: Label = None
+    request_id: Label = None
+
+
+class CompletionRequest(OpenAIRequest):
+    """Continues a text. /v1/chat/completions answers an instruction."""
+
+    prompt: str | Tokens | Texts | ManyTokens | None = Field(None, description='null and "": end of text')
+    max_tokens: MaxTokens | None = DEFAULTS.max_new_tokens
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
+    echo: No = None
+    suffix: Literal[""] | None = None
+
+
+class Message(BaseModel):
+    """A turn of the conversation. Only the last one has to be text: earlier ones are not part of the prompt."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Any = None
+
+    @property
+    def text(self) -> str | None:
+        """None if the content is neither a string nor a list of text parts."""
+        if isinstance(self.content, str):
+            return self.content
+        parts = self.content if isinstance(self.content, list) else [None]
+        typed = [part for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [text for part in typed if isinstance(text := part.get("text"), str)]
+        return "".join(texts) if len(texts) == len(parts) else None
+
+
+_NOT_BLANK = {"type": "string", "pattern": r"\S"}
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+_TEXT_PARTS = {"type": "array", "items": _TEXT_PART, "contains": {"properties": {"text": {"pattern": r"\S"}}}}
+_USER_TURN: dict[str, Any] = {
+    "properties": {"role": {"const": "user"}, "content": {"anyOf": [_NOT_BLANK, _TEXT_PARTS]}},
+    "required": ["role", "content"],
+}
+
+
+class ChatRequest(OpenAIRequest):
+    """The last message is the user's, and is the instruction."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                _STREAM_OPTIONS,
+                _only_with("top_logprobs", "logprobs", {"anyOf": [{"type": "null"}, {"const": 0}]}),
+            ]
+        }
+    )
+
+    messages: list[Message] = Field(min_length=1, json_schema_extra={"contains": _USER_TURN})
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = Field(None, description="the newer name of max_tokens; it has precedence")
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="only with logprobs")
+    modalities: list[Literal["text"]] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    reasoning_effort: Literal["none", "medium"] | None = None
+    verbosity: Literal["medium"] | None = None
+    tools: Empty = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Empty = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    store: No = None
+    metadata: Label = None
+    service_tier: Label = None
+    safety_identifier: Label = None
+    prompt_cache_key: Label = None
+    prompt_cache_retention: Label = None
+    add_generation_prompt: Yes = None

@@ -1,0 +1,152 @@
+"""What /v1/completions and /v1/chat/completions share: from a parsed request to the response, whole or streamed."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from time import time
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import tiktoken
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from bentos.completion import Chunk, Completion, FinishReason, GenerationRequest, merge, usage
+from bentos.dependencies import record, request_id, served
+from bentos.errors import ServiceError
+from bentos.openai.logprobs import TextOffsets
+from bentos.openai.protocol import OpenAIRequest
+from bentos.schemas import DEFAULTS, TUNED
+from bentos.streaming import event_stream, unless_disconnected
+
+if TYPE_CHECKING:
+    from bentos.generation import TextGenerator
+
+
+class Route(ABC):
+    """One request to one of the routes: how its fields are read and its choices are written."""
+
+    object: str  # of the response
+    chunk_object: str  # of a streamed event
+    id_prefix: str
+    prompt_field: str
+    clean: bool  # whether the text is an answer to an instruction
+
+    body: OpenAIRequest
+    tokenizer: tiktoken.Encoding
+    prompts: list[list[int]]
+    max_new_tokens: int
+    logprobs: int | None
+
+    extra_fields: Mapping[str, Any] = MappingProxyType({})  # of the response, which OpenAI's does not have
+
+    @abstractmethod
+    def choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int]
+    ) -> dict[str, Any]:
+        """A choice of a whole response. `offsets`: where the chunk's tokens begin in the completion's text."""
+
+    @abstractmethod
+    def event_choice(
+        self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int], first: bool
+    ) -> dict[str, Any]:
+        """A choice of an event. `first`: this choice had no event before."""
+
+
+async def respond(request: Request, route: Route, deadline: float) -> Response:
+    generator = served(request).generator
+    generation = generation_requests(route, generator, deadline, request_id(request))
+    completions = generator.submit(generation, route.prompt_field, record(request).add)
+    form = _Form(route, completions, request_id(request), served(request).lineage.bento)
+    if not route.body.stream:
+
+        async def whole() -> dict[str, Any]:
+            return form.whole(await asyncio.gather(*(completion.whole() for completion in completions)))
+
+        return JSONResponse(await unless_disconnected(request, whole(), completions))
+
+    async def events() -> AsyncIterator[dict[str, Any]]:
+        async for i, chunk, finish_reason in merge(completions):
+            yield form.event(i, chunk, finish_reason)
+        if (last := form.usage_event()) is not None:
+            yield last
+
+    return await event_stream(request, events(), completions)
+
+
+def generation_requests(
+    route: Route, generator: "TextGenerator", deadline: float, request_id: str
+) -> list[GenerationRequest]:
+    """`n` requests for each prompt."""
+    body = route.body
+    model = body.model or TUNED
+    generator.check_model(model, "model")
+    if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
+        raise ServiceError("invalid_request", "stream_options: only together with stream", "stream_options")
+    stop = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
+    greedy = body.top_p == 0  # the smallest set of tokens whose probability reaches 0 is the most likely one
+
+    def one(prompt: list[int], choice: int) -> GenerationRequest:
+        config = generator.config(
+            route.max_new_tokens,
+            temperature=0.0 if greedy else DEFAULTS.temperature if body.temperature is None else body.temperature,
+            top_k=body.top_k if body.top_k and body.top_k > 0 else None,
+            top_p=body.top_p or None,
+            seed=None if body.seed is None else (body.seed + choice) % 2**63,
+        )
+        return GenerationRequest(
+            prompt,
+            config,
+            model,
+            deadline,
+            request_id,
+            stop=stop,
+            clean=route.clean,
+            logprobs=route.logprobs,
+            stream=bool(body.stream),
+        )
+
+    return [one(prompt, choice) for prompt in route.prompts for choice in range(body.n or 1)]
+
+
+class _Form:
+    """Completions in the form of OpenAI's responses and events."""
+
+    def __init__(self, route: Route, completions: Sequence[Completion], request_id: str, bento: str) -> None:
+        self.route, self.completions = route, completions
+        adapter = completions[0].adapter
+        self._common = {
+            "id": f"{route.id_prefix}-{request_id}",
+            "created": int(time()),
+            "model": completions[0].request.model,
+            # identifies what generated it: the Bento, and the adapter by its content
+            "system_fingerprint": f"{bento}+{adapter.sha256[:16]}" if adapter else bento,
+            "adapter": adapter and adapter.model_dump(),
+            **route.extra_fields,
+        }
+        options = route.body.stream_options
+        self._include_usage = options is not None and bool(options.include_usage)
+        self._offsets = [TextOffsets(route.tokenizer) for _ in completions]
+        self._started: set[int] = set()
+
+    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        choices = [
+            self.route.choice(i, chunk, completion.finish_reason, self._offsets[i].next(chunk.tokens))
+            for i, (chunk, completion) in enumerate(zip(chunks, self.completions, strict=True))
+        ]
+        counts = usage(self.completions).model_dump()
+        return {"object": self.route.object, **self._common, "choices": choices, "usage": counts}
+
+    def event(self, i: int, chunk: Chunk, finish_reason: FinishReason | None) -> dict[str, Any]:
+        offsets = self._offsets[i].next(chunk.tokens)
+        choice = self.route.event_choice(i, chunk, finish_reason, offsets, first=i not in self._started)
+        self._started.add(i)
+        counts = {"usage": None} if self._include_usage else {}
+        return {"object": self.route.chunk_object, **self._common, "choices": [choice], **counts}
+
+    def usage_event(self) -> dict[str, Any] | None:
+        """The last event, with token counts, if the request includes `include_usage`."""
+        if not self._include_usage:
+            return None
+        counts = usage(self.completions).model_dump()
+        return {"object": self.route.chunk_object, **self._common, "choices": [], "usage": counts}

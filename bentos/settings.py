@@ -1,0 +1,45 @@
+"""The service's settings. Nothing else in this package reads the environment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+LogText = Literal["hash", "keep", "drop"]
+MultiTurn = Literal["last", "refuse"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Field `name` comes from the environment variable GPT2_NAME; an empty or missing variable leaves the default."""
+
+    api_token: str = ""  # required by every route except health and metrics; "": no token required
+    admin_token: str = ""  # required to load and unload adapters; "": both routes are disabled
+    adapters_dir: str = ""  # adapters are loaded from below this directory; "": none are
+    weights: str = "auto"  # one of gpt2core.engine.Weights
+    request_log: str = ""  # file for one JSON line per completion; "": no log
+    request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
+    multi_turn: MultiTurn = "last"  # of a conversation, answer the last user turn; or refuse more than one turn
+    tracing: bool = False  # BentoML's OpenTelemetry spans; not a GPT2_ variable: OTEL_SDK_DISABLED=false sets it
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """
+        Raises:
+            ValueError: naming the variable, its value, and the values that are allowed.
+        """
+        given: dict[str, Any] = {}
+        for name, annotation in get_type_hints(cls).items():
+            if name != "tracing" and (value := environment.get(f"GPT2_{name.upper()}")):
+                if get_origin(annotation) is Literal:
+                    check_choice(name, value, get_args(annotation))
+                given[name] = value
+        return cls(**given, tracing=environment.get("OTEL_SDK_DISABLED", "").lower() == "false")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ValueError: the value of a setting is not one of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"GPT2_{name.upper()} is {value!r}; it must be one of {', '.join(choices)}")

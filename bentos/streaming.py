@@ -1,0 +1,85 @@
+"""Sends responses while clients may disconnect: whole ones, and server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from bentos.completion import Completion
+from bentos.errors import ServiceError, error_content
+
+T = TypeVar("T")
+# Characters that JSON allows in strings, and at which some clients split lines (httpx: str.splitlines).
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T], completions: Sequence[Completion]) -> T:
+    """The result of `work`; cancels the completions if the client disconnects, or anything else ends it first.
+
+    Raises:
+        ClientDisconnect
+    """
+    working = asyncio.create_task(work)
+    disconnected = asyncio.ensure_future(request.receive())  # the body was read, so nothing else can arrive
+    try:
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    except BaseException:
+        for completion in completions:
+            completion.cancel()
+        raise
+    finally:
+        working.cancel()
+        disconnected.cancel()
+
+
+async def event_stream(
+    request: Request, events: AsyncIterator[dict[str, Any]], completions: Sequence[Completion]
+) -> Response:
+    """Server-sent events, then [DONE]. Waits for the first event: errors before it still have a status."""
+
+    async def next_event() -> dict[str, Any]:
+        return await anext(events)
+
+    first = await unless_disconnected(request, next_event(), completions)
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield _line(first)
+        try:
+            async for event in events:
+                yield _line(event)
+        except ServiceError as error:
+            yield _line(error_content(error.type, error.message, error.param))
+        else:
+            yield b"data: [DONE]\n\n"
+
+    return _EventStream(lines(), completions)
+
+
+class _EventStream(StreamingResponse):
+    """Cancels the completions however the response ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, content: AsyncIterator[bytes], completions: Sequence[Completion]) -> None:
+        # X-Accel-Buffering: nginx would collect the events
+        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._completions = completions
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for completion in self._completions:
+                completion.cancel()
+
+
+def _line(event: dict[str, Any]) -> bytes:
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return f"data: {data}\n\n".encode()

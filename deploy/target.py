@@ -1,0 +1,82 @@
+"""The protocol of a deploy target, the outcome that every target reports, and the choice of a target by configuration.
+
+To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it from `open_target`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from deploy.config import DeployConfig
+from gpt2core.types import JsonDataclass, Lineage, Sample
+
+
+class DeployError(RuntimeError):
+    """A deployment or rollback that failed; the message says what to do. What served before keeps serving."""
+
+
+@dataclass(frozen=True)
+class Version(JsonDataclass):
+    """A deployed version of the service."""
+
+    bento: str  # tag; "" where it is unknown
+    image: str
+    revision: int | None = None  # of the Kubernetes Deployment
+
+
+@dataclass(frozen=True)
+class Deployment(JsonDataclass):
+    """The outcome of a deployment or a rollback.
+
+    outcome: "none" (the Bento stays in the Bento store), "deployed", "unchanged" (it already ran), "rolled_back" (to
+        `previous`, or to nothing for a first deployment), or "failed" (and it could not be rolled back).
+    """
+
+    target: str
+    outcome: str
+    bento: str
+    reason: str = ""
+    url: str = ""  # where users send requests, where the target knows
+    namespace: str = ""
+    image: str = ""
+    image_id: str = ""  # the digest that runs
+    container: str = ""
+    revision: int | None = None
+    previous: Version | None = None
+
+
+class Target(Protocol):
+    """Where a Bento serves users. Implementations verify the responses of a new version before users reach only it."""
+
+    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> Deployment:
+        """Serve the Bento that the lineage names; safe to repeat.
+
+        Args:
+            samples: test records whose `tuned` answers the service must repeat (`deploy.verify`).
+
+        Raises:
+            DeployError: nothing was changed.
+        """
+
+    def rollback(self) -> Deployment:
+        """Serve the version before the current one again.
+
+        Raises:
+            DeployError: there is no such version, or it did not become ready.
+        """
+
+    def describe(self) -> Version | None:
+        """The version that currently serves users; None where there is none."""
+
+
+def open_target(config: DeployConfig) -> Target | None:
+    """The target that the configuration names; None for "none". Imports only the client library that it needs."""
+    if config.target == "docker":
+        from deploy.containers.service import DockerTarget
+
+        return DockerTarget(config)
+    if config.target == "kubernetes":
+        from deploy.kubernetes.rollout import KubernetesTarget
+
+        return KubernetesTarget(config)
+    return None

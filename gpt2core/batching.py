@@ -1,0 +1,84 @@
+"""Examples as tensors, packed into rows with next to no padding."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt2core.data import Example
+
+IGNORED = -100  # the label of a token that does not count in the loss
+SHARED, PADDING = -1, -2  # in place of an example's index
+ROW_TOKENS = 512  # approximate length of a packed row: attention's cost grows with its square
+
+
+class Batch(NamedTuple):
+    """Examples in G rows of T tokens; no example attends to another, and a shared prefix is stored once per row."""
+
+    input_ids: Tensor  # (G, T), padded on the right
+    labels: Tensor  # (G, T): the next token, IGNORED where it does not count in the loss
+    n_tokens: int  # without padding; a shared prefix counts once per example
+    positions: Tensor | None = None  # (G, T) within the example; None: each row is one text from position 0
+    example: Tensor | None = None  # (G, T) index of the token's example, SHARED or PADDING; None: rows have no examples
+
+
+def pack(
+    examples: Sequence[Example], loss_on: str, device: torch.device | str = "cpu", share_prefix: bool = True
+) -> Batch:
+    """Pack the examples into rows of about ROW_TOKENS.
+
+    Args:
+        share_prefix: compute the tokens that all examples start with (every prompt has the same preamble) once per row.
+            That changes no loss and no gradient, and applies only to tokens whose successor is not a label.
+    """
+    first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
+    shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
+    lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is only ever a label
+    n_rows = min(-(-sum(lengths) // max(ROW_TOKENS - shared, 1)), len(examples))
+    rows: list[list[int]] = [[] for _ in range(n_rows)]
+    loads = [0] * len(rows)
+    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):  # longest first, into the least loaded row
+        row = loads.index(min(loads))
+        rows[row].append(i)
+        loads[row] += lengths[i]
+
+    shape = len(rows), shared + max(loads)
+    input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels, example = torch.full(shape, IGNORED), torch.full(shape, PADDING)
+    input_ids[:, :shared] = torch.tensor(examples[0].input_ids[:shared], dtype=torch.long)
+    positions[:, :shared] = torch.arange(shared)
+    example[:, :shared] = SHARED
+    for row, members in enumerate(rows):
+        start = shared
+        for i in members:
+            ids, place = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
+            input_ids[row, place], example[row, place] = ids[:-1], i
+            positions[row, place] = torch.arange(shared, shared + lengths[i])
+            labels[row, start + first[i] - 1 - shared : place.stop] = ids[first[i] - shared :]
+            start = place.stop
+    n_tokens = sum(lengths) + shared * len(examples)
+    one_example_per_row = n_rows == len(examples)
+    return Batch(
+        input_ids.to(device),
+        labels.to(device),
+        n_tokens,
+        None if one_example_per_row else positions.to(device),
+        example.to(device),
+    )
+
+
+def attention_mask(example: Tensor) -> Tensor:
+    """True where a token may attend, (G, T, T): to earlier tokens of its own example and of the shared prefix."""
+    T = example.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=example.device).tril()
+    return causal & ((example[:, :, None] == example[:, None]) | (example[:, None] == SHARED))
+
+
+def _common_prefix(examples: Sequence[Example], at_most: int) -> int:
+    """Number of tokens, `at_most` that many, that all examples start with."""
+    smallest, largest = min(example.input_ids for example in examples), max(example.input_ids for example in examples)
+    for i, (one, other) in enumerate(zip(smallest[:at_most], largest[:at_most], strict=False)):
+        if one != other:
+            return i
+    return at_most

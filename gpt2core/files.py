@@ -1,0 +1,109 @@
+"""Files: atomic writes, digests, and JSON whose errors name the file. Imports no torch."""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+
+def atomic_write(file: Path, content: bytes) -> None:
+    """Write the file completely or not at all: a crash leaves the previous content."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.chmod(stream.name, 0o644)  # the temporary file's 0600 would lock out other users and containers
+            os.replace(stream.name, file)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(stream.name)
+            raise
+
+
+def write_files(directory: str | Path, files: Mapping[str, bytes]) -> Path:
+    """Write the files (name -> content) into the directory, each atomically; return the directory."""
+    for name, content in files.items():
+        atomic_write(Path(directory) / name, content)
+    return Path(directory)
+
+
+def file_sha256(file: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
+    """sha256 of a directory: of the sorted lines "<sha256>  <relative path>" of its files, as sha256sum prints them."""
+    directory = Path(directory)
+    names = (
+        sorted(files)
+        if files is not None
+        else sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    )
+    lines = "".join(f"{file_sha256(directory / name)}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def verify_directory(directory: str | Path, sha256: str, exclude: Collection[str] = ()) -> None:
+    """Compare a directory with the digest under which it was stored.
+
+    Args:
+        sha256: of `directory_sha256`, or at least its first 16 digits.
+        exclude: files that were not there when the digest was computed.
+
+    Raises:
+        ValueError: naming the directory, its files and both digests.
+    """
+    paths = [path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()]
+    names = sorted(set(paths) - set(exclude))
+    found = directory_sha256(directory, names)
+    if len(sha256) < 16 or not found.startswith(sha256):
+        raise ValueError(
+            f"{directory} is damaged or was changed: sha256 {found} of {', '.join(names) or 'no files'}, but {sha256} "
+            "was recorded when it was stored"
+        )
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    check_exists(file)
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in the file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    text = read_text(file)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} contains a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def check_exists(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; is {file.parent} the right directory?")

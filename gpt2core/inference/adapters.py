@@ -1,0 +1,93 @@
+"""Multi-LoRA: each row of a step goes through its own adapter, or none.
+
+Shape letters: N rows (tokens) of a step; R ranks of all adapters of a step together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt2core.config import GPT2Config, LoraConfig
+from gpt2core.linear import linear
+from gpt2core.lora import TARGET_LAYERS
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A loaded adapter. Compared by identity: loading the same files twice gives two adapters."""
+
+    matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, path) -> A (rank, in) and scaled B (out, rank)
+
+
+def make_adapter(
+    config: GPT2Config, lora: LoraConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> Adapter:
+    """Prepare an adapter, as `gpt2core.checkpoint.read_adapter` returns it, for an `AdapterStack`."""
+    matrices = {}
+    for path in {TARGET_LAYERS[target][0] for target in lora.targets}:
+        targets = [
+            target for target, (layer, _, _) in TARGET_LAYERS.items() if layer == path and target in lora.targets
+        ]
+        for layer in range(config.n_layer):
+            name = f"h.{layer}.{path}"
+            a, b = _dense(lora, state[f"{name}.lora_A"], state[f"{name}.lora_B"], targets)
+            matrices[layer, path] = a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
+    return Adapter(matrices)
+
+
+def _dense(lora: LoraConfig, a: Tensor, b: Tensor, targets: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """A (n * rank, in) and scaled B (out, n * rank) of one layer; B is zero outside the adapted blocks of `out`."""
+    n, width, rank = b.shape
+    n_blocks = TARGET_LAYERS[targets[0]][2]
+    dense = b.new_zeros(n, rank, n_blocks, width)
+    for pair, target in enumerate(targets):
+        dense[pair, :, TARGET_LAYERS[target][1]] = lora.scaling * b[pair].T
+    return a.flatten(0, 1), dense.flatten(2).flatten(0, 1).T
+
+
+class AdapterStack:
+    """Adapters side by side: per layer one matrix A (R, in) and one B (out, R), in which each adapter owns some ranks.
+
+    All rows of a step are multiplied with all of its adapters and keep the products of their own: two matrix products
+    per layer, at a cost that grows with the sum of the ranks.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
+        self.adapters, self.dtype, self.device = tuple(adapters), dtype, device
+        self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self.owner: dict[str, Tensor] = {}  # path -> (R), the index of the adapter that each rank belongs to
+        for path in sorted({path for adapter in adapters for _, path in adapter.matrices}):
+            ranks = [len(one.matrices[0, path][0]) if (0, path) in one.matrices else 0 for one in adapters]
+            self.owner[path] = torch.arange(len(adapters), device=device).repeat_interleave(
+                torch.tensor(ranks, device=device)
+            )
+        for layer, path in sorted({key for adapter in adapters for key in adapter.matrices}):
+            parts = [one.matrices[layer, path] for one in adapters if (layer, path) in one.matrices]
+            self.matrices[layer, path] = (
+                parts[0] if len(parts) == 1 else (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1))
+            )
+
+    def for_rows(self, adapters: Sequence[Adapter | None]) -> "RowAdapters":
+        """For a step whose rows use these adapters of the stack; None is the base model."""
+        index = {adapter: i for i, adapter in enumerate(self.adapters)}
+        return RowAdapters(self, [-1 if adapter is None else index[adapter] for adapter in adapters])
+
+
+class RowAdapters:
+    """Which adapter each row of a step uses."""
+
+    def __init__(self, stack: AdapterStack, row_adapters: Sequence[int]) -> None:
+        """`row_adapters`: the index in the stack of each row's adapter; -1 is the base model."""
+        self._stack, self._masks = stack, dict[str, Tensor]()
+        if len(set(row_adapters)) > 1:  # else all rows use the only adapter of the stack
+            rows = torch.tensor(row_adapters, device=stack.device)[:, None]
+            self._masks = {path: (rows == owner).to(stack.dtype) for path, owner in stack.owner.items()}  # (N, R)
+
+    def add_delta_(self, y: Tensor, layer: int, path: str, x: Tensor) -> None:
+        """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""
+        if path in self._stack.owner:
+            a, b = self._stack.matrices[layer, path]
+            low = linear(x, a)  # (N, R)
+            y.add_(linear(low.mul_(self._masks[path]) if self._masks else low, b))

@@ -1,0 +1,92 @@
+"""The model runner: one step's forward over all of its requests, and the sampling of their next tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpt2core.generate import sample_token
+from gpt2core.inference.adapters import Adapter, AdapterStack, RowAdapters
+from gpt2core.inference.kv_cache import RowCache
+from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.inference.request import Request, TokenLogprobs
+from gpt2core.inference.scheduler import Step
+
+
+class ModelRunner:
+    def __init__(self, model: QuantizedModel, row_cache: RowCache) -> None:
+        self._model, self._row_cache = model, row_cache
+        self._stack: AdapterStack | None = None  # of the last step with adapters; most steps use the same ones
+
+    def run(self, step: Step) -> list[int]:
+        """Compute a step, extend its caches, and return a token for each of `step.outputs`."""
+        hidden = self._forward(step)  # (N, C)
+        n_rows = len(step.rows)
+        selected, end = list(range(n_rows)), n_rows
+        for chunk in step.chunks:
+            end += chunk.n
+            if chunk.is_last:
+                selected.append(end - 1)
+        if not selected:
+            return []
+        return self._sample(hidden if len(selected) == len(hidden) else hidden[selected], step.outputs)
+
+    def drop_adapter(self, adapter: Adapter) -> None:
+        """Release the adapter's place in the stack."""
+        if self._stack is not None and adapter in self._stack.adapters:
+            self._stack = None
+
+    def _forward(self, step: Step) -> Tensor:
+        """Hidden states (N, C) of the rows' tokens and of the chunks' tokens."""
+        rows, n_rows, device = self._row_cache, len(step.rows), self._model.device
+        ids, positions, adapters = rows.inputs()
+        for chunk in step.chunks:
+            ids += chunk.request.input_ids[chunk.positions.start : chunk.positions.stop]
+            positions += chunk.positions
+            adapters += [chunk.request.adapter] * chunk.n
+        rows.begin_step()
+
+        def attention(layer: int, qkv: Tensor) -> Tensor:
+            scale = self._model.blocks[layer].scale
+            parts = [rows.attend(layer, qkv[:n_rows], scale)] if n_rows else []
+            start = n_rows
+            for chunk in step.chunks:
+                parts.append(chunk.prefill.attend(layer, qkv[start : start + chunk.n], scale))
+                start += chunk.n
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        hidden = self._model.hidden(
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            attention,
+            self._row_adapters(adapters),
+        )
+        rows.end_step()
+        for chunk in step.chunks:
+            chunk.prefill.advance(chunk.n)
+        return hidden
+
+    def _row_adapters(self, adapters: Sequence[Adapter | None]) -> RowAdapters | None:
+        """None if no row uses an adapter."""
+        used = tuple(sorted({adapter for adapter in adapters if adapter is not None}, key=id))
+        if not used:
+            return None
+        if self._stack is None or self._stack.adapters != used:
+            self._stack = AdapterStack(used, self._model.dtype, self._model.device)
+        return self._stack.for_rows(adapters)
+
+    def _sample(self, hidden: Tensor, requests: Sequence[Request | None]) -> list[int]:
+        """The next token of each row of hidden (n, C); that of a row without a request is meaningless."""
+        logits = self._model.logits(hidden)  # (n, V)
+        tokens: list[int] = logits.argmax(-1).tolist()
+        for i, request in enumerate(requests):
+            if request is None:
+                continue
+            if request.config.temperature > 0:
+                tokens[i] = int(sample_token(logits[i], request.config, request.generator))
+            if request.n_logprobs is not None:
+                logprobs = logits[i].log_softmax(-1)
+                values, ids = logprobs.topk(request.n_logprobs)
+                top = list(zip(ids.tolist(), values.tolist(), strict=True))
+                request.logprobs.append(TokenLogprobs(float(logprobs[tokens[i]]), top))
+        return tokens

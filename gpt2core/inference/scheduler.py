@@ -1,0 +1,141 @@
+"""Continuous batching: which requests wait, are read and are decoded, and what the next step computes.
+
+A step is one forward over one token of every decoding request and over a share of the prompts still to be read, so the
+weights are read from memory once for all of them (Orca, OSDI 2022; chunked prefill: arXiv:2308.16369).
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from gpt2core.inference.adapters import Adapter
+from gpt2core.inference.kv_cache import BLOCK, PrefillCache, PrefixCache, RowCache
+from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.inference.request import EngineClosed, Request
+
+PREFILL_TOKENS = 256  # prompt tokens read per step at most: bounds how long a long prompt delays decoding requests
+PREFIX_BYTES = 64 * 2**20  # of the prefix cache
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """The next `n` tokens of a prompt."""
+
+    prefill: PrefillCache
+    n: int
+    is_last: bool
+
+    @property
+    def request(self) -> Request:
+        return self.prefill.request
+
+    @property
+    def positions(self) -> range:
+        return range(self.prefill.length, self.prefill.length + self.n)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward computes: a token for each row of the row cache, then the chunks of prompts."""
+
+    rows: Sequence[Request | None]  # None: a free row, computed and ignored
+    chunks: Sequence[PrefillChunk]
+
+    @property
+    def outputs(self) -> list[Request | None]:
+        """The requests that get a token from this step, rows first; the token of None is ignored."""
+        return [*self.rows, *(chunk.request for chunk in self.chunks if chunk.is_last)]
+
+
+class Scheduler:
+    """First come, first served. Not thread-safe: the engine guards what other threads call."""
+
+    def __init__(self, model: QuantizedModel, max_batch: int) -> None:
+        self.row_cache = RowCache(model.config, model.dtype, model.device, max_batch)
+        self._model, self._max_batch = model, max_batch
+        self._waiting: deque[Request] = deque()
+        self._prefills: list[PrefillCache] = []
+        self._prefix_cache = PrefixCache(PREFIX_BYTES)
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        return len(self._prefills) + self.row_cache.n_active
+
+    @property
+    def n_cached_tokens(self) -> int:
+        """Tokens of running requests in the caches."""
+        return sum(self.row_cache.lengths) + sum(prefill.length for prefill in self._prefills)
+
+    @property
+    def n_cached_prefix_tokens(self) -> int:
+        return len(self._prefix_cache) * BLOCK
+
+    def add(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def admit(self) -> None:
+        """End requests that are cancelled or past their deadline; then move waiting ones into the running batch."""
+        now = monotonic()
+        for request in [request for request in self._waiting if request.must_end(now)]:
+            self._waiting.remove(request)
+            request.finish_early()
+        for prefill in [prefill for prefill in self._prefills if prefill.request.must_end(now)]:
+            self._prefills.remove(prefill)
+            prefill.request.finish_early()
+        for row, running in enumerate(self.row_cache.requests):
+            if running is not None and running.must_end(now):
+                self.row_cache.remove(row)
+                running.finish_early()
+        while self._waiting and self.n_running < self._max_batch:
+            request, model = self._waiting.popleft(), self._model
+            prefix = self._prefix_cache.find(request.adapter, request.input_ids)
+            self._prefills.append(PrefillCache(request, model.config, model.dtype, model.device, prefix))
+
+    def next_step(self) -> Step | None:
+        """The next step; None if nothing is running."""
+        self.row_cache.compact()
+        budget = PREFILL_TOKENS
+        chunks = []
+        for prefill in self._prefills:
+            if n := min(budget, prefill.remaining):
+                chunks.append(PrefillChunk(prefill, n, is_last=n == prefill.remaining))
+                budget -= n
+        return Step(list(self.row_cache.requests), chunks) if self.n_running else None
+
+    def complete_step(self, step: Step, tokens: Sequence[int]) -> None:
+        """Give the requests of `step.outputs` their tokens, free rows of finished ones, and give rows to new ones."""
+        n_rows = len(step.rows)
+        for row, (request, token) in enumerate(zip(step.rows, tokens[:n_rows], strict=True)):
+            if request is not None and request.append(token):
+                self.row_cache.remove(row)
+        finished_prefills = [chunk.prefill for chunk in step.chunks if chunk.is_last]
+        for prefill, token in zip(finished_prefills, tokens[n_rows:], strict=True):
+            self._prefills.remove(prefill)
+            self._prefix_cache.store(prefill)
+            if not prefill.request.append(token):
+                self.row_cache.add(prefill)
+
+    def uses(self, adapter: Adapter) -> bool:
+        """Whether a waiting or running request uses the adapter."""
+        running = (*(prefill.request for prefill in self._prefills), *self.row_cache.requests)
+        return any(request is not None and request.adapter is adapter for request in (*self._waiting, *running))
+
+    def drop_prefixes(self, adapter: Adapter) -> None:
+        """Forget the cached prefixes that were computed with the adapter."""
+        self._prefix_cache.drop(adapter)
+
+    def cancel_waiting(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().finish("cancelled")
+
+    def cancel_running(self, error: EngineClosed | None = None) -> None:
+        for request in (*(prefill.request for prefill in self._prefills), *self.row_cache.requests):
+            if request is not None:
+                request.finish("cancelled", error)
+        self._prefills.clear()
+        self.row_cache.clear()

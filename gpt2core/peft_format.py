@@ -1,0 +1,219 @@
+"""PEFT's adapter directories (adapter_config.json, adapter_model.safetensors): export and import.
+
+PEFT adapts whole layers: one pair of matrices for the fused c_attn, where this project has one pair per adapted third.
+"""
+
+import re
+from collections.abc import Mapping
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig, LoraTarget
+from gpt2core.files import read_json, to_json, write_files
+from gpt2core.lora import TARGET_LAYERS, lora_config, lora_layers
+from gpt2core.model import GPT2
+from gpt2core.tensors import check_weight, read_tensors
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:transformer\.)?h\.(\d{1,9})\."
+    r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.lora_([AB])\.weight"
+)
+# Keys of adapter_config.json that are translated, or that do not change what a trained adapter computes.
+_UNDERSTOOD = {
+    *(
+        "peft_type",
+        "task_type",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern"),
+    *("runtime_config", "eva_config", "ensure_weight_tying"),
+}
+# Initialisations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
+    """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
+
+    The n pairs of a fused c_attn become one pair of rank n * R whose lora_B is zero outside the adapted thirds; alpha
+    grows with the rank, so the scaling stays the same.
+
+    Raises:
+        ValueError: the model has no LoRA layers, or their weights are not finite.
+    """
+    config = lora_config(model)
+    state, ranks, alphas = {}, {}, {}
+    for name, layer in lora_layers(model):
+        n, rank, width = layer.lora_A.shape
+        b = layer.lora_B.new_zeros(layer.n_blocks, layer.lora_B.shape[1], n, rank)  # (blocks, out / blocks, n, R)
+        for pair, block in enumerate(layer.blocks):
+            b[block, :, pair] = layer.lora_B.data[pair]
+        key = f"base_model.model.transformer.{name}"
+        state[f"{key}.lora_A.weight"] = layer.lora_A.data.reshape(n * rank, width).cpu().clone()
+        state[f"{key}.lora_B.weight"] = b.flatten(2).flatten(0, 1).contiguous().cpu()
+        module = ".".join(name.split(".")[2:])  # attn.c_proj and mlp.c_proj are told apart
+        ranks[module], alphas[module] = n * rank, n * config.alpha
+    for key, tensor in state.items():
+        check_weight("the adapter", key, tensor)
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "fan_in_fan_out": True,  # Conv1D
+        "bias": "none",
+        "inference_mode": True,
+    }
+    weights = to_safetensors(state, {"format": "pt"})
+    return write_files(directory, {PEFT_WEIGHTS: weights, PEFT_CONFIG: to_json(description)})
+
+
+def read_peft(
+    directory: Path, config: GPT2Config, device: str | torch.device = "cpu"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A PEFT adapter as LoRA config and weights of this project; the outputs are those of PEFT.
+
+    An adapted c_attn becomes one pair for each of q, k and v that it changes: with the same lora_A and a third of
+    lora_B, without the columns of lora_B that are zero there. Layers of a lower rank are padded with zeros.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or the adapter needs a feature of PEFT that this
+            project does not have; the message names it.
+    """
+    description = read_json(directory / PEFT_CONFIG)
+    _check_supported(directory / PEFT_CONFIG, description)
+    layers = _read_layers(directory / PEFT_WEIGHTS, config, device)
+    scalings = {key: _scaling(directory / PEFT_CONFIG, description, key, len(a)) for key, (a, _) in layers.items()}
+    pairs = {
+        (layer, target): _used_columns(a, part)
+        for (layer, path), (a, b) in layers.items()
+        for target, part in zip(_targets(path), b.chunk(len(_targets(path))), strict=True)
+    }
+    changed = {target for (_, target), (_, b) in pairs.items() if b.any()} or {target for _, target in pairs}
+    targets = [target for target in LORA_TARGETS if target in changed]
+    rank = max(len(a) for (_, target), (a, _) in pairs.items() if target in changed)
+    alpha, r = next((pair for pair in scalings.values() if pair[0]), (0.0, 1.0))
+    try:
+        lora = LoraConfig(rank, alpha * rank / r, tuple(targets), description.get("lora_dropout", 0.0))
+    except ValueError as error:
+        raise ValueError(f"{directory / PEFT_CONFIG}: {error}") from None
+    state = {}
+    for layer, path in layers:
+        # LoraConfig has one scaling: where a layer's own is another one, lora_B is multiplied by the ratio
+        own_alpha, own_r = scalings[layer, path]
+        ratio = own_alpha * r / (own_r * alpha) if alpha else 1.0
+        own = [pairs[layer, target] for target in _targets(path) if target in changed]
+        if own:
+            state[f"h.{layer}.{path}.lora_A"] = torch.stack([_pad(a, 0, rank) for a, _ in own])
+            state[f"h.{layer}.{path}.lora_B"] = torch.stack([_pad(b, 1, rank) * ratio for _, b in own])
+    return lora, state
+
+
+def _targets(path: str) -> list[LoraTarget]:
+    """The targets within a layer, in the order of its output."""
+    return [target for target in LORA_TARGETS if TARGET_LAYERS[target][0] == path]
+
+
+def _used_columns(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the columns of lora_B that are zero, and their rows of lora_A; all of them if none has a value."""
+    used = b.any(0)
+    return (a[used], b[:, used]) if used.any() else (a, b)
+
+
+def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
+    if description.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {description.get('peft_type')!r}; only 'LORA' is supported")
+    if description.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias is {description['bias']!r}; only 'none' is supported")
+    initialisation = description.get("init_lora_weights", True)
+    if initialisation not in _INITIALISATIONS:
+        raise ValueError(f"{file}: init_lora_weights is {initialisation!r}, which changes the base; export it merged")
+    for key, value in description.items():
+        if value and key not in _UNDERSTOOD:
+            raise ValueError(f"{file}: {key} is {value!r}; this feature of PEFT is not supported")
+
+
+def _read_layers(
+    file: Path, config: GPT2Config, device: str | torch.device
+) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    """(index of the block, layer of the block) -> lora_A (r, in) and lora_B (out, r), fp32; complete and checked."""
+    C, M = config.n_embd, config.mlp_width
+    sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(file, device).items():
+        match = _KEY.fullmatch(key)
+        if match is None or int(match[1]) >= config.n_layer:
+            raise ValueError(f"{file}: key {key!r} is not an adapted layer of a GPT-2 with n_layer={config.n_layer}")
+        width, out = sizes[match[2]]
+        expected = (tensor.shape[0], width) if match[3] == "A" else (out, tensor.shape[-1])
+        if tensor.dim() != 2 or tuple(tensor.shape) != expected or 0 in tensor.shape:
+            raise ValueError(f"{file}: key {key!r} has the shape {tuple(tensor.shape)}, which does not fit {expected}")
+        check_weight(file, key, tensor)
+        found.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.float()
+    paths = sorted({path for _, path in found})
+    if not paths:
+        raise ValueError(f"{file} has no tensors")
+    layers = {}
+    for layer in range(config.n_layer):
+        for path in paths:
+            pair = found.get((layer, path), {})
+            missing = next((part for part in "AB" if part not in pair), None)
+            if missing is not None:
+                raise ValueError(f"{file}: lora_{missing} of h.{layer}.{path} is missing")
+            if pair["A"].shape[0] != pair["B"].shape[1]:
+                ranks = f"{pair['A'].shape[0]} and {pair['B'].shape[1]}"
+                raise ValueError(f"{file}: lora_A and lora_B of h.{layer}.{path} have different ranks, {ranks}")
+            layers[layer, path] = pair["A"], pair["B"]
+    return layers
+
+
+def _scaling(file: Path, description: Mapping[str, Any], key: tuple[int, str], rank: int) -> tuple[float, float]:
+    """Numerator and denominator of a layer's scaling; kept apart so that whole numbers stay exact."""
+    module = f"transformer.h.{key[0]}.{key[1]}"
+    r = _by_module(description, "rank_pattern", module, description.get("r"))
+    alpha = _by_module(description, "alpha_pattern", module, description.get("lora_alpha"))
+    if r != rank or isinstance(r, bool):
+        raise ValueError(f"{file}: the rank of {module} is {r!r}, but its weights have rank {rank}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not isfinite(alpha):
+        raise ValueError(f"{file}: lora_alpha of {module} is {alpha!r}; it must be a finite number")
+    return float(alpha), sqrt(rank) if description.get("use_rslora") else float(rank)
+
+
+def _by_module(description: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the module, as PEFT matches it: at the end of its name."""
+    patterns = description.get(name) or {}
+    if not isinstance(patterns, dict):
+        return default
+    for pattern, value in patterns.items():
+        if module == pattern or module.endswith(f".{pattern}") or _matches(pattern, module):
+            return value
+    return default
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False

@@ -1,0 +1,51 @@
+"""API tokens. Without a server: the middleware around an app that always answers 204."""
+
+import base64
+
+import pytest
+from starlette.responses import Response
+from starlette.testclient import TestClient
+
+from bentos.middleware.auth import AuthMiddleware
+
+
+def client(api_token: str = "", admin_token: str = "") -> TestClient:
+    return TestClient(AuthMiddleware(Response(status_code=204), api_token, admin_token, open_paths=["/livez"]))
+
+
+def basic(password: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"anyone:{password}".encode()).decode()}
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/livez", {}, 204),
+        ("/predict", {}, 401),
+        ("/predict", {"Authorization": "Bearer s3cret"}, 204),
+        ("/predict", {"Authorization": "Bearer of-the-admin"}, 204),
+        ("/predict", basic("s3cret"), 204),
+        ("/predict", {"X-Api-Key": "s3cret", "Authorization": "Bearer of-a-proxy"}, 204),
+        ("/predict", {"X-Api-Key": "x"}, 401),
+        ("/predict", {"Authorization": "Bearer s3cre"}, 401),
+        ("/predict", {"Authorization": "Bearer "}, 401),
+        ("/predict", {"Authorization": "Bearer é".encode()}, 401),
+        ("/predict", {"Authorization": "Basic s3cret"}, 401),
+        ("/v1/load_lora_adapter", {"Authorization": "Bearer s3cret"}, 401),
+        ("/v1/unload_lora_adapter", {"Authorization": "Bearer of-the-admin"}, 204),
+    ],
+)
+def test_a_token_opens_the_routes_it_is_for(path, headers, status):
+    assert client("s3cret", "of-the-admin").get(path, headers=headers).status_code == status
+
+
+def test_without_an_api_token_only_the_admin_routes_are_closed():
+    assert client().get("/predict").status_code == 204
+    assert client().get("/v1/load_lora_adapter").status_code == 403
+
+
+def test_a_browser_is_asked_for_a_password_and_other_clients_for_a_bearer_token():
+    page, route = (client("s3cret").get(path) for path in ("/", "/nothing"))
+    assert page.headers["WWW-Authenticate"].startswith("Basic")
+    assert route.headers["WWW-Authenticate"] == "Bearer"
+    assert route.json()["error"]["type"] == "unauthorized"

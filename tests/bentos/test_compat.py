@@ -1,0 +1,96 @@
+"""Each workaround for BentoML is still needed: a test that fails can be deleted together with its workaround."""
+
+import asyncio
+import inspect
+
+import bentoml
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+
+from bentos import compat
+from bentos.middleware.metrics_path import path_label
+
+
+@pytest.fixture
+def app() -> Starlette:
+    """BentoML's own ASGI app of a service without any of the workarounds."""
+
+    @bentoml.service(name="plain")
+    class Plain: ...
+
+    return Plain.to_asgi()
+
+
+def classes(app: Starlette) -> list[type]:
+    return [each.cls for each in app.user_middleware]
+
+
+def test_bentoml_has_no_public_way_to_wrap_the_whole_app():
+    public = {name for name in dir(bentoml.Service) if "middleware" in name or "wrap" in name}
+    assert public <= {"add_asgi_middleware", "middlewares"}
+
+
+def test_added_middleware_still_runs_inside_bentomls_metrics():
+    class Own:
+        def __init__(self, app):
+            self.app = app
+
+    @bentoml.service(name="added")
+    class Added: ...
+
+    Added.add_asgi_middleware(Own)
+    found = classes(Added.to_asgi())
+    assert found.index(compat.RunnerTrafficMetricsMiddleware) < found.index(Own)
+
+
+def test_bentoml_still_says_openapi_3_0():
+    assert inspect.signature(compat.generate_spec).parameters["openapi_version"].default.startswith("3.0")
+
+
+def test_the_timer_of_bentomls_timeout_still_outlives_the_response(app):
+    assert compat.TimeoutMiddleware in classes(app)
+
+    async def timers_after_a_request() -> int:
+        async def ignore(*_: object) -> dict:
+            return {"type": "http.request"}
+
+        timeout = compat.TimeoutMiddleware(PlainTextResponse("ok"), 60)
+        await timeout({"type": "http"}, ignore, ignore)
+        return len(asyncio.get_running_loop()._scheduled)
+
+    assert asyncio.run(timers_after_a_request()) == 1
+    compat.remove_timeout(app)
+    assert compat.TimeoutMiddleware not in classes(app)
+
+
+def test_bentoml_still_traces_without_an_exporter(app):
+    assert compat.OpenTelemetryMiddleware in classes(app)
+    compat.remove_tracing(app)
+    assert compat.OpenTelemetryMiddleware not in classes(app)
+
+
+def test_bentoml_still_labels_metrics_with_the_raw_path():
+    source = inspect.getsource(compat.RunnerTrafficMetricsMiddleware.__call__)
+    assert 'endpoint = scope["path"]' in source
+
+
+def test_bounded_metrics_see_the_template_and_the_app_the_path(monkeypatch):
+    labelled = []
+
+    async def record(self, scope, receive, send):
+        labelled.append(scope["path"])
+        await self.app(scope, receive, send)
+
+    async def echo(scope, receive, send):
+        await PlainTextResponse(scope["path"])(scope, receive, send)
+
+    monkeypatch.setattr(compat.RunnerTrafficMetricsMiddleware, "__call__", record)
+    app = Starlette(middleware=[Middleware(compat.RunnerTrafficMetricsMiddleware)])
+    app.mount("/", echo)
+    compat.bound_metrics(app, path_label(["/predict", "/v1/models/{model}"]))
+    paths = ["/predict", "/v1/models/base", "/v1/models/a/b", "/nothing/7"]
+    assert [TestClient(app).get(path).text for path in paths] == paths
+    assert labelled == ["/predict", "/v1/models/{model}", "/unknown", "/unknown"]

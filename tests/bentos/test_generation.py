@@ -1,0 +1,159 @@
+"""`bentos.generation` and `bentos.completion` without a server, where time and failures can be controlled."""
+
+import asyncio
+from time import monotonic, sleep
+
+import pytest
+from starlette.requests import Request
+
+from bentos import body, generation
+from bentos.completion import Completion, CompletionResult, GenerationRequest, merge, usage
+from bentos.errors import ServiceError, error_response
+from bentos.generation import TextGenerator
+from bentos.middleware.access_log import RequestRecord
+from bentos.schemas import TUNED, PredictRequest
+from gpt2core.engine import EngineFull
+from tests.helpers import wait_until
+
+
+@pytest.fixture
+def generator(base_dir, adapter_dir):
+    generator = TextGenerator(base_dir, adapter_dir, "fp32")
+    yield generator
+    generator.close()
+
+
+@pytest.fixture
+def slow_generator(generator, monkeypatch):
+    step = generator.engine._step
+    monkeypatch.setattr(generator.engine, "_step", lambda: (sleep(0.02), step()))
+    return generator
+
+
+def submit(
+    generator: TextGenerator, seconds: float = 60, max_new_tokens: int = 8, n: int = 1, on_end=None, **values
+) -> list[Completion]:
+    prompt = generator.encode_instruction("Hello.")
+    config = generator.config(max_new_tokens)
+    request = GenerationRequest(prompt, config, TUNED, monotonic() + seconds, "id-1", **values)
+    return generator.submit([request] * n, "instruction", on_end)
+
+
+def complete(generator: TextGenerator, **values) -> tuple[str, Completion]:
+    async def run() -> tuple[str, Completion]:
+        (completion,) = submit(generator, **values)
+        return (await completion.whole()).text, completion
+
+    return asyncio.run(run())
+
+
+def test_a_body_is_awaited_until_the_deadline(monkeypatch):
+    monkeypatch.setattr(body, "DEADLINE", 0.05)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    request = Request({"type": "http", "headers": []}, receive)
+    with pytest.raises(ServiceError) as error:
+        asyncio.run(body.read_body(request, PredictRequest))
+    assert error_response(error.value).status_code == 408
+
+
+def test_decoding_ends_at_the_deadline(slow_generator):
+    with pytest.raises(ServiceError) as error:
+        complete(slow_generator, seconds=0.1, max_new_tokens=60)
+    assert error_response(error.value).status_code == 504
+    assert slow_generator.engine.stats()["running"] == 0
+    assert complete(slow_generator, max_new_tokens=1)[1].finish_reason == "length"
+
+
+def test_a_cancelled_completion_leaves_the_engine(slow_generator):
+    async def give_up() -> None:
+        (completion,) = submit(slow_generator, max_new_tokens=60)
+        await asyncio.wait_for(completion.whole(), 0.1)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    wait_until(lambda: slow_generator.engine.stats()["running"] == 0, 20, "an idle engine")
+
+
+def test_a_full_queue_is_a_429_with_retry_after(base_dir, adapter_dir, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_QUEUE", 0)
+    generator = TextGenerator(base_dir, adapter_dir, "fp32")
+    with pytest.raises(ServiceError) as error:
+        complete(generator)
+    generator.close()
+    response = error_response(error.value)
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
+
+
+def test_requests_are_queued_all_or_none(slow_generator, monkeypatch):
+    submit_one, n = slow_generator.engine.submit, 0
+
+    def submit_two(*args, **values):
+        nonlocal n
+        n += 1
+        if n == 3:
+            raise EngineFull("2 requests are waiting")
+        return submit_one(*args, **values)
+
+    async def run() -> None:
+        submit(slow_generator, n=3, max_new_tokens=60)
+
+    monkeypatch.setattr(slow_generator.engine, "submit", submit_two)
+    with pytest.raises(ServiceError):
+        asyncio.run(run())
+    wait_until(lambda: sum(map(slow_generator.engine.stats().get, ("waiting", "running"))) == 0, 20, "an idle engine")
+
+
+def test_a_completion_that_the_engine_drops_is_a_503(generator, monkeypatch):
+    monkeypatch.setattr(generator.engine, "_step", lambda: 1 / 0)
+    with pytest.raises(ServiceError) as error:
+        complete(generator)
+    assert error_response(error.value).status_code == 503
+
+
+def test_merging_ends_with_the_first_error(generator, monkeypatch):
+    monkeypatch.setattr(generator.engine, "_step", lambda: 1 / 0)
+
+    async def run() -> None:
+        async for _ in merge(submit(generator, n=2)):
+            pass
+
+    with pytest.raises(ServiceError):
+        asyncio.run(run())
+
+
+def test_end_of_text_finishes_a_completion_and_is_not_part_of_its_text(generator, monkeypatch):
+    tokens = iter([5, generator.tokenizer.eot_token])
+    monkeypatch.setattr(generator.engine._runner, "_sample", lambda hidden, requests: [next(tokens)])
+    text, completion = complete(generator)
+    assert completion.finish_reason == "stop"
+    assert text == generator.tokenizer.decode([5]).strip()
+    assert usage([completion]).completion_tokens == 2
+
+
+def test_unknown_weights_are_refused(base_dir, adapter_dir):
+    with pytest.raises(ValueError, match="GPT2_WEIGHTS is 'int4'; it must be one of auto, fp32, bf16, int8"):
+        TextGenerator(base_dir, adapter_dir, "int4")
+
+
+def test_the_record_of_a_request_sums_tokens_over_all_completions(generator):
+    record = RequestRecord()
+    results: list[CompletionResult] = []
+
+    def on_end(result: CompletionResult) -> None:
+        record.add(result)
+        results.append(result)
+
+    async def run() -> list[Completion]:
+        completions = submit(generator, n=3, on_end=on_end)
+        await asyncio.gather(*(completion.whole() for completion in completions))
+        return completions
+
+    completions = asyncio.run(run())
+    fields, counts = record.fields(), usage(completions)
+    assert [len(result.tokens) for result in results] == [8, 8, 8]
+    assert fields["completion_tokens"] == counts.completion_tokens == 24
+    assert fields["prompt_tokens"] == counts.prompt_tokens == len(completions[0].request.prompt)
+    assert fields["finish_reason"] == "length"

@@ -1,0 +1,145 @@
+"""Which fields and values the OpenAI routes accept, and what their errors say."""
+
+import openai
+import pytest
+import requests
+
+from bentos.openai.protocol import ChatRequest, CompletionRequest
+from gpt2core.config import GenerationConfig
+from gpt2core.generate import generate
+from tests.bentos.client import error_of
+
+ROUTES = {
+    "completions": (CompletionRequest, {"model": "gpt2-instruct", "prompt": "One"}),
+    "chat/completions": (ChatRequest, {"model": "gpt2-instruct", "messages": [{"role": "user", "content": "a"}]}),
+}
+OPENAI_DEFAULTS = {
+    "completions": {"best_of": 1, "echo": False, "logit_bias": {}, "suffix": ""},
+    "chat/completions": {
+        "function_call": "none",
+        "functions": [],
+        "logprobs": False,
+        "metadata": {"a": "b"},
+        "modalities": ["text"],
+        "parallel_tool_calls": True,
+        "reasoning_effort": "medium",
+        "response_format": {"type": "text"},
+        "service_tier": "auto",
+        "store": False,
+        "tool_choice": "auto",
+        "tools": [],
+        "verbosity": "medium",
+    },
+}
+COMMON_DEFAULTS = {"frequency_penalty": 0, "n": 1, "presence_penalty": 0.0, "stop": [], "stream": False, "top_p": 1}
+# what clients of other servers send by default
+EXTRAS = {
+    "repetition_penalty": 1.0,
+    "chat_id": "c",
+    "top_k": -1,
+    "min_p": 0.0,
+    "ignore_eos": False,
+    "grammar": None,
+}
+
+
+def post(url: str, route: str, **fields) -> requests.Response:
+    return requests.post(f"{url}/v1/{route}", json=ROUTES[route][1] | {"max_tokens": 4} | fields, timeout=60)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_field_may_be_null(url, route):
+    fields = {*ROUTES[route][0].model_fields, "web_search_options", "audio", "prediction"} - {"messages"}
+    for name in fields:
+        response = post(url, route, **{name: None})
+        assert response.status_code == 200, (name, response.text)
+    assert post(url, route, **dict.fromkeys(fields - {"prompt"})).status_code == 200
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_defaults_of_openai_and_harmless_extras_are_accepted(url, route):
+    plain = post(url, route).json()["choices"]
+    for fields in (COMMON_DEFAULTS | OPENAI_DEFAULTS[route], EXTRAS):
+        response = post(url, route, **fields)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"] == plain
+
+
+@pytest.mark.parametrize(
+    ("route", "name", "value"),
+    [
+        *(("completions", name, value) for name, value in [("best_of", 2), ("echo", True), ("suffix", "a")]),
+        *(
+            ("chat/completions", name, value)
+            for name, value in [
+                ("audio", {"voice": "a", "format": "wav"}),
+                ("frequency_penalty", 0.5),
+                ("function_call", {"name": "a"}),
+                ("functions", [{"name": "a"}]),
+                ("logit_bias", {"1": 1}),
+                ("modalities", ["text", "audio"]),
+                ("n", 17),
+                ("prediction", {"type": "content", "content": "a"}),
+                ("presence_penalty", -1),
+                ("reasoning_effort", "high"),
+                ("repetition_penalty", 1.1),
+                ("response_format", {"type": "json_object"}),
+                ("store", True),
+                ("stream_options", {"include_usage": True}),
+                ("temperature", -1),
+                ("tool_choice", "required"),
+                ("tools", [{"type": "function", "function": {"name": "a"}}]),
+                ("top_logprobs", 2),
+                ("top_p", 1.1),
+                ("unknown", 1),
+                ("web_search_options", {}),
+            ]
+        ),
+    ],
+)
+def test_a_value_that_asks_for_what_is_not_there_is_a_400_that_names_the_field(url, route, name, value):
+    response = post(url, route, **{name: value})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == name
+
+
+def test_errors_are_the_clients_exceptions_with_type_param_and_code(client):
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.completions.create(model="gpt-9", prompt="a")
+    assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="base", prompt="word " * 5000)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
+    assert raised.value.type == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_max_tokens_is_cut_to_what_the_context_leaves(url, route, tuned):
+    response = post(url, route, max_tokens=100_000).json()
+    assert response["usage"]["total_tokens"] == tuned.config.n_positions
+    assert response["choices"][0]["finish_reason"] == "length"
+
+
+def test_max_completion_tokens_has_precedence_over_max_tokens(url):
+    response = post(url, "chat/completions", max_tokens=9, max_completion_tokens=3).json()
+    assert response["usage"]["completion_tokens"] == 3
+
+
+def test_top_p_0_is_greedy(url):
+    greedy = post(url, "completions").json()["choices"]
+    assert post(url, "completions", top_p=0, temperature=1.5).json()["choices"] == greedy
+
+
+def test_negative_seeds_are_repeatable(url):
+    one, same, other = (
+        post(url, "completions", seed=seed, temperature=1.5, max_tokens=16).json()["choices"] for seed in (-1, -1, -2)
+    )
+    assert one == same != other
+
+
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_without_a_prompt_a_text_begins_after_end_of_text(url, tuned, tokenizer, prompt):
+    config = GenerationConfig(max_new_tokens=4, eos_id=tokenizer.eot_token)
+    (expected,) = generate(tuned, [[tokenizer.eot_token]], config)
+    text = post(url, "completions", prompt=prompt).json()["choices"][0]["text"]
+    assert text == tokenizer.decode([token for token in expected if token != tokenizer.eot_token])

@@ -1,0 +1,83 @@
+"""What needs a service of its own: SIGTERM, and a required token."""
+
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+import requests
+
+from tests.bentos.client import served, server_pid
+
+
+def get(address: tuple[str, int]) -> bytes:
+    """One request on a connection of its own: the response, or b"refused"."""
+    try:
+        connection = socket.create_connection(address, timeout=30)
+    except ConnectionRefusedError:
+        return b"refused"
+    with connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n")
+        response = b""
+        while part := connection.recv(65536):
+            response += part
+            if b"\r\n\r\n" in response and b"connection: close" not in response.lower():
+                break  # kept open
+        return response
+
+
+def test_after_sigterm_clients_are_served_or_refused_but_never_reset(bento_tag):
+    with served(bento_tag) as url:
+        parts = urlsplit(url)
+        address, server = (parts.hostname, parts.port), server_pid(url)
+
+        def requests_until_refused(_: int) -> list[bytes]:
+            responses = []
+            while not responses or responses[-1] != b"refused":
+                responses.append(get(address))
+            return responses
+
+        with ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(requests_until_refused, i) for i in range(8)]
+            assert get(address).startswith(b"HTTP/1.1 200")
+            os.kill(server, signal.SIGTERM)
+            responses = [response for client in clients for response in client.result(60)]
+        answered = [response for response in responses if response != b"refused"]
+        assert {response.partition(b"\r\n")[0] for response in answered} == {b"HTTP/1.1 200 OK"}
+        closing = [response for response in answered if b"connection: close" in response.lower()]
+        assert closing
+
+
+def test_readiness_fails_first_and_requests_in_flight_are_completed(bento_tag):
+    with served(bento_tag) as url:
+        server = server_pid(url)
+        body = {"instruction": "Say hello.", "max_new_tokens": 60}
+        requests.post(f"{url}/predict", json=body, timeout=60)
+        with ThreadPoolExecutor(8) as pool:
+            responses = [pool.submit(requests.post, f"{url}/predict", json=body, timeout=60) for _ in range(8)]
+            os.kill(server, signal.SIGTERM)
+            seen = []
+            with suppress(requests.ConnectionError):
+                while True:
+                    seen.append(requests.get(f"{url}/readyz", timeout=5))
+                    time.sleep(0.05)
+            assert seen[-1].status_code == 503
+            assert seen[-1].headers["Connection"] == "close"
+            assert [response.result().status_code for response in responses] == [200] * 8
+
+
+def test_a_service_with_an_api_token_requires_it(bento_tag):
+    with served(bento_tag, GPT2_API_TOKEN="s3cret-token", GPT2_ADMIN_TOKEN="") as url:
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert requests.get(url + path, timeout=10).status_code == 200
+        for path in ("/", "/metadata", "/v1/models", "/docs.json", "/nothing"):
+            assert requests.get(url + path, timeout=10).status_code == 401
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+            assert client.with_options(api_key="s3cret-token").models.list().data

@@ -1,0 +1,19 @@
+import pytest
+
+from bentos.settings import Settings
+
+
+def test_settings_come_from_the_environment():
+    environment = {"GPT2_API_TOKEN": "t", "GPT2_WEIGHTS": "int8", "GPT2_REQUEST_LOG": "", "OTHER": "x"}
+    assert Settings.from_environment(environment) == Settings(api_token="t", weights="int8")
+
+
+def test_an_unknown_value_is_refused_with_the_allowed_ones():
+    with pytest.raises(ValueError, match="GPT2_REQUEST_LOG_TEXT is 'all'; it must be one of hash, keep, drop"):
+        Settings.from_environment({"GPT2_REQUEST_LOG_TEXT": "all"})
+
+
+@pytest.mark.parametrize(("value", "tracing"), [(None, False), ("true", False), ("false", True)])
+def test_tracing_is_off_unless_asked_for(value, tracing):
+    environment = {} if value is None else {"OTEL_SDK_DISABLED": value}
+    assert Settings.from_environment(environment).tracing == tracing

@@ -1,0 +1,83 @@
+"""Atomic writes and digests of files and directories."""
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+
+import pytest
+
+from gpt2core.checkpoint import atomic_write, directory_sha256, file_sha256, load_pretrained, save_pretrained
+
+
+@pytest.mark.parametrize(("call", "error"), [("replace", OSError("no space")), ("fsync", KeyboardInterrupt())])
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call, error):
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(type(error)):
+        atomic_write(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failing_save_leaves_the_previous_checkpoint(tiny_gpt2_dir, tmp_path, monkeypatch):
+    directory = shutil.copytree(tiny_gpt2_dir, tmp_path / "checkpoint")
+    before = directory_sha256(directory)
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(load_pretrained(tiny_gpt2_dir), directory)
+    assert directory_sha256(directory) == before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000], ids=oct)
+def test_written_files_are_readable_by_all_and_writable_by_the_owner(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        atomic_write(tmp_path / "new" / "file", b"content")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "new" / "file").read_bytes() == b"content"
+    assert stat.S_IMODE((tmp_path / "new" / "file").stat().st_mode) == 0o644
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name, content in {"b": b"1", "a.txt": b"", "sub/c d": b"2", "a/é": b"3", "Z": b"4"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_the_digest_of_a_directory_is_that_of_sha256sum(tree):
+    if not shutil.which("sha256sum"):
+        pytest.skip("sha256sum is not installed")
+    command = "find . -type f -printf '%P\\0' | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum"
+    output = subprocess.run(["bash", "-c", command], cwd=tree, check=True, capture_output=True, text=True).stdout
+    assert directory_sha256(tree) == output.split()[0]
+
+
+def test_the_digest_may_cover_some_files_in_any_order(tree):
+    lines = "".join(f"{hashlib.sha256(c).hexdigest()}  {name}\n" for name, c in (("Z", b"4"), ("b", b"1")))
+    assert directory_sha256(tree, ["b", "Z"]) == hashlib.sha256(lines.encode()).hexdigest()
+    assert directory_sha256(tree, ["Z", "b"]) == directory_sha256(str(tree), iter(["b", "Z"]))
+
+
+@pytest.mark.parametrize("edit", [lambda t: (t / "b").write_bytes(b"2"), lambda t: (t / "b").rename(t / "B")])
+def test_the_digest_depends_on_contents_and_names(tree, edit):
+    before = directory_sha256(tree)
+    edit(tree)
+    assert directory_sha256(tree) != before
+
+
+def test_the_digest_of_a_file_is_its_sha256(tree):
+    assert file_sha256(tree / "b") == hashlib.sha256(b"1").hexdigest()

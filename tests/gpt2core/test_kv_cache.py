@@ -1,0 +1,96 @@
+"""The caches of the engine: rows that move, prompts read in chunks, and shared prefixes."""
+
+import gc
+import weakref
+
+import pytest
+
+from gpt2core.checkpoint import load_adapter, load_pretrained
+from gpt2core.config import GenerationConfig, LoraConfig
+from gpt2core.engine import Engine
+from gpt2core.generate import generate
+from gpt2core.inference import kv_cache, scheduler
+from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
+from tests.helpers import wait_until
+
+
+@pytest.fixture
+def model(tiny_gpt2_dir):
+    return load_pretrained(tiny_gpt2_dir)
+
+
+def decode_all(model, prompts, configs, max_batch: int) -> list[list[int]]:
+    with Engine(model, max_batch, "fp32") as engine:
+        requests = [engine.submit(*pair) for pair in zip(prompts, configs, strict=True)]
+        return [request.result(60) for request in requests]
+
+
+def each_alone(model, prompts, configs) -> list[list[int]]:
+    return [generate(model, [prompt], config)[0] for prompt, config in zip(prompts, configs, strict=True)]
+
+
+def test_a_prompt_read_in_chunks_gives_the_same_completion(model, monkeypatch):
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 5)
+    prompts, configs = random_prompts(10), mixed_configs(10)
+    assert decode_all(model, prompts, configs, 4) == each_alone(model, prompts, configs)
+
+
+def test_moving_rows_when_columns_run_out_does_not_change_completions(model, monkeypatch):
+    monkeypatch.setattr(kv_cache.RowCache, "SPARE", 3)
+    prompts, configs = random_prompts(30), mixed_configs(30)
+    assert decode_all(model, prompts, configs, 5) == each_alone(model, prompts, configs)
+
+
+def test_a_shared_prefix_is_cached_and_does_not_change_completions(model):
+    begin = random_prompts(1, seed=5)[0] * 40
+    config = GenerationConfig(max_new_tokens=6)
+    with Engine(model, 4, "fp32") as engine:
+        for tail in ([1], [2, 3], [4], [1]):
+            prompt = begin[:40] + tail
+            assert engine.submit(prompt, config).result(60) == generate(model, [prompt], config)[0]
+        assert engine.stats()["cached_prefix_tokens"] == 32
+
+
+def test_the_prefix_cache_stays_within_its_memory_limit(model, monkeypatch):
+    block = 2 * 2 * 2 * 16 * 16 * 4  # n_layer, keys and values, heads, tokens, D, bytes
+    monkeypatch.setattr(scheduler, "PREFIX_BYTES", 3 * block)
+    with Engine(model, 4, "fp32") as engine:
+        for prompt in random_prompts(8):
+            engine.submit(prompt, GenerationConfig(max_new_tokens=1)).result(60)
+        assert engine.stats()["cached_prefix_tokens"] <= 3 * 16
+
+
+def test_an_unloaded_adapter_leaves_the_prefix_cache_and_memory(tiny_gpt2_dir, model, tmp_path):
+    directory = save_random_adapter(load_pretrained(tiny_gpt2_dir), LoraConfig(), 1, tmp_path)
+    tuned = load_adapter(load_pretrained(tiny_gpt2_dir), directory)
+    config, prompt = GenerationConfig(max_new_tokens=20), random_prompts(1, seed=5)[0] * 2
+    with Engine(model, 4, "fp32") as engine:
+        engine.load_adapter("x", directory)
+        adapter = weakref.ref(engine._adapters["x"])
+        running = engine.submit(prompt[:40], config, "x")
+        engine.unload_adapter("x")
+        assert running.result(60) == generate(tuned, [prompt[:40]], config)[0]
+        del running
+        wait_until(lambda: gc.collect() >= 0 and adapter() is None, 60, "freeing the adapter")
+        assert engine.stats()["cached_prefix_tokens"] == 0
+
+
+def test_a_replaced_adapter_leaves_the_prefix_cache(tiny_gpt2_dir, model, tmp_path):
+    directories = [
+        save_random_adapter(load_pretrained(tiny_gpt2_dir), LoraConfig(), seed, tmp_path / str(seed)) for seed in (1, 2)
+    ]
+    config, prompt = GenerationConfig(max_new_tokens=5), [7] * 40
+    with Engine(model, 4, "fp32") as engine:
+        for directory in directories:
+            engine.load_adapter("x", directory)
+            tuned = load_adapter(load_pretrained(tiny_gpt2_dir), directory)
+            assert engine.submit(prompt, config, "x").result(60) == generate(tuned, [prompt], config)[0]
+        wait_until(lambda: engine.stats()["cached_prefix_tokens"] == 32, 60, "dropping the old adapter's prefixes")
+
+
+def test_reserved_rows_are_lazily_allocated(model):
+    with Engine(model, 1000, "fp32") as engine:
+        engine.submit([1] * 8, GenerationConfig(max_new_tokens=40)).result(60)
+        kv = engine._scheduler.row_cache.kv
+    assert kv.nbytes > 100 * 2**20
+    assert not kv[:, 1:].any()  # zeros from `lazy_zeros`, whose memory use `test_kernels.py` checks

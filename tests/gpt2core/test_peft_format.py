@@ -1,0 +1,159 @@
+"""PEFT's adapter directories: what PEFT saves is loaded with the same logits, and export is undone by import."""
+
+import json
+from copy import deepcopy
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
+
+from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, read_adapter
+from gpt2core.config import LORA_TARGETS, LoraConfig
+from gpt2core.lora import add_lora, lora_config, lora_layers, merge_lora
+from tests.helpers import randomise_lora, same_state, snapshot
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_model
+IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def hf(tiny_gpt2_dir):
+    return GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
+
+
+@pytest.fixture
+def bare(tiny_gpt2_dir):
+    return load_pretrained(tiny_gpt2_dir)
+
+
+@pytest.fixture
+def save(hf, tmp_path):
+    """A function (values of peft.LoraConfig) -> the model with random adapter, and its directory as PEFT saves it."""
+
+    def make(**values):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            deepcopy(hf), peft.LoraConfig(**{"r": 3, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | values)
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(tmp_path / "peft")
+        return model.eval(), tmp_path / "peft"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("values", "targets"),
+    [
+        ({"target_modules": ["c_attn"]}, ("q", "k", "v")),
+        ({"target_modules": ["attn.c_proj"], "lora_alpha": 16, "lora_dropout": 0.1}, ("o",)),
+        ({"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 5, "lora_alpha": 2}, LORA_TARGETS),
+        ({"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 7}, LORA_TARGETS),
+        (
+            {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 2}, "alpha_pattern": {r"1\.mlp\.c_fc": 9}},
+            ("q", "k", "v", "fc"),
+        ),
+    ],
+    ids=str,
+)
+def test_an_adapter_saved_by_peft_computes_the_logits_of_peft(bare, save, values, targets):
+    theirs, directory = save(**values)
+    load_adapter(bare, directory)
+    assert lora_config(bare).targets == targets
+    assert lora_config(bare).dropout == values.get("lora_dropout", 0.0)
+    with torch.no_grad():
+        logits = bare(IDS)
+        torch.testing.assert_close(logits, theirs(IDS).logits, **TOLERANCE)
+        torch.testing.assert_close(merge_lora(bare)(IDS), logits, **TOLERANCE)
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.sampled_from(LORA_TARGETS), min_size=1, unique=True),
+    st.integers(1, 4),
+    st.sampled_from([16.0, 1.0, 7.0, 0.0]),
+)
+def test_importing_an_export_gives_the_same_adapter(tiny_gpt2_dir, tmp_path_factory, targets, rank, alpha):
+    directory = tmp_path_factory.mktemp("peft")
+    ordered = tuple(target for target in LORA_TARGETS if target in targets)
+    model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=rank, alpha=alpha, targets=ordered, dropout=0.1))
+    export_peft(randomise_lora(model), directory)
+    again = load_adapter(load_pretrained(tiny_gpt2_dir), directory)
+    assert lora_config(again) == lora_config(model)
+    assert same_state(snapshot(again), snapshot(model))
+
+
+def test_an_untrained_adapter_of_peft_changes_nothing(bare, hf, tmp_path):
+    model = peft.get_peft_model(deepcopy(hf), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    model.save_pretrained(tmp_path)
+    before = bare(IDS)
+    assert torch.equal(load_adapter(bare, tmp_path)(IDS), before)
+
+
+def describe(directory, **values):
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"use_dora": True}, "use_dora is True; this feature of PEFT is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"layers_to_transform": [0]}, "layers_to_transform is"),
+        ({"a_feature_of_tomorrow": 1}, "a_feature_of_tomorrow is 1"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
+        ({"r": 4}, "the rank of transformer.h.0.attn.c_attn is 4, but its weights have rank 3"),
+        ({"r": 2**70}, "the rank of"),
+        ({"lora_alpha": "16"}, "lora_alpha of transformer.h.0.attn.c_attn is '16'"),
+        ({"lora_dropout": 2}, "LoraConfig.dropout is 2"),
+    ],
+    ids=str,
+)
+def test_an_unsupported_feature_or_a_wrong_value_is_refused_by_name(bare, save, values, message):
+    _, directory = save(target_modules=["c_attn"])
+    describe(directory, **values)
+    with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
+        load_adapter(bare, directory)
+    assert not list(lora_layers(bare))
+
+
+PREFIX = "base_model.model.transformer.h."
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{PREFIX}1.attn.c_attn.lora_B.weight"), "lora_B of h.1.attn.c_attn is missing"),
+        (lambda t: t.update({f"{PREFIX}2.attn.c_attn.lora_A.weight": torch.ones(3, 32)}), "is not an adapted layer"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 32)}),
+            "'base_model.model.lm_head",
+        ),
+        (lambda t: t.update({f"{PREFIX}0.attn.c_attn.lora_A.weight": torch.ones(3, 31)}), r"the shape \(3, 31\)"),
+        (lambda t: t.update({f"{PREFIX}0.attn.c_attn.lora_A.weight": torch.ones(2, 32)}), "different ranks, 2 and 3"),
+        (lambda t: t[f"{PREFIX}0.attn.c_attn.lora_A.weight"].fill_(torch.nan), "lora_A.weight' has NaN or infinite"),
+        (lambda t: t.clear(), "has no tensors"),
+    ],
+)
+def test_damaged_weights_are_refused_by_name(bare, save, edit, message):
+    _, directory = save(target_modules=["c_attn"])
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors.*{message}"):
+        read_adapter(directory, bare.config)
+
+
+def test_a_directory_without_an_adapter_is_named(bare, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter.json does not exist"):
+        load_adapter(bare, tmp_path)

@@ -1,0 +1,185 @@
+"""Files of records: every layout people bring, and errors that point at the place in the file."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from gpt2core.data import check_records, place_of, read_records, records_sha256, to_jsonl
+
+GOOD = {"instruction": "Say é.", "input": "", "output": "é"}
+LINE = json.dumps(GOOD)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function (name, text or bytes) -> the file."""
+
+    def make(name, content):
+        file = tmp_path / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return file
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", json.dumps([GOOD, GOOD])),
+        ("a.json", json.dumps([GOOD, GOOD], indent=4, ensure_ascii=False)),
+        ("a.JSON", json.dumps([{"instruction": "Say é.", "output": "é", "more": [1]}, GOOD])),
+        ("a.jsonl", f"{LINE}\n\n{LINE}\n"),
+        ("a.JSONL", f"{LINE}\r\n{LINE}"),
+        ("a.ndjson", f" {LINE} \n\t{LINE}\n\n"),
+        ("a.json", f"{LINE}\n{LINE}\n"),  # lines in a .json
+        ("a.json", f"[{LINE}]\n[{LINE}]\n"),  # two lists concatenated
+        ("a.jsonl", json.dumps([GOOD, GOOD], indent=2)),  # a list in a .jsonl
+        ("a.jsonl", f"{LINE}{LINE}"),  # the first file had no newline at its end
+        ("a.json", f"\ufeff[{LINE}]\ufeff[{LINE}]"),  # files with byte order marks, concatenated
+        ("a.jsonl", f"\ufeff{LINE}\n\ufeff{LINE}\n\ufeff"),
+        ("a.json", json.dumps([GOOD | {"input": None, "group": None}, GOOD])),
+    ],
+)
+def test_records_are_read_from_every_layout(write, name, text):
+    records = read_records(write(name, text))
+    assert records == [GOOD, GOOD]
+    assert all(type(json.loads(json.dumps(record))) is dict for record in records)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
+FILLED = TEXT.filter(str.strip)
+RECORDS = st.lists(
+    st.fixed_dictionaries({"instruction": FILLED, "input": TEXT, "output": FILLED}, optional={"group": TEXT}),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(RECORDS, st.sampled_from(["lines", "lines.json", "list"]))
+@example([{"instruction": "a\u2028b\u2029c\x85d\x0c", "input": "\x1c\x1e\ufeff", "output": "o\r\n\x0b"}], "lines")
+def test_written_records_are_read_back_whatever_characters_they_have(tmp_path_factory, records, layout):
+    file = tmp_path_factory.mktemp("records") / {"lines": "a.jsonl", "lines.json": "b.json", "list": "c.json"}[layout]
+    content = json.dumps(records, ensure_ascii=False).encode() if layout == "list" else to_jsonl(records)
+    file.write_bytes(content)
+    assert read_records(file) == records
+    assert records_sha256(read_records(file)) == records_sha256(check_records(records))
+
+
+def test_records_know_their_place_in_the_file(write):
+    records = read_records(write("a.jsonl", f"{LINE}\n\n\n{LINE}\n"))
+    assert [place_of(records, i) for i in range(2)] == ["record 1 (line 1)", "record 2 (line 4)"]
+    records = read_records(write("a.json", json.dumps([GOOD, GOOD], indent=1)))
+    assert [place_of(records, i) for i in range(2)] == ["record 1 (line 2)", "record 2 (line 7)"]
+    assert place_of([GOOD, GOOD], 1) == "record 2"
+
+
+BROKEN = '{"instruction": "Quote the "sign".", "output": "x"}'
+LIST = f"[\n  {LINE},\n  %s\n]"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.jsonl", f"{LINE}\n\n{BROKEN}\n{LINE}", ["line 3, column 29 (record 2)", "Quote the \"'", "sign"]),
+        ("a.jsonl", f'{LINE}\n{{"instruction": "x",\n{LINE}', ["line 2, column 21 (record 2)"]),  # truncated line
+        ("a.jsonl", f'{LINE}\n{{"instruction": "x\n{LINE}', ["line 2", "record 2", "Unterminated string"]),
+        ("a.json", LIST % BROKEN, ["line 3, column 31 (record 2)", "sign"]),
+        ("a.json", LIST % f"{LINE},", ["line 3, column 66 (record 2)", "trailing comma"]),
+        ("a.json", LIST % '{"instruction": "x", "output": "y",}', ["line 3, column 37", "trailing comma"]),
+        (
+            "a.json",
+            LIST % '{"instruction": "NaN", "output": NaN}',
+            ["line 3, column 36 (record 2)", "NaN is not"],
+        ),
+        ("a.jsonl", '{"instruction": "x", "output": "y", "n": -Infinity}', ["line 1, column 42", "-Infinity"]),
+        (
+            "a.json",
+            LIST % '{"output": "a", "instruction": "output", "output": "b"}',
+            ["line 3, column 44 (record 2)", "'output' occurs twice"],
+        ),
+        ("a.jsonl", f"{LINE},\n{LINE},\n", ["line 1, column 64 (record 1)", "comma between records outside of a list"]),
+        ("a.jsonl", '{"ä": "a", "ä": "b"}', ["line 1, column 12", "'ä' occurs twice"]),
+        ("a.json", f"[{LINE}", ["line 1", "',' or ']'"]),
+        ("a.json", f"[{LINE}] x", ["line 1", "Expecting value"]),
+        ("a.json", "[" * 100_000, ["nested too deeply"]),
+        ("a.json", f'[{{"n": {"9" * 5000}}}]', ["record 1", "Exceeds the limit"]),
+        ("a.json", "", ["list of records is empty"]),
+        ("a.jsonl", "\n\n", ["list of records is empty"]),
+        ("a.json", "[]", ["list of records is empty"]),
+        ("a.json", f'{{"train": [{LINE}], "test": []}}', ["'train', 'test'", "list of records"]),
+        ("a.json", json.dumps([GOOD, 3]), ["record 2 (line 1)", "int"]),
+        ("a.json", json.dumps([GOOD, {"instruction": "x"}]), ["record 2 (line 1)", "no 'output'"]),
+        ("a.json", json.dumps([GOOD, GOOD | {"output": 3}]), ["record 2", "'output'", "3", "int"]),
+        ("a.json", json.dumps([GOOD | {"output": None}]), ["record 1", "'output' is null"]),
+        ("a.json", json.dumps([GOOD | {"group": 3}]), ["record 1", "'group'"]),
+        ("a.jsonl", f"{LINE}\n\n{json.dumps(GOOD | {'output': ' '})}", ["record 2 (line 3)", "'output' is empty"]),
+        ("a.json", '[{"instruction": "\\ud800", "output": "x"}]', ["record 1", "'instruction'", "Unicode"]),
+        ("a.json", json.dumps([GOOD], ensure_ascii=False).encode("utf-16"), ["UTF-16", "byte order mark", "UTF-8"]),
+        ("a.json", json.dumps([GOOD]).encode("utf-16-le"), ["UTF-16"]),
+        ("a.json", json.dumps([GOOD]).encode("utf-32"), ["UTF-32"]),
+        ("a.jsonl", f"{LINE}\n" + LINE.replace("\\u00e9", "é"), []),
+        ("a.csv", "instruction,output\n", [".csv", ".json or .jsonl"]),
+    ],
+)
+def test_an_error_names_the_file_and_the_place(write, name, text, named):
+    if not named:  # the same text in Latin-1
+        text, named = text.encode("latin-1"), ["line 2, column 22", "byte 0xe9", "Latin-1", "Say "]
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
+        read_records(write(name, text))
+    for part in named:
+        assert part in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+def test_several_faulty_records_are_named_together(write):
+    lines = "\n".join(json.dumps(GOOD | {"output": "" if i % 2 else "x"}) for i in range(20))
+    with pytest.raises(ValueError, match=r"record 2 \(line 2\): .*; record 4 .*; record 10 .*; and 5 more records"):
+        read_records(write("a.jsonl", lines))
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nope\.json does not exist"):
+        read_records(tmp_path / "nope.json")
+    with pytest.raises(FileNotFoundError, match="is a directory"):
+        read_records(tmp_path)
+
+
+def test_records_in_memory_are_checked_alike():
+    record = GOOD | {"group": "g", "family": "f"}
+    assert check_records([record, GOOD]) == [record, GOOD]
+    assert check_records([{"instruction": "x"}], "the question", ("instruction",)) == [
+        {"instruction": "x", "input": "", "output": ""}
+    ]
+    with pytest.raises(ValueError, match="the question: record 1: no 'instruction'"):
+        check_records([{}], "the question", ("instruction",))
+    with pytest.raises(ValueError, match="records: expected a list of records, not a dict"):
+        check_records({})
+    with pytest.raises(ValueError, match="the list of records is empty"):
+        check_records([])
+
+
+def test_the_digest_depends_on_the_records_and_their_order_not_on_their_file(write):
+    records = [GOOD | {"output": str(i)} for i in range(3)]
+    list_file, lines_file = write("a.json", json.dumps(records, indent=4)), write("a.jsonl", to_jsonl(records))
+    assert (
+        records_sha256(read_records(list_file)) == records_sha256(read_records(lines_file)) == records_sha256(records)
+    )
+    assert records_sha256(records) != records_sha256(records[::-1])
+
+
+def test_a_large_file_is_read_in_linear_time(write):
+    records = read_records(write("a.jsonl", f"{LINE}\n" * 20_000))
+    assert place_of(records, 19_999) == "record 20000 (line 20000)"
+
+
+def test_the_1100_records_of_mariovas3_llms_are_read():
+    file = os.environ.get("INSTRUCTION_DATA")
+    if file is None:
+        pytest.skip("INSTRUCTION_DATA does not name the instruction-data.json of mariovas3/llms")
+    records = read_records(Path(file))
+    assert len(records) == 1100
+    assert records[0]["instruction"].startswith("Evaluate the following phrase")
