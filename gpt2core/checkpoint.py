@@ -13,20 +13,11 @@ from torch import Tensor
 
 from gpt2core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter, save_adapter
 from gpt2core.config import GPT2Config
-from gpt2core.files import (
-    atomic_write,
-    check_weight,
-    directory_sha256,
-    file_sha256,
-    read_json,
-    read_tensors,
-    read_text,
-    to_json,
-    write_files,
-)
+from gpt2core.files import atomic_write, directory_sha256, file_sha256, read_json, read_text, to_json, write_files
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
+from gpt2core.tensors import check_weight, read_tensors
 from gpt2core.tokenizer import count_tokens
 
 __all__ = [

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from gpt2core.files import atomic_write, is_finite
+from gpt2core.files import atomic_write
+from gpt2core.tensors import is_finite
 
 logger = logging.getLogger(__name__)
 

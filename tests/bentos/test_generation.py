@@ -78,7 +78,7 @@ def test_a_cancelled_completion_leaves_the_engine(slow_generator):
 
 
 def test_a_full_queue_is_a_429_with_retry_after(generator, monkeypatch):
-    monkeypatch.setattr(generator.engine, "max_queue", 0)
+    monkeypatch.setattr(generator.engine, "_max_queue", 0)
     with pytest.raises(ServiceError) as error:
         complete(generator)
     response = error_response(error.value)
@@ -86,8 +86,8 @@ def test_a_full_queue_is_a_429_with_retry_after(generator, monkeypatch):
 
 
 def test_requests_are_queued_all_or_none(generator, monkeypatch):
-    monkeypatch.setattr(generator.engine, "max_queue", 2)
-    monkeypatch.setattr(generator.engine, "max_batch", 0)  # nothing leaves the queue
+    monkeypatch.setattr(generator.engine, "_max_queue", 2)
+    monkeypatch.setattr(generator.engine._scheduler, "_max_batch", 0)  # nothing leaves the queue
 
     async def run() -> None:
         submit(generator, n=3)
@@ -117,7 +117,7 @@ def test_merging_ends_with_the_first_error(generator, monkeypatch):
 
 def test_end_of_text_finishes_a_completion_and_is_not_part_of_its_text(generator, monkeypatch):
     tokens = iter([5, generator.tokenizer.eot_token])
-    monkeypatch.setattr(generator.engine, "_sample", lambda hidden, requests: [next(tokens)])
+    monkeypatch.setattr(generator.engine._runner, "_sample", lambda hidden, requests: [next(tokens)])
     text, completion = complete(generator)
     assert completion.finish_reason == "stop"
     assert text == generator.tokenizer.decode([5]).strip()
