@@ -96,7 +96,7 @@ def rollback() -> None:
         outcome = bring_back()
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
-    click.echo("\n".join(f"{name}: {value}" for name, value in outcome.items()))
+    click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))
 
 
 @main.command()

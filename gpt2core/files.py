@@ -55,15 +55,28 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in the file.
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
         FileNotFoundError, ValueError: naming the file.
     """
     check_exists(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in the file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    text = read_text(file)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -6,8 +6,9 @@ from zenml import get_step_context, step
 from zenml.client import Client
 
 from deploy import bento
+from deploy.server import verify_bento
 from deploy.source import describe_versions
-from gpt2core.types import BaseRef, Commit, Lineage, LineageMetrics, RunRef
+from gpt2core.types import BaseRef, Commit, Lineage, LineageMetrics, RunRef, Sample
 from steps.adapters.base import describe_base, open_base
 from steps.cache import code_of
 from steps.config import EvaluateConfig, PackageConfig
@@ -44,6 +45,7 @@ def package(
         metrics=LineageMetrics.from_json(metrics),
     )
     tag = bento.build(open_base(base), adapter, lineage)
-    asked = bento.smoke(tag, samples[: package.smoke_prompts], evaluate.max_new_tokens)
-    describe("bento", {"tag": tag, "smoke_prompts": len(asked)})
+    verified = [Sample.from_json(sample) for sample in samples[: package.smoke_prompts]]
+    verify_bento(tag, verified, evaluate.max_new_tokens, metrics.get("device", "cpu"))
+    describe("bento", {"tag": tag, "smoke_prompts": len(verified)})
     return tag, replace(lineage, bento=tag).to_json()

@@ -10,7 +10,8 @@ import pytest
 import requests
 from playwright.sync_api import Page, expect, sync_playwright
 
-from deploy import bento
+from deploy.server import serve
+from deploy.verify import request_answer
 from tests.bentos.client import metric
 from tests.helpers import wait_until
 
@@ -204,11 +205,11 @@ def test_a_phone_does_not_scroll_sideways_and_colours_have_contrast(browser, url
 
 def test_the_browser_asks_for_the_token_and_sends_it_with_every_request(bento_tag, browser, monkeypatch):
     monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
-    with bento.serve(bento_tag) as url:
+    with serve(bento_tag) as url:
         assert requests.get(url, timeout=10).status_code == 401
         with opened(browser, url, http_credentials={"username": "me", "password": "s3cret-token"}) as page:
             send(page, "Say hello.", max_new_tokens="8")
-            assert answer(page) == bento.ask(url, "Say hello.", "", 8)
+            assert answer(page) == request_answer(url, "Say hello.", "", 8)
 
 
 # WCAG 2.2: (L1 + 0.05) / (L2 + 0.05) of an element's colour and the first background behind it

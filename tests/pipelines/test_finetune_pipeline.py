@@ -17,7 +17,10 @@ from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
 from deploy import bento
-from deploy.kubernetes import rollout as kube
+from deploy.kubernetes import progress
+from deploy.kubernetes.render import annotations
+from deploy.server import serve
+from deploy.verify import request_answer
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import records_sha256, split_records
@@ -28,6 +31,7 @@ from gpt2core.generate import generate
 from gpt2core.metrics import exact_match
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import Lineage
 from run import main
 from tests.deploy.kube_api import TOKEN, KubeApi
 
@@ -144,8 +148,8 @@ def test_lineage_names_run_code_data_base_adapter_and_bento(first):
 
 def test_the_served_bento_answers_as_samples_say_and_names_its_lineage(first):
     lineage, row = read(first, "lineage.json"), samples(first)[-1]
-    with bento.serve(lineage["bento"]) as url:
-        assert bento.ask(url, row["instruction"], row["input"], MAX_NEW_TOKENS) == row["tuned"]
+    with serve(lineage["bento"]) as url:
+        assert request_answer(url, row["instruction"], row["input"], MAX_NEW_TOKENS) == row["tuned"]
         assert requests.get(f"{url}/metadata", timeout=10).json() == lineage
 
 
@@ -246,7 +250,7 @@ def cluster(tmp_path_factory):
     kubeconfig = directory / "kubeconfig"
     kubeconfig.write_text(json.dumps(api.kubeconfig()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kube, "POLL", 0.05)
+        patch.setattr(progress, "POLL", 0.05)
         yield SimpleNamespace(api=api, values=("deploy.target=kubernetes", f"deploy.kubeconfig={kubeconfig}"))
     api.close()
 
@@ -254,8 +258,8 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def deployed(folder, first, cluster):
     """A run whose Bento, served for real, is behind the cluster's service."""
-    with bento.serve(read(finetune(folder), "lineage.json")["bento"]) as url:
-        cluster.api.answers[IMAGE] = url
+    with serve(read(finetune(folder), "lineage.json")["bento"]) as url:
+        cluster.api.responses[IMAGE] = url
         done = finetune(folder, *cluster.values, f"deploy.image={IMAGE}")
         done.url = url
         yield done
@@ -283,12 +287,12 @@ def test_a_run_deploys_what_it_packaged_to_kubernetes(deployed, cluster):
 def test_the_annotations_of_a_pod_are_what_its_metadata_says(deployed, cluster):
     template = cluster.api.object("deployments")["spec"]["template"]["metadata"]
     metadata = requests.get(f"{deployed.url}/metadata", timeout=10).json()
-    assert template["annotations"] == kube.annotations(metadata)
+    assert template["annotations"] == annotations(Lineage.from_json(metadata))
     assert metadata == read(deployed, "lineage.json")
 
 
 def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recorded(folder, deployed, cluster):
-    cluster.api.pods["other:2"] = "ErrImagePull"
+    cluster.api.pod_states["other:2"] = "ErrImagePull"
     result = run_py(folder, *cluster.values, "deploy.image=other:2")
     assert result.exit_code == 1
     [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
@@ -302,7 +306,7 @@ def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recor
 
 def test_rollback_goes_back_where_the_last_deployment_was_made_and_is_recorded(folder, deployed, cluster):
     again = IMAGE.replace(":1", ":3")
-    cluster.api.answers[again] = deployed.url
+    cluster.api.responses[again] = deployed.url
     finetune(folder, *cluster.values, f"deploy.image={again}")
     assert cluster.api.image() == again
     for image in (IMAGE, again):
