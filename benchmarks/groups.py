@@ -19,7 +19,7 @@ from benchmarks.peer import Decoder, Trainer, best_trainer
 from benchmarks.pipeline import WORK, Quality, run_cold
 from benchmarks.serving import Clients, PlainServer, widen_tokenizer
 from benchmarks.sides import Ours, Side
-from deploy import bento
+from deploy import bento, server
 from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, Precision, TrainConfig
 from gpt2core.data import Example, encode_records
@@ -221,10 +221,10 @@ def serve(setting: Setting) -> list[Row]:
         engine = stack.enter_context(Side(Ours, setting.base, "auto", 16, [adapter]))
         plain = stack.enter_context(Side(PlainServer, setting.base, setting.prompts(1, 0)[0]))
         clients = stack.enter_context(Side(Clients))
-        environ = {"BENTOML_HOME": str(setting.directory / "bentoml"), "GPT2_WEIGHTS": engine.weights()}
+        environ = {"BENTOML_HOME": str(setting.directory / "bentoml")}
         stack.enter_context(patch.dict(os.environ, environ))
         Path(environ["BENTOML_HOME"]).mkdir()
-        url = stack.enter_context(bento.serve(bento.build(directory, adapter, _lineage())))
+        url = stack.enter_context(server.serve(bento.build(directory, adapter, _lineage()), engine.weights()))
         note = f"peer: this service's engine without HTTP; both with one adapter and weights {engine.weights()}"
         rows = []
         for n, name in ((1, "1 client"), (16, "16 clients"), (64, "64 clients")):

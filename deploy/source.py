@@ -1,4 +1,4 @@
-"""Where the running code comes from: its git commit and the versions of what it stands on."""
+"""The source of the running code: its git commit and the versions of the libraries that matter."""
 
 import platform
 import subprocess
@@ -20,9 +20,10 @@ def describe_versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
+    """The output of a git command; "" where there is no git or no checkout, as in a container."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
-    except (FileNotFoundError, subprocess.TimeoutExpired):  # an image without git
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 

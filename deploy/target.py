@@ -12,7 +12,7 @@ from gpt2core.types import JsonDataclass, Lineage, Sample
 
 
 class DeployError(RuntimeError):
-    """A deployment or rollback that was not made; the message says what to do. What served before keeps serving."""
+    """A deployment or rollback that failed; the message says what to do. What served before keeps serving."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,24 @@
 """The one definition of "the service answers as the model did when it was evaluated".
 
-Used by `package` (a Bento served by a child process), and by every deploy target.
+`package` (a Bento served by a child process) and every deploy target use it.
 """
 
+import os
 from collections.abc import Callable, Sequence
 
+import requests
+
+from deploy.target import DeployError
 from gpt2core.types import Sample
 
 # Required share of equal answers where the service computes with other weights or on another device than `evaluate`
 # did: int8, bf16 or a GPU may decide a near tie differently. Another model or adapter agrees on hardly any.
 MIN_AGREEMENT = 0.5
+RESPONSE_TIMEOUT = 120  # seconds
 
 
-class VerificationError(RuntimeError):
-    """A service whose answers differ from those of the evaluated model."""
+class VerificationError(DeployError):
+    """A service that does not answer, or not as the evaluated model did."""
 
 
 def verify_answers(
@@ -41,3 +46,27 @@ def verify_answers(
             f"are {required:.0%}"
         )
     return answers
+
+
+def request_answer(url: str, instruction: str, input: str, max_new_tokens: int) -> str:
+    """The greedy answer of a running service.
+
+    Raises:
+        VerificationError: it responds with an error, or not at all.
+    """
+    body = {"instruction": instruction, "input": input, "max_new_tokens": max_new_tokens}
+    try:
+        response = requests.post(f"{url}/predict", json=body, headers=api_key_header(), timeout=RESPONSE_TIMEOUT)
+        response.raise_for_status()
+        return str(response.json()["answer"])
+    except requests.HTTPError as error:
+        status, text = error.response.status_code, error.response.text
+        raise VerificationError(f"{url}/predict failed with status {status}: {text}") from None
+    except (requests.RequestException, ValueError, KeyError) as error:
+        raise VerificationError(f"{url}/predict gave no answer: {error}") from None
+
+
+def api_key_header() -> dict[str, str]:
+    """The header that authenticates with $GPT2_API_TOKEN. Not Authorization: the API server's proxy removes it."""
+    token = os.environ.get("GPT2_API_TOKEN")
+    return {"X-Api-Key": token} if token else {}

@@ -12,11 +12,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.files import check_weight, read_json, read_tensors, to_json, write_files
+from gpt2core.files import read_json, to_json, write_files
 from gpt2core.lora import LoraLinear, add_lora, lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import PEFT_CONFIG, read_peft
 from gpt2core.prompt import PROMPT_TEMPLATE
+from gpt2core.tensors import check_weight, read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,13 @@
-"""Files: atomic writes, digests, and JSON and safetensors whose errors name the file."""
+"""Files: atomic writes, digests, and JSON whose errors name the file. Imports no torch."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 
 def atomic_write(file: Path, content: bytes) -> None:
@@ -55,8 +51,41 @@ def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) 
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def verify_directory(directory: str | Path, sha256: str, exclude: Collection[str] = ()) -> None:
+    """Compare a directory with the digest under which it was stored.
+
+    Args:
+        sha256: of `directory_sha256`, or at least its first 16 digits.
+        exclude: files that were not there when the digest was computed.
+
+    Raises:
+        ValueError: naming the directory, its files and both digests.
+    """
+    paths = [path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()]
+    names = sorted(set(paths) - set(exclude))
+    found = directory_sha256(directory, names)
+    if len(sha256) < 16 or not found.startswith(sha256):
+        raise ValueError(
+            f"{directory} is damaged or was changed: sha256 {found} of {', '.join(names) or 'no files'}, but {sha256} "
+            "was recorded when it was stored"
+        )
+
+
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    check_exists(file)
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -65,9 +94,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: naming the file.
     """
-    _check_exists(file)
+    text = read_text(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -75,40 +104,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file.
-    """
-    _check_exists(file)
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            # cloned: otherwise the tensors are the mapped file, change with it, and keep all of it in memory
-            return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or truncated ({error}); download or save it again") from None
-
-
-def check_weight(source: object, key: str, tensor: Tensor) -> None:
-    """Refuse a tensor that cannot be a weight: not of a floating-point type, or with values that are not finite.
-
-    Raises:
-        ValueError: naming the source (a file, or what is saved) and the tensor.
-    """
-    if not tensor.is_floating_point():
-        raise ValueError(f"{source}: tensor {key!r} has the type {tensor.dtype}; weights are floating-point numbers")
-    if not is_finite(tensor):
-        raise ValueError(f"{source}: tensor {key!r} has NaN or infinite values; the training that made it diverged")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: one pass without a temporary tensor, since minimum and maximum keep NaN."""
-    if tensor.numel() == 0 or tensor.is_meta:
-        return True
-    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
-
-
-def _check_exists(file: Path) -> None:
+def check_exists(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; is {file.parent} the right directory?")

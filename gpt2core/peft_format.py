@@ -14,9 +14,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig, LoraTarget
-from gpt2core.files import check_weight, read_json, read_tensors, to_json, write_files
+from gpt2core.files import read_json, to_json, write_files
 from gpt2core.lora import TARGET_LAYERS, lora_config, lora_layers
 from gpt2core.model import GPT2
+from gpt2core.tensors import check_weight, read_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(

@@ -1,9 +1,12 @@
 """What changes while a model trains, and its checkpoint file."""
 
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from gpt2core.files import atomic_write
+from gpt2core.tensors import is_finite
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Trainable weights, optimisers, random state of torch, and progress: all that a run is resumed from."""
+    """Trainable weights, optimisers, torch's random state and progress: what a run is resumed from."""
 
     weights: Mapping[str, nn.Parameter]
     optimisers: Sequence[torch.optim.Optimizer]
@@ -62,7 +66,13 @@ class TrainingState:
         return float(self._groups()[0]["lr"])
 
     def keep_best(self, val_loss: float) -> None:
-        """Record a validation loss, and keep a copy of the weights if none was lower."""
+        """Record a validation loss, and keep a copy of the weights if none was lower.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        if not isfinite(val_loss):
+            raise FloatingPointError(f"the validation loss is {val_loss} after step {self.progress.step}")
         self.progress.record({"val/loss": val_loss})
         if self.progress.best_val_loss is None or val_loss < self.progress.best_val_loss:
             self.progress.best_val_loss = val_loss
@@ -73,11 +83,21 @@ class TrainingState:
         for name, tensor in self.best.items():
             self.weights[name].data.copy_(tensor)
 
-    def save(self, file: Path, fingerprint: str) -> None:
-        """Write the checkpoint atomically.
+    def check_finite(self) -> None:
+        """Raise FloatingPointError, naming the step, if a weight has NaN or infinite values."""
+        for name, weight in self.weights.items():
+            if not is_finite(weight):
+                rates = " and ".join(f"{rate:g}" for rate in dict.fromkeys(self._learning_rates))
+                raise FloatingPointError(
+                    f"weight {name} has NaN or infinite values after step {self.progress.step}; "
+                    f"lower the learning rate of {rates}"
+                )
+
+    def save(self, directory: Path, fingerprint: str) -> None:
+        """Write a checkpoint; the one before is kept beside it until the next call.
 
         Args:
-            fingerprint: identifies the run's data and config; `load` accepts only the same one.
+            fingerprint: identifies the run's data and config; `resume` accepts only the same one.
         """
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
@@ -87,30 +107,41 @@ class TrainingState:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        # progress travels in the tensors' file: one file is written whole or not at all
+        tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
+        # progress travels in the tensors' file: one file is written completely or not at all
         metadata = {"fingerprint": fingerprint, "progress": json.dumps(asdict(self.progress))}
-        atomic_write(file, to_safetensors({key: value.contiguous().cpu() for key, value in tensors.items()}, metadata))
+        file = directory / CHECKPOINT
+        if file.is_file():
+            os.replace(file, directory / PREVIOUS)
+        atomic_write(file, to_safetensors(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
         logger.debug("checkpoint of step %d in %s", self.progress.step, file)
 
-    def load(self, file: Path, fingerprint: str) -> None:
-        """Continue from a checkpoint.
+    def resume(self, directory: Path, fingerprint: str) -> None:
+        """Continue from the newest checkpoint in the directory that is not damaged, if there is one.
 
         Raises:
-            ValueError: the file is damaged, or of a run with other data, another config or other trainable weights.
+            ValueError: the checkpoint is of a run with other data, another config or other trainable weights.
         """
-        try:
-            with safe_open(file, framework="pt", device=str(self.device)) as stored:
-                metadata = stored.metadata() or {}
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); delete it to start from the beginning") from None
-        expected = {f"weight.{name}" for name in self.weights}
-        if metadata.get("fingerprint") != fingerprint or expected - tensors.keys():
-            raise ValueError(
-                f"{file} belongs to a run with other data, another config or other trainable weights; "
-                "pass another checkpoint_dir, or delete it to start from the beginning"
-            )
-        self.progress = Progress(**json.loads(metadata["progress"]))
+        files = [file for file in (directory / CHECKPOINT, directory / PREVIOUS) if file.is_file()]
+        for i, file in enumerate(files):
+            fallback = f"from {files[i + 1].name}" if i + 1 < len(files) else "from the beginning"
+            try:
+                tensors, metadata = _read(file)
+            except ValueError as error:
+                logger.warning("%s is damaged (%s); starting %s", file, error, fallback)
+                continue
+            expected = {f"weight.{name}" for name in self.weights}
+            if metadata["fingerprint"] != fingerprint or expected - tensors.keys():
+                raise ValueError(
+                    f"{file} belongs to a run with other data, another config or other trainable weights; "
+                    "pass another checkpoint_dir, or delete it to start from the beginning"
+                )
+            self._restore(tensors, Progress(**json.loads(metadata["progress"])))
+            logger.info("resuming from step %d, %s", self.progress.step, file)
+            return
+
+    def _restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        self.progress = progress
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weight.{name}"])
         self.best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
@@ -121,10 +152,27 @@ class TrainingState:
                     _, _, j, name = key.split(".")
                     state.setdefault(int(j), {})[name] = value
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["rng.cpu"].cpu())
+        torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"].cpu(), self.device)
-        logger.info("resuming from step %d, %s", self.progress.step, file)
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimiser in self.optimisers for group in optimiser.param_groups]
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint; ValueError unless they have the digest that they were written with."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = dict(stored.metadata() or {})
+            tensors = {key: stored.get_tensor(key).clone() for key in stored.keys()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    if metadata.pop("sha256", None) != _digest(tensors, metadata):
+        raise ValueError("its content does not have the sha256 it was written with")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    content = json.dumps(metadata, sort_keys=True).encode() + to_safetensors(dict(tensors))
+    return hashlib.sha256(content).hexdigest()

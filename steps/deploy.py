@@ -1,4 +1,4 @@
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from zenml import get_step_context, step
@@ -6,54 +6,54 @@ from zenml.client import Client
 
 from deploy.bento import exists
 from deploy.config import DeployConfig
-from deploy.containers import service as docker
-from deploy.containers.images import pinned
-from deploy.kubernetes import rollout as kube
+from deploy.target import DeployError, Deployment, open_target
+from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe, keep
-from steps.promote import check_stage
+from steps.promote import Promotion, check_stage
 
 
 @step(enable_cache=False)
 def deploy(
     bento: str,
-    lineage: dict[str, Any],
-    samples: list[dict[str, Any]],
-    promotion: dict[str, Any],
+    lineage: Lineage,
+    samples: list[Sample],
+    promotion: Promotion,
     deploy: DeployConfig,
     package: PackageConfig,
     evaluate: EvaluateConfig,
 ) -> Annotated[dict[str, Any], "deployment"]:
-    """Bring the Bento to where it answers users, as in `evaluate`; with target none it stays for `make serve`."""
+    """Deploy the Bento to the configured target; with target none it stays in the Bento store."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
-    check_stage(deploy.require_stage, promotion["model_version"], lineage["model_version"])
-    run = str(get_step_context().pipeline_run.id)
-    deployment: dict[str, Any] = {"target": deploy.target, "bento": bento, "run": run, "config": asdict(deploy)}
-    asked = samples[: package.smoke_prompts]
-    if deploy.target == "docker":
-        deployment |= docker.deploy(bento, deploy, asked, evaluate.max_new_tokens)
-    elif deploy.target == "kubernetes":
-        exact = replace(deploy, image=pinned(deploy.image))
-        deployment |= kube.deploy(lineage, exact, asked, evaluate.max_new_tokens)
-    if deployment.get("outcome") in ("rolled_back", "failed"):
-        keep("deployment", deployment)  # a step that fails returns nothing
-        raise RuntimeError(f"{bento} was not deployed: {deployment['reason']}")
-    describe("deployment", deployment)
-    return deployment
+    check_stage(deploy.require_stage, promotion.model_version, lineage.model_version)
+    target = open_target(deploy)
+    deployment = Deployment("none", "none", bento)
+    if target is not None:
+        deployment = target.deploy(lineage, samples[: package.smoke_prompts], evaluate.max_new_tokens)
+    content = _artifact(deployment, deploy) | {"run": str(get_step_context().pipeline_run.id)}
+    if deployment.outcome in ("rolled_back", "failed"):
+        keep("deployment", content)  # a step that fails has no outputs
+        raise RuntimeError(f"{bento} was not deployed: {deployment.reason}")
+    describe("deployment", content)
+    return content
 
 
-def rollback() -> dict[str, Any]:
-    """Bring back what answered before the last deployment, there where that was made; the outcome.
+def rollback() -> Deployment:
+    """Roll back the newest deployment, on the target that it was made on.
 
     Raises:
-        RuntimeError: nothing was deployed, nothing before it, or it does not start any more.
+        DeployError: nothing was deployed, there is no earlier version, or that version does not start.
     """
-    for version in Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1000).items:
-        last = version.load()
-        if last["target"] != "none":
-            config = DeployConfig(**last["config"])
-            outcome = (docker if config.target == "docker" else kube).rollback(config)
-            keep("deployment", {"target": config.target, "config": last["config"], **outcome})
-            return {"target": config.target, **outcome}
-    raise RuntimeError("no run has deployed anything yet; deploy.target names where to")
+    for artifact in Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1000).items:
+        config = DeployConfig(**artifact.load()["config"])
+        target = open_target(config)
+        if target is not None:
+            deployment = target.rollback()
+            keep("deployment", _artifact(deployment, config))
+            return deployment
+    raise DeployError("no run has deployed anything yet; deploy.target selects where to deploy")
+
+
+def _artifact(deployment: Deployment, config: DeployConfig) -> dict[str, Any]:
+    return deployment.to_json() | {"config": asdict(config)}

@@ -23,6 +23,8 @@ from docker.utils import parse_bytes
 from deploy import bento
 from deploy.config import DeployConfig
 from deploy.containers.images import EngineError, engine, read_file, service_image
+from deploy.server import SERVICE_VARIABLES, service_environment
+from deploy.verify import request_answer, verify_answers
 
 LABEL = "gpt2-instruct.deployment"
 PORT = "3000/tcp"  # of the image
@@ -59,8 +61,8 @@ def deploy(tag: str, config: DeployConfig, samples: Sequence[Mapping[str, Any]],
         site.check_host()
 
         def check(url: str) -> None:
-            asked = partial(bento.ask, url, max_new_tokens=max_new_tokens)
-            bento.check(tag, asked, samples, bento.DEPLOYED_AGREEMENT)
+            asked = partial(request_answer, url, max_new_tokens=max_new_tokens)
+            verify_answers(tag, asked, samples)
 
         current = site.current()
         if current is not None and site.serves(current, image.digest):
@@ -152,7 +154,7 @@ class _Site:
             network=self.name,
             ports={PORT: ("127.0.0.1",)},
             mem_limit=self.config.memory,
-            environment=bento.settings(),
+            environment=service_environment(),
             **CONFINED,
         )
 
@@ -213,7 +215,7 @@ class _Site:
         has = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
-            and {name: has[name] for name in bento.SETTINGS if name in has} == bento.settings()
+            and {name: has[name] for name in SERVICE_VARIABLES if name in has} == service_environment()
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
             and _is_ready(self.url)
         )

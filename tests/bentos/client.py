@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from deploy import bento
+from deploy.server import serve
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
 from gpt2core.generate import generate
@@ -22,7 +22,7 @@ def served(tag: str, **environment: object) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, str(value))
-        with bento.serve(tag) as url:
+        with serve(tag) as url:
             yield url
 
 

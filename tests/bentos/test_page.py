@@ -10,7 +10,8 @@ import pytest
 import requests
 from playwright.sync_api import Page, expect, sync_playwright
 
-from deploy import bento
+from deploy.server import serve
+from deploy.verify import request_answer
 from tests.bentos.client import metric
 from tests.helpers import wait_until
 
@@ -24,6 +25,7 @@ TRICKY = 'Say "it\'s" & `pwd` $HOME \\ 100%\nfür <b>mich</b>'
 def browser():
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed (Debian: chromium)")
+    expect.set_options(timeout=60_000)  # milliseconds; 5 s are not enough on a busy machine
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
         yield browser
@@ -36,7 +38,7 @@ def opened(browser, url: str, **options):
     console, requested = [], []
     context = browser.new_context(**options)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: console.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: console.append(str(error)))
     page.on("request", lambda request: requested.append(request.url))
@@ -110,7 +112,7 @@ def test_stop_cancels_the_completion(page, url):
            }).observe(document.querySelector("#answers"), {childList: true, subtree: true})"""
     )
     cancelled = 'gpt2_requests_total{adapter="gpt2-instruct",finish_reason="cancelled"}'
-    before, end = metric(url, cancelled), time.monotonic() + 20
+    before, end = metric(url, cancelled), time.monotonic() + 60
     while metric(url, cancelled) == before and time.monotonic() < end:  # a nano model may finish first
         send(page, "Say hello.", temperature="1", max_new_tokens="90")
         expect(page.locator("article")).to_have_attribute("aria-busy", "false")
@@ -204,11 +206,11 @@ def test_a_phone_does_not_scroll_sideways_and_colours_have_contrast(browser, url
 
 def test_the_browser_asks_for_the_token_and_sends_it_with_every_request(bento_tag, browser, monkeypatch):
     monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
-    with bento.serve(bento_tag) as url:
+    with serve(bento_tag) as url:
         assert requests.get(url, timeout=10).status_code == 401
         with opened(browser, url, http_credentials={"username": "me", "password": "s3cret-token"}) as page:
             send(page, "Say hello.", max_new_tokens="8")
-            assert answer(page) == bento.ask(url, "Say hello.", "", 8)
+            assert answer(page) == request_answer(url, "Say hello.", "", 8)
 
 
 # WCAG 2.2: (L1 + 0.05) / (L2 + 0.05) of an element's colour and the first background behind it

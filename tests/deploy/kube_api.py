@@ -1,7 +1,7 @@
 """A double of Kubernetes' API server and Deployment controller, for the real client: HTTPS, tokens, server-side apply.
 
-What it does was compared with a real API server and controller manager (docs/kubernetes.md says how). It holds the
-objects as fields with owners, as server-side apply sees them; a rollout goes one step on each time it is looked at.
+Its behaviour was compared with a real API server and controller manager (docs/kubernetes.md). Objects are stored as
+fields with owners, as server-side apply defines them; a rollout advances by one step with each read of the Deployment.
 """
 
 import datetime
@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 TOKEN = "token-that-nobody-may-see"
 SCHEMA = "1.32"
 REVISION = "deployment.kubernetes.io/revision"
-# By which field the items of a list are told apart; other lists are one value. As in Kubernetes' schema.
+# The keys that identify the items of a list, as in Kubernetes' schema; any other list is one value.
 KEYS = {
     "containers": ("name",),
     "env": ("name",),
@@ -37,31 +37,38 @@ KEYS = {
     "ports": ("containerPort", "port", "protocol"),
     "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
 }
-DEADLINE = 6  # looks at a rollout that makes no progress, until it is given up
+DEADLINE = 6  # reads of the Deployment without progress, until the controller reports the deadline as exceeded
 Field = tuple[Any, ...]
 
 
 class KubeApi:
-    """`pods[image]` says what becomes of an image's pods: "ready" (as others), "unready", or what they wait for;
-    `answers[image]` what a ready one answers to a body: an address to pass it on to, or a function."""
+    """The API server; tests set what happens.
+
+    Attributes:
+        pod_states: by image: "ready" (the default), "unready", "quota", or the waiting reason of the container.
+        responses: by image: what a ready pod responds to a body: the URL of a real service, or a function.
+        forbidden: verb and resource of requests that are answered with 403.
+        failures: statuses of the next requests.
+        requests: verb and resource of each request so far.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.objects: dict[tuple[str, str], Stored] = {}  # by plural and name
         self.replica_sets: dict[str, dict[str, Any]] = {}
-        self.pods: dict[str, str] = {}
-        self.answers: dict[str, str | Callable[[dict[str, Any]], dict[str, Any]]] = {}
-        self.forbidden: set[tuple[str, str]] = set()  # verb and resource
-        self.failures: list[int] = []  # statuses for the next requests
-        self.asked: list[tuple[str, str]] = []  # verb and resource of each request
+        self.pod_states: dict[str, str] = {}
+        self.responses: dict[str, str | Callable[[dict[str, Any]], dict[str, Any]]] = {}
+        self.forbidden: set[tuple[str, str]] = set()
+        self.failures: list[int] = []
+        self.requests: list[tuple[str, str]] = []
         self.namespaces: dict[str, dict[str, Any]] = {}
-        self.looks = 0
+        self.reads = 0
         self.lock = RLock()
         certificate = _certificate(folder)
         api = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"  # connections are kept
-            wbufsize = -1  # and an answer is one packet
+            protocol_version = "HTTP/1.1"  # keep-alive
+            wbufsize = -1  # one packet per response
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -70,8 +77,8 @@ class KubeApi:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length)
                 with api.lock:
-                    status, answer = api.handle(self.command, self.path, self.headers, body)
-                content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+                    status, response = api.handle(self.command, self.path, self.headers, body)
+                content = response.encode() if isinstance(response, str) else json.dumps(response).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
@@ -113,14 +120,12 @@ class KubeApi:
         return self.objects[plural, name].read()
 
     def image(self) -> str:
-        """What the Deployment asks for."""
+        """The image in the Deployment's template."""
         return str(self.object("deployments")["spec"]["template"]["spec"]["containers"][0]["image"])
 
     def running(self) -> list[str]:
-        """Images of pods that are ready."""
+        """The images of the ready pods."""
         return [each["image"] for each in self.replica_sets.values() for _ in range(each["ready"])]
-
-    # What follows is the server's side.
 
     def handle(self, method: str, target: str, headers: Any, body: bytes) -> tuple[int, Any]:
         if self.failures:
@@ -130,9 +135,9 @@ class KubeApi:
         url = urlsplit(target)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         if url.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
-            wanted = json.loads(body)["spec"]["resourceAttributes"]
-            resource = "/".join(filter(None, (wanted["resource"], wanted.get("subresource"))))
-            return 201, {"status": {"allowed": (wanted["verb"], resource) not in self.forbidden}}
+            attributes = json.loads(body)["spec"]["resourceAttributes"]
+            resource = "/".join(filter(None, (attributes["resource"], attributes.get("subresource"))))
+            return 201, {"status": {"allowed": (attributes["verb"], resource) not in self.forbidden}}
         match = re.fullmatch(
             r"/(?:api/v1|apis/[a-z0-9.]+/v\d)(?:/namespaces/(?P<namespace>[^/]+))?"
             r"(?:/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+)(?:/(?P<sub>[a-z]+)(?P<rest>/.*)?)?)?)?",
@@ -145,7 +150,7 @@ class KubeApi:
             plural, name = "namespaces", namespace
         verb = {"GET": "get" if name else "list", "POST": "create"}.get(method, method.lower())
         resource = f"{plural}/{sub}" if sub else plural
-        self.asked.append((verb, resource))
+        self.requests.append((verb, resource))
         if (verb, resource) in self.forbidden:
             return _error(
                 403, "Forbidden", f'{plural} "{name}" is forbidden: User "me" cannot {verb} resource "{resource}"'
@@ -186,7 +191,7 @@ class KubeApi:
         if conflicts:
             return _error(409, "Conflict", f"Apply failed with {len(conflicts)} conflicts", causes=conflicts)
         try:
-            if plural == "deployments":  # of the others the file is what is applied, and tests/test_k8s.py's
+            if plural == "deployments":  # the others are applied as they are in k8s/, which test_manifests.py validates
                 kubernetes_validate.validate(stored.read(status=False), SCHEMA, strict=True)
         except kubernetes_validate.ValidationError as error:
             return _error(422, "Invalid", f'{plural} "{name}" is invalid: {error.message}')
@@ -196,7 +201,7 @@ class KubeApi:
         return 201 if new else 200, stored.read()
 
     def scale(self) -> None:
-        """The HPA's part: it owns the replicas."""
+        """The HPA, which owns the replicas."""
         deployment = self.objects.get(("deployments", "gpt2-instruct"))
         hpa = self.objects.get(("horizontalpodautoscalers", "gpt2-instruct"))
         if deployment and hpa and ("spec", "replicas") not in deployment.fields:
@@ -212,11 +217,11 @@ class KubeApi:
         return 200, {"kind": "Status", "status": "Success"}
 
     def control(self, deployment: "Stored") -> None:
-        """One step of the Deployment's controller."""
+        """One step of the Deployment controller."""
         self.scale()
         read = deployment.read()
         template = read["spec"]["template"]
-        wanted = read["spec"].get("replicas", 1)
+        replicas = read["spec"].get("replicas", 1)
         digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:10]
         name = f"gpt2-instruct-{digest}"
         newest = max((each["revision"] for each in self.replica_sets.values()), default=0)
@@ -226,27 +231,27 @@ class KubeApi:
         this = self.replica_sets[name]
         if this["revision"] != newest or not newest:
             this["revision"] = newest + 1
-            self.looks = 0
-        self.looks += 1
+            self.reads = 0
+        self.reads += 1
         deployment.fields["metadata", "annotations", REVISION] = str(this["revision"])
-        fate = self.pods.get(image, "ready")
-        if fate == "ready" and self.looks > 2 and this["ready"] < wanted:
+        state = self.pod_states.get(image, "ready")
+        if state == "ready" and self.reads > 2 and this["ready"] < replicas:
             this["ready"] += 1
-        if this["ready"] >= wanted:
+        if this["ready"] >= replicas:
             for other in self.replica_sets.values():
-                other["ready"] = this["ready"] = wanted if other is this else 0
-            this["ready"] = wanted
+                other["ready"] = this["ready"] = replicas if other is this else 0
+            this["ready"] = replicas
         old = sum(each["ready"] for each in self.replica_sets.values() if each is not this)
-        updated = 0 if fate == "quota" else wanted if this["ready"] == wanted else this["ready"] + 1
+        updated = 0 if state == "quota" else replicas if this["ready"] == replicas else this["ready"] + 1
         conditions = [{"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated"}]
-        if fate == "quota":
+        if state == "quota":
             message = (
                 'pods "gpt2-instruct-x" is forbidden: exceeded quota: small, requested: cpu=1, used: cpu=2, limited: 2'
             )
             conditions.append(
                 {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message}
             )
-        if fate != "ready" and self.looks > DEADLINE:
+        if state != "ready" and self.reads > DEADLINE:
             conditions[0] = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
         deployment.status = {
             "observedGeneration": deployment.generation,
@@ -261,7 +266,9 @@ class KubeApi:
         if plural == "replicasets":
             items = [self.replica_set(name) for name in self.replica_sets]
         else:
-            items = [self.pod(each) for each in self.replica_sets.values() if self.pods.get(each["image"]) != "quota"]
+            items = [
+                self.pod(each) for each in self.replica_sets.values() if self.pod_states.get(each["image"]) != "quota"
+            ]
         return [each for each in items if each["metadata"]["labels"].get(key) == value]
 
     def replica_set(self, name: str) -> dict[str, Any]:
@@ -280,14 +287,14 @@ class KubeApi:
         }
 
     def pod(self, this: dict[str, Any]) -> dict[str, Any]:
-        fate = self.pods.get(this["image"], "ready")
+        state = self.pod_states.get(this["image"], "ready")
         container: dict[str, Any] = {"name": "gpt2-instruct", "image": this["image"], "imageID": "", "state": {}}
-        if fate == "ready":
+        if state == "ready":
             container["imageID"] = f"{this['image'].partition(':')[0]}@sha256:{'1' * 64}"
-        elif fate != "unready":
-            container["state"] = {"waiting": {"reason": fate, "message": f"about {this['image']}"}}
-        ready = {"type": "Ready", "status": "True" if fate == "ready" else "False"}
-        if fate == "unready":
+        elif state != "unready":
+            container["state"] = {"waiting": {"reason": state, "message": f"about {this['image']}"}}
+        ready = {"type": "Ready", "status": "True" if state == "ready" else "False"}
+        if state == "unready":
             ready["message"] = "containers with unready status: [gpt2-instruct]"
         return {
             "metadata": {"name": f"gpt2-instruct-{this['hash']}-abcde", "labels": {"pod-template-hash": this["hash"]}},
@@ -295,20 +302,20 @@ class KubeApi:
         }
 
     def proxy(self, name: str, rest: str, body: dict[str, Any], headers: Any) -> tuple[int, Any]:
-        """Passes headers on but for Authorization, which is the API server's own."""
+        """Forwards headers except for Authorization, which the API server consumes."""
         assert (name, rest) == ("gpt2-instruct:http", "/predict")
         if not self.running():
             return _error(503, "ServiceUnavailable", 'no endpoints available for service "gpt2-instruct"')
-        answer = self.answers[self.running()[0]]
-        if isinstance(answer, str):
-            passed_on = {name: value for name, value in headers.items() if name in ("X-Api-Key", "Content-Type")}
-            response = requests.post(f"{answer}/predict", json=body, headers=passed_on, timeout=60)
+        service = self.responses[self.running()[0]]
+        if isinstance(service, str):
+            forwarded = {name: value for name, value in headers.items() if name in ("X-Api-Key", "Content-Type")}
+            response = requests.post(f"{service}/predict", json=body, headers=forwarded, timeout=60)
             return response.status_code, response.json()
-        return 200, answer(body)
+        return 200, service(body)
 
 
 class Stored:
-    """An object as its fields, each with those who set it."""
+    """An object as a mapping of fields to values, and of fields to the managers that own them."""
 
     def __init__(self) -> None:
         self.fields: dict[Field, Any] = {}
@@ -323,7 +330,7 @@ class Stored:
         return other
 
     def apply(self, body: dict[str, Any], manager: str, force: bool) -> list[dict[str, str]]:
-        """The conflicts; with none, the fields are set, and those that the manager no longer names are gone."""
+        """Server-side apply; returns the conflicts. Fields that the manager no longer states are removed."""
         applied = dict(_flat(body))
         for identity in (("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace")):
             self.fields[identity] = applied.pop(identity)
@@ -359,7 +366,7 @@ class Stored:
         return []
 
     def set(self, field: Field, value: Any, manager: str) -> None:
-        """An update by somebody else."""
+        """An update by another manager."""
         self.fields[field] = value
         self.owners[field] = {manager}
         self.generation += 1

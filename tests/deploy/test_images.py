@@ -26,6 +26,8 @@ from deploy.containers import images as image
 from deploy.containers import service as docker
 from deploy.containers.images import EngineError
 from deploy.containers.service import CONFINED, DeployError
+from deploy.server import serve
+from deploy.verify import request_answer
 from run import main
 
 pytestmark = pytest.mark.slow
@@ -117,9 +119,9 @@ def second(make):
 def samples(first):
     """What the model of all these services answers."""
     questions = [("Hello.", ""), ("Name the capital.", "France")]
-    with bento.serve(first.reference) as url:
+    with serve(first.reference) as url:
         return [
-            {"instruction": text, "input": input, "tuned": bento.ask(url, text, input, MAX_NEW_TOKENS)}
+            {"instruction": text, "input": input, "tuned": request_answer(url, text, input, MAX_NEW_TOKENS)}
             for text, input in questions
         ]
 
@@ -208,7 +210,7 @@ def test_it_answers_on_a_read_only_root_without_capabilities_as_any_user(engine,
     with container(engine, first.reference, user=user) as (_, url):
         wait_until_ready(url)
         row = samples[0]
-        assert bento.ask(url, row["instruction"], row["input"], MAX_NEW_TOKENS) == row["tuned"]
+        assert request_answer(url, row["instruction"], row["input"], MAX_NEW_TOKENS) == row["tuned"]
         assert requests.get(f"{url}/metadata", timeout=5).json()["bento"] == first.reference
 
 
@@ -231,7 +233,7 @@ def test_it_runs_under_what_k8s_gives_its_pod(engine, first, samples, tmp_path):
     }
     with container(engine, first.reference, **options) as (running, url):
         wait_until_ready(url)
-        assert [bento.ask(url, row["instruction"], row["input"], MAX_NEW_TOKENS) for row in samples] == [
+        assert [request_answer(url, row["instruction"], row["input"], MAX_NEW_TOKENS) for row in samples] == [
             row["tuned"] for row in samples
         ]
         assert 'le="60.0"' in requests.get(f"{url}/metrics", timeout=10).text  # the configuration was read

@@ -1,4 +1,4 @@
-"""The manifests: valid, in agreement with each other and with the service."""
+"""The manifests of k8s/: valid, and consistent with each other and with the service."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ import yaml
 from kubernetes_validate.utils import latest_version
 
 from bentos.app import app
-from bentos.limits import DEADLINE, DRAIN_MAX
+from bentos.limits import DEADLINE, DRAIN_MAX, LAST_REQUESTS
 from deploy import bento
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,15 +42,15 @@ def container(pod):
 
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_each_manifest_is_valid_to_the_letter(name, version):
+def test_each_manifest_is_strictly_valid(name, version):
     kubernetes_validate.validate(MANIFESTS[name], version, strict=True)
 
 
-def test_the_namespace_is_applied_first():
+def test_the_namespace_is_the_first_file():
     assert next(iter(MANIFESTS.values()))["kind"] == "Namespace"
 
 
-def test_everything_has_the_one_name_and_lives_in_the_one_namespace():
+def test_all_objects_share_one_name_and_namespace():
     for manifest in MANIFESTS.values():
         assert manifest["metadata"]["name"] == bento.NAME
         assert manifest["metadata"].get("namespace", bento.NAME) == bento.NAME
@@ -59,41 +59,44 @@ def test_everything_has_the_one_name_and_lives_in_the_one_namespace():
 
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
 @pytest.mark.parametrize("name", ["deployer", "ingress"])
-def test_each_optional_one_of_kubernetes_own_kinds_is_valid_too(name, version):
+def test_each_optional_manifest_of_a_builtin_kind_is_strictly_valid(name, version):
     for manifest in OPTIONAL[name]:
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
-def test_the_deployment_is_valid_with_the_gpu_laid_over_it(deployment, version):
+def test_the_deployment_with_the_gpu_patch_is_strictly_valid(deployment, version):
     [patch] = deepcopy(OPTIONAL["gpu"])
-    over = deepcopy(deployment)
-    pod, extra = over["spec"]["template"]["spec"], patch["spec"]["template"]["spec"]
+    patched = deepcopy(deployment)
+    pod, extra = patched["spec"]["template"]["spec"], patch["spec"]["template"]["spec"]
     [container], [addition] = pod["containers"], extra.pop("containers")
     assert addition["name"] == container["name"]
     assert not extra.keys() & pod.keys()
     pod |= extra
     container["resources"]["limits"] |= addition["resources"]["limits"]
-    kubernetes_validate.validate(over, version, strict=True)
+    kubernetes_validate.validate(patched, version, strict=True)
     assert container["resources"]["limits"].keys() == {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
 
 
-def test_applying_the_folder_leaves_the_optional_ones_alone():
-    assert {path.name for path in (ROOT / "k8s").iterdir()} == {*MANIFESTS, "optional"}  # kubectl reads no sub-folders
+def test_optional_manifests_are_outside_the_applied_folder():
+    assert {path.name for path in (ROOT / "k8s").iterdir()} == {
+        *MANIFESTS,
+        "optional",
+    }  # no recursion in kubectl
 
 
-def test_the_autoscaler_owns_the_replicas_of_the_deployment(deployment):
+def test_the_autoscaler_owns_the_replicas(deployment):
     hpa = MANIFESTS["50-hpa.yaml"]["spec"]
     assert hpa["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": bento.NAME}
     assert "replicas" not in deployment["spec"]
     assert 2 <= hpa["minReplicas"] <= hpa["maxReplicas"]
 
 
-def test_the_autoscaler_can_be_reached_within_the_limit_and_one_pod_does_not_reach_it_at_rest(container):
+def test_the_cpu_target_is_between_idle_use_and_the_limit(container):
     [metric] = MANIFESTS["50-hpa.yaml"]["spec"]["metrics"]
     target = int(metric["resource"]["target"]["averageValue"].removesuffix("m"))
     assert metric["resource"]["name"] == "cpu"
-    assert 300 < target < 1150  # a nano pod that never rests uses 1.15 cores
+    assert 300 < target < 1150  # a nano pod uses 1.15 cores under constant load
     assert target < int(container["resources"]["limits"]["cpu"]) * 1000
 
 
@@ -106,22 +109,22 @@ def test_the_autoscaler_can_be_reached_within_the_limit_and_one_pod_does_not_rea
         MANIFESTS["70-networkpolicy.yaml"]["spec"]["podSelector"]["matchLabels"],
     ],
 )
-def test_each_selector_selects_the_pods_there_are(selector):
+def test_each_selector_matches_the_pod_labels(selector):
     assert selector
     assert selector.items() <= POD_LABELS.items()
 
 
-def test_pods_are_spread_over_nodes_by_the_label_they_have(pod):
+def test_pods_spread_over_nodes(pod):
     [spread] = pod["topologySpreadConstraints"]
     assert spread["labelSelector"]["matchLabels"].items() <= POD_LABELS.items()
     assert spread["topologyKey"] == "kubernetes.io/hostname"
 
 
-def test_a_budget_lets_a_node_be_drained():
+def test_the_disruption_budget_allows_draining_a_node():
     assert MANIFESTS["60-pdb.yaml"]["spec"]["maxUnavailable"] == 1
 
 
-def test_the_network_policy_opens_the_port_of_the_container_and_lets_out_nothing_but_dns(container):
+def test_the_network_policy_allows_the_container_port_in_and_dns_out(container):
     policy = MANIFESTS["70-networkpolicy.yaml"]["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     [ingress], [egress] = policy["ingress"], policy["egress"]
@@ -131,7 +134,7 @@ def test_the_network_policy_opens_the_port_of_the_container_and_lets_out_nothing
     assert dns["podSelector"]["matchLabels"] == {"k8s-app": "kube-dns"}
 
 
-def test_ingress_and_service_monitor_lead_to_the_service_by_its_ports_name():
+def test_ingress_and_service_monitor_select_the_service_port_by_name():
     [port] = MANIFESTS["40-service.yaml"]["spec"]["ports"]
     [ingress], [monitor] = OPTIONAL["ingress"], OPTIONAL["servicemonitor"]
     [rule] = ingress["spec"]["rules"]
@@ -145,7 +148,7 @@ def test_ingress_and_service_monitor_lead_to_the_service_by_its_ports_name():
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
 
 
-def test_the_paths_of_the_ingress_are_routes_of_the_service_and_show_no_metrics():
+def test_the_ingress_exposes_routes_of_the_service_only():
     [ingress] = OPTIONAL["ingress"]
     paths = [path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]]
     assert {path["pathType"] for path in ingress["spec"]["rules"][0]["http"]["paths"]} == {"Exact"}
@@ -153,19 +156,19 @@ def test_the_paths_of_the_ingress_are_routes_of_the_service_and_show_no_metrics(
     assert set(paths) - ROUTES == set()
 
 
-def test_the_role_binding_binds_the_role_to_the_account_beside_it():
+def test_the_role_binding_binds_the_role_to_its_service_account():
     account, role, binding = OPTIONAL["deployer"]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert binding["subjects"] == [{"kind": account["kind"], **account["metadata"]}]
 
 
-def test_the_service_sends_to_the_port_of_the_container(container):
+def test_the_service_targets_the_container_port(container):
     [port], [target] = container["ports"], MANIFESTS["40-service.yaml"]["spec"]["ports"]
     assert port["containerPort"] == target["port"] == 3000
     assert target["targetPort"] == port["name"]
 
 
-def test_probes_ask_bentomls_own_routes_on_the_named_port(container):
+def test_probes_request_bentoml_routes_on_the_named_port(container):
     paths = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")}
     assert {kind: get["path"] for kind, get in paths.items()} == {
         "startup": "/readyz",
@@ -175,12 +178,12 @@ def test_probes_ask_bentomls_own_routes_on_the_named_port(container):
     assert {get["port"] for get in paths.values()} == {container["ports"][0]["name"]}
 
 
-def test_a_pod_that_ends_has_time_for_the_longest_answer(pod, container):
+def test_the_grace_period_covers_the_longest_request(pod, container):
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] > pause + DRAIN_MAX + DEADLINE
+    assert pod["terminationGracePeriodSeconds"] > pause + DRAIN_MAX + LAST_REQUESTS + DEADLINE
 
 
-def test_the_pod_runs_as_nobody_in_particular_on_a_root_it_cannot_write_to(pod, container):
+def test_the_pod_is_unprivileged_with_a_read_only_root(pod, container):
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 10000
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -191,7 +194,7 @@ def test_the_pod_runs_as_nobody_in_particular_on_a_root_it_cannot_write_to(pod, 
     }
 
 
-def test_what_the_server_writes_goes_to_a_volume_of_limited_size(pod, container):
+def test_the_server_writes_to_a_volume_of_limited_size(pod, container):
     home = next(variable["value"] for variable in container["env"] if variable["name"] == "BENTOML_HOME")
     [mount] = [mount for mount in container["volumeMounts"] if not mount.get("readOnly")]
     [volume] = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
@@ -199,7 +202,7 @@ def test_what_the_server_writes_goes_to_a_volume_of_limited_size(pod, container)
     assert "sizeLimit" in volume["emptyDir"]
 
 
-def test_the_configuration_is_mounted_where_bentoml_is_told_to_read_it(pod, container):
+def test_the_configuration_is_mounted_where_bentoml_reads_it(pod, container):
     config = MANIFESTS["20-configmap.yaml"]
     file = Path(next(variable["value"] for variable in container["env"] if variable["name"] == "BENTOML_CONFIG"))
     [mount] = [mount for mount in container["volumeMounts"] if mount.get("readOnly")]
@@ -209,7 +212,7 @@ def test_the_configuration_is_mounted_where_bentoml_is_told_to_read_it(pod, cont
 
 
 def test_bentoml_accepts_the_configuration(tmp_path, monkeypatch):
-    """A value of the wrong type would end every pod when it starts."""
+    """A value of the wrong type would fail every pod at its start."""
     file = tmp_path / "bentoml.yaml"
     file.write_text(MANIFESTS["20-configmap.yaml"]["data"][file.name])
     code = (
@@ -225,37 +228,37 @@ def test_bentoml_accepts_the_configuration(tmp_path, monkeypatch):
     assert yaml.safe_load(file.read_text())["services"].keys() == {bento.NAME}
 
 
-def test_no_token_of_the_cluster_is_mounted(pod):
+def test_no_service_account_token_is_mounted(pod):
     assert pod["automountServiceAccountToken"] is False
     assert MANIFESTS["10-serviceaccount.yaml"]["automountServiceAccountToken"] is False
     assert pod["serviceAccountName"] == MANIFESTS["10-serviceaccount.yaml"]["metadata"]["name"]
 
 
-def test_requests_and_limits_are_set_for_all_that_a_node_can_run_out_of(container):
+def test_requests_and_limits_cover_cpu_memory_and_storage(container):
     for kind in ("requests", "limits"):
         assert container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"}
     threads = next(variable["valueFrom"] for variable in container["env"] if variable["name"] == "OMP_NUM_THREADS")
     assert threads == {"resourceFieldRef": {"resource": "limits.cpu"}}
 
 
-def test_the_image_has_a_tag_that_stays(container):
+def test_the_image_has_a_fixed_tag(container):
     name, _, tag = container["image"].partition(":")
     assert name == bento.NAME
     assert tag not in ("", "latest")
 
 
-def test_no_environment_of_other_services_reaches_the_pod(pod):
+def test_no_service_links_are_injected(pod):
     assert pod["enableServiceLinks"] is False
 
 
-def test_the_manifests_hold_no_secrets():
+def test_no_manifest_is_a_secret():
     manifests = [*MANIFESTS.values(), *(manifest for group in OPTIONAL.values() for manifest in group)]
     assert not {manifest["kind"] for manifest in manifests} & {"Secret"}
 
 
 @pytest.mark.slow
-def test_checkov_finds_nothing_but_what_is_explained(tmp_path):
-    """In an environment of its own: 290 MB, with bounds that are not ours."""
+def test_checkov_reports_only_the_explained_skips(tmp_path):
+    """In an environment of its own: 290 MB, with version bounds that conflict with this project's."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "checkov"], check=True)
     install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "checkov==3.3.30"]
     done = subprocess.run([tmp_path / "checkov" / "bin" / "python", *install], capture_output=True, text=True)

@@ -1,6 +1,9 @@
 """An interrupted and resumed run ends byte for byte like an uninterrupted one."""
 
+import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,13 +11,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
-from gpt2core.train import CHECKPOINT, finetune, pretrain
+from gpt2core.train import finetune, pretrain
+from gpt2core.training_state import CHECKPOINT, PREVIOUS
 
 EXAMPLES = [Example([(7 * i + j * j) % 97 for j in range(5 + i % 4)], 2) for i in range(11)]
 CONFIG = TrainConfig(
@@ -89,7 +95,11 @@ def test_a_resumed_run_continues_at_the_checkpoint(tune, tmp_path):
         tune(tmp_path, 8)
     with pytest.raises(Stop):
         tune(tmp_path, 7)  # the first step after the checkpoint of step 6
-    (tmp_path / CHECKPOINT).unlink()
+    (tmp_path / CHECKPOINT).unlink()  # as a crash leaves it between moving the old checkpoint and writing the new one
+    with pytest.raises(Stop):
+        tune(tmp_path, 4)
+    (tmp_path / PREVIOUS).unlink()
+    (tmp_path / CHECKPOINT).unlink(missing_ok=True)
     with pytest.raises(Stop):
         tune(tmp_path, 1)
 
@@ -128,13 +138,75 @@ def test_a_finished_run_is_not_trained_further(tune, tmp_path):
     assert tune(tmp_path, stop=1) == done
 
 
-@pytest.mark.parametrize("length", [0, 100, -1])
-def test_a_damaged_checkpoint_is_named(tune, tmp_path, length):
+@pytest.fixture(autouse=True)
+def warnings_are_captured(caplog):
+    caplog.set_level(logging.WARNING, "gpt2core.training_state")  # whatever level other tests leave the root logger at
+
+
+def flip(file, place, mask=1):
+    content = bytearray(file.read_bytes())
+    content[place] ^= mask
+    file.write_bytes(content)
+
+
+def change_progress(file, **values):
+    """Rewrite the metadata of a checkpoint, as its tensors are."""
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    metadata["progress"] = json.dumps(json.loads(metadata["progress"]) | values)
+    save_file(load_file(file), file, metadata)
+
+
+def drop_a_tensor(file):
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(file)
+    tensors.pop(next(key for key in tensors if key.startswith("optimiser.")))
+    save_file(tensors, file, metadata)
+
+
+DAMAGES = {
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "one bit of a tensor": lambda file: flip(file, -1, 0x40),
+    "one bit of the header": lambda file: flip(file, 30),
+    "another step": lambda file: change_progress(file, step=10**9),
+    "broken progress": lambda file: change_progress(file, history=None),
+    "a lost tensor": drop_a_tensor,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(tune, tmp_path, caplog, damage):
+    with pytest.raises(Stop):
+        tune(tmp_path, stop=13)
+    damage(tmp_path / CHECKPOINT)
+    assert tune(tmp_path) == tune(None)
+    assert re.search(rf"{CHECKPOINT} is damaged \(.*\); starting from {PREVIOUS}", caplog.text)
+
+
+def test_without_an_undamaged_checkpoint_training_starts_from_the_beginning(tune, tmp_path, caplog):
     tune(tmp_path)
-    file = tmp_path / CHECKPOINT
-    file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged .* delete it"):
-        tune(tmp_path)
+    for name in (CHECKPOINT, PREVIOUS):
+        flip(tmp_path / name, -1)
+    with pytest.raises(Stop):
+        tune(tmp_path, stop=1)
+    assert f"{PREVIOUS} is damaged" in caplog.text
+    assert "starting from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (1, r"weight .*lora_B has NaN or infinite values after step 1; lower the learning rate of 1e\+39"),
+        (3, "the loss is"),
+    ],
+)
+def test_diverging_weights_are_an_error_and_never_a_checkpoint(tune, tmp_path, steps, message):
+    diverging = replace(CONFIG, learning_rate=1e39, epochs=1, max_steps=steps, warmup_steps=0, decay_fraction=0.0)
+    with pytest.raises(FloatingPointError, match=message):
+        tune(tmp_path, config=diverging)
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
 @pytest.mark.parametrize(

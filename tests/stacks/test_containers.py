@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy import bento
 from deploy.containers import client as engine
 from deploy.containers import images as image
+from deploy.server import serve
+from deploy.verify import request_answer
 from tests.copies import copy_project, fresh_environment
 
 pytestmark = pytest.mark.slow
@@ -138,8 +139,8 @@ def test_a_run_with_every_step_in_a_container_leaves_what_a_run_without_leaves(p
     assert lineage(project)["commit"]["sha"] == head  # which no container could see
     row = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
     monkeypatch.setenv("BENTOML_HOME", str(home / "bentoml"))
-    with bento.serve((folder / "bento.txt").read_text().strip()) as url:
-        assert bento.ask(url, row["instruction"], row["input"], 12) == row["tuned"]
+    with serve((folder / "bento.txt").read_text().strip()) as url:
+        assert request_answer(url, row["instruction"], row["input"], 12) == row["tuned"]
 
 
 def test_a_killed_container_fails_the_run_with_its_last_words_and_its_successor_goes_on(

@@ -1,0 +1,232 @@
+"""Connection to one namespace of a cluster, and the API calls that a deployment needs.
+
+Objects are plain mappings as in YAML (`Manifest`). Writes are server-side applies under one field manager: fields that
+others set (the HPA's replicas, a GPU variant) remain theirs, and a field that somebody changed by hand is a conflict.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
+from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
+
+from deploy.bento import NAME, ROOT
+from deploy.config import DeployConfig
+from deploy.kubernetes.errors import (
+    Connection,
+    KubeError,
+    NotFoundError,
+    translate_api_error,
+    translate_connection_error,
+)
+from deploy.verify import api_key_header
+
+Manifest = dict[str, Any]
+
+DEPLOYER = ROOT / "k8s" / "optional" / "deployer.yaml"  # its Role lists the permissions that a deployment needs
+FIELD_MANAGER = NAME
+REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
+CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
+LOG_LINES = 20  # of a crashed container
+PATHS = {
+    "Namespace": "/api/v1/namespaces",
+    "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
+    "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
+    "Service": "/api/v1/namespaces/{namespace}/services",
+    "Pod": "/api/v1/namespaces/{namespace}/pods",
+    "Deployment": "/apis/apps/v1/namespaces/{namespace}/deployments",
+    "ReplicaSet": "/apis/apps/v1/namespaces/{namespace}/replicasets",
+    "HorizontalPodAutoscaler": "/apis/autoscaling/v2/namespaces/{namespace}/horizontalpodautoscalers",
+    "PodDisruptionBudget": "/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets",
+    "NetworkPolicy": "/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies",
+}
+ACCESS_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+
+
+class Cluster:
+    """One namespace of a cluster. Every method raises KubeError with a message that says what to do."""
+
+    def __init__(self, config: DeployConfig) -> None:
+        configuration, source = _load_configuration(config)
+        configuration.retries = Retry(
+            4,
+            connect=2,
+            read=1,
+            other=0,  # an untrusted certificate
+            backoff_factor=0.5,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None,  # every method: apply and predict are safe to repeat
+            raise_on_status=False,
+        )
+        self.connection = Connection(configuration.host, config.namespace, source)
+        self._api = client.ApiClient(configuration)
+
+    def __str__(self) -> str:
+        return str(self.connection)
+
+    @property
+    def namespace(self) -> str:
+        return self.connection.namespace
+
+    def get(self, kind: str, name: str = NAME) -> Manifest | None:
+        """The object; None if it does not exist."""
+        try:
+            return self._call("GET", f"{self._path(kind)}/{name}")
+        except NotFoundError:
+            return None
+
+    def apply(self, manifest: Manifest, force: bool = False) -> None:
+        """Server-side apply: set the manifest's fields and no others.
+
+        Args:
+            force: take over fields that another manager owns, instead of failing with a conflict.
+        """
+        path = f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}"
+        query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower())]
+        self._call("PATCH", path, manifest, query, "application/apply-patch+yaml")
+
+    def delete(self, kind: str, name: str = NAME) -> None:
+        self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
+
+    def replica_sets(self, deployment: Manifest) -> list[Manifest]:
+        """The ReplicaSets of the Deployment, oldest revision first."""
+        uid = deployment["metadata"]["uid"]
+        owned = [
+            each
+            for each in self._list("ReplicaSet", f"app.kubernetes.io/name={NAME}")
+            if any(owner["uid"] == uid for owner in each["metadata"].get("ownerReferences", ()))
+            and REVISION in each["metadata"].get("annotations", {})
+        ]
+        return sorted(owned, key=revision)
+
+    def pods(self, replica_set: Manifest) -> list[Manifest]:
+        return self._list("Pod", f"pod-template-hash={replica_set['metadata']['labels']['pod-template-hash']}")
+
+    def crash_log(self, pod: str) -> str:
+        """The last lines of the pod's previous container, the one that crashed."""
+        query = [("container", NAME), ("previous", "true"), ("tailLines", str(LOG_LINES))]
+        return str(self._call("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
+
+    def predict(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The service's response to POST /predict, through the API server's proxy; {} unless it is a JSON object."""
+        path = f"{self._path('Service')}/{NAME}:http/proxy/predict"
+        response = self._call("POST", path, dict(body), timeout=PREDICT_TIMEOUT, headers=api_key_header())
+        return response if isinstance(response, dict) else {}
+
+    def check_permissions(self) -> None:
+        """Raise KubeError naming every permission that a deployment needs and these credentials lack."""
+        [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text()) if each["kind"] == "Role"]
+        missing = [
+            f"{verb} {resource}{f'.{group}' if group else ''}"
+            for rule in role["rules"]
+            for group, resource, verb in product(rule["apiGroups"], rule["resources"], rule["verbs"])
+            if not self._is_allowed(group, resource, verb)
+        ]
+        if missing:
+            raise KubeError(
+                f"{self.connection.source} may not {', '.join(missing)} in {self}; have the Role of "
+                "k8s/optional/deployer.yaml bound to your user"
+            )
+
+    def _is_allowed(self, group: str, resource: str, verb: str) -> bool:
+        name, _, subresource = resource.partition("/")
+        attributes = {"namespace": self.namespace, "group": group, "resource": name, "verb": verb}
+        if subresource:
+            attributes["subresource"] = subresource
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        return bool(self._call("POST", ACCESS_REVIEWS, review)["status"]["allowed"])
+
+    def _list(self, kind: str, selector: str) -> list[Manifest]:
+        return list(self._call("GET", self._path(kind), query=[("labelSelector", selector)])["items"])
+
+    def _path(self, kind: str) -> str:
+        return PATHS[kind].format(namespace=self.namespace)
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        query: Sequence[tuple[str, str]] = (),
+        content_type: str = "application/json",
+        timeout: float = TIMEOUT,
+        response_type: str = "object",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Any:
+        try:
+            return self._api.call_api(
+                path,
+                method,
+                query_params=list(query),
+                header_params={"Accept": "application/json", "Content-Type": content_type, **headers},
+                body=body,
+                response_type=response_type,
+                auth_settings=["BearerToken"],
+                _return_http_data_only=True,
+                _request_timeout=(CONNECT_TIMEOUT, timeout),
+            )
+        except ApiException as error:
+            raise translate_api_error(error, method, path, self.connection) from None
+        except HTTPError as error:
+            raise translate_connection_error(error, self.connection) from None
+
+
+def revision(manifest: Manifest) -> int:
+    """The revision of a Deployment or ReplicaSet; 0 before the controller has set it."""
+    return int(manifest["metadata"].get("annotations", {}).get(REVISION, 0))
+
+
+def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str]:
+    """The client configuration, and where its credentials come from: the configured kubeconfig, $KUBECONFIG, in a pod
+    its service account, or ~/.kube/config.
+
+    Raises:
+        KubeError: there is no usable kubeconfig, or it does not have the configured context.
+    """
+    configuration = client.Configuration()
+    file = config.kubeconfig or os.environ.get("KUBECONFIG", "")
+    if not file and not config.context and "KUBERNETES_SERVICE_HOST" in os.environ:
+        source = "the pod's service account"
+        _load(source, load_incluster_config, configuration)
+        return configuration, source
+    file = os.path.expanduser(file or "~/.kube/config")
+    source = f"the kubeconfig {file}" + (f", context {config.context}" if config.context else "")
+    contexts = _contexts(file)
+    if config.context and config.context not in contexts:
+        raise KubeError(f"deploy.context is {config.context!r}; {file} has {', '.join(contexts) or 'no context'}")
+    options = {"context": config.context or None, "client_configuration": configuration, "persist_config": False}
+    _load(source, load_kube_config, file, **options)
+    return configuration, source
+
+
+def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
+    """Run one of the client's loaders. Its errors are not chained: they may quote the file, which holds secrets."""
+    try:
+        load(*arguments, **options)
+    except ConfigException as error:
+        raise KubeError(f"{source} cannot be used: {error}") from None
+    except Exception as error:
+        raise KubeError(f"{source} cannot be used: it is malformed ({type(error).__name__})") from None
+
+
+def _contexts(files: str) -> list[str]:
+    """The names of the contexts in one or more kubeconfigs, separated as in $KUBECONFIG."""
+    names = []
+    for file in filter(os.path.isfile, files.split(os.pathsep)):
+        try:
+            names += [entry["name"] for entry in yaml.safe_load(Path(file).read_text())["contexts"] or ()]
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, TypeError, KeyError):
+            raise KubeError(f"{file} is not a kubeconfig: it must be YAML with a list of contexts") from None
+    return names

@@ -1,0 +1,89 @@
+"""Errors of the Kubernetes target, and the translation of API errors into messages that say what to do."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
+
+from deploy.bento import NAME
+from deploy.target import DeployError
+
+
+class KubeError(DeployError):
+    """The cluster cannot be reached or used as configured, or a rollout failed."""
+
+
+class NotFoundError(KubeError):
+    """There is no object of that name."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What error messages say about the connection to a cluster. `str()` is the namespace and the API server."""
+
+    host: str
+    namespace: str
+    source: str  # of the credentials: a kubeconfig or the pod's service account
+
+    def __str__(self) -> str:
+        return f"namespace {self.namespace} of {self.host}"
+
+
+def translate_api_error(error: ApiException, method: str, path: str, connection: Connection) -> KubeError:
+    """The error for a response with an error status."""
+    host, source = connection.host, connection.source
+    status = _status(error.body)
+    details = status.get("details", {})
+    message = status.get("message") or error.body or error.reason
+    match error.status:
+        case 401 if '"unauthorized"' in (error.body or ""):  # a response of the service, through the proxy
+            return KubeError(
+                f"the service requires a token: set GPT2_API_TOKEN in the environment of this run to the value in "
+                f"Secret {NAME} of {connection}"
+            )
+        case 401:
+            return KubeError(
+                f"{host} does not accept the credentials of {source}: they are wrong or have expired; log in again "
+                "(check with `kubectl get namespaces`)"
+            )
+        case 404 if details.get("name"):
+            return NotFoundError(f"{host} has no such object: {message}")
+        case 404:
+            return KubeError(
+                f"{host} does not know {path}: Kubernetes 1.25 or later is required, and {source} must have the "
+                "address of the API server"
+            )
+        case 403 if "exceeded quota" in message:
+            return KubeError(f"the quota of {connection} is used up: {message}; free some of it or have it raised")
+        case 403:
+            return KubeError(f"{source} lacks a permission: {message}; k8s/optional/deployer.yaml grants it")
+        case 409 if "causes" in details:
+            fields = "; ".join(f"{cause['field']}: {cause['message']}" for cause in details["causes"])
+            return KubeError(
+                f"another field manager set fields of {path.rpartition('/namespaces/')[2]} in {connection} that k8s/ "
+                f"sets too: {fields}. Put their values into k8s/, or take the fields over with "
+                "`--set deploy.force=true`"
+            )
+    return KubeError(f"{method} {path} on {host} failed with status {error.status}: {message}")
+
+
+def translate_connection_error(error: HTTPError, connection: Connection) -> KubeError:
+    """The error for a request without a response."""
+    cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
+    if isinstance(cause, SSLError):
+        return KubeError(f"{connection.source} does not trust the certificate of {connection.host}: {cause}")
+    return KubeError(
+        f"{connection.host} cannot be reached ({type(cause).__name__}); check that the cluster is running, that this "
+        f"network reaches it, and that {connection.source} is the right one"
+    )
+
+
+def _status(body: Any) -> dict[str, Any]:
+    """The body as a Kubernetes Status object; {} if it is none."""
+    try:
+        status = json.loads(body)
+    except (TypeError, ValueError):
+        return {}
+    return status if isinstance(status, dict) and status.get("kind") == "Status" else {}

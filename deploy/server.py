@@ -1,0 +1,114 @@
+"""A Bento served by a child process of this one, and the environment of a served Bento."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import requests
+
+from deploy.bento import BentoError, bentoml_command, bentoml_environment, bentoml_home, log_tail
+from deploy.verify import request_answer, verify_answers
+from gpt2core.types import Sample
+
+START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
+STOP_TIMEOUT = 20  # seconds for a graceful shutdown
+# Variables of this process's environment that a deployed service gets: the tokens that it requires, its weights format.
+SERVICE_VARIABLES = ("GPT2_API_TOKEN", "GPT2_ADMIN_TOKEN", "GPT2_WEIGHTS")
+
+
+def verify_bento(tag: str, samples: Sequence[Sample], max_new_tokens: int, device: str) -> list[str]:
+    """Serve the Bento in fp32 and compare its answers with those of the evaluated model; return them.
+
+    Args:
+        device: type of the device that `evaluate` generated on. Answers must be equal where both ran on a CPU.
+
+    Raises:
+        VerificationError: the answers differ.
+        BentoError: the server does not start.
+    """
+    from gpt2core.model import best_device  # imports torch, which this module's other users do without
+
+    exact = device == best_device().type == "cpu"
+    with serve(tag) as url:
+        return verify_answers(tag, partial(request_answer, url, max_new_tokens=max_new_tokens), samples, exact)
+
+
+@contextmanager
+def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
+    """Serve a Bento on a free port of this machine; gives its URL once it is ready.
+
+    Args:
+        weights: format of the served weights. An exported GPT2_WEIGHTS has no effect: fp32 is what was evaluated.
+
+    Raises:
+        BentoError: the server ended or was not ready in time; with the last lines of its log.
+    """
+    # Two servers must not share a BentoML home: each deletes the metrics of the other when it starts.
+    with TemporaryDirectory() as home, TemporaryDirectory() as folder:
+        for name in ("bentos", "models"):
+            Path(home, name).symlink_to(bentoml_home() / name, target_is_directory=True)
+        port = _free_port()
+        log = Path(folder, "log")
+        environment = bentoml_environment() | {
+            "BENTOML_HOME": home,
+            "BENTOML_CONTAINERIZED": "true",  # a worker that fails ends the server instead of being restarted for ever
+            "GPT2_WEIGHTS": weights,
+        }
+        with log.open("wb") as stream:
+            server = subprocess.Popen(
+                [*bentoml_command("serve"), tag, "--host", "127.0.0.1", "--port", str(port)],
+                cwd=folder,
+                env=environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(url, server, log)
+            yield url
+        finally:
+            _stop(server)
+
+
+def service_environment() -> dict[str, str]:
+    """The non-empty `SERVICE_VARIABLES` of this process's environment."""
+    return {name: os.environ[name] for name in SERVICE_VARIABLES if os.environ.get(name)}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise BentoError(f"the server ended with exit code {server.returncode}:\n{log_tail(log.read_text())}")
+        try:
+            if requests.get(f"{url}/readyz", timeout=5).ok:
+                return
+        except requests.RequestException:
+            pass
+        time.sleep(0.1)
+    raise BentoError(f"the server was not ready after {START_TIMEOUT} seconds:\n{log_tail(log.read_text())}")
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers, which share its process group."""
+    for number, timeout in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, None)):
+        if server.poll() is None:
+            os.killpg(server.pid, number)
+            try:
+                server.wait(timeout)
+            except subprocess.TimeoutExpired:
+                continue

@@ -1,0 +1,43 @@
+"""Tensors read from safetensors files, and the check of weights."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt2core.files import check_exists
+
+
+def read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    check_exists(file)
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            # cloned: otherwise the tensors are the mapped file, change with it, and keep all of it in memory
+            return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or truncated ({error}); download or save it again") from None
+
+
+def check_weight(source: object, key: str, tensor: Tensor) -> None:
+    """Refuse a tensor that cannot be a weight: not of a floating-point type, or with values that are not finite.
+
+    Raises:
+        ValueError: naming the source (a file, or what is saved) and the tensor.
+    """
+    if not tensor.is_floating_point():
+        raise ValueError(f"{source}: tensor {key!r} has the type {tensor.dtype}; weights are floating-point numbers")
+    if not is_finite(tensor):
+        raise ValueError(f"{source}: tensor {key!r} has NaN or infinite values; the training that made it diverged")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: one pass without a temporary tensor, since minimum and maximum keep NaN."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return True
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())

@@ -1,0 +1,148 @@
+"""Serving a Bento in a child process. What the service responds is tests/bentos'."""
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import requests
+
+from deploy import bento, server
+from deploy.bento import BentoError
+from deploy.server import serve, service_environment, verify_bento
+from deploy.verify import VerificationError, request_answer
+from gpt2core.metrics import RecordScores
+from gpt2core.types import Sample
+from tests.deploy.test_bento import in_store
+from tests.helpers import make_lineage
+
+SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
+SAMPLE = Sample("Hello.", "", "", "", "something else", True, "", SCORES, SCORES)
+
+
+@pytest.fixture(scope="module")
+def tag(base_dir, adapter_dir):
+    return bento.build(base_dir, adapter_dir, make_lineage())
+
+
+@pytest.fixture(scope="module")
+def metrics_of_another_server(tag):
+    """A metrics file, as a server that already runs has it in the store."""
+    file = Path(os.environ["BENTOML_HOME"]) / "prometheus_multiproc_dir" / "counter_1.db"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"running")
+    return file
+
+
+@pytest.fixture(scope="module")
+def url(tag, metrics_of_another_server):
+    with serve(tag) as url:
+        yield url
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """The server processes that a test starts."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments, **options) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(server.subprocess, "Popen", Recorded)
+    return started
+
+
+def group_members(group: int) -> list[str]:
+    """The processes of a process group that still run."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    processes = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [args for pgid, state, *args in processes if int(pgid) == group and not state.startswith("Z")]
+
+
+def test_verification_returns_equal_answers(tag, url):
+    answer = request_answer(url, "Hello.", "", 5)
+    assert verify_bento(tag, [replace(SAMPLE, tuned=answer)], 5, "cpu") == [answer]
+
+
+def test_a_failed_verification_leaves_no_process(tag, children):
+    with pytest.raises(VerificationError, match=r"(?s)to 'Hello\.'.*answered 'something else'.*required are 100%"):
+        verify_bento(tag, [SAMPLE], 5, "cpu")
+    [child] = children
+    assert child.returncode is not None
+    assert group_members(child.pid) == []
+
+
+def test_answers_of_another_device_need_the_agreed_share_only(tag, url):
+    answer = request_answer(url, "Hello.", "", 5)
+    samples = [replace(SAMPLE, tuned=answer), SAMPLE]
+    assert verify_bento(tag, samples, 5, "cuda") == [answer, answer]
+    with pytest.raises(VerificationError, match="required are 100%"):
+        verify_bento(tag, samples, 5, "cpu")
+
+
+def test_a_bento_is_served_in_fp32_whatever_the_environment_says(tag, monkeypatch):
+    monkeypatch.setenv("GPT2_WEIGHTS", "int4")  # a server that obeyed would not start
+    with serve(tag) as url:
+        assert request_answer(url, "Hello.", "", 1) is not None
+
+
+def test_a_server_keeps_the_metrics_of_another(url, metrics_of_another_server):
+    assert metrics_of_another_server.read_bytes() == b"running"
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_log(base_dir, adapter_dir):
+    tag = bento.build(base_dir, adapter_dir, make_lineage("broken"))
+    (in_store(tag) / "src" / "lineage.json").write_text("{")
+    with pytest.raises(BentoError, match=r"(?s)exit code.*JSONDecodeError"), serve(tag):
+        pass
+
+
+def test_a_missing_bento_is_an_error():
+    with pytest.raises(BentoError, match="gpt2-instruct:none"), serve("gpt2-instruct:none"):
+        pass
+
+
+def test_a_bento_runs_its_own_code(base_dir, adapter_dir):
+    tag = bento.build(base_dir, adapter_dir, make_lineage("own code"))
+    file = in_store(tag) / "src" / "gpt2core" / "prompt.py"
+    file.chmod(0o644)
+    file.write_text('raise RuntimeError("the code of the Bento")\n')
+    with pytest.raises(BentoError, match="RuntimeError: the code of the Bento"), serve(tag):
+        pass
+
+
+def test_the_service_environment_has_the_variables_that_are_set(monkeypatch):
+    for name in server.SERVICE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GPT2_API_TOKEN", "s3cret")
+    monkeypatch.setenv("GPT2_ADMIN_TOKEN", "")
+    assert service_environment() == {"GPT2_API_TOKEN": "s3cret"}
+
+
+def test_an_error_response_of_the_service_is_reported(url):
+    with pytest.raises(VerificationError, match=r"status 400.*max_new_tokens"):
+        request_answer(url, "Hello.", "", 10_000)
+
+
+def test_metadata_of_a_served_bento_is_its_lineage(tag, url):
+    assert requests.get(f"{url}/metadata", timeout=10).json() == bento.lineage(tag).to_json()
+
+
+def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, adapter_dir):
+    tag = bento.build(base_dir, adapter_dir, make_lineage("damaged"))
+    [base] = (Path(os.environ["BENTOML_HOME"]) / "models" / "gpt2-instruct-base").glob("*/model.safetensors")
+    whole = base.read_bytes()
+    base.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with (
+            pytest.raises(BentoError, match=r"is damaged or was changed: sha256 \w{64} of .*model\.safetensors"),
+            serve(tag),
+        ):
+            pass
+        assert bento.build(base_dir, adapter_dir, make_lineage("damaged")) == tag
+        assert base.read_bytes() == whole
+    finally:
+        base.write_bytes(whole)

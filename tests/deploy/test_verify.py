@@ -1,0 +1,49 @@
+"""Comparison of a service's answers with those of the evaluated model."""
+
+from dataclasses import replace
+
+import pytest
+
+from deploy.target import DeployError
+from deploy.verify import VerificationError, api_key_header, request_answer, verify_answers
+from gpt2core.metrics import RecordScores
+from gpt2core.types import Sample
+from tests.helpers import free_port
+
+SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
+SAMPLES = [Sample(text, "", "", "", text, True, "", SCORES, SCORES) for text in "abcd"]
+
+
+def repeat_first(count: int):
+    """A service that answers correctly to the first `count` samples."""
+    return lambda instruction, input: instruction if "abcd".index(instruction) < count else "other"
+
+
+@pytest.mark.parametrize(("exact", "equal"), [(True, 4), (False, 2)])
+def test_enough_equal_answers_are_returned(exact, equal):
+    expected = ["a", "b", "c", "d"][:equal] + ["other"] * (4 - equal)
+    assert verify_answers("service", repeat_first(equal), SAMPLES, exact) == expected
+
+
+@pytest.mark.parametrize(("exact", "equal", "required"), [(True, 3, "100%"), (False, 1, "50%")])
+def test_too_few_equal_answers_are_an_error_with_the_shares(exact, equal, required):
+    message = f"service answers 'other' to '{'abcd'[equal]}'.*{equal} of 4 answers are equal, required are {required}"
+    with pytest.raises(VerificationError, match=message):
+        verify_answers("service", repeat_first(equal), SAMPLES, exact)
+
+
+def test_the_input_of_a_sample_is_sent():
+    sample = replace(SAMPLES[0], input="with input", tuned="a with input")
+    assert verify_answers("service", lambda instruction, input: f"{instruction} {input}", [sample], exact=True)
+
+
+def test_a_service_that_does_not_respond_is_a_deploy_error():
+    with pytest.raises(DeployError, match="gave no answer"):
+        request_answer(f"http://127.0.0.1:{free_port()}", "Hello.", "", 1)
+
+
+def test_the_token_of_the_environment_is_sent_as_a_header(monkeypatch):
+    monkeypatch.setenv("GPT2_API_TOKEN", "s3cret")
+    assert api_key_header() == {"X-Api-Key": "s3cret"}
+    monkeypatch.delenv("GPT2_API_TOKEN")
+    assert api_key_header() == {}
