@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.files import is_finite
 from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS
+from gpt2core.tensors import is_finite
 
 
 @dataclass(frozen=True, eq=False)
