@@ -5,7 +5,7 @@ from typing import Any
 
 from zenml.client import Client
 
-from deploy.containers import client as engine
+from deploy.containers.client import EngineError, connect, require_image
 from pipelines.config import ConfigError
 from stacks import register
 from stacks.containers import FLAVOR
@@ -36,9 +36,10 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
     used = {flavors.get(component, component[1]) for component in wanted}
     if FLAVOR in used:
         try:
-            for image in _images(config):
-                engine.check_image(image)
-        except engine.EngineError as error:
+            with connect() as client:
+                for image in _images(config):
+                    require_image(client, image)
+        except EngineError as error:
             raise ConfigError(f"{source}: {error}") from None
     if "kubernetes" in used and client.zen_store.is_local_store():
         raise ConfigError(

@@ -27,7 +27,7 @@ def test_modules_named_beside_the_step_count_as_used():
 
 def test_all_files_of_a_named_folder_count_as_used():
     files = set(cache.code_of("steps.package", folder="bentos").file_dependencies)
-    assert {"bentos/Dockerfile", "bentos/requirements.txt", "bentos/front.py"} <= files
+    assert {"bentos/Dockerfile", "bentos/requirements.txt", "bentos/page.html"} <= files
 
 
 def test_every_file_is_named_from_the_root_and_exists():
