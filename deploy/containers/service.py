@@ -139,7 +139,7 @@ class _ServiceGroup:
         if proxy is None:
             return None
         try:
-            address = read_file(proxy, _address_file(proxy)).decode()
+            address = read_file(proxy, address_file(proxy)).decode()
         except NotFound:
             return None
         return self._get(address.removeprefix("http://").partition(":")[0])
@@ -270,10 +270,10 @@ class _ServiceGroup:
 
 def _set_current(proxy: Container, service: Container) -> None:
     address = f"http://{service.name}:{PORT.partition('/')[0]}\n"
-    write_file(proxy, _address_file(proxy), address.encode())
+    write_file(proxy, address_file(proxy), address.encode())
 
 
-def _address_file(proxy: Container) -> str:
+def address_file(proxy: Container) -> str:
     """The path in a proxy's container of the file with the current service's address.
 
     A proxy is not replaced by later deployments, so it may be of an earlier version with another mount point.

@@ -1,11 +1,14 @@
 """The engine client and step containers, without an engine; tests/stacks/test_containers.py has the rest."""
 
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.containers import images
 from deploy.containers.client import EngineError, connect
 from deploy.containers.steps import StepContainer, log_lines, run_arguments
 
@@ -41,3 +44,26 @@ def test_log_lines_do_not_depend_on_how_the_bytes_are_divided(text, size):
     content = text.encode()
     chunks = (content[i : i + size] for i in range(0, len(content), size))
     assert list(log_lines(chunks)) == text.removesuffix("\n").split("\n")[: None if text else 0]
+
+
+DIGEST = "host:5000/team/gpt2@sha256:" + "1" * 64
+
+
+@pytest.mark.parametrize(
+    ("reference", "digests", "expected"),
+    [
+        ("host:5000/team/gpt2:1", ["other/gpt2@sha256:" + "0" * 64, DIGEST], DIGEST),
+        ("host:5000/team/gpt2:1", [], "host:5000/team/gpt2:1"),  # never pushed
+        (DIGEST, None, DIGEST),
+        ("host:5000/team/gpt2:1", None, "host:5000/team/gpt2:1"),  # no engine, or one that does not know it
+    ],
+)
+def test_a_tag_is_replaced_by_the_digest_of_a_registry_where_there_is_one(reference, digests, expected, monkeypatch):
+    @contextmanager
+    def connect():
+        if digests is None:
+            raise EngineError("no such image")
+        yield SimpleNamespace(images={reference: SimpleNamespace(attrs={"RepoDigests": digests})})
+
+    monkeypatch.setattr(images, "connect", connect)
+    assert images.pinned(reference) == expected
