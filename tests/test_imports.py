@@ -36,7 +36,7 @@ MAY_IMPORT = {
         "kubernetes",
         "click",
     },
-    "deploy": {"deploy", "gpt2core", "bentoml", "requests", "yaml"},
+    "deploy": {"deploy", "gpt2core", "bentoml", "psutil", "requests", "yaml"},
     "deploy/containers": {"deploy", "gpt2core", "docker", "requests", "aiohttp", "multidict", "yarl"},
     "deploy/kubernetes": {"deploy", "gpt2core", "kubernetes", "urllib3", "yaml"},
     "stacks": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
