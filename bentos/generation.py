@@ -22,6 +22,7 @@ from gpt2core.inference.detokenizer import IncrementalDetokenizer as Detokenizer
 from gpt2core.inference.request import EngineClosed, TokenLogprobs
 from gpt2core.inference.request import Request as EngineRequest
 from gpt2core.model import best_device
+from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 
 __all__ = ["Detokenizer", "EngineRequest", "TextGenerator", "TokenLogprobs"]
@@ -79,6 +80,10 @@ class TextGenerator:
         if name not in self.models:
             message = f"there is no model {name!r}; available: {', '.join(self.models)}"
             raise ServiceError("model_not_found", message, param)
+
+    def encode_instruction(self, instruction: str, input: str = "") -> list[int]:
+        """The prompt of an instruction, as in training."""
+        return self.tokenizer.encode_ordinary(format_prompt(instruction, input))
 
     def config(self, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
         """The engine reduces `max_new_tokens` to what the prompt leaves of the context."""

@@ -16,7 +16,6 @@ from bentos.limits import DEADLINE
 from bentos.openapi import ERRORS, operation
 from bentos.schemas import Envelope, ErrorResponse, PredictRequest, PredictResponse
 from bentos.streaming import event_stream, unless_disconnected
-from gpt2core.prompt import format_prompt
 
 Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
 
@@ -62,7 +61,7 @@ async def _predict(request: Request, may_stream: bool) -> Response:
         seed=body.seed,
     )
     generation = GenerationRequest(
-        generator.tokenizer.encode_ordinary(format_prompt(body.instruction, body.input)),
+        generator.encode_instruction(body.instruction, body.input),
         config,
         body.adapter,
         deadline,

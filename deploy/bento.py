@@ -6,21 +6,26 @@ Bentos. Bentos and models are named by their content, so that equal content is s
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copytree, ignore_patterns, rmtree
 from tempfile import TemporaryDirectory
 
 import yaml
 
 from deploy.source import ROOT
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
+from gpt2core.files import verify_directory
 from gpt2core.types import AdapterRef, Lineage
 
+logger = logging.getLogger(__name__)
+
 NAME = "gpt2-instruct"
+MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
 LOG_LINES = 60  # of a failed command, in its error
 
 
@@ -67,7 +72,7 @@ def exists(tag: str) -> bool:
     if not bento.is_file():
         return False
     models = [model for service in yaml.safe_load(bento.read_text())["services"] for model in service["models"]]
-    return all((_in_store("models", model["tag"]) / "model.yaml").is_file() for model in models)
+    return all((_in_store("models", model["tag"]) / MODEL_FILE).is_file() for model in models)
 
 
 def lineage(tag: str) -> Lineage:
@@ -111,12 +116,22 @@ def log_tail(log: str) -> str:
 
 
 def _store_model(name: str, directory: Path) -> str:
-    """Copy a directory into BentoML's model store unless it is there; return its tag, which its content gives."""
+    """Copy a directory into BentoML's model store unless it is there; return its tag, which its content gives.
+
+    A stored copy that is damaged is replaced.
+    """
     import bentoml  # a second; cached runs do without
 
-    tag = f"{name}:{directory_sha256(directory)[:16]}"
+    version = directory_sha256(directory)[:16]
+    tag = f"{name}:{version}"
     stored = _in_store("models", tag)
-    if not (stored / "model.yaml").is_file():
+    if stored.is_dir():
+        try:
+            verify_directory(stored, version, exclude=[MODEL_FILE])
+        except ValueError as error:
+            logger.warning("%s; it is stored again", error)
+            rmtree(stored)
+    if not (stored / MODEL_FILE).is_file():
         with bentoml.models.create(tag) as model:
             copytree(directory, model.path, dirs_exist_ok=True)
         stored.chmod(0o755)  # BentoML's 0700 would lock out the user of a container

@@ -1,6 +1,6 @@
-"""Examples as tensors: batches of examples, packed into rows with next to no padding."""
+"""Examples as tensors, packed into rows with next to no padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,15 +21,6 @@ class Batch(NamedTuple):
     n_tokens: int  # without padding; a shared prefix counts once per example
     positions: Tensor | None = None  # (G, T) within the example; None: each row is one text from position 0
     example: Tensor | None = None  # (G, T) index of the token's example, SHARED or PADDING; None: rows have no examples
-
-
-def batches(
-    examples: Sequence[Example], batch_size: int, order: Sequence[int] | None = None
-) -> Iterator[list[Example]]:
-    """`batch_size` examples at a time, in their order or in that of the indices given; the last may be smaller."""
-    order = range(len(examples)) if order is None else order
-    for start in range(0, len(order), batch_size):
-        yield [examples[i] for i in order[start : start + batch_size]]
 
 
 def pack(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter, save_adapter
 from gpt2core.config import GPT2Config
-from gpt2core.files import atomic_write, directory_sha256, file_sha256, read_json, to_json, write_files
+from gpt2core.files import atomic_write, directory_sha256, file_sha256, read_json, read_text, to_json, write_files
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
@@ -143,7 +143,7 @@ def read_config(file: Path) -> GPT2Config:
     generation_config = file.parent / GENERATION_CONFIG
     if generation_config.is_file():
         read_json(generation_config)  # refuses a damaged one
-        described["generation_config"] = generation_config.read_text(encoding="utf-8-sig")
+        described["generation_config"] = read_text(generation_config)
     n_tokens, n_rows = count_tokens(file.parent), values.get("vocab_size", GPT2Config.vocab_size)
     if n_tokens is not None and isinstance(n_rows, int):
         if n_tokens > n_rows:

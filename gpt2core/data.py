@@ -69,7 +69,7 @@ class LongRecord:
 
 def count_duplicates(records: Sequence[Record]) -> int:
     """Number of records equal to an earlier one. They are kept: repeating a record is a choice of the data's author."""
-    return len(records) - len({tuple(record[key] for key in TEXTS) for record in records})
+    return len(records) - len({(*_question(record), record["output"]) for record in records})
 
 
 def count_repeated_questions(records: Sequence[Record]) -> int:
@@ -86,7 +86,7 @@ def find_markers(records: Sequence[Record]) -> list[str]:
     return [
         place_of(records, i)
         for i, record in enumerate(records)
-        if any(marker in record[key] for key in TEXTS for marker in MARKERS)
+        if any(marker in record.get(key, "") for key in TEXTS for marker in MARKERS)
     ]
 
 
@@ -131,7 +131,7 @@ def split_records(
 
 
 def _question(record: Record) -> tuple[str, str]:
-    return record["instruction"], record["input"]
+    return record["instruction"], record.get("input", "")
 
 
 def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[int]]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -51,8 +51,41 @@ def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) 
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def verify_directory(directory: str | Path, sha256: str, exclude: Collection[str] = ()) -> None:
+    """Compare a directory with the digest under which it was stored.
+
+    Args:
+        sha256: of `directory_sha256`, or at least its first 16 digits.
+        exclude: files that were not there when the digest was computed.
+
+    Raises:
+        ValueError: naming the directory, its files and both digests.
+    """
+    paths = [path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()]
+    names = sorted(set(paths) - set(exclude))
+    found = directory_sha256(directory, names)
+    if len(sha256) < 16 or not found.startswith(sha256):
+        raise ValueError(
+            f"{directory} is damaged or was changed: sha256 {found} of {', '.join(names) or 'no files'}, but {sha256} "
+            "was recorded when it was stored"
+        )
+
+
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    check_exists(file)
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -61,9 +94,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: naming the file.
     """
-    check_exists(file)
+    text = read_text(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) with a key-value cache. Knows no files, no sampling and no loss.
+"""GPT-2 (Radford et al. 2019) with a key-value cache. Independent of files, sampling and loss.
 
 Shape letters: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = C/H, V vocabulary.
 """

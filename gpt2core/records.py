@@ -190,6 +190,8 @@ class _Parser:
         """The records of a line or of the whole text, which starts at `offset` of the file."""
         position = _skip(text, 0)
         while position < len(text):
+            if text[position] == ",":
+                self._fail("comma between records outside of a list", offset + position)
             if text[position] != "[":
                 place, value, position = self._value(text, position, offset)
                 self._check_is_record(value)
@@ -265,7 +267,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise _Forbidden(f"the key {twice!r} occurs twice in one object", re.escape(json.dumps(twice)) + r"\s*:", 2)
+        spellings = (re.escape(json.dumps(twice, ensure_ascii=ascii)) for ascii in (True, False))
+        raise _Forbidden(f"the key {twice!r} occurs twice in one object", rf"(?:{'|'.join(spellings)})\s*:", 2)
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import tiktoken
 
-from gpt2core.files import read_json
+from gpt2core.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
@@ -78,7 +78,7 @@ def _read(directory: Path) -> _Vocabulary:
     if END_OF_TEXT not in ids:
         raise ValueError(f"{directory / VOCAB} has no {END_OF_TEXT!r}")
     special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
-    lines = (directory / MERGES).read_text(encoding="utf-8-sig").split("\n")
+    lines = read_text(directory / MERGES).split("\n")
     merges = [line.rstrip("\r") for line in lines]
     merged = [merge.replace(" ", "") for merge in merges if merge and not merge.startswith("#version")]
     return _Vocabulary(f"{directory / VOCAB} with {MERGES}", ids, merged, special)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2core.batching import IGNORED, Batch, attention_mask, batches, pack
+from gpt2core.batching import IGNORED, Batch, attention_mask, pack
 from gpt2core.config import Precision, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.lora import lora_layers
@@ -84,13 +84,19 @@ def finetune(
             )
         ]
 
-    def batches_of(step: int) -> list[Batch]:
+    def indices_of(step: int) -> list[list[int]]:
         epoch, place = divmod(step, steps_per_epoch)
         order = torch.randperm(len(train), generator=_generator(config.seed, epoch)).tolist()
-        chosen = list(batches(train, config.batch_size, order))[:n_batches]
         first = place * config.gradient_accumulation_steps
-        parts = chosen[first : first + config.gradient_accumulation_steps]
-        return [pack(own, config.loss_on, device, share_prefix) for part in parts if (own := part[rank::world_size])]
+        parts = range(first, min(first + config.gradient_accumulation_steps, n_batches))
+        return [order[part * config.batch_size : (part + 1) * config.batch_size] for part in parts]
+
+    def batches_of(step: int) -> list[Batch]:
+        shares = [part[rank::world_size] for part in indices_of(step)]
+        return [pack([train[i] for i in own], config.loss_on, device, share_prefix) for own in shares if own]
+
+    def describe(step: int) -> str:
+        return f"training records {', '.join(str(i + 1) for part in indices_of(step) for i in part)}"
 
     def validate() -> float:
         n = None if config.limit_val_batches is None else config.limit_val_batches * config.batch_size
@@ -102,6 +108,7 @@ def finetune(
         config=config,
         optimisers=optimisers,
         batches_of=batches_of,
+        describe=describe,
         total_steps=total_steps,
         validate=validate if val else None,
         validate_every=config.validate_every_epochs * steps_per_epoch,
@@ -168,6 +175,7 @@ def pretrain(
         config=config,
         optimisers=optimisers,
         batches_of=batches_of,
+        describe=lambda step: f"pass {step // steps_per_pass + 1} over the text",
         total_steps=config.max_steps,
         validate=None,
         validate_every=config.max_steps,
@@ -183,7 +191,8 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
     device = model.wte.weight.device
     sums: list[tuple[float, int]] = []
     with evaluating(model):
-        for part in batches(examples, batch_size):
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
             batch = pack(part, loss_on, device)
             losses, labelled = _losses(model, batch)
             assert batch.example is not None
@@ -209,6 +218,7 @@ class _Plan:
     config: TrainConfig | PretrainConfig
     optimisers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
     batches_of: Callable[[int], list[Batch]]  # the batches of an optimiser step
+    describe: Callable[[int], str]  # the data of an optimiser step, for messages
     total_steps: int
     validate: Callable[[], float] | None  # the validation loss
     validate_every: int  # steps
@@ -235,14 +245,14 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
             step = state.progress.step
             if values:
                 log(step, values)
+            if plan.is_due(step, plan.validate_every) or plan.is_due(step, plan.checkpoint_every):
+                state.check_finite()
             if plan.validate is not None and plan.is_due(step, plan.validate_every):
                 val_loss = plan.validate()
                 state.keep_best(val_loss)
                 log(step, {"val/loss": val_loss})
-            if plan.is_due(step, plan.checkpoint_every):
-                state.check_finite()
-                if directory is not None and is_first:
-                    state.save(directory, plan.fingerprint)
+            if directory is not None and is_first and plan.is_due(step, plan.checkpoint_every):
+                state.save(directory, plan.fingerprint)
         state.restore_best()
     progress = state.progress
     speed = progress.tokens_seen / progress.seconds if progress.seconds else 0.0
@@ -289,8 +299,8 @@ def _step(model: GPT2, plan: _Plan, state: TrainingState) -> dict[str, float]:
     progress.seconds += perf_counter() - start
     if not math.isfinite(progress.loss):
         raise FloatingPointError(
-            f"the loss is {progress.loss} at step {progress.step}; lower learning_rate={config.learning_rate}, "
-            "raise warmup_steps, or use another precision"
+            f"the loss is {progress.loss} at step {progress.step} ({plan.describe(progress.step - 1)}); "
+            f"lower learning_rate={config.learning_rate}, raise warmup_steps, or use another precision"
         )
     if not plan.is_due(progress.step, config.log_every_steps):
         return {}

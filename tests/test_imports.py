@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"gpt2core", "steps", "pipelines", "deploy", "bentos", "stacks", "benchmarks"}
+PACKAGES = {"gpt2core", "steps", "pipelines", "commands", "deploy", "bentos", "stacks", "benchmarks"}
 CORE = {"gpt2core", "torch", "numpy", "tiktoken", "safetensors"}
 # Folder -> names that its files may import, besides the standard library. A file follows its own folder alone.
 MAY_IMPORT = {
@@ -36,6 +36,8 @@ MAY_IMPORT = {
         "kubernetes",
         "click",
     },
+    "commands": {"commands", "steps", "gpt2core"},
+    "commands/lineage": {"commands", "gpt2core", "zenml"},
     "deploy": {"deploy", "gpt2core", "bentoml", "psutil", "requests", "yaml"},
     "deploy/containers": {"deploy", "gpt2core", "docker", "requests", "aiohttp", "multidict", "yarl"},
     "deploy/kubernetes": {"deploy", "gpt2core", "kubernetes", "urllib3", "yaml"},
@@ -67,13 +69,14 @@ EXTRAS = {
     "gpt2core/demo": ("pipeline",),
     "steps": ("pipeline", "deploy"),
     "pipelines": ("pipeline", "deploy"),
+    "commands": ("pipeline", "deploy"),
     "stacks": ("pipeline", "deploy"),
     "deploy": ("deploy", "serve"),
     "bentos": ("serve",),
     "benchmarks": ("bench", "deploy"),
 }
 # The modules that may use names which a library does not promise to keep.
-COMPAT = {"gpt2core/inference/kernels.py", "bentos/compat.py", "pipelines/compat.py"}
+COMPAT = {"gpt2core/inference/kernels.py", "bentos/compat.py", "pipelines/zenml_compat.py"}
 PRIVATE = re.compile(r"(^|\.)_(?!_)")
 FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
 

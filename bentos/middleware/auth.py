@@ -28,7 +28,7 @@ class AuthMiddleware:
             error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
             await error_response(error)(scope, receive, send)
         else:
-            # A browser that opens the page asks its user, and sends the token as Basic's password from then on.
+            # A browser that opens the page prompts for a password, and sends it (the token) with every later request.
             scheme = 'Basic realm="gpt2-instruct", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
             error = ServiceError("unauthorized", "a valid token is required: Authorization: Bearer …, or X-Api-Key")
             await error_response(error, {"WWW-Authenticate": scheme})(scope, receive, send)

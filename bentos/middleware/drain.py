@@ -24,7 +24,7 @@ Handler = Callable[[int, FrameType | None], object]  # of a signal
 
 
 class DrainMiddleware:
-    """Whatever routes requests here sees /readyz fail before the port closes."""
+    """Lets load balancers see /readyz fail before the port closes."""
 
     def __init__(
         self, app: ASGIApp, uncounted_paths: Collection[str], stop_listening: Callable[[Handler], Awaitable[None]]

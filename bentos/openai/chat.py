@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tiktoken
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +19,9 @@ from bentos.openai.serving import Route, respond
 from bentos.openapi import ERRORS, operation
 from bentos.schemas import DEFAULTS
 from bentos.settings import MultiTurn
-from gpt2core.prompt import format_prompt
+
+if TYPE_CHECKING:
+    from bentos.generation import TextGenerator
 
 router = APIRouter()
 
@@ -35,7 +36,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer an instruction, as OpenAI's route of that name does: the last user turn is the instruction."""
     deadline = monotonic() + DEADLINE
     body = await read_body(request, ChatRequest)
-    route = ChatRoute(body, served(request).generator.tokenizer, served(request).multi_turn)
+    route = ChatRoute(body, served(request).generator, served(request).multi_turn)
     return await respond(request, route, deadline)
 
 
@@ -43,14 +44,14 @@ class ChatRoute(Route):
     object, chunk_object, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
     prompt_field, clean = "messages", True
 
-    def __init__(self, body: ChatRequest, tokenizer: tiktoken.Encoding, multi_turn: MultiTurn) -> None:
-        self.body, self.tokenizer = body, tokenizer
+    def __init__(self, body: ChatRequest, generator: "TextGenerator", multi_turn: MultiTurn) -> None:
+        self.body, self.tokenizer = body, generator.tokenizer
         if body.top_logprobs and not body.logprobs:
             raise ServiceError("invalid_request", "top_logprobs: only together with logprobs", "top_logprobs")
         self.logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self.max_new_tokens = body.max_completion_tokens or body.max_tokens or DEFAULTS.max_new_tokens
         instruction, n_ignored = instruction_of(body.messages, multi_turn)
-        self.prompts = [tokenizer.encode_ordinary(format_prompt(instruction))]
+        self.prompts = [generator.encode_instruction(instruction)]
         self.extra_fields = {"ignored_messages": n_ignored}
 
     def choice(

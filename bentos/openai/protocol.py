@@ -1,9 +1,9 @@
 """Requests of the OpenAI API as this service accepts them.
 
 https://platform.openai.com/docs/api-reference/completions and .../chat. Every documented field is here. A field that is
-null, or at the value that OpenAI documents as its default, asks for nothing; a value that asks for something this
-service does not have is refused, and the error names the field. Fields that OpenAI does not document are ignored if
-their value asks for nothing either (null, false, 0, "", [], {}).
+null, or has the value that OpenAI documents as its default, has no effect; a value that requests something this
+service does not support is refused, and the error names the field. Fields that OpenAI does not document are ignored if
+their value is neutral (null, false, 0, "", [], {}).
 """
 
 from typing import Annotated, Any, Literal
@@ -45,7 +45,7 @@ ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)
 
 
 class LenientRequest(BaseModel):
-    """Types are strict; unknown fields are accepted where they ask for nothing."""
+    """Types are strict; unknown fields are accepted if their value is neutral."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Unsupported]
@@ -57,7 +57,7 @@ class StreamOptions(LenientRequest):
 
 
 def _only_with(name: str, other: str, neutral: dict[str, Any]) -> dict[str, Any]:
-    """Schema: `name` asks for nothing unless `other` is true."""
+    """JSON schema: `name` must be neutral unless `other` is true."""
     nothing = {"properties": {name: neutral}}
     return {"anyOf": [nothing, {"properties": {other: {"const": True}}, "required": [other]}]}
 

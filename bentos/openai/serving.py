@@ -145,7 +145,7 @@ class _Form:
         return {"object": self.route.chunk_object, **self._common, "choices": [choice], **counts}
 
     def usage_event(self) -> dict[str, Any] | None:
-        """The last event, with token counts, if the request asks for it."""
+        """The last event, with token counts, if the request includes `include_usage`."""
         if not self._include_usage:
             return None
         counts = usage(self.completions).model_dump()

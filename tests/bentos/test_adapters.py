@@ -1,7 +1,12 @@
 """Loading and unloading adapters over HTTP."""
 
+import hashlib
+import shutil
+
 import pytest
 import requests
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gpt2core.checkpoint import directory_sha256
 from tests.bentos.client import admin, answer_of, error_of, predict
@@ -49,3 +54,23 @@ def test_the_runs_own_models_are_not_unloaded(url, name):
 def test_loading_requires_the_admin_token(url):
     assert admin(url, "load", token="other", lora_name="a", lora_path="good").status_code == 401
     assert requests.post(f"{url}/v1/load_lora_adapter", json={}, timeout=10).status_code == 401
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_with_weights_that_are_not_finite_is_refused_and_changes_nothing(url, adapters, value):
+    before = predict(url, instruction="Say hello.").json()
+    shutil.copytree(adapters / "good", adapters / "diverged", dirs_exist_ok=True)
+    file = adapters / "diverged" / "adapter.safetensors"
+    with safe_open(file, framework="pt") as stored:
+        metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}
+    next(tensor for name, tensor in tensors.items() if name.endswith("lora_B"))[0, 0] = value
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    save_file(tensors, file, metadata)
+    description = adapters / "diverged" / "adapter.json"
+    description.write_text(description.read_text().replace(digest, hashlib.sha256(file.read_bytes()).hexdigest()))
+    response = admin(url, "load", lora_name="diverged", lora_path="diverged")
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "invalid_adapter"
+    assert "finite" in error_of(response)["message"]
+    assert "diverged" not in [model["id"] for model in requests.get(f"{url}/v1/models", timeout=10).json()["data"]]
+    assert predict(url, instruction="Say hello.").json() == before

@@ -6,13 +6,13 @@ from time import monotonic, sleep
 import pytest
 from starlette.requests import Request
 
-from bentos import body
+from bentos import body, generation
 from bentos.completion import Completion, CompletionResult, GenerationRequest, merge, usage
 from bentos.errors import ServiceError, error_response
 from bentos.generation import TextGenerator
 from bentos.middleware.access_log import RequestRecord
 from bentos.schemas import TUNED, PredictRequest
-from gpt2core.prompt import format_prompt
+from gpt2core.engine import EngineFull
 from tests.helpers import wait_until
 
 
@@ -33,7 +33,7 @@ def slow_generator(generator, monkeypatch):
 def submit(
     generator: TextGenerator, seconds: float = 60, max_new_tokens: int = 8, n: int = 1, on_end=None, **values
 ) -> list[Completion]:
-    prompt = generator.tokenizer.encode_ordinary(format_prompt("Hello."))
+    prompt = generator.encode_instruction("Hello.")
     config = generator.config(max_new_tokens)
     request = GenerationRequest(prompt, config, TUNED, monotonic() + seconds, "id-1", **values)
     return generator.submit([request] * n, "instruction", on_end)
@@ -77,24 +77,33 @@ def test_a_cancelled_completion_leaves_the_engine(slow_generator):
     wait_until(lambda: slow_generator.engine.stats()["running"] == 0, 20, "an idle engine")
 
 
-def test_a_full_queue_is_a_429_with_retry_after(generator, monkeypatch):
-    monkeypatch.setattr(generator.engine, "_max_queue", 0)
+def test_a_full_queue_is_a_429_with_retry_after(base_dir, adapter_dir, monkeypatch):
+    monkeypatch.setattr(generation, "MAX_QUEUE", 0)
+    generator = TextGenerator(base_dir, adapter_dir, "fp32")
     with pytest.raises(ServiceError) as error:
         complete(generator)
+    generator.close()
     response = error_response(error.value)
     assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
 
 
-def test_requests_are_queued_all_or_none(generator, monkeypatch):
-    monkeypatch.setattr(generator.engine, "_max_queue", 2)
-    monkeypatch.setattr(generator.engine._scheduler, "_max_batch", 0)  # nothing leaves the queue
+def test_requests_are_queued_all_or_none(slow_generator, monkeypatch):
+    submit_one, n = slow_generator.engine.submit, 0
+
+    def submit_two(*args, **values):
+        nonlocal n
+        n += 1
+        if n == 3:
+            raise EngineFull("2 requests are waiting")
+        return submit_one(*args, **values)
 
     async def run() -> None:
-        submit(generator, n=3)
+        submit(slow_generator, n=3, max_new_tokens=60)
 
+    monkeypatch.setattr(slow_generator.engine, "submit", submit_two)
     with pytest.raises(ServiceError):
         asyncio.run(run())
-    wait_until(lambda: generator.engine.stats()["waiting"] == 0, 20, "an empty queue")
+    wait_until(lambda: sum(map(slow_generator.engine.stats().get, ("waiting", "running"))) == 0, 20, "an idle engine")
 
 
 def test_a_completion_that_the_engine_drops_is_a_503(generator, monkeypatch):

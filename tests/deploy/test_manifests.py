@@ -12,7 +12,7 @@ import yaml
 from kubernetes_validate.utils import latest_version
 
 from bentos.app import app
-from bentos.limits import DEADLINE, DRAIN_MAX
+from bentos.limits import DEADLINE, DRAIN_MAX, LAST_REQUESTS
 from deploy import bento
 
 ROOT = Path(__file__).parent.parent.parent
@@ -180,7 +180,7 @@ def test_probes_request_bentoml_routes_on_the_named_port(container):
 
 def test_the_grace_period_covers_the_longest_request(pod, container):
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] > pause + DRAIN_MAX + DEADLINE
+    assert pod["terminationGracePeriodSeconds"] > pause + DRAIN_MAX + LAST_REQUESTS + DEADLINE
 
 
 def test_the_pod_is_unprivileged_with_a_read_only_root(pod, container):

@@ -139,3 +139,20 @@ def test_an_error_response_of_the_service_is_reported(url):
 
 def test_metadata_of_a_served_bento_is_its_lineage(tag, url):
     assert requests.get(f"{url}/metadata", timeout=10).json() == bento.lineage(tag).to_json()
+
+
+def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, adapter_dir):
+    tag = bento.build(base_dir, adapter_dir, make_lineage("damaged"))
+    [base] = (Path(os.environ["BENTOML_HOME"]) / "models" / "gpt2-instruct-base").glob("*/model.safetensors")
+    whole = base.read_bytes()
+    base.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with (
+            pytest.raises(BentoError, match=r"is damaged or was changed: sha256 \w{64} of .*model\.safetensors"),
+            serve(tag),
+        ):
+            pass
+        assert bento.build(base_dir, adapter_dir, make_lineage("damaged")) == tag
+        assert base.read_bytes() == whole
+    finally:
+        base.write_bytes(whole)

@@ -1,9 +1,9 @@
-"""Packing of examples into rows, and batches."""
+"""Packing of examples into rows."""
 
 import torch
 
 from gpt2core import batching
-from gpt2core.batching import IGNORED, PADDING, SHARED, batches, pack
+from gpt2core.batching import IGNORED, PADDING, SHARED, pack
 from gpt2core.data import Example
 
 LONG, SHORT = Example([1, 2, 3, 4, 5], 3), Example([1, 2, 8], 2)
@@ -55,9 +55,3 @@ def test_one_example_per_row_needs_no_mask(monkeypatch):
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5], [IGNORED, 8, IGNORED, IGNORED]]
     assert batch.positions is None
-
-
-def test_batches_have_every_example_once_in_the_given_order():
-    examples = [Example([i, i], 1) for i in range(5)]
-    assert list(batches(examples, 2)) == [examples[:2], examples[2:4], examples[4:]]
-    assert list(batches(examples, 2, [4, 0, 1])) == [[examples[4], examples[0]], [examples[1]]]

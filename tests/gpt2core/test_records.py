@@ -101,6 +101,8 @@ LIST = f"[\n  {LINE},\n  %s\n]"
             LIST % '{"output": "a", "instruction": "output", "output": "b"}',
             ["line 3, column 44 (record 2)", "'output' occurs twice"],
         ),
+        ("a.jsonl", f"{LINE},\n{LINE},\n", ["line 1, column 64 (record 1)", "comma between records outside of a list"]),
+        ("a.jsonl", '{"ä": "a", "ä": "b"}', ["line 1, column 12", "'ä' occurs twice"]),
         ("a.json", f"[{LINE}", ["line 1", "',' or ']'"]),
         ("a.json", f"[{LINE}] x", ["line 1", "Expecting value"]),
         ("a.json", "[" * 100_000, ["nested too deeply"]),

@@ -110,6 +110,13 @@ def test_windows_line_ends_and_a_missing_version_line_are_accepted(broken, ours)
     assert load_tokenizer(broken).encode_ordinary(text) == ours.encode_ordinary(text)
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_file_that_is_not_utf8_is_named(broken, name):
+    (broken / name).write_bytes((broken / name).read_bytes()[:50] + b"\xff")
+    with pytest.raises(ValueError, match=f"{broken / name} is not UTF-8 text"):
+        load_tokenizer(broken)
+
+
 def test_byte_order_marks_are_ignored(broken, ours):
     for name in ("vocab.json", "merges.txt"):
         (broken / name).write_bytes(b"\xef\xbb\xbf" + (broken / name).read_bytes())

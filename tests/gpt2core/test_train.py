@@ -298,10 +298,23 @@ def test_training_works_with_deterministic_algorithms(model):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_advice(model):
+def test_a_loss_that_is_not_finite_stops_the_run_with_records_and_advice(model):
     model.wte.weight.data[5] = math.inf
-    with pytest.raises(FloatingPointError, match=r"at step 1; lower learning_rate=0\.01"):
-        finetune(model, [Example([5, 5, 5], 1)], [], config())
+    records = [Example([5, 5, 5], 1), Example([6, 6, 6], 1)]
+    with pytest.raises(FloatingPointError, match=r"step 1 \(training records (1, 2|2, 1)\); lower learning_rate=0\.01"):
+        finetune(model, records, [], config())
+
+
+def test_diverging_pretraining_stops_with_the_pass_and_advice(small):
+    small.wte.weight.data[5] = math.nan
+    with pytest.raises(FloatingPointError, match=r"step 1 \(pass 1 over the text\); lower learning_rate="):
+        pretrain(small, torch.arange(32).repeat(20), PretrainConfig(max_steps=2, batch_size=2))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(model):
+    model.wpe.weight.data[40] = math.nan  # a position that only the validation example has
+    with pytest.raises(FloatingPointError, match=r"the validation loss is nan after step 3"):
+        finetune(model, examples(), [Example([7, 8, 9, *range(50)], 3)], config())
 
 
 def test_models_and_data_that_cannot_be_trained_are_refused(tiny_gpt2_dir, model):

@@ -1,0 +1,93 @@
+"""Each middleware by itself, around a small app."""
+
+import json
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from bentos.completion import CompletionResult, GenerationRequest
+from bentos.dependencies import record
+from bentos.middleware.access_log import AccessLogMiddleware
+from bentos.middleware.drain import DrainMiddleware
+from bentos.middleware.error_shape import ErrorShapeMiddleware
+from bentos.middleware.request_id import RequestIdMiddleware
+from gpt2core.config import GenerationConfig
+
+
+async def generate(request: Request) -> PlainTextResponse:
+    """Three completions of two prompts."""
+    prompts = [[1, 2], [3, 4, 5]]
+    for prompt, tokens, reason in (
+        (prompts[0], [7], "stop"),
+        (prompts[0], [7, 8], "length"),
+        (prompts[1], [9], "stop"),
+    ):
+        wanted = GenerationRequest(prompt, GenerationConfig(), "base", 60.0, request.state.request_id)
+        record(request).add(CompletionResult(wanted, None, reason, tokens, [1.0 + len(tokens)], 1.0, 9.0))
+    return PlainTextResponse("ok")
+
+
+def not_ours(request: Request) -> JSONResponse:
+    return JSONResponse([{"error": "as BentoML says it"}], 503, {"X-Kept": "yes"})
+
+
+ROUTES = [Route("/generate", generate), Route("/503", not_ours), Route("/readyz", lambda _: PlainTextResponse("\n"))]
+
+
+def logged(capsys, path: str) -> list[dict]:
+    app = RequestIdMiddleware(AccessLogMiddleware(Starlette(routes=ROUTES), skip_paths=["/readyz"]), "run-17")
+    TestClient(app).get(path, headers={"X-Request-Id": "mine"})
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_access_log_sums_over_all_choices(capsys):
+    (line,) = logged(capsys, "/generate")
+    assert line.pop("time")
+    assert line.pop("milliseconds") >= 0
+    assert line == {
+        "client": "testclient",
+        "method": "GET",
+        "path": "/generate",
+        "status": 200,
+        "request_id": "mine",
+        "model": "base",
+        "adapter_sha256": None,
+        "finish_reason": "length,stop",
+        "prompt_tokens": 5,
+        "completion_tokens": 4,
+        "first_token_milliseconds": 1000.0,
+    }
+
+
+@pytest.mark.parametrize(("path", "statuses"), [("/nothing", [404]), ("/readyz", [])])
+def test_the_access_log_has_a_line_per_request_except_probes(capsys, path, statuses):
+    assert [line["status"] for line in logged(capsys, path)] == statuses
+
+
+@pytest.mark.parametrize(("path", "code", "status"), [("/503", "service_unavailable", 503), ("/x", "not_found", 404)])
+def test_errors_of_the_inner_app_get_the_shape_of_all_errors(path, code, status):
+    response = TestClient(ErrorShapeMiddleware(Starlette(routes=ROUTES))).get(path)
+    assert response.status_code == status
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.json()["error"].keys() == {"type", "message", "param", "code"}
+    assert response.json()["error"]["code"] == code
+    assert ("X-Kept" in response.headers) == (path == "/503")
+
+
+def test_while_draining_readiness_fails_and_responses_close_their_connection():
+    async def stop_listening(handler: object) -> None: ...
+
+    drain = DrainMiddleware(Starlette(routes=ROUTES), ["/readyz"], stop_listening)
+    client = TestClient(drain)
+    assert client.get("/readyz").status_code == 200
+    assert "Connection" not in client.get("/nothing").headers
+    drain.draining = True
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/readyz").json()["error"]["code"] == "shutting_down"
+    for path in ("/readyz", "/nothing", "/503"):
+        assert client.get(path).headers["Connection"] == "close"
+    assert drain.in_flight == 0
