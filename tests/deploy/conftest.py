@@ -28,6 +28,7 @@ OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@s
 @pytest.fixture
 def fast_polling(monkeypatch):
     monkeypatch.setattr(progress, "POLL", 0.01)
+    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 0.0)
     monkeypatch.setattr(rollout, "SETTLE_TIMEOUT", 0.1)
 
 
