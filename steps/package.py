@@ -21,7 +21,11 @@ def missing_bentos() -> str:
     return " ".join(sorted(tag for version in versions if not bento.exists(tag := str(version.run_metadata["tag"]))))
 
 
-@step(cache_policy=code_of(__name__, "bentos.service", folder="bentos", cache_func=missing_bentos))
+@step(
+    cache_policy=code_of(
+        __name__, "bentos.service", "deploy.containers.proxy", folder="bentos", cache_func=missing_bentos
+    )
+)
 def package(
     base: Path,
     adapter: Path,
