@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from gpt2core.checkpoint import directory_sha256, read_config
+from gpt2core.files import checkpoint_files
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 OTHERS = ("config.json", "vocab.json", "merges.txt")
@@ -24,7 +25,7 @@ def fetch_base(name: str, revision: str, sha256: str | None = None) -> dict[str,
         HubError: it cannot be fetched, is incomplete, or has another sha256.
     """
     path = Path(name) if Path(name).is_dir() else _download(name, revision)
-    files = sorted({file.name for pattern in (*WEIGHTS, *OTHERS) for file in path.glob(pattern)})
+    files = checkpoint_files(path)
     missing = [file for file in OTHERS if file not in files]
     if missing or not any(file.endswith(".safetensors") for file in files):
         raise HubError(
