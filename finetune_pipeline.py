@@ -1,22 +1,22 @@
-"""What `zenml pipeline run finetune_pipeline` imports: the pipeline, with its configuration checked before it runs."""
+"""The module that `zenml pipeline run finetune_pipeline` imports."""
 
-import sys
+from typing import Any
 
 import click
 
-from pipelines.config import ConfigError, read_config
+from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
-from pipelines.stack import check_stack
+from pipelines.start import RunError, start
+from pipelines.zenml_compat import PipelineSource, replace_module
 
 DEFAULT_CONFIG = "configs/local.yaml"
 
-_context = click.get_current_context(silent=True)
-if _context is not None:  # run by zenml's command line; an import by anything else gets the plain pipeline
-    _file = _context.params.get("config_path")
+
+def run(config_path: str | None, options: dict[str, Any]) -> None:
     try:
-        check_stack(read_config(_file or DEFAULT_CONFIG, finetune_pipeline), _file or DEFAULT_CONFIG)
-    except ConfigError as error:
+        start(finetune_pipeline, config_path or DEFAULT_CONFIG, options=options)
+    except (ConfigError, RunError) as error:
         raise click.ClickException(str(error)) from None
-    if not _file:
-        finetune_pipeline = finetune_pipeline.with_options(config_path=DEFAULT_CONFIG)
-sys.modules[__name__] = finetune_pipeline  # type: ignore[assignment]
+
+
+replace_module(__name__, PipelineSource(finetune_pipeline, run))

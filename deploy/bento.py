@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree, ignore_patterns, rmtree
+from shutil import copy2, copytree, ignore_patterns, rmtree
 from tempfile import TemporaryDirectory
 
 import yaml
@@ -25,6 +25,8 @@ from gpt2core.types import AdapterRef, Lineage
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2-instruct"
+# The image of the service also runs the reverse proxy of the docker target.
+PROXY_FILES = ("deploy/__init__.py", "deploy/containers/__init__.py", "deploy/containers/proxy.py")
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
 LOG_LINES = 60  # of a failed command, in its error
 
@@ -56,6 +58,9 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
         context = Path(temporary)
         copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns("__pycache__"))
         copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns("__pycache__", "demo"))
+        for file in PROXY_FILES:
+            (context / file).parent.mkdir(parents=True, exist_ok=True)
+            copy2(ROOT / file, context / file)
         content = json.dumps([directory_sha256(context), models, lineage.to_json()], sort_keys=True)
         version = hashlib.sha256(content.encode()).hexdigest()[:16]
         tag = f"{NAME}:{version}"

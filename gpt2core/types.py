@@ -98,6 +98,20 @@ class SplitPart(JsonDataclass):
 
 
 @dataclass(frozen=True)
+class SplitSummary(JsonDataclass):
+    """The three parts of the data. `to_json` is split.json."""
+
+    train: SplitPart
+    val: SplitPart
+    test: SplitPart
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each part, by name."""
+        return {name: part["sha256"] for name, part in self.to_json().items()}
+
+
+@dataclass(frozen=True)
 class RunRef(JsonDataclass):
     """A pipeline run."""
 

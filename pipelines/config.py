@@ -1,12 +1,10 @@
-"""Reading a run configuration, and refusing it before anything runs if a key or a value in it is wrong.
+"""Reading and checking a run configuration. Every wrong key or value is reported before anything runs.
 
-ZenML is silent about most misspelt keys; here every key is checked, at every level, against the dataclasses and
-ZenML's own models.
+ZenML ignores most misspelt keys. Here every key at every level is checked against the dataclasses and ZenML's models.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from inspect import getmodule, signature
 from pathlib import Path
 from types import UnionType
@@ -14,43 +12,27 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from zenml.config import DockerSettings, ResourceSettings
 from zenml.config.pipeline_run_configuration import PipelineRunConfiguration
 from zenml.pipelines.pipeline_definition import Pipeline
 from zenml.steps import BaseStep
 
-from stacks.containers import FLAVOR, ContainerSettings
+from pipelines.errors import ConfigError, check_names
+from pipelines.platform_settings import KUBERNETES, SETTINGS, check_pod_settings, settings_class
 
-# Set by `seed`, from which the whole run takes its randomness.
+# Set from `seed`, the source of all randomness of a run.
 DERIVED = {"train.seed": "seed", "base.pretrain.seed": "seed"}
-KUBERNETES = "step_operator.kubernetes"
-SETTINGS = ["docker", "resources", f"orchestrator.{FLAVOR}", f"step_operator.{FLAVOR}", KUBERNETES]
-PARTS_OF_POD = {  # of pod_settings: what it is in a pod
-    "affinity": "V1Affinity",
-    "tolerations": "list[V1Toleration]",
-    "resources": "V1ResourceRequirements",
-    "volumes": "list[V1Volume]",
-    "volume_mounts": "list[V1VolumeMount]",
-    "env": "list[V1EnvVar]",
-    "env_from": "list[V1EnvFromSource]",
-    "container_security_context": "V1SecurityContext",
-}
-
-
-class ConfigError(Exception):
-    """A run configuration that cannot be used: the message names file, key and the way out."""
 
 
 def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
     """The run configuration in a YAML file, checked.
 
     Raises:
-        ConfigError: no such file, no valid YAML, a key that does not exist, or a value that is not allowed.
+        ConfigError: the file does not exist, is not valid YAML, or has an unknown key or a value that is not allowed.
     """
     file = Path(file)
     if not file.is_file():
-        there = ", ".join(sorted(str(path) for path in Path(file.parent).glob("*.yaml"))) or "no YAML file"
-        raise ConfigError(f"{file} is not there; in its folder: {there}")
+        existing = ", ".join(sorted(str(path) for path in Path(file.parent).glob("*.yaml"))) or "no YAML file"
+        raise ConfigError(f"{file} does not exist; its directory has {existing}")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -60,38 +42,24 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def set_values(config: dict[str, Any], assignments: Sequence[str], pipeline: Pipeline) -> None:
-    """Put each `a.b=value` of the command line into the configuration, under `parameters`, and check what comes out."""
+    """Apply each `a.b=value` of the command line to the configuration's `parameters`, then check the result."""
     for assignment in assignments:
         _set_value(config, assignment)
     check_config(config, " ".join(f"--set {assignment}" for assignment in assignments), pipeline)
 
 
-def _set_value(config: dict[str, Any], assignment: str) -> None:
-    """The value is read as YAML."""
-    path, equals, text = assignment.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {assignment}: write it as --set key.subkey=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from None
-    *parents, last = path.split(".")
-    place = config.setdefault("parameters", {})
-    for key in parents:
-        place = place.setdefault(key, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {assignment}: {key} is a value, not a mapping")
-    place[last] = value
-
-
 def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
-    """Raise ConfigError for the first thing in the configuration that is wrong."""
+    """Raise ConfigError for the first error in the configuration.
+
+    Args:
+        source: where the configuration comes from, for the message.
+    """
     _check_keys(config, PipelineRunConfiguration, "", source)
     steps = {step.name for step in getmodule(pipeline.entrypoint).__dict__.values() if isinstance(step, BaseStep)}
-    _check_names(config.get("steps") or {}, sorted(steps), "steps", source)
+    check_names(config.get("steps") or {}, sorted(steps), "steps", source)
     parameters = config.get("parameters") or {}
     types = get_type_hints(pipeline.entrypoint)
-    _check_names(parameters, list(signature(pipeline.entrypoint).parameters), "parameters", source)
+    check_names(parameters, list(signature(pipeline.entrypoint).parameters), "parameters", source)
     for name, value in parameters.items():
         _check_keys(value, types[name], f"parameters.{name}", source)
         _check_value(value, types[name], f"parameters.{name}", source)
@@ -101,20 +69,38 @@ def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
         raise ConfigError(f"{source}: {_first(error, '')}") from None
 
 
+def _set_value(config: dict[str, Any], assignment: str) -> None:
+    """Set one value, which is read as YAML."""
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment}: use the form --set key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from None
+    *parents, last = path.split(".")
+    mapping = config.setdefault("parameters", {})
+    for key in parents:
+        mapping = mapping.setdefault(key, {})
+        if not isinstance(mapping, dict):
+            raise ConfigError(f"--set {assignment}: {key} is a value, not a mapping")
+    mapping[last] = value
+
+
 def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
-    """Every key of `value` is one that the annotated type has; lists and mappings are looked into."""
+    """Check recursively that the annotated type has every key of `value`."""
     if path == "settings" or path.endswith(".settings"):
         _check_settings(value, path, source)
         return
     if path.endswith(f"settings.{KUBERNETES}.pod_settings") and isinstance(value, Mapping):
-        _check_pod_settings(value, path, source)
+        check_pod_settings(value, path, source)
         return
     if get_origin(annotation) in (Union, UnionType):
         arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
-        structured = [argument for argument in arguments if _names(argument) is not None]
+        structured = [argument for argument in arguments if _field_types(argument) is not None]
         annotation = structured[0] if structured and isinstance(value, Mapping) else arguments[0]
-    names = _names(annotation)
-    if names is not None:
+    types = _field_types(annotation)
+    if types is not None:
         if value is None and not path:
             return
         if not isinstance(value, Mapping):
@@ -123,18 +109,18 @@ def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
                     f"{source}: {path or 'the file'} is {value!r}; it must be a mapping of keys to values"
                 )
             return  # a ZenML type with a short form
-        _check_names(value, list(names), path, source)
+        check_names(value, list(types), path, source)
         for key, inner in value.items():
             full = f"{path}.{key}".removeprefix("parameters.")
             if is_dataclass(annotation) and full in DERIVED:
-                raise ConfigError(f"{source}: {path}.{key} follows from parameters.{DERIVED[full]}; set that instead")
-            _check_keys(inner, names[key], f"{path}.{key}".lstrip("."), source)
+                raise ConfigError(f"{source}: {path}.{key} is derived from parameters.{DERIVED[full]}; set that")
+            _check_keys(inner, types[key], f"{path}.{key}".lstrip("."), source)
     elif get_origin(annotation) in (dict, Mapping) and isinstance(value, Mapping):
         for key, inner in value.items():
             _check_keys(inner, get_args(annotation)[1], f"{path}.{key}", source)
 
 
-def _names(annotation: Any) -> dict[str, Any] | None:
+def _field_types(annotation: Any) -> dict[str, Any] | None:
     """Field -> type of a dataclass or pydantic model; None for any other type."""
     if is_dataclass(annotation) and isinstance(annotation, type):
         hints = get_type_hints(annotation)
@@ -145,64 +131,17 @@ def _names(annotation: Any) -> dict[str, Any] | None:
 
 
 def _check_settings(value: Any, path: str, source: str) -> None:
-    """Settings of ZenML itself, and of the components in stacks/ by their flavor, which says what keys there are."""
-    _check_names(value or {}, SETTINGS, path, source)
+    """Check the settings of ZenML and of the components in stacks/, which are keyed by type and flavor."""
+    check_names(value or {}, SETTINGS, path, source)
     for key, inner in (value or {}).items():
-        _check_keys(inner, _settings_class(key), f"{path}.{key}", source)
-        _check_value(inner, _settings_class(key), f"{path}.{key}", source)
-
-
-def _settings_class(key: str) -> type[BaseModel]:
-    if key == KUBERNETES:
-        # here, since it brings the whole client of Kubernetes along
-        from zenml.integrations.kubernetes.flavors.kubernetes_step_operator_flavor import KubernetesStepOperatorSettings
-
-        return KubernetesStepOperatorSettings
-    general: dict[str, type[BaseModel]] = {"docker": DockerSettings, "resources": ResourceSettings}
-    return general.get(key, ContainerSettings)
-
-
-def _check_pod_settings(value: Any, path: str, source: str) -> None:
-    """Their parts are parts of a pod, whose keys ZenML only warns of; the client of Kubernetes knows them."""
-    from kubernetes.client import models
-    from zenml.integrations.kubernetes.pod_settings import KubernetesPodSettings
-
-    _check_names(value, list(KubernetesPodSettings.model_fields), path, source)
-    for key, inner in value.items():
-        if key == "additional_pod_spec_args" and isinstance(inner, Mapping):  # by the names that Python has for them
-            _check_names(inner, list(models.V1PodSpec.openapi_types), f"{path}.{key}", source)
-            for name, part in inner.items():
-                _check_part_of_pod(part, models.V1PodSpec.openapi_types[name], f"{path}.{key}.{name}", source)
-        else:
-            _check_part_of_pod(inner, PARTS_OF_POD.get(key, ""), f"{path}.{key}", source)
-
-
-def _check_part_of_pod(value: Any, kind: str, path: str, source: str) -> None:
-    """`kind` as the client of Kubernetes writes it: V1Volume, list[V1Volume], dict(str, str), str."""
-    from kubernetes.client import models
-
-    if kind.startswith("list[") and isinstance(value, list):
-        for i, inner in enumerate(value):
-            _check_part_of_pod(inner, kind[len("list[") : -1], f"{path}.{i}", source)
-    elif hasattr(models, kind) and isinstance(value, Mapping):
-        model = getattr(models, kind)
-        kinds = {name: model.openapi_types[attribute] for attribute, name in model.attribute_map.items()}
-        _check_names(value, list(kinds), path, source)
-        for key, inner in value.items():
-            _check_part_of_pod(inner, kinds[key], f"{path}.{key}", source)
-
-
-def _check_names(value: Mapping[Any, Any], known: list[str], path: str, source: str) -> None:
-    for key in value:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            raise ConfigError(f"{source}: no key is called {f'{path}.{key}'.lstrip('.')!r}; {advice}")
+        _check_keys(inner, settings_class(key), f"{path}.{key}", source)
+        _check_value(inner, settings_class(key), f"{path}.{key}", source)
 
 
 def _check_value(value: Any, annotation: Any, path: str, source: str) -> None:
     try:
-        strict = None if _names(annotation) is not None else ConfigDict(strict=True)  # those have rules of their own
+        # Dataclasses and models have their own rules; for plain types, "1" is not a number and true is not 1.
+        strict = None if _field_types(annotation) is not None else ConfigDict(strict=True)
         TypeAdapter(annotation, config=strict).validate_python(value)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first(error, path)}") from None

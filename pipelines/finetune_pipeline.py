@@ -4,7 +4,6 @@ from zenml import Model, pipeline
 from zenml.enums import ExecutionMode
 
 from deploy.config import DeployConfig
-from deploy.source import describe_commit
 from gpt2core.config import LoraConfig, TrainConfig
 from steps.config import (
     BaseConfig,
@@ -29,7 +28,6 @@ from steps.split_data import split_data
 @pipeline(
     execution_mode=ExecutionMode.FAIL_FAST,
     model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"),
-    extra={"commit": describe_commit().to_json()},
 )
 def finetune_pipeline(
     seed: int = 0,
@@ -43,16 +41,16 @@ def finetune_pipeline(
     deploy: DeployConfig = DeployConfig(),
     tracking: TrackingConfig = TrackingConfig(),
 ) -> None:
-    """Instruction data in; a measured, packaged and traceable adapter out."""
-    # A file may change under its name; what comes after is cached on the records themselves.
+    """Instruction data in; an evaluated, packaged and traceable adapter out."""
+    # The content of a file may change under its name. The steps after it are cached by the records.
     fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
     records = fetch(data, seed)
     train_records, val_records, test_records, split = split_data(records, data, seed)
     base_dir = prepare_base(base, data.n_facts, seed)
-    adapter, history, train_metrics = finetune(
+    adapter, history, train_summary = finetune(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )
-    samples, metrics = evaluate_step(test_records, base_dir, adapter, train_metrics, evaluate)
+    samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, evaluate)
     page, report_json, curves = report_step(samples, metrics, history)
     promotion = promote_step(metrics, promote)
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, evaluate)

@@ -1,62 +1,77 @@
-"""Whether the active stack and this machine have what a run configuration asks for: known before anything runs."""
+"""Check that the active stack and this machine provide what a run configuration uses, before anything runs."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zenml.client import Client
 
-from deploy.containers import client as engine
-from pipelines.config import ConfigError
+from deploy.containers.client import EngineError, connect, require_image
+from pipelines.errors import ConfigError
 from stacks import register
 from stacks.containers import FLAVOR
 
 
 def check_stack(config: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError if the active stack lacks a component that the configuration names, or it could not start."""
-    client = Client()
-    stack = client.active_stack_model
+    """Raise ConfigError if a component, an image, a secret or a reachable store is missing.
+
+    Args:
+        source: where the configuration comes from, for the message.
+    """
+    stack = Client().active_stack_model
     flavors = {
         (kind.value, component.name): component.flavor_name
         for kind, components in stack.components.items()
         for component in components
     }
-    there = {*flavors, *((kind, flavor) for (kind, _), flavor in flavors.items())}
-    wanted = set(_components(config))
-    for kind, name in sorted(wanted - there):
+    available = {*flavors, *((kind, flavor) for (kind, _), flavor in flavors.items())}
+    used = set(_components(config))
+    for kind, name in sorted(used - available):
         stacks = " or ".join(f"`make stack-{other}`" for other in register.names() if register.has(other, kind, name))
         raise ConfigError(
-            f"{source} asks for the {kind.replace('_', ' ')} {name!r}, which the active stack {stack.name!r} does not "
-            f"have; {f'{stacks} makes one active that has it' if stacks else 'add it to the stack'}"
+            f"{source} uses the {kind.replace('_', ' ')} {name!r}, which the active stack {stack.name!r} does not "
+            f"have; {f'{stacks} activates one that has it' if stacks else 'add it to the stack'}"
         )
-    if ("orchestrator", FLAVOR) in there - wanted:
+    if ("orchestrator", FLAVOR) in available - used:
         raise ConfigError(
-            f"the active stack {stack.name!r} runs every step in a container, of which {source} says nothing; take "
-            "configs/docker.yaml, or `make stack-local` to run steps here again"
+            f"the active stack {stack.name!r} runs every step in a container, but {source} does not configure one; use "
+            "configs/docker.yaml, or `make stack-local` to run steps without containers"
         )
-    used = {flavors.get(component, component[1]) for component in wanted}
-    if FLAVOR in used:
-        try:
-            for image in _images(config):
-                engine.check_image(image)
-        except engine.EngineError as error:
-            raise ConfigError(f"{source}: {error}") from None
-    if "kubernetes" in used and client.zen_store.is_local_store():
+    used_flavors = {flavors.get(component, component[1]) for component in used}
+    if FLAVOR in used_flavors:
+        _check_images(config, source)
+    if "kubernetes" in used_flavors and Client().zen_store.is_local_store():
         raise ConfigError(
-            f"{source} runs steps as pods, which cannot reach ZenML's store on this machine; `zenml login` a server "
+            f"{source} runs steps as pods, which cannot reach ZenML's store on this machine; `zenml login` to a server "
             "that they can reach (docs/kubernetes.md)"
         )
+    _check_secrets(config, source)
+
+
+def _check_images(config: Mapping[str, Any], source: str) -> None:
+    """Check that the container engine has the images that are used as they are."""
+    try:
+        with connect() as client:
+            for part in _parts(config):
+                docker = (part.get("settings") or {}).get("docker") or {}
+                if docker.get("skip_build"):
+                    require_image(client, docker["parent_image"])
+    except EngineError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_secrets(config: Mapping[str, Any], source: str) -> None:
     for secret in sorted({secret for part in _parts(config) for secret in part.get("secrets") or []}):
         try:
-            client.get_secret(secret, allow_partial_name_match=False)
+            Client().get_secret(secret, allow_partial_name_match=False)
         except KeyError:
             raise ConfigError(
-                f"{source} asks for the secret {secret!r}, which ZenML's secret store does not have; "
-                f"`zenml secret create {secret} --NAME=…` makes it"
+                f"{source} uses the secret {secret!r}, which ZenML's secret store does not have; "
+                f"`zenml secret create {secret} --NAME=…` creates it"
             ) from None
 
 
 def _components(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(type, name or flavor) of each component that settings or steps name."""
+    """(type, name or flavor) of each component in settings and steps."""
     for part in _parts(config):
         for key in part.get("settings") or {}:
             kind, dot, flavor = key.partition(".")
@@ -66,14 +81,6 @@ def _components(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "step_operator", part["step_operator"]
 
 
-def _images(config: Mapping[str, Any]) -> Iterator[str]:
-    """Images that are taken as they are."""
-    for part in _parts(config):
-        docker = (part.get("settings") or {}).get("docker") or {}
-        if docker.get("skip_build"):
-            yield docker["parent_image"]
-
-
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The run, and each step that the configuration has something to say of."""
+    """The run's mapping, and that of each configured step."""
     return [config, *(step for step in (config.get("steps") or {}).values() if step)]

@@ -1,4 +1,4 @@
-"""What a cached step depends on besides its inputs: the code of this repository that it uses."""
+"""Cache keys that include this repository's code. ZenML's own key covers only the step function."""
 
 import ast
 from collections.abc import Callable
@@ -7,16 +7,17 @@ from pathlib import Path
 from zenml.config import CachePolicy
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("gpt2core", "steps", "deploy", "bentos")
+PACKAGES = ("gpt2core", "steps", "deploy", "bentos")
 
 
 def code_of(
     step_module: str, *others: str, folder: str | None = None, cache_func: Callable[[], str] | None = None
 ) -> CachePolicy:
-    """A cache policy with the source files of the modules and all that they import, directly or not, from this repo.
+    """A cache policy whose key covers the source files of the modules and, transitively, all they import from here.
 
-    ZenML's own key knows the step function alone: a change in gpt2core would go unseen. All files of `folder`, and what
-    `cache_func` returns, are part of the key too.
+    Args:
+        folder: all its files are part of the key too.
+        cache_func: its result is part of the key too.
     """
     found: set[Path] = set()
     todo = [step_module, *others]
@@ -32,7 +33,7 @@ def code_of(
 
 
 def _file_of(module: str) -> Path | None:
-    if module.split(".")[0] not in ROOMS:
+    if module.split(".")[0] not in PACKAGES:
         return None
     path = ROOT.joinpath(*module.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)

@@ -1,4 +1,4 @@
-"""Checkpoints live in the artifact store: a killed step's successor goes on from them, on whatever machine."""
+"""Training checkpoints in the artifact store: a step that was killed resumes from there, on any machine."""
 
 import hashlib
 import json
@@ -19,50 +19,56 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def kept_checkpoints(key: Any, log: Log) -> Iterator[tuple[Path, Log]]:
-    """A directory where training with this key, of plain data, keeps its checkpoint; and the log it is to call.
+def stored_checkpoints(key: Any, log: Log) -> Iterator[tuple[Path, Log]]:
+    """A directory for the checkpoint of the training with this key, and the log callback that training must call.
 
-    A folder of this machine as artifact store has the directory itself. Of any other the directory is a copy: what a
-    killed run left is fetched first, and each call of the log sends a checkpoint that is new. When the block ends well,
-    the checkpoint is removed.
+    If the artifact store is a local directory, the checkpoint is written there. Otherwise the directory is a local
+    copy: it starts with what a killed run uploaded, and each call of the log uploads a new checkpoint. The checkpoint
+    is removed when the block succeeds.
+
+    Args:
+        key: JSON data that identifies the training; its digest names the directory.
     """
     store = Client().active_stack.artifact_store
     place = f"{store.path}/checkpoints/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     if store.config.is_local:
         yield Path(place), log
     else:
-        with TemporaryDirectory(prefix="checkpoints-") as directory, _copied(place, Path(directory), log) as copying:
-            yield Path(directory), copying
+        with (
+            TemporaryDirectory(prefix="checkpoints-") as directory,
+            _copied(place, Path(directory), log) as log_and_upload,
+        ):
+            yield Path(directory), log_and_upload
     if fileio.exists(place):
         fileio.rmtree(place)
 
 
 @contextmanager
 def _copied(place: str, directory: Path, log: Log) -> Iterator[Log]:
-    file, kept = directory / CHECKPOINT, f"{place}/{CHECKPOINT}"
-    if fileio.exists(kept):
-        fileio.copy(kept, str(file))
-    sent = _written(file)
+    file, stored = directory / CHECKPOINT, f"{place}/{CHECKPOINT}"
+    if fileio.exists(stored):
+        fileio.copy(stored, str(file))
+    uploaded = _modified(file)
 
-    def send() -> None:
-        nonlocal sent
-        if _written(file) != sent:
-            sent = _written(file)
+    def upload() -> None:
+        nonlocal uploaded
+        if _modified(file) != uploaded:
+            uploaded = _modified(file)
             fileio.makedirs(place)
-            fileio.copy(str(file), kept, overwrite=True)  # an object store has it whole or not at all
-            logger.debug("checkpoint sent to %s", kept)
+            fileio.copy(str(file), stored, overwrite=True)  # atomic in an object store
+            logger.debug("checkpoint uploaded to %s", stored)
 
-    def log_and_send(step: int, values: Mapping[str, float]) -> None:
+    def log_and_upload(step: int, values: Mapping[str, float]) -> None:
         log(step, values)
-        send()
+        upload()
 
     try:
-        yield log_and_send
-    except BaseException:  # told to stop: what was learnt since the last call is not lost
-        send()
+        yield log_and_upload
+    except BaseException:  # keeps the progress since the last call when the run is stopped
+        upload()
         raise
 
 
-def _written(file: Path) -> int | None:
-    """When the file was last put there."""
+def _modified(file: Path) -> int | None:
+    """Modification time in ns; None if there is no file."""
     return file.stat().st_mtime_ns if file.is_file() else None

@@ -1,31 +1,37 @@
-"""Values of the pipeline outside of the mathematics, with their defaults; gpt2core.config has the others."""
+"""Configuration of the pipeline's steps, with every default. Model and training are in gpt2core/config.py."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt2core.config import PRESETS, PretrainConfig, check_choices, check_field
+from gpt2core.metrics import METRICS
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the records come from, and how they are split."""
+    """Source of the instruction records, and the split."""
 
     source: Literal["bundled", "url", "file"] = "bundled"
-    # The 1,100 records of the older system, which it read from the same place.
+    # The 1,100 records that mariovas3/llms trained on, from the same URL.
     url: str = (
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
     )
     sha256: str = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"  # of the file at `url`
-    path: str = ""  # the .json or .jsonl of source: file
-    n_facts: int | None = None  # of the bundled world; null: all of it
-    order: Literal["seed", "file"] = "seed"  # shuffled before it is split, or as it lies
+    path: str = ""  # with source: file; .json or .jsonl
+    n_facts: int | None = None  # of the bundled world; null: all of them
+    order: Literal["seed", "file"] = "seed"  # shuffled before the split, or in the order of the file
     val_fraction: float = 0.05
     test_fraction: float = 0.1
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_field(self, "path", bool(self.path) or self.source != "file", "the records' file when source is file")
-        check_field(self, "sha256", len(self.sha256) == 64 or self.source != "url", "the file's 64 hexadecimal digits")
+        check_field(self, "path", bool(self.path) or self.source != "file", "the file of the records if source is file")
+        check_field(
+            self,
+            "sha256",
+            len(self.sha256) == 64 or self.source != "url",
+            "the 64 hexadecimal digits of the file's sha256",
+        )
         check_field(
             self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
         )
@@ -35,11 +41,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The base model: pretrained here (nano), the same but untrained (random), or from the hub by name and revision."""
+    """The base model: pretrained here (nano), the same untrained (random), or from the hub by name and revision."""
 
     source: Literal["nano", "random", "hub"] = "nano"
-    name: str = "gpt2-nano"  # a preset; for the hub its repository, or a directory
-    revision: str = ""  # the hub's commit, 40 hexadecimal digits
+    name: str = "gpt2-nano"  # a preset; with source: hub a repository or a directory
+    revision: str = ""  # the commit of the repository, 40 hexadecimal digits
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
@@ -60,19 +66,20 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PromoteConfig:
-    """The gate: tuned must beat base on `metric` by more than `margin`."""
+    """Promotion gate: the tuned model must be better than the base on `metric` by more than `margin`."""
 
     stage: Literal["staging", "production"] = "staging"
-    metric: Literal["exact_match", "token_f1", "rouge_l"] = "exact_match"
+    metric: str = "exact_match"
     margin: float = 0.0
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_field(self, "metric", self.metric in METRICS, f"one of {', '.join(METRICS)}")
 
 
 @dataclass(frozen=True)
 class PackageConfig:
-    smoke_prompts: int = 3  # test records that the Bento is asked before it counts as built
+    smoke_prompts: int = 3  # test records whose answers are compared after the build
 
     def __post_init__(self) -> None:
         check_field(self, "smoke_prompts", self.smoke_prompts >= 1, "at least 1")
@@ -84,6 +91,6 @@ class TrackingConfig:
     project: str = "gpt2-instruct"
 
     def __post_init__(self) -> None:
-        # YAML reads a bare off as false
+        # YAML 1.1 reads a bare off as false
         object.__setattr__(self, "wandb", {False: "off"}.get(self.wandb, self.wandb))  # type: ignore[call-overload]
         check_choices(self)

@@ -10,15 +10,15 @@ from deploy.target import DeployError, Deployment, open_target
 from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe, keep
-from steps.promote import check_stage
+from steps.promote import Promotion, check_stage
 
 
 @step(enable_cache=False)
 def deploy(
     bento: str,
-    lineage: dict[str, Any],
-    samples: list[dict[str, Any]],
-    promotion: dict[str, Any],
+    lineage: Lineage,
+    samples: list[Sample],
+    promotion: Promotion,
     deploy: DeployConfig,
     package: PackageConfig,
     evaluate: EvaluateConfig,
@@ -26,12 +26,11 @@ def deploy(
     """Deploy the Bento to the configured target; with target none it stays in the Bento store."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
-    check_stage(deploy.require_stage, promotion["model_version"], lineage["model_version"])
+    check_stage(deploy.require_stage, promotion.model_version, lineage.model_version)
     target = open_target(deploy)
     deployment = Deployment("none", "none", bento)
     if target is not None:
-        verified = [Sample.from_json(sample) for sample in samples[: package.smoke_prompts]]
-        deployment = target.deploy(Lineage.from_json(lineage), verified, evaluate.max_new_tokens)
+        deployment = target.deploy(lineage, samples[: package.smoke_prompts], evaluate.max_new_tokens)
     content = _artifact(deployment, deploy) | {"run": str(get_step_context().pipeline_run.id)}
     if deployment.outcome in ("rolled_back", "failed"):
         keep("deployment", content)  # a step that fails has no outputs

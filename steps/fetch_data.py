@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from zenml import step
 
-from gpt2core.data import check_records, count_duplicates, read_records, records_sha256
+from gpt2core.data import Record, check_records, count_duplicates, read_records, records_sha256
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from steps.adapters.download import fetch
@@ -15,8 +15,8 @@ from steps.metadata import describe
 
 
 @step(cache_policy=code_of(__name__))
-def fetch_data(data: DataConfig, seed: int) -> Annotated[list[dict[str, str]], "records"]:
-    """The instruction records: of the bundled world, from a url whose sha256 is known, or from a file."""
+def fetch_data(data: DataConfig, seed: int) -> Annotated[list[Record], "records"]:
+    """Instruction records: bundled, from a URL with a known sha256, or from a file."""
     if data.source == "bundled":
         records = check_records(write_records(make_world(seed, data.n_facts), seed), "the bundled records")
     elif data.source == "url":

@@ -1,4 +1,3 @@
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import mkdtemp
@@ -8,11 +7,12 @@ from zenml import ArtifactConfig, step
 from zenml.enums import ArtifactType
 
 from gpt2core.demo.base import make_base
-from steps.adapters.base import write_base
+from gpt2core.types import BaseRef
+from steps.adapters.base import Figures, write_base
 from steps.adapters.hub import fetch_base
-from steps.adapters.progress import progress
+from steps.adapters.progress import training_progress
 from steps.cache import code_of
-from steps.checkpoints import kept_checkpoints
+from steps.checkpoints import stored_checkpoints
 from steps.config import BaseConfig
 from steps.metadata import describe
 
@@ -21,17 +21,20 @@ from steps.metadata import describe
 def prepare_base(
     base: BaseConfig, n_facts: int | None, seed: int
 ) -> Annotated[Path, ArtifactConfig(name="base", artifact_type=ArtifactType.MODEL)]:
-    """A directory with the base: the nano model pretrained here, or a reference to one of the hub."""
+    """A directory with the base: the nano model, pretrained here, or a reference to a model of the hub."""
     directory = Path(mkdtemp(prefix="base-"))
+    figures: Figures
     if base.source == "hub":
-        about: Mapping[str, str | int | float] = fetch_base(base.name, base.revision)
+        fetched = fetch_base(BaseRef(base.name, base.revision, sha256=""))
+        ref, figures = fetched.ref, {"path": str(fetched.path)}
     else:
         pretrain = base.pretrain if base.source == "nano" else None
         with (
-            progress("pretrain", base.pretrain.max_steps) as log,
-            kept_checkpoints([asdict(base), n_facts, seed], log) as (checkpoints, log),
+            training_progress("pretrain", base.pretrain.max_steps) as log,
+            stored_checkpoints([asdict(base), n_facts, seed], log) as (checkpoints, log),
         ):
-            about = make_base(base.name, pretrain, seed, n_facts, directory, log, checkpoints)
-    write_base(directory, about)
-    describe("base", {"source": base.source, **about})
+            figures = make_base(base.name, pretrain, seed, n_facts, directory, log, checkpoints)
+        ref = BaseRef.from_json(figures)
+    write_base(directory, ref, figures)
+    describe("base", {"source": base.source, **figures, **ref.to_json()})
     return directory

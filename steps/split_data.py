@@ -2,29 +2,27 @@ from typing import Annotated
 
 from zenml import step
 
-from gpt2core.data import Split, records_sha256, split_records
+from gpt2core.data import Record, Split, records_sha256, split_records
+from gpt2core.types import SplitPart, SplitSummary
 from steps.cache import code_of
 from steps.config import DataConfig
 from steps.metadata import describe
 
-Records = list[dict[str, str]]
-
 
 @step(cache_policy=code_of(__name__))
 def split_data(
-    records: Records, data: DataConfig, seed: int
+    records: list[Record], data: DataConfig, seed: int
 ) -> tuple[
-    Annotated[Records, "train_records"],
-    Annotated[Records, "val_records"],
-    Annotated[Records, "test_records"],
-    Annotated[dict[str, dict[str, str | int]], "split"],
+    Annotated[list[Record], "train_records"],
+    Annotated[list[Record], "val_records"],
+    Annotated[list[Record], "test_records"],
+    Annotated[SplitSummary, "split"],
 ]:
-    """Train, validation and test records, whole groups on one side; and each part's size and sha256."""
+    """Train, validation and test records, each group in one part only; and the size and sha256 of each part."""
     parts = split_records(records, seed if data.order == "seed" else None, data.val_fraction, data.test_fraction)
-    split: dict[str, dict[str, str | int]] = {
-        name: {"sha256": records_sha256(part), "records": len(part)}
-        for name, part in zip(Split._fields, parts, strict=True)
+    summary = {
+        name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)
     }
-    for name, about in split.items():
-        describe(f"{name}_records", about)
-    return parts.train, parts.val, parts.test, split
+    for name, about in summary.items():
+        describe(f"{name}_records", about.to_json())
+    return parts.train, parts.val, parts.test, SplitSummary(**summary)

@@ -1,12 +1,14 @@
-"""Tiny models, a tokenizer and a clean ZenML store; the user's own folders are never touched."""
+"""Tiny models, dev-size runs and a clean ZenML store. The user's own directories are never used."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
-# Before anything imports zenml, bentoml or wandb: they read these when they are imported.
+# Set before zenml, bentoml and wandb are imported: they read these at import.
 ROOT = Path(__file__).parent.parent
 _home = Path(tempfile.mkdtemp(prefix="gpt2-instruct-tests-"))
 atexit.register(shutil.rmtree, _home, ignore_errors=True)
@@ -38,7 +40,7 @@ from gpt2core.lora import add_lora  # noqa: E402
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory):
-    """A nano checkpoint with its tokenizer; the weights are random."""
+    """A nano checkpoint with random weights, and its tokenizer."""
     directory = tmp_path_factory.mktemp("base")
     make_base("gpt2-nano", None, seed=0, n_facts=18, directory=directory, log=None)
     return directory
@@ -46,10 +48,64 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapter_dir(base_dir, tmp_path_factory):
-    """An adapter for it that changes its answers."""
+    """An adapter for `base_dir` that changes its answers."""
     model = add_lora(load_pretrained(base_dir), LoraConfig(rank=4), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             parameter.data.normal_(generator=generator)
     return save_adapter(model, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory):
+    """The outputs/ of the runs below."""
+    return tmp_path_factory.mktemp("project") / "outputs"
+
+
+@pytest.fixture(scope="session")
+def dev_run(outputs):
+    """A run of configs/dev.yaml, a minute on two cores; shared, because it is the slowest part of the tests."""
+    from tests.runs import finetune
+
+    return finetune(outputs)
+
+
+@pytest.fixture(scope="session")
+def cached_run(outputs, dev_run):
+    """The same run again, from the cache; a negative margin promotes it."""
+    from tests.runs import finetune
+
+    return finetune(outputs, "promote.margin=-1.0")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A test double of a cluster's API, and the values that deploy to it."""
+    from deploy.kubernetes import progress
+    from tests.deploy.kube_api import KubeApi
+
+    directory = tmp_path_factory.mktemp("cluster")
+    api = KubeApi(directory)
+    kubeconfig = directory / "kubeconfig"
+    kubeconfig.write_text(json.dumps(api.kubeconfig()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "POLL", 0.05)
+        yield SimpleNamespace(
+            api=api,
+            image="registry.example/gpt2-instruct:1",
+            values=("deploy.target=kubernetes", f"deploy.kubeconfig={kubeconfig}"),
+        )
+    api.close()
+
+
+@pytest.fixture(scope="session")
+def deployed(outputs, cached_run, cluster):
+    """A run deployed to the cluster, whose service is the Bento itself, served at `url`."""
+    from deploy.server import serve
+    from tests.runs import finetune
+
+    with serve(finetune(outputs).lineage.bento) as url:
+        cluster.api.responses[cluster.image] = url
+        run = finetune(outputs, *cluster.values, f"deploy.image={cluster.image}")
+        yield SimpleNamespace(run=run, url=url)

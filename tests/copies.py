@@ -1,4 +1,4 @@
-"""A fresh copy of the project, and the environment of a user who has just logged in."""
+"""A fresh copy of the project, and the environment of a new user."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def copy_project(copy: Path) -> Path:
-    """All that git would take, and this environment as .venv."""
+    """Copy all files that git tracks or would add; link this environment as .venv."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -26,7 +26,7 @@ def copy_project(copy: Path) -> Path:
 
 
 def fresh_environment(project: Path, home: Path) -> dict[str, str]:
-    """With the copy's own code before the one installed in this environment."""
+    """Environment variables in which the copy's code comes before the installed project."""
     names = ("LANG", "TMPDIR", "TIKTOKEN_CACHE_DIR", "DOCKER_HOST")
     passed = {name: os.environ[name] for name in names if name in os.environ}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

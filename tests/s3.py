@@ -1,4 +1,4 @@
-"""An S3 on this machine, by moto, and ZenML stacks whose artifact store is in it."""
+"""An S3 server on this machine, by moto, and ZenML stacks that use it as artifact store."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ CREDENTIALS = {"key": "anybody", "secret": "anything"}
 
 @contextmanager
 def serve_s3(bucket: str) -> Iterator[str]:
-    """The address of an S3 with one bucket."""
+    """The URL of an S3 server with one bucket."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -27,7 +27,7 @@ def serve_s3(bucket: str) -> Iterator[str]:
 
 
 def keys(url: str, bucket: str) -> list[str]:
-    """The names of all that is in the bucket."""
+    """The keys of all objects in the bucket."""
     return [found["Key"] for found in _client(url).list_objects_v2(Bucket=bucket).get("Contents", [])]
 
 
@@ -42,7 +42,7 @@ def _client(url: str) -> Any:
 
 
 def register_stack(name: str, path: str, url: str) -> None:
-    """A stack that runs here and keeps everything there; it becomes the active one."""
+    """Register and activate a stack that runs locally and stores artifacts in S3."""
     configuration = {"path": path, **CREDENTIALS, "client_kwargs": {"endpoint_url": url, "region_name": "us-east-1"}}
     client = Client()
     store = client.create_stack_component(name, "s3", StackComponentType.ARTIFACT_STORE, configuration)

@@ -44,7 +44,6 @@ MAY_IMPORT = {
     "stacks": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "bentos": {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
-        *("aiohttp", "multidict", "yarl"),  # the reverse proxy
         *("_bentoml_sdk", "opentelemetry"),  # compat.py
     },
     "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},

@@ -1,42 +1,42 @@
-"""The base model as an artifact: a directory with base.json, and with the checkpoint itself only where that is small.
+"""The base model as an artifact: a directory with base.json, and the checkpoint itself only where that is small.
 
-A base of the hub travels as name, revision and sha256; 1.5 GB are fetched where they are used.
+A base from the hub travels as name, revision and sha256: its 1.5 GB are downloaded where they are needed.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from gpt2core.checkpoint import atomic_write
+from gpt2core.types import BaseRef
 from steps.adapters.hub import fetch_base
 
 REFERENCE = "base.json"
+Figures = Mapping[str, str | int | float]
 
 
-def write_base(directory: Path, about: Mapping[str, Any]) -> None:
-    """Describe the base: `name`, `revision` ("" where made here), `sha256`, and what else there is to say."""
-    atomic_write(directory / REFERENCE, (json.dumps(about, indent=2) + "\n").encode())
+def write_base(directory: Path, base: BaseRef, figures: Figures) -> None:
+    """Write base.json: the reference, and figures about the base (parameters, losses, ...) for the reader."""
+    content = base.to_json() | dict(figures)
+    atomic_write(directory / REFERENCE, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def describe_base(directory: Path) -> dict[str, str]:
-    """`name`, `revision` and `sha256` of the base."""
-    about = json.loads((directory / REFERENCE).read_text())
-    return {key: about[key] for key in ("name", "revision", "sha256")}
+def read_base(directory: Path) -> BaseRef:
+    """The reference in base.json."""
+    return BaseRef.from_json(json.loads((directory / REFERENCE).read_text()))
 
 
-def holds_checkpoint(directory: Path) -> bool:
-    """Whether the weights are here, or only the reference to them."""
+def has_checkpoint(directory: Path) -> bool:
+    """Whether the directory holds the weights, not only the reference to them."""
     return any(directory.glob("*.safetensors"))
 
 
 def open_base(directory: Path) -> Path:
-    """The directory of the checkpoint, fetched first if this is a reference.
+    """The directory of the checkpoint; downloads it first if `directory` holds only a reference.
 
     Raises:
-        HubError: it cannot be fetched, or what was fetched is not what was named.
+        HubError: the download fails, or its sha256 is not the recorded one.
     """
-    if holds_checkpoint(directory):
+    if has_checkpoint(directory):
         return directory
-    about = describe_base(directory)
-    return Path(fetch_base(about["name"], about["revision"], about["sha256"])["path"])
+    return fetch_base(read_base(directory)).path

@@ -1,4 +1,4 @@
-"""Files from the web, by requests: retried, checked by sha256, and there whole or not at all."""
+"""File download over HTTP, by requests: retried, verified by sha256, written atomically."""
 
 import hashlib
 import os
@@ -18,25 +18,25 @@ CHUNK = 1 << 16  # bytes
 
 
 class DownloadError(RuntimeError):
-    """A file that could not be had, or is not the one that was asked for."""
+    """A download that failed or has an unexpected sha256."""
 
 
 def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries: int = 4) -> Path:
-    """Bring the file, unless it is there already; return `destination`.
+    """Download the file unless `destination` already has this sha256; return `destination`.
 
     Args:
         sha256: of the file, in hexadecimal.
-        timeout: seconds to connect, and seconds without a byte.
-        retries: of refused connections, and of the statuses 429, 500, 502, 503 and 504, with growing pauses.
+        timeout: seconds to connect, and seconds between two bytes.
+        retries: after refused connections and the statuses 429, 500, 502, 503 and 504, with exponential backoff.
 
     Raises:
-        DownloadError: nothing is left behind then, and an older file stays.
+        DownloadError: nothing is written, and an existing file is kept.
     """
     if destination.is_file() and file_sha256(destination) == sha256:
         return destination
     shown = _without_secrets(url)
     if urlsplit(url).scheme not in ("http", "https"):
-        raise DownloadError(f"{shown} is no http or https address")
+        raise DownloadError(f"{shown} is not an http or https URL")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.", delete=False) as stream:
         temporary = Path(stream.name)
@@ -44,17 +44,17 @@ def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries
         found = _download(url, temporary, timeout, retries)
         if found != sha256:
             raise DownloadError(
-                f"{shown} has sha256 {found}, but {sha256} was expected: the file changed, or something is between; "
-                "look at it, and give its sha256 if it is the one you want"
+                f"{shown} has sha256 {found}, but {sha256} was expected: the file changed, or a proxy replaced it; "
+                "inspect it, and set its sha256 if it is the file you want"
             )
         temporary.chmod(0o644)
         os.replace(temporary, destination)
     except requests.HTTPError as error:
-        raise DownloadError(f"{shown} answered {error.response.status_code} {error.response.reason}") from None
+        raise DownloadError(f"{shown} returned {error.response.status_code} {error.response.reason}") from None
     except requests.RequestException as error:
-        # the library's own words may hold the address with its password
+        # the library's message may contain the URL with its password
         raise DownloadError(
-            f"{shown} could not be read ({type(error).__name__}); is there a network, and does it allow this host?"
+            f"{shown} could not be downloaded ({type(error).__name__}); check that the network allows this host"
         ) from None
     finally:
         with suppress(FileNotFoundError):
@@ -63,7 +63,7 @@ def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries
 
 
 def _download(url: str, file: Path, timeout: float, retries: int) -> str:
-    """Write the body to the file; return its sha256."""
+    """Write the response body to the file; return its sha256."""
     retry = Retry(retries, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
     digest = hashlib.sha256()
     with requests.Session() as session, file.open("wb") as stream:
@@ -72,7 +72,7 @@ def _download(url: str, file: Path, timeout: float, retries: int) -> str:
         with session.get(url, stream=True, timeout=timeout) as response:
             response.raise_for_status()
             total = int(response.headers.get("Content-Length", 0)) or None
-            # disable=None: only where there is a terminal
+            # disable=None: only on a terminal
             with tqdm(total=total, desc=file.name.split(".")[1], unit="B", unit_scale=True, disable=None) as bar:
                 for chunk in response.iter_content(CHUNK):
                     stream.write(chunk)
@@ -82,6 +82,6 @@ def _download(url: str, file: Path, timeout: float, retries: int) -> str:
 
 
 def _without_secrets(url: str) -> str:
-    """The address without user, password and query, which may hold tokens."""
+    """The URL without user, password and query, which may contain tokens."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

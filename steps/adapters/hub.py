@@ -1,61 +1,72 @@
-"""GPT-2 checkpoints of the Hugging Face hub, by huggingface_hub: pinned by commit, safetensors only."""
+"""GPT-2 checkpoints from the Hugging Face hub, by huggingface_hub: pinned by commit, safetensors only."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2core.checkpoint import directory_sha256, read_config
 from gpt2core.files import checkpoint_files
+from gpt2core.types import BaseRef
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 OTHERS = ("config.json", "vocab.json", "merges.txt")
 
 
 class HubError(RuntimeError):
-    """A base model that cannot be had, or is not the one that was named."""
+    """A base model that is not available or not the recorded one."""
 
 
-def fetch_base(name: str, revision: str, sha256: str | None = None) -> dict[str, str]:
-    """Bring a repository of the hub, or look at a directory: `name`, `revision`, `path` and `sha256` of its files.
+@dataclass(frozen=True)
+class Fetched:
+    """A checkpoint on this machine: what it is, and its directory."""
+
+    ref: BaseRef
+    path: Path
+
+
+def fetch_base(base: BaseRef) -> Fetched:
+    """Download a repository of the hub, or read a local directory.
 
     Args:
-        revision: the commit; a branch or a tag may mean something else tomorrow. Not looked at for a directory.
-        sha256: what the files have to have, by `directory_sha256`.
+        base: name (a repository or a directory), revision (the commit: a branch or tag may move; ignored for a
+            directory) and sha256 by `directory_sha256` ("": not known yet, so not checked).
 
     Raises:
-        HubError: it cannot be fetched, is incomplete, or has another sha256.
+        HubError: the download fails, files are missing, or the sha256 differs.
     """
-    path = Path(name) if Path(name).is_dir() else _download(name, revision)
+    path = Path(base.name) if Path(base.name).is_dir() else _download(base.name, base.revision)
     files = checkpoint_files(path)
     missing = [file for file in OTHERS if file not in files]
     if missing or not any(file.endswith(".safetensors") for file in files):
         raise HubError(
-            f"{name} has no {missing[0] if missing else 'safetensors weights'}; take a GPT-2 repository with it"
+            f"{base.name} has no {missing[0] if missing else 'safetensors weights'}; use a GPT-2 repository that has it"
         )
     try:
         read_config(path / "config.json")
     except ValueError as error:
-        raise HubError(f"{name} is no GPT-2 that this project can read: {error}") from None
+        raise HubError(f"{base.name} is not a GPT-2 that this project can load: {error}") from None
     found = directory_sha256(path, files)
-    if sha256 is not None and found != sha256:
+    if base.sha256 and found != base.sha256:
         raise HubError(
-            f"{name} at {revision or path} has sha256 {found}, but {sha256} was recorded; it has changed since"
+            f"{base.name} at {base.revision or path} has sha256 {found}, but {base.sha256} was recorded; "
+            "it changed after the run"
         )
-    return {"name": name, "revision": revision, "path": str(path), "sha256": found}
+    return Fetched(BaseRef(base.name, base.revision, found), path)
 
 
 def _download(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download  # seconds that a run with a base of its own need not wait
+    from huggingface_hub import snapshot_download  # takes seconds to import; only hub bases need it
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise HubError(
-            f"base.revision of {name} is {revision!r}; give the commit's 40 hexadecimal digits, so that the run can be "
-            "repeated (and check base.name, if a directory was meant: there is none of that name)"
+            f"base.revision of {name} is {revision!r}; use the commit's 40 hexadecimal digits, which make the run "
+            "reproducible (if base.name is meant to be a directory: it does not exist)"
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*WEIGHTS, *OTHERS]))
-    except (OSError, HTTPError, HFValidationError) as error:  # all that the network, the hub and its cache raise
+    except (OSError, HTTPError, HFValidationError) as error:  # everything the network, the hub and its cache raise
         raise HubError(
-            f"{name} at {revision} could not be fetched ({type(error).__name__}); is there a network, is the name "
-            "right, and does the repository ask for a login (HF_TOKEN)?"
+            f"{name} at {revision} could not be downloaded ({type(error).__name__}); check the network, the name, and "
+            "whether the repository needs a login (HF_TOKEN)"
         ) from error

@@ -1,4 +1,4 @@
-"""Progress bars on long work, by tqdm: shown on a terminal, silent elsewhere."""
+"""Progress bars for long work, by tqdm: shown on a terminal only."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from gpt2core.train import Log
 
 
 @contextmanager
-def progress(description: str, total_steps: int, log: Log | None = None) -> Iterator[Log]:
-    """A callback for training that moves a bar to each logged step, shows the losses, and calls `log`."""
-    with tqdm(total=total_steps, desc=description, unit="step", disable=None) as bar:  # None: off where no terminal is
+def training_progress(description: str, total_steps: int, log: Log | None = None) -> Iterator[Log]:
+    """A training callback that moves a bar to each logged step, shows the losses, and calls `log`."""
+    with tqdm(total=total_steps, desc=description, unit="step", disable=None) as bar:  # None: only on a terminal
         shown: dict[str, str] = {}
 
         def show(step: int, values: Mapping[str, float]) -> None:
@@ -25,8 +25,8 @@ def progress(description: str, total_steps: int, log: Log | None = None) -> Iter
 
 
 @contextmanager
-def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A callback that is told how many are done."""
+def counting_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A callback that takes the number of items done so far."""
     with tqdm(total=total, desc=description, disable=None) as bar:
 
         def show(done: int) -> None:

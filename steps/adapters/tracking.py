@@ -1,4 +1,4 @@
-"""Metrics of a run to wandb. Whatever goes wrong there is a warning, and training goes on."""
+"""Experiment tracking by wandb. A failure of wandb is logged as a warning and training continues."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,12 @@ from gpt2core.train import Log
 logger = logging.getLogger(__name__)
 
 Mode = Literal["off", "offline", "online"]
-INIT_TIMEOUT = 20  # seconds that a missing network may cost a run
+INIT_TIMEOUT = 20  # seconds; a missing network delays a run by at most this
 
 
 @contextmanager
 def track(mode: Mode, project: str, run_name: str, config: Mapping[str, Any], directory: Path) -> Iterator[Log]:
-    """A callback that logs to wandb: not at all ("off"), to files under the directory ("offline"), or "online"."""
+    """A training callback that logs to wandb: "off" does nothing, "offline" writes files below the directory."""
     run = None if mode == "off" else _start(mode, project, run_name, dict(config), directory)
 
     def log(step: int, values: Mapping[str, float]) -> None:
@@ -26,7 +26,7 @@ def track(mode: Mode, project: str, run_name: str, config: Mapping[str, Any], di
         try:
             run.log(dict(values), step=step)
         except Exception as error:
-            logger.warning("wandb takes no more metrics of this run: %s", error)
+            logger.warning("wandb failed, no further metrics of this run are tracked: %s", error)
             run = None
 
     exit_code = 1
@@ -45,7 +45,7 @@ def _start(
     mode: Literal["offline", "online"], project: str, run_name: str, config: dict[str, Any], directory: Path
 ) -> Any:
     try:
-        import wandb  # here, since a run that is not tracked should not wait for it
+        import wandb  # slow to import; only tracked runs need it
 
         directory.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(

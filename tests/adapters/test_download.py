@@ -1,4 +1,4 @@
-"""Downloads from real HTTP servers on this machine."""
+"""Downloads from a real HTTP server on this machine."""
 
 import hashlib
 import threading
@@ -69,27 +69,27 @@ def server():
 
 
 @pytest.mark.parametrize("path", ["/good", "/moved"])
-def test_a_file_arrives_whole_and_readable(server, tmp_path, path):
+def test_a_file_is_downloaded_and_readable_by_others(server, tmp_path, path):
     file = tmp_path / "new" / "data.json"
     assert fetch(server.url + path, file, SHA256) == file
     assert file.read_bytes() == BODY
     assert file.stat().st_mode & 0o044
 
 
-def test_a_file_that_is_there_is_not_fetched_again(server, tmp_path):
+def test_an_existing_file_with_the_digest_is_not_downloaded_again(server, tmp_path):
     file = tmp_path / "data.json"
     file.write_bytes(BODY)
     fetch(server.url + "/good", file, SHA256)
     assert server.requests == []
 
 
-def test_a_file_that_is_there_with_another_digest_is_replaced(server, tmp_path):
+def test_an_existing_file_with_another_digest_is_replaced(server, tmp_path):
     file = tmp_path / "data.json"
     file.write_bytes(b"older")
     assert fetch(server.url + "/good", file, SHA256).read_bytes() == BODY
 
 
-def test_a_busy_server_is_asked_again(server, tmp_path):
+def test_a_busy_server_is_retried(server, tmp_path):
     assert fetch(server.url + "/busy", tmp_path / "data.json", SHA256).read_bytes() == BODY
     assert server.requests.count("/busy") == 3
 
@@ -99,11 +99,13 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
     [
         ("/missing", 4, 30, ["404"]),
         ("/busy", 1, 30, ["503"]),
-        ("/cut", 0, 30, ["could not be read"]),
-        ("/stalled", 0, 0.3, ["could not be read"]),
+        ("/cut", 0, 30, ["could not be downloaded"]),
+        ("/stalled", 0, 0.3, ["could not be downloaded"]),
     ],
 )
-def test_a_failure_says_what_happened_and_leaves_what_there_was(server, tmp_path, path, retries, timeout, named):
+def test_a_failure_names_the_url_and_the_cause_and_keeps_the_existing_file(
+    server, tmp_path, path, retries, timeout, named
+):
     file = tmp_path / "data.json"
     file.write_bytes(b"older")
     with pytest.raises(DownloadError) as error:
@@ -114,25 +116,25 @@ def test_a_failure_says_what_happened_and_leaves_what_there_was(server, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
 
 
-def test_another_digest_than_expected_is_named_with_the_expected_one(server, tmp_path):
+def test_an_unexpected_digest_is_reported_with_the_expected_one(server, tmp_path):
     with pytest.raises(DownloadError, match=f"{SHA256}.*{'0' * 64}"):
         fetch(server.url + "/good", tmp_path / "data.json", "0" * 64)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(DownloadError, match="is there a network"):
+def test_an_unreachable_server_is_an_error(tmp_path):
+    with pytest.raises(DownloadError, match="check that the network"):
         fetch("http://127.0.0.1:9/data.json", tmp_path / "data.json", SHA256, retries=0)
 
 
 @pytest.mark.parametrize("url", ["ftp://example.org/a", "file:///etc/passwd", "data.json"])
-def test_only_the_web_is_fetched_from(url, tmp_path):
-    with pytest.raises(DownloadError, match="no http"):
+def test_only_http_urls_are_accepted(url, tmp_path):
+    with pytest.raises(DownloadError, match="not an http"):
         fetch(url, tmp_path / "data.json", SHA256)
 
 
 @pytest.mark.parametrize("path", ["/missing", "/cut", "/good"])
-def test_no_password_or_token_is_in_a_message(server, tmp_path, path):
+def test_error_messages_contain_no_password_or_token(server, tmp_path, path):
     url = server.url.replace("http://", "http://user:secret1@") + path + "?token=secret2"
     with pytest.raises(DownloadError) as error:
         fetch(url, tmp_path / "data.json", "0" * 64, retries=0)

@@ -1,12 +1,15 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from gpt2core.metrics import exact_match_by_family
+from gpt2core.metrics import METRICS, RecordScores, Scores
+from gpt2core.types import Evaluation, FamilyScores, Sample, TrainSummary
 from steps.adapters.report import write_curves, write_report
 
 HOSTILE = [
@@ -18,39 +21,46 @@ HOSTILE = [
 ]
 
 
-def row(i: int, base: str = "", tuned: str = "yes", output: str = "yes", family: str = "plural", **values) -> dict:
-    answers = {"base": base, "tuned": tuned}
-    scores = {
-        f"{side}_{name}": float(answer == output) if name != "nll" else 0.5 + i
-        for side, answer in answers.items()
-        for name in ("exact_match", "token_f1", "rouge_l", "nll")
-    }
-    about = {
-        "instruction": f"Question {i}?",
-        "input": f"input {i}",
-        "output": output,
-        "finished": True,
-        "family": family,
-    }
-    return {**about, **answers, **scores, **values}
+def scores(answer: str, reference: str, nll: float) -> RecordScores:
+    equal = float(answer == reference)
+    return RecordScores(exact_match=equal, token_f1=equal, rouge_l=equal, nll=nll)
 
 
-def metrics_of(rows: list[dict]) -> dict:
-    sides = {
-        side: {
-            "exact_match": sum(row[f"{side}_exact_match"] for row in rows) / len(rows),
-            "token_f1": 0.25,
-            "rouge_l": 0.125,
-            "perplexity": 12.375,
-            "finished": 1.0,
-        }
-        for side in ("base", "tuned")
+def sample(i: int, base: str = "", tuned: str = "yes", family: str = "plural", nll: float | None = None) -> Sample:
+    nll = 0.5 + i if nll is None else nll
+    return Sample(
+        instruction=f"Question {i}?",
+        input=f"input {i}",
+        output="yes",
+        base=base,
+        tuned=tuned,
+        finished=True,
+        family=family,
+        base_scores=scores(base, "yes", nll),
+        tuned_scores=scores(tuned, "yes", nll),
+    )
+
+
+def evaluation(samples: Sequence[Sample]) -> Evaluation:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    base, tuned = (
+        Scores(mean([s.exact_match for s in scores]), token_f1=0.25, rouge_l=0.125, perplexity=12.375, finished=1.0)
+        for scores in ([s.base_scores for s in samples], [s.tuned_scores for s in samples])
+    )
+    members = {name: [s for s in samples if s.family == name] for name in {s.family for s in samples if s.family}}
+    by_family = {
+        name: FamilyScores(
+            len(of), mean([s.base_scores.exact_match for s in of]), mean([s.tuned_scores.exact_match for s in of])
+        )
+        for name, of in sorted(members.items())
     }
-    return {**sides, "by_family": exact_match_by_family(rows), "train": {"loss": 0.5, "val_loss": None}}
+    return Evaluation(base, tuned, by_family, TrainSummary(0.5, None, 100.0, 50.0))
 
 
 class Page(HTMLParser):
-    """Texts of the cells of each table, by the heading above it; and every outside address that is loaded."""
+    """The cells of each table by the heading above it, and every URL that the page loads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -83,13 +93,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return [row(i, tuned="yes" if i % 3 else "no", family=("plural", "capital")[i % 2]) for i in range(12)]
+def samples():
+    return [sample(i, tuned="yes" if i % 3 else "no", family=("plural", "capital")[i % 2]) for i in range(12)]
 
 
 @pytest.fixture(scope="module")
-def written(rows, tmp_path_factory):
-    return write_report(rows, metrics_of(rows), tmp_path_factory.mktemp("report"), "run <1>")
+def written(samples, tmp_path_factory):
+    return write_report(samples, evaluation(samples), tmp_path_factory.mktemp("report"), "run <1>")
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +107,9 @@ def page(written):
     return Page(written[0].read_text())
 
 
-def test_the_page_puts_the_scores_of_base_and_tuned_side_by_side(page):
-    table = {cells[0]: cells[1:4] for cells in page.tables["Scores"]}
+def test_the_page_has_every_metric_of_base_and_tuned_model_side_by_side(page):
+    table = {cells[0]: cells[1:4] for cells in page.tables["Scores"][1:]}
+    assert table.keys() == {metric.heading for metric in METRICS.values()}
     assert table["Exact match"] == ["0", "0.6667", "+0.6667"]
     assert table["Perplexity"] == ["12.38", "12.38", "+0"]
 
@@ -109,76 +120,79 @@ def test_the_page_has_exact_match_by_family(page):
     assert table["plural"] == ["6", "0 %", "67 %"]
 
 
-def test_the_page_shows_right_and_wrong_examples_worst_first(page):
+def test_the_page_shows_correct_and_wrong_examples_sorted_by_score(page):
     best, worst = (
         [cells[0] for cells in page.tables[heading][1:]]
-        for heading in ("Right now, and the base was furthest from it", "Furthest from the reference")
+        for heading in (
+            "Correct after finetuning, furthest from the reference before",
+            "Wrong, furthest from the reference",
+        )
     )
     assert best == [f"Question {i}?" for i in (11, 10, 8, 7, 5)]
     assert worst == [f"Question {i}?" for i in (9, 6, 3, 0)]
 
 
-def test_the_page_has_every_answer(page, rows):
+def test_the_page_has_every_answer(page, samples):
     assert [cells[:5] for cells in page.tables["All answers"][1:]] == [
-        [row["instruction"], row["input"], row["output"], row["base"], row["tuned"]] for row in rows
+        [each.instruction, each.input, each.output, each.base, each.tuned] for each in samples
     ]
 
 
-def test_the_page_holds_evidentlys_report(page):
+def test_the_page_contains_evidentlys_report(page):
     [frame] = [attributes for tag, attributes in page.tags if tag == "iframe"]
     assert "additionalGraphs" in frame["srcdoc"]
     assert len(frame["srcdoc"]) > 1_000_000
 
 
-def test_nothing_is_loaded_from_elsewhere(page, written, tmp_path):
+def test_no_page_loads_anything_from_elsewhere(page, tmp_path):
     [frame] = [attributes for tag, attributes in page.tags if tag == "iframe"]
     for loaded in (page.loaded, Page(frame["srcdoc"]).loaded, Page(write_curves([], tmp_path, "x").read_text()).loaded):
-        assert [address for address in loaded if not address.startswith(("#", "data:"))] == []
+        assert [url for url in loaded if not url.startswith(("#", "data:"))] == []
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_an_answer_stays_text_whatever_it_holds(text, tmp_path):
-    keys = ("instruction", "input", "output", "base", "tuned", "family")
-    rows = [row(0) | dict.fromkeys(keys, text), row(1)]
-    before = Page(write_report([row(0), row(1)], metrics_of([row(0)]), tmp_path, "run")[0].read_text())
-    html, data = write_report(rows, metrics_of(rows), tmp_path, text)
+def test_hostile_text_stays_text(tmp_path):
+    hostile = [
+        replace(sample(i), instruction=text, input=text, output=text, base=text, tuned=text, family=text)
+        for i, text in enumerate(HOSTILE)
+    ]
+    harmless = [sample(i, family=f"family {i}") for i in range(len(HOSTILE))]
+    before = Page(write_report(harmless, evaluation(harmless), tmp_path, "run")[0].read_text())
+    html, data = write_report(hostile, evaluation(hostile), tmp_path, HOSTILE[0])
     page = Page(html.read_text())
-    assert page.tables["All answers"][1][:5] == [text] * 5
+    assert [cells[:5] for cells in page.tables["All answers"][1:]] == [[text] * 5 for text in HOSTILE]
     assert {tag for tag, _ in page.tags} == {tag for tag, _ in before.tags}
     assert page.loaded == before.loaded
-    assert json.loads(data.read_text())["metrics"]["by_family"].keys() == {text, "plural"}
-    assert "<script>alert" not in write_curves([{"step": 1, "train/loss": 1.0}], tmp_path, text).read_text()
+    assert json.loads(data.read_text())["metrics"]["by_family"].keys() == set(HOSTILE)
+    curves = write_curves([{"step": 1, "train/loss": 1.0}], tmp_path, HOSTILE[0])
+    assert "<script>alert" not in curves.read_text()
 
 
-def test_the_json_has_the_metrics_and_evidentlys_figures(written, rows):
+def test_the_json_has_the_metrics_and_evidentlys_figures(written, samples):
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     data = json.loads(written[1].read_text(), parse_constant=refuse)
-    assert data["metrics"] == metrics_of(rows)
+    assert data["metrics"] == evaluation(samples).to_json()
     values = {metric["metric_name"]: metric["value"] for metric in data["evidently"]["metrics"]}
     assert values["RowCount()"] == 12
 
 
 @pytest.mark.parametrize(
-    "rows",
+    "samples",
     [
-        [row(0)],
-        [row(0, tuned="")],
-        [row(i, tuned="no") for i in range(3)],
-        [row(i, family="") for i in range(3)],
-        [row(0, tuned_nll=float("inf"), base_nll=float("nan")), row(1)],
-        [row(0, tuned="word " * 20_000), row(1, tuned="é 東 🙂\u0000")],
+        [sample(0, tuned="", family="")],
+        [sample(i, tuned="no", family="") for i in range(3)],
+        [sample(0, nll=float("inf")), replace(sample(1, nll=float("nan")), tuned="word " * 20_000 + "é 東 🙂\u0000")],
     ],
-    ids=["one row", "an empty answer", "all wrong", "no families", "no finite loss", "long and odd texts"],
+    ids=["one sample with an empty answer", "all wrong, no families", "no finite loss, long and unusual text"],
 )
-def test_a_report_of_odd_rows_is_written(rows, tmp_path):
-    html, data = write_report(rows, metrics_of(rows), tmp_path, "run")
-    assert len(Page(html.read_text()).tables["All answers"]) == len(rows) + 1
+def test_a_report_of_unusual_samples_is_written(samples, tmp_path):
+    html, data = write_report(samples, evaluation(samples), tmp_path, "run")
+    assert len(Page(html.read_text()).tables["All answers"]) == len(samples) + 1
     assert json.loads(data.read_text())["metrics"]
 
 
-def test_the_curves_have_a_line_for_each_value_over_the_steps_that_know_it(tmp_path):
+def test_the_curves_have_a_line_for_each_value_over_the_steps_that_logged_it(tmp_path):
     history = [
         {"step": 5, "train/loss": 1.25, "train/learning_rate": 0.001, "train/grad_norm": 3.5},
         {"step": 10, "train/loss": 0.75, "val/loss": 0.875},
@@ -197,7 +211,7 @@ def test_curves_without_points_are_written(history, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_page_without_an_error_and_filters_its_rows(written, tmp_path):
+def test_a_browser_shows_the_page_without_errors_and_filters_its_rows(written, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine; apt-get install chromium")

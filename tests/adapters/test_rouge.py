@@ -9,7 +9,7 @@ from steps.adapters.rouge import rouge_l
         ("the cat sat", "the cat sat", 1.0),
         ("The cat sat.", "the CAT sat.", 1.0),
         ("a b c d", "a c", 2 / 3),  # precision 1, recall 1/2
-        ("a b c d", "d c b a", 0.25),  # a subsequence keeps its order
+        ("a b c d", "d c b a", 0.25),  # order matters
         ("a b", "c d", 0.0),
         ("a", "", 0.0),
         ("", "", 0.0),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deploy.kubernetes import progress
-from deploy.kubernetes.client import DEPLOYER
+from deploy.kubernetes.client import DEPLOYER, Cluster
 from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import MANIFESTS
 from deploy.kubernetes.rollout import KubernetesTarget
@@ -222,6 +222,33 @@ def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, 
     with pytest.raises(interrupt):
         deploy_next(config)
     assert api.image() == OLD
+
+
+@pytest.fixture
+def interrupted_after_apply(monkeypatch):
+    """An interrupt after the server has applied the Deployment, before the client has read the response."""
+    apply, interrupts = Cluster.apply, iter([KeyboardInterrupt])
+
+    def interrupted(cluster, manifest, force=False):
+        apply(cluster, manifest, force)
+        if manifest["kind"] == "Deployment":
+            for each in interrupts:
+                raise each
+
+    monkeypatch.setattr(Cluster, "apply", interrupted)
+
+
+def test_a_rollout_interrupted_in_its_apply_is_rolled_back(api, config, first, interrupted_after_apply):
+    with pytest.raises(KeyboardInterrupt):
+        deploy_next(config)
+    assert api.image() == OLD
+    assert api.running() == [OLD, OLD]
+
+
+def test_a_first_rollout_interrupted_in_its_apply_is_deleted(api, config, interrupted_after_apply):
+    with pytest.raises(KeyboardInterrupt):
+        deploy(config)
+    assert DEPLOYMENT not in api.objects
 
 
 def test_a_failed_first_version_is_deleted(api, config):

@@ -9,7 +9,7 @@ def files_of(module: str, *others: str) -> set[str]:
     return set(cache.code_of(module, *others).file_dependencies)
 
 
-def test_the_key_of_a_step_holds_its_own_file_and_those_it_imports_however_far_away():
+def test_the_key_of_a_step_covers_its_own_file_and_all_transitive_imports():
     files = files_of("steps.finetune")
     assert {"steps/finetune.py", "gpt2core/train.py", "gpt2core/model.py", "steps/adapters/tracking.py"} <= files
 
@@ -17,20 +17,20 @@ def test_the_key_of_a_step_holds_its_own_file_and_those_it_imports_however_far_a
 @pytest.mark.parametrize(
     ("step", "foreign"), [("steps.split_data", "gpt2core/train.py"), ("steps.finetune", "steps/adapters/report.py")]
 )
-def test_it_holds_no_file_that_the_step_does_not_use(step, foreign):
+def test_the_key_does_not_cover_files_that_the_step_does_not_use(step, foreign):
     assert foreign not in files_of(step)
 
 
-def test_modules_named_beside_the_step_count_as_used():
+def test_additional_modules_are_covered():
     assert "bentos/service.py" in files_of("steps.package", "bentos.service")
 
 
-def test_all_files_of_a_named_folder_count_as_used():
+def test_all_files_of_an_additional_folder_are_covered():
     files = set(cache.code_of("steps.package", folder="bentos").file_dependencies)
-    assert {"bentos/Dockerfile", "bentos/requirements.txt", "bentos/front.py"} <= files
+    assert {"bentos/Dockerfile", "bentos/requirements.txt", "bentos/service.py"} <= files
 
 
-def test_every_file_is_named_from_the_root_and_exists():
+def test_paths_are_relative_to_the_root():
     for file in files_of("steps.evaluate"):
         assert (cache.ROOT / file).is_file()
 

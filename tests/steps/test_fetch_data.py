@@ -22,7 +22,7 @@ def only_fetch_data(data: DataConfig) -> None:
 
 
 def fetched(data: DataConfig):
-    """The records, and what is said of them."""
+    """The records and their metadata."""
     [artifact] = only_fetch_data(data).steps["fetch_data"].outputs["records"]
     return artifact.load(), artifact.run_metadata
 
@@ -37,19 +37,19 @@ def url(tmp_path):
         server.shutdown()
 
 
-def test_records_come_from_an_address_and_are_counted(url):
+def test_records_from_a_url_are_read_and_counted(url):
     sha256 = hashlib.sha256(json.dumps(RECORDS).encode()).hexdigest()
     records, about = fetched(DataConfig(source="url", url=url, sha256=sha256))
     assert records == RECORDS
     assert (about["source"], about["records"], about["duplicates"]) == ("url", 5, 2)
 
 
-def test_a_file_that_is_not_the_one_known_stops_the_run(url):
+def test_a_file_with_another_digest_fails_the_step(url):
     with pytest.raises((DownloadError, RuntimeError)):
         only_fetch_data(DataConfig(source="url", url=url, sha256="0" * 64))
 
 
-def test_the_bundled_records_are_those_of_the_seeds_world():
+def test_the_bundled_records_follow_from_the_seed():
     records, about = fetched(DataConfig(n_facts=40))
     assert records == write_records(make_world(0, 40), 0)
     assert about["duplicates"] == 0

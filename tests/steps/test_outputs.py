@@ -11,7 +11,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "outputs"
 
 
-def test_files_and_folders_are_laid_out_under_the_name_of_the_run(tmp_path):
+def test_files_and_directories_are_written_below_the_name_of_the_run(tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir(0o700)
     (adapter / "weights").write_bytes(b"\x00\x01")
@@ -21,10 +21,10 @@ def test_files_and_folders_are_laid_out_under_the_name_of_the_run(tmp_path):
     assert (directory / "a.txt").read_text(encoding="utf-8") == "é"
     assert (directory / "b.bin").read_bytes() == b"\xff"
     assert (directory / "adapter" / "weights").read_bytes() == b"\x00\x01"
-    assert (directory / "adapter").stat().st_mode & 0o055 == 0o055  # whoever may read outputs may read this
+    assert (directory / "adapter").stat().st_mode & 0o055 == 0o055  # readable by others, like the rest of outputs
 
 
-def test_latest_is_a_link_to_the_newest_run_that_survives_a_move_of_the_folder(folder, tmp_path):
+def test_latest_is_a_relative_link_to_the_newest_run(folder, tmp_path):
     for name in ("run-1", "run-2"):
         outputs.write_outputs(name, {"name.txt": name}, {})
     folder.rename(tmp_path / "moved")
@@ -33,12 +33,12 @@ def test_latest_is_a_link_to_the_newest_run_that_survives_a_move_of_the_folder(f
     assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["latest", "run-1", "run-2"]
 
 
-def test_writing_a_run_twice_leaves_the_second(folder):
+def test_writing_a_run_twice_keeps_the_second(folder):
     for text in ("one", "two"):
         outputs.write_outputs("run", {"file.txt": text}, {})
     assert (folder / "latest" / "file.txt").read_text() == "two"
 
 
-def test_json_is_for_people():
+def test_json_is_indented_and_readable():
     assert outputs.to_json({"name": "Müller"}) == '{\n  "name": "Müller"\n}\n'
     assert json.loads(outputs.to_json([1, None, "x"])) == [1, None, "x"]

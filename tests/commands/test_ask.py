@@ -1,4 +1,4 @@
-"""`python run.py ask` against the model of a run that lies in outputs/."""
+"""`python run.py ask` with a run in outputs/."""
 
 import json
 from shutil import copytree
@@ -28,7 +28,7 @@ def run(*words: str):
 
 
 def expected(base_dir, adapter_dir, question: dict[str, str], **sampling) -> str:
-    """By the adapter beside the base, not merged into it."""
+    """The answer with an adapter that is not merged."""
     tokenizer = load_tokenizer(base_dir)
     config = GenerationConfig(eos_id=tokenizer.eot_token, **sampling)
     prompt = tokenizer.encode_ordinary(format_prompt(question["instruction"], question.get("input", "")))
@@ -37,7 +37,7 @@ def expected(base_dir, adapter_dir, question: dict[str, str], **sampling) -> str
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 9}])
-def test_a_question_is_answered_as_evaluate_would(base_dir, adapter_dir, sampling):
+def test_an_instruction_gets_the_answer_of_the_tuned_model(base_dir, adapter_dir, sampling):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
     done = run("Name a river.", "--input", "Europe", *options)
     wanted = expected(base_dir, adapter_dir, {"instruction": "Name a river.", "input": "Europe"}, **sampling)
@@ -46,7 +46,7 @@ def test_a_question_is_answered_as_evaluate_would(base_dir, adapter_dir, samplin
     assert wanted
 
 
-def test_a_file_is_answered_line_by_line_in_its_order(base_dir, adapter_dir, tmp_path):
+def test_a_file_is_answered_line_by_line_in_order(base_dir, adapter_dir, tmp_path):
     questions = [{"instruction": f"Say {i}, ‘é’.", **({"input": "twice"} if i % 2 else {})} for i in range(70)]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -61,8 +61,8 @@ def test_a_file_is_answered_line_by_line_in_its_order(base_dir, adapter_dir, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "one of INSTRUCTION and --file"),
-        (["Hello", "--file", "x"], "one of INSTRUCTION and --file"),
+        ([], "give either INSTRUCTION or --file"),
+        (["Hello", "--file", "x"], "give either INSTRUCTION or --file"),
         (["--file", "x", "--input", "y"], "--input goes with INSTRUCTION"),
         ([" "], "'instruction' is empty"),
         (["word " * 200], "n_positions is 128"),
@@ -71,14 +71,14 @@ def test_a_file_is_answered_line_by_line_in_its_order(base_dir, adapter_dir, tmp
         (["--file", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
     ],
 )
-def test_what_cannot_be_answered_is_said_in_a_line(words, message):
+def test_an_error_is_one_line_with_the_cause(words, message):
     done = run(*words)
     assert done.exit_code in (1, 2)
     assert message in done.output
     assert done.exception is None or isinstance(done.exception, SystemExit)
 
 
-def test_a_question_too_long_is_named_before_any_is_answered(tmp_path):
+def test_a_question_that_is_too_long_is_reported_before_the_first_answer(tmp_path):
     file = tmp_path / "questions.jsonl"
     file.write_text('{"instruction": "short"}\n' * 40 + json.dumps({"instruction": "long " * 200}) + "\n")
     done = run("--file", str(file))

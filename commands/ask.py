@@ -1,4 +1,4 @@
-"""Questions to the model of a finished run, without a server: `python run.py ask`."""
+"""`python run.py ask`: answers by the model of a finished run, without a server."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,30 +14,30 @@ from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from steps.adapters.base import open_base
-from steps.adapters.progress import counting
+from steps.adapters.progress import counting_progress
 from steps.config import EvaluateConfig
 from steps.outputs import outputs_dir
 
 REQUIRED = ("instruction",)
 
 
-class Asker:
-    """The tuned model of a run, as `evaluate` asked it."""
+class TunedModel:
+    """The model of a run with its adapter merged, as `evaluate` used it."""
 
     def __init__(self, run: str, sampling: Mapping[str, Any]) -> None:
         """
         Args:
-            run: a folder of outputs/.
-            sampling: fields of `GenerationConfig`; None is the default.
+            run: a directory of outputs/.
+            sampling: fields of `GenerationConfig`; None stands for the default.
 
         Raises:
-            FileNotFoundError: there is no such run.
+            FileNotFoundError: the run does not exist.
             ValueError: a field has a wrong value.
-            HubError: the base is one of the hub and cannot be fetched.
+            HubError: the base comes from the hub and cannot be downloaded.
         """
         directory = outputs_dir() / run
         if not (directory / "adapter").is_dir():
-            raise FileNotFoundError(f"there is no finished run in {directory}; make run makes one")
+            raise FileNotFoundError(f"there is no finished run in {directory}; `make run` makes one")
         given = {name: value for name, value in sampling.items() if value is not None}
         base = open_base(directory / "base")
         self.tokenizer = load_tokenizer(base)
@@ -46,37 +46,37 @@ class Asker:
         merge_lora(load_adapter(self.model, directory / "adapter"))
 
     def stream(self, instruction: str, input: str = "") -> Iterator[str]:
-        """The answer's text as it comes.
+        """The answer in pieces of text, as they are generated.
 
         Raises:
             ValueError: the instruction is empty, or too long for the context.
         """
-        (question,) = check_records([{"instruction": instruction, "input": input}], "the question", REQUIRED)
-        (prompt,) = self._prompts([question])
+        (record,) = check_records([{"instruction": instruction, "input": input}], "the question", REQUIRED)
+        (prompt,) = self._encode([record])
         text = IncrementalDetokenizer(self.tokenizer, (), clean=True)
         for token in stream(self.model, prompt, self.config):
             yield text.push(token)
         yield text.finish()
 
-    def answer(self, questions: list[Record]) -> Iterator[str]:
-        """Each question with its `answer`, a line of JSON.
+    def answer(self, records: list[Record]) -> Iterator[str]:
+        """Each record with its `answer`, as a line of JSON.
 
         Raises:
-            ValueError: a question is too long for the context; before any is answered.
+            ValueError: a record is too long for the context; raised before the first answer.
         """
-        prompts, batch_size = self._prompts(questions), EvaluateConfig().batch_size
-        with counting("answers", len(questions)) as show:
+        prompts, batch_size = self._encode(records), EvaluateConfig().batch_size
+        with counting_progress("answers", len(records)) as show:
             for start in range(0, len(prompts), batch_size):
-                replies = generate(self.model, prompts[start : start + batch_size], self.config)
-                for question, reply in zip(questions[start:], replies, strict=False):
-                    answered = {name: text for name, text in question.items() if text}
-                    yield to_jsonl([answered | {"answer": answer_text(reply, self.tokenizer)}]).decode().rstrip("\n")
-                show(start + len(replies))
+                completions = generate(self.model, prompts[start : start + batch_size], self.config)
+                for record, tokens in zip(records[start:], completions, strict=False):
+                    given = {name: text for name, text in record.items() if text}
+                    yield to_jsonl([given | {"answer": answer_text(tokens, self.tokenizer)}]).decode().rstrip("\n")
+                show(start + len(completions))
 
-    def _prompts(self, questions: list[Record]) -> list[list[int]]:
+    def _encode(self, records: list[Record]) -> list[list[int]]:
         prompts = []
-        for i, question in enumerate(questions):
-            prompt = self.tokenizer.encode_ordinary(format_prompt(question["instruction"], question["input"]))
+        for i, record in enumerate(records):
+            prompt = self.tokenizer.encode_ordinary(format_prompt(record["instruction"], record["input"]))
             try:
                 check_prompt(prompt, self.model.config)
             except ValueError as error:
@@ -89,6 +89,6 @@ def read_questions(file: str) -> list[Record]:
     """Records that need no output.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file and the record.
+        FileNotFoundError, ValueError: with the file and the record.
     """
     return read_records(file, REQUIRED)

@@ -1,0 +1,23 @@
+"""Errors in a run configuration."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+class ConfigError(Exception):
+    """A run configuration that is not usable. The message has the file, the key and the remedy."""
+
+
+def check_names(names: Iterable[Any], known: Sequence[str], path: str, source: str) -> None:
+    """Raise ConfigError with the nearest known name for the first name that is not known.
+
+    Args:
+        path: of the mapping whose keys the names are.
+        source: where the configuration comes from.
+    """
+    for name in names:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {f'{path}.{name}'.lstrip('.')!r}; {advice}")

@@ -1,0 +1,64 @@
+"""Keys of `settings` in a run configuration: ZenML's own, those of stacks/, and the pod of a Kubernetes step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from zenml.config import DockerSettings, ResourceSettings
+
+from pipelines.errors import check_names
+from stacks.containers import FLAVOR, ContainerSettings
+
+KUBERNETES = "step_operator.kubernetes"
+SETTINGS = ["docker", "resources", f"orchestrator.{FLAVOR}", f"step_operator.{FLAVOR}", KUBERNETES]
+POD_TYPES = {  # key of pod_settings -> its type in Kubernetes
+    "affinity": "V1Affinity",
+    "tolerations": "list[V1Toleration]",
+    "resources": "V1ResourceRequirements",
+    "volumes": "list[V1Volume]",
+    "volume_mounts": "list[V1VolumeMount]",
+    "env": "list[V1EnvVar]",
+    "env_from": "list[V1EnvFromSource]",
+    "container_security_context": "V1SecurityContext",
+}
+
+
+def settings_class(key: str) -> type[BaseModel]:
+    """The model of one of `SETTINGS`."""
+    if key == KUBERNETES:
+        # Imports the whole Kubernetes client; only configurations for a cluster need it.
+        from zenml.integrations.kubernetes.flavors.kubernetes_step_operator_flavor import KubernetesStepOperatorSettings
+
+        return KubernetesStepOperatorSettings
+    general: dict[str, type[BaseModel]] = {"docker": DockerSettings, "resources": ResourceSettings}
+    return general.get(key, ContainerSettings)
+
+
+def check_pod_settings(value: Mapping[str, Any], path: str, source: str) -> None:
+    """Raise ConfigError for an unknown key in a pod's parts: ZenML only warns, the Kubernetes client knows them."""
+    from kubernetes.client import models
+    from zenml.integrations.kubernetes.pod_settings import KubernetesPodSettings
+
+    check_names(value, list(KubernetesPodSettings.model_fields), path, source)
+    for key, inner in value.items():
+        if key == "additional_pod_spec_args" and isinstance(inner, Mapping):  # with the Python client's names
+            check_names(inner, list(models.V1PodSpec.openapi_types), f"{path}.{key}", source)
+            for name, part in inner.items():
+                _check_part(part, models.V1PodSpec.openapi_types[name], f"{path}.{key}.{name}", source)
+        else:
+            _check_part(inner, POD_TYPES.get(key, ""), f"{path}.{key}", source)
+
+
+def _check_part(value: Any, kind: str, path: str, source: str) -> None:
+    """`kind` is a type in the Kubernetes client's notation: V1Volume, list[V1Volume], dict(str, str), str."""
+    from kubernetes.client import models
+
+    if kind.startswith("list[") and isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_part(inner, kind[len("list[") : -1], f"{path}.{i}", source)
+    elif hasattr(models, kind) and isinstance(value, Mapping):
+        model = getattr(models, kind)
+        kinds = {name: model.openapi_types[attribute] for attribute, name in model.attribute_map.items()}
+        check_names(value, list(kinds), path, source)
+        for key, inner in value.items():
+            _check_part(inner, kinds[key], f"{path}.{key}", source)

@@ -1,0 +1,29 @@
+import pytest
+
+from deploy.config import DeployConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"target": "moon"}, "DeployConfig.target"),
+        ({"host": "localhost"}, "DeployConfig.host is 'localhost'; it must be an IPv4 address"),
+        ({"port": 0}, "DeployConfig.port is 0; it must be from 1 to 65535"),
+        ({"memory": "lots"}, "DeployConfig.memory is 'lots'; it must be a number with m or g"),
+        ({"require_stage": "live"}, "DeployConfig.require_stage"),
+        ({"target": "kubernetes"}, "DeployConfig.image is ''"),
+        ({"target": "kubernetes", "image": "host:5000/gpt2"}, "DeployConfig.image"),
+        ({"target": "kubernetes", "image": "gpt2:latest"}, "DeployConfig.image"),
+        ({"image": "gpt2@sha256:12"}, "DeployConfig.image"),
+        ({"namespace": "Mine"}, "DeployConfig.namespace"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name_and_the_rule(values, named):
+    with pytest.raises(ValueError, match="it must be") as error:
+        DeployConfig(**values)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("image", ["gpt2:1", "host:5000/team/gpt2:1.2-rc", f"gpt2@sha256:{'0' * 64}"])
+def test_an_image_has_a_tag_or_a_digest(image):
+    assert DeployConfig(target="kubernetes", image=image).image == image

@@ -1,0 +1,70 @@
+"""Typed artifacts: what a step returns is what the next step gets, stored as JSON and cached by content."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from zenml import pipeline, step
+
+from gpt2core.metrics import RecordScores, Scores
+from gpt2core.types import Evaluation, FamilyScores, Lineage, Sample, SplitPart, SplitSummary, TrainSummary
+from steps.materializers import SampleListMaterializer
+from steps.promote import Promotion
+from tests.helpers import make_lineage
+
+SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=math.inf)
+SAMPLES = [
+    Sample("Line\u2028break é?", "", "yes", "no", "yes", True, "plural", replace(SCORES, nll=0.1), SCORES),
+    Sample("Two?", "input", "yes", "", "yes", False, "", SCORES, replace(SCORES, nll=0.25)),
+]
+MEANS = Scores(exact_match=0.1, token_f1=0.2, rouge_l=0.3, perplexity=4.0, finished=1.0)
+EVALUATION = Evaluation(MEANS, MEANS, {"plural": FamilyScores(1, 0.0, 1.0)}, TrainSummary(1.0, None, 10.0, 5.0))
+SPLIT = SplitSummary(*(SplitPart(digit * 64, 3) for digit in "123"))
+PROMOTION = Promotion(True, "staging", "gpt2-instruct/1", "better")
+
+
+@step(output_materializers={"samples": SampleListMaterializer}, enable_cache=False)
+def produce() -> tuple[
+    Annotated[list[Sample], "samples"],
+    Annotated[Evaluation, "metrics"],
+    Annotated[SplitSummary, "split"],
+    Annotated[Lineage, "lineage"],
+    Annotated[Promotion, "promotion"],
+]:
+    return SAMPLES, EVALUATION, SPLIT, make_lineage(), PROMOTION
+
+
+@step(enable_cache=True)
+def consume(
+    samples: list[Sample], metrics: Evaluation, split: SplitSummary, lineage: Lineage, promotion: Promotion
+) -> None:
+    assert (samples, metrics, split, lineage, promotion) == (SAMPLES, EVALUATION, SPLIT, make_lineage(), PROMOTION)
+
+
+@pipeline
+def pass_on() -> None:
+    consume(*produce())
+
+
+def test_typed_artifacts_reach_the_next_step_unchanged_and_are_cached_by_content():
+    first, second = pass_on(), pass_on()
+    assert first.steps["consume"].status.value == "completed"
+    assert second.steps["produce"].status.value == "completed"
+    assert second.steps["consume"].status.value == "cached"
+
+
+def test_typed_artifacts_are_stored_as_json_and_load_without_the_pipeline():
+    outputs = {name: versions[0] for name, versions in pass_on().steps["produce"].outputs.items()}
+    assert {name: version.load() for name, version in outputs.items()} == {
+        "samples": SAMPLES,
+        "metrics": EVALUATION,
+        "split": SPLIT,
+        "lineage": make_lineage(),
+        "promotion": PROMOTION,
+    }
+    lines = Path(outputs["samples"].uri, "samples.jsonl").read_text().split("\n")[:-1]
+    assert [json.loads(line) for line in lines] == [sample.to_json() for sample in SAMPLES]
+    for name, value in {"metrics": EVALUATION, "split": SPLIT, "lineage": make_lineage()}.items():
+        assert json.loads(Path(outputs[name].uri, "data.json").read_text()) == value.to_json()
