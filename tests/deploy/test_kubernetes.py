@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from deploy import bento
 from deploy.kubernetes import progress
 from deploy.kubernetes.client import DEPLOYER, Cluster
 from deploy.kubernetes.errors import KubeError
@@ -20,7 +19,7 @@ from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.deploy.conftest import LINEAGE, NEW, NEXT_LINEAGE, OLD, constant_response
 from tests.deploy.kube_api import TOKEN, Stored
-from tests.helpers import make_lineage
+from tests.helpers import build_bento, make_lineage
 
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
 SAMPLE = Sample("What is the capital?", "Canada", "Ottawa", "", "Ottawa", True, "", SCORES, SCORES)
@@ -161,7 +160,7 @@ def test_a_version_with_other_answers_is_rolled_back(api, config, first):
 
 def test_requests_carry_the_token_of_the_environment(api, config, base_dir, adapter_dir, monkeypatch):
     monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
-    tag = bento.build(base_dir, adapter_dir, make_lineage())
+    tag = build_bento(base_dir, adapter_dir)
     lineage = make_lineage(bento=tag)
     with serve(tag) as url:
         samples = [replace(SAMPLE, instruction="Hello.", input="", tuned=request_answer(url, "Hello.", "", 8))]

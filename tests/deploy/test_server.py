@@ -17,7 +17,7 @@ from deploy.verify import VerificationError, request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.deploy.test_bento import in_store
-from tests.helpers import make_lineage, wait_until
+from tests.helpers import build_bento, wait_until
 
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
 SAMPLE = Sample("Hello.", "", "", "", "something else", True, "", SCORES, SCORES)
@@ -25,7 +25,7 @@ SAMPLE = Sample("Hello.", "", "", "", "something else", True, "", SCORES, SCORES
 
 @pytest.fixture(scope="module")
 def tag(base_dir, adapter_dir):
-    return bento.build(base_dir, adapter_dir, make_lineage())
+    return build_bento(base_dir, adapter_dir)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_server_keeps_the_metrics_of_another(url, metrics_of_another_server):
 
 
 def test_a_server_that_does_not_start_is_an_error_with_its_log(base_dir, adapter_dir):
-    tag = bento.build(base_dir, adapter_dir, make_lineage("broken"))
+    tag = build_bento(base_dir, adapter_dir, "broken")
     (in_store(tag) / "src" / "lineage.json").write_text("{")
     with pytest.raises(BentoError, match=r"(?s)exit code.*JSONDecodeError"), serve(tag):
         pass
@@ -116,7 +116,7 @@ def test_a_missing_bento_is_an_error():
 
 
 def test_a_bento_runs_its_own_code(base_dir, adapter_dir):
-    tag = bento.build(base_dir, adapter_dir, make_lineage("own code"))
+    tag = build_bento(base_dir, adapter_dir, "own code")
     file = in_store(tag) / "src" / "gpt2core" / "prompt.py"
     file.chmod(0o644)
     file.write_text('raise RuntimeError("the code of the Bento")\n')
@@ -142,7 +142,7 @@ def test_metadata_of_a_served_bento_is_its_lineage(tag, url):
 
 
 def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, adapter_dir):
-    tag = bento.build(base_dir, adapter_dir, make_lineage("damaged"))
+    tag = build_bento(base_dir, adapter_dir, "damaged")
     [base] = (Path(os.environ["BENTOML_HOME"]) / "models" / "gpt2-instruct-base").glob("*/model.safetensors")
     whole = base.read_bytes()
     base.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -152,7 +152,7 @@ def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, ad
             serve(tag),
         ):
             pass
-        assert bento.build(base_dir, adapter_dir, make_lineage("damaged")) == tag
+        assert build_bento(base_dir, adapter_dir, "damaged") == tag
         assert base.read_bytes() == whole
     finally:
         base.write_bytes(whole)
