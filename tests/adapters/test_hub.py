@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2core.checkpoint import directory_sha256, load_pretrained
+from gpt2core.checkpoint import directory_sha256, load_pretrained, read_config
+from gpt2core.tokenizer import END_OF_TEXT
 from gpt2core.types import BaseRef
 from steps.adapters.base import open_base, write_base
 from steps.adapters.hub import HubError, fetch_base
@@ -25,7 +27,9 @@ def fetch(name: object, revision: str = ""):
 def saved(base_dir, tmp_path_factory):
     """A directory as transformers writes it, with the two files of the tokenizer."""
     directory = tmp_path_factory.mktemp("saved")
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=50)).save_pretrained(directory)
+    vocab_size = read_config(base_dir / "config.json").vocab_size
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=vocab_size)
+    GPT2LMHeadModel(config).save_pretrained(directory)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(base_dir / name, directory)
     return directory
@@ -39,7 +43,7 @@ def copy(saved, tmp_path):
 def test_a_directory_is_a_base_named_by_its_path_with_the_digest_of_its_model_files(copy):
     (copy / "README.md").write_text("more")
     fetched = fetch(copy)
-    names = ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+    names = ["config.json", "generation_config.json", "merges.txt", "model.safetensors", "vocab.json"]
     assert fetched.ref == BaseRef(str(copy), "", directory_sha256(copy, names))
     load_pretrained(fetched.path)
 
@@ -112,15 +116,28 @@ def test_a_hub_that_does_not_answer_is_an_error(tmp_path):
 
 
 def test_a_tokenizer_json_alone_is_enough(copy, base_dir):
+    whole = ByteLevelBPETokenizer(str(copy / "vocab.json"), str(copy / "merges.txt"))
+    whole.add_special_tokens([END_OF_TEXT])
     (copy / "merges.txt").unlink()
     (copy / "vocab.json").unlink()
     with pytest.raises(HubError, match=r"no tokenizer\.json, nor vocab\.json and merges\.txt"):
         fetch(copy)
-    (copy / "tokenizer.json").write_text("{}")
+    whole.save(str(copy / "tokenizer.json"), pretty=False)
     before = fetch(copy).ref.sha256
-    (copy / "tokenizer.json").write_text("[]")
+    whole.save(str(copy / "tokenizer.json"), pretty=True)
     assert fetch(copy).ref.sha256 != before
 
 
 def test_a_directory_has_no_revision(copy):
     assert fetch(copy, REVISION).ref.revision == ""
+
+
+def test_a_damaged_checkpoint_beside_its_reference_is_refused(copy):
+    fetched = fetch(copy)
+    write_base(copy, BaseRef("gpt2-nano", "", fetched.ref.sha256), {})
+    assert open_base(copy) == copy
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=rf"{copy} is damaged or was changed: .*model\.safetensors"):
+        open_base(copy)
