@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "gpt2core": CORE,
     "gpt2core/inference": CORE,
     "gpt2core/demo": CORE | {"tokenizers"},
-    "steps": {"steps", "deploy", "gpt2core", "zenml"},
+    "steps": {"steps", "deploy", "gpt2core", "zenml", "tiktoken"},
     "pipelines": {
         "pipelines",
         "steps",
@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "pydantic",
         "kubernetes",
         "click",
+        "psutil",
     },
     "commands": {"commands", "steps", "gpt2core"},
     "commands/lineage": {"commands", "gpt2core", "zenml"},

@@ -53,8 +53,8 @@ class DockerTarget:
                 in use, or the engine fails.
         """
         with self._open() as group:
-            image = service_image(lineage.bento)
             group.check_host()
+            image = service_image(lineage.bento)
 
             def verify(url: str) -> None:
                 verify_answers(lineage.bento, partial(request_answer, url, max_new_tokens=max_new_tokens), samples)

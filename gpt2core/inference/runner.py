@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -14,8 +15,6 @@ from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
 
 logger = logging.getLogger(__name__)
-
-NON_FINITE = -1  # in place of a token id
 
 
 class ModelRunner:
@@ -83,24 +82,23 @@ class ModelRunner:
     def _sample(self, hidden: Tensor, requests: Sequence[Request | None]) -> list[Output]:
         """The output of each row of hidden (n, C); that of a row without a request is meaningless."""
         logits = self._model.logits(hidden)  # (n, token_count)
-        best = logits.argmax(-1, keepdim=True)  # of a NaN, if there is one
-        best = torch.where(logits.gather(-1, best).isfinite(), best, NON_FINITE)
+        largest, best = (column.tolist() for column in logits.max(-1))  # of a NaN, if there is one
         return [
-            token if request is None else _output(request, row, token)
-            for request, row, token in zip(requests, logits, best[:, 0].tolist(), strict=True)
+            best[i] if request is None else _output(request, logits, i, largest[i], best[i])
+            for i, request in enumerate(requests)
         ]
 
 
-def _output(request: Request, logits: Tensor, best: int) -> Output:
-    """The request's next token, given its logits (token_count). An error is returned: it ends this request alone."""
+def _output(request: Request, logits: Tensor, i: int, largest: float, best: int) -> Output:
+    """The next token of the request in row i of the logits. An error is returned: it ends this request alone."""
     try:
-        if best == NON_FINITE:
+        if not isfinite(largest):
             raise NonFiniteLogits
         token = best
         if request.config.temperature > 0:
-            token = int(sample_token(logits, request.config, request.generator))
+            token = int(sample_token(logits[i], request.config, request.generator))
         if request.n_logprobs is not None:
-            logprobs = logits.log_softmax(-1)
+            logprobs = logits[i].log_softmax(-1)
             values, ids = logprobs.topk(request.n_logprobs)
             top = list(zip(ids.tolist(), values.tolist(), strict=True))
             request.logprobs.append(TokenLogprobs(float(logprobs[token]), top))
