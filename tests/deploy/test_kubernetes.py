@@ -127,6 +127,12 @@ def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkey
     assert deploy_next(config).outcome == "deployed"
 
 
+def test_an_image_pull_that_fails_until_the_deadline_is_named(api, config, first, monkeypatch):
+    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 60.0)
+    api.pod_states[NEW] = "ImagePullBackOff"
+    assert "ImagePullBackOff (about" in deploy_next(config).reason
+
+
 def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
     caplog.set_level(logging.INFO, "deploy")
     api.pod_states[NEW], api.recoveries[NEW] = "unschedulable", 3
