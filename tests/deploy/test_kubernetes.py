@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from zenml.exceptions import RunInterruptedException
 
 from deploy.kubernetes import progress
 from deploy.kubernetes.client import DEPLOYER, Cluster
@@ -211,11 +212,7 @@ def test_a_deployment_after_a_rollback_does_not_conflict_with_it(api, config, fi
     assert {owner for field in owners for owner in owners[field]} == {"gpt2-instruct", "kube-controller-manager"}
 
 
-class RunInterrupted(Exception):
-    """Like ZenML's RunInterruptedException, which is no KeyboardInterrupt."""
-
-
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RunInterrupted])
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RunInterruptedException])
 def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, interrupt):
     api.pod_states[NEW] = "unready"
     interrupts = iter([interrupt])
