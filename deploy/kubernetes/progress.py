@@ -73,19 +73,20 @@ class _Rollout:
             raise KubeError(f"no pod could be created in {self.cluster}: {failure['message']}")
         newest = self.cluster.replica_sets(deployment)[-1:]
         pods = [pod for replica_set in newest for pod in self.cluster.pods(replica_set)]
+        exceeded = conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded"
         for pod in pods:
-            self._check_containers(pod)
+            self._check_containers(pod, may_pull_again=not exceeded)
         reason = next(_unmet_conditions(pods), "")
-        if conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded":
+        if exceeded:
             reason = reason or "its pods did not become ready"
             raise KubeError(f"the rollout in {self.cluster} made no progress within its deadline: {reason}")
         self._log(deployment, newest, reason)
 
-    def _check_containers(self, pod: Manifest) -> None:
+    def _check_containers(self, pod: Manifest, may_pull_again: bool) -> None:
         for container in pod.get("status", {}).get("containerStatuses", ()):
             waiting = container.get("state", {}).get("waiting", {})
             state = waiting.get("reason", "")
-            if state in PULL_FAILURES and self._may_pull_again():
+            if state in PULL_FAILURES and may_pull_again and self._is_pull_retried():
                 continue
             if state in FATAL_STATES:
                 message = f" ({waiting['message']})" if waiting.get("message") else ""
@@ -94,7 +95,7 @@ class _Rollout:
                     diagnosis = self._diagnose_crash(pod, container, f"{state}{message}")
                 raise KubeError(f"pod {pod['metadata']['name']}, image {container['image']}: {diagnosis}")
 
-    def _may_pull_again(self) -> bool:
+    def _is_pull_retried(self) -> bool:
         if self.pull_failing_since is None:
             self.pull_failing_since = time.monotonic()
         return time.monotonic() < self.pull_failing_since + IMAGE_PULL_TIMEOUT

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from zenml.exceptions import RunInterruptedException
 
 from deploy.kubernetes import progress
 from deploy.kubernetes.client import DEPLOYER, Cluster
@@ -127,6 +128,12 @@ def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkey
     assert deploy_next(config).outcome == "deployed"
 
 
+def test_an_image_pull_that_fails_until_the_deadline_is_named(api, config, first, monkeypatch):
+    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 60.0)
+    api.pod_states[NEW] = "ImagePullBackOff"
+    assert "ImagePullBackOff (about" in deploy_next(config).reason
+
+
 def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
     caplog.set_level(logging.INFO, "deploy")
     api.pod_states[NEW], api.recoveries[NEW] = "unschedulable", 3
@@ -205,11 +212,7 @@ def test_a_deployment_after_a_rollback_does_not_conflict_with_it(api, config, fi
     assert {owner for field in owners for owner in owners[field]} == {"gpt2-instruct", "kube-controller-manager"}
 
 
-class RunInterrupted(Exception):
-    """Like ZenML's RunInterruptedException, which is no KeyboardInterrupt."""
-
-
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RunInterrupted])
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RunInterruptedException])
 def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, interrupt):
     api.pod_states[NEW] = "unready"
     interrupts = iter([interrupt])

@@ -143,7 +143,8 @@ def test_metadata_of_a_served_bento_is_its_lineage(tag, url):
 
 def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, adapter_dir):
     tag = build_bento(base_dir, adapter_dir, "damaged")
-    [base] = (Path(os.environ["BENTOML_HOME"]) / "models" / "gpt2-instruct-base").glob("*/model.safetensors")
+    version = bento.lineage(tag).base.sha256[:16]
+    base = Path(os.environ["BENTOML_HOME"]) / "models" / "gpt2-instruct-base" / version / "model.safetensors"
     whole = base.read_bytes()
     base.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
