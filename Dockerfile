@@ -1,11 +1,11 @@
-# The image that the pipeline's steps run in: every dependency as tested, and none of the code, which ZenML brings along.
+# The image that pipeline steps run in: every dependency as tested, without the code, which ZenML downloads into it.
 #   make image-train                                                      CPU
 #   make image-train TORCH_INDEX=https://download.pytorch.org/whl/cu130   CUDA
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 ARG BUILD_IMAGE=${BASE_IMAGE}
 
-# a stage of its own: what else changes in pyproject.toml installs nothing anew
-FROM ${BUILD_IMAGE} AS wanted
+# a separate stage, so that other changes of pyproject.toml do not install the dependencies again
+FROM ${BUILD_IMAGE} AS requirements
 COPY pyproject.toml /
 RUN python3 -c "import tomllib; project = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
 extras = project['optional-dependencies']; names = ('pipeline', 'serve', 'deploy'); \
@@ -14,7 +14,7 @@ print(*project['dependencies'], *sorted({line for name in names for line in extr
 FROM ${BUILD_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY --from=wanted /requirements.txt /build/
+COPY --from=requirements /requirements.txt /build/
 COPY constraints.txt /build/
 # torch's "+cpu" (or "+cu130") counts as newer than the same version of the package index
 RUN python3 -m venv /opt/venv \
@@ -25,10 +25,10 @@ RUN python3 -m venv /build/sbom \
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/venv /opt/venv
-# where ZenML unpacks the code, as whatever user the step runs as
+# ZenML unpacks the code here, as the user that runs the step
 RUN mkdir -m 1777 /app
 WORKDIR /app
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
-# a step ends with its work and answers nobody, so there is nothing to ask for its health
+# a step is a job, not a server: there is nothing to check
 HEALTHCHECK NONE

@@ -95,6 +95,7 @@ def image(which: str) -> None:
     """
     from deploy import bento
     from deploy.containers import images
+    from deploy.containers.client import EngineError
     from gpt2core.checkpoint import atomic_write
     from steps.outputs import outputs_dir
 
@@ -105,7 +106,7 @@ def image(which: str) -> None:
         raise click.ClickException("there is no Bento yet; make run builds one")
     try:
         built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
-    except (bento.BentoError, images.EngineError) as error:
+    except (bento.BentoError, EngineError) as error:
         raise click.ClickException(str(error)) from None
     sbom = outputs_dir() / "images" / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)

@@ -12,19 +12,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree, ignore_patterns, rmtree
+from shutil import copy2, copytree, ignore_patterns, rmtree
 from tempfile import TemporaryDirectory
 
 import yaml
 
 from deploy.source import ROOT
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import verify_directory
+from gpt2core.files import checkpoint_files, verify_directory
 from gpt2core.types import AdapterRef, Lineage
 
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2-instruct"
+# The image of the service also runs the reverse proxy of the docker target.
+PROXY_FILES = ("deploy/__init__.py", "deploy/containers/__init__.py", "deploy/containers/proxy.py")
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
 LOG_LINES = 60  # of a failed command, in its error
 
@@ -45,8 +47,9 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
     The Bento's lineage.json is the lineage with this tag in `bento`.
 
     Raises:
-        BentoError: with the last lines of BentoML's log.
+        BentoError: a directory does not have the sha256 in the lineage; or with the last lines of BentoML's log.
     """
+    _verify_models(base_dir, adapter_dir, lineage)
     models = {
         "base": _store_model(f"{NAME}-base", base_dir),
         "adapter": _store_model(f"{NAME}-adapter", adapter_dir),
@@ -55,6 +58,9 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
         context = Path(temporary)
         copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns("__pycache__"))
         copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns("__pycache__", "demo"))
+        for file in PROXY_FILES:
+            (context / file).parent.mkdir(parents=True, exist_ok=True)
+            copy2(ROOT / file, context / file)
         content = json.dumps([directory_sha256(context), models, lineage.to_json()], sort_keys=True)
         version = hashlib.sha256(content.encode()).hexdigest()[:16]
         tag = f"{NAME}:{version}"
@@ -113,6 +119,15 @@ def bentoml_home() -> Path:
 
 def log_tail(log: str) -> str:
     return "\n".join(log.splitlines()[-LOG_LINES:])
+
+
+def _verify_models(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> None:
+    others = {path.relative_to(base_dir).as_posix() for path in base_dir.rglob("*")} - {*checkpoint_files(base_dir)}
+    try:
+        verify_directory(base_dir, lineage.base.sha256, exclude=others)
+        verify_directory(adapter_dir, lineage.adapter.sha256)
+    except ValueError as error:
+        raise BentoError(str(error)) from None
 
 
 def _store_model(name: str, directory: Path) -> str:

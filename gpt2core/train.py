@@ -245,14 +245,14 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
             step = state.progress.step
             if values:
                 log(step, values)
+            if plan.is_due(step, plan.validate_every) or plan.is_due(step, plan.checkpoint_every):
+                state.check_finite()
             if plan.validate is not None and plan.is_due(step, plan.validate_every):
                 val_loss = plan.validate()
                 state.keep_best(val_loss)
                 log(step, {"val/loss": val_loss})
-            if plan.is_due(step, plan.checkpoint_every):
-                state.check_finite()
-                if directory is not None and is_first:
-                    state.save(directory, plan.fingerprint)
+            if directory is not None and is_first and plan.is_due(step, plan.checkpoint_every):
+                state.save(directory, plan.fingerprint)
         state.restore_best()
     progress = state.progress
     speed = progress.tokens_seen / progress.seconds if progress.seconds else 0.0

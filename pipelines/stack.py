@@ -5,7 +5,7 @@ from typing import Any
 
 from zenml.client import Client
 
-from deploy.containers import client as engine
+from deploy.containers.client import EngineError, connect, require_image
 from pipelines.errors import ConfigError
 from stacks import register
 from stacks.containers import FLAVOR
@@ -50,11 +50,12 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
 def _check_images(config: Mapping[str, Any], source: str) -> None:
     """Check that the container engine has the images that are used as they are."""
     try:
-        for part in _parts(config):
-            docker = (part.get("settings") or {}).get("docker") or {}
-            if docker.get("skip_build"):
-                engine.check_image(docker["parent_image"])
-    except engine.EngineError as error:
+        with connect() as client:
+            for part in _parts(config):
+                docker = (part.get("settings") or {}).get("docker") or {}
+                if docker.get("skip_build"):
+                    require_image(client, docker["parent_image"])
+    except EngineError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 

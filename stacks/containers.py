@@ -1,11 +1,15 @@
-"""ZenML's components whose steps run in containers of this machine's engine: a step operator and an orchestrator."""
+"""ZenML components that run steps in containers of the local engine: a step operator and an orchestrator.
 
+ZenML's own local_docker orchestrator can mount neither outputs/ nor the Bento store, shows a step's log only when the
+step is over, and leaves its container running when the run is interrupted.
+"""
+
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 from pydantic import Field
 from zenml.client import Client
@@ -13,31 +17,39 @@ from zenml.config.base_settings import BaseSettings
 from zenml.config.build_configuration import BuildConfiguration
 from zenml.config.global_config import GlobalConfiguration
 from zenml.config.step_run_info import StepRunInfo
+from zenml.config.store_config import StoreConfiguration
 from zenml.constants import ENV_ZENML_LOCAL_STORES_PATH
+from zenml.entrypoints import StepEntrypointConfiguration
 from zenml.enums import ExecutionMode, ExecutionStatus, StoreType
-from zenml.models import PipelineSnapshotBase, StepRunResponse
-from zenml.orchestrators import BaseOrchestratorConfig, BaseOrchestratorFlavor
-from zenml.orchestrators.local_docker.local_docker_orchestrator import (
-    ENV_ZENML_DOCKER_ORCHESTRATOR_RUN_ID,
-    LocalDockerOrchestrator,
-    LocalDockerOrchestratorSettings,
+from zenml.models import PipelineRunResponse, PipelineSnapshotBase, PipelineSnapshotResponse, StepRunResponse
+from zenml.orchestrators import (
+    BaseOrchestratorConfig,
+    BaseOrchestratorFlavor,
+    ContainerizedOrchestrator,
+    SubmissionResult,
 )
+from zenml.stack import Stack
 from zenml.step_operators import BaseStepOperator, BaseStepOperatorConfig, BaseStepOperatorFlavor
 
-from deploy.containers import client as engine
+from deploy.containers import steps as containers
+from deploy.containers.client import EngineError
+from deploy.containers.steps import StepContainer
+
+logger = logging.getLogger(__name__)
 
 FLAVOR = "container"
 ROOT = Path(__file__).parent.parent
+RUN_ID = "GPT2_INSTRUCT_ORCHESTRATOR_RUN_ID"  # environment variable of a step's container
 LOCALHOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 class ContainerSettings(BaseSettings):
-    """What a config may say of a step's container.
+    """What a run configuration can set for a step's container.
 
-    memory: its limit, e.g. "8g"; what it writes to /tmp counts. None: all there is.
-    network: "bridge" where the step fetches something, e.g. a base of the hub. None: as little as ZenML needs, which is
-        no network at all where its store is a folder of this machine.
-    mounts: absolute paths of this machine that the step may read, e.g. of `data.path`.
+    memory: limit, e.g. "8g"; files that the step writes to /tmp count. None: no limit.
+    network: "bridge" where the step downloads something, e.g. a base from the hub. None: the least that ZenML needs,
+        which is no network at all where its store is a directory of this machine.
+    mounts: absolute paths of this machine that the step may read, e.g. that of `data.path`.
     """
 
     memory: str | None = Field(default=None, pattern=r"^[1-9][0-9]*[kmg]$")
@@ -46,7 +58,7 @@ class ContainerSettings(BaseSettings):
 
 
 class ContainerStepOperator(BaseStepOperator):
-    """Runs the steps that name it in a container, while all others run in the process of the run."""
+    """Runs the steps that name it in a container; the other steps run in the process of the run."""
 
     @property
     def settings_class(self) -> type[BaseSettings]:
@@ -60,42 +72,40 @@ class ContainerStepOperator(BaseStepOperator):
         ]
 
     def submit(self, info: StepRunInfo, entrypoint_command: list[str], environment: dict[str, str]) -> None:
-        arguments = _run_arguments(self.get_settings(info), environment)
-        image = info.get_image(key=FLAVOR)
-        engine.start(image, entrypoint_command, arguments, str(info.run_id), info.pipeline_step_name)
+        containers.start(
+            _step_container(
+                image=info.get_image(key=FLAVOR),
+                command=entrypoint_command,
+                run_id=str(info.run_id),
+                step=info.pipeline_step_name,
+                environment=environment,
+                settings=self.get_settings(info),
+            )
+        )
 
     def wait(self, step_run: StepRunResponse) -> ExecutionStatus:
-        container = self._container(step_run)
         try:
-            if container is not None:
-                engine.follow(container)
-        except engine.EngineError:
+            containers.follow(*_key(step_run))
+        except EngineError:
             recorded = Client().get_run_step(step_run.id)
-            if recorded.exception_info is None:  # it was killed before it could say why
+            if recorded.exception_info is None:  # the step was killed before it could record the reason
                 raise
         return Client().get_run_step(step_run.id).status
 
     def get_status(self, step_run: StepRunResponse) -> ExecutionStatus:
-        container = self._container(step_run)
-        running = container is not None and container.status in ("created", "running")
-        return ExecutionStatus.RUNNING if running else Client().get_run_step(step_run.id).status
+        if containers.is_running(*_key(step_run)):
+            return ExecutionStatus.RUNNING
+        return Client().get_run_step(step_run.id).status
 
     def cancel(self, step_run: StepRunResponse) -> None:
-        self.cleanup_step_submission(step_run)
+        containers.remove(*_key(step_run))
 
     def cleanup_step_submission(self, step_run: StepRunResponse) -> None:
-        engine.remove(self._container(step_run))
-
-    def _container(self, step_run: StepRunResponse) -> engine.Container | None:
-        return engine.find(str(step_run.pipeline_run_id), step_run.name)
+        containers.remove(*_key(step_run))
 
 
-class ContainerOrchestrator(LocalDockerOrchestrator):
-    """ZenML's local_docker orchestrator, every step in a container; here the containers are started and ended as ours.
-
-    ZenML's own knows no mount of outputs/ and the Bento store, shows a step's log only when the step is over, and
-    leaves the container running when the run is interrupted.
-    """
+class ContainerOrchestrator(ContainerizedOrchestrator):
+    """Runs every step in a container, one after the other."""
 
     @property
     def settings_class(self) -> type[BaseSettings]:
@@ -105,53 +115,83 @@ class ContainerOrchestrator(LocalDockerOrchestrator):
     def supported_execution_modes(self) -> list[ExecutionMode]:
         return [ExecutionMode.FAIL_FAST]
 
-    def get_settings(self, container: Any) -> BaseSettings:
-        """As ZenML's loop over the steps wants them: arguments of `containers.run`."""
-        settings = super().get_settings(container)
-        return LocalDockerOrchestratorSettings(run_args=_run_arguments(settings, {}))
+    def get_orchestrator_run_id(self) -> str:
+        """The ID of the run; ZenML calls this in the containers of the steps."""
+        return os.environ[RUN_ID]
 
-    @property
-    def docker_client(self) -> Any:
-        """What ZenML's loop over the steps uses of docker's client."""
-        return SimpleNamespace(containers=SimpleNamespace(run=self._run))
+    def submit_pipeline(
+        self,
+        snapshot: PipelineSnapshotResponse,
+        stack: Stack,
+        base_environment: dict[str, str],
+        step_environments: dict[str, dict[str, str]],
+        placeholder_run: PipelineRunResponse | None = None,
+    ) -> SubmissionResult | None:
+        """Run the steps in order; the first that fails ends the run.
 
-    def _run(self, image: str, entrypoint: list[str], command: list[str], **arguments: Any) -> list[bytes]:
-        """Run a step to its end; nothing is left to log."""
-        del arguments["stream"], arguments["extra_hosts"]
-        # ZenML's mounts and environment of its own were added to those of `get_settings`
-        run = arguments["environment"][ENV_ZENML_DOCKER_ORCHESTRATOR_RUN_ID]
-        step = command[command.index("--step_name") + 1]
-        engine.run_to_end(image, [*entrypoint, *command], arguments, run, step)
-        return []
+        Raises:
+            EngineError: a step failed; with the last lines of its log.
+        """
+        stack.check_local_paths()
+        run_id = str(uuid4())
+        for name, step in snapshot.step_configurations.items():
+            if self.requires_resources_in_orchestration_environment(step):
+                logger.warning("The container orchestrator ignores the resource settings of step `%s`.", name)
+            logger.info("Running step `%s` in a container:", name)
+            containers.run(
+                _step_container(
+                    image=self.get_image(snapshot, name),
+                    command=[
+                        *StepEntrypointConfiguration.get_entrypoint_command(),
+                        *StepEntrypointConfiguration.get_entrypoint_arguments(step_name=name, snapshot_id=snapshot.id),
+                    ],
+                    run_id=run_id,
+                    step=name,
+                    environment=step_environments[name] | {RUN_ID: run_id},
+                    settings=self.get_settings(step),
+                )
+            )
+        return None
 
 
-def _run_arguments(settings: Any, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The step sees ZenML's local stores, the Bento store, outputs/ and the hub's cache where the host has them."""
-    stores = Path(GlobalConfiguration().local_stores_path)
-    places = {
-        ENV_ZENML_LOCAL_STORES_PATH: stores,
+def _key(step_run: StepRunResponse) -> tuple[str, str]:
+    return str(step_run.pipeline_run_id), step_run.name
+
+
+def _step_container(
+    image: str,
+    command: Sequence[str],
+    run_id: str,
+    step: str,
+    environment: Mapping[str, str],
+    settings: BaseSettings,
+) -> StepContainer:
+    """A container that sees ZenML's local stores, the Bento store, outputs/ and the hub's cache at the host's paths."""
+    assert isinstance(settings, ContainerSettings)
+    directories = {
+        ENV_ZENML_LOCAL_STORES_PATH: Path(GlobalConfiguration().local_stores_path),
         "BENTOML_HOME": Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml"),
         "GPT2_INSTRUCT_OUTPUTS": Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or ROOT / "outputs"),
         "HF_HOME": Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"),
     }
-    for path in places.values():
-        path.mkdir(parents=True, exist_ok=True)  # the engine would make it root's
-    return engine.run_arguments(
-        environment={
-            "ZENML_CONFIG_PATH": "/tmp/zenml",
-            **environment,
-            **{name: str(path) for name, path in places.items()},
-        },
-        writable=list(places.values()),
+    for path in directories.values():
+        path.mkdir(parents=True, exist_ok=True)  # the engine would create it, owned by root
+    paths = {name: str(path) for name, path in directories.items()}
+    return StepContainer(
+        image=image,
+        command=command,
+        run_id=run_id,
+        step=step,
+        environment={"ZENML_CONFIG_PATH": "/tmp/zenml", **environment, **paths},
+        writable=list(directories.values()),
         readable=[Path(mount) for mount in settings.mounts],
-        network=settings.network or _network(),
+        network=settings.network or least_network(GlobalConfiguration().store_configuration),
         memory=settings.memory,
     )
 
 
-def _network() -> str:
-    """As much as the step needs to reach ZenML."""
-    store = GlobalConfiguration().store_configuration
+def least_network(store: StoreConfiguration) -> str:
+    """The least network access with which a step reaches ZenML's store."""
     if store.type == StoreType.SQL and store.url.startswith("sqlite"):
         return "none"
     return "host" if urlsplit(store.url).hostname in LOCALHOSTS else "bridge"
@@ -197,5 +237,5 @@ class ContainerOrchestratorFlavor(BaseOrchestratorFlavor):
         return ContainerOrchestratorConfig
 
     @property
-    def implementation_class(self) -> type[LocalDockerOrchestrator]:
+    def implementation_class(self) -> type[ContainerOrchestrator]:
         return ContainerOrchestrator

@@ -1,4 +1,4 @@
-"""Registers a stack of this folder with ZenML and makes it the active one: `python -m stacks.register docker`."""
+"""Register a stack of this directory with ZenML and make it the active one: `python -m stacks.register docker`."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 
 class StackError(Exception):
-    """A stack that cannot be registered; the message has the way out."""
+    """A stack that cannot be registered; the message says what to do."""
 
 
 def main() -> None:
@@ -29,37 +29,37 @@ def names() -> list[str]:
 
 def has(name: str, kind: str, component: str) -> bool:
     """Whether the stack's file has a component of this type with this name or flavor."""
-    about = yaml.safe_load(_text(name))["components"].get(kind, {})
-    return component in (about.get("name"), about.get("flavor"))
+    declared = yaml.safe_load(_text(name))["components"].get(kind, {})
+    return component in (declared.get("name"), declared.get("flavor"))
 
 
 def read(name: str) -> dict[str, Any]:
-    """A stack's file, in the form that `zenml stack export` writes, with $NAME from the environment.
+    """Read a stack's file, in the format of `zenml stack export`; $NAME stands for an environment variable.
 
     Raises:
-        StackError: no such stack, or a variable is not set.
+        StackError: there is no such stack, or a variable is not set.
     """
     if name not in names():
-        raise StackError(f"there is no stack {name!r}; there are {', '.join(names())}")
+        raise StackError(f"there is no stack {name!r}; available are {', '.join(names())}")
     try:
         stack: dict[str, Any] = yaml.safe_load(Template(_text(name)).substitute(os.environ))
     except KeyError as error:
         missing = error.args[0]
-        raise StackError(f"stacks/{name}.yaml needs the variable {missing}: make stack-{name} {missing}=…") from None
+        raise StackError(f"stacks/{name}.yaml requires the variable {missing}: make stack-{name} {missing}=…") from None
     return stack
 
 
 def register(name: str) -> str:
-    """Bring ZenML's store to what the file says; safe to repeat. The stack's name.
+    """Create or update the stack in ZenML's store as its file says, and activate it; safe to repeat. Return its name.
 
     Raises:
-        StackError: as `read`, or a component that ZenML refuses.
+        StackError: as `read`, or ZenML refuses a component.
     """
-    from zenml.client import Client  # here, since zenml takes seconds to import
+    from zenml.client import Client  # zenml takes seconds to import
 
     stack, client = read(name), Client()
     _register_flavors(client)
-    components = {kind: _register_component(client, kind, **about) for kind, about in stack["components"].items()}
+    components = {kind: _register_component(client, kind, **declared) for kind, declared in stack["components"].items()}
     try:
         client.get_stack(name, allow_name_prefix_match=False)
     except KeyError:
@@ -86,25 +86,29 @@ def _register_flavors(client: Any) -> None:
 
 
 def _register_component(client: Any, kind: str, name: str, flavor: str, configuration: dict[str, Any]) -> Any:
-    """The id of a component as the file says it; one of another flavor under its name is not touched."""
+    """Create or update a component as the file says, and return its ID.
+
+    Raises:
+        StackError: ZenML refuses it, or a component of another flavor has its name.
+    """
     from zenml.enums import StackComponentType
     from zenml.exceptions import ZenMLBaseException
 
-    of_kind = StackComponentType(kind)
+    component_type = StackComponentType(kind)
     try:
-        there = client.get_stack_component(of_kind, name, allow_name_prefix_match=False)
+        existing = client.get_stack_component(component_type, name, allow_name_prefix_match=False)
     except KeyError:
-        there = None
-    if there is not None and there.flavor_name != flavor:
-        raise StackError(f"there is another {kind} {name}, of flavor {there.flavor_name}; rename or delete that one")
+        existing = None
+    if existing is not None and existing.flavor_name != flavor:
+        raise StackError(f"another {kind} {name} exists, of flavor {existing.flavor_name}; rename or delete it")
     try:
-        if there is None:
-            there = client.create_stack_component(name, flavor, of_kind, configuration)
-        elif name != "default" and there.configuration != configuration:  # ZenML's own are the user's to configure
-            client.update_stack_component(there.id, of_kind, configuration=configuration)
+        if existing is None:
+            existing = client.create_stack_component(name, flavor, component_type, configuration)
+        elif name != "default" and existing.configuration != configuration:  # "default" is ZenML's own
+            client.update_stack_component(existing.id, component_type, configuration=configuration)
     except (ZenMLBaseException, ValueError, ImportError) as error:
         raise StackError(f"the {kind} {name} cannot be registered: {error}") from None
-    return there.id
+    return existing.id
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe
 
 
-@step(cache_policy=code_of(__name__, "bentos.service", folder="bentos"))
+@step(cache_policy=code_of(__name__, "bentos.service", "deploy.containers.proxy", folder="bentos"))
 def package(
     base: Path,
     adapter: Path,

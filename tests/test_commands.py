@@ -21,7 +21,6 @@ from tests.s3 import keys, serve_s3
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-pytestmark = pytest.mark.timeout(1200)  # whole pipeline runs, on a busy machine
 
 
 @pytest.fixture(scope="module")

@@ -39,13 +39,12 @@ MAY_IMPORT = {
     },
     "commands": {"commands", "steps", "gpt2core"},
     "commands/lineage": {"commands", "gpt2core", "zenml"},
-    "deploy": {"deploy", "gpt2core", "bentoml", "requests", "yaml"},
+    "deploy": {"deploy", "gpt2core", "bentoml", "psutil", "requests", "yaml"},
     "deploy/containers": {"deploy", "gpt2core", "docker", "requests", "aiohttp", "multidict", "yarl"},
     "deploy/kubernetes": {"deploy", "gpt2core", "kubernetes", "urllib3", "yaml"},
     "stacks": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "bentos": {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
-        *("aiohttp", "multidict", "yarl"),  # the reverse proxy
         *("_bentoml_sdk", "opentelemetry"),  # compat.py
     },
     "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},

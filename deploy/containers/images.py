@@ -1,4 +1,4 @@
-"""Images, built by the local container engine from the two Dockerfiles, each with an SBOM (CycloneDX) beside it."""
+"""Images of the service and of pipeline steps: built from their Dockerfiles, looked up, each with its SBOM."""
 
 import hashlib
 import io
@@ -6,85 +6,45 @@ import logging
 import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import docker
-from docker.errors import DockerException, ImageNotFound
-from docker.models.containers import Container
-from requests import RequestException
+from docker.errors import ImageNotFound
 
 from deploy import bento
-from deploy.source import describe_commit
+from deploy.containers.client import EngineError, connect, read_file
+from deploy.source import ROOT, describe_commit
 from gpt2core.types import Commit
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS_FILES = ("Dockerfile", "pyproject.toml", "constraints.txt")
-BUILD_ARGS = (
-    "BASE_IMAGE",
-    "BUILD_IMAGE",
-    "TORCH_INDEX",
-)  # of the environment: about this machine, no run
+# Environment variables that describe the building machine; no run configuration sets them.
+BUILD_ARGS = ("BASE_IMAGE", "BUILD_IMAGE", "TORCH_INDEX")
 BUILD_NETWORK = "BUILD_NETWORK"
-TIMEOUT = 1800  # seconds without a word from the engine, as while pip installs
-SBOM = "/opt/venv/sbom.cdx.json"
-
-
-class EngineError(RuntimeError):
-    """A container engine that does not answer, or that could not do what it was asked."""
+BUILD_TIMEOUT = 1800  # seconds without a byte from the engine; it is silent while pip installs
+LOG_LINES = 40  # of a failed build, in its error
+SBOM = "/opt/venv/sbom.cdx.json"  # in both images
 
 
 @dataclass(frozen=True)
 class Image:
     reference: str  # name:tag
-    digest: str  # the engine's id: sha256 of the configuration, which names the layers
+    digest: str  # the engine's image ID: sha256 of the image configuration, which names the layers
     sbom: bytes  # CycloneDX, JSON
 
 
-@contextmanager
-def engine() -> Iterator[docker.DockerClient]:
-    """The engine at DOCKER_HOST, or at its usual socket.
-
-    Raises:
-        EngineError: none answers, or what is asked of it in the block fails.
-    """
-    try:
-        client = docker.from_env(timeout=TIMEOUT)
-    except DockerException as error:
-        host = os.environ.get("DOCKER_HOST", "/var/run/docker.sock")
-        raise EngineError(
-            f"no container engine answers at {host} ({error}); start Docker, or set DOCKER_HOST to where it listens"
-        ) from None
-    try:
-        yield client
-    except (DockerException, RequestException) as error:
-        raise EngineError(f"the container engine could not do it: {error}") from None
-    finally:
-        client.close()
-
-
-def read_file(container: Container, path: str) -> bytes:
-    """A file of a container, which need not run.
-
-    Raises:
-        docker.errors.NotFound: there is none.
-    """
-    chunks, _ = container.get_archive(path)
-    with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
-        file = archive.extractfile(Path(path).name)
-        assert file is not None, f"{path} is no file"
-        return file.read()
-
-
 def service_image(tag: str) -> Image:
-    """The image of a Bento; it is built unless the engine has it."""
-    with engine() as client:
+    """The image of a Bento, built if the engine does not have it.
+
+    Raises:
+        EngineError, BentoError: as `build_service`.
+    """
+    with connect(BUILD_TIMEOUT) as client:
         try:
             return _image(client, tag)
         except ImageNotFound:
@@ -92,10 +52,10 @@ def service_image(tag: str) -> Image:
 
 
 def build_service(tag: str) -> Image:
-    """Build the image of a Bento, called as the Bento is, and `latest`.
+    """Build the image of a Bento; its name and tag are the Bento's, and it is tagged `latest` too.
 
     Raises:
-        EngineError: with the last lines of the build.
+        EngineError: the build failed; with the last lines of its log.
         BentoError: the store has no such Bento.
     """
     lineage = bento.lineage(tag)
@@ -113,15 +73,15 @@ def build_service(tag: str) -> Image:
 
 
 def pinned(reference: str) -> str:
-    """An image's reference by digest, as this machine's engine pushed or pulled it.
+    """The reference with a registry's digest instead of a tag, where this machine's engine pushed or pulled the image.
 
-    It stays as it is where no registry gave it a digest, or no engine knows it: an image that was only loaded into a
-    cluster's nodes has none.
+    Returned unchanged where there is no engine or no such digest, e.g. for an image that was loaded into the nodes of a
+    cluster without a registry.
     """
     if "@" in reference:
         return reference
     try:
-        with engine() as client:
+        with connect() as client:
             digests = client.images.get(reference).attrs["RepoDigests"]
     except EngineError:
         return reference
@@ -130,15 +90,15 @@ def pinned(reference: str) -> str:
 
 
 def build_steps() -> Image:
-    """Build the image that pipeline steps run in, tagged by the content of what it is made from, and `latest`.
+    """Build the image that pipeline steps run in, tagged with a digest of its sources, and `latest`.
 
     Raises:
-        EngineError: with the last lines of the build.
+        EngineError: the build failed; with the last lines of its log.
     """
     context, content = io.BytesIO(), hashlib.sha256()
     with tarfile.open(fileobj=context, mode="w") as archive:
         for name in STEPS_FILES:
-            archive.add(ROOT / name, name, filter=_without_time)
+            archive.add(ROOT / name, name, filter=_without_owner)
             content.update((ROOT / name).read_bytes())
     context.seek(0)
     name, version = f"{bento.NAME}-steps", content.hexdigest()[:16]
@@ -155,8 +115,8 @@ def _labels(title: str, version: str, commit: Commit) -> dict[str, str]:
 
 
 def _build(context: BinaryIO, dockerfile: str, tag: str, labels: Mapping[str, str]) -> Image:
-    with engine() as client:
-        log: deque[str] = deque(maxlen=40)
+    with connect(BUILD_TIMEOUT) as client:
+        log: deque[str] = deque(maxlen=LOG_LINES)
         for event in client.api.build(
             fileobj=context,
             custom_context=True,
@@ -174,21 +134,27 @@ def _build(context: BinaryIO, dockerfile: str, tag: str, labels: Mapping[str, st
             for line in lines:
                 logger.debug(line)
             if "error" in event:
-                raise EngineError(f"{tag} could not be built from {dockerfile} ({_arguments()}):\n" + "\n".join(log))
+                raise EngineError(
+                    f"{tag} could not be built from {dockerfile} ({_build_settings()}):\n" + "\n".join(log)
+                )
         client.images.get(tag).tag(tag.partition(":")[0], "latest")
         return _image(client, tag)
 
 
-def _arguments() -> str:
-    """What a build of this environment differs in, for its error."""
-    given = [f"{name}={os.environ[name]}" for name in (*BUILD_ARGS, BUILD_NETWORK) if name in os.environ]
-    return " ".join(given) or "BASE_IMAGE= and TORCH_INDEX= choose another base and another source of torch"
+def _build_settings() -> str:
+    """The build settings of the environment, for an error message."""
+    settings = [f"{name}={os.environ[name]}" for name in (*BUILD_ARGS, BUILD_NETWORK) if name in os.environ]
+    return " ".join(settings) or "BASE_IMAGE selects another base image, TORCH_INDEX another package index for torch"
 
 
 def _image(client: docker.DockerClient, tag: str) -> Image:
-    """An image that the engine has; its SBOM is taken out of it."""
+    """Look up an image and read its SBOM.
+
+    Raises:
+        docker.errors.ImageNotFound: the engine does not have the image.
+    """
     image = client.images.get(tag)
-    container = client.containers.create(image)  # it is not run
+    container = client.containers.create(image)  # files are read from containers; this one is not started
     try:
         content = read_file(container, SBOM)
     finally:
@@ -196,7 +162,7 @@ def _image(client: docker.DockerClient, tag: str) -> Image:
     return Image(tag, image.id, content)
 
 
-def _without_time(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """The engine's cache goes by content, mode and owner."""
+def _without_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Remove time and owner, so that the engine's build cache depends on content and mode alone."""
     entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, 0, "", ""
     return entry

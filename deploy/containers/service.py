@@ -1,18 +1,15 @@
-"""Deployments on this machine: a service in a container, behind a front that holds the port while services change.
+"""The docker target: a service in a container of this machine, behind a reverse proxy that holds the port.
 
-A deployment is known by its port: gpt2-instruct-3000 is the name of its front (`bentos/front.py`), of the network that
-front and services share, and of the volume with the file that tells the front which service is current. The service
-before the current one is kept, stopped, for `rollback`.
+The port identifies a deployment: gpt2-instruct-3000 is the name of its proxy (`proxy.py`), of the network that proxy
+and services share, and of the volume with the file that names the current service. The service before the current one
+is kept, stopped, for `rollback`.
 """
 
-import io
-import tarfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from posixpath import basename, dirname
 from secrets import token_hex
-from typing import Any
 
 import requests
 from docker import DockerClient
@@ -22,93 +19,103 @@ from docker.utils import parse_bytes
 
 from deploy import bento
 from deploy.config import DeployConfig
-from deploy.containers.images import EngineError, engine, read_file, service_image
+from deploy.containers.client import EngineError, connect, hardening, read_file, write_file
+from deploy.containers.images import service_image
+from deploy.containers.proxy import ADDRESS
 from deploy.server import SERVICE_VARIABLES, service_environment
+from deploy.target import DeployError, Deployment, Version
 from deploy.verify import request_answer, verify_answers
+from gpt2core.types import Lineage, Sample
 
-LABEL = "gpt2-instruct.deployment"
+BENTO_LABEL = "gpt2-instruct.bento"
+DEPLOYMENT_LABEL = "gpt2-instruct.deployment"
 PORT = "3000/tcp"  # of the image
-ADDRESS = "/front/address"  # bentos/front.py's
-START_TIMEOUT = 180  # seconds; a base of 1.5 GB is read in that time
-LAST_CONNECT = 2  # seconds in which a request that the front had begun reaches the service before
-GRACE = 75  # seconds; longer than the service's deadline for an answer
+START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
+CONNECT_TIME = 2  # seconds in which a request that the proxy has read still connects to the previous service
+STOP_TIMEOUT = 75  # seconds; longer than the service's time limit for a request
+POLL = 0.1  # seconds
 RESTART = {"Name": "unless-stopped"}
-CONFINED: dict[str, Any] = {
-    "read_only": True,
-    "tmpfs": {"/tmp": "size=128m,mode=1777"},
-    "cap_drop": ["ALL"],
-    "security_opt": ["no-new-privileges"],
-    "pids_limit": 512,
-    "detach": True,
-}
+HARDENING = hardening(tmpfs={"/tmp": "size=128m,mode=1777"}, pids_limit=512)
+PROXY_MEMORY = "256m"
 
 
-class DeployError(RuntimeError):
-    """A deployment that could not be made or taken back; what served before serves on."""
+class DockerTarget:
+    """Deploys to containers of the local engine; implements `deploy.target.Target`."""
 
+    def __init__(self, config: DeployConfig) -> None:
+        self.config = config
 
-def deploy(tag: str, config: DeployConfig, samples: Sequence[Mapping[str, Any]], max_new_tokens: int) -> dict[str, Any]:
-    """Put the Bento's service where users ask, once it answers the samples as the model did; the older one steps back.
+    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> Deployment:
+        """Start a service of the Bento, verify its answers, switch the proxy to it, and drain the previous service.
 
-    Raises:
-        DeployError: it was not ready in time, or the port is taken.
-        EngineError: no engine, or the image could not be built.
-        BentoError: it answers otherwise.
-    """
-    image = service_image(tag)
-    with engine() as client:
-        site = _Site(client, config)
-        site.check_host()
+        Raises:
+            DeployError: the image cannot be built, the service is not ready in time or answers differently, the port is
+                in use, or the engine fails.
+        """
+        with self._open() as group:
+            group.check_host()
+            image = service_image(lineage.bento)
 
-        def check(url: str) -> None:
-            asked = partial(request_answer, url, max_new_tokens=max_new_tokens)
-            verify_answers(tag, asked, samples)
+            def verify(url: str) -> None:
+                verify_answers(lineage.bento, partial(request_answer, url, max_new_tokens=max_new_tokens), samples)
 
-        current = site.current()
-        if current is not None and site.serves(current, image.digest):
-            check(site.url)
-            return site.outcome("unchanged", current, site.previous(current))
-        candidate = site.run(image.digest, tag)
+            current = group.current()
+            if current is not None and group.is_up_to_date(current, image.digest):
+                verify(group.url)
+                return group.outcome("unchanged", current, group.newest_except(current))
+            candidate = group.start_service(image.digest, lineage.bento)
+            try:
+                verify(group.wait_until_ready(candidate))
+                candidate.update(restart_policy=RESTART)
+                group.switch(candidate, current)
+            except BaseException:
+                candidate.remove(force=True)
+                raise
+            # a service of the same image is not a version to roll back to
+            if current is not None and current.image.id != candidate.image.id:
+                previous = current
+            else:
+                previous = group.newest_except(candidate, current)
+            group.retire(candidate, previous)
+            return group.outcome("deployed", candidate, previous)
+
+    def rollback(self) -> Deployment:
+        """Start the kept service, switch the proxy to it, and keep the current one: two rollbacks change nothing.
+
+        Raises:
+            DeployError: there is no kept service, it is not ready in time, or the engine fails.
+        """
+        with self._open() as group:
+            current = group.current()
+            previous = group.newest_except(current)
+            if previous is None:
+                raise DeployError(f"port {self.config.port} has no version before the current one to roll back to")
+            previous.start()
+            try:
+                group.wait_until_ready(previous)
+                group.switch(previous, current)
+            except BaseException:
+                previous.stop(timeout=STOP_TIMEOUT)
+                raise
+            group.retire(previous, current)
+            return group.outcome("rolled_back", previous, current)
+
+    def describe(self) -> Version | None:
+        """The version that the proxy forwards requests to; None where nothing is deployed on the port."""
+        with self._open() as group:
+            return _version(group.current())
+
+    @contextmanager
+    def _open(self) -> Iterator["_ServiceGroup"]:
         try:
-            check(site.wait_until_ready(candidate))
-            candidate.update(restart_policy=RESTART)
-            site.switch(candidate, current)
-        except BaseException:
-            candidate.remove(force=True)
-            raise
-        # the same image again is no version to go back to
-        same = current is not None and current.image.id == candidate.image.id
-        previous = current if current is not None and not same else site.previous(candidate, current)
-        site.retire(candidate, previous)
-        return site.outcome("deployed", candidate, previous)
+            with connect() as client:
+                yield _ServiceGroup(client, self.config)
+        except (EngineError, bento.BentoError) as error:
+            raise DeployError(str(error)) from error
 
 
-def rollback(config: DeployConfig) -> dict[str, Any]:
-    """Put the service before the current one back, and stop the current one; done twice, it is as before.
-
-    Raises:
-        DeployError: there is none, or it was not ready in time.
-        EngineError: no engine.
-    """
-    with engine() as client:
-        site = _Site(client, config)
-        current = site.current()
-        previous = site.previous(current)
-        if previous is None:
-            raise DeployError(f"nothing was deployed on port {config.port} before what is there now")
-        previous.start()
-        try:
-            site.wait_until_ready(previous)
-            site.switch(previous, current)
-        except BaseException:
-            previous.stop(timeout=GRACE)
-            raise
-        site.retire(previous, current)
-        return site.outcome("rolled_back", previous, current)
-
-
-class _Site:
-    """The containers of one port."""
+class _ServiceGroup:
+    """The containers of one port: the proxy, and the services that it can forward to."""
 
     def __init__(self, client: DockerClient, config: DeployConfig) -> None:
         self.client = client
@@ -117,135 +124,142 @@ class _Site:
         self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"
 
     def check_host(self) -> None:
-        """A front can't change the address that it listens on, and a second one can't have its port."""
-        front = self._get(self.name)
-        host = self.config.host if front is None else front.attrs["HostConfig"]["PortBindings"][PORT][0]["HostIp"]
+        """A proxy cannot change the address that it listens on, and a second proxy cannot use the same port."""
+        proxy = self._get(self.name)
+        host = self.config.host if proxy is None else proxy.attrs["HostConfig"]["PortBindings"][PORT][0]["HostIp"]
         if host != self.config.host:
             raise DeployError(
-                f"deploy.host is {self.config.host}, but port {self.config.port} is served on {host}; take another "
-                f"deploy.port, or take that down first: docker rm -f {self.name}"
+                f"deploy.host is {self.config.host}, but port {self.config.port} is served on {host}; choose another "
+                f"deploy.port, or remove the existing proxy: docker rm -f {self.name}"
             )
 
     def current(self) -> Container | None:
-        """The service that the front passes requests on to."""
-        front = self._get(self.name)
-        if front is None:
+        """The service that the proxy forwards requests to."""
+        proxy = self._get(self.name)
+        if proxy is None:
             return None
         try:
-            address = read_file(front, ADDRESS).decode()
+            address = read_file(proxy, address_file(proxy)).decode()
         except NotFound:
             return None
         return self._get(address.removeprefix("http://").partition(":")[0])
 
-    def previous(self, *others: Container | None) -> Container | None:
-        """The newest service that is none of the others."""
-        ids = {other.id for other in others if other is not None}
+    def newest_except(self, *excluded: Container | None) -> Container | None:
+        """The service that was started last, without the excluded ones."""
+        ids = {container.id for container in excluded if container is not None}
         rest = [container for container in self._services() if container.id not in ids]
         return max(rest, key=lambda container: container.attrs["State"]["StartedAt"], default=None)
 
-    def run(self, image: str, tag: str) -> Container:
-        """Start a service beside the others, for this machine alone to ask."""
+    def start_service(self, image: str, tag: str) -> Container:
+        """Start a service that only the proxy's network and this machine can reach."""
         if not [network for network in self.client.networks.list(names=[self.name]) if network.name == self.name]:
             self.client.networks.create(self.name)
         return self.client.containers.run(
             image,
             name=f"{self.name}-{token_hex(4)}",
-            labels={LABEL: self.name, "gpt2-instruct.bento": tag},
+            labels={DEPLOYMENT_LABEL: self.name, BENTO_LABEL: tag},
             network=self.name,
             ports={PORT: ("127.0.0.1",)},
             mem_limit=self.config.memory,
             environment=service_environment(),
-            **CONFINED,
+            detach=True,
+            **HARDENING,
         )
 
-    def wait_until_ready(self, container: Container) -> str:
-        """The address at which this machine can ask the service."""
-        end = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < end:
-            container.reload()
-            if container.status != "running":
-                state = container.attrs["State"]
+    def wait_until_ready(self, service: Container) -> str:
+        """Wait for a service; return the URL at which this machine reaches it without the proxy."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            service.reload()
+            if service.status != "running":
+                state = service.attrs["State"]
                 reason = "ran out of memory" if state["OOMKilled"] else f"ended with exit code {state['ExitCode']}"
-                raise DeployError(f"{_bento_of(container)} {reason}; its log ends:\n{_tail(container)}")
-            url = f"http://127.0.0.1:{container.ports[PORT][0]['HostPort']}"
+                raise DeployError(f"{_bento_of(service)} {reason}; its log ends:\n{_log_tail(service)}")
+            url = f"http://127.0.0.1:{service.ports[PORT][0]['HostPort']}"
             if _is_ready(url):
                 return url
-            time.sleep(0.1)
+            time.sleep(POLL)
         raise DeployError(
-            f"{_bento_of(container)} was not ready after {START_TIMEOUT} seconds; its log ends:\n{_tail(container)}"
+            f"{_bento_of(service)} was not ready after {START_TIMEOUT} seconds; its log ends:\n{_log_tail(service)}"
         )
 
     def switch(self, new: Container, old: Container | None) -> None:
-        """Let the front pass requests on to `new`; if it cannot, to `old` as before."""
-        front = self._get(self.name) or self._create_front(new.image.id)
-        _point(front, new)
+        """Make the proxy forward requests to `new`; if that fails, to `old` again."""
+        proxy = self._get(self.name) or self._create_proxy(new.image.id)
+        _set_current(proxy, new)
         try:
-            try:
-                front.start()  # does nothing where it runs
-            except APIError as error:
-                if "already" in str(error):  # "port is already allocated", "address already in use"
-                    raise DeployError(
-                        f"port {self.config.port} of {self.config.host} is taken by something else; stop that, or set "
-                        "deploy.port to a free one"
-                    ) from None
-                raise
-            end = time.monotonic() + START_TIMEOUT
-            while not _is_ready(self.url):
-                if time.monotonic() > end:
-                    raise DeployError(f"nothing answers at {self.url}; the front's log ends:\n{_tail(front)}")
-                time.sleep(0.1)
+            self._start_proxy(proxy)
         except BaseException:
             if old is None:
-                front.remove(force=True, v=True)
+                proxy.remove(force=True, v=True)
             else:
-                _point(front, old)
+                _set_current(proxy, old)
             raise
 
     def retire(self, current: Container, kept: Container | None) -> None:
-        """Let every other service finish its answers and stop, and remove all but the one that is kept."""
-        time.sleep(LAST_CONNECT)
-        for container in self._services():
-            if container.id != current.id:
-                container.stop(timeout=GRACE)
-                if kept is None or container.id != kept.id:
-                    container.remove()
+        """Drain and stop every service but the current one; remove all of these but `kept`."""
+        time.sleep(CONNECT_TIME)
+        for service in self._services():
+            if service.id != current.id:
+                service.stop(timeout=STOP_TIMEOUT)
+                if kept is None or service.id != kept.id:
+                    service.remove()
 
-    def serves(self, current: Container, image: str) -> bool:
-        """Whether the current service is of this image and is there as configuration and environment ask."""
-        has = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
+    def is_up_to_date(self, current: Container, image: str) -> bool:
+        """Whether the service is ready and has this image, the configured memory and this process's environment."""
+        environment = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
-            and {name: has[name] for name in SERVICE_VARIABLES if name in has} == service_environment()
+            and {name: environment[name] for name in SERVICE_VARIABLES if name in environment} == service_environment()
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
             and _is_ready(self.url)
         )
 
-    def outcome(self, outcome: str, current: Container, previous: Container | None) -> dict[str, Any]:
-        return {
-            "outcome": outcome,
-            "bento": _bento_of(current),
-            "url": self.url,
-            "image": _bento_of(current),
-            "digest": current.image.id,
-            "container": current.name,
-            "previous": "" if previous is None else _bento_of(previous),
-        }
+    def outcome(self, outcome: str, current: Container, previous: Container | None) -> Deployment:
+        return Deployment(
+            target="docker",
+            outcome=outcome,
+            bento=_bento_of(current),
+            url=self.url,
+            image=_bento_of(current),
+            image_id=current.image.id,
+            container=current.name,
+            previous=_version(previous),
+        )
 
-    def _create_front(self, image: str) -> Container:
+    def _create_proxy(self, image: str) -> Container:
         return self.client.containers.create(
             image,
             name=self.name,
-            entrypoint=["python", "-m", "bentos.front"],
+            entrypoint=["python", "-m", "deploy.containers.proxy"],
             network=self.name,
             ports={PORT: (self.config.host, self.config.port)},
-            volumes={self.name: {"bind": dirname(ADDRESS), "mode": "rw"}},
-            mem_limit="256m",
+            volumes={self.name: {"bind": str(ADDRESS.parent), "mode": "rw"}},
+            mem_limit=PROXY_MEMORY,
             restart_policy=RESTART,
-            **CONFINED,
+            detach=True,
+            **HARDENING,
         )
 
+    def _start_proxy(self, proxy: Container) -> None:
+        """Start the proxy, unless it runs, and wait until it reaches the current service."""
+        try:
+            proxy.start()
+        except APIError as error:
+            if "already" in str(error):  # "port is already allocated", "address already in use"
+                raise DeployError(
+                    f"port {self.config.port} of {self.config.host} is in use by another program; stop that, or set "
+                    "deploy.port to a free port"
+                ) from None
+            raise
+        deadline = time.monotonic() + START_TIMEOUT
+        while not _is_ready(self.url):
+            if time.monotonic() > deadline:
+                raise DeployError(f"{self.url} does not respond; the proxy's log ends:\n{_log_tail(proxy)}")
+            time.sleep(POLL)
+
     def _services(self) -> list[Container]:
-        return list(self.client.containers.list(all=True, filters={"label": f"{LABEL}={self.name}"}))
+        return list(self.client.containers.list(all=True, filters={"label": f"{DEPLOYMENT_LABEL}={self.name}"}))
 
     def _get(self, name: str) -> Container | None:
         try:
@@ -254,15 +268,19 @@ class _Site:
             return None
 
 
-def _point(front: Container, service: Container) -> None:
-    content = f"http://{service.name}:{PORT.partition('/')[0]}\n".encode()
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        entry = tarfile.TarInfo(basename(ADDRESS))
-        entry.size = len(content)
-        tar.addfile(entry, io.BytesIO(content))
-    if not front.put_archive(dirname(ADDRESS), archive.getvalue()):
-        raise EngineError(f"{front.name} could not be told of {service.name}")
+def _set_current(proxy: Container, service: Container) -> None:
+    address = f"http://{service.name}:{PORT.partition('/')[0]}\n"
+    write_file(proxy, address_file(proxy), address.encode())
+
+
+def address_file(proxy: Container) -> str:
+    """The path in a proxy's container of the file with the current service's address.
+
+    A proxy is not replaced by later deployments, so it may be of an earlier version with another mount point.
+    """
+    proxy.reload()  # a container that was just created has no mounts yet
+    [mount] = [mount for mount in proxy.attrs["Mounts"] if mount.get("Name") == proxy.name]
+    return f"{mount['Destination']}/{ADDRESS.name}"
 
 
 def _is_ready(url: str) -> bool:
@@ -272,9 +290,13 @@ def _is_ready(url: str) -> bool:
         return False
 
 
+def _version(service: Container | None) -> Version | None:
+    return None if service is None else Version(bento=_bento_of(service), image=_bento_of(service))
+
+
 def _bento_of(service: Container) -> str:
-    return str(service.labels["gpt2-instruct.bento"])
+    return str(service.labels[BENTO_LABEL])
 
 
-def _tail(container: Container) -> str:
+def _log_tail(container: Container) -> str:
     return str(container.logs(tail=30).decode(errors="replace")).strip()

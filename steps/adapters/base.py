@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gpt2core.checkpoint import atomic_write
+from gpt2core.files import checkpoint_files, verify_directory
 from gpt2core.types import BaseRef
 from steps.adapters.hub import fetch_base
 
@@ -36,7 +37,11 @@ def open_base(directory: Path) -> Path:
 
     Raises:
         HubError: the download fails, or its sha256 is not the recorded one.
+        ValueError: the checkpoint in the directory has another sha256 than base.json records.
     """
-    if has_checkpoint(directory):
-        return directory
-    return fetch_base(read_base(directory)).path
+    base = read_base(directory)
+    if not has_checkpoint(directory):
+        return fetch_base(base).path
+    others = {path.relative_to(directory).as_posix() for path in directory.rglob("*")} - {*checkpoint_files(directory)}
+    verify_directory(directory, base.sha256, exclude=others)
+    return directory

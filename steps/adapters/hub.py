@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2core.checkpoint import directory_sha256, read_config
+from gpt2core.files import checkpoint_files
 from gpt2core.types import BaseRef
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -36,7 +37,7 @@ def fetch_base(base: BaseRef) -> Fetched:
         HubError: the download fails, files are missing, or the sha256 differs.
     """
     path = Path(base.name) if Path(base.name).is_dir() else _download(base.name, base.revision)
-    files = sorted({file.name for pattern in (*WEIGHTS, *OTHERS) for file in path.glob(pattern)})
+    files = checkpoint_files(path)
     if missing := _missing(files):
         raise HubError(f"{base.name} has no {missing}; use a GPT-2 checkpoint that has it")
     try:

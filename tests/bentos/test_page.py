@@ -25,6 +25,7 @@ TRICKY = 'Say "it\'s" & `pwd` $HOME \\ 100%\nfür <b>mich</b>'
 def browser():
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed (Debian: chromium)")
+    expect.set_options(timeout=60_000)  # milliseconds; 5 s are not enough on a busy machine
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has no sandbox
         yield browser
@@ -37,7 +38,7 @@ def opened(browser, url: str, **options):
     console, requested = [], []
     context = browser.new_context(**options)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: console.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: console.append(str(error)))
     page.on("request", lambda request: requested.append(request.url))
@@ -111,7 +112,7 @@ def test_stop_cancels_the_completion(page, url):
            }).observe(document.querySelector("#answers"), {childList: true, subtree: true})"""
     )
     cancelled = 'gpt2_requests_total{adapter="gpt2-instruct",finish_reason="cancelled"}'
-    before, end = metric(url, cancelled), time.monotonic() + 20
+    before, end = metric(url, cancelled), time.monotonic() + 60
     while metric(url, cancelled) == before and time.monotonic() < end:  # a nano model may finish first
         send(page, "Say hello.", temperature="1", max_new_tokens="90")
         expect(page.locator("article")).to_have_attribute("aria-busy", "false")

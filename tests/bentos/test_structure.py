@@ -13,12 +13,12 @@ ENGINE = {"bentos.generation", "bentos.metrics", "bentos.request_log"}  # import
 
 def test_the_environment_is_read_in_one_place():
     readers = {path.name for path in PACKAGE.rglob("*.py") if re.search(r"\bos\.environ|getenv", path.read_text())}
-    assert readers <= {"service.py", "front.py"}  # the service passes it to Settings; front.py is another program
+    assert readers <= {"service.py"}  # the service passes it to Settings
 
 
 def test_bentomls_parent_process_does_not_import_torch():
     modules = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")]
-    others = sorted(set(modules) - ENGINE - {"bentos.service", "bentos.front"})
+    others = sorted(set(modules) - ENGINE - {"bentos.service"})
     imports = set(re.findall(r"^(?:from|import) ([\w.]+)", (PACKAGE / "service.py").read_text(), re.MULTILINE))
     assert not imports & ENGINE
     code = (

@@ -9,16 +9,20 @@ from click.testing import CliRunner
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
+from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.generate import generate
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import BaseRef
 from run import main
+from steps.adapters.base import write_base
 
 
 @pytest.fixture(autouse=True)
 def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
     monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
-    copytree(base_dir, tmp_path / "latest" / "base")
+    base = copytree(base_dir, tmp_path / "latest" / "base")
+    write_base(base, BaseRef("gpt2-nano", "", directory_sha256(base, checkpoint_files(base))), {})
     copytree(adapter_dir, tmp_path / "latest" / "adapter")
     return tmp_path
 

@@ -1,12 +1,24 @@
-"""An API server double for the tests of the Kubernetes target, and the configuration that leads to it."""
+"""Fixtures of the targets' tests: an API server double with a configuration for it, and images in the local engine."""
 
+import os
+from collections.abc import Iterator
+from secrets import token_hex
+
+import docker
 import pytest
 import yaml
 
+from deploy import bento
 from deploy.config import DeployConfig
+from deploy.containers.client import EngineError, connect
+from deploy.containers.images import Image, build_service
 from deploy.kubernetes import progress, rollout
+from deploy.server import serve
+from deploy.verify import request_answer
+from gpt2core.metrics import RecordScores
+from gpt2core.types import Sample
 from tests.deploy.kube_api import KubeApi
-from tests.helpers import make_lineage
+from tests.helpers import build_bento, make_lineage
 
 LINEAGE = make_lineage(bento="gpt2-instruct:1111111111111111")
 NEXT_LINEAGE = make_lineage("run-18", bento="gpt2-instruct:2222222222222222")
@@ -16,6 +28,7 @@ OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@s
 @pytest.fixture
 def fast_polling(monkeypatch):
     monkeypatch.setattr(progress, "POLL", 0.01)
+    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 0.0)
     monkeypatch.setattr(rollout, "SETTLE_TIMEOUT", 0.1)
 
 
@@ -47,3 +60,70 @@ def config(api, write_kubeconfig):
 
 def constant_response(answer: str, bento: str):
     return lambda body: {"answer": answer, "model": bento}
+
+
+MAX_NEW_TOKENS = 5
+SESSION = token_hex(8)  # part of the run's name in the lineage, so that no two test sessions share an image
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[docker.DockerClient]:
+    """The container engine, with the base image of the Dockerfiles."""
+    base = os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm")
+    try:
+        with connect() as client:
+            found = tagged(client, base) or client.images.pull(base)
+            assert found.id
+    except EngineError as error:
+        pytest.skip(f"{error} (BASE_IMAGE selects another base image than {base})")
+    with connect() as client:
+        yield client
+
+
+def tagged(engine: docker.DockerClient, reference: str) -> docker.models.images.Image | None:
+    try:
+        return engine.images.get(reference)
+    except docker.errors.ImageNotFound:
+        return None
+
+
+@pytest.fixture(scope="session")
+def make_image(engine, base_dir, adapter_dir):
+    """Build a Bento and its image. At the end all images are removed, and the user's own `latest` tags are restored."""
+    made = []
+    latest = {name: tagged(engine, f"{name}:latest") for name in (bento.NAME, f"{bento.NAME}-steps")}
+
+    def make(run: str) -> Image:
+        tag = build_bento(base_dir, adapter_dir, f"{run}-{SESSION}")
+        made.append(tag)
+        return build_service(tag)
+
+    yield make
+    for tag in made:
+        engine.images.remove(tag, force=True)
+    for name, image in latest.items():
+        if image is not None:
+            image.tag(name, "latest")
+        elif tagged(engine, f"{name}:latest") is not None:
+            engine.images.remove(f"{name}:latest")
+
+
+@pytest.fixture(scope="session")
+def first(make_image):
+    return make_image("first")
+
+
+@pytest.fixture(scope="session")
+def second(make_image):
+    return make_image("second")
+
+
+@pytest.fixture(scope="session")
+def samples(first):
+    """Records with the answers of the model that all these images serve."""
+    scores = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
+    with serve(first.reference) as url:
+        return [
+            Sample(text, input, "", "", request_answer(url, text, input, MAX_NEW_TOKENS), True, "", scores, scores)
+            for text, input in (("Hello.", ""), ("Name the capital.", "France"))
+        ]

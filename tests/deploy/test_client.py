@@ -1,70 +1,69 @@
-"""What can be said of containers without an engine; tests/stacks/test_containers.py has the rest."""
+"""The engine client and step containers, without an engine; tests/stacks/test_containers.py has the rest."""
 
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from zenml.enums import StoreType
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from deploy.containers import client as engine
-from stacks import containers
-
-
-@pytest.fixture
-def engine_with(monkeypatch):
-    """An engine that has these runtimes; there is no GPU to try a real one on."""
-
-    def change(*runtimes: str) -> None:
-        client = SimpleNamespace(info=lambda: {"Runtimes": {name: {} for name in runtimes}})
-        monkeypatch.setattr(engine, "connect", lambda: client)
-
-    return change
+from deploy.containers import images
+from deploy.containers.client import EngineError, connect
+from deploy.containers.steps import StepContainer, log_lines, run_arguments
 
 
-def arguments(**changes) -> dict:
-    values = {"environment": {}, "writable": [], "readable": [], "network": "none", "memory": None}
-    return engine.run_arguments(**(values | changes))
+def step(**changes) -> StepContainer:
+    return StepContainer(**({"image": "i", "command": ["c"], "run_id": "r", "step": "s"} | changes))
 
 
-def test_a_container_gets_all_gpus_where_the_engine_has_nvidias_runtime(engine_with):
-    engine_with("runc", "nvidia")
-    [request] = arguments()["device_requests"]
+def test_without_an_engine_the_error_names_the_address(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    with pytest.raises(EngineError, match=r"responds at unix:///nowhere\.sock.*start Docker"), connect():
+        pass
+
+
+def test_a_container_gets_all_gpus_where_the_engine_has_nvidias_runtime():
+    [request] = run_arguments(step(), has_gpus=True)["device_requests"]
     assert request == {"Driver": "", "Count": -1, "DeviceIDs": [], "Capabilities": [["gpu"]], "Options": {}}
 
 
-def test_a_container_asks_for_none_elsewhere(engine_with):
-    engine_with("runc")
-    assert arguments()["device_requests"] == []
+def test_a_container_requests_no_gpu_elsewhere():
+    assert run_arguments(step(), has_gpus=False)["device_requests"] == []
 
 
 @pytest.mark.parametrize("path", ["data.json", "/nowhere/data.json"])
-def test_a_mount_that_is_not_there_is_refused_since_the_engine_would_make_a_folder_of_it(engine_with, path):
-    engine_with()
-    with pytest.raises(engine.EngineError, match=f"mounts has {path}; name absolute paths that are there"):
-        arguments(readable=[engine.Path(path)])
+def test_a_mount_that_does_not_exist_is_an_error(path):
+    with pytest.raises(EngineError, match=f"mounts has {path}, which must be an absolute path"):
+        run_arguments(step(readable=[Path(path)]), has_gpus=False)
 
 
-def test_log_lines_are_whole_however_the_bytes_arrive():
-    text = "first\nzwölf Boxkämpfer\nlast".encode()
-    for size in (1, 2, 3, 100):
-        chunks = (text[i : i + size] for i in range(0, len(text), size))
-        assert list(engine._lines(chunks)) == ["first", "zwölf Boxkämpfer", "last"]
+@settings(derandomize=True, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 7))
+def test_log_lines_do_not_depend_on_how_the_bytes_are_divided(text, size):
+    content = text.encode()
+    chunks = (content[i : i + size] for i in range(0, len(content), size))
+    assert list(log_lines(chunks)) == text.removesuffix("\n").split("\n")[: None if text else 0]
+
+
+DIGEST = "host:5000/team/gpt2@sha256:" + "1" * 64
 
 
 @pytest.mark.parametrize(
-    ("kind", "url", "network"),
+    ("reference", "digests", "expected"),
     [
-        (StoreType.SQL, "sqlite:////home/me/zenml.db", "none"),
-        (StoreType.REST, "http://127.0.0.1:8237", "host"),
-        (StoreType.REST, "https://zenml.example.com", "bridge"),
+        ("host:5000/team/gpt2:1", ["other/gpt2@sha256:" + "0" * 64, DIGEST], DIGEST),
+        ("host:5000/team/gpt2:1", [], "host:5000/team/gpt2:1"),  # never pushed
+        (DIGEST, None, DIGEST),
+        ("host:5000/team/gpt2:1", None, "host:5000/team/gpt2:1"),  # no engine, or one that does not know it
     ],
 )
-def test_a_step_has_as_much_network_as_it_needs_to_reach_zenml(monkeypatch, kind, url, network):
-    store = SimpleNamespace(store_configuration=SimpleNamespace(type=kind, url=url))
-    monkeypatch.setattr(containers, "GlobalConfiguration", lambda: store)
-    assert containers._network() == network
+def test_a_tag_is_replaced_by_the_digest_of_a_registry_where_there_is_one(reference, digests, expected, monkeypatch):
+    @contextmanager
+    def connect():
+        if digests is None:
+            raise EngineError("no such image")
+        yield SimpleNamespace(images={reference: SimpleNamespace(attrs={"RepoDigests": digests})})
 
-
-@pytest.mark.parametrize("memory", ["6", "6 g", "6Gi", "0g", "much"])
-def test_a_memory_limit_is_a_number_and_a_unit(memory):
-    with pytest.raises(ValueError, match="memory"):
-        containers.ContainerSettings(memory=memory)
+    monkeypatch.setattr(images, "connect", connect)
+    assert images.pinned(reference) == expected

@@ -1,34 +1,38 @@
-"""Steps in containers of a real engine, by the stacks and configs of the project, at dev size."""
+"""Steps in containers of a real engine, with the stacks and configurations of the project, at dev size."""
 
 import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import yaml
 
-from deploy.containers import client as engine
-from deploy.containers import images as image
+from deploy.containers import images, steps
+from deploy.containers.client import EngineError, connect
+from deploy.containers.steps import StepContainer
 from deploy.server import serve
 from deploy.verify import request_answer
 from tests.copies import copy_project, fresh_environment
+from tests.helpers import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 IMAGE = "gpt2-instruct-steps:latest"
-LONG = ("train.epochs=40", "lora.rank=3")  # 200 steps, with a checkpoint after each five
+LONG = ("train.epochs=40", "lora.rank=3")  # 200 training steps, with a checkpoint after every fifth
+TIMEOUT = 600  # seconds; a run takes about 90
 
 
 @pytest.fixture(scope="module", autouse=True)
 def steps_image():
     try:
-        engine.connect()
-    except engine.EngineError as error:
+        with connect():
+            pass
+    except EngineError as error:
         pytest.skip(str(error))
-    image.build_steps()
+    images.build_steps()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(project, home):
-    """Start a command in the project; it is interrupted if the tests are done before it is."""
+    """Start a command in the project; it is interrupted if it still runs after the tests."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str) -> subprocess.Popen[str]:
@@ -62,7 +66,7 @@ def start(project, home):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # a shell's background job ignores SIGINT, and so would what it starts
+            # a background job of a shell ignores SIGINT, and its child processes inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
@@ -72,16 +76,16 @@ def start(project, home):
     for process in started:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+            process.communicate(timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
 def run(start):
-    """Run it to its end: exit code and output."""
+    """Run a command; return its exit code and output."""
 
     def run(*words: str) -> tuple[int, str]:
         process = start(*words)
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, output
 
     return run
@@ -102,18 +106,25 @@ def finetune(config: str, *values: str) -> list[str]:
 
 
 def containers(home: Path) -> list:
-    """Those that see this test's home, running or not."""
-    everyone = engine.connect().containers.list(all=True, ignore_removed=True)
-    return [c for c in everyone if any(mount["Source"].startswith(str(home)) for mount in c.attrs["Mounts"])]
+    """The containers that mount this test's home directory, running or not."""
+    with connect() as client:
+        every = client.containers.list(all=True, ignore_removed=True)
+    return [c for c in every if any(mount["Source"].startswith(str(home)) for mount in c.attrs["Mounts"])]
 
 
-def wait_for(process: subprocess.Popen[str], condition):
-    for _ in range(3000):
-        if found := condition():
-            return found
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.1)
-    raise TimeoutError
+def running(home: Path) -> list:
+    return [container for container in containers(home) if container.status == "running"]
+
+
+def wait_while_running(process: subprocess.Popen[str], condition, what: str) -> None:
+    """Wait for the condition; fail with the output of the process if it ends before."""
+
+    def holds() -> bool:
+        found = condition()
+        assert found or process.poll() is None, process.communicate()[0][-3000:]
+        return bool(found)
+
+    wait_until(holds, TIMEOUT, what)
 
 
 def newest_run(run) -> dict:
@@ -125,35 +136,36 @@ def lineage(project: Path) -> dict:
     return json.loads((project / "outputs" / "latest" / "lineage.json").read_text())
 
 
-def test_a_run_with_every_step_in_a_container_leaves_what_a_run_without_leaves(project, home, run, stack, monkeypatch):
+def test_a_run_with_every_step_in_a_container_has_the_results_of_a_run_without(project, home, run, stack, monkeypatch):
     stack("docker")
     code, output = run("zenml", "pipeline", "run", "finetune_pipeline", "-c", "docker.yaml")
     assert code == 0, output[-3000:]
-    assert output.count(" in Docker:") == 10
+    assert output.count(" in a container:") == 10
     assert containers(home) == []
 
     folder = project / "outputs" / "latest"
     assert {"report.html", "metrics.json", "adapter", "base", "bento.txt"} <= {path.name for path in folder.iterdir()}
     assert {path.stat().st_uid for path in folder.rglob("*")} == {os.getuid()}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True).stdout.strip()
-    assert lineage(project)["commit"]["sha"] == head  # which no container could see
+    assert lineage(project)["commit"]["sha"] == head  # containers have no git
     row = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
     monkeypatch.setenv("BENTOML_HOME", str(home / "bentoml"))
     with serve((folder / "bento.txt").read_text().strip()) as url:
         assert request_answer(url, row["instruction"], row["input"], 12) == row["tuned"]
 
 
-def test_a_killed_container_fails_the_run_with_its_last_words_and_its_successor_goes_on(
+def test_a_killed_container_fails_the_run_with_its_last_lines_and_the_next_run_resumes(
     project, home, run, start, stack
 ):
     stack("local")
     stores = home / ".config" / "zenml" / "local_stores"
     process = start(*finetune("docker_gpu_step.yaml", *LONG))
-    [container] = wait_for(process, lambda: [c for c in containers(home) if c.status == "running"])
-    assert container.labels[f"{engine.NAME}.step"] == "finetune"
-    wait_for(process, lambda: list(stores.rglob("checkpoint.safetensors")))
+    wait_while_running(process, lambda: running(home), "a container")
+    wait_while_running(process, lambda: list(stores.rglob("checkpoint.safetensors")), "a checkpoint")
+    [container] = running(home)
+    assert container.labels[f"{steps.NAME}.step"] == "finetune"
     container.kill()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
     error = output[output.index("Error: the run failed") :]
     assert "exit code 137. Its last lines:" in error
@@ -166,7 +178,7 @@ def test_a_killed_container_fails_the_run_with_its_last_words_and_its_successor_
     assert code == 0, output[-3000:]
     assert "resuming from step" in output
     adapter = lineage(project)["adapter"]["sha256"]
-    code, output = run(*finetune("configs/dev.yaml", *LONG), "--no-cache")  # here, and not stopped
+    code, output = run(*finetune("configs/dev.yaml", *LONG), "--no-cache")  # not in a container, and not interrupted
     assert code == 0, output[-3000:]
     assert lineage(project)["adapter"]["sha256"] == adapter
 
@@ -182,9 +194,9 @@ def test_a_killed_container_fails_the_run_with_its_last_words_and_its_successor_
 def test_an_interrupted_run_leaves_no_container(home, start, run, stack, name, config, number):
     stack(name)
     process = start(*finetune(config, "lora.rank=5", "train.epochs=400"))
-    wait_for(process, lambda: [c for c in containers(home) if c.status == "running"])
+    wait_while_running(process, lambda: running(home), "a container")
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     assert containers(home) == [], output[-3000:]
     assert newest_run(run)["status"] in ("failed", "stopped")
@@ -207,18 +219,31 @@ except OSError as error:
 """
 
 
-def arguments(tmp_path: Path, **changes) -> dict:
+@pytest.fixture
+def probe(tmp_path):
+    """A container with one readable and one writable directory, and no network."""
     seen, kept = tmp_path / "seen", tmp_path / "kept"
     seen.mkdir()
     kept.mkdir()
-    values = {"network": "none", "memory": "1g", "readable": [seen], "writable": [kept], "environment": {}} | changes
-    values["environment"] |= {"SEEN": str(seen), "KEPT": str(kept)}
-    return engine.run_arguments(**values)
+
+    def make(code: str, image: str = IMAGE, memory: str = "1g") -> StepContainer:
+        return StepContainer(
+            image=image,
+            command=["python", "-c", code],
+            run_id=uuid4().hex,
+            step="probe",
+            environment={"SEEN": str(seen), "KEPT": str(kept)},
+            readable=[seen],
+            writable=[kept],
+            memory=memory,
+        )
+
+    return make
 
 
-def test_a_container_may_do_what_a_step_needs_and_no_more(tmp_path, caplog):
-    caplog.set_level("INFO", logger=engine.__name__)
-    engine.follow(engine.start(IMAGE, ["python", "-c", PROBE], arguments(tmp_path), "a-run", "probe"))
+def test_a_container_has_only_the_rights_that_a_step_needs(probe, tmp_path, caplog):
+    caplog.set_level("INFO", logger=steps.__name__)
+    steps.run(probe(PROBE))
     assert caplog.messages == [
         f"uid {os.getuid()} capabilities 0000000000000000 new privileges 1",
         "cannot write /",
@@ -232,12 +257,26 @@ def test_a_container_may_do_what_a_step_needs_and_no_more(tmp_path, caplog):
     ]
 
 
-def test_a_container_that_needs_more_memory_than_it_may_have_says_so(tmp_path):
-    command = ["python", "-c", "print('before'); bytearray(10**9)"]
-    with pytest.raises(engine.EngineError, match=r"(?s)needed more memory than it may have.*before"):
-        engine.follow(engine.start(IMAGE, command, arguments(tmp_path, memory="64m"), "a-run", "large"))
+def test_a_container_in_the_background_is_found_followed_and_removed(probe, caplog):
+    caplog.set_level("INFO", logger=steps.__name__)
+    waiting = probe("import time; time.sleep(600)")
+    steps.start(waiting)
+    assert steps.is_running(waiting.run_id, waiting.step)
+    steps.remove(waiting.run_id, waiting.step)
+    assert not steps.is_running(waiting.run_id, waiting.step)
+
+    printing = probe("print('done')")
+    steps.start(printing)
+    steps.follow(printing.run_id, printing.step)
+    assert caplog.messages == ["done"]
+    steps.follow(printing.run_id, printing.step)  # it was removed: nothing to follow
 
 
-def test_an_image_that_is_not_there_is_named_with_what_builds_it(tmp_path):
-    with pytest.raises(engine.EngineError, match="no image nobody/made-this:1: `make image-train` builds"):
-        engine.start("nobody/made-this:1", ["python"], arguments(tmp_path), "a-run", "none")
+def test_a_container_that_exceeds_its_memory_limit_says_so(probe):
+    with pytest.raises(EngineError, match=r"(?s)exceeded its memory limit.*before"):
+        steps.run(probe("print('before'); bytearray(10**9)", memory="64m"))
+
+
+def test_a_missing_image_is_named_with_the_command_that_builds_it(probe):
+    with pytest.raises(EngineError, match="no image nobody/made-this:1: `make image-train` builds"):
+        steps.start(probe("", image="nobody/made-this:1"))

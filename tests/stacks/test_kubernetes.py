@@ -1,5 +1,4 @@
-"""The job that ZenML's step operator submits for configs/kubernetes.yaml, by its own code and client; no cluster: it is
-sent to a server that only writes down what comes."""
+"""The job that ZenML's Kubernetes step operator submits for configs/kubernetes.yaml, to a server that records it."""
 
 import json
 from datetime import UTC, datetime
@@ -31,13 +30,13 @@ VERSIONS = ["1.25", latest_version()]
 
 @pytest.fixture(scope="module", params=["finetune", "evaluate"])
 def job(request) -> dict[str, Any]:
-    """As it was sent, but for the nulls: ZenML writes the container's security context under two spellings, of which
-    the one that Kubernetes does not know holds nulls only."""
+    """The submitted job without nulls: ZenML writes the container's security context under two spellings, and the one
+    that Kubernetes does not know holds nulls only."""
     step = CONFIG["steps"][request.param]
-    with_settings = KubernetesStepOperatorSettings(**step["settings"]["step_operator.kubernetes"])
+    operator_settings = KubernetesStepOperatorSettings(**step["settings"]["step_operator.kubernetes"])
     image = step["settings"]["docker"]["parent_image"]
     info = StepRunInfo.model_construct(
-        config=StepConfiguration(name=request.param, settings={"step_operator:kubernetes": with_settings}),
+        config=StepConfiguration(name=request.param, settings={"step_operator:kubernetes": operator_settings}),
         snapshot=SimpleNamespace(
             is_dynamic=False, project_id=uuid4(), build=SimpleNamespace(get_image=lambda **_: image)
         ),
@@ -59,7 +58,7 @@ def job(request) -> dict[str, Any]:
         updated=datetime.now(UTC),
     )
     received: dict[str, Any] = {}
-    server = HTTPServer(("127.0.0.1", 0), notebook(received))
+    server = HTTPServer(("127.0.0.1", 0), recorder(received))
     Thread(target=server.serve_forever, daemon=True).start()
     operator._k8s_client = client.ApiClient(client.Configuration(host=f"http://127.0.0.1:{server.server_port}"))
     operator.submit_with_allocation(info, ["python", "-m", "zenml.entrypoints.entrypoint", "--step"], {}, None)
@@ -68,7 +67,7 @@ def job(request) -> dict[str, Any]:
     return {"apiVersion": "batch/v1", "kind": "Job", **without_nulls(received["body"])}
 
 
-def notebook(received: dict[str, Any]) -> type[BaseHTTPRequestHandler]:
+def recorder(received: dict[str, Any]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -102,28 +101,28 @@ def container(pod):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_job_is_valid_to_the_letter(job, version):
+def test_the_job_passes_strict_validation(job, version):
     kubernetes_validate.validate(job, version, strict=True)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("manifest", CLUSTER, ids=lambda manifest: manifest["kind"])
-def test_what_it_expects_of_the_cluster_is_valid_to_the_letter(manifest, version):
+def test_the_required_cluster_objects_pass_strict_validation(manifest, version):
     kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_the_pod_asks_for_one_gpu_and_a_node_that_has_some(pod, container):
+def test_the_pod_requests_one_gpu_and_a_node_with_gpus(pod, container):
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert pod["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
     assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
 
 
-def test_requests_are_within_the_limits_of_all_that_a_node_can_run_out_of(container):
+def test_requests_and_limits_cover_cpu_memory_disk_and_gpu(container):
     assert container["resources"]["requests"].keys() == {"cpu", "memory", "ephemeral-storage"}
     assert container["resources"]["limits"].keys() == {"memory", "ephemeral-storage", "nvidia.com/gpu"}
 
 
-def test_the_pod_is_let_into_a_namespace_with_restricted_security(pod, container):
+def test_the_pod_meets_the_restricted_pod_security_standard(pod, container):
     assert CLUSTER[0]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -135,14 +134,14 @@ def test_the_pod_is_let_into_a_namespace_with_restricted_security(pod, container
     }
 
 
-def test_the_user_is_the_images_and_may_write_to_what_is_mounted(pod):
+def test_the_user_is_that_of_the_image_and_owns_the_mounted_volumes(pod):
     dockerfile = (ROOT / "Dockerfile").read_text()
     context = pod["securityContext"]
     assert f"USER {context['runAsUser']}:{context['runAsGroup']}\n" in dockerfile
     assert context["fsGroup"] == context["runAsGroup"]
 
 
-def test_the_root_cannot_be_written_and_what_has_to_be_is_a_volume(pod, container):
+def test_the_root_is_read_only_and_every_writable_path_is_a_volume(pod, container):
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert mounts.keys() == {"/cache", "/dev/shm", "/app", "/tmp"}
     volumes = {volume.pop("name"): volume for volume in map(dict, pod["volumes"])}
@@ -151,14 +150,14 @@ def test_the_root_cannot_be_written_and_what_has_to_be_is_a_volume(pod, containe
     assert all("sizeLimit" in volume["emptyDir"] for volume in volumes.values() if "emptyDir" in volume)
 
 
-def test_weights_of_the_hub_stay_on_the_claim_that_the_cluster_has(pod, container):
+def test_weights_of_the_hub_are_stored_on_the_persistent_volume(pod, container):
     [home] = [variable["value"] for variable in container["env"] if variable["name"] == "HF_HOME"]
     assert home.startswith("/cache/")
     [claim] = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
     assert claim == CLUSTER[2]["metadata"]["name"]
 
 
-def test_account_and_namespace_are_those_that_the_cluster_has_and_no_token_is_mounted(pod):
+def test_service_account_and_namespace_exist_and_no_token_is_mounted(pod):
     assert pod["serviceAccountName"] == CLUSTER[1]["metadata"]["name"]
     assert {manifest["metadata"].get("namespace", NAMESPACE) for manifest in CLUSTER} == {NAMESPACE}
     assert CLUSTER[0]["metadata"]["name"] == NAMESPACE
@@ -170,7 +169,7 @@ def test_secrets_come_from_zenmls_store_and_are_not_in_the_job(job):
     assert not any(word in json.dumps(job) for word in ("HF_TOKEN", "WANDB_API_KEY", "secretKeyRef"))
 
 
-def test_a_pod_that_is_gone_is_not_started_again_by_the_cluster_but_by_zenml(job, pod):
+def test_zenml_and_not_the_cluster_retries_a_failed_pod(job, pod):
     assert job["spec"]["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"
     assert all(CONFIG["steps"][step]["retry"]["max_retries"] >= 1 for step in ("finetune", "evaluate"))

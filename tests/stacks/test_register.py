@@ -1,4 +1,4 @@
-"""Stacks from their files, in a real ZenML store."""
+"""Registration of stack files in a real ZenML store."""
 
 import pytest
 from zenml.client import Client
@@ -11,7 +11,7 @@ CLUSTER = {"ARTIFACT_STORE": "s3://bucket/zenml", "REGISTRY": "registry.example.
 
 
 @pytest.fixture(autouse=True)
-def active_stack_is_kept():
+def restore_active_stack():
     before = Client().active_stack_model.id
     yield
     Client().activate_stack(before)
@@ -23,13 +23,13 @@ def components(name: str) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", register.names())
-def test_a_stack_is_registered_as_its_file_says_and_becomes_the_active_one(name, monkeypatch):
+def test_a_registered_stack_equals_its_file_and_is_active(name, monkeypatch):
     for variable, value in CLUSTER.items():
         monkeypatch.setenv(variable, value)
     register.register(name)
     assert Client().active_stack_model.name == name
-    of_file = {kind: (about["name"], about["flavor"]) for kind, about in register.read(name)["components"].items()}
-    assert components(name) == of_file
+    declared = {kind: (it["name"], it["flavor"]) for kind, it in register.read(name)["components"].items()}
+    assert components(name) == declared
 
 
 def test_registering_again_changes_nothing():
@@ -43,7 +43,7 @@ def test_registering_again_changes_nothing():
     }
 
 
-def test_a_changed_value_reaches_the_component_there_is(monkeypatch):
+def test_a_changed_value_updates_the_existing_component(monkeypatch):
     for variable, value in CLUSTER.items():
         monkeypatch.setenv(variable, value)
     register.register("kubernetes")
@@ -53,27 +53,27 @@ def test_a_changed_value_reaches_the_component_there_is(monkeypatch):
     assert found.configuration["uri"] == "elsewhere.example.com"
 
 
-def test_a_component_of_another_kind_under_its_name_is_left_alone():
+def test_a_component_of_another_flavor_with_the_same_name_is_not_changed():
     client = Client()
     taken = client.create_stack_component("taken", "local", StackComponentType.IMAGE_BUILDER, {})
-    with pytest.raises(StackError, match="another image_builder taken, of flavor local; rename or delete that one"):
+    with pytest.raises(StackError, match="another image_builder taken exists, of flavor local; rename or delete it"):
         register._register_component(client, "image_builder", "taken", "kaniko", {})
     assert client.get_stack_component(StackComponentType.IMAGE_BUILDER, "taken").id == taken.id
 
 
-def test_a_stack_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(StackError, match="no stack 'dockr'; there are docker, kubernetes, local"):
+def test_an_unknown_stack_is_named_with_the_available_ones():
+    with pytest.raises(StackError, match="no stack 'dockr'; available are docker, kubernetes, local"):
         register.register("dockr")
 
 
-def test_a_variable_that_is_not_set_is_named_with_the_command(monkeypatch):
+def test_a_missing_variable_is_named_with_the_command_that_sets_it(monkeypatch):
     for variable in CLUSTER:
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(StackError, match="make stack-kubernetes ARTIFACT_STORE="):
         register.register("kubernetes")
 
 
-def test_what_a_component_may_not_be_is_said_in_one_line(monkeypatch):
+def test_a_configuration_that_zenml_refuses_is_one_error_and_changes_nothing(monkeypatch):
     for variable, value in (CLUSTER | {"ARTIFACT_STORE": "/a/folder"}).items():
         monkeypatch.setenv(variable, value)
     before = Client().get_stack_component(StackComponentType.ARTIFACT_STORE, "kubernetes").configuration

@@ -1,0 +1,240 @@
+"""The docker target on the container engine of this machine."""
+
+import socket
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import requests
+from click.testing import CliRunner
+
+from deploy import bento
+from deploy.config import DeployConfig
+from deploy.containers import service
+from deploy.containers.service import DockerTarget
+from deploy.source import ROOT
+from deploy.target import DeployError, Deployment, Version
+from deploy.verify import VerificationError
+from run import main
+from tests.deploy.conftest import MAX_NEW_TOKENS, SESSION
+from tests.helpers import free_port, make_lineage, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+TIMEOUT = 120  # seconds
+
+
+@pytest.fixture
+def config(engine):
+    """A deployment on a free port; everything of it is removed after the test."""
+    config = DeployConfig(target="docker", port=free_port())
+    name = f"{bento.NAME}-{config.port}"
+    yield config
+    for container in containers(engine, config):
+        container.remove(force=True)
+    for network in engine.networks.list(names=[name]):
+        network.remove()
+    for volume in engine.volumes.list(filters={"name": name}):
+        volume.remove()
+
+
+@pytest.fixture
+def deploy(config, samples):
+    """Deploy a Bento with the configuration, or with changes to it."""
+
+    def deploy(tag: str, samples=samples, **changes: object) -> Deployment:
+        target = DockerTarget(replace(config, **changes))
+        return target.deploy(make_lineage(bento=tag), samples, MAX_NEW_TOKENS)
+
+    return deploy
+
+
+def containers(engine, config: DeployConfig) -> list:
+    return engine.containers.list(all=True, filters={"name": f"{bento.NAME}-{config.port}"})
+
+
+def states(engine, config: DeployConfig) -> Counter:
+    return Counter(container.status for container in containers(engine, config))
+
+
+def served(config: DeployConfig) -> str:
+    return requests.get(f"http://127.0.0.1:{config.port}/metadata", timeout=TIMEOUT).json()["bento"]
+
+
+@contextmanager
+def load(config: DeployConfig):
+    """Clients that send requests without a pause, half of them over kept connections; counts their responses.
+
+    The block is left once every client got a response after it.
+    """
+    responses: Counter = Counter()
+    served = [0] * 6
+    ended = threading.Event()
+
+    def client(number: int) -> None:
+        session = requests.Session()
+        while not ended.is_set():
+            sender = session if number % 2 == 0 else requests
+            try:
+                body = {"instruction": "Hello.", "max_new_tokens": 20}
+                response = sender.post(f"http://127.0.0.1:{config.port}/predict", json=body, timeout=TIMEOUT)
+                responses[response.json().get("model", response.text)] += 1
+            except (requests.RequestException, ValueError) as error:
+                responses[repr(error)] += 1
+            served[number] += 1
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(len(served))]
+    for thread in threads:
+        thread.start()
+    try:
+        yield responses
+        before = list(served)
+        # the first response may be to a request that was sent before
+        wait_until(lambda: all(now > then + 1 for now, then in zip(served, before, strict=True)), TIMEOUT, "requests")
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_services_are_replaced_and_rolled_back_under_load_without_a_failed_request(
+    engine, first, second, deploy, config
+):
+    target = DockerTarget(config)
+    assert target.describe() is None
+    one = deploy(first.reference)
+    assert (one.target, one.outcome, one.url) == ("docker", "deployed", f"http://127.0.0.1:{config.port}")
+    assert (one.bento, one.image, one.image_id, one.previous) == (*[first.reference] * 2, first.digest, None)
+    with load(config) as responses:
+        two = deploy(second.reference)
+        assert served(config) == second.reference
+        assert (two.outcome, two.previous) == ("deployed", Version(first.reference, first.reference))
+        again = deploy(second.reference)
+        assert (again.outcome, again.container, again.previous) == ("unchanged", two.container, two.previous)
+        back = target.rollback()
+        assert (back.outcome, back.previous) == ("rolled_back", Version(second.reference, second.reference))
+        assert served(config) == first.reference
+        assert target.describe() == Version(first.reference, first.reference)
+    assert responses.keys() == {first.reference, second.reference}
+    assert states(engine, config) == {"running": 2, "exited": 1}  # proxy and current service; the kept one
+    assert target.rollback().image == second.reference
+
+
+def test_only_the_last_service_is_kept(engine, first, second, deploy, config):
+    deploy(first.reference)
+    deploy(second.reference)
+    third = deploy(second.reference, memory="3g")
+    assert third.outcome == "deployed"
+    assert third.previous == Version(first.reference, first.reference)  # not the service of the same image
+    assert states(engine, config) == {"running": 2, "exited": 1}
+
+
+def test_a_deployment_on_another_host_is_refused(first, deploy, config):
+    deploy(first.reference)
+    message = rf"deploy.host is 127\.0\.0\.2, but port {config.port} is served on 127\.0\.0\.1"
+    with pytest.raises(DeployError, match=message):
+        deploy(first.reference, host="127.0.0.2")
+
+
+def test_all_containers_are_hardened_and_published_on_the_configured_host_only(engine, first, deploy, config):
+    deploy(first.reference)
+    for container in containers(engine, config):
+        host = container.attrs["HostConfig"]
+        assert host["ReadonlyRootfs"]
+        assert host["CapDrop"] == ["ALL"]
+        assert host["SecurityOpt"] == ["no-new-privileges"]
+        assert host["PidsLimit"] > 0
+        assert host["Memory"] > 0
+        assert not host["Privileged"]
+        bindings = [binding for ports in (host["PortBindings"] or {}).values() for binding in ports]
+        assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
+
+
+def test_the_address_is_written_where_an_existing_proxy_reads_it(engine, first, config):
+    name = f"{bento.NAME}-{config.port}"
+    proxy = engine.containers.create(first.reference, name=name, volumes={name: {"bind": "/earlier", "mode": "rw"}})
+    assert service.address_file(proxy) == "/earlier/address"
+
+
+def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first, deploy, monkeypatch):
+    deploy(first.reference)
+    monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
+    protected = deploy(first.reference)
+    assert protected.outcome == "deployed"
+    assert deploy(first.reference).outcome == "unchanged"
+    assert requests.get(f"{protected.url}/metadata", timeout=TIMEOUT).status_code == 401
+    token = {"Authorization": "Bearer s3cret-token"}
+    assert requests.get(f"{protected.url}/metadata", headers=token, timeout=TIMEOUT).status_code == 200
+    assert "s3cret-token" not in str(protected)
+
+
+def test_a_run_deploys_its_service_and_the_rollback_command_restores_the_one_before(
+    engine, first, deploy, config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
+    deploy(first.reference)
+    invoke(
+        *("finetune", "--config", str(ROOT / "configs" / "dev.yaml")),
+        *("--set", "deploy.target=docker", "--set", f"deploy.port={config.port}"),
+    )
+    tag = (tmp_path / "latest" / "bento.txt").read_text().strip()
+    try:
+        assert served(config) == tag
+        output = invoke("rollback")
+        assert "outcome: rolled_back" in output
+        assert f"image: {first.reference}" in output
+        assert served(config) == first.reference
+    finally:
+        engine.images.remove(tag, force=True)
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def broken(engine, first):
+    """An image like a Bento's that ends as soon as it starts."""
+    tag = f"{bento.NAME}:broken-{SESSION}"
+    container = engine.containers.create(first.reference, entrypoint=["sh", "-c", "echo no such weights >&2; exit 3"])
+    container.commit(*tag.split(":"))
+    container.remove()
+    yield tag
+    engine.images.remove(tag, force=True)
+
+
+def test_a_failed_deployment_leaves_the_current_service_and_nothing_else(
+    engine, first, second, broken, samples, deploy, config, monkeypatch
+):
+    deploy(first.reference)
+    with load(config) as responses:
+        with pytest.raises(VerificationError, match="answered 'something else'"):
+            deploy(second.reference, [replace(samples[0], tuned="something else")])
+        with pytest.raises(DeployError, match=r"(?s)exit code 3.*no such weights"):
+            deploy(broken)
+        with pytest.raises(DeployError, match="the Bento gpt2-instruct:none is not in the store"):
+            deploy("gpt2-instruct:none")
+        with monkeypatch.context() as impatient:
+            impatient.setattr(service, "START_TIMEOUT", 0)
+            with pytest.raises(DeployError, match="not ready after 0 seconds"):
+                deploy(second.reference)
+    assert responses.keys() == {first.reference}
+    assert states(engine, config) == {"running": 2}
+    with pytest.raises(DeployError, match="no version before the current one"):
+        DockerTarget(config).rollback()
+
+
+def test_a_port_in_use_is_named_in_the_error_and_nothing_is_left(engine, first, deploy, config):
+    message = rf"port {config.port} of 127\.0\.0\.1 is in use"
+    with socket.create_server(("127.0.0.1", config.port)), pytest.raises(DeployError, match=message):
+        deploy(first.reference)
+    assert containers(engine, config) == []
+
+
+def test_without_an_engine_the_target_says_so(config, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    with pytest.raises(DeployError, match=r"no container engine responds at unix:///nowhere\.sock"):
+        DockerTarget(config).rollback()
