@@ -27,7 +27,7 @@ def names_of(run) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("kind", ["run", "run id", "model version", "Bento", "adapter", "train", "val", "test"])
+@pytest.mark.parametrize("kind", ["run", "run id", "model version", "Bento", "adapter", "test"])
 def test_every_name_leads_to_all_the_others(kind, deployed, cluster):
     names, about = names_of(deployed.run), deployed.run.lineage
     result = lineage(names[kind])
