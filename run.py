@@ -32,7 +32,7 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 @click.argument("instruction", required=False)
 @click.option("--input", default="", help="Text that the instruction refers to.")
 @click.option("--file", help="Read instructions (and inputs) from a .jsonl or .json file instead.")
-@click.option("--run", "name", default="latest", show_default=True, help="A directory of outputs/.")
+@click.option("--run", "name", default="latest", show_default=True, help="A run in outputs/, or staging.")
 @click.option("--max-new-tokens", type=int, help="Maximum length of an answer.")
 @click.option("--temperature", type=float, help="0 (default): greedy.")
 @click.option("--seed", type=int, help="Makes sampled answers reproducible.")

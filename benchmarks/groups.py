@@ -28,12 +28,13 @@ from gpt2core.demo.prose import write_prose
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.engine import Weights
+from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.inference.kernels import has_int8
 from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
 from gpt2core.metrics import Scores
 from gpt2core.model import GPT2
 from gpt2core.train import finetune
-from gpt2core.types import AdapterRef, BaseRef, Commit, Lineage, LineageMetrics, RunRef, TrainSummary
+from gpt2core.types import BaseRef, Commit, Lineage, LineageMetrics, RunRef, TrainSummary
 
 BATCH_SIZE = 8  # of finetuning
 NANO_VOCABULARY = GPT2Config.preset("gpt2-nano").vocab_size
@@ -224,7 +225,9 @@ def serve(setting: Setting) -> list[Row]:
         environ = {"BENTOML_HOME": str(setting.directory / "bentoml")}
         stack.enter_context(patch.dict(os.environ, environ))
         Path(environ["BENTOML_HOME"]).mkdir()
-        url = stack.enter_context(server.serve(bento.build(directory, adapter, _lineage()), engine.weights()))
+        url = stack.enter_context(
+            server.serve(bento.build(directory, adapter, _lineage(directory, adapter)), engine.weights())
+        )
         note = f"peer: this service's engine without HTTP; both with one adapter and weights {engine.weights()}"
         rows = []
         for n, name in ((1, "1 client"), (16, "16 clients"), (64, "64 clients")):
@@ -350,7 +353,7 @@ def matrix_weights(model: GPT2) -> int:
     return blocks + model.wte.weight.numel()
 
 
-def _lineage() -> Lineage:
+def _lineage(base: Path, adapter: Path) -> Lineage:
     """A lineage for a Bento that no pipeline run built."""
     scores = Scores(0.0, 0.0, 0.0, 1.0, 0.0)
     return Lineage(
@@ -359,7 +362,7 @@ def _lineage() -> Lineage:
         commit=Commit("unknown", False),
         versions={},
         data={},
-        base=BaseRef("benchmark", "", ""),
-        adapter=AdapterRef("", 8, 16.0, [], 0.0),
+        base=BaseRef("benchmark", "", directory_sha256(base, checkpoint_files(base))),
+        adapter=bento.describe_adapter(adapter),
         metrics=LineageMetrics(scores, scores, TrainSummary(0.0, None, 0.0, 0.0)),
     )

@@ -49,7 +49,7 @@ class CompletionResult:
 
     request: GenerationRequest
     adapter: AdapterVersion | None
-    finish_reason: str  # a FinishReason, "cancelled" or "deadline"
+    finish_reason: str  # a FinishReason, "cancelled", "deadline" or "error"
     tokens: list[int]  # of the completion, as far as its text was taken
     token_times: list[float]  # of all tokens that the engine generated
     submitted_at: float
@@ -100,7 +100,7 @@ class Completion:
     async def chunks(self) -> AsyncIterator[Chunk]:
         """
         Raises:
-            ServiceError: the deadline has passed, or the engine has stopped.
+            ServiceError: the deadline has passed, the engine has stopped, or generating this completion failed.
         """
         running, ended_by = self._running, "cancelled"
         sent = 0  # tokens of earlier chunks; further ones may be read, but their text held back
@@ -118,6 +118,9 @@ class Completion:
                     )
                 elif reason == "cancelled":
                     raise ServiceError("shutting_down", "the service stopped or dropped this request; retry")
+                elif reason == "error":
+                    ended_by = reason
+                    raise ServiceError("generation_failed", str(running.error))
                 elif reason is not None:
                     text += self._detokenizer.finish()
                 if reason is not None:

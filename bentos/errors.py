@@ -21,6 +21,7 @@ STATUS: Mapping[str, int] = {
     "body_too_large": 413,
     "overloaded": 429,
     "client_closed_request": 499,
+    "generation_failed": 500,
     "shutting_down": 503,
     "deadline_exceeded": 504,
 }

@@ -13,7 +13,7 @@ from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
-from steps.adapters.base import open_base
+from steps.adapters.base import REFERENCE, open_base
 from steps.adapters.progress import counting_progress
 from steps.config import EvaluateConfig
 from steps.outputs import outputs_dir
@@ -39,7 +39,7 @@ class TunedModel:
         if not (directory / "adapter").is_dir():
             raise FileNotFoundError(f"there is no finished run in {directory}; `make run` makes one")
         given = {name: value for name, value in sampling.items() if value is not None}
-        base = open_base(directory / "base")
+        base = open_base(directory if (directory / REFERENCE).is_file() else directory / "base")
         self.tokenizer = load_tokenizer(base)
         self.config = GenerationConfig(**given, eos_id=self.tokenizer.eot_token)
         self.model = load_pretrained(base, device=best_device())

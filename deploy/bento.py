@@ -19,7 +19,7 @@ import yaml
 
 from deploy.source import ROOT
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import verify_directory
+from gpt2core.files import checkpoint_files, verify_directory
 from gpt2core.types import AdapterRef, Lineage
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,9 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
     The Bento's lineage.json is the lineage with this tag in `bento`.
 
     Raises:
-        BentoError: with the last lines of BentoML's log.
+        BentoError: a directory does not have the sha256 in the lineage; or with the last lines of BentoML's log.
     """
+    _verify_models(base_dir, adapter_dir, lineage)
     models = {
         "base": _store_model(f"{NAME}-base", base_dir),
         "adapter": _store_model(f"{NAME}-adapter", adapter_dir),
@@ -118,6 +119,15 @@ def bentoml_home() -> Path:
 
 def log_tail(log: str) -> str:
     return "\n".join(log.splitlines()[-LOG_LINES:])
+
+
+def _verify_models(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> None:
+    others = {path.relative_to(base_dir).as_posix() for path in base_dir.rglob("*")} - {*checkpoint_files(base_dir)}
+    try:
+        verify_directory(base_dir, lineage.base.sha256, exclude=others)
+        verify_directory(adapter_dir, lineage.adapter.sha256)
+    except ValueError as error:
+        raise BentoError(str(error)) from None
 
 
 def _store_model(name: str, directory: Path) -> str:

@@ -1,12 +1,12 @@
 """A Bento served by a child process of this one, and the environment of a served Bento."""
 
 import os
-import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from gpt2core.types import Sample
 
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
 STOP_TIMEOUT = 20  # seconds for a graceful shutdown
+SUPERVISED = (sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")))  # the server ends with this process
 # Variables of this process's environment that a deployed service gets: the tokens that it requires, its weights format.
 SERVICE_VARIABLES = ("GPT2_API_TOKEN", "GPT2_ADMIN_TOKEN", "GPT2_WEIGHTS")
 
@@ -63,9 +64,10 @@ def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
         }
         with log.open("wb") as stream:
             server = subprocess.Popen(
-                [*bentoml_command("serve"), tag, "--host", "127.0.0.1", "--port", str(port)],
+                [*SUPERVISED, *bentoml_command("serve"), tag, "--host", "127.0.0.1", "--port", str(port)],
                 cwd=folder,
                 env=environment,
+                stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -104,11 +106,10 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> N
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and its workers, which share its process group."""
-    for number, timeout in ((signal.SIGTERM, STOP_TIMEOUT), (signal.SIGKILL, None)):
-        if server.poll() is None:
-            os.killpg(server.pid, number)
-            try:
-                server.wait(timeout)
-            except subprocess.TimeoutExpired:
-                continue
+    """End the server and its workers: gracefully, or by closing the supervisor's pipe."""
+    server.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(STOP_TIMEOUT)
+    assert server.stdin is not None
+    server.stdin.close()
+    server.wait()

@@ -14,7 +14,7 @@ import torch
 
 from gpt2core.checkpoint import read_adapter
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.generate import check_prompt, make_generator
+from gpt2core.generate import NonFiniteLogits, check_prompt, make_generator
 from gpt2core.inference.adapters import Adapter, make_adapter
 from gpt2core.inference.kernels import release_openmp_workers
 from gpt2core.inference.quantized import QuantizedModel, WeightFormat, quantize_fastest
@@ -23,7 +23,7 @@ from gpt2core.inference.runner import ModelRunner
 from gpt2core.inference.scheduler import Scheduler
 from gpt2core.model import GPT2
 
-__all__ = ["Engine", "EngineClosed", "EngineFull", "Weights"]
+__all__ = ["Engine", "EngineClosed", "EngineFull", "NonFiniteLogits", "Weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +112,14 @@ class Engine:
             logprobs: how many of the most likely tokens to record with each token's own; None: no log probabilities.
 
         Raises:
-            ValueError: `generate` would refuse the prompt, the adapter is not loaded, or logprobs is out of range.
+            TypeError, ValueError: `generate` would refuse the prompt, there is no such adapter, or bad logprobs.
             EngineFull: the queue is full; try again later.
             EngineClosed: the engine accepts no more requests.
         """
         release_openmp_workers()
         check_prompt(input_ids, self.config)
-        if logprobs is not None and not 0 <= logprobs <= self.config.vocab_size:
-            raise ValueError(f"logprobs is {logprobs}; it must be from 0 to {self.config.vocab_size}, or None")
+        if logprobs is not None and not 0 <= logprobs <= self.config.token_count:
+            raise ValueError(f"logprobs is {logprobs}; it must be from 0 to {self.config.token_count}, or None")
         max_new_tokens = min(config.max_new_tokens, self.config.n_positions - len(input_ids))
         generator = make_generator(config, self._model.device)
         with self._changed:
@@ -140,7 +140,7 @@ class Engine:
         """Add an adapter, or replace the one of that name; requests submitted before keep theirs.
 
         Raises:
-            FileNotFoundError, ValueError: as `gpt2core.checkpoint.load_adapter`.
+            FileNotFoundError, ValueError: as `gpt2core.checkpoint.load_adapter`, and if weights overflow when scaled.
         """
         lora, state = read_adapter(directory, self.config, self._model.device)
         adapter = make_adapter(self.config, lora, state, self._model.dtype, self._model.device)

@@ -9,6 +9,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+CHECKPOINT_FILES = (
+    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+)
+
 
 def atomic_write(file: Path, content: bytes) -> None:
     """Write the file completely or not at all: a crash leaves the previous content."""
@@ -49,6 +54,11 @@ def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) 
     )
     lines = "".join(f"{file_sha256(directory / name)}  {name}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def checkpoint_files(directory: str | Path) -> list[str]:
+    """The names of the files in a base's directory that model and tokenizer are read from; its sha256 is of these."""
+    return sorted({file.name for pattern in CHECKPOINT_FILES for file in Path(directory).glob(pattern)})
 
 
 def verify_directory(directory: str | Path, sha256: str, exclude: Collection[str] = ()) -> None:

@@ -1,6 +1,8 @@
 """Batched decoding: prefill, then one token per step with a KV cache. The simple reference for `gpt2core.engine`."""
 
+import reprlib
 from collections.abc import Iterator, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -9,14 +11,25 @@ from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache, evaluating
 
 
+class NonFiniteLogits(RuntimeError):
+    """The logits of a completion are NaN or infinite, so no token can be chosen."""
+
+    def __init__(self) -> None:
+        super().__init__("the logits are NaN or infinite; the weights or the adapter overflow or have diverged")
+
+
 def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
     """The completion of each prompt: new tokens only, including the token that ended it (`eos_id` or a stop's last).
 
     A completion ends at `eos_id`, at a `stop` sequence, after `max_new_tokens`, or when the context is full. Prompts
     are decoded as one batch and do not affect each other: each has its own random generator.
 
+    Ids from `config.token_count` of the model on belong to no token of its tokenizer and are never generated.
+
     Raises:
+        TypeError: a prompt is not a sequence of token ids, but for example text.
         ValueError: a prompt is empty, fills the whole context, or contains an id outside the vocabulary.
+        NonFiniteLogits: the model's weights have diverged.
     """
     completions: list[list[int]] = [[] for _ in prompts]
     for step in decode(model, prompts, config):
@@ -40,12 +53,23 @@ def decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConf
 
 
 def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
-    """Raise ValueError if the prompt is empty, fills the whole context, or contains an id outside the vocabulary."""
-    if not prompt:
+    """
+    Raises:
+        TypeError, ValueError: as `generate`.
+    """
+    try:
+        if isinstance(prompt, str | bytes):
+            raise TypeError
+        ids = [index(token) for token in prompt]
+    except TypeError:
+        raise TypeError(
+            f"a prompt is {reprlib.repr(prompt)}; it must be a list of token ids: encode text with the tokenizer first"
+        ) from None
+    if not ids:
         raise ValueError("a prompt is empty; it needs at least one token")
-    if len(prompt) >= config.n_positions:
-        raise ValueError(f"prompt has {len(prompt)} tokens but n_positions is {config.n_positions}; shorten the input")
-    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+    if len(ids) >= config.n_positions:
+        raise ValueError(f"prompt has {len(ids)} tokens but n_positions is {config.n_positions}; shorten the input")
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
         raise ValueError(
             f"a prompt contains a token id outside 0...{config.vocab_size - 1}; was it encoded by another tokenizer?"
         )
@@ -94,16 +118,23 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
 
 @torch.inference_mode()
 def _last_logits(model: GPT2, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-    """Logits (B, V) of the last position in fp32; the head is not computed for the others."""
-    return model.head(model.hidden(input_ids, attention_mask, cache)[:, -1]).float()
+    """Logits (B, token_count) of the last position in fp32; the head is not computed for the others."""
+    return model.head(model.hidden(input_ids, attention_mask, cache)[:, -1])[:, : model.config.token_count].float()
 
 
 def sample_token(logits: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """A token id () from logits (V): the most likely one at temperature 0, else drawn after top_k and top_p."""
+    """A token id () from logits (V): the most likely one at temperature 0, else drawn after top_k and top_p.
+
+    Raises:
+        NonFiniteLogits: the largest logit is NaN or infinite.
+    """
+    best = logits.argmax()  # of a NaN, if there is one
+    if not logits[best].isfinite():
+        raise NonFiniteLogits
     if config.temperature == 0:
-        return logits.argmax()
+        return best
     # relative to the largest and in fp64, so that no temperature above 0, however small, overflows
-    logits = (logits - logits.max()).double() / config.temperature
+    logits = (logits - logits[best]).double() / config.temperature
     if config.top_k is not None and config.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1)

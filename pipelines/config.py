@@ -3,6 +3,7 @@
 ZenML ignores most misspelt keys. Here every key at every level is checked against the dataclasses and ZenML's models.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import getmodule, signature
@@ -10,7 +11,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from zenml.config.pipeline_run_configuration import PipelineRunConfiguration
 from zenml.pipelines.pipeline_definition import Pipeline
@@ -18,6 +18,7 @@ from zenml.steps import BaseStep
 
 from pipelines.errors import ConfigError, check_names
 from pipelines.platform_settings import KUBERNETES, SETTINGS, check_pod_settings, settings_class
+from pipelines.yaml_files import load_yaml
 
 # Set from `seed`, the source of all randomness of a run.
 DERIVED = {"train.seed": "seed", "base.pretrain.seed": "seed"}
@@ -34,8 +35,8 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
         existing = ", ".join(sorted(str(path) for path in Path(file.parent).glob("*.yaml"))) or "no YAML file"
         raise ConfigError(f"{file} does not exist; its directory has {existing}")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = load_yaml(file.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     check_config(config, str(file), pipeline)
     return config
@@ -58,7 +59,7 @@ def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
     steps = {step.name for step in getmodule(pipeline.entrypoint).__dict__.values() if isinstance(step, BaseStep)}
     check_names(config.get("steps") or {}, sorted(steps), "steps", source)
     parameters = config.get("parameters") or {}
-    types = get_type_hints(pipeline.entrypoint)
+    types = get_type_hints(pipeline.entrypoint, include_extras=True)
     check_names(parameters, list(signature(pipeline.entrypoint).parameters), "parameters", source)
     for name, value in parameters.items():
         _check_keys(value, types[name], f"parameters.{name}", source)
@@ -75,13 +76,15 @@ def _set_value(config: dict[str, Any], assignment: str) -> None:
     if not equals:
         raise ConfigError(f"--set {assignment}: use the form --set key.subkey=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = load_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from None
     *parents, last = path.split(".")
-    mapping = config.setdefault("parameters", {})
-    for key in parents:
-        mapping = mapping.setdefault(key, {})
+    mapping = config
+    for key in ("parameters", *parents):
+        if mapping.get(key) is None:
+            mapping[key] = {}
+        mapping = mapping[key]
         if not isinstance(mapping, dict):
             raise ConfigError(f"--set {assignment}: {key} is a value, not a mapping")
     mapping[last] = value
@@ -106,7 +109,7 @@ def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
         if not isinstance(value, Mapping):
             if is_dataclass(annotation) or not path:
                 raise ConfigError(
-                    f"{source}: {path or 'the file'} is {value!r}; it must be a mapping of keys to values"
+                    f"{source}: {path or 'the file'} is {_shorten(value)}; it must be a mapping of keys to values"
                 )
             return  # a ZenML type with a short form
         check_names(value, list(types), path, source)
@@ -147,7 +150,14 @@ def _check_value(value: Any, annotation: Any, path: str, source: str) -> None:
         raise ConfigError(f"{source}: {_first(error, path)}") from None
 
 
+def _shorten(value: Any) -> str:
+    """The value for a message: YAML aliases make a small file a huge value."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    return short.repr(value)
+
+
 def _first(error: ValidationError, path: str) -> str:
     detail = error.errors()[0]
     where = ".".join([path, *map(str, detail["loc"])]).strip(".")
-    return f"{where}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})"
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')} (got {_shorten(detail['input'])})"

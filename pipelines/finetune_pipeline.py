@@ -1,5 +1,7 @@
 from dataclasses import replace
+from typing import Annotated
 
+from pydantic import Field
 from zenml import Model, pipeline
 from zenml.enums import ExecutionMode
 
@@ -24,13 +26,15 @@ from steps.promote import promote as promote_step
 from steps.report import report as report_step
 from steps.split_data import split_data
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 @pipeline(
     execution_mode=ExecutionMode.FAIL_FAST,
     model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"),
 )
 def finetune_pipeline(
-    seed: int = 0,
+    seed: Seed = 0,
     data: DataConfig = DataConfig(),
     base: BaseConfig = BaseConfig(),
     lora: LoraConfig = LoraConfig(),
@@ -44,9 +48,10 @@ def finetune_pipeline(
     """Instruction data in; an evaluated, packaged and traceable adapter out."""
     # The content of a file may change under its name. The steps after it are cached by the records.
     fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
-    records = fetch(data, seed)
+    records = fetch(data, base, seed)
     train_records, val_records, test_records, split = split_data(records, data, seed)
-    base_dir = prepare_base(base, data.n_facts, seed)
+    # After the split, which fails early if the data is wrong.
+    base_dir = prepare_base(base, data.n_facts, seed, after="split_data")
     adapter, history, train_summary = finetune(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )
@@ -55,4 +60,4 @@ def finetune_pipeline(
     promotion = promote_step(metrics, promote)
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, evaluate)
     deploy_step(bento, lineage, samples, promotion, deploy, package, evaluate)
-    export_outputs(samples, metrics, split, page, report_json, curves, base_dir, adapter, lineage)
+    export_outputs(samples, metrics, split, page, report_json, curves, base_dir, adapter, lineage, promotion)

@@ -1,8 +1,12 @@
 """The start of a run: everything that is known before the first step is checked and recorded here."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -10,13 +14,18 @@ from zenml.models import PipelineRunResponse
 from zenml.pipelines.pipeline_definition import Pipeline
 
 from deploy.source import describe_commit
+from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
+from pipelines.processes import Process, fail_killed_runs
 from pipelines.stack import check_stack
-from pipelines.zenml_compat import no_step_tracebacks
+from pipelines.zenml_compat import INTERRUPTIONS, short_errors, verified_cache
+from steps.config import BaseConfig, default_learning_rate
+
+logger = logging.getLogger(__name__)
 
 
 class RunError(Exception):
-    """A run that failed; the message is that of the failed step."""
+    """A run that failed or was stopped; the message says why in one line."""
 
 
 def start(
@@ -31,19 +40,51 @@ def start(
 
     Raises:
         ConfigError: the configuration or the active stack is not usable; nothing has run.
-        RunError: a step failed. Its traceback is in ZenML's logs of the step.
+        RunError: a step failed (its traceback is in ZenML's logs of the step), or the run was stopped.
     """
     config = read_config(config_file, pipeline)
     if assignments:
         set_values(config, assignments, pipeline)
+    _set_learning_rate(config)
     check_stack(config, config_file)
-    with TemporaryDirectory() as directory:
-        checked = Path(directory) / Path(config_file).name
-        checked.write_text(yaml.safe_dump(config))
-        commit = {"commit": describe_commit().to_json()}  # here, because a step's container has no git
-        configured = pipeline.with_options(config_path=str(checked), extra=commit, **(options or {}))
-        try:
-            with no_step_tracebacks():
-                return configured()
-        except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-            raise RunError(f"the run failed: {error}") from None
+    # Recorded here: a step's container has no git.
+    record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}
+    try:
+        with TemporaryDirectory() as directory, _sigterm_interrupts(), short_errors(), verified_cache(is_intact):
+            checked = Path(directory) / Path(config_file).name
+            checked.write_text(yaml.safe_dump(config))
+            fail_killed_runs(pipeline.name)
+            return pipeline.with_options(config_path=str(checked), extra=record, **(options or {}))()
+    except INTERRUPTIONS:
+        raise RunError("the run was stopped; the same command continues after the last finished step") from None
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        raise RunError(f"the run failed: {error}") from None
+
+
+def _set_learning_rate(config: dict[str, Any]) -> None:
+    """Set the default that fits the base, which TrainConfig does not know."""
+    parameters = config.get("parameters") or {}
+    if "learning_rate" in (parameters.get("train") or {}):
+        return
+    base = BaseConfig(**{key: value for key, value in (parameters.get("base") or {}).items() if key != "pretrain"})
+    rate = default_learning_rate(base)
+    logger.info("train.learning_rate: %g, the default for a base with source %s", rate, base.source)
+    config["parameters"] = parameters | {"train": (parameters.get("train") or {}) | {"learning_rate": rate}}
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Treat SIGTERM like ctrl-C. Only the main thread can set a signal handler; elsewhere this does nothing."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

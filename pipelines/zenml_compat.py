@@ -6,7 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from zenml.client import Client
+from zenml.enums import ExecutionStatus
+from zenml.exceptions import RunInterruptedException
+from zenml.models import (
+    ArtifactVersionResponse,
+    PipelineRunResponse,
+    PipelineRunUpdate,
+    StepRunResponse,
+    StepRunUpdate,
+)
+from zenml.orchestrators import cache_utils
 from zenml.pipelines.pipeline_definition import Pipeline
+from zenml.utils.time_utils import utc_now
+
+logger = logging.getLogger(__name__)
+# What interrupts a step: Python's own handler of ctrl-C, or ZenML's handler of SIGINT and SIGTERM within a step.
+INTERRUPTIONS = (KeyboardInterrupt, RunInterruptedException)
 
 
 class PipelineSource(Pipeline):
@@ -39,19 +55,66 @@ def replace_module(name: str, source: PipelineSource) -> None:
 
 
 @contextmanager
-def no_step_tracebacks() -> Iterator[None]:
-    """Log a failed step as one line.
+def short_errors() -> Iterator[None]:
+    """Log a failed step as one line, and an interrupted one not at all.
 
     The local orchestrator logs the exception with its traceback and raises it too, so the user would see it twice.
     """
-    logger = logging.getLogger("zenml.orchestrators.local.local_orchestrator")
-    logger.addFilter(_drop_traceback)
+    orchestrator, launcher = (
+        logging.getLogger(f"zenml.orchestrators.{name}") for name in ("local.local_orchestrator", "step_launcher")
+    )
+    orchestrator.addFilter(_drop_traceback)
+    launcher.addFilter(_is_no_interruption)
     try:
         yield
     finally:
-        logger.removeFilter(_drop_traceback)
+        orchestrator.removeFilter(_drop_traceback)
+        launcher.removeFilter(_is_no_interruption)
 
 
 def _drop_traceback(record: logging.LogRecord) -> bool:
     record.exc_info = None
     return True
+
+
+def _is_no_interruption(record: logging.LogRecord) -> bool:
+    return not (isinstance(record.args, tuple) and any(isinstance(value, INTERRUPTIONS) for value in record.args))
+
+
+@contextmanager
+def verified_cache(is_intact: Callable[[str, ArtifactVersionResponse], bool]) -> Iterator[None]:
+    """Use a cached step only if all its artifacts are intact; run it again otherwise.
+
+    ZenML takes a step from the cache without looking at its artifacts, so every further run fails in a later step.
+
+    Args:
+        is_intact: takes the name of an output and its artifact.
+    """
+    find = cache_utils.get_cached_step_run
+
+    def find_intact(cache_key: str) -> StepRunResponse | None:
+        step_run = find(cache_key)
+        if step_run is None:
+            return None
+        for name, versions in step_run.outputs.items():
+            for version in versions:
+                if not is_intact(name, version):
+                    message = "step %s runs again: its cached artifact %s (%s) is missing or incomplete"
+                    logger.warning(message, step_run.name, name, version.uri)
+                    return None
+        return step_run
+
+    cache_utils.get_cached_step_run = find_intact
+    try:
+        yield
+    finally:
+        cache_utils.get_cached_step_run = find
+
+
+def mark_failed(run: PipelineRunResponse, reason: str) -> None:
+    """Set a run and its unfinished steps to failed. ZenML leaves them "running" if their process was killed."""
+    store = Client().zen_store
+    for step in run.steps.values():
+        if not step.status.is_finished:
+            store.update_run_step(step.id, StepRunUpdate(status=ExecutionStatus.FAILED, end_time=utc_now()))
+    store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))

@@ -1,7 +1,6 @@
 """Cache keys that include this repository's code. ZenML's own key covers only the step function."""
 
 import ast
-from collections.abc import Callable
 from pathlib import Path
 
 from zenml.config import CachePolicy
@@ -10,14 +9,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("gpt2core", "steps", "deploy", "bentos")
 
 
-def code_of(
-    step_module: str, *others: str, folder: str | None = None, cache_func: Callable[[], str] | None = None
-) -> CachePolicy:
+def code_of(step_module: str, *others: str, folder: str | None = None) -> CachePolicy:
     """A cache policy whose key covers the source files of the modules and, transitively, all they import from here.
 
     Args:
         folder: all its files are part of the key too.
-        cache_func: its result is part of the key too.
     """
     found: set[Path] = set()
     todo = [step_module, *others]
@@ -29,7 +25,7 @@ def code_of(
     beside = {file for module in found for file in module.parent.glob(f"{module.stem}.*")}  # a template, requirements
     whole = {file for file in (ROOT / folder).iterdir() if file.is_file()} if folder is not None else set()
     files = sorted(file.relative_to(ROOT).as_posix() for file in found | beside | whole)
-    return CachePolicy(file_dependencies=files, cache_func=cache_func)  # type: ignore[arg-type]
+    return CachePolicy(file_dependencies=files)
 
 
 def _file_of(module: str) -> Path | None:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from zenml.client import Client
 from zenml.io import fileio
@@ -18,33 +20,60 @@ from gpt2core.training_state import CHECKPOINT
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def stored_checkpoints(key: Any, log: Log) -> Iterator[tuple[Path, Log]]:
-    """A directory for the checkpoint of the training with this key, and the log callback that training must call.
+TRAINING_ID = "training-id"
 
-    If the artifact store is a local directory, the checkpoint is written there. Otherwise the directory is a local
-    copy: it starts with what a killed run uploaded, and each call of the log uploads a new checkpoint. The checkpoint
-    is removed when the block succeeds.
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where training writes its checkpoint. `training_id` is the same in every run that resumes the training."""
+
+    directory: Path
+    training_id: str
+    upload: Callable[[], None]
+
+    def after(self, log: Log) -> Log:
+        """The training callback `log`, followed by the upload of a new checkpoint."""
+
+        def log_and_upload(step: int, values: Mapping[str, float]) -> None:
+            log(step, values)
+            self.upload()
+
+        return log_and_upload
+
+
+@contextmanager
+def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
+    """The checkpoints of the training with this key; removed when the block succeeds.
+
+    If the artifact store is a local directory, checkpoints are written there. Otherwise their directory is a local
+    copy: it starts with what a killed run uploaded.
 
     Args:
-        key: JSON data that identifies the training; its digest names the directory.
+        key: JSON data that identifies the training; its digest names the directory in the store.
     """
     store = Client().active_stack.artifact_store
     place = f"{store.path}/checkpoints/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    training_id = _training_id(place)
     if store.config.is_local:
-        yield Path(place), log
+        yield Checkpoints(Path(place), training_id, upload=lambda: None)
     else:
-        with (
-            TemporaryDirectory(prefix="checkpoints-") as directory,
-            _copied(place, Path(directory), log) as log_and_upload,
-        ):
-            yield Path(directory), log_and_upload
-    if fileio.exists(place):
-        fileio.rmtree(place)
+        with TemporaryDirectory(prefix="checkpoints-") as directory, _copied(place, Path(directory)) as upload:
+            yield Checkpoints(Path(directory), training_id, upload)
+    fileio.rmtree(place)
+
+
+def _training_id(place: str) -> str:
+    file = f"{place}/{TRAINING_ID}"
+    if not fileio.exists(file):
+        fileio.makedirs(place)
+        with fileio.open(file, "w") as stream:
+            stream.write(uuid4().hex)
+    with fileio.open(file, "r") as stream:
+        return str(stream.read())
 
 
 @contextmanager
-def _copied(place: str, directory: Path, log: Log) -> Iterator[Log]:
+def _copied(place: str, directory: Path) -> Iterator[Callable[[], None]]:
     file, stored = directory / CHECKPOINT, f"{place}/{CHECKPOINT}"
     if fileio.exists(stored):
         fileio.copy(stored, str(file))
@@ -54,16 +83,11 @@ def _copied(place: str, directory: Path, log: Log) -> Iterator[Log]:
         nonlocal uploaded
         if _modified(file) != uploaded:
             uploaded = _modified(file)
-            fileio.makedirs(place)
             fileio.copy(str(file), stored, overwrite=True)  # atomic in an object store
             logger.debug("checkpoint uploaded to %s", stored)
 
-    def log_and_upload(step: int, values: Mapping[str, float]) -> None:
-        log(step, values)
-        upload()
-
     try:
-        yield log_and_upload
+        yield upload
     except BaseException:  # keeps the progress since the last call when the run is stopped
         upload()
         raise

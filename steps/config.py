@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gpt2core.config import PRESETS, PretrainConfig, check_choices, check_field
+from gpt2core.config import PRESETS, PretrainConfig, TooLong, TrainConfig, check_field, check_types
 from gpt2core.metrics import METRICS
 
 
@@ -22,9 +22,10 @@ class DataConfig:
     order: Literal["seed", "file"] = "seed"  # shuffled before the split, or in the order of the file
     val_fraction: float = 0.05
     test_fraction: float = 0.1
+    too_long: TooLong = "error"  # for a record with more tokens than the context: error, drop it, truncate its output
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         check_field(self, "path", bool(self.path) or self.source != "file", "the file of the records if source is file")
         check_field(
             self,
@@ -35,6 +36,7 @@ class DataConfig:
         check_field(
             self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
         )
+        check_field(self, "path", not self.path or self.source == "file", "empty unless data.source is file")
         for name in ("val_fraction", "test_fraction"):
             check_field(self, name, 0 < getattr(self, name) < 0.5, "between 0 and 0.5")
 
@@ -49,9 +51,14 @@ class BaseConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
+
+
+def default_learning_rate(base: BaseConfig) -> float:
+    """The learning rate of finetuning where the configuration has none: a larger model needs a smaller one."""
+    return 3e-4 if base.source == "hub" else TrainConfig().learning_rate
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class EvaluateConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("max_new_tokens", "batch_size"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
 
@@ -73,7 +81,7 @@ class PromoteConfig:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         check_field(self, "metric", self.metric in METRICS, f"one of {', '.join(METRICS)}")
 
 
@@ -82,6 +90,7 @@ class PackageConfig:
     smoke_prompts: int = 3  # test records whose answers are compared after the build
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_field(self, "smoke_prompts", self.smoke_prompts >= 1, "at least 1")
 
 
@@ -91,6 +100,4 @@ class TrackingConfig:
     project: str = "gpt2-instruct"
 
     def __post_init__(self) -> None:
-        # YAML 1.1 reads a bare off as false
-        object.__setattr__(self, "wandb", {False: "off"}.get(self.wandb, self.wandb))  # type: ignore[call-overload]
-        check_choices(self)
+        check_types(self)

@@ -8,8 +8,9 @@ from zenml.types import HTMLString
 from gpt2core.data import to_jsonl
 from gpt2core.metrics import METRICS
 from gpt2core.types import Evaluation, Lineage, Sample, SplitSummary
-from steps.adapters.base import REFERENCE, has_checkpoint
+from steps.adapters.base import REFERENCE, has_checkpoint, open_base
 from steps.outputs import to_json, write_outputs
+from steps.promote import Promotion
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,9 @@ def export_outputs(
     base: Path,
     adapter: Path,
     lineage: Lineage,
+    promotion: Promotion,
 ) -> Annotated[str, "outputs"]:
-    """Write the run's results below outputs/; return the directory."""
+    """Write the run's results below outputs/, and link outputs/<stage> to them if it was promoted."""
     texts: dict[str, str | bytes] = {
         "report.html": str(report),
         "report.json": report_json,
@@ -38,13 +40,17 @@ def export_outputs(
         "bento.txt": lineage.bento + "\n",
     }
     folders = {"adapter": adapter}
+    links = {}
     if has_checkpoint(base):
         folders["base"] = base
     else:
         texts[REFERENCE] = (base / REFERENCE).read_text()
-    directory = write_outputs(get_step_context().pipeline_run.name, texts, folders)
+        links["base"] = open_base(base)
+    stages = [promotion.stage] if promotion.promoted else []
+    directory = write_outputs(get_step_context().pipeline_run.name, texts, folders, links, stages)
     for name, metric in METRICS.items():
         base_score, tuned_score = getattr(metrics.base, name), getattr(metrics.tuned, name)
         logger.info("%s: base %.4g, tuned %.4g", metric.heading, base_score, tuned_score)
+    logger.info("%s", promotion.reason)
     logger.info("report: %s", directory / "report.html")
     return str(directory)

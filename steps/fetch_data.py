@@ -1,30 +1,93 @@
+import logging
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Annotated
 from urllib.parse import urlsplit
 
+from tiktoken import Encoding
 from zenml import step
 
-from gpt2core.data import Record, check_records, count_duplicates, read_records, records_sha256
+from gpt2core.checkpoint import CONFIG, read_config
+from gpt2core.config import GPT2Config
+from gpt2core.data import count_duplicates, count_repeated_questions, find_markers, limit_lengths
+from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
-from steps.adapters.download import fetch
+from gpt2core.files import file_sha256
+from gpt2core.records import Record, check_records, read_records, records_sha256
+from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import BaseRef
+from steps.adapters.download import fetch, without_secrets
+from steps.adapters.hub import fetch_base
 from steps.cache import code_of
-from steps.config import DataConfig
+from steps.config import BaseConfig, DataConfig
 from steps.metadata import describe
+
+logger = logging.getLogger(__name__)
+DONE = {"error": "refused", "drop": "dropped", "truncate": "truncated"}
 
 
 @step(cache_policy=code_of(__name__))
-def fetch_data(data: DataConfig, seed: int) -> Annotated[list[Record], "records"]:
-    """Instruction records: bundled, from a URL with a known sha256, or from a file."""
+def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[Record], "records"]:
+    """Instruction records: bundled, from a URL with a known sha256, or from a file.
+
+    Reports everything that is wrong with them, because later steps do not know the place in the user's file. The
+    base's tokenizer is cheap, its pretraining is not.
+    """
+    records, origin = _read(data, seed)
+    tokenizer, context_length = _tokenizer(base, data.n_facts, seed)
+    try:
+        kept, too_long = limit_lengths(records, tokenizer, context_length, data.too_long)
+    except ValueError as error:
+        raise ValueError(f"{origin['location']}: {error}") from None
+    markers = find_markers(records)
+    about = {
+        "records": len(kept),
+        "duplicates": count_duplicates(records),
+        "repeated_questions": count_repeated_questions(records),
+        "with_prompt_markers": len(markers),
+        "too_long": len(too_long),
+        "sha256": records_sha256(kept),
+    }
+    if about["repeated_questions"]:
+        logger.warning(
+            "%d of %d records repeat an earlier instruction and input (%d of them also the output); "
+            "they are kept on one side of the split",
+            *(about["repeated_questions"], len(records), about["duplicates"]),
+        )
+    if markers:
+        what = "contain a section header of the prompt, at which answers are cut"
+        logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
+    if too_long:
+        what = f"have more tokens than the context of {context_length} and were {DONE[data.too_long]}"
+        places = _first([record.place for record in too_long])
+        logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, places)
+    describe("records", {"source": data.source, **origin, **about})
+    return kept
+
+
+def _read(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
+    """The records, and their origin: `location`, and for a file its `file_sha256`."""
     if data.source == "bundled":
-        records = check_records(write_records(make_world(seed, data.n_facts), seed), "the bundled records")
-    elif data.source == "url":
+        return check_records(write_records(make_world(seed, data.n_facts), seed)), {"location": "bundled records"}
+    if data.source == "url":
         with TemporaryDirectory() as directory:
             file = Path(directory) / PurePosixPath(urlsplit(data.url).path).name
             records = read_records(fetch(data.url, file, data.sha256))
-    else:
-        records = read_records(data.path)
-    about = {"records": len(records), "duplicates": count_duplicates(records), "sha256": records_sha256(records)}
-    describe("records", {"source": data.source, **about})
-    return records
+        return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
+    return read_records(data.path), {"location": data.path, "file_sha256": file_sha256(data.path)}
+
+
+def _tokenizer(base: BaseConfig, n_facts: int | None, seed: int) -> tuple[Encoding, int]:
+    """The base's tokenizer and its context length in tokens."""
+    if base.source == "hub":
+        directory = fetch_base(BaseRef(base.name, base.revision, sha256="")).path
+        return load_tokenizer(directory), read_config(directory / CONFIG).n_positions
+    with TemporaryDirectory() as temporary:
+        tokenizer = make_tokenizer(base.name, seed, n_facts, Path(temporary))
+    return tokenizer, GPT2Config.preset(base.name).n_positions
+
+
+def _first(places: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(places[:shown]) + (f" and {len(places) - shown} more" if len(places) > shown else "")

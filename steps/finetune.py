@@ -1,6 +1,5 @@
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Annotated
 
 from zenml import ArtifactConfig, get_step_context, step
@@ -19,11 +18,12 @@ from steps.adapters.tracking import track
 from steps.cache import code_of
 from steps.checkpoints import stored_checkpoints
 from steps.config import TrackingConfig
+from steps.materializers import DirectoryMaterializer, output_directory
 from steps.metadata import describe
 from steps.outputs import wandb_directory
 
 
-@step(cache_policy=code_of(__name__))
+@step(cache_policy=code_of(__name__), output_materializers={"adapter": DirectoryMaterializer})
 def finetune(
     train_records: list[Record],
     val_records: list[Record],
@@ -45,13 +45,16 @@ def finetune(
     run_name = get_step_context().pipeline_run.name
     digests = [base_ref.sha256, records_sha256(train_records), records_sha256(val_records)]
     _, _, total_steps = training_steps(len(examples), train)
+    values = asdict(lora) | asdict(train)
     with (
-        track(tracking.wandb, tracking.project, run_name, asdict(lora) | asdict(train), wandb_directory()) as log,
+        stored_checkpoints([asdict(lora), asdict(train), *digests]) as checkpoints,
+        track(tracking, run_name, checkpoints.training_id, values, wandb_directory()) as log,
         training_progress("finetune", total_steps, log) as log,
-        stored_checkpoints([asdict(lora), asdict(train), *digests], log) as (checkpoints, log),
     ):
-        model, result = finetune_adapter(base_dir, lora, examples, val_examples, train, log, checkpoints)
-    adapter = save_adapter(model, Path(mkdtemp(prefix="adapter-")), base=base_ref.to_json())
+        log = checkpoints.after(log)
+        model, result = finetune_adapter(base_dir, lora, examples, val_examples, train, log, checkpoints.directory)
+    with output_directory("adapter-") as adapter:
+        save_adapter(model, adapter, base=base_ref.to_json())
     last = {name: value for entry in result.history for name, value in entry.items()}
     summary = TrainSummary(
         loss=last["train/loss"],

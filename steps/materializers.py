@@ -1,4 +1,4 @@
-"""How typed lists are stored as artifacts.
+"""How typed lists and directories are stored as artifacts.
 
 ZenML 0.98 stores a dataclass as JSON by itself (its `DataclassMaterializer`: JSON in the dashboard, cached by content),
 but a `list` of dataclasses as one directory per element.
@@ -6,9 +6,15 @@ but a `list` of dataclasses as one directory per element.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any, ClassVar
 
 from zenml.enums import ArtifactType
+from zenml.materializers import PathMaterializer
 from zenml.materializers.base_materializer import BaseMaterializer
 
 from gpt2core.data import to_jsonl
@@ -37,6 +43,32 @@ class SampleListMaterializer(BaseMaterializer):
     @property
     def _file(self) -> str:
         return f"{self.uri}/samples.jsonl"
+
+
+@contextmanager
+def output_directory(prefix: str) -> Iterator[Path]:
+    """A new temporary directory for a step to return; deleted if the block fails.
+
+    On success the step's output needs `DirectoryMaterializer`, which deletes it when it is stored.
+    """
+    directory = Path(mkdtemp(prefix=prefix))
+    try:
+        yield directory
+    except BaseException:
+        rmtree(directory, ignore_errors=True)
+        raise
+
+
+class DirectoryMaterializer(PathMaterializer):
+    """A directory of `output_directory`: ZenML stores a copy, so the directory itself is deleted."""
+
+    SKIP_REGISTRATION: ClassVar[bool] = True
+
+    def save(self, data: Path) -> None:
+        try:
+            super().save(data)
+        finally:
+            rmtree(data, ignore_errors=True)
 
 
 def _to_jsonl(samples: list[Sample]) -> bytes:

@@ -1,14 +1,16 @@
-"""outputs/<run name>/ with a run's results as files, and outputs/latest, a link to the newest run.
+"""outputs/<run name>/ with a run's results as files, for users; no step reads them back.
 
-For users; no step reads them back.
+outputs/latest links to the newest run, outputs/staging and outputs/production to the newest one promoted to the stage.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import copytree
+from types import MappingProxyType
 from typing import Any
+from uuid import uuid4
 
 from gpt2core.checkpoint import atomic_write
 
@@ -18,18 +20,37 @@ def outputs_dir() -> Path:
     return Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or Path(__file__).parent.parent / "outputs")
 
 
-def write_outputs(run_name: str, texts: Mapping[str, str | bytes], folders: Mapping[str, Path]) -> Path:
-    """Write a run's files and directories, then point outputs/latest at them."""
+def write_outputs(
+    run_name: str,
+    texts: Mapping[str, str | bytes],
+    folders: Mapping[str, Path],
+    links: Mapping[str, Path] = MappingProxyType({}),
+    stages: Sequence[str] = (),
+) -> Path:
+    """Write a run's files, copies of directories and links to directories; then point outputs/latest at the run.
+
+    Args:
+        stages: outputs/<stage> is pointed at the run too.
+    """
     directory = outputs_dir() / run_name
+    directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
     for name, folder in folders.items():
         copytree(folder, directory / name, dirs_exist_ok=True)
         (directory / name).chmod(0o755)  # copytree kept the 0700 of a temporary directory
-    link = outputs_dir() / f".latest-{run_name}"
-    link.symlink_to(run_name, target_is_directory=True)
-    os.replace(link, outputs_dir() / "latest")
+    for name, target in links.items():
+        _link(directory / name, target.resolve())
+    for name in ("latest", *stages):
+        _link(outputs_dir() / name, Path(run_name))
     return directory
+
+
+def _link(link: Path, target: Path) -> None:
+    """Create or replace a link atomically."""
+    temporary = link.with_name(f".{link.name}-{uuid4().hex}")
+    temporary.symlink_to(target, target_is_directory=True)
+    os.replace(temporary, link)
 
 
 def to_json(value: Any) -> str:

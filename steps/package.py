@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Annotated
 
 from zenml import get_step_context, step
-from zenml.client import Client
 
 from deploy import bento
 from deploy.server import verify_bento
@@ -15,17 +14,7 @@ from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe
 
 
-def missing_bentos() -> str:
-    """Bentos that earlier runs built and the store no longer has; part of the cache key, so they are built again."""
-    versions = Client().list_artifact_versions(artifact="bento", size=1000).items
-    return " ".join(sorted(tag for version in versions if not bento.exists(tag := str(version.run_metadata["tag"]))))
-
-
-@step(
-    cache_policy=code_of(
-        __name__, "bentos.service", "deploy.containers.proxy", folder="bentos", cache_func=missing_bentos
-    )
-)
+@step(cache_policy=code_of(__name__, "bentos.service", "deploy.containers.proxy", folder="bentos"))
 def package(
     base: Path,
     adapter: Path,

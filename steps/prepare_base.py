@@ -1,6 +1,5 @@
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Annotated
 
 from zenml import ArtifactConfig, step
@@ -14,27 +13,33 @@ from steps.adapters.progress import training_progress
 from steps.cache import code_of
 from steps.checkpoints import stored_checkpoints
 from steps.config import BaseConfig
+from steps.materializers import DirectoryMaterializer, output_directory
 from steps.metadata import describe
 
 
-@step(cache_policy=code_of(__name__))
+@step(cache_policy=code_of(__name__), output_materializers={"base": DirectoryMaterializer})
 def prepare_base(
     base: BaseConfig, n_facts: int | None, seed: int
 ) -> Annotated[Path, ArtifactConfig(name="base", artifact_type=ArtifactType.MODEL)]:
     """A directory with the base: the nano model, pretrained here, or a reference to a model of the hub."""
-    directory = Path(mkdtemp(prefix="base-"))
-    figures: Figures
-    if base.source == "hub":
-        fetched = fetch_base(BaseRef(base.name, base.revision, sha256=""))
-        ref, figures = fetched.ref, {"path": str(fetched.path)}
-    else:
-        pretrain = base.pretrain if base.source == "nano" else None
-        with (
-            training_progress("pretrain", base.pretrain.max_steps) as log,
-            stored_checkpoints([asdict(base), n_facts, seed], log) as (checkpoints, log),
-        ):
-            figures = make_base(base.name, pretrain, seed, n_facts, directory, log, checkpoints)
-        ref = BaseRef.from_json(figures)
-    write_base(directory, ref, figures)
+    with output_directory("base-") as directory:
+        figures: Figures
+        if base.source == "hub":
+            fetched = fetch_base(BaseRef(base.name, base.revision, sha256=""))
+            ref, figures = fetched.ref, {"path": str(fetched.path)}
+        else:
+            figures = _make(base, n_facts, seed, directory)
+            ref = BaseRef.from_json(figures)
+        write_base(directory, ref, figures)
     describe("base", {"source": base.source, **figures, **ref.to_json()})
     return directory
+
+
+def _make(base: BaseConfig, n_facts: int | None, seed: int, directory: Path) -> Figures:
+    with (
+        stored_checkpoints([asdict(base), n_facts, seed]) as checkpoints,
+        training_progress("pretrain", base.pretrain.max_steps) as log,
+    ):
+        pretrain = base.pretrain if base.source == "nano" else None
+        log = checkpoints.after(log)
+        return make_base(base.name, pretrain, seed, n_facts, directory, log, checkpoints.directory)

@@ -3,11 +3,13 @@
 import socket
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import requests
 import torch
 from torch import nn
 
+from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.lora import lora_layers
 from gpt2core.metrics import Scores
 from gpt2core.model import GPT2
@@ -36,6 +38,15 @@ def make_lineage(run: str = "run-17", **changes: object) -> Lineage:
         "metrics": LineageMetrics(scores, scores, TrainSummary(1.0, 1.0, 100.0, 50.0)),
     }
     return Lineage(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def build_bento(base_dir: Path, adapter_dir: Path, run: str = "run-17") -> str:
+    """The tag of a Bento whose lineage states the digests of these directories."""
+    from deploy import bento  # here: the tests of gpt2core run without bentoml
+
+    base = BaseRef(name="gpt2-nano", revision="", sha256=directory_sha256(base_dir, checkpoint_files(base_dir)))
+    lineage = make_lineage(run, base=base, adapter=bento.describe_adapter(adapter_dir))
+    return bento.build(base_dir, adapter_dir, lineage)
 
 
 def free_port() -> int:

@@ -58,6 +58,13 @@ def test_every_anchor_that_a_page_links_to_is_a_heading(page):
         assert anchor in slugs, f"{link}#{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_source_file_that_a_page_names_exists(page):
+    folders = "gpt2core|steps|pipelines|commands|deploy|bentos|stacks|benchmarks|examples|tests|k8s"
+    names = re.findall(rf"`((?:{folders})/[\w./]*)`", page.read_text())
+    assert [name for name in names if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
 def test_the_readmes_set_paths_are_keys_of_the_configuration():
     from pipelines.config import set_values
     from pipelines.finetune_pipeline import finetune_pipeline

@@ -20,7 +20,7 @@ class Node:
 def data_node(runs: Sequence[TracedRun], deployments: Sequence[ArtifactVersionResponse]) -> Node:
     """The tree of runs that share their data."""
     first = runs[0]
-    node = Node(f"data from {first.metadata('records', 'source') or 'an unknown source'}")
+    node = Node(f"data from {_origin(first)}")
     for part, digest in zip(Split._fields, first.data, strict=True):
         node.children.append(Node(f"{part}: {first.metadata(f'{part}_records', 'records')} records, sha256 {digest}"))
     node.children += [_run_node(run, deployments) for run in runs]
@@ -29,6 +29,13 @@ def data_node(runs: Sequence[TracedRun], deployments: Sequence[ArtifactVersionRe
 
 def draw(node: Node) -> str:
     return "\n".join([node.text, *_branches(node)])
+
+
+def _origin(run: TracedRun) -> str:
+    location, digest = run.metadata("records", "location"), run.metadata("records", "file_sha256")
+    if not location:  # a run of an earlier release
+        return str(run.metadata("records", "source")) or "an unknown source"
+    return f"{location}, sha256 {digest}" if digest else str(location)
 
 
 def _run_node(run: TracedRun, deployments: Sequence[ArtifactVersionResponse]) -> Node:

@@ -1,13 +1,19 @@
 """Waiting for a rollout, and the diagnosis of one that does not progress."""
 
+import logging
 import time
 from collections.abc import Iterator
 
 from deploy.kubernetes.client import Cluster, Manifest
 from deploy.kubernetes.errors import KubeError
 
+logger = logging.getLogger(__name__)
+
 POLL = 1.0  # seconds
+# Seconds in which a failed image pull may still succeed: the kubelet retries after 10, 20 and 40 seconds.
+IMAGE_PULL_TIMEOUT = 60.0
 CRASHED = "CrashLoopBackOff"
+PULL_FAILURES = ("ErrImagePull", "ImagePullBackOff")
 _CHECK_IMAGE = (
     "check that the image was pushed or loaded into the cluster's nodes, that deploy.image names it as they do, and "
     "that they may pull it"
@@ -15,8 +21,7 @@ _CHECK_IMAGE = (
 _CHECK_CONTAINER = "check the container's command and security context"
 # Waiting states of a container that do not recover by themselves, mapped to a hint for the user.
 FATAL_STATES = {
-    "ErrImagePull": _CHECK_IMAGE,
-    "ImagePullBackOff": _CHECK_IMAGE,
+    **dict.fromkeys(PULL_FAILURES, _CHECK_IMAGE),
     "ErrImageNeverPull": _CHECK_IMAGE,
     "InvalidImageName": "deploy.image is not a valid image reference",
     "CreateContainerConfigError": "check the pod's environment and volumes",
@@ -32,59 +37,100 @@ def wait_for_rollout(cluster: Cluster) -> Manifest:
     Raises:
         KubeError: the rollout cannot succeed, or did not in time.
     """
-    start = time.monotonic()
-    while True:
-        deployment = cluster.get("Deployment")
-        if deployment is None:
-            raise KubeError(f"the Deployment in {cluster} was deleted during its rollout")
-        status, replicas = deployment.get("status", {}), deployment["spec"].get("replicas", 1)
-        if status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]:
-            counts = ("replicas", "updatedReplicas", "availableReplicas")
-            if all(status.get(count, 0) == replicas for count in counts):
-                return deployment
-            _check_progress(cluster, deployment)
-        # The controller reports a rollout as failed after progressDeadlineSeconds without progress. This limit is for a
-        # cluster without a running controller.
-        limit = deployment["spec"].get("progressDeadlineSeconds", 600) * (replicas + 1)
-        if time.monotonic() > start + limit:
-            raise KubeError(f"the rollout in {cluster} did not finish within {limit} seconds")
-        time.sleep(POLL)
+    return _Rollout(cluster).wait()
 
 
-def _check_progress(cluster: Cluster, deployment: Manifest) -> None:
-    """Raise KubeError if waiting longer cannot help."""
-    conditions = {each["type"]: each for each in deployment["status"].get("conditions", ())}
-    failure = conditions.get("ReplicaFailure", {})
-    if failure.get("status") == "True":
-        raise KubeError(f"no pod could be created in {cluster}: {failure['message']}")
-    pods = [pod for newest in cluster.replica_sets(deployment)[-1:] for pod in cluster.pods(newest)]
-    for pod in pods:
-        _check_containers(cluster, pod)
-    if conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded":
-        reason = next(_unmet_conditions(pods), "its pods did not become ready")
-        raise KubeError(f"the rollout in {cluster} made no progress within its deadline: {reason}")
+class _Rollout:
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.pull_failing_since: float | None = None  # time.monotonic()
+        self.logged = ""
 
+    def wait(self) -> Manifest:
+        start = time.monotonic()
+        while True:
+            deployment = self.cluster.get("Deployment")
+            if deployment is None:
+                raise KubeError(f"the Deployment in {self.cluster} was deleted during its rollout")
+            status, replicas = deployment.get("status", {}), deployment["spec"].get("replicas", 1)
+            if status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]:
+                counts = ("replicas", "updatedReplicas", "availableReplicas")
+                if all(status.get(count, 0) == replicas for count in counts):
+                    return deployment
+                self._check_progress(deployment)
+            # The controller reports a rollout as failed after progressDeadlineSeconds without progress. This limit is
+            # for a cluster without a running controller.
+            limit = deployment["spec"].get("progressDeadlineSeconds", 600) * (replicas + 1)
+            if time.monotonic() > start + limit:
+                raise KubeError(f"the rollout in {self.cluster} did not finish within {limit} seconds")
+            time.sleep(POLL)
 
-def _check_containers(cluster: Cluster, pod: Manifest) -> None:
-    name = pod["metadata"]["name"]
-    for container in pod.get("status", {}).get("containerStatuses", ()):
-        waiting = container.get("state", {}).get("waiting", {})
-        state = waiting.get("reason", "")
-        if state in FATAL_STATES:
-            hint = FATAL_STATES[state] + (f"\n{_crash_log(cluster, name)}" if state == CRASHED else "")
-            message = f" ({waiting['message']})" if waiting.get("message") else ""
-            raise KubeError(f"pod {name}, image {container['image']}: {state}{message}; {hint}")
+    def _check_progress(self, deployment: Manifest) -> None:
+        """Raise KubeError if waiting longer cannot help; log what the rollout waits for when that changes."""
+        conditions = {each["type"]: each for each in deployment["status"].get("conditions", ())}
+        failure = conditions.get("ReplicaFailure", {})
+        if failure.get("status") == "True":
+            raise KubeError(f"no pod could be created in {self.cluster}: {failure['message']}")
+        newest = self.cluster.replica_sets(deployment)[-1:]
+        pods = [pod for replica_set in newest for pod in self.cluster.pods(replica_set)]
+        for pod in pods:
+            self._check_containers(pod)
+        reason = next(_unmet_conditions(pods), "")
+        if conditions.get("Progressing", {}).get("reason") == "ProgressDeadlineExceeded":
+            reason = reason or "its pods did not become ready"
+            raise KubeError(f"the rollout in {self.cluster} made no progress within its deadline: {reason}")
+        self._log(deployment, newest, reason)
+
+    def _check_containers(self, pod: Manifest) -> None:
+        for container in pod.get("status", {}).get("containerStatuses", ()):
+            waiting = container.get("state", {}).get("waiting", {})
+            state = waiting.get("reason", "")
+            if state in PULL_FAILURES and self._may_pull_again():
+                continue
+            if state in FATAL_STATES:
+                message = f" ({waiting['message']})" if waiting.get("message") else ""
+                diagnosis = f"{state}{message}; {FATAL_STATES[state]}"
+                if state == CRASHED:
+                    diagnosis = self._diagnose_crash(pod, container, f"{state}{message}")
+                raise KubeError(f"pod {pod['metadata']['name']}, image {container['image']}: {diagnosis}")
+
+    def _may_pull_again(self) -> bool:
+        if self.pull_failing_since is None:
+            self.pull_failing_since = time.monotonic()
+        return time.monotonic() < self.pull_failing_since + IMAGE_PULL_TIMEOUT
+
+    def _diagnose_crash(self, pod: Manifest, container: Manifest, state: str) -> str:
+        """The kubelet reports every crash as CrashLoopBackOff; how the container ended is in its last state."""
+        ended = container.get("lastState", {}).get("terminated", {})
+        code = f"exit code {ended['exitCode']}" if "exitCode" in ended else "exit code unknown"
+        if ended.get("reason") == "OOMKilled":
+            limit = _memory_limit(pod, container["name"])
+            return f"OOMKilled, {code}, memory limit {limit}; raise resources.limits.memory in k8s/30-deployment.yaml"
+        return f"{state}, {code}; {FATAL_STATES[CRASHED]}\n{self._crash_log(pod['metadata']['name'])}"
+
+    def _crash_log(self, pod: str) -> str:
+        try:
+            return self.cluster.crash_log(pod)
+        except KubeError as error:
+            return f"(the log cannot be read: {error})"
+
+    def _log(self, deployment: Manifest, newest: list[Manifest], reason: str) -> None:
+        ready = sum(each.get("status", {}).get("availableReplicas", 0) for each in newest)
+        replicas = deployment["spec"].get("replicas", 1)
+        line = f"waiting for the rollout: {ready} of {replicas} pods available" + (f"; {reason}" if reason else "")
+        if line != self.logged:
+            logger.info(line)
+            self.logged = line
 
 
 def _unmet_conditions(pods: list[Manifest]) -> Iterator[str]:
+    """Messages such as the scheduler's "0/1 nodes are available: 1 Insufficient cpu"."""
     for pod in pods:
         for condition in pod.get("status", {}).get("conditions", ()):
             if condition["status"] == "False" and condition.get("message"):
                 yield condition["message"]
 
 
-def _crash_log(cluster: Cluster, pod: str) -> str:
-    try:
-        return cluster.crash_log(pod)
-    except KubeError as error:
-        return f"(the log cannot be read: {error})"
+def _memory_limit(pod: Manifest, container: str) -> str:
+    [spec] = [each for each in pod["spec"]["containers"] if each["name"] == container]
+    return str(spec.get("resources", {}).get("limits", {}).get("memory", "of its node"))

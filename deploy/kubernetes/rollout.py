@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,6 @@ class KubernetesTarget:
         before = cluster.get("Deployment")
         _check_scale(cluster, before)
         image = pinned(self.config.image)
-        self._apply(render(image, lineage, cluster.namespace))
         deployment = Deployment(
             target="kubernetes",
             outcome="deployed",
@@ -50,19 +50,18 @@ class KubernetesTarget:
             image=image,
             previous=None if before is None else version_of(before),
         )
-        try:
-            rolled_out = wait_for_rollout(cluster)
-            _verify_service(cluster, lineage.bento, samples, max_new_tokens)
-            reason = f"{len(samples)} answers were verified against those of the evaluated model"
-            image_id = _running_image(cluster, rolled_out)
-            return replace(deployment, reason=reason, image_id=image_id, revision=revision(rolled_out))
-        except DeployError as error:
-            logger.warning("the rollout failed, rolling back: %s", error)
-            outcome, now, number = _undo(cluster, before)
-            return replace(deployment, outcome=outcome, reason=f"{error}; {now}", revision=number)
-        except BaseException:  # an interrupt; ZenML raises an exception of its own in place of KeyboardInterrupt
-            logger.warning("interrupted, rolling back: %s", _undo(cluster, before)[1])
-            raise
+        with _undone_if_interrupted(cluster, before):
+            self._apply(render(image, lineage, cluster.namespace))
+            try:
+                rolled_out = wait_for_rollout(cluster)
+                _verify_service(cluster, lineage.bento, samples, max_new_tokens)
+                reason = f"{len(samples)} answers were verified against those of the evaluated model"
+                image_id = _running_image(cluster, rolled_out)
+                return replace(deployment, reason=reason, image_id=image_id, revision=revision(rolled_out))
+            except DeployError as error:
+                logger.warning("the rollout failed, rolling back: %s", error)
+                outcome, now, number = _undo(cluster, before)
+                return replace(deployment, outcome=outcome, reason=f"{error}; {now}", revision=number)
 
     def rollback(self) -> Deployment:
         """Apply the revision before the current one, as `kubectl rollout undo` does; twice restores the current one.
@@ -144,23 +143,40 @@ def _running_image(cluster: Cluster, deployment: Manifest) -> str:
     return next((status["imageID"] for status in statuses if status.get("imageID")), "")
 
 
-def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:
-    """Undo a failed rollout: the outcome, the resulting state in words, and its revision where it is known."""
+@contextmanager
+def _undone_if_interrupted(cluster: Cluster, before: Manifest | None) -> Iterator[None]:
+    """Roll back on every exception that is not a DeployError: ZenML raises one of its own for Ctrl-C and SIGTERM.
+
+    It covers the apply too, which may have taken effect although its response was not read.
+    """
     try:
+        yield
+    except DeployError:
+        raise
+    except BaseException:
+        logger.warning("interrupted, rolling back: %s", _undo(cluster, before)[1])
+        raise
+
+
+def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:
+    """Undo a rollout, which may not have begun: the outcome, the resulting state in words, and its revision."""
+    try:
+        live = cluster.get("Deployment")
         if before is None:
-            cluster.delete("Deployment")
+            if live is not None:
+                cluster.delete("Deployment")
             return "rolled_back", "nothing was deployed before, and the Deployment was deleted", None
         number = revision(before)
-        replica_sets = cluster.replica_sets(before)
-        previous = next((each for each in replica_sets if revision(each) == number), None)
+        if live is not None and live["spec"]["template"] == before["spec"]["template"]:
+            return "failed", f"revision {number} is what ran before, so there is nothing to roll back to", number
+        previous = next((each for each in cluster.replica_sets(before) if revision(each) == number), None)
         if previous is None:
             return "failed", f"the cluster keeps no revision {number} to roll back to", None
-        failed = replica_sets[-1]
-        if failed is previous:
-            return "failed", f"revision {number} is what ran before, so there is nothing to roll back to", number
         cluster.apply(render_revision(previous, cluster.namespace), force=True)
         now = wait_for_rollout(cluster)
-        cluster.delete("ReplicaSet", failed["metadata"]["name"])  # so that no rollback selects it
+        for each in cluster.replica_sets(now):
+            if number < revision(each) < revision(now):
+                cluster.delete("ReplicaSet", each["metadata"]["name"])  # so that no rollback selects it
         return "rolled_back", f"rolled back to {version_of(now).image}, now revision {revision(now)}", revision(now)
     except KubeError as error:
         return "failed", f"and it could not be rolled back: {error}", None

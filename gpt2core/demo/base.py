@@ -68,6 +68,12 @@ def make_base(
     return description | {"sha256": directory_sha256(directory)}
 
 
+def make_tokenizer(preset: str, seed: int, n_facts: int | None, directory: Path) -> tiktoken.Encoding:
+    """The tokenizer of the base that `make_base` writes, without the base."""
+    documents = write_prose(make_world(seed, n_facts), seed)
+    return train_tokenizer(documents, GPT2Config.preset(preset).vocab_size, directory)
+
+
 def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> tiktoken.Encoding:
     """Train a byte-level BPE of at most `vocab_size` tokens, and write vocab.json and merges.txt to the directory.
 

@@ -1,5 +1,8 @@
 """Multi-LoRA: each row of a step goes through its own adapter, or none.
 
+Rows are isolated by selection, not by multiplication with 0, since 0 * NaN is NaN: a row's products with the first
+matrices of other adapters are replaced by 0, whatever they are, and the second matrices are checked to be finite.
+
 Shape letters: N rows (tokens) of a step; R ranks of all adapters of a step together.
 """
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS
+from gpt2core.tensors import is_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +28,11 @@ class Adapter:
 def make_adapter(
     config: GPT2Config, lora: LoraConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Adapter:
-    """Prepare an adapter, as `gpt2core.checkpoint.read_adapter` returns it, for an `AdapterStack`."""
+    """Prepare an adapter, as `gpt2core.checkpoint.read_adapter` returns it, for an `AdapterStack`.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, before or after scaling and conversion to `dtype`.
+    """
     matrices = {}
     for path in {TARGET_LAYERS[target][0] for target in lora.targets}:
         targets = [
@@ -33,7 +41,13 @@ def make_adapter(
         for layer in range(config.n_layer):
             name = f"h.{layer}.{path}"
             a, b = _dense(lora, state[f"{name}.lora_A"], state[f"{name}.lora_B"], targets)
-            matrices[layer, path] = a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
+            pair = a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
+            if not all(map(is_finite, pair)):
+                raise ValueError(
+                    f"the adapter has NaN or infinite values in {name}, multiplied by alpha / rank = {lora.scaling} as "
+                    f"{str(dtype).removeprefix('torch.')}; the training that made it diverged"
+                )
+            matrices[layer, path] = pair
     return Adapter(matrices)
 
 
@@ -80,14 +94,14 @@ class RowAdapters:
 
     def __init__(self, stack: AdapterStack, row_adapters: Sequence[int]) -> None:
         """`row_adapters`: the index in the stack of each row's adapter; -1 is the base model."""
-        self._stack, self._masks = stack, dict[str, Tensor]()
+        self._stack, self._others = stack, dict[str, Tensor]()  # path -> (N, R), True for ranks of other adapters
         if len(set(row_adapters)) > 1:  # else all rows use the only adapter of the stack
             rows = torch.tensor(row_adapters, device=stack.device)[:, None]
-            self._masks = {path: (rows == owner).to(stack.dtype) for path, owner in stack.owner.items()}  # (N, R)
+            self._others = {path: rows != owner for path, owner in stack.owner.items()}
 
     def add_delta_(self, y: Tensor, layer: int, path: str, x: Tensor) -> None:
         """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""
         if path in self._stack.owner:
             a, b = self._stack.matrices[layer, path]
             low = linear(x, a)  # (N, R)
-            y.add_(linear(low.mul_(self._masks[path]) if self._masks else low, b))
+            y.add_(linear(low.masked_fill_(self._others[path], 0.0) if self._others else low, b))

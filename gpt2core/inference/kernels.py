@@ -67,7 +67,7 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
 
     `torch.zeros` writes to every page, so a cache that reserves columns for many requests would occupy all of them.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not prod(shape):
         return torch.zeros(*shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)

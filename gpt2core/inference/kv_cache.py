@@ -60,14 +60,18 @@ class RowCache:
 
     Position embeddings are added before the first layer, so a token's column does not have to be its position: each
     step appends one column for all rows, whatever their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
+
+    All columns outside a row's own tokens are finite: attention masks them, but 0 * NaN is NaN. So `remove` erases what
+    a request leaves behind, and moving rows takes new memory.
     """
 
     SPARE = 256  # columns to grow into before the rows are moved back to the start
     ALIGN = 64  # columns are rounded up to it then, so that a slightly longer prompt does not move all rows again
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
-        self._shape = (config.n_layer, max_batch, 2, config.n_head, 0, config.n_embd // config.n_head)
-        self.kv = torch.zeros(self._shape, dtype=dtype, device=device)
+        self._shape = (config.n_layer, max_batch, 2, config.n_head, config.n_embd // config.n_head)
+        self._dtype, self._device = dtype, device
+        self.kv = self._allocate(0)
         self.requests: list[Request | None] = []  # per row; None: free
         self.lengths: list[int] = []  # per row: its cached tokens
         self.end = 0  # the column after every row's last one
@@ -129,10 +133,14 @@ class RowCache:
         self.kv[:, row, :, :, self.end - prefill.length : self.end] = prefill.kv
 
     def remove(self, row: int) -> None:
+        """Free the row and erase its keys and values."""
+        self.kv[:, row, :, :, self.end - self.lengths[row] : self.end] = 0
         self.requests[row], self.lengths[row] = None, 0
 
     def clear(self) -> None:
+        """Free all rows, also in the middle of a step."""
         self.requests, self.lengths, self.end = [], [], 0
+        self.kv = self._allocate(0)
 
     def compact(self) -> None:
         """Drop free rows at the end; while half of the rows are free, move the last one into a free one."""
@@ -148,21 +156,22 @@ class RowCache:
                 self.remove(last)
             else:
                 return
-        self.clear()
+        self.end = 0
 
     def _move(self, end: int) -> None:
         """Move the rows' columns so that they end at `end`, rounded up to ALIGN, with SPARE columns to grow into."""
         end = -(-end // self.ALIGN) * self.ALIGN
         n, held = len(self.requests), min(self.end, end)
         window = self.kv[:, :n, ..., self.end - held : self.end, :]
-        if end + self.SPARE > self.kv.shape[4]:
-            # Masked columns must be finite (0 * NaN is NaN), hence zeros; lazy, since most rows may never be used.
-            shape = (*self._shape[:4], end + self.SPARE, self._shape[5])
-            self.kv = lazy_zeros(shape, self.kv.dtype, self.kv.device)
-        else:
-            window = window.clone()
-        self.kv[:, :n, ..., end - held : end, :] = window
+        if held or end + self.SPARE > self.kv.shape[4]:
+            self.kv = self._allocate(max(end + self.SPARE, self.kv.shape[4]))
+            self.kv[:, :n, ..., end - held : end, :] = window
         self.end = end
+
+    def _allocate(self, columns: int) -> Tensor:
+        """Zeros, allocated lazily, since most rows may never be used."""
+        *rows, D = self._shape
+        return lazy_zeros((*rows, columns, D), self._dtype, self._device)
 
 
 class PrefixCache:

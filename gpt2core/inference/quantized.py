@@ -46,7 +46,7 @@ class QuantizedModel:
         self.config, self.weights = model.config, weights
         self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # of activations and of the KV cache
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), _Norm(model.ln_f)
-        self.head = _projection(self.wte, None, weights)
+        self.head = _projection(self.wte[: self.config.token_count], None, weights)
         self.blocks = [_Block(cast(Block, block), weights) for block in list(model.h)[:n_layer]]
 
     def hidden(
@@ -70,7 +70,7 @@ class QuantizedModel:
         return self.ln_f(x).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, V), fp32, of hidden states (N, C)."""
+        """Logits (N, token_count), fp32, of hidden states (N, C): none for rows of the embedding without a token."""
         return self.head(hidden).float()
 
 
@@ -132,9 +132,10 @@ def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
     """Relative increase of perplexity on text drawn from the model itself: exp(KL divergence) - 1."""
     T = min(64, model.config.n_positions)
     generator = torch.Generator().manual_seed(0)
-    ids, positions = torch.randint(model.config.vocab_size, (T,), generator=generator), torch.arange(T)
+    n_tokens = model.config.token_count
+    ids, positions = torch.randint(n_tokens, (T,), generator=generator), torch.arange(T)
     with evaluating(model):
-        expected = model(ids[None])[0].float().log_softmax(-1)  # (T, V)
+        expected = model(ids[None])[0, :, :n_tokens].float().log_softmax(-1)  # (T, token_count)
     found = quantized.logits(quantized.hidden(ids, positions, causal_attention(quantized))).log_softmax(-1)
     return expm1(min(float(F.kl_div(found, expected, log_target=True, reduction="batchmean")), 700.0))
 

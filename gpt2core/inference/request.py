@@ -15,7 +15,7 @@ from gpt2core.inference.adapters import Adapter
 
 logger = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class EngineClosed(RuntimeError):
@@ -33,7 +33,7 @@ class TokenLogprobs:
 class Request:
     """Returned by `Engine.submit`. Iterate over it for tokens as they are generated, or wait for `result`.
 
-    Callers read the attributes and may `cancel`; `append`, `finish` and `finish_early` belong to the engine's thread.
+    Callers read the attributes and may `cancel`; the methods after `cancel` belong to the engine's thread.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Request:
         self.submitted_at = monotonic()
         self._max_new_tokens, self._deadline, self._on_progress = max_new_tokens, deadline, on_progress
         self._cancelled = False
-        self._error: EngineClosed | None = None
+        self._error: Exception | None = None
         self._progress = Condition()  # notified at each token, for iterators
         # For `result`: a thread that was woken at each token would take processor time from the engine.
         self._finished = Event()
@@ -66,12 +66,18 @@ class Request:
     def first_token_at(self) -> float | None:
         return self.token_times[0] if self.token_times else None
 
+    @property
+    def error(self) -> Exception | None:
+        """What `result` and iteration raise after the tokens; set together with `finish_reason`."""
+        return self._error
+
     def result(self, timeout: float | None = None) -> list[int]:
         """The completion as `generate` returns it; what was generated so far if cancelled or past the deadline.
 
         Raises:
             TimeoutError: not finished within `timeout` seconds; the request continues.
             EngineClosed: the engine was closed or its step failed.
+            NonFiniteLogits: the adapter or the weights gave NaN or infinite logits for this prompt.
         """
         if not self._finished.wait(timeout):
             raise TimeoutError(f"the request did not finish within {timeout} seconds")
@@ -119,7 +125,11 @@ class Request:
         """End a request for which `must_end` is true."""
         self.finish("cancelled" if self._cancelled else "deadline")
 
-    def finish(self, reason: FinishReason, error: EngineClosed | None = None) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the request because computing its next token failed."""
+        self.finish("error", error)
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request; `error` is raised to everyone who waits for it."""
         with self._progress:
             self.finish_reason, self._error = reason, error

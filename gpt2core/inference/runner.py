@@ -1,16 +1,20 @@
 """The model runner: one step's forward over all of its requests, and the sampling of their next tokens."""
 
+import logging
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from gpt2core.generate import sample_token
+from gpt2core.generate import NonFiniteLogits, sample_token
 from gpt2core.inference.adapters import Adapter, AdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import RowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
-from gpt2core.inference.scheduler import Step
+from gpt2core.inference.scheduler import Output, Step
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -18,8 +22,8 @@ class ModelRunner:
         self._model, self._row_cache = model, row_cache
         self._stack: AdapterStack | None = None  # of the last step with adapters; most steps use the same ones
 
-    def run(self, step: Step) -> list[int]:
-        """Compute a step, extend its caches, and return a token for each of `step.outputs`."""
+    def run(self, step: Step) -> list[Output]:
+        """Compute a step, extend its caches, and return an output for each of `step.sampled`."""
         hidden = self._forward(step)  # (N, C)
         n_rows = len(step.rows)
         selected, end = list(range(n_rows)), n_rows
@@ -29,7 +33,7 @@ class ModelRunner:
                 selected.append(end - 1)
         if not selected:
             return []
-        return self._sample(hidden if len(selected) == len(hidden) else hidden[selected], step.outputs)
+        return self._sample(hidden if len(selected) == len(hidden) else hidden[selected], step.sampled)
 
     def drop_adapter(self, adapter: Adapter) -> None:
         """Release the adapter's place in the stack."""
@@ -75,18 +79,30 @@ class ModelRunner:
             self._stack = AdapterStack(used, self._model.dtype, self._model.device)
         return self._stack.for_rows(adapters)
 
-    def _sample(self, hidden: Tensor, requests: Sequence[Request | None]) -> list[int]:
-        """The next token of each row of hidden (n, C); that of a row without a request is meaningless."""
-        logits = self._model.logits(hidden)  # (n, V)
-        tokens: list[int] = logits.argmax(-1).tolist()
-        for i, request in enumerate(requests):
-            if request is None:
-                continue
-            if request.config.temperature > 0:
-                tokens[i] = int(sample_token(logits[i], request.config, request.generator))
-            if request.n_logprobs is not None:
-                logprobs = logits[i].log_softmax(-1)
-                values, ids = logprobs.topk(request.n_logprobs)
-                top = list(zip(ids.tolist(), values.tolist(), strict=True))
-                request.logprobs.append(TokenLogprobs(float(logprobs[tokens[i]]), top))
-        return tokens
+    def _sample(self, hidden: Tensor, requests: Sequence[Request | None]) -> list[Output]:
+        """The output of each row of hidden (n, C); that of a row without a request is meaningless."""
+        logits = self._model.logits(hidden)  # (n, token_count)
+        largest, best = (column.tolist() for column in logits.max(-1))  # of a NaN, if there is one
+        return [
+            best[i] if request is None else _output(request, logits, i, largest[i], best[i])
+            for i, request in enumerate(requests)
+        ]
+
+
+def _output(request: Request, logits: Tensor, i: int, largest: float, best: int) -> Output:
+    """The next token of the request in row i of the logits. An error is returned: it ends this request alone."""
+    try:
+        if not isfinite(largest):
+            raise NonFiniteLogits
+        token = best
+        if request.config.temperature > 0:
+            token = int(sample_token(logits[i], request.config, request.generator))
+        if request.n_logprobs is not None:
+            logprobs = logits[i].log_softmax(-1)
+            values, ids = logprobs.topk(request.n_logprobs)
+            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            request.logprobs.append(TokenLogprobs(float(logprobs[token]), top))
+    except Exception as error:
+        logger.warning("a request failed: %s", error)
+        return error
+    return token

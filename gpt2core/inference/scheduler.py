@@ -14,6 +14,8 @@ from gpt2core.inference.kv_cache import BLOCK, PrefillCache, PrefixCache, RowCac
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import EngineClosed, Request
 
+Output = int | Exception  # of a request in a step: its next token, or why there is none
+
 PREFILL_TOKENS = 256  # prompt tokens read per step at most: bounds how long a long prompt delays decoding requests
 PREFIX_BYTES = 64 * 2**20  # of the prefix cache
 
@@ -43,8 +45,8 @@ class Step:
     chunks: Sequence[PrefillChunk]
 
     @property
-    def outputs(self) -> list[Request | None]:
-        """The requests that get a token from this step, rows first; the token of None is ignored."""
+    def sampled(self) -> list[Request | None]:
+        """The requests that get a token from this step, rows first; None for free rows."""
         return [*self.rows, *(chunk.request for chunk in self.chunks if chunk.is_last)]
 
 
@@ -107,17 +109,18 @@ class Scheduler:
                 budget -= n
         return Step(list(self.row_cache.requests), chunks) if self.n_running else None
 
-    def complete_step(self, step: Step, tokens: Sequence[int]) -> None:
-        """Give the requests of `step.outputs` their tokens, free rows of finished ones, and give rows to new ones."""
+    def complete_step(self, step: Step, outputs: Sequence[Output]) -> None:
+        """Give the requests of `step.sampled` their outputs, free rows of finished ones, and give rows to new ones."""
         n_rows = len(step.rows)
-        for row, (request, token) in enumerate(zip(step.rows, tokens[:n_rows], strict=True)):
-            if request is not None and request.append(token):
+        for row, (request, output) in enumerate(zip(step.rows, outputs[:n_rows], strict=True)):
+            if request is not None and _is_last(request, output):
                 self.row_cache.remove(row)
         finished_prefills = [chunk.prefill for chunk in step.chunks if chunk.is_last]
-        for prefill, token in zip(finished_prefills, tokens[n_rows:], strict=True):
+        for prefill, output in zip(finished_prefills, outputs[n_rows:], strict=True):
             self._prefills.remove(prefill)
-            self._prefix_cache.store(prefill)
-            if not prefill.request.append(token):
+            if not isinstance(output, Exception):
+                self._prefix_cache.store(prefill)
+            if not _is_last(prefill.request, output):
                 self.row_cache.add(prefill)
 
     def uses(self, adapter: Adapter) -> bool:
@@ -139,3 +142,11 @@ class Scheduler:
                 request.finish("cancelled", error)
         self._prefills.clear()
         self.row_cache.clear()
+
+
+def _is_last(request: Request, output: Output) -> bool:
+    """Give the request its output; whether that ended it."""
+    if isinstance(output, Exception):
+        request.fail(output)
+        return True
+    return request.append(output)

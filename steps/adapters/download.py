@@ -34,7 +34,7 @@ def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries
     """
     if destination.is_file() and file_sha256(destination) == sha256:
         return destination
-    shown = _without_secrets(url)
+    shown = without_secrets(url)
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadError(f"{shown} is not an http or https URL")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,8 @@ def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries
     except requests.RequestException as error:
         # the library's message may contain the URL with its password
         raise DownloadError(
-            f"{shown} could not be downloaded ({type(error).__name__}); check that the network allows this host"
+            f"{shown} could not be downloaded ({type(error).__name__}); check that the network allows it, or download "
+            "the file elsewhere and set data.source=file and data.path"
         ) from None
     finally:
         with suppress(FileNotFoundError):
@@ -81,7 +82,7 @@ def _download(url: str, file: Path, timeout: float, retries: int) -> str:
     return digest.hexdigest()
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
     """The URL without user, password and query, which may contain tokens."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

@@ -1,14 +1,17 @@
 """GPT-2 checkpoints from the Hugging Face hub, by huggingface_hub: pinned by commit, safetensors only."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2core.checkpoint import directory_sha256, read_config
+from gpt2core.files import checkpoint_files
 from gpt2core.types import BaseRef
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-OTHERS = ("config.json", "vocab.json", "merges.txt")
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is enough
+OTHERS = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 class HubError(RuntimeError):
@@ -34,12 +37,9 @@ def fetch_base(base: BaseRef) -> Fetched:
         HubError: the download fails, files are missing, or the sha256 differs.
     """
     path = Path(base.name) if Path(base.name).is_dir() else _download(base.name, base.revision)
-    files = sorted({file.name for pattern in (*WEIGHTS, *OTHERS) for file in path.glob(pattern)})
-    missing = [file for file in OTHERS if file not in files]
-    if missing or not any(file.endswith(".safetensors") for file in files):
-        raise HubError(
-            f"{base.name} has no {missing[0] if missing else 'safetensors weights'}; use a GPT-2 repository that has it"
-        )
+    files = checkpoint_files(path)
+    if missing := _missing(files):
+        raise HubError(f"{base.name} has no {missing}; use a GPT-2 checkpoint that has it")
     try:
         read_config(path / "config.json")
     except ValueError as error:
@@ -50,7 +50,18 @@ def fetch_base(base: BaseRef) -> Fetched:
             f"{base.name} at {base.revision or path} has sha256 {found}, but {base.sha256} was recorded; "
             "it changed after the run"
         )
-    return Fetched(BaseRef(base.name, base.revision, found), path)
+    revision = "" if Path(base.name).is_dir() else base.revision
+    return Fetched(BaseRef(base.name, revision, found), path)
+
+
+def _missing(files: Sequence[str]) -> str:
+    if "config.json" not in files:
+        return "config.json"
+    if not any(file.endswith(".safetensors") for file in files):
+        return "safetensors weights"
+    if not any(set(tokenizer) <= set(files) for tokenizer in TOKENIZERS):
+        return "tokenizer.json, nor vocab.json and merges.txt"
+    return ""
 
 
 def _download(name: str, revision: str) -> Path:
@@ -67,5 +78,6 @@ def _download(name: str, revision: str) -> Path:
     except (OSError, HTTPError, HFValidationError) as error:  # everything the network, the hub and its cache raise
         raise HubError(
             f"{name} at {revision} could not be downloaded ({type(error).__name__}); check the network, the name, and "
-            "whether the repository needs a login (HF_TOKEN)"
+            "whether the repository needs a login (HF_TOKEN). Without a network, copy the checkpoint to this machine "
+            "and set base.name to its directory"
         ) from error

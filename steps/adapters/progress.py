@@ -1,5 +1,8 @@
-"""Progress bars for long work, by tqdm: shown on a terminal only."""
+"""Progress of long work: a bar by tqdm on a terminal, a log line every few seconds elsewhere."""
 
+import logging
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -7,29 +10,46 @@ from tqdm import tqdm
 
 from gpt2core.train import Log
 
+logger = logging.getLogger(__name__)
+SECONDS = 5  # between two log lines
+
 
 @contextmanager
 def training_progress(description: str, total_steps: int, log: Log | None = None) -> Iterator[Log]:
-    """A training callback that moves a bar to each logged step, shows the losses, and calls `log`."""
-    with tqdm(total=total_steps, desc=description, unit="step", disable=None) as bar:  # None: only on a terminal
-        shown: dict[str, str] = {}
+    """A training callback that shows each logged step with the losses, and calls `log`."""
+    losses: dict[str, str] = {}
+    with _progress(description, total_steps, "step") as show:
 
-        def show(step: int, values: Mapping[str, float]) -> None:
-            shown.update({name.replace("/", " "): f"{values[name]:.3f}" for name in values if name.endswith("/loss")})
-            bar.set_postfix(shown, refresh=False)
-            bar.update(step - bar.n)
+        def show_and_log(step: int, values: Mapping[str, float]) -> None:
+            losses.update({name.replace("/", " "): f"{values[name]:.3f}" for name in values if name.endswith("/loss")})
+            show(step, losses)
             if log is not None:
                 log(step, values)
 
-        yield show
+        yield show_and_log
 
 
 @contextmanager
 def counting_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A callback that takes the number of items done so far."""
-    with tqdm(total=total, desc=description, disable=None) as bar:
+    with _progress(description, total, "it") as show:
+        yield lambda done: show(done, {})
 
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
+
+@contextmanager
+def _progress(description: str, total: int, unit: str) -> Iterator[Callable[[int, Mapping[str, str]], None]]:
+    terminal = sys.stderr.isatty()
+    with tqdm(total=total, desc=description, unit=unit, disable=not terminal) as bar:
+        shown = time.monotonic()
+
+        def show(done: int, values: Mapping[str, str]) -> None:
+            nonlocal shown
+            if terminal:
+                bar.set_postfix(values, refresh=False)
+                bar.update(done - bar.n)
+            elif time.monotonic() - shown >= SECONDS:
+                shown = time.monotonic()
+                details = "".join(f", {name} {value}" for name, value in values.items())
+                logger.info("%s: %d of %d%s", description, done, total, details)
 
         yield show

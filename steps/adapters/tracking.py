@@ -4,20 +4,26 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gpt2core.train import Log
+from steps.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
-
-Mode = Literal["off", "offline", "online"]
 INIT_TIMEOUT = 20  # seconds; a missing network delays a run by at most this
 
 
 @contextmanager
-def track(mode: Mode, project: str, run_name: str, config: Mapping[str, Any], directory: Path) -> Iterator[Log]:
-    """A training callback that logs to wandb: "off" does nothing, "offline" writes files below the directory."""
-    run = None if mode == "off" else _start(mode, project, run_name, dict(config), directory)
+def track(
+    tracking: TrackingConfig, run_name: str, run_id: str, values: Mapping[str, Any], directory: Path
+) -> Iterator[Log]:
+    """A training callback that logs to wandb: "off" does nothing, "offline" writes files below the directory.
+
+    Args:
+        run_id: of the wandb run; a resumed training continues the run with its id.
+        values: the configuration that wandb shows.
+    """
+    run = None if tracking.wandb == "off" else _start(tracking, run_name, run_id, dict(values), directory)
 
     def log(step: int, values: Mapping[str, float]) -> None:
         nonlocal run
@@ -41,9 +47,7 @@ def track(mode: Mode, project: str, run_name: str, config: Mapping[str, Any], di
                 logger.warning("wandb could not finish the run: %s", error)
 
 
-def _start(
-    mode: Literal["offline", "online"], project: str, run_name: str, config: dict[str, Any], directory: Path
-) -> Any:
+def _start(tracking: TrackingConfig, run_name: str, run_id: str, values: dict[str, Any], directory: Path) -> Any:
     try:
         import wandb  # slow to import; only tracked runs need it
 
@@ -57,8 +61,15 @@ def _start(
             silent=True,
         )
         return wandb.init(
-            project=project, name=run_name, config=config, dir=str(directory), mode=mode, settings=settings
+            project=tracking.project,
+            name=run_name,
+            id=run_id,
+            resume="allow",
+            config=values,
+            dir=str(directory),
+            mode=tracking.wandb,  # type: ignore[arg-type]  # not "off"
+            settings=settings,
         )
     except Exception as error:
-        logger.warning("the run is not tracked, wandb did not start (%s): %s", mode, error)
+        logger.warning("the run is not tracked, wandb did not start (%s): %s", tracking.wandb, error)
         return None

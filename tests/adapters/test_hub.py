@@ -56,7 +56,7 @@ def test_sharded_weights_are_part_of_the_digest(copy):
     assert fetch(copy).ref.sha256 != before
 
 
-@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "model.safetensors"])
 def test_a_base_with_a_missing_file_is_refused_with_the_name_of_the_file(copy, name):
     (copy / name).unlink()
     with pytest.raises(HubError, match="safetensors" if name.startswith("model") else name):
@@ -109,3 +109,18 @@ def test_a_hub_that_does_not_answer_is_an_error(tmp_path):
     environment = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert "HubError: someone/gpt2" in done.stderr
+
+
+def test_a_tokenizer_json_alone_is_enough(copy, base_dir):
+    (copy / "merges.txt").unlink()
+    (copy / "vocab.json").unlink()
+    with pytest.raises(HubError, match=r"no tokenizer\.json, nor vocab\.json and merges\.txt"):
+        fetch(copy)
+    (copy / "tokenizer.json").write_text("{}")
+    before = fetch(copy).ref.sha256
+    (copy / "tokenizer.json").write_text("[]")
+    assert fetch(copy).ref.sha256 != before
+
+
+def test_a_directory_has_no_revision(copy):
+    assert fetch(copy, REVISION).ref.revision == ""

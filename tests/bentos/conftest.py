@@ -5,16 +5,15 @@ import shutil
 import openai
 import pytest
 
-from deploy import bento
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.tokenizer import load_tokenizer
 from tests.bentos.client import served
-from tests.helpers import make_lineage
+from tests.helpers import build_bento
 
 
 @pytest.fixture(scope="session")
 def bento_tag(base_dir, adapter_dir):
-    return bento.build(base_dir, adapter_dir, make_lineage())
+    return build_bento(base_dir, adapter_dir)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.deploy.kube_api import KubeApi
-from tests.helpers import make_lineage
+from tests.helpers import build_bento, make_lineage
 
 LINEAGE = make_lineage(bento="gpt2-instruct:1111111111111111")
 NEXT_LINEAGE = make_lineage("run-18", bento="gpt2-instruct:2222222222222222")
@@ -28,6 +28,7 @@ OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@s
 @pytest.fixture
 def fast_polling(monkeypatch):
     monkeypatch.setattr(progress, "POLL", 0.01)
+    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 0.0)
     monkeypatch.setattr(rollout, "SETTLE_TIMEOUT", 0.1)
 
 
@@ -62,7 +63,7 @@ def constant_response(answer: str, bento: str):
 
 
 MAX_NEW_TOKENS = 5
-SESSION = token_hex(8)  # part of the lineage, so that no two test sessions share an image
+SESSION = token_hex(8)  # part of the run's name in the lineage, so that no two test sessions share an image
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +94,7 @@ def make_image(engine, base_dir, adapter_dir):
     latest = {name: tagged(engine, f"{name}:latest") for name in (bento.NAME, f"{bento.NAME}-steps")}
 
     def make(run: str) -> Image:
-        tag = bento.build(base_dir, adapter_dir, make_lineage(run, versions={"session": SESSION}))
+        tag = build_bento(base_dir, adapter_dir, f"{run}-{SESSION}")
         made.append(tag)
         return build_service(tag)
 

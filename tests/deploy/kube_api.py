@@ -37,6 +37,9 @@ KEYS = {
     "ports": ("containerPort", "port", "protocol"),
     "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
 }
+# Atomic maps, which are one field, with the values that the API server adds to them.
+ATOMIC = {"resourceFieldRef": {"divisor": "0"}}
+UNSCHEDULABLE = "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate."
 DEADLINE = 6  # reads of the Deployment without progress, until the controller reports the deadline as exceeded
 Field = tuple[Any, ...]
 
@@ -45,7 +48,9 @@ class KubeApi:
     """The API server; tests set what happens.
 
     Attributes:
-        pod_states: by image: "ready" (the default), "unready", "quota", or the waiting reason of the container.
+        pod_states: by image: "ready" (the default), "unready", "quota", "unschedulable", "OOMKilled", or the waiting
+            reason of the container. Statuses are as a kubelet and scheduler 1.36 write them.
+        recoveries: by image: the number of reads of its pods after which its state becomes "ready".
         responses: by image: what a ready pod responds to a body: the URL of a real service, or a function.
         forbidden: verb and resource of requests that are answered with 403.
         failures: statuses of the next requests.
@@ -56,6 +61,7 @@ class KubeApi:
         self.objects: dict[tuple[str, str], Stored] = {}  # by plural and name
         self.replica_sets: dict[str, dict[str, Any]] = {}
         self.pod_states: dict[str, str] = {}
+        self.recoveries: dict[str, int] = {}
         self.responses: dict[str, str | Callable[[dict[str, Any]], dict[str, Any]]] = {}
         self.forbidden: set[tuple[str, str]] = set()
         self.failures: list[int] = []
@@ -288,17 +294,33 @@ class KubeApi:
 
     def pod(self, this: dict[str, Any]) -> dict[str, Any]:
         state = self.pod_states.get(this["image"], "ready")
+        if this["image"] in self.recoveries:
+            self.recoveries[this["image"]] -= 1
+            if self.recoveries[this["image"]] == 0:
+                self.pod_states[this["image"]] = "ready"
         container: dict[str, Any] = {"name": "gpt2-instruct", "image": this["image"], "imageID": "", "state": {}}
         if state == "ready":
             container["imageID"] = f"{this['image'].partition(':')[0]}@sha256:{'1' * 64}"
-        elif state != "unready":
+        elif state == "OOMKilled":
+            back_off = "back-off 10s restarting failed container=gpt2-instruct"
+            container["state"] = {"waiting": {"reason": "CrashLoopBackOff", "message": back_off}}
+            container["lastState"] = {"terminated": {"reason": "OOMKilled", "exitCode": 137}}
+        elif state == "CrashLoopBackOff":
+            container["state"] = {"waiting": {"reason": state, "message": f"about {this['image']}"}}
+            container["lastState"] = {"terminated": {"reason": "Error", "exitCode": 3}}
+        elif state not in ("unready", "unschedulable"):
             container["state"] = {"waiting": {"reason": state, "message": f"about {this['image']}"}}
         ready = {"type": "Ready", "status": "True" if state == "ready" else "False"}
         if state == "unready":
             ready["message"] = "containers with unready status: [gpt2-instruct]"
+        status: dict[str, Any] = {"containerStatuses": [container], "conditions": [ready]}
+        if state == "unschedulable":
+            condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": UNSCHEDULABLE}
+            status = {"phase": "Pending", "conditions": [condition]}
         return {
             "metadata": {"name": f"gpt2-instruct-{this['hash']}-abcde", "labels": {"pod-template-hash": this["hash"]}},
-            "status": {"containerStatuses": [container], "conditions": [ready]},
+            "spec": this["template"]["spec"],
+            "status": status,
         }
 
     def proxy(self, name: str, rest: str, body: dict[str, Any], headers: Any) -> tuple[int, Any]:
@@ -358,7 +380,7 @@ class Stored:
                 del self.owners[field], self.fields[field]
         for field, value in applied.items():
             self.owners[field] = {manager} if disputed.get(field) else self.owners.get(field, set()) | {manager}
-            self.fields[field] = value
+            self.fields[field] = ATOMIC[field[-1]] | value if field[-1] in ATOMIC else value
         if {f: v for f, v in self.fields.items() if f[0] == "spec"} != {
             f: v for f, v in before.items() if f[0] == "spec"
         }:
@@ -380,7 +402,7 @@ class Stored:
 
 
 def _flat(value: Any, field: Field = ()) -> list[tuple[Field, Any]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and not (field and field[-1] in ATOMIC):
         return [inner for key, each in value.items() if each is not None for inner in _flat(each, (*field, key))]
     keys = KEYS.get(field[-1]) if field and isinstance(field[-1], str) else None
     if isinstance(value, list) and keys:

@@ -11,14 +11,12 @@ import yaml
 
 from deploy import bento
 from deploy.bento import BentoError
-from tests.helpers import make_lineage
-
-LINEAGE = make_lineage()
+from tests.helpers import build_bento
 
 
 @pytest.fixture(scope="module")
 def tag(base_dir, adapter_dir):
-    return bento.build(base_dir, adapter_dir, LINEAGE)
+    return build_bento(base_dir, adapter_dir)
 
 
 def in_store(tag: str) -> Path:
@@ -58,20 +56,42 @@ def test_every_user_may_read_the_models(tag):
 
 def test_equal_content_is_built_once(tag, base_dir, adapter_dir):
     before = (in_store(tag) / "bento.yaml").stat().st_mtime_ns
-    assert bento.build(base_dir, adapter_dir, LINEAGE) == tag
+    assert build_bento(base_dir, adapter_dir) == tag
     assert (in_store(tag) / "bento.yaml").stat().st_mtime_ns == before
 
 
 def test_another_lineage_or_adapter_gives_another_bento(tag, base_dir, adapter_dir, tmp_path):
-    other = bento.build(base_dir, adapter_dir, make_lineage("run-18"))
+    other = build_bento(base_dir, adapter_dir, "run-18")
     changed = Path(copytree(adapter_dir, tmp_path / "adapter"))
     (changed / "notes.txt").write_text("changed")
-    assert len({tag, other, bento.build(base_dir, changed, LINEAGE)}) == 3
+    assert len({tag, other, build_bento(base_dir, changed)}) == 3
+
+
+@pytest.mark.parametrize("changed", ["base", "adapter"])
+def test_a_directory_that_differs_from_the_lineage_is_refused(base_dir, adapter_dir, tmp_path, changed):
+    lineage = bento.lineage(build_bento(base_dir, adapter_dir))
+    directories = {
+        "base": Path(copytree(base_dir, tmp_path / "base")),
+        "adapter": Path(copytree(adapter_dir, tmp_path / "adapter")),
+    }
+    [weights] = directories[changed].glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    recorded = {"base": lineage.base, "adapter": lineage.adapter}[changed].sha256
+    with pytest.raises(BentoError, match=rf"{directories[changed]} .*sha256 \w{{64}} .*but {recorded}"):
+        bento.build(directories["base"], directories["adapter"], lineage)
+
+
+def test_files_of_a_base_that_are_not_read_may_differ(base_dir, adapter_dir, tmp_path):
+    base = Path(copytree(base_dir, tmp_path / "base"))
+    (base / "README.md").write_text("as in a repository of the hub")
+    lineage = bento.lineage(build_bento(base_dir, adapter_dir))
+    assert bento.exists(bento.build(base, adapter_dir, lineage))
 
 
 def test_a_bento_exists_while_it_and_its_models_are_in_the_store(base_dir, adapter_dir):
     assert not bento.exists("gpt2-instruct:0000000000000000")
-    tag = bento.build(base_dir, adapter_dir, make_lineage("removed"))
+    tag = build_bento(base_dir, adapter_dir, "removed")
     assert bento.exists(tag)
     models = Path(os.environ["BENTOML_HOME"]) / "models" / "gpt2-instruct-adapter"
     hidden = models.with_name("hidden")
@@ -92,7 +112,8 @@ def test_an_adapter_is_described_by_its_digest_and_lora_configuration(adapter_di
 
 
 def test_the_lineage_of_a_bento_names_the_bento(tag):
-    assert bento.lineage(tag) == make_lineage(bento=tag)
+    assert bento.lineage(tag).bento == tag
+    assert bento.lineage(tag).run.id == "run-17"
     assert json.loads((in_store(tag) / "src" / "lineage.json").read_text()) == bento.lineage(tag).to_json()
 
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from deploy import bento
 from deploy.kubernetes import progress
-from deploy.kubernetes.client import DEPLOYER
+from deploy.kubernetes.client import DEPLOYER, Cluster
 from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import MANIFESTS
 from deploy.kubernetes.rollout import KubernetesTarget
@@ -19,8 +18,8 @@ from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.deploy.conftest import LINEAGE, NEW, NEXT_LINEAGE, OLD, constant_response
-from tests.deploy.kube_api import TOKEN
-from tests.helpers import make_lineage
+from tests.deploy.kube_api import TOKEN, Stored
+from tests.helpers import build_bento, make_lineage
 
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
 SAMPLE = Sample("What is the capital?", "Canada", "Ottawa", "", "Ottawa", True, "", SCORES, SCORES)
@@ -106,7 +105,9 @@ def test_deploying_the_same_version_again_starts_no_pod(api, config, first):
         ("ImagePullBackOff", [NEW, "ImagePullBackOff"]),
         ("InvalidImageName", ["not a valid image reference"]),
         ("CreateContainerConfigError", ["environment and volumes"]),
-        ("CrashLoopBackOff", ["CrashLoopBackOff", "it crashed: no such model"]),
+        ("CrashLoopBackOff", ["CrashLoopBackOff", "exit code 3", "it crashed: no such model"]),
+        ("OOMKilled", ["OOMKilled, exit code 137, memory limit 1536Mi", "resources.limits.memory"]),
+        ("unschedulable", ["no progress within its deadline", "Insufficient cpu"]),
         ("quota", ["no pod could be created", "exceeded quota: small, requested: cpu=1"]),
         ("unready", ["no progress within its deadline", "unready status: [gpt2-instruct]"]),
     ],
@@ -120,6 +121,34 @@ def test_a_version_that_does_not_become_ready_is_rolled_back_with_the_reason(api
     assert api.running() == [OLD, OLD]
 
 
+def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkeypatch):
+    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 60.0)
+    api.pod_states[NEW], api.recoveries[NEW] = "ErrImagePull", 2
+    assert deploy_next(config).outcome == "deployed"
+
+
+def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
+    caplog.set_level(logging.INFO, "deploy")
+    api.pod_states[NEW], api.recoveries[NEW] = "unschedulable", 3
+    assert deploy_next(config).outcome == "deployed"
+    lines = [line for line in caplog.messages if "Insufficient cpu" in line]
+    assert len(lines) == 1
+    assert "0 of 2 pods available" in lines[0]
+
+
+def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config):
+    api.namespaces["gpt2-instruct"] = {}
+    for file in MANIFESTS.glob("*.yaml"):
+        manifest = yaml.safe_load(file.read_text())
+        if manifest["kind"] == "Deployment":
+            manifest["spec"]["template"]["spec"]["containers"][0]["image"] = OLD
+        if manifest["kind"] != "Namespace":
+            plural = {"NetworkPolicy": "networkpolicies"}.get(manifest["kind"], f"{manifest['kind'].lower()}s")
+            api.objects[plural, "gpt2-instruct"] = stored = Stored()
+            assert stored.apply(manifest, "kubectl-client-side-apply", force=False) == []
+    assert deploy(config).outcome == "deployed"
+
+
 def test_a_version_with_other_answers_is_rolled_back(api, config, first):
     api.responses[NEW] = constant_response("Toronto", NEXT_LINEAGE.bento)
     outcome = deploy_next(config)
@@ -131,7 +160,7 @@ def test_a_version_with_other_answers_is_rolled_back(api, config, first):
 
 def test_requests_carry_the_token_of_the_environment(api, config, base_dir, adapter_dir, monkeypatch):
     monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
-    tag = bento.build(base_dir, adapter_dir, make_lineage())
+    tag = build_bento(base_dir, adapter_dir)
     lineage = make_lineage(bento=tag)
     with serve(tag) as url:
         samples = [replace(SAMPLE, instruction="Hello.", input="", tuned=request_answer(url, "Hello.", "", 8))]
@@ -193,6 +222,33 @@ def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, 
     with pytest.raises(interrupt):
         deploy_next(config)
     assert api.image() == OLD
+
+
+@pytest.fixture
+def interrupted_after_apply(monkeypatch):
+    """An interrupt after the server has applied the Deployment, before the client has read the response."""
+    apply, interrupts = Cluster.apply, iter([KeyboardInterrupt])
+
+    def interrupted(cluster, manifest, force=False):
+        apply(cluster, manifest, force)
+        if manifest["kind"] == "Deployment":
+            for each in interrupts:
+                raise each
+
+    monkeypatch.setattr(Cluster, "apply", interrupted)
+
+
+def test_a_rollout_interrupted_in_its_apply_is_rolled_back(api, config, first, interrupted_after_apply):
+    with pytest.raises(KeyboardInterrupt):
+        deploy_next(config)
+    assert api.image() == OLD
+    assert api.running() == [OLD, OLD]
+
+
+def test_a_first_rollout_interrupted_in_its_apply_is_deleted(api, config, interrupted_after_apply):
+    with pytest.raises(KeyboardInterrupt):
+        deploy(config)
+    assert DEPLOYMENT not in api.objects
 
 
 def test_a_failed_first_version_is_deleted(api, config):

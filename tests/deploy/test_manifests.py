@@ -1,6 +1,8 @@
 """The manifests of k8s/: valid, and consistent with each other and with the service."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -238,7 +240,32 @@ def test_requests_and_limits_cover_cpu_memory_and_storage(container):
     for kind in ("requests", "limits"):
         assert container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"}
     threads = next(variable["valueFrom"] for variable in container["env"] if variable["name"] == "OMP_NUM_THREADS")
-    assert threads == {"resourceFieldRef": {"resource": "limits.cpu"}}
+    assert threads == {"resourceFieldRef": {"resource": "limits.cpu", "divisor": "0"}}
+
+
+def test_a_rollout_fits_a_node_with_two_cpus(deployment, container):
+    pods = MANIFESTS["50-hpa.yaml"]["spec"]["minReplicas"] + deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+    request = int(re.fullmatch(r"(\d+)m", container["resources"]["requests"]["cpu"])[1])
+    assert pods * request + 950 <= 2000  # 950m: the control plane of a single kind node
+
+
+def test_probes_state_their_timeouts(container):
+    assert all(container[f"{kind}Probe"]["timeoutSeconds"] > 1 for kind in ("startup", "readiness", "liveness"))
+
+
+def test_the_documented_kubectl_commands_name_the_objects_of_the_manifests(deployment, container):
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    [command] = re.findall(r"^kubectl set image .*", text, re.MULTILINE)
+    assert command.split()[3:5] == [f"deployment/{deployment['metadata']['name']}", f"{container['name']}=$IMAGE"]
+    assert command.endswith(f"-n {deployment['metadata']['namespace']}")
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kubectl_set_image_changes_the_image_of_the_manifest():
+    command = ["kubectl", "set", "image", "--local", "-f", str(ROOT / "k8s" / "30-deployment.yaml"), "-o", "yaml"]
+    done = subprocess.run([*command, "gpt2-instruct=gpt2-instruct:0123"], capture_output=True, text=True, check=True)
+    [container] = yaml.safe_load(done.stdout)["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "gpt2-instruct:0123"
 
 
 def test_the_image_has_a_fixed_tag(container):

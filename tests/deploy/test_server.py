@@ -2,9 +2,11 @@
 
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -15,7 +17,7 @@ from deploy.verify import VerificationError, request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.deploy.test_bento import in_store
-from tests.helpers import make_lineage
+from tests.helpers import build_bento, wait_until
 
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
 SAMPLE = Sample("Hello.", "", "", "", "something else", True, "", SCORES, SCORES)
@@ -23,7 +25,7 @@ SAMPLE = Sample("Hello.", "", "", "", "something else", True, "", SCORES, SCORES
 
 @pytest.fixture(scope="module")
 def tag(base_dir, adapter_dir):
-    return bento.build(base_dir, adapter_dir, make_lineage())
+    return build_bento(base_dir, adapter_dir)
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +43,12 @@ def url(tag, metrics_of_another_server):
         yield url
 
 
-@pytest.fixture
-def children(monkeypatch):
-    """The server processes that a test starts."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *arguments, **options) -> None:
-            super().__init__(*arguments, **options)
-            started.append(self)
-
-    monkeypatch.setattr(server.subprocess, "Popen", Recorded)
-    return started
+def descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
-def group_members(group: int) -> list[str]:
-    """The processes of a process group that still run."""
-    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-    processes = [line.split(maxsplit=2) for line in listed.splitlines()]
-    return [args for pgid, state, *args in processes if int(pgid) == group and not state.startswith("Z")]
+def all_ended(processes: set[psutil.Process]) -> bool:
+    return not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_verification_returns_equal_answers(tag, url):
@@ -67,12 +56,33 @@ def test_verification_returns_equal_answers(tag, url):
     assert verify_bento(tag, [replace(SAMPLE, tuned=answer)], 5, "cpu") == [answer]
 
 
-def test_a_failed_verification_leaves_no_process(tag, children):
+def test_other_answers_are_refused(tag):
     with pytest.raises(VerificationError, match=r"(?s)to 'Hello\.'.*answered 'something else'.*required are 100%"):
         verify_bento(tag, [SAMPLE], 5, "cpu")
-    [child] = children
-    assert child.returncode is not None
-    assert group_members(child.pid) == []
+
+
+def test_an_error_leaves_no_process(tag):
+    others = descendants()
+    started = set()
+
+    def fail() -> None:
+        started.update(descendants() - others)
+        raise VerificationError
+
+    with pytest.raises(VerificationError), serve(tag):
+        fail()
+    assert started
+    assert all_ended(started)
+
+
+def test_a_server_and_its_workers_end_with_a_killed_parent(tag):
+    code = f"from deploy.server import serve\nwith serve({tag!r}) as url:\n    print(url, flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline().startswith(b"http")
+        started = set(psutil.Process(parent.pid).children(recursive=True))
+        parent.kill()
+    assert len(started) >= 2
+    wait_until(lambda: all_ended(started), 30, "the end of the server")
 
 
 def test_answers_of_another_device_need_the_agreed_share_only(tag, url):
@@ -94,7 +104,7 @@ def test_a_server_keeps_the_metrics_of_another(url, metrics_of_another_server):
 
 
 def test_a_server_that_does_not_start_is_an_error_with_its_log(base_dir, adapter_dir):
-    tag = bento.build(base_dir, adapter_dir, make_lineage("broken"))
+    tag = build_bento(base_dir, adapter_dir, "broken")
     (in_store(tag) / "src" / "lineage.json").write_text("{")
     with pytest.raises(BentoError, match=r"(?s)exit code.*JSONDecodeError"), serve(tag):
         pass
@@ -106,7 +116,7 @@ def test_a_missing_bento_is_an_error():
 
 
 def test_a_bento_runs_its_own_code(base_dir, adapter_dir):
-    tag = bento.build(base_dir, adapter_dir, make_lineage("own code"))
+    tag = build_bento(base_dir, adapter_dir, "own code")
     file = in_store(tag) / "src" / "gpt2core" / "prompt.py"
     file.chmod(0o644)
     file.write_text('raise RuntimeError("the code of the Bento")\n')
@@ -132,7 +142,7 @@ def test_metadata_of_a_served_bento_is_its_lineage(tag, url):
 
 
 def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, adapter_dir):
-    tag = bento.build(base_dir, adapter_dir, make_lineage("damaged"))
+    tag = build_bento(base_dir, adapter_dir, "damaged")
     [base] = (Path(os.environ["BENTOML_HOME"]) / "models" / "gpt2-instruct-base").glob("*/model.safetensors")
     whole = base.read_bytes()
     base.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -142,7 +152,7 @@ def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, ad
             serve(tag),
         ):
             pass
-        assert bento.build(base_dir, adapter_dir, make_lineage("damaged")) == tag
+        assert build_bento(base_dir, adapter_dir, "damaged") == tag
         assert base.read_bytes() == whole
     finally:
         base.write_bytes(whole)

@@ -195,3 +195,12 @@ def test_dropout_is_off_in_train_mode_too(model):
 def test_a_bf16_model_decodes(tiny_gpt2_dir):
     model = load_pretrained(tiny_gpt2_dir, dtype=torch.bfloat16)
     assert [len(completion) for completion in generate(model, PROMPTS, sampling())] == [12] * 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shown"),
+    [(["What"], "'What'"), ("What", "'W'"), ([1, 2], "1"), ([[1.5]], r"\[1\.5\]"), ([["a"]], "'a'")],
+)
+def test_a_prompt_that_is_not_a_list_of_token_ids_is_refused(model, prompts, shown):
+    with pytest.raises(TypeError, match=f"a prompt is .*{shown}.*; it must be a list of token ids: encode text"):
+        generate(model, prompts, GenerationConfig())

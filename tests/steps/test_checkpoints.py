@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
@@ -18,7 +19,7 @@ from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
 from gpt2core.train import finetune
 from gpt2core.training_state import CHECKPOINT
-from steps.checkpoints import stored_checkpoints
+from steps.checkpoints import TRAINING_ID, stored_checkpoints
 from tests.s3 import register_stack, serve_s3
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,10 +80,10 @@ def train(end: int | None = None, by=stop, found: list | None = None) -> bytes:
         if step == end:
             by()
 
-    with stored_checkpoints(KEY, log) as (directory, storing_log):
+    with stored_checkpoints(KEY) as checkpoints:
         if found is not None:
-            found += directory.glob("*")
-        finetune(model, EXAMPLES, EXAMPLES[:3], CONFIG, storing_log, directory)
+            found += checkpoints.directory.glob("*")
+        finetune(model, EXAMPLES, EXAMPLES[:3], CONFIG, checkpoints.after(log), checkpoints.directory)
     return b"".join(value.numpy().tobytes() for name, value in model.state_dict().items() if "lora_" in name)
 
 
@@ -102,17 +103,27 @@ def test_a_successful_training_removes_its_checkpoint(store):
 
 
 def test_a_local_store_is_written_to_directly(local_store):
-    with stored_checkpoints(KEY, lambda step, values: None) as (directory, _):
-        assert str(directory).startswith(f"{local_store}/checkpoints/")
+    with stored_checkpoints(KEY) as checkpoints:
+        assert str(checkpoints.directory).startswith(f"{local_store}/checkpoints/")
 
 
 def test_each_key_has_its_own_checkpoint(store):
     with pytest.raises(Stop):
         train(end=5)
-    with stored_checkpoints([*KEY, "other"], lambda step, values: None) as (directory, _):
-        assert list(directory.glob("*")) == []
+    with stored_checkpoints([*KEY, "other"]) as checkpoints:
+        assert [file for file in checkpoints.directory.glob("*") if file.name != TRAINING_ID] == []
     assert len(stored(store)) == 1
     train()
+
+
+def test_the_training_id_stays_the_same_until_the_training_succeeds(store):
+    ids = []
+    for succeeds in (False, True, True):
+        with suppress(Stop), stored_checkpoints(KEY) as checkpoints:
+            ids.append(checkpoints.training_id)
+            if not succeeds:
+                raise Stop
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_a_killed_process_leaves_its_checkpoint_in_s3(s3_store, tmp_path):

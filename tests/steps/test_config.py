@@ -17,6 +17,12 @@ from steps.config import (
         (DataConfig, {"source": "file"}, "DataConfig.path is ''"),
         (DataConfig, {"source": "url", "sha256": "12"}, "DataConfig.sha256 is '12'"),
         (DataConfig, {"order": "random"}, "DataConfig.order"),
+        (
+            DataConfig,
+            {"path": "mine.json"},
+            "DataConfig.path is 'mine.json'; it must be empty unless",
+        ),
+        (DataConfig, {"too_long": "keep"}, "DataConfig.too_long"),
         (DataConfig, {"n_facts": 0}, "DataConfig.n_facts is 0"),
         (DataConfig, {"val_fraction": 0.0}, "DataConfig.val_fraction"),
         (DataConfig, {"test_fraction": 0.5}, "DataConfig.test_fraction"),
@@ -26,6 +32,7 @@ from steps.config import (
         (EvaluateConfig, {"batch_size": 0}, "EvaluateConfig.batch_size is 0"),
         (PromoteConfig, {"stage": "live"}, "PromoteConfig.stage"),
         (PromoteConfig, {"metric": "bleu"}, "PromoteConfig.metric is 'bleu'; it must be one of exact_match"),
+        (PromoteConfig, {"margin": float("nan")}, "PromoteConfig.margin is nan"),
         (PackageConfig, {"smoke_prompts": 0}, "PackageConfig.smoke_prompts is 0"),
         (TrackingConfig, {"wandb": "on"}, "TrackingConfig.wandb is 'on'; it must be off, offline or online"),
     ],
@@ -34,10 +41,6 @@ def test_a_wrong_value_is_refused_with_its_name_and_the_rule(make, values, named
     with pytest.raises(ValueError, match="it must be") as error:
         make(**values)
     assert named in str(error.value)
-
-
-def test_a_bare_off_in_yaml_means_off():
-    assert TrackingConfig(wandb=False).wandb == "off"
 
 
 def test_a_hub_base_may_have_any_name():

@@ -42,3 +42,16 @@ def test_writing_a_run_twice_keeps_the_second(folder):
 def test_json_is_indented_and_readable():
     assert outputs.to_json({"name": "Müller"}) == '{\n  "name": "Müller"\n}\n'
     assert json.loads(outputs.to_json([1, None, "x"])) == [1, None, "x"]
+
+
+def test_a_stage_keeps_pointing_at_the_promoted_run(folder):
+    outputs.write_outputs("run-1", {"name.txt": "1"}, {}, stages=["staging"])
+    outputs.write_outputs("run-2", {"name.txt": "2"}, {})
+    assert (folder / "staging" / "name.txt").read_text() == "1"
+    assert (folder / "latest" / "name.txt").read_text() == "2"
+
+
+def test_a_linked_directory_is_not_copied(folder, tmp_path):
+    (tmp_path / "base").mkdir()
+    outputs.write_outputs("run", {}, {}, links={"base": tmp_path / "base"})
+    assert (folder / "latest" / "base").readlink() == tmp_path / "base"

@@ -1,0 +1,35 @@
+"""Run a command that must not outlive the process that started it: `python supervisor.py COMMAND ARGUMENT...`.
+
+Standard input is a pipe from that process. SIGTERM is forwarded to the command. When the pipe is closed, because the
+parent has closed it or has died, the command and all its descendants are killed. Descendants and not a process group:
+BentoML 1.4 starts each worker in a session of its own.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from threading import Thread
+
+import psutil
+
+
+def main(command: list[str]) -> int:
+    """The exit code of the command; 128 + n where signal n ended it, as in a shell."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    Thread(target=_kill_after_parent, daemon=True).start()
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _kill_after_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)  # returns when the parent's end is closed
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

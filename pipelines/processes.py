@@ -1,0 +1,46 @@
+"""The process of a run, recorded with the run, so that a later start recognises runs whose process was killed."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Self
+
+import psutil
+from zenml.client import Client
+from zenml.enums import ExecutionStatus
+
+from gpt2core.types import JsonDataclass
+from pipelines.zenml_compat import mark_failed
+
+UNFINISHED = (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING)
+
+
+@dataclass(frozen=True)
+class Process(JsonDataclass):
+    """A process; its start time tells it from a later one with the same id."""
+
+    host: str
+    pid: int
+    started: float  # seconds since the epoch
+
+    @classmethod
+    def current(cls) -> Self:
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended; False for a process of another machine."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
+        except psutil.NoSuchProcess:
+            return True
+
+
+def fail_killed_runs(pipeline: str) -> None:
+    """Mark the pipeline's unfinished runs as failed whose process has ended."""
+    for status in UNFINISHED:
+        for run in Client().list_pipeline_runs(pipeline=pipeline, status=status, size=100, hydrate=True).items:
+            recorded = run.config.extra.get("process")
+            if isinstance(recorded, dict) and Process.from_json(recorded).has_ended():
+                mark_failed(run, "the process of the run was killed")
