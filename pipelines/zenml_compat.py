@@ -73,8 +73,9 @@ def short_errors() -> Iterator[None]:
 
 
 def _drop_traceback(record: logging.LogRecord) -> bool:
+    interrupted = record.exc_info is not None and isinstance(record.exc_info[1], INTERRUPTIONS)
     record.exc_info = None
-    return True
+    return not interrupted
 
 
 def _is_no_interruption(record: logging.LogRecord) -> bool:

@@ -77,6 +77,12 @@ def test_a_misspelt_key_at_any_level_is_refused_with_the_correct_one(key):
         ("parameters: {data: {source: web}}", ["parameters.data.source", "web", "bundled"]),
         ("parameters: {train: {learning_rate: .nan}}", ["learning_rate", "nan"]),
         ("- a\n- list", ["mapping"]),
+        ("parameters: {lora: {rank: 4}, lora: {rank: 8}}", ["mine.yaml", "'lora' is repeated", "line 1"]),
+        ("parameters: {seed: 99999999999999999999}", ["parameters.seed", "9223372036854775808"]),
+        ("parameters: {lora: {rank: 99999999999999999999}}", ["rank", "64 bits"]),
+        ("parameters: {promote: {margin: .nan}}", ["margin", "finite"]),
+        ("parameters: {train: {betas: [2, 3]}}", ["betas"]),
+        ("parameters: {data: {path: mine.json}}", ["path", "mine.json", "source is file"]),
         ("a: [1,", ["mine.yaml", "YAML"]),
         ("enable_cache: maybe", ["enable_cache", "maybe"]),
         ("settings: {orchestrator.container: {memory: 6 gigs}}", ["settings.orchestrator.container.memory", "6 gigs"]),
@@ -117,6 +123,15 @@ def test_set_reads_values_as_yaml():
 def test_set_refuses_what_a_file_may_not_contain(assignment):
     with pytest.raises(ConfigError, match="--set"):
         set_values({"parameters": {"seed": 0}}, [assignment], finetune_pipeline)
+
+
+def test_a_huge_value_is_shortened_in_the_message(tmp_path):
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdef", "bcdefg", strict=True)
+    )
+    with pytest.raises(ConfigError) as error:
+        read_config(write_config(tmp_path, f"{bomb}\nparameters: {{train: *g}}"), finetune_pipeline)
+    assert len(str(error.value)) < 2000
 
 
 def test_values_that_depend_on_each_other_are_checked_together():

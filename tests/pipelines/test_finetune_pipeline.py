@@ -158,6 +158,27 @@ def test_a_missing_bento_is_built_again(outputs, other_rank):
     assert bento.exists(run.lineage.bento)
 
 
+def test_the_promoted_run_is_found_at_outputs_staging(outputs, dev_run, cached_run, other_rank):
+    assert (outputs / "staging").resolve() == cached_run.directory
+    instruction = cached_run.samples[0]["instruction"]
+    assert ask(outputs, instruction, "--run", "staging").exit_code == 0
+
+
+def ask(outputs, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2_INSTRUCT_OUTPUTS", str(outputs))
+        limit = ("--max-new-tokens", str(MAX_NEW_TOKENS))
+        return CliRunner().invoke(main, ["ask", *arguments, *limit], catch_exceptions=False)
+
+
+def test_too_few_records_fail_before_pretraining(outputs, tmp_path):
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps([{"instruction": "Say yes.", "output": "yes"}]))
+    result = invoke(outputs, "data.source=file", f"data.path={file}", "seed=4")
+    assert result.exit_code == 1
+    assert "prepare_base" not in newest_run().steps
+
+
 def test_a_file_of_records_is_read_in_every_run(outputs, dev_run, tmp_path):
     file = tmp_path / "mine.jsonl"
     values = ("data.source=file", f"data.path={file}", f"data.n_facts={N_FACTS}")
@@ -171,12 +192,18 @@ def test_a_file_of_records_is_read_in_every_run(outputs, dev_run, tmp_path):
 
 
 def test_a_base_from_a_directory_travels_as_a_reference(outputs, dev_run):
-    run = finetune(outputs, "base.source=hub", f"base.name={dev_run.directory / 'base'}")
-    assert not (run.directory / "base").exists()
+    values = ("base.source=hub", f"base.name={dev_run.directory / 'base'}", f"base.revision={'0' * 40}")
+    run = finetune(outputs, *values)
+    assert run.lineage.base.revision == ""  # a directory has none
+    assert (run.directory / "base").is_symlink()
     reference = run.read("base.json")
     assert reference["name"] == str(dev_run.directory / "base")
     assert [row["base"] for row in run.samples] == [row["base"] for row in dev_run.samples]
     assert run.read("lineage.json")["base"] == {key: reference[key] for key in ("name", "revision", "sha256")}
+    # `ask` and the README's library example work as with any other base
+    done = ask(outputs, run.samples[0]["instruction"], "--input", run.samples[0]["input"])
+    assert done.output == run.samples[0]["tuned"] + "\n"
+    load_adapter(load_pretrained(run.directory / "base"), run.directory / "adapter")
 
 
 def test_rollback_without_a_deployment_is_an_error(dev_run):

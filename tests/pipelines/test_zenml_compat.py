@@ -1,15 +1,21 @@
 """Each workaround for ZenML, and a test that fails when ZenML no longer needs it."""
 
+import logging
 import subprocess
 import sys
+from pathlib import Path
+from shutil import rmtree
 
 import click
 import pytest
+from zenml import pipeline, step
 from zenml.cli.pipeline import _import_pipeline
+from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
+from pipelines.artifacts import is_intact
 from pipelines.finetune_pipeline import finetune_pipeline
-from pipelines.zenml_compat import PipelineSource
+from pipelines.zenml_compat import PipelineSource, short_errors, verified_cache
 from tests.copies import ROOT
 
 
@@ -34,3 +40,59 @@ def test_importing_the_pipelines_runs_no_git_and_reads_no_configuration(tmp_path
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.splitlines()[-1:] == ["PipelineSource"], done.stderr
+
+
+@step(enable_cache=True)
+def make_text() -> str:
+    return "some text"
+
+
+@step(enable_cache=True)
+def use_text(text: str) -> None:
+    assert text == "some text"
+
+
+@pipeline
+def texts() -> None:
+    use_text(make_text())
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_cached_step_runs_again_if_its_artifact_is_damaged(damage, caplog):
+    directory = Path(texts().steps["make_text"].outputs["output"][0].uri)
+    if damage == "missing":
+        rmtree(directory)
+    else:
+        for file in directory.iterdir():
+            file.write_bytes(file.read_bytes()[:-1])
+
+    unchecked = texts()
+    assert unchecked.steps["make_text"].status.value == "cached"  # otherwise the workaround is not needed any more
+    with caplog.at_level(logging.WARNING), verified_cache(is_intact):
+        again = texts()
+        cached = texts()
+
+    assert again.steps["make_text"].status.value == "completed"
+    assert "step make_text runs again: its cached artifact output" in caplog.text
+    assert cached.steps["make_text"].status.value == "cached"
+
+
+@step
+def fail() -> None:
+    raise ValueError("wrong")
+
+
+@pipeline(execution_mode=ExecutionMode.FAIL_FAST)
+def failing() -> None:
+    fail()
+
+
+def test_a_failed_step_is_logged_without_its_traceback(caplog):
+    with pytest.raises(ValueError, match="wrong"), caplog.at_level(logging.ERROR):
+        failing()
+    assert any(record.exc_info for record in caplog.records)  # otherwise the workaround is not needed any more
+    caplog.clear()
+    with pytest.raises(ValueError, match="wrong"), caplog.at_level(logging.ERROR), short_errors():
+        failing()
+    assert "Failed to run step `fail`: wrong" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)

@@ -42,8 +42,10 @@ def die() -> None:
 
 @pytest.fixture
 def local_store():
-    """The artifact store is a local directory."""
-    return Client().active_stack.artifact_store.path
+    """The artifact store is a local directory, without the checkpoints of other tests."""
+    path = Client().active_stack.artifact_store.path
+    rmtree(f"{path}/checkpoints", ignore_errors=True)
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,28 @@
 import functools
 import hashlib
 import json
+import logging
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from zenml import pipeline
+from zenml.enums import ExecutionMode
 
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from steps.adapters.download import DownloadError
-from steps.config import DataConfig
+from steps.config import BaseConfig, DataConfig
 from steps.fetch_data import fetch_data
 
 RECORDS = [{"instruction": f"Say {i % 3}.", "input": "", "output": str(i % 3)} for i in range(5)]
+LONG = {"instruction": "Repeat the rhyme.", "input": "", "output": "row the boat, " * 100}
+BASE = BaseConfig("random")
 
 
-@pipeline(enable_cache=False)
+@pipeline(enable_cache=False, execution_mode=ExecutionMode.FAIL_FAST)
 def only_fetch_data(data: DataConfig) -> None:
-    fetch_data(data, 0)
+    fetch_data(data, BASE, 0)
 
 
 def fetched(data: DataConfig):
@@ -37,15 +41,28 @@ def url(tmp_path):
         server.shutdown()
 
 
-def test_records_from_a_url_are_read_and_counted(url):
+@pytest.fixture(autouse=True)
+def warnings_are_logged(caplog):
+    caplog.set_level(logging.WARNING)
+
+
+def write(tmp_path, records) -> str:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def test_records_from_a_url_are_read_counted_and_traceable(url, caplog):
     sha256 = hashlib.sha256(json.dumps(RECORDS).encode()).hexdigest()
-    records, about = fetched(DataConfig(source="url", url=url, sha256=sha256))
+    records, about = fetched(DataConfig(source="url", url=f"{url}?token=secret", sha256=sha256))
     assert records == RECORDS
     assert (about["source"], about["records"], about["duplicates"]) == ("url", 5, 2)
+    assert (about["location"], about["file_sha256"]) == (url, sha256)
+    assert "2 of 5 records repeat an earlier instruction and input (2 of them also the output)" in caplog.text
 
 
 def test_a_file_with_another_digest_fails_the_step(url):
-    with pytest.raises((DownloadError, RuntimeError)):
+    with pytest.raises(DownloadError):
         only_fetch_data(DataConfig(source="url", url=url, sha256="0" * 64))
 
 
@@ -53,3 +70,25 @@ def test_the_bundled_records_follow_from_the_seed():
     records, about = fetched(DataConfig(n_facts=40))
     assert records == write_records(make_world(0, 40), 0)
     assert about["duplicates"] == 0
+
+
+def test_all_records_that_are_too_long_are_named_by_their_place_in_the_file(tmp_path):
+    file = write(tmp_path, [*RECORDS, LONG, RECORDS[0], LONG])
+    with pytest.raises(ValueError, match=rf"{file}: 2 of 8 records .*line 6.*line 8.*too_long to drop or truncate"):
+        only_fetch_data(DataConfig(source="file", path=file))
+
+
+@pytest.mark.parametrize(("too_long", "left", "done"), [("drop", 5, "dropped"), ("truncate", 6, "truncated")])
+def test_records_that_are_too_long_are_dropped_or_truncated_on_request(tmp_path, caplog, too_long, left, done):
+    file = write(tmp_path, [*RECORDS, LONG])
+    records, about = fetched(DataConfig(source="file", path=file, too_long=too_long))
+    assert len(records) == about["records"] == left
+    assert about["too_long"] == 1
+    assert f"1 of 6 records have more tokens than the context of 128 and were {done}: record 6 (line 6)" in caplog.text
+
+
+def test_records_with_section_headers_of_the_prompt_are_counted_and_named(tmp_path, caplog):
+    odd = {"instruction": "Complete it.", "input": "", "output": "### Response: yes"}
+    _, about = fetched(DataConfig(source="file", path=write(tmp_path, [*RECORDS, odd])))
+    assert about["with_prompt_markers"] == 1
+    assert "1 of 6 records contain a section header of the prompt, at which answers are cut: record 6" in caplog.text

@@ -2,15 +2,17 @@
 
 import json
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import pytest
 from zenml import pipeline, step
 
 from gpt2core.metrics import RecordScores, Scores
 from gpt2core.types import Evaluation, FamilyScores, Lineage, Sample, SplitPart, SplitSummary, TrainSummary
-from steps.materializers import SampleListMaterializer
+from steps.materializers import DirectoryMaterializer, SampleListMaterializer, output_directory
 from steps.promote import Promotion
 from tests.helpers import make_lineage
 
@@ -68,3 +70,29 @@ def test_typed_artifacts_are_stored_as_json_and_load_without_the_pipeline():
     assert [json.loads(line) for line in lines] == [sample.to_json() for sample in SAMPLES]
     for name, value in {"metrics": EVALUATION, "split": SPLIT, "lineage": make_lineage()}.items():
         assert json.loads(Path(outputs[name].uri, "data.json").read_text()) == value.to_json()
+
+
+@step(output_materializers={"directory": DirectoryMaterializer}, enable_cache=False)
+def write_directory() -> Annotated[Path, "directory"]:
+    with output_directory("written-") as directory:
+        (directory / "file").write_text("content")
+    return directory
+
+
+@pipeline
+def directories() -> None:
+    write_directory()
+
+
+def test_a_directory_is_stored_and_its_temporary_original_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    [version] = directories().steps["write_directory"].outputs["directory"]
+    assert (version.load() / "file").read_text() == "content"
+    assert list(tmp_path.glob("written-*")) == []
+
+
+def test_the_directory_of_a_failing_step_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), output_directory("written-"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []

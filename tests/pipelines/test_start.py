@@ -1,0 +1,125 @@
+"""The start of a run: defaults that depend on the base, runs whose process was killed, and stopping."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from zenml.client import Client
+
+from pipelines.finetune_pipeline import finetune_pipeline
+from pipelines.processes import Process, fail_killed_runs
+from pipelines.start import start
+from tests.copies import ROOT
+from tests.helpers import wait_until
+from tests.runs import newest_run
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Start a run whose pipeline is replaced; returns the configuration that the pipeline gets."""
+    seen = {}
+
+    class Recording:
+        name, entrypoint = finetune_pipeline.name, staticmethod(finetune_pipeline.entrypoint)
+
+        def with_options(self, config_path, extra, **options):
+            seen.update(yaml.safe_load(Path(config_path).read_text()), extra=extra)
+            return lambda: None
+
+    def run(tmp_path, text, *assignments):
+        (tmp_path / "mine.yaml").write_text(text)
+        start(Recording(), str(tmp_path / "mine.yaml"), assignments)
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("parameters: {seed: 1}", 6e-3),
+        ("", 6e-3),
+        ("parameters:", 6e-3),
+        ("parameters: {base: {source: hub, name: a/b}, train: {epochs: 1}}", 3e-4),
+        ("parameters: {base: {source: hub, name: a/b}, train: {learning_rate: 0.5}}", 0.5),
+    ],
+)
+def test_the_default_learning_rate_depends_on_the_base(started, tmp_path, text, rate):
+    assert started(tmp_path, text)["parameters"]["train"]["learning_rate"] == rate
+
+
+def test_values_of_the_command_line_reach_an_empty_parameters_key(started, tmp_path):
+    assert started(tmp_path, "parameters:", "tracking.wandb=off", "seed=3")["parameters"]["tracking"]["wandb"] == "off"
+
+
+def test_the_run_records_commit_and_process(started, tmp_path):
+    extra = started(tmp_path, "")["extra"]
+    assert extra["commit"].keys() == {"sha", "dirty"}
+    assert Process.from_json(extra["process"]) == Process.current()
+
+
+def test_a_process_has_ended_if_its_id_is_unknown_or_used_again():
+    ours = Process.current()
+    assert not ours.has_ended()
+    assert Process(ours.host, ours.pid, ours.started - 100).has_ended()
+    assert Process(ours.host, max(psutil.pids()) + 100_000, ours.started).has_ended()
+    assert not Process("another machine", 1, 0.0).has_ended()
+
+
+def test_a_run_whose_process_was_killed_is_marked_as_failed(tmp_path):
+    script = tmp_path / "killed_pipeline.py"
+    script.write_text(
+        "import os, signal\n"
+        "from zenml import pipeline, step\n"
+        "from pipelines.processes import Process\n"
+        "@step\ndef die() -> None:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "@pipeline(extra={'process': Process.current().to_json()})\ndef killed() -> None:\n    die()\n"
+        "if __name__ == '__main__':\n    killed()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "ZENML_CUSTOM_SOURCE_ROOT": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    [run] = Client().list_pipeline_runs(pipeline="killed", hydrate=True).items
+    assert run.status.value == "running"
+
+    fail_killed_runs("killed")
+
+    run = Client().get_pipeline_run(run.id)
+    assert run.status.value == "failed"
+    assert {step.status.value for step in run.steps.values()} == {"failed"}
+    assert run.config.extra["process"]["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_stopped_run_ends_with_one_line_and_leaves_nothing_behind(tmp_path, number):
+    command = [sys.executable, "run.py", "finetune", "--config", "configs/dev.yaml"]
+    command += ["--set", "base.pretrain.max_steps=10000", "--set", f"seed={number + 100}"]
+    (tmp_path / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
+    environment.pop("ZENML_LOGGING_VERBOSITY")
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: run.poll() is not None or "pretrain: " in log.read_text(), 280, "pretraining")
+            assert [path for path in (tmp_path / "tmp").iterdir() if path.name.startswith("base-")]
+            run.send_signal(number)
+            assert run.wait(120) == 1, log.read_text()
+        finally:
+            run.kill()
+    output = log.read_text()
+    assert output.splitlines()[-1] == (
+        "Error: the run was stopped; the same command continues after the last finished step"
+    )
+    assert "Traceback" not in output
+    assert "Failed to run step" not in output
+    assert [path for path in (tmp_path / "tmp").iterdir() if path.name.startswith("base-")] == []
+    assert newest_run().status.value == "failed"

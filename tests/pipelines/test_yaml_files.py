@@ -1,0 +1,40 @@
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.yaml_files import load_yaml
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("abcon fyes0:-é", max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcdef", min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(derandomize=True, deadline=None)
+@given(VALUES)
+def test_a_dumped_value_is_read_back(value):
+    assert load_yaml(yaml.safe_dump(value)) == value
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "Off", "NO", "y"])
+def test_only_true_and_false_are_booleans(word):
+    assert load_yaml(f"a: {word}") == {"a": word}
+    assert load_yaml("[true, False]") == [True, False]
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "b: {a: 1, c: 2, a: 3}", "- {a: 1, 'a': 2}"])
+def test_a_repeated_key_is_an_error_with_its_place(text):
+    with pytest.raises(ValueError, match=r"the key 'a' is repeated[\s\S]*line \d+, column \d+"):
+        load_yaml(text)
+
+
+def test_a_merged_key_may_be_overridden():
+    assert load_yaml("base: &b {a: 1, c: 2}\nown: {<<: *b, a: 3}")["own"] == {"a": 3, "c": 2}
+
+
+@pytest.mark.parametrize("text", ["a: [1,", "a: !!python/object/apply:os.system [ls]", "\t- x"])
+def test_invalid_or_unsafe_yaml_is_an_error(text):
+    with pytest.raises(ValueError, match="line 1"):
+        load_yaml(text)
