@@ -192,7 +192,7 @@ def test_a_file_of_records_is_read_in_every_run(outputs, dev_run, tmp_path):
 
 
 def test_a_base_from_a_directory_travels_as_a_reference(outputs, dev_run):
-    values = ("base.source=hub", f"base.name={dev_run.directory / 'base'}", f"base.revision={'0' * 40}")
+    values = ("base.source=hub", f"base.name={dev_run.directory / 'base'}", f"base.revision={'a' * 40}")
     run = finetune(outputs, *values)
     assert run.lineage.base.revision == ""  # a directory has none
     assert (run.directory / "base").is_symlink()
