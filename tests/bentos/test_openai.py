@@ -158,11 +158,11 @@ def test_an_unknown_token_id_is_refused(client):
         client.completions.create(model="gpt2-instruct", prompt=[10**6], **N)
 
 
-def test_models_are_listed_and_found(client, adapter_dir):
+def test_models_are_listed_and_found(client, base_dir, adapter_dir):
     by_id = {model.id: model for model in client.models.list()}
     assert {"gpt2-instruct", "base"} <= by_id.keys()
     assert by_id["gpt2-instruct"].sha256 == directory_sha256(adapter_dir)
-    assert by_id["base"].sha256 == "b" * 64
+    assert by_id["base"].sha256 == directory_sha256(base_dir)
     assert client.models.retrieve("base").id == "base"
     with pytest.raises(openai.NotFoundError, match="gpt2-instruct, base"):
         client.models.retrieve("other")
