@@ -1,6 +1,7 @@
 """Each workaround for ZenML, and a test that fails when ZenML no longer needs it."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_zenmls_command_still_requires_the_module_itself_to_be_the_pipeline():
 def test_importing_the_pipelines_runs_no_git_and_reads_no_configuration(tmp_path):
     code = "import finetune_pipeline, pipelines.finetune_pipeline; print(type(finetune_pipeline).__name__)"
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "ZENML_ANALYTICS_OPT_IN": "0"}
-    environment |= {"ZENML_CUSTOM_SOURCE_ROOT": str(ROOT)}
+    environment |= {name: os.environ[name] for name in ("ZENML_CONFIG_PATH", "ZENML_CUSTOM_SOURCE_ROOT")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
