@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
 
 

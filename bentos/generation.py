@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from bentos.compat import MODEL_FILE
 from bentos.completion import Completion, CompletionResult, GenerationRequest, Progress
 from bentos.errors import ServiceError
 from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
@@ -18,6 +19,7 @@ from bentos.settings import check_choice
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, EngineFull, Weights
+from gpt2core.files import list_files
 from gpt2core.inference.detokenizer import IncrementalDetokenizer as Detokenizer
 from gpt2core.inference.request import EngineClosed, TokenLogprobs
 from gpt2core.inference.request import Request as EngineRequest
@@ -194,9 +196,7 @@ class TextGenerator:
         return ServiceError("invalid_request", str(error), param)
 
     def _load(self, name: str, directory: Path) -> AdapterVersion:
-        # only the adapter's own files: BentoML adds model.yaml to those in its store
-        files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
-        files = [file for file in files if file != "model.yaml"]
+        files = list_files(directory, exclude=[MODEL_FILE])
         version = AdapterVersion(name=name, sha256=directory_sha256(directory, files))
         self.engine.load_adapter(name, directory)
         self._adapters[name] = version

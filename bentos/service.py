@@ -28,7 +28,7 @@ from bentos.middleware.metrics_path import path_label
 from bentos.middleware.request_id import RequestIdMiddleware
 from bentos.openapi import set_limits
 from bentos.settings import Settings
-from gpt2core.files import verify_directory
+from gpt2core.files import list_files, verify_directory
 from gpt2core.types import Lineage
 
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
@@ -87,8 +87,10 @@ class GPT2Instruct:
         from bentos.request_log import RequestLog
 
         for tag, model in ((models.base, self.base), (models.adapter, self.adapter)):
-            # the tag's version is the start of the content's sha256; BentoML adds model.yaml
-            verify_directory(model.path, tag.partition(":")[2], exclude=["model.yaml"])
+            stored = list_files(model.path, exclude=[compat.MODEL_FILE])
+            verify_directory(
+                model.path, tag.partition(":")[2], stored
+            )  # a version is the start of the content's sha256
         log = RequestLog(settings().request_log, settings().request_log_text) if settings().request_log else None
         self.generator = TextGenerator(
             self.base.path, self.adapter.path, settings().weights, settings().adapters_dir, Metrics(), log

@@ -19,7 +19,7 @@ import yaml
 
 from deploy.source import ROOT
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import checkpoint_files, verify_directory
+from gpt2core.files import checkpoint_files, list_files, verify_directory
 from gpt2core.types import AdapterRef, Lineage
 
 logger = logging.getLogger(__name__)
@@ -122,9 +122,8 @@ def log_tail(log: str) -> str:
 
 
 def _verify_models(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> None:
-    others = {path.relative_to(base_dir).as_posix() for path in base_dir.rglob("*")} - {*checkpoint_files(base_dir)}
     try:
-        verify_directory(base_dir, lineage.base.sha256, exclude=others)
+        verify_directory(base_dir, lineage.base.sha256, checkpoint_files(base_dir))
         verify_directory(adapter_dir, lineage.adapter.sha256)
     except ValueError as error:
         raise BentoError(str(error)) from None
@@ -142,7 +141,7 @@ def _store_model(name: str, directory: Path) -> str:
     stored = _in_store("models", tag)
     if stored.is_dir():
         try:
-            verify_directory(stored, version, exclude=[MODEL_FILE])
+            verify_directory(stored, version, list_files(stored, exclude=[MODEL_FILE]))
         except ValueError as error:
             logger.warning("%s; it is stored again", error)
             rmtree(stored)

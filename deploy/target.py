@@ -70,7 +70,10 @@ class Target(Protocol):
 
 
 def open_target(config: DeployConfig) -> Target | None:
-    """The target that the configuration names; None for "none". Imports only the client library that it needs."""
+    """The target that the configuration names; None for "none". The client libraries are imported for the chosen one.
+
+    Kubernetes needs docker's client too, which resolves the digest of the image.
+    """
     if config.target == "docker":
         from deploy.containers.service import DockerTarget
 

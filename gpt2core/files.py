@@ -46,14 +46,15 @@ def file_sha256(file: str | Path) -> str:
 
 def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
     """sha256 of a directory: of the sorted lines "<sha256>  <relative path>" of its files, as sha256sum prints them."""
-    directory = Path(directory)
-    names = (
-        sorted(files)
-        if files is not None
-        else sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    )
-    lines = "".join(f"{file_sha256(directory / name)}  {name}\n" for name in names)
+    names = list_files(directory) if files is None else sorted(files)
+    lines = "".join(f"{file_sha256(Path(directory) / name)}  {name}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def list_files(directory: str | Path, exclude: Collection[str] = ()) -> list[str]:
+    """The relative paths of all files below the directory, sorted, without the excluded ones."""
+    paths = (path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file())
+    return sorted(set(paths) - set(exclude))
 
 
 def checkpoint_files(directory: str | Path) -> list[str]:
@@ -61,18 +62,17 @@ def checkpoint_files(directory: str | Path) -> list[str]:
     return sorted({file.name for pattern in CHECKPOINT_FILES for file in Path(directory).glob(pattern)})
 
 
-def verify_directory(directory: str | Path, sha256: str, exclude: Collection[str] = ()) -> None:
+def verify_directory(directory: str | Path, sha256: str, files: Collection[str] | None = None) -> None:
     """Compare a directory with the digest under which it was stored.
 
     Args:
         sha256: of `directory_sha256`, or at least its first 16 digits.
-        exclude: files that were not there when the digest was computed.
+        files: those that the digest is of; None: all.
 
     Raises:
         ValueError: naming the directory, its files and both digests.
     """
-    paths = [path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()]
-    names = sorted(set(paths) - set(exclude))
+    names = list_files(directory) if files is None else sorted(files)
     found = directory_sha256(directory, names)
     if len(sha256) < 16 or not found.startswith(sha256):
         raise ValueError(

@@ -42,6 +42,5 @@ def open_base(directory: Path) -> Path:
     base = read_base(directory)
     if not has_checkpoint(directory):
         return fetch_base(base).path
-    others = {path.relative_to(directory).as_posix() for path in directory.rglob("*")} - {*checkpoint_files(directory)}
-    verify_directory(directory, base.sha256, exclude=others)
+    verify_directory(directory, base.sha256, checkpoint_files(directory))
     return directory

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2core.checkpoint import directory_sha256, read_config
-from gpt2core.files import checkpoint_files
+from gpt2core.files import CHECKPOINT_FILES, checkpoint_files
 from gpt2core.types import BaseRef
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is enough
-OTHERS = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 class HubError(RuntimeError):
@@ -74,7 +72,7 @@ def _download(name: str, revision: str) -> Path:
             "reproducible (if base.name is meant to be a directory: it does not exist)"
         )
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*WEIGHTS, *OTHERS]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*CHECKPOINT_FILES]))
     except (OSError, HTTPError, HFValidationError) as error:  # everything the network, the hub and its cache raise
         raise HubError(
             f"{name} at {revision} could not be downloaded ({type(error).__name__}); check the network, the name, and "
