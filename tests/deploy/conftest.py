@@ -96,7 +96,9 @@ def make_image(engine, base_dir, adapter_dir):
     def make(run: str) -> Image:
         tag = build_bento(base_dir, adapter_dir, f"{run}-{SESSION}")
         made.append(tag)
-        return build_service(tag)
+        image = build_service(tag)
+        assert engine.images.get(f"{bento.NAME}:latest").id == image.digest  # here: the next build moves it on
+        return image
 
     yield make
     for tag in made:

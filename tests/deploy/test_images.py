@@ -47,7 +47,7 @@ def inside(engine, reference: str, command: str) -> str:
 
 def test_the_service_image_is_small_and_its_labels_name_its_sources(engine, first):
     about = engine.images.get(first.reference)
-    assert about.id == first.digest == engine.images.get(f"{bento.NAME}:latest").id
+    assert about.id == first.digest
     assert about.attrs["Size"] < IMAGE_LIMIT
     labels = about.labels
     lineage = bento.lineage(first.reference)
