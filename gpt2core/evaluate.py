@@ -1,5 +1,6 @@
 """Answers of a model to test records, and their scores."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,22 +8,20 @@ from dataclasses import dataclass
 import tiktoken
 
 from gpt2core.config import GenerationConfig
-from gpt2core.data import Record, encode_records
+from gpt2core.data import Example, Record, encode_records
 from gpt2core.generate import generate
-from gpt2core.metrics import RecordScores, Scores, aggregate, mean, score_record
+from gpt2core.metrics import Scores, aggregate, mean, score_record
 from gpt2core.model import GPT2
 from gpt2core.prompt import parse_reply
 from gpt2core.train import token_losses
-from gpt2core.types import Evaluation, FamilyScores, Sample, TrainSummary
+from gpt2core.types import Answer, Evaluation, FamilyScores, Sample, TrainSummary
 
 
 @dataclass(frozen=True)
 class Answers:
     """One model's answers, in the order of the records, and their scores."""
 
-    texts: list[str]  # clean answers
-    finished: list[bool]  # ended by end of text, not by max_new_tokens or a full context
-    record_scores: list[RecordScores]
+    answers: list[Answer]
     scores: Scores
     device: str  # type of the device that generated them
 
@@ -55,14 +54,26 @@ def evaluate(
         completions += generate(model, prompts, config)
         progress(len(completions))
     losses = token_losses(model, examples, batch_size, "response")
-    texts = [answer_text(completion, tokenizer) for completion in completions]
-    finished = [completion[-1] == tokenizer.eot_token for completion in completions]
-    record_scores = [
-        score_record(record["output"], text, loss, rouge_l)
-        for record, text, loss in zip(records, texts, losses, strict=True)
+    own = [
+        Example([*example.input_ids[: example.prompt_length], *completion], example.prompt_length)
+        for example, completion in zip(examples, completions, strict=True)
     ]
-    scores = aggregate(record_scores, losses, finished)
-    return Answers(texts, finished, record_scores, scores, model.wte.weight.device.type)
+    answers = []
+    for record, completion, loss, (own_loss, n_tokens) in zip(
+        records, completions, losses, token_losses(model, own, batch_size, "response"), strict=True
+    ):
+        text = answer_text(completion, tokenizer)
+        answers.append(
+            Answer(
+                text=text,
+                finished=completion[-1] == tokenizer.eot_token,
+                scores=score_record(record["output"], text, loss, rouge_l),
+                reference_tokens=loss[1],
+                confidence=math.exp(-own_loss / n_tokens),
+            )
+        )
+    scores = aggregate([each.scores for each in answers], losses, [each.finished for each in answers])
+    return Answers(answers, scores, model.wte.weight.device.type)
 
 
 def answer_text(completion: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
@@ -82,14 +93,20 @@ def compare_answers(
             instruction=record["instruction"],
             input=record["input"],
             output=record["output"],
-            base=base.texts[i],
-            tuned=tuned.texts[i],
-            finished=tuned.finished[i],
+            base=before.text,
+            tuned=after.text,
+            finished=after.finished,
             family=record.get("family", ""),
-            base_scores=base.record_scores[i],
-            tuned_scores=tuned.record_scores[i],
+            base_scores=before.scores,
+            tuned_scores=after.scores,
+            group=record.get("group", ""),
+            base_finished=before.finished,
+            base_tokens=before.reference_tokens,
+            tuned_tokens=after.reference_tokens,
+            base_confidence=before.confidence,
+            tuned_confidence=after.confidence,
         )
-        for i, record in enumerate(records)
+        for record, before, after in zip(records, base.answers, tuned.answers, strict=True)
     ]
     return samples, Evaluation(base.scores, tuned.scores, _by_family(samples), train, tuned.device)
 

@@ -4,7 +4,7 @@ Scores are in `gpt2core/metrics.py`, a deployment's outcome in `deploy/target.py
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
@@ -29,9 +29,27 @@ class JsonDataclass:
         return value
 
 
+SIDES = ("base", "tuned", "champion")  # the models that answer a test record
+
+
+@dataclass(frozen=True)
+class Answer(JsonDataclass):
+    """One model's answer to a test record."""
+
+    text: str
+    finished: bool  # ended by end of text
+    scores: RecordScores
+    reference_tokens: int  # of the reference answer with its end of text, in this model's tokens
+    confidence: float | None = None  # mean probability of the answer's tokens
+
+
 @dataclass(frozen=True)
 class Sample(JsonDataclass):
-    """A test record with the answers of base and tuned model. `to_json` is a line of samples.jsonl."""
+    """A test record with the answers of the models. `to_json` is a line of samples.jsonl.
+
+    The champion is the model version that was in the target stage before this run; it answers only records that it was
+    not trained on.
+    """
 
     instruction: str
     input: str
@@ -42,11 +60,47 @@ class Sample(JsonDataclass):
     family: str  # "" where the record has none
     base_scores: RecordScores
     tuned_scores: RecordScores
+    group: str = ""  # records of one group are about one thing; "" where the record has none
+    base_finished: bool = False
+    base_tokens: int = 1  # of the reference, see Answer
+    tuned_tokens: int = 1
+    base_confidence: float | None = None
+    tuned_confidence: float | None = None
+    champion: str | None = None  # None: did not answer
+    champion_finished: bool = False
+    champion_tokens: int = 1
+    champion_confidence: float | None = None
+    champion_scores: RecordScores | None = None
+
+    def answer(self, side: str) -> Answer:
+        """The answer of one of `SIDES`.
+
+        Raises:
+            ValueError: the champion did not answer this record.
+        """
+        text, scores = getattr(self, side), getattr(self, f"{side}_scores")
+        if text is None or scores is None:
+            raise ValueError(f"the {side} has no answer to {self.instruction!r}")
+        finished = self.finished if side == "tuned" else getattr(self, f"{side}_finished")
+        return Answer(text, finished, scores, getattr(self, f"{side}_tokens"), getattr(self, f"{side}_confidence"))
+
+    def with_champion(self, answer: Answer) -> Self:
+        """The sample with the champion's answer."""
+        return replace(
+            self,
+            champion=answer.text,
+            champion_finished=answer.finished,
+            champion_tokens=answer.reference_tokens,
+            champion_confidence=answer.confidence,
+            champion_scores=answer.scores,
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """Flat: the scores are keys like base_exact_match and tuned_nll."""
+        """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none."""
         plain = asdict(self)
-        sides = {side: plain.pop(f"{side}_scores") for side in ("base", "tuned")}
+        if self.champion is None:
+            plain = {key: value for key, value in plain.items() if not key.startswith("champion")}
+        sides = {side: plain.pop(f"{side}_scores") for side in SIDES if f"{side}_scores" in plain}
         return plain | {f"{side}_{name}": value for side, scores in sides.items() for name, value in scores.items()}
 
     @classmethod
@@ -54,7 +108,8 @@ class Sample(JsonDataclass):
         names = [score.name for score in fields(RecordScores)]
         nested = {
             f"{side}_scores": {name: data[f"{side}_{name}"] for name in names if f"{side}_{name}" in data}
-            for side in ("base", "tuned")
+            for side in SIDES
+            if side != "champion" or data.get("champion") is not None
         }
         return super().from_json({**data, **nested})
 
@@ -66,6 +121,8 @@ class FamilyScores(JsonDataclass):
     records: int
     base: float
     tuned: float
+    base_ci95: list[float] = field(default_factory=list)  # [low, high]
+    tuned_ci95: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,6 +144,34 @@ class Evaluation(JsonDataclass):
     by_family: dict[str, FamilyScores]
     train: TrainSummary
     device: str = "cpu"  # type of the device that generated the answers in fp32; another type may decode other text
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # model, metric: 95 % interval
+
+
+@dataclass(frozen=True)
+class Difference(JsonDataclass):
+    """How a model's score differs from another model's on the same n records."""
+
+    metric: str
+    difference: float  # new minus old
+    ci95: list[float]  # [low, high]; [] where the data allow none
+    p_value: float  # two-sided, of no difference
+    n: int
+    test: str  # that gave the p-value
+    detectable: float | None = None  # the smallest true difference that n records show with a power of 0.8
+
+
+@dataclass(frozen=True)
+class Comparison(JsonDataclass):
+    """The tuned model beside its base and beside the champion, by metric."""
+
+    tuned_vs_base: dict[str, Difference]
+    champion: str  # the model version in the target stage; "" if there is none
+    tuned_vs_champion: dict[str, Difference] | None  # None: not compared, see `note`
+    note: str  # on which records the champion was compared, or why not
+    worst: float | None = None  # bound of the difference to the champion on promote.metric; negative: worse
+    same_adapter: bool = False  # this run's adapter is the champion's: a repeated run
+    champion_scores: Scores | None = None
+    champion_intervals: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

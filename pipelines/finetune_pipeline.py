@@ -7,6 +7,7 @@ from zenml.enums import ExecutionMode
 
 from deploy.config import DeployConfig
 from gpt2core.config import LoraConfig, TrainConfig
+from steps.compare import compare
 from steps.config import (
     BaseConfig,
     DataConfig,
@@ -56,8 +57,26 @@ def finetune_pipeline(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )
     samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, evaluate)
-    page, report_json, curves = report_step(samples, metrics, history)
-    promotion = promote_step(metrics, promote)
+    compared, comparison = compare(samples, test_records, adapter, evaluate, promote)
+    page, report_json, curves = report_step(
+        compared, metrics, comparison, history, train_records, val_records, test_records
+    )
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, evaluate)
+    promotion = promote_step(
+        comparison, metrics, promote, after="package"
+    )  # which fails if the service answers otherwise
     deploy_step(bento, lineage, samples, promotion, deploy, package, evaluate)
-    export_outputs(samples, metrics, split, page, report_json, curves, base_dir, adapter, lineage, promotion)
+    export_outputs(
+        compared,
+        metrics,
+        split,
+        page,
+        report_json,
+        curves,
+        base_dir,
+        adapter,
+        lineage,
+        promotion,
+        comparison,
+        promote,
+    )

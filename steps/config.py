@@ -74,15 +74,22 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PromoteConfig:
-    """Promotion gate: the tuned model must be better than the base on `metric` by more than `margin`."""
+    """Promotion gate: better than the base on `metric`, and not worse than the champion by more than `margin`.
+
+    The champion is the model version in `stage`. See `steps.promote.decide`.
+    """
 
     stage: Literal["staging", "production"] = "staging"
     metric: str = "exact_match"
-    margin: float = 0.0
+    margin: float = 0.05  # in units of the metric
+    alpha: float = 0.05  # level of both tests
+    champion: Literal["required", "if-present", "ignore"] = "if-present"
 
     def __post_init__(self) -> None:
         check_types(self)
         check_field(self, "metric", self.metric in METRICS, f"one of {', '.join(METRICS)}")
+        check_field(self, "margin", self.margin >= 0, "at least 0")
+        check_field(self, "alpha", 0 < self.alpha < 0.5, "between 0 and 0.5")
 
 
 @dataclass(frozen=True)

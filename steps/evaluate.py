@@ -15,6 +15,7 @@ from gpt2core.types import Evaluation, Sample, TrainSummary
 from steps.adapters.base import open_base
 from steps.adapters.progress import counting_progress
 from steps.adapters.rouge import rouge_l
+from steps.adapters.statistics import with_intervals
 from steps.cache import code_of
 from steps.config import EvaluateConfig
 from steps.materializers import SampleListMaterializer
@@ -35,6 +36,6 @@ def evaluate(
     with counting_progress("evaluate tuned", len(test_records)) as show:
         after = evaluate_model(model, tokenizer, test_records, *limits, show)
     samples, evaluation = compare_answers(test_records, before, after, train_summary)
-    evaluation = replace(evaluation, device=device.type)
+    evaluation = with_intervals(samples, replace(evaluation, device=device.type))
     describe("metrics", evaluation.to_json())
     return samples, evaluation

@@ -1,16 +1,18 @@
 import logging
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from zenml import get_step_context, step
 from zenml.types import HTMLString
 
 from gpt2core.data import to_jsonl
 from gpt2core.metrics import METRICS
-from gpt2core.types import Evaluation, Lineage, Sample, SplitSummary
+from gpt2core.types import Comparison, Evaluation, Lineage, Sample, SplitSummary
 from steps.adapters.base import REFERENCE, has_checkpoint, open_base
+from steps.config import PromoteConfig
 from steps.outputs import to_json, write_outputs
-from steps.promote import Promotion
+from steps.promote import Promotion, compared_on
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,15 @@ def export_outputs(
     adapter: Path,
     lineage: Lineage,
     promotion: Promotion,
+    comparison: Comparison,
+    promote: PromoteConfig,
 ) -> Annotated[str, "outputs"]:
     """Write the run's results below outputs/, and link outputs/<stage> to them if it was promoted."""
     texts: dict[str, str | bytes] = {
         "report.html": str(report),
         "report.json": report_json,
         "curves.html": str(curves),
-        "metrics.json": to_json(metrics.to_json()),
+        "metrics.json": to_json(_metrics(metrics, comparison, promote)),
         "samples.jsonl": to_jsonl([sample.to_json() for sample in samples]),
         "split.json": to_json(split.to_json()),
         "lineage.json": to_json(lineage.to_json()),
@@ -50,7 +54,17 @@ def export_outputs(
     directory = write_outputs(get_step_context().pipeline_run.name, texts, folders, links, stages)
     for name, metric in METRICS.items():
         base_score, tuned_score = getattr(metrics.base, name), getattr(metrics.tuned, name)
-        logger.info("%s: base %.4g, tuned %.4g", metric.heading, base_score, tuned_score)
+        champion = comparison.champion_scores
+        beside = "" if champion is None else f", champion {getattr(champion, name):.4g}"
+        logger.info("%s: base %.4g, tuned %.4g%s", metric.heading, base_score, tuned_score, beside)
     logger.info("%s", promotion.reason)
     logger.info("report: %s", directory / "report.html")
     return str(directory)
+
+
+def _metrics(metrics: Evaluation, comparison: Comparison, promote: PromoteConfig) -> dict[str, Any]:
+    champion = comparison.champion_scores
+    return metrics.to_json() | {
+        "champion": None if champion is None else asdict(champion),
+        "comparison": compared_on(comparison, promote.metric),
+    }

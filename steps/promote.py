@@ -1,11 +1,11 @@
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from zenml import get_step_context, log_metadata, step
 from zenml.client import Client
 
 from gpt2core.metrics import METRICS
-from gpt2core.types import Evaluation, JsonDataclass
+from gpt2core.types import Comparison, Difference, Evaluation, JsonDataclass
 from steps.config import PromoteConfig
 from steps.metadata import describe
 
@@ -21,29 +21,71 @@ class Promotion(JsonDataclass):
 
 
 @step(enable_cache=False)
-def promote(metrics: Evaluation, promote: PromoteConfig) -> Annotated[Promotion, "promotion"]:
-    """Move this run's model version to the stage if it beats its base; record the reason either way."""
-    promoted, reason = compare(metrics, promote)
+def promote(comparison: Comparison, metrics: Evaluation, promote: PromoteConfig) -> Annotated[Promotion, "promotion"]:
+    """Move this run's model version to the stage if it passes the gate; record the reason either way.
+
+    Runs after `package`, which fails if the service does not answer as the evaluated model did.
+    """
+    promoted, reason = decide(comparison, promote)
     version = get_step_context().model
     if promoted:
         version.set_stage(promote.stage, force=True)
     promotion = Promotion(promoted, promote.stage if promoted else "", f"{version.name}/{version.version}", reason)
     describe("promotion", promotion.to_json())
     scores = metrics.to_json()
-    log_metadata(metadata={model: scores[model] for model in ("base", "tuned")}, infer_model=True)
+    evidence = {"promotion": promotion.to_json(), "comparison": compared_on(comparison, promote.metric)}
+    log_metadata(metadata={model: scores[model] for model in ("base", "tuned")} | evidence, infer_model=True)
     return promotion
 
 
-def compare(metrics: Evaluation, promote: PromoteConfig) -> tuple[bool, str]:
-    """Whether the tuned model is better than the base by more than the margin, and a sentence that says so."""
-    base, tuned = getattr(metrics.base, promote.metric), getattr(metrics.tuned, promote.metric)
+def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
+    """Whether the tuned model is to be promoted, and the reason as a sentence.
+
+    It must be better than its base (p below alpha) and, where there is a champion, shown to be not worse than it by
+    more than the margin, at the one-sided level alpha.
+    """
+    if comparison.same_adapter:
+        return False, f"{comparison.champion} in stage {promote.stage} has the same adapter; nothing changes"
     higher = METRICS[promote.metric].higher_is_better
-    better = (tuned - base if higher else base - tuned) > promote.margin
-    relation = f"{'' if better else 'not '}{'above' if higher else 'below'}"
-    return better, (
-        f"{promote.metric} {tuned:.4f} of the tuned model is {relation} {base:.4f} of the base "
-        f"by more than the margin {promote.margin:.4f}"
+    base = comparison.tuned_vs_base[promote.metric]
+    better = base.difference > 0 if higher else base.difference < 0
+    against_base = f"{promote.metric} differs from the base's by {_figures(base)}"
+    if not better:
+        return False, f"not better than the base: {against_base}"
+    if base.p_value >= promote.alpha:
+        return False, f"not shown to be better than the base: {against_base}; alpha is {promote.alpha:g}"
+    if promote.champion == "ignore":
+        return True, f"better than the base: {against_base}; promote.champion is ignore"
+    if not comparison.champion:
+        if promote.champion == "required":
+            return False, f"promote.champion is required, but {comparison.note}"
+        return True, f"better than the base: {against_base}; {comparison.note}"
+    if comparison.tuned_vs_champion is None or comparison.worst is None:
+        return False, f"{comparison.note}; with promote.champion=ignore, the champion does not count"
+    champion = comparison.tuned_vs_champion[promote.metric]
+    against = (
+        f"{promote.metric} differs from that of {comparison.champion} by {_figures(champion)}; at level "
+        f"{promote.alpha:g} it may be worse by {max(0.0, -comparison.worst):.4f}, and the margin is {promote.margin:g}"
     )
+    if comparison.worst < -promote.margin:
+        return False, f"not shown to be as good as the champion: {against}"
+    return True, f"better than the base and as good as the champion: {against_base}; {against}"
+
+
+def compared_on(comparison: Comparison, metric: str) -> dict[str, Any]:
+    """The comparisons on one metric, as in metrics.json."""
+    champion = comparison.tuned_vs_champion
+    return {
+        "tuned_vs_base": comparison.tuned_vs_base[metric].to_json(),
+        "tuned_vs_champion": None if champion is None else champion[metric].to_json(),
+        "champion": comparison.champion,
+        "note": comparison.note,
+    }
+
+
+def _figures(found: Difference) -> str:
+    interval = f"95 % interval {found.ci95[0]:+.4f} to {found.ci95[1]:+.4f}, " if found.ci95 else ""
+    return f"{found.difference:+.4f} ({interval}p {found.p_value:.3g}, n {found.n})"
 
 
 def check_stage(required: Literal["", "staging", "production"], version: str, built_by: str) -> None:

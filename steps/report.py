@@ -5,18 +5,29 @@ from typing import Annotated
 from zenml import get_step_context, step
 from zenml.types import HTMLString
 
-from gpt2core.types import Evaluation, Sample
+from gpt2core.data import Record
+from gpt2core.types import Comparison, Evaluation, Sample
+from steps.adapters.data_check import check_data
 from steps.adapters.report import write_curves, write_report
 from steps.cache import code_of
+from steps.metadata import describe
 
 
 @step(cache_policy=code_of(__name__))
 def report(
-    samples: list[Sample], metrics: Evaluation, history: list[dict[str, float]]
+    samples: list[Sample],
+    metrics: Evaluation,
+    comparison: Comparison,
+    history: list[dict[str, float]],
+    train_records: list[Record],
+    val_records: list[Record],
+    test_records: list[Record],
 ) -> tuple[Annotated[HTMLString, "report"], Annotated[str, "report_json"], Annotated[HTMLString, "curves"]]:
     """Base against tuned model as a page and as JSON text, and the training curves as a page."""
+    data = check_data(train_records, val_records, test_records)
+    describe("report", {"same_record": data.same_record, "same_question": data.same_question, "near": data.near})
     run_name = get_step_context().pipeline_run.name
     with TemporaryDirectory() as directory:
-        page, data = write_report(samples, metrics, Path(directory), title=run_name)
+        page, report_data = write_report(samples, metrics, comparison, data, Path(directory), title=run_name)
         curves = write_curves(history, Path(directory), title=run_name)
-        return HTMLString(page.read_text()), data.read_text(), HTMLString(curves.read_text())
+        return HTMLString(page.read_text()), report_data.read_text(), HTMLString(curves.read_text())

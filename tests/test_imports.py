@@ -56,11 +56,13 @@ MAY_IMPORT = {
 }
 ADAPTERS = {  # the library that each adapter wraps
     "base": set(),
+    "data_check": {"sklearn"},
     "download": {"requests", "urllib3", "tqdm"},
     "hub": {"huggingface_hub"},
     "progress": {"tqdm"},
-    "report": {"evidently", "jinja2", "pandas", "plotly"},
+    "report": {"evidently", "jinja2", "markupsafe", "pandas", "plotly"},
     "rouge": {"rouge_score"},
+    "statistics": {"numpy", "scipy", "statsmodels"},
     "tracking": {"wandb"},
 }
 # Package -> the extras of pyproject.toml that must declare what it imports; the core dependencies count for all.

@@ -1,9 +1,12 @@
 """The report page: a summary of ours (jinja2, autoescaped), Evidently's report, and the training curves."""
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +17,15 @@ from evidently import DataDefinition, Dataset, Report
 from evidently.descriptors import Contains, RegExp, TextLength, WordCount
 from evidently.metrics import RowCount
 from evidently.presets import ValueStats
+from markupsafe import Markup, escape
 from plotly.subplots import make_subplots
 
 from gpt2core.checkpoint import atomic_write
-from gpt2core.metrics import METRICS, RecordScores
+from gpt2core.metrics import METRICS, RecordScores, mean
 from gpt2core.prompt import RESPONSE
-from gpt2core.types import Evaluation, Sample
+from gpt2core.types import Comparison, Evaluation, Sample
+from steps.adapters.data_check import DataCheck
+from steps.adapters.statistics import interval
 
 SCORES = tuple(score.name for score in fields(RecordScores))  # of each sample
 DESCRIPTORS = ("characters", "words", "prompt_leaked", "repeats_itself")  # of each answer
@@ -30,28 +36,135 @@ _ENVIRONMENT = jinja2.Environment(
 )
 
 
-def write_report(samples: Sequence[Sample], evaluation: Evaluation, directory: Path, title: str) -> tuple[Path, Path]:
-    """Write report.html, which loads nothing from elsewhere, and report.json: {"metrics", "evidently"}."""
-    right, wrong = ([s for s in samples if s.tuned_scores.exact_match == score] for score in (1.0, 0.0))
-    best = sorted(right, key=lambda sample: (sample.base_scores.token_f1, -sample.base_scores.nll))
+def write_report(
+    samples: Sequence[Sample],
+    evaluation: Evaluation,
+    comparison: Comparison,
+    data: DataCheck,
+    directory: Path,
+    title: str,
+) -> tuple[Path, Path]:
+    """Write report.html, which loads nothing from elsewhere, and report.json.
+
+    report.json is {"metrics", "comparison", "data", "evidently"}.
+    """
+    wrong = [sample for sample in samples if not sample.tuned_scores.exact_match]
     worst = sorted(wrong, key=lambda sample: (sample.tuned_scores.token_f1, -sample.tuned_scores.nll))
     evidently_page, evidently_json = _evidently(samples)
     page = _ENVIRONMENT.get_template("report.html.j2").render(
         title=title,
         samples=samples,
         evaluation=evaluation,
+        comparison=comparison,
+        data=data,
         metrics=METRICS,
-        best=best[:N_EXAMPLES],
+        flips=_flips(samples),
+        families=[_Slice(name, **asdict(scores)) for name, scores in evaluation.by_family.items()],
+        slices=_length_slices(samples),
+        calibration=_calibration(samples),
+        problems=_problems(samples),
         worst=worst[:N_EXAMPLES],
+        word_diff=word_diff,
         evidently=evidently_page,
     )
-    data = (
-        json.dumps(_finite({"metrics": evaluation.to_json(), "evidently": evidently_json}), indent=2, allow_nan=False)
-        + "\n"
-    )
+    content = {
+        "metrics": evaluation.to_json(),
+        "comparison": comparison.to_json(),
+        "data": data.to_json(),
+        "evidently": evidently_json,
+    }
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
     atomic_write(directory / "report.html", page.encode())
-    atomic_write(directory / "report.json", data.encode())
+    atomic_write(directory / "report.json", text.encode())
     return directory / "report.html", directory / "report.json"
+
+
+def word_diff(reference: str, answer: str) -> Markup:
+    """The answer as HTML; words that only the reference has are in <del>, words that only the answer has in <ins>."""
+    old, new = (re.findall(r"\s*\S+", text) for text in (reference, answer))
+    parts = []
+    for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        removed, added = escape("".join(old[i:j])), escape("".join(new[k:m]))
+        if kind == "equal":
+            parts.append(added)
+            continue
+        parts += [Markup("<del>{}</del>").format(removed)] if removed else []
+        parts += [Markup("<ins>{}</ins>").format(added)] if added else []
+    return Markup("").join(parts)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Some of the records: how many base and tuned model answer rightly, with 95 % intervals."""
+
+    name: str
+    records: int
+    base: float
+    base_ci95: list[float]
+    tuned: float
+    tuned_ci95: list[float]
+
+
+def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
+    """Exact match for short, middle and long reference answers, a third of the records each."""
+    order = sorted(samples, key=lambda sample: len(sample.output))
+    slices = []
+    for part in (order[i * len(order) // 3 : (i + 1) * len(order) // 3] for i in range(3)):
+        if part:
+            groups = [sample.group for sample in part]
+            sides = [[sample.answer(side) for sample in part] for side in ("base", "tuned")]
+            shares = [mean([answer.scores.exact_match for answer in answers]) for answers in sides]
+            base, tuned = (interval(answers, groups, "exact_match") for answers in sides)
+            name = f"{len(part[0].output)} to {len(part[-1].output)} characters"
+            slices.append(_Slice(name, len(part), shares[0], base, shares[1], tuned))
+    return slices
+
+
+def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Samples whose answer became right or wrong, by heading."""
+
+    def changed(side: str, was: float) -> list[Sample]:
+        answered = [sample for sample in samples if getattr(sample, f"{side}_scores") is not None]
+        return [s for s in answered if getattr(s, f"{side}_scores").exact_match == was != s.tuned_scores.exact_match]
+
+    return {
+        "Right in the base, wrong now": changed("base", 1.0),
+        "Right in the champion, wrong now": changed("champion", 1.0),
+        "Wrong in the champion, right now": changed("champion", 0.0),
+        "Wrong in the base, right now": changed("base", 0.0),
+    }
+
+
+def _calibration(samples: Sequence[Sample]) -> list[tuple[str, int, float, float]]:
+    """Of tuned answers by confidence: range, number, mean confidence, share that is right."""
+    rows = []
+    for low, high in itertools.pairwise((0.0, 0.5, 0.8, 0.9, 0.95, 1.0)):
+        part = [s for s in samples if s.tuned_confidence is not None and low <= s.tuned_confidence < high + (high == 1)]
+        if part:
+            confidence = mean([s.tuned_confidence or 0.0 for s in part])
+            rows.append(
+                (f"{low:g} to {high:g}", len(part), confidence, mean([s.tuned_scores.exact_match for s in part]))
+            )
+    return rows
+
+
+def _problems(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+    """Answers of base and tuned model with a visible problem, by its name."""
+    checks: dict[str, Callable[[str], bool]] = {
+        "repeat the prompt's headings": lambda text: RESPONSE in text,
+        "repeat a word four times": lambda text: re.search(REPEATS, text) is not None,
+        "are empty": lambda text: not text,
+    }
+    found = {
+        name: (sum(check(s.base) for s in samples), sum(check(s.tuned) for s in samples))
+        for name, check in checks.items()
+    }
+    return found | {
+        "were cut at the length limit": (
+            sum(not s.base_finished for s in samples),
+            sum(not s.finished for s in samples),
+        )
+    }
 
 
 def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
@@ -91,17 +204,28 @@ def _finite(value: Any) -> Any:
 def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title: str) -> Path:
     """Write curves.html, self-contained: losses, learning rate, gradient norm and throughput by optimiser step."""
     panels = {
-        "loss, nats per token": ("train/loss", "val/loss"),
-        "learning rate": ("train/learning_rate",),
-        "gradient norm": ("train/grad_norm",),
-        "tokens/s": ("train/tokens_per_second",),
+        "loss, nats per token": {"train/loss": "training loss", "val/loss": "validation loss"},
+        "learning rate": {"train/learning_rate": "learning rate"},
+        "gradient norm": {"train/grad_norm": "gradient norm"},
+        "tokens/s": {"train/tokens_per_second": "tokens/s"},
     }
     figure = make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.05, subplot_titles=list(panels))
     for row, names in enumerate(panels.values(), start=1):
-        for name in names:
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        for key, name in names.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
             steps, values = zip(*points, strict=True) if points else ((), ())
             figure.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines+markers"), row=row, col=1)
+    validated = [entry for entry in history if math.isfinite(entry.get("val/loss", math.nan))]
+    if validated:
+        best = min(validated, key=lambda entry: entry["val/loss"])
+        marker = {"symbol": "star", "size": 14}
+        figure.add_trace(
+            go.Scatter(
+                x=[best["step"]], y=[best["val/loss"]], name="best validation loss", mode="markers", marker=marker
+            ),
+            row=1,
+            col=1,
+        )
     figure.update_xaxes(title_text="optimiser step", row=len(panels))
     figure.update_layout(title_text=jinja2.filters.escape(title), height=1000, legend_orientation="h")
     file = directory / "curves.html"

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from gpt2core.metrics import METRICS, RecordScores, Scores
-from gpt2core.types import Evaluation, FamilyScores, Sample, TrainSummary
-from steps.adapters.report import write_curves, write_report
+from gpt2core.types import Answer, Comparison, Evaluation, FamilyScores, Sample, TrainSummary
+from steps.adapters.data_check import check_data
+from steps.adapters.report import word_diff, write_curves
+from steps.adapters.report import write_report as write_checked_report
+from steps.adapters.statistics import difference, with_intervals
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -38,6 +41,7 @@ def sample(i: int, base: str = "", tuned: str = "yes", family: str = "plural", n
         family=family,
         base_scores=scores(base, "yes", nll),
         tuned_scores=scores(tuned, "yes", nll),
+        tuned_confidence=0.9,
     )
 
 
@@ -56,7 +60,22 @@ def evaluation(samples: Sequence[Sample]) -> Evaluation:
         )
         for name, of in sorted(members.items())
     }
-    return Evaluation(base, tuned, by_family, TrainSummary(0.5, None, 100.0, 50.0))
+    return with_intervals(samples, Evaluation(base, tuned, by_family, TrainSummary(0.5, None, 100.0, 50.0)))
+
+
+def differences(samples: Sequence[Sample], other: str) -> dict:
+    sides = [[sample.answer(side) for sample in samples] for side in ("tuned", other)]
+    return {metric: difference(*sides, [""] * len(samples), metric) for metric in METRICS}
+
+
+TRAIN = [{"instruction": f"Name number {i}.", "input": "", "output": str(i)} for i in range(20)]
+
+
+def write_report(samples, evaluation, directory, title, comparison=None, test=TRAIN[:1]):
+    comparison = comparison or Comparison(
+        differences(samples, "base"), "", None, "no model version is in stage staging"
+    )
+    return write_checked_report(samples, evaluation, comparison, check_data(TRAIN, [], test), directory, title)
 
 
 class Page(HTMLParser):
@@ -110,26 +129,47 @@ def page(written):
 def test_the_page_has_every_metric_of_base_and_tuned_model_side_by_side(page):
     table = {cells[0]: cells[1:4] for cells in page.tables["Scores"][1:]}
     assert table.keys() == {metric.heading for metric in METRICS.values()}
-    assert table["Exact match"] == ["0", "0.6667", "+0.6667"]
-    assert table["Perplexity"] == ["12.38", "12.38", "+0"]
+    assert table["Exact match"][:2] == ["00 to 0.2425", "0.66670.3906 to 0.8619"]  # Wilson's intervals of 0 and 8 of 12
+    assert table["Exact match"][2].startswith("+0.6667")
+    assert table["Perplexity"][2].startswith("+0")
 
 
 def test_the_page_has_exact_match_by_family(page):
     table = {cells[0]: cells[1:4] for cells in page.tables["Exact match by family"]}
-    assert table["capital"] == ["6", "0 %", "67 %"]
-    assert table["plural"] == ["6", "0 %", "67 %"]
+    assert table["capital"] == table["plural"] == ["6", "0 %0 to 39", "67 %30 to 90"]
 
 
-def test_the_page_shows_correct_and_wrong_examples_sorted_by_score(page):
-    best, worst = (
-        [cells[0] for cells in page.tables[heading][1:]]
-        for heading in (
-            "Correct after finetuning, furthest from the reference before",
-            "Wrong, furthest from the reference",
-        )
+def test_the_page_shows_flips_and_the_worst_answers(page):
+    flips = page.tables["Answers that changed from right to wrong, and back"]
+    assert [cells[0] for cells in flips[1:]] == [f"Question {i}?" for i in (1, 2, 4, 5, 7, 8, 10, 11)]
+    worst = page.tables["Wrong answers furthest from the reference"]
+    assert [cells[0] for cells in worst[1:]] == [f"Question {i}?" for i in (9, 6, 3, 0)]
+
+
+def test_a_worse_model_than_the_champion_and_leaked_records_are_said_first(tmp_path):
+    samples = [sample(i, tuned="yes" if i < 20 else "no") for i in range(30)]
+    right = Answer("yes", True, scores("yes", "yes", 0.5), 2)
+    samples = [each.with_champion(right) for each in samples]
+    champion = Comparison(
+        differences(samples, "base"),
+        "gpt2-instruct/3",
+        differences(samples, "champion"),
+        "compared with the champion gpt2-instruct/3 on 30 of 30 test records",
+        champion_scores=Scores(1.0, 1.0, 1.0, 1.5, 1.0),
+        champion_intervals={metric: [0.5, 1.0] for metric in METRICS},
     )
-    assert best == [f"Question {i}?" for i in (11, 10, 8, 7, 5)]
-    assert worst == [f"Question {i}?" for i in (9, 6, 3, 0)]
+    test = [TRAIN[0], {**TRAIN[1], "output": "one"}, {"instruction": "What else?", "input": "", "output": "Nothing."}]
+    text = write_report(samples, evaluation(samples), tmp_path, "run", champion, test)[0].read_text()
+    verdict = text[text.index('id="verdict"') : text.index('id="scores"')]
+    for part in ("Finetuning gives more right answers", "66.7 %", "gpt2-instruct/3", "-33.3 percentage points"):
+        assert part in verdict
+    assert "1 test records are also training records, and 1 more ask a question" in verdict
+    flips = Page(text).tables["Answers that changed from right to wrong, and back"]
+    assert [cells[0] for cells in flips[1:11]] == [f"Question {i}?" for i in range(20, 30)]
+
+
+def test_a_word_diff_marks_what_is_missing_and_what_is_new():
+    assert word_diff("the <red> fox", "the fox & dog") == "the<del> &lt;red&gt;</del> fox<ins> &amp; dog</ins>"
 
 
 def test_the_page_has_every_answer(page, samples):
@@ -173,6 +213,7 @@ def test_the_json_has_the_metrics_and_evidentlys_figures(written, samples):
 
     data = json.loads(written[1].read_text(), parse_constant=refuse)
     assert data["metrics"] == evaluation(samples).to_json()
+    assert data["data"]["same_record"] == 1
     values = {metric["metric_name"]: metric["value"] for metric in data["evidently"]["metrics"]}
     assert values["RowCount()"] == 12
 
@@ -201,8 +242,8 @@ def test_the_curves_have_a_line_for_each_value_over_the_steps_that_logged_it(tmp
     data = text[text.index("[", text.rindex("Plotly.newPlot(")) :]
     traces, _ = json.JSONDecoder().raw_decode(data)
     found = {trace["name"]: (trace.get("x", []), trace.get("y", [])) for trace in traces}
-    assert found["train/loss"] == ([5, 10], [1.25, 0.75])
-    assert found["val/loss"] == ([10], [0.875])
+    assert found["training loss"] == ([5, 10], [1.25, 0.75])
+    assert found["validation loss"] == found["best validation loss"] == ([10], [0.875])
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1}]])

@@ -50,16 +50,16 @@ def answers(model, tokenizer):
 
 
 def test_answers_are_cleaned_greedy_completions(answers, model, tokenizer):
-    for record, text in zip(RECORDS, answers.texts, strict=True):
+    for record, answer in zip(RECORDS, answers.answers, strict=True):
         prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record["input"]))
         [completion] = generate(model, [prompt], GenerationConfig(max_new_tokens=6, eos_id=tokenizer.eot_token))
-        assert text == answer_text(completion, tokenizer)
+        assert answer.text == answer_text(completion, tokenizer)
 
 
 def test_the_likelihood_of_references_is_that_of_transformers(answers, directory, tokenizer):
     reference = GPT2LMHeadModel.from_pretrained(directory).eval()
     losses = []
-    for record, scores in zip(RECORDS, answers.record_scores, strict=True):
+    for record, scores in zip(RECORDS, [each.scores for each in answers.answers], strict=True):
         prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record["input"]))
         ids = [*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token]
         labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
@@ -72,16 +72,17 @@ def test_the_likelihood_of_references_is_that_of_transformers(answers, directory
 
 
 def test_scores_are_means_over_records(answers):
-    assert [scores.rouge_l for scores in answers.record_scores] == [0.04, 0.09, 0.13]
+    assert [answer.scores.rouge_l for answer in answers.answers] == [0.04, 0.09, 0.13]
     assert answers.scores.rouge_l == pytest.approx(0.26 / 3)
 
 
 def test_the_batch_size_changes_no_result(answers, model, tokenizer):
     reported: list[int] = []
     alone = evaluate(model, tokenizer, RECORDS, 6, 1, score, reported.append)
-    assert alone.texts == answers.texts
-    for one, other in zip(alone.record_scores, answers.record_scores, strict=True):
-        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+    for one, other in zip(alone.answers, answers.answers, strict=True):
+        assert one.text == other.text
+        assert one.scores.nll == pytest.approx(other.scores.nll, rel=1e-5)
+        assert one.confidence == pytest.approx(other.confidence, rel=1e-4)
     assert reported == [1, 2, 3]
 
 
@@ -90,10 +91,10 @@ def test_a_completion_that_ends_with_end_of_text_counts_as_finished(model, token
     completions = [[*words, tokenizer.eot_token], words, [tokenizer.eot_token]]
     monkeypatch.setattr("gpt2core.evaluate.generate", lambda *_: completions)
     answers = evaluate(model, tokenizer, RECORDS, 6, 3, score)
-    assert answers.texts == ["the words", "the words", ""]
-    assert answers.finished == [True, False, True]
+    assert [answer.text for answer in answers.answers] == ["the words", "the words", ""]
+    assert [answer.finished for answer in answers.answers] == [True, False, True]
     assert answers.scores.finished == pytest.approx(2 / 3)
-    assert [scores.exact_match for scores in answers.record_scores] == [0.0, 1.0, 0.0]
+    assert [answer.scores.exact_match for answer in answers.answers] == [0.0, 1.0, 0.0]
 
 
 def test_an_answer_is_cut_at_the_end_of_text_token(tokenizer):
@@ -112,10 +113,12 @@ TRAIN = TrainSummary(loss=1.0, val_loss=None, tokens_seen=10.0, tokens_per_secon
 
 def test_samples_have_both_answers_with_their_scores(answers):
     samples, evaluation = compare_answers(RECORDS, replace(answers, device="cuda"), answers, TRAIN)
-    match = answers.record_scores[0].exact_match
-    assert [sample.tuned for sample in samples] == answers.texts
+    match = answers.answers[0].scores.exact_match
+    assert [sample.answer("tuned") for sample in samples] == answers.answers
     assert [sample.family for sample in samples] == ["words", "", ""]
-    assert [sample.base_scores for sample in samples] == answers.record_scores
+    assert [sample.answer("base") for sample in samples] == answers.answers
+    with pytest.raises(ValueError, match="champion has no answer"):
+        samples[0].answer("champion")
     assert evaluation == Evaluation(
         base=answers.scores,
         tuned=answers.scores,
@@ -129,16 +132,20 @@ def test_samples_and_evaluation_survive_json(answers):
     samples, evaluation = compare_answers(RECORDS, answers, answers, TRAIN)
     assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json()))) == evaluation
     assert [Sample.from_json(json.loads(json.dumps(sample.to_json()))) for sample in samples] == samples
-    scores = {f"{side}_{name}" for side in ("base", "tuned") for name in ("exact_match", "token_f1", "rouge_l", "nll")}
-    keys = {"instruction", "input", "output", "base", "tuned", "finished", "family"} | scores
-    assert samples[0].to_json().keys() == keys
+    more = ("exact_match", "token_f1", "rouge_l", "nll", "tokens", "confidence")
+    keys = {"instruction", "input", "output", "base", "tuned", "finished", "family", "group", "base_finished"}
+    assert samples[0].to_json().keys() == keys | {f"{side}_{name}" for side in ("base", "tuned") for name in more}
+    beside = samples[0].with_champion(answers.answers[1])
+    assert beside.answer("champion") == answers.answers[1]
+    assert Sample.from_json(json.loads(json.dumps(beside.to_json()))) == beside
 
 
 def test_families_are_sorted_by_name_and_scored_separately(answers):
     records = [record | {"family": family} for record, family in zip(RECORDS, "bab", strict=True)]
-    right, wrong = (replace(answers.record_scores[0], exact_match=value) for value in (1.0, 0.0))
-    base = replace(answers, record_scores=[wrong, right, wrong])
-    tuned = replace(answers, record_scores=[right, right, wrong])
+    first = answers.answers[0]
+    right, wrong = (replace(first, scores=replace(first.scores, exact_match=value)) for value in (1.0, 0.0))
+    base = replace(answers, answers=[wrong, right, wrong])
+    tuned = replace(answers, answers=[right, right, wrong])
     _, evaluation = compare_answers(records, base, tuned, TRAIN)
     assert list(evaluation.by_family) == ["a", "b"]
     assert evaluation.by_family == {"a": FamilyScores(1, 1.0, 1.0), "b": FamilyScores(2, 0.0, 0.5)}

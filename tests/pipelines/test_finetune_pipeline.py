@@ -30,14 +30,14 @@ from tests.deploy.kube_api import TOKEN
 from tests.runs import MAX_NEW_TOKENS, N_FACTS, finetune, invoke, newest_run
 
 pytestmark = pytest.mark.timeout(900)  # whole runs; a busy machine takes several times as long
-UNCACHED = {"promote", "deploy", "export_outputs"}
+UNCACHED = {"compare", "promote", "deploy", "export_outputs"}
 FILES = {"report.html", "report.json", "curves.html", "metrics.json", "samples.jsonl", "split.json", "lineage.json"}
 
 
 @pytest.fixture(scope="module")
 def other_rank(outputs, dev_run):
-    """A run with another LoRA rank, tracked by wandb, which a margin of 1 keeps out of the stage."""
-    return finetune(outputs, "lora.rank=2", "tracking.wandb=offline", "promote.margin=1.0")
+    """A run with another LoRA rank, tracked by wandb; its answers are as wrong as the base's."""
+    return finetune(outputs, "lora.rank=2", "tracking.wandb=offline")
 
 
 def test_every_step_completes_and_the_command_says_where_the_results_are(dev_run):
@@ -123,8 +123,12 @@ def test_the_dashboard_shows_the_report_and_the_metrics(dev_run):
 def test_an_unchanged_rerun_is_cached_and_keeps_its_bento(dev_run, cached_run):
     assert cached_run.record.steps.keys() - cached_run.cached == UNCACHED
     assert cached_run.directory != dev_run.directory
-    for name in ("samples.jsonl", "metrics.json", "lineage.json", "bento.txt"):
+    for name in ("samples.jsonl", "lineage.json", "bento.txt"):
         assert (cached_run.directory / name).read_bytes() == (dev_run.directory / name).read_bytes()
+    scores, again = dev_run.read("metrics.json"), cached_run.read("metrics.json")
+    assert scores.pop("comparison")["tuned_vs_base"]["metric"] == "exact_match"
+    assert again.pop("comparison")["tuned_vs_base"]["metric"] == "perplexity"
+    assert scores == again
 
 
 def test_another_rank_reuses_the_base_and_trains_another_adapter(dev_run, other_rank):
@@ -136,10 +140,10 @@ def test_offline_tracking_writes_a_wandb_run(outputs, other_rank):
     assert list((outputs / "wandb").rglob("*.wandb"))
 
 
-def test_a_model_that_does_not_beat_its_base_by_the_margin_is_not_promoted(other_rank):
+def test_a_model_that_is_not_better_than_its_base_is_not_promoted(other_rank):
     promotion = other_rank.record.steps["promote"].outputs["promotion"][0].load()
     assert promotion.promoted is False
-    assert "is not above" in promotion.reason
+    assert "not better than the base" in promotion.reason
     assert other_rank.record.model_version.stage is None
 
 
@@ -147,6 +151,26 @@ def test_a_model_that_beats_its_base_moves_to_staging(cached_run):
     promotion = cached_run.record.steps["promote"].outputs["promotion"][0].load()
     assert promotion.promoted is True
     assert cached_run.record.model_version.stage == "staging"
+
+
+def test_a_worse_model_does_not_replace_the_champion(outputs, cached_run):
+    worse = finetune(outputs, "train.limit_train_batches=1", "promote.metric=perplexity")
+    promotion = worse.record.steps["promote"].outputs["promotion"][0].load()
+    comparison = worse.read("metrics.json")["comparison"]
+    assert promotion.promoted is False
+    assert comparison["tuned_vs_base"]["p_value"] < 0.05  # it is better than its base
+    assert comparison["tuned_vs_base"]["difference"] < 0
+    against = comparison["tuned_vs_champion"]
+    assert against["difference"] > 0  # but its perplexity is higher than the champion's
+    assert against["n"] == len(worse.samples)
+    version = f"{cached_run.record.model_version.name}/{cached_run.record.model_version.number}"
+    assert f"not shown to be as good as the champion: perplexity differs from that of {version}" in promotion.reason
+    assert [row["champion"] for row in worse.samples] == [row["tuned"] for row in cached_run.samples]
+    assert (outputs / "staging").resolve() == cached_run.directory
+    # the champion itself again, from the cache: nothing changes
+    again = finetune(outputs, "promote.metric=perplexity")
+    assert "nothing changes" in again.record.steps["promote"].outputs["promotion"][0].load().reason
+    assert (outputs / "staging").resolve() == cached_run.directory
 
 
 def test_a_missing_bento_is_built_again(outputs, other_rank):
@@ -268,7 +292,7 @@ def test_no_token_is_in_the_store_or_in_the_outputs(outputs, deployed):
 
 
 def test_a_required_stage_stops_the_deployment_until_the_model_is_promoted(outputs, deployed):
-    values = ("deploy.require_stage=production", "promote.margin=-1.0")
+    values = ("deploy.require_stage=production",)
     refused = invoke(outputs, *values)
     assert refused.exit_code == 1
     built_by = deployed.run.lineage.model_version

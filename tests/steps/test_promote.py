@@ -2,31 +2,64 @@ from dataclasses import replace
 
 import pytest
 
-from gpt2core.metrics import Scores
-from gpt2core.types import Evaluation, TrainSummary
+from gpt2core.types import Comparison, Difference
 from steps.config import PromoteConfig
-from steps.promote import compare
+from steps.promote import compared_on, decide
 
-SCORES = Scores(exact_match=0.5, token_f1=0.5, rouge_l=0.5, perplexity=8.0, finished=1.0)
-
-
-def evaluation(**tuned: float) -> Evaluation:
-    return Evaluation(SCORES, replace(SCORES, **tuned), {}, TrainSummary(1.0, None, 10.0, 5.0))
+GAIN = Difference("exact_match", 0.5, [0.4, 0.6], 1e-9, 110, "exact McNemar")
+SAME = replace(GAIN, difference=0.0, ci95=[-0.03, 0.03], p_value=1.0)
+ALONE = Comparison({"exact_match": GAIN}, "", None, "no model version is in stage staging yet")
+UNSURE = replace(ALONE, tuned_vs_base={"exact_match": replace(GAIN, p_value=0.2)})
+BESIDE = replace(ALONE, champion="gpt2-instruct/3", tuned_vs_champion={"exact_match": SAME}, worst=-0.03)
 
 
 @pytest.mark.parametrize(
-    ("metric", "tuned", "margin", "promoted"),
+    ("comparison", "values", "promoted", "reason"),
     [
-        ("exact_match", 0.6, 0.0, True),
-        ("exact_match", 0.5, 0.0, False),
-        ("exact_match", 0.6, 0.2, False),
-        ("perplexity", 7.0, 0.5, True),
-        ("perplexity", 9.0, 0.0, False),
+        (ALONE, {}, True, "better than the base"),
+        (ALONE, {"champion": "required"}, False, "no model version is in stage staging yet"),
+        (replace(ALONE, tuned_vs_base={"exact_match": SAME}), {}, False, "not better than the base"),
+        (
+            UNSURE,
+            {},
+            False,
+            "not shown to be better",
+        ),
+        (
+            UNSURE,
+            {"alpha": 0.3},
+            True,
+            "better than",
+        ),
+        (BESIDE, {}, True, "as good as the champion"),
+        (BESIDE, {"margin": 0.01}, False, "not shown to be as good as the champion"),
+        (replace(BESIDE, worst=-0.3), {}, False, "worse by 0.3000, and the margin is 0.05"),
+        (replace(BESIDE, worst=-0.3), {"champion": "ignore"}, True, "promote.champion is ignore"),
+        (
+            replace(BESIDE, tuned_vs_champion=None, worst=None, note="it was trained on them"),
+            {},
+            False,
+            "trained on them",
+        ),
+        (replace(BESIDE, same_adapter=True), {}, False, "nothing changes"),
     ],
 )
-def test_the_tuned_model_must_be_better_by_more_than_the_margin(metric, tuned, margin, promoted):
-    config = PromoteConfig(metric=metric, margin=margin)
-    better, reason = compare(evaluation(**{metric: tuned}), config)
-    assert better is promoted
-    assert f"{metric} {tuned:.4f} of the tuned model is " in reason
-    assert ("not " in reason) is not promoted
+def test_the_gate(comparison, values, promoted, reason):
+    found = decide(comparison, PromoteConfig(**values))
+    assert found[0] is promoted
+    assert reason in found[1]
+
+
+def test_a_lower_perplexity_is_better():
+    lower = replace(GAIN, metric="perplexity", difference=-3.0, ci95=[-4.0, -2.0])
+    comparison = replace(ALONE, tuned_vs_base={"perplexity": lower})
+    assert decide(comparison, PromoteConfig(metric="perplexity"))[0] is True
+    higher = replace(lower, difference=3.0)
+    assert decide(replace(ALONE, tuned_vs_base={"perplexity": higher}), PromoteConfig(metric="perplexity"))[0] is False
+
+
+def test_metrics_json_has_both_comparisons():
+    found = compared_on(BESIDE, "exact_match")
+    assert found["tuned_vs_base"]["ci95"] == [0.4, 0.6]
+    assert found["tuned_vs_champion"]["difference"] == 0.0
+    assert compared_on(ALONE, "exact_match")["tuned_vs_champion"] is None

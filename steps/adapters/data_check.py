@@ -1,0 +1,96 @@
+"""What a reader of scores must know about the data: sizes, duplicates, and test records like those of the training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neighbors import NearestNeighbors
+
+from gpt2core.data import Record, count_duplicates
+from gpt2core.metrics import normalise
+from gpt2core.types import JsonDataclass
+
+NEAR = 0.9  # cosine similarity of character n-grams from which two records are near duplicates
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Overlap(JsonDataclass):
+    """A test record and the training record most similar to it."""
+
+    test: str
+    train: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class PartCheck(JsonDataclass):
+    """One part of the data."""
+
+    name: str
+    records: int
+    duplicates: int  # records equal to an earlier one of the part
+    median_characters: float  # of instruction, input and output together
+    longest_characters: int
+
+
+@dataclass(frozen=True)
+class DataCheck(JsonDataclass):
+    """Sizes of the parts, and the overlap of test and training records."""
+
+    parts: list[PartCheck]
+    same_record: int  # test records that are also in the training part
+    same_question: int  # test records whose instruction and input are in the training part
+    near: int  # other test records with a similarity of at least NEAR to a training record
+    examples: list[Overlap]  # the most similar
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the scores may be too good: test records or their questions were seen in training."""
+        return self.same_record + self.same_question > 0
+
+
+def check_data(train: Sequence[Record], val: Sequence[Record], test: Sequence[Record]) -> DataCheck:
+    """Compare the parts.
+
+    Near duplicates are found by the cosine similarity of TF-IDF weighted character n-grams (3 to 5) of the whole
+    record, so records that share a template but not their content count as different.
+    """
+    records, questions = ({form(record) for record in train} for form in (_text, _question))
+    same = [_text(record) in records for record in test]
+    asked = [_question(record) in questions for record in test]
+    overlaps = _nearest(train, test)
+    near = [not a and not b and o.similarity >= NEAR for a, b, o in zip(same, asked, overlaps, strict=True)]
+    marked = [o for a, b, c, o in zip(same, asked, near, overlaps, strict=True) if a or b or c]
+    return DataCheck(
+        parts=[_part(name, part) for name, part in (("train", train), ("validation", val), ("test", test))],
+        same_record=sum(same),
+        same_question=sum(b and not a for a, b in zip(same, asked, strict=True)),
+        near=sum(near),
+        examples=sorted(marked, key=lambda overlap: -overlap.similarity)[:SHOWN],
+    )
+
+
+def _part(name: str, records: Sequence[Record]) -> PartCheck:
+    lengths = [sum(len(record.get(key, "")) for key in ("instruction", "input", "output")) for record in records] or [0]
+    return PartCheck(name, len(records), count_duplicates(records), float(median(lengths)), max(lengths))
+
+
+def _text(record: Record) -> str:
+    return normalise("\n".join(record.get(key, "") for key in ("instruction", "input", "output")))
+
+
+def _question(record: Record) -> str:
+    return normalise("\n".join(record.get(key, "") for key in ("instruction", "input")))
+
+
+def _nearest(train: Sequence[Record], test: Sequence[Record]) -> list[Overlap]:
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    known = vectorizer.fit_transform([f" {_text(record)} " for record in train])
+    asked = vectorizer.transform([f" {_text(record)} " for record in test])
+    distances, indices = NearestNeighbors(n_neighbors=1, metric="cosine").fit(known).kneighbors(asked)
+    return [
+        Overlap(_text(record), _text(train[int(i)]), round(1 - float(distance), 4))
+        for record, distance, i in zip(test, distances[:, 0], indices[:, 0], strict=True)
+    ]

@@ -1,0 +1,182 @@
+"""Intervals of scores and paired comparisons of two models, by scipy and statsmodels.
+
+Records that share a `group` are not independent, so every method here works on whole groups where a group has more than
+one record (E. Miller, Adding Error Bars to Evals, arXiv:2411.00640, section 2.2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.power import tt_solve_power
+from statsmodels.stats.proportion import proportion_confint
+
+from gpt2core.metrics import METRICS
+from gpt2core.types import Answer, Difference, Evaluation, FamilyScores, Sample
+
+N_RESAMPLES = 9999
+POWER = 0.8  # with which the smallest detectable difference is found
+SHARES = ("exact_match", "finished")  # 0 or 1 for each record
+_BATCH = 2**21  # values that one batch of resamples may hold
+Values = NDArray[np.float64]
+
+
+def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> list[float]:
+    """The 95 % interval [low, high] of one model's score; [] where the data allow none.
+
+    Wilson's for a share of independent records; otherwise the percentile bootstrap over groups.
+
+    Args:
+        groups: of each record; "" is a group of its own.
+        metric: a name of `gpt2core.metrics.METRICS`.
+    """
+    values, weights = _values(answers, metric)
+    if metric in SHARES and not _repeated(groups):
+        low, high = proportion_confint(values.sum(), len(values), method="wilson")
+        return [float(low), float(high)]
+    sums = _by_group(np.stack([values, weights]), groups)
+    return _bootstrap(sums, lambda value, weight, axis=-1: _score(metric, value, weight, axis), 0.95, "two-sided")
+
+
+def difference(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[str], metric: str) -> Difference:
+    """How the new model's score differs from the old one's, on the same records in the same order.
+
+    The interval is the paired percentile bootstrap over groups. The p-value (two-sided, no difference) is McNemar's
+    exact test for shares of independent records, otherwise the paired permutation test over groups.
+
+    Args: as `interval`.
+    """
+    values, weights = _values(new, metric)
+    others, other_weights = _values(old, metric)
+    sums = _by_group(np.stack([values, weights, others, other_weights]), groups)
+
+    def statistic(a: Values, n: Values, b: Values, m: Values, axis: int = -1) -> Values:
+        return _score(metric, a, n, axis) - _score(metric, b, m, axis)
+
+    if metric in SHARES and not _repeated(groups):
+        table = [[np.sum((values == x) & (others == y)) for y in (1, 0)] for x in (1, 0)]
+        p_value, test = float(mcnemar(table, exact=True).pvalue), "exact McNemar"
+    else:
+        p_value, test = _permutation(sums), "paired permutation"
+    n_groups = sums.shape[1]
+    shown = metric != "perplexity" and n_groups > 2
+    deviation = float(np.std(sums[0] / sums[1] - sums[2] / sums[3], ddof=1)) if shown else 0.0
+    return Difference(
+        metric=metric,
+        difference=float(statistic(*sums)),
+        ci95=_bootstrap(sums, statistic, 0.95, "two-sided"),
+        p_value=p_value,
+        n=len(values),
+        test=test,
+        detectable=_detectable(deviation, n_groups) if deviation else None,
+    )
+
+
+def worst_difference(
+    new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[str], metric: str, alpha: float
+) -> float | None:
+    """The one-sided bound at 1 - alpha of how much worse the new model may be; negative: worse. None: no bound.
+
+    For shares, one record won and one lost are added (A. Agresti and Y. Min, Statistics in Medicine 24, 2005): without
+    them a bootstrap of few changed answers is too sure.
+    """
+    values, weights = _values(new, metric)
+    others, other_weights = _values(old, metric)
+    sums = _by_group(np.stack([values, weights, others, other_weights]), groups)
+    if metric in SHARES:
+        sums = np.concatenate([sums, [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]], axis=1)
+    sign = 1.0 if METRICS[metric].higher_is_better else -1.0
+
+    def gain(a: Values, n: Values, b: Values, m: Values, axis: int = -1) -> Values:
+        return sign * (_score(metric, a, n, axis) - _score(metric, b, m, axis))
+
+    bounds = _bootstrap(sums, gain, 1 - alpha, "greater")
+    return bounds[0] if bounds else None
+
+
+def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluation:
+    """The evaluation with the 95 % interval of each score of base and tuned model, over all records and by family."""
+    groups = [sample.group for sample in samples]
+    sides = {side: [sample.answer(side) for sample in samples] for side in ("base", "tuned")}
+    intervals = {side: {name: interval(answers, groups, name) for name in METRICS} for side, answers in sides.items()}
+    families = {}
+    for family, scores in evaluation.by_family.items():
+        members = [i for i, sample in enumerate(samples) if sample.family == family]
+        of = [groups[i] for i in members]
+        base, tuned = (interval([answers[i] for i in members], of, "exact_match") for answers in sides.values())
+        families[family] = FamilyScores(scores.records, scores.base, scores.tuned, base, tuned)
+    return replace(evaluation, intervals=intervals, by_family=families)
+
+
+def _values(answers: Sequence[Answer], metric: str) -> tuple[Values, Values]:
+    """Value and weight of each record; the score is the sum of the values by that of the weights (see `_score`)."""
+    if metric == "perplexity":
+        tokens = np.array([answer.reference_tokens for answer in answers], dtype=float)
+        return np.array([answer.scores.nll for answer in answers]) * tokens, tokens
+    if metric == "finished":
+        return np.array([float(answer.finished) for answer in answers]), np.ones(len(answers))
+    return np.array([getattr(answer.scores, metric) for answer in answers]), np.ones(len(answers))
+
+
+def _score(metric: str, value: Values, weight: Values, axis: int) -> Values:
+    ratio = value.sum(axis=axis) / weight.sum(axis=axis)
+    return np.exp(np.minimum(ratio, 700.0)) if metric == "perplexity" else ratio
+
+
+def _repeated(groups: Sequence[str]) -> bool:
+    named = [group for group in groups if group]
+    return len(set(named)) < len(named)
+
+
+def _by_group(rows: Values, groups: Sequence[str]) -> Values:
+    """Each row summed by group: (rows, records) -> (rows, groups)."""
+    keys = {key: i for i, key in enumerate(dict.fromkeys(group or i for i, group in enumerate(groups)))}
+    index = [keys[group or i] for i, group in enumerate(groups)]
+    sums = np.zeros((len(keys), len(rows)))
+    np.add.at(sums, index, rows.T)
+    return sums.T
+
+
+def _bootstrap(sums: Values, statistic: object, confidence: float, alternative: str) -> list[float]:
+    """[low, high]; [] if there are too few groups or a value is not finite."""
+    if sums.shape[1] < 2 or not np.isfinite(sums).all():
+        return []
+    found = stats.bootstrap(
+        tuple(sums),
+        statistic,
+        n_resamples=N_RESAMPLES,
+        batch=max(1, _BATCH // sums.shape[1]),
+        vectorized=True,
+        paired=True,
+        confidence_level=confidence,
+        alternative=alternative,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return [float(found.low), float(found.high)]
+
+
+def _permutation(sums: Values) -> float:
+    """The p-value of no difference, by swapping both models' answers group by group."""
+    a, _, b, _ = sums
+    if np.array_equal(a, b) or not np.isfinite(sums).all():
+        return 1.0
+    found = stats.permutation_test(
+        (a, b),
+        lambda x, y, axis: (x - y).sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=N_RESAMPLES,
+        batch=max(1, _BATCH // len(a)),
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
+
+
+def _detectable(deviation: float, n: int) -> float:
+    """The smallest true mean difference that n independent groups show at alpha 0.05 with a power of 0.8."""
+    effect = tt_solve_power(nobs=n, alpha=0.05, power=POWER, alternative="two-sided")
+    return float(np.asarray(effect).item()) * deviation

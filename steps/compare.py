@@ -1,0 +1,148 @@
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import rmtree
+from typing import Annotated
+
+from zenml import get_step_context, step
+from zenml.client import Client
+from zenml.models import ModelVersionResponse
+
+from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
+from gpt2core.data import Record
+from gpt2core.evaluate import Answers
+from gpt2core.evaluate import evaluate as evaluate_model
+from gpt2core.lora import merge_lora
+from gpt2core.metrics import METRICS
+from gpt2core.model import best_device
+from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import Comparison, Difference, Sample
+from steps.adapters.base import open_base, read_base
+from steps.adapters.hub import HubError
+from steps.adapters.progress import counting_progress
+from steps.adapters.rouge import rouge_l
+from steps.adapters.statistics import difference, interval, worst_difference
+from steps.config import EvaluateConfig, PromoteConfig
+from steps.materializers import SampleListMaterializer
+from steps.metadata import describe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The artifacts of the model version in the target stage, loaded from the store."""
+
+    version: str  # name/number
+    adapter: Path
+    base: Path
+    trained_on: list[Record]
+
+
+# Not cached: the champion changes between runs.
+@step(enable_cache=False, output_materializers={"compared_samples": SampleListMaterializer})
+def compare(
+    samples: list[Sample], test_records: list[Record], adapter: Path, evaluate: EvaluateConfig, promote: PromoteConfig
+) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"]]:
+    """The tuned model beside its base, and beside the champion on the test records that the champion has not seen."""
+    comparison = Comparison(_differences(samples, "tuned", "base"), "", None, "")
+    version = _in_stage(promote.stage)
+    if version is None:
+        comparison = replace(comparison, note=f"no model version is in stage {promote.stage} yet")
+    else:
+        samples, comparison = _with_champion(samples, comparison, version, test_records, adapter, evaluate, promote)
+    describe("comparison", {"champion": comparison.champion, "note": comparison.note})
+    return samples, comparison
+
+
+def _in_stage(stage: str) -> ModelVersionResponse | None:
+    try:
+        return Client().get_model_version(get_step_context().model.name, stage)
+    except KeyError:
+        return None
+
+
+def _with_champion(
+    samples: list[Sample],
+    comparison: Comparison,
+    version: ModelVersionResponse,
+    test_records: list[Record],
+    adapter: Path,
+    evaluate: EvaluateConfig,
+    promote: PromoteConfig,
+) -> tuple[list[Sample], Comparison]:
+    comparison = replace(comparison, champion=f"{version.name}/{version.number}")
+    name = f"the champion {comparison.champion}"
+    try:
+        champion = _load(version, comparison.champion)
+    except (KeyError, ValueError, OSError) as error:
+        return samples, replace(comparison, note=f"the files of {name} cannot be read: {error}")
+    try:
+        if directory_sha256(champion.adapter) == directory_sha256(adapter):
+            return samples, replace(comparison, same_adapter=True, note=f"{name} has the same adapter")
+        unseen = unseen_records(test_records, champion.trained_on)
+        if len(unseen) < 2:
+            return samples, replace(
+                comparison,
+                note=f"{name} was trained on {len(test_records) - len(unseen)} of {len(test_records)} records",
+            )
+        answers = _answers(champion, [test_records[i] for i in unseen], evaluate)
+    except (ValueError, OSError, RuntimeError, HubError) as error:
+        return samples, replace(comparison, note=f"{name} cannot be evaluated: {error}")
+    finally:
+        for directory in (champion.adapter, champion.base):  # ZenML's temporary copies
+            rmtree(directory, ignore_errors=True)
+    for i, answer in zip(unseen, answers.answers, strict=True):
+        samples[i] = samples[i].with_champion(answer)
+    common = [samples[i] for i in unseen]
+    groups = [sample.group for sample in common]
+    tuned, rival = ([sample.answer(side) for sample in common] for side in ("tuned", "champion"))
+    return samples, replace(
+        comparison,
+        tuned_vs_champion=_differences(common, "tuned", "champion"),
+        note=f"compared with {name} on {len(unseen)} of {len(samples)} test records"
+        + (", those that it was not trained on" if len(unseen) < len(samples) else ""),
+        worst=worst_difference(tuned, rival, groups, promote.metric, promote.alpha),
+        champion_scores=answers.scores,
+        champion_intervals={metric: interval(rival, groups, metric) for metric in METRICS},
+    )
+
+
+def _differences(samples: Sequence[Sample], new: str, old: str) -> dict[str, Difference]:
+    groups = [sample.group for sample in samples]
+    after, before = ([sample.answer(side) for sample in samples] for side in (new, old))
+    return {metric: difference(after, before, groups, metric) for metric in METRICS}
+
+
+def _load(version: ModelVersionResponse, name: str) -> Champion:
+    """
+    Raises:
+        KeyError: an artifact was deleted.
+    """
+    loaded = {}
+    for artifact in ("train_records", "val_records", "adapter", "base"):
+        found = version.get_artifact(artifact)
+        if found is None:
+            raise KeyError(f"it has no artifact {artifact}")
+        loaded[artifact] = found.load()
+    return Champion(name, loaded["adapter"], loaded["base"], loaded["train_records"] + loaded["val_records"])
+
+
+def unseen_records(test_records: Sequence[Record], trained_on: Sequence[Record]) -> list[int]:
+    """Indices of the test records whose question and group are not in the champion's training or validation data."""
+    questions = {(record["instruction"], record.get("input", "")) for record in trained_on}
+    groups = {record["group"] for record in trained_on if record.get("group")}
+    return [
+        i
+        for i, record in enumerate(test_records)
+        if (record["instruction"], record.get("input", "")) not in questions and record.get("group", "") not in groups
+    ]
+
+
+def _answers(champion: Champion, records: Sequence[Record], evaluate: EvaluateConfig) -> Answers:
+    base = open_base(champion.base)
+    tokenizer, model = load_tokenizer(base), load_pretrained(base, device=best_device())
+    merge_lora(load_adapter(model, champion.adapter, read_base(champion.base).sha256))
+    with counting_progress("evaluate champion", len(records)) as show:
+        return evaluate_model(model, tokenizer, records, evaluate.max_new_tokens, evaluate.batch_size, rouge_l, show)

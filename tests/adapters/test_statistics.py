@@ -1,0 +1,96 @@
+"""Intervals and comparisons, against formulas written out here and against simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gpt2core.metrics import METRICS, RecordScores
+from gpt2core.types import Answer
+from steps.adapters.statistics import difference, interval, worst_difference
+
+
+def answers(values, nll=1.0, tokens=4):
+    nlls = [nll] * len(values) if isinstance(nll, float) else nll
+    return [
+        Answer("", True, RecordScores(float(value), float(value), float(value), float(loss)), tokens)
+        for value, loss in zip(values, nlls, strict=True)
+    ]
+
+
+ALONE = [""] * 40
+BINARY = [1] * 30 + [0] * 10
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    n, p, z = 40, 0.75, stats.norm.ppf(0.975)
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+    assert interval(answers(BINARY), ALONE, "exact_match") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["token_f1", "perplexity"])
+def test_the_interval_of_a_mean_is_close_to_the_normal_one(metric):
+    values = np.random.default_rng(0).normal(0.5, 0.1, 200)
+    low, high = interval(answers(values, list(values)), [""] * 200, metric)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(200)
+    expected = np.array([values.mean() - half, values.mean() + half])
+    assert [low, high] == pytest.approx(np.exp(expected) if metric == "perplexity" else expected, rel=0.01)
+
+
+def test_records_of_one_group_count_as_one():
+    groups = [f"fact {i // 4}" for i in range(160)]
+    values = np.repeat(BINARY, 4)
+    low, high = interval(answers(values), groups, "exact_match")
+    independent = interval(answers(values), [""] * 160, "exact_match")
+    clustered = math.sqrt(0.75 * 0.25 / 40)  # 40 groups, all answers of one alike
+    assert high - low == pytest.approx(2 * 1.96 * clustered, rel=0.1)
+    assert high - low > 1.7 * (independent[1] - independent[0])
+
+
+def test_a_difference_is_paired_and_tested_exactly():
+    old, new = [0] * 8 + [1] * 32, [1] * 7 + [0] + [1] * 31 + [0]
+    found = difference(answers(new), answers(old), ALONE, "exact_match")
+    assert found.difference == pytest.approx(6 / 40)
+    assert found.p_value == pytest.approx(stats.binomtest(1, 8).pvalue)  # of 8 changed answers, 1 became wrong
+    assert (found.n, found.test) == (40, "exact McNemar")
+    changes = np.array(new) - np.array(old)
+    half = 1.96 * changes.std(ddof=1) / math.sqrt(40)
+    assert found.ci95 == pytest.approx([0.15 - half, 0.15 + half], abs=0.03)
+    # the power of a t test at the detectable difference is 0.8
+    effect = found.detectable / changes.std(ddof=1)
+    critical = stats.t.ppf(0.975, 39)
+    power = stats.nct.sf(critical, 39, effect * math.sqrt(40)) + stats.nct.cdf(-critical, 39, effect * math.sqrt(40))
+    assert power == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_difference_of_means_agrees_with_a_paired_t_test():
+    generator = np.random.default_rng(1)
+    old = generator.normal(0.5, 0.2, 120)
+    new = old + generator.normal(0.02, 0.1, 120)
+    found = difference(answers(new, list(new)), answers(old, list(old)), [""] * 120, "token_f1")
+    assert found.test == "paired permutation"
+    assert found.p_value == pytest.approx(stats.ttest_rel(new, old).pvalue, rel=0.2, abs=0.01)
+
+
+def test_the_bound_of_a_worse_model_depends_on_the_number_of_records():
+    same = answers(BINARY)
+    assert worst_difference(same, same, ALONE, "exact_match", 0.05) == pytest.approx(-0.056, abs=0.02)
+    many = answers(BINARY * 10)
+    assert worst_difference(many, many, ALONE * 10, "exact_match", 0.05) > -0.01
+    worse = worst_difference(answers([0] * 40), same, ALONE, "exact_match", 0.05)
+    assert worse < -0.75
+    # perplexity is better when lower
+    assert worst_difference(answers(BINARY, 0.5), answers(BINARY, 1.0), ALONE, "perplexity", 0.05) > 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_data_that_allow_no_interval(metric):
+    one = answers([1])
+    found = difference(one, one, [""], metric)
+    assert (found.ci95, found.p_value, found.detectable) == ([], 1.0, None)
+    endless = answers([1, 1, 1], [1.0, math.inf, 1.0])
+    if metric == "perplexity":
+        assert difference(endless, endless, [""] * 3, metric).ci95 == []
+        assert worst_difference(endless, endless, [""] * 3, metric, 0.05) is None
