@@ -33,10 +33,20 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 @click.option("--input", default="", help="Text that the instruction refers to.")
 @click.option("--file", help="Read instructions (and inputs) from a .jsonl or .json file instead.")
 @click.option("--run", "name", default="latest", show_default=True, help="A run in outputs/, or staging.")
+@click.option("--adapter", help="A directory with another adapter, this project's or PEFT's, for the run's base.")
+@click.option("--accept-other-base", is_flag=True, help="Use the adapter although it was trained on another base.")
 @click.option("--max-new-tokens", type=int, help="Maximum length of an answer.")
 @click.option("--temperature", type=float, help="0 (default): greedy.")
 @click.option("--seed", type=int, help="Makes sampled answers reproducible.")
-def ask(instruction: str | None, input: str, file: str | None, name: str, **sampling: float | None) -> None:
+def ask(
+    instruction: str | None,
+    input: str,
+    file: str | None,
+    name: str,
+    adapter: str | None,
+    accept_other_base: bool,
+    **sampling: float | None,
+) -> None:
     """Answer INSTRUCTION, or a file of instructions, with the model of a finished run; no server needed."""
     if (instruction is None) == (file is None):
         raise click.UsageError("give either INSTRUCTION or --file")
@@ -46,12 +56,12 @@ def ask(instruction: str | None, input: str, file: str | None, name: str, **samp
 
     try:
         if file is None:
-            for text in TunedModel(name, sampling).stream(instruction or "", input):
+            for text in TunedModel(name, sampling, adapter, accept_other_base).stream(instruction or "", input):
                 click.echo(text, nl=False)
             click.echo()
         else:
             questions = read_questions(file)
-            for line in TunedModel(name, sampling).answer(questions):
+            for line in TunedModel(name, sampling, adapter, accept_other_base).answer(questions):
                 click.echo(line)
     except (ValueError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
