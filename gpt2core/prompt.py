@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt2core.tokenizer import END_OF_TEXT
@@ -37,6 +38,11 @@ def format_prompt(instruction: str, input: str = "") -> str:
     """The text that the model completes; a training example continues it with the output and end of text."""
     template = PROMPT_TEMPLATE.with_input if input else PROMPT_TEMPLATE.without_input
     return template.format(instruction=instruction, input=input)
+
+
+def format_turns(turns: Sequence[tuple[str, str]]) -> str:
+    """Earlier turns of a conversation, (role, text) each, as the input of the turn that follows; "" without any."""
+    return "\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
 
 
 def parse_reply(raw: str) -> str:

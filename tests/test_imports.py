@@ -61,6 +61,7 @@ ADAPTERS = {  # the library that each adapter wraps
     "progress": {"tqdm"},
     "report": {"evidently", "jinja2", "pandas", "plotly"},
     "rouge": {"rouge_score"},
+    "tables": {"pyarrow"},
     "tracking": {"wandb"},
 }
 # Package -> the extras of pyproject.toml that must declare what it imports; the core dependencies count for all.
