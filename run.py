@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs: zenml takes seconds, and --help should not."""
 
 import logging
+from pathlib import Path
 
 import click
 
@@ -63,6 +64,27 @@ def ask(
             questions = read_questions(file)
             for line in TunedModel(name, sampling, adapter, accept_other_base).answer(questions):
                 click.echo(line)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.option("--format", "kind", type=click.Choice(["peft", "hf", "gguf"]), required=True, help="For whom.")
+@click.option("--out", required=True, help="A new or empty directory.")
+@click.option("--run", "name", default="latest", show_default=True, help="A run in outputs/, or staging.")
+@click.option("--quantize", type=click.Choice(["f16", "q8_0"]), help="Of the matrices in a GGUF file; f32 without it.")
+def export(kind: str, out: str, name: str, quantize: str | None) -> None:
+    """Write the model of a finished run for other programs.
+
+    peft: the adapter for PEFT. hf: adapter and base merged, with the tokenizer, for transformers, vLLM and others.
+    gguf: the same as one file for llama.cpp, and the adapter as another.
+    """
+    if quantize is not None and kind != "gguf":
+        raise click.UsageError("--quantize goes with --format gguf")
+    from commands.export import export as write
+
+    try:
+        click.echo("\n".join(map(str, write(kind, Path(out), name, quantize or "f32"))))
     except (ValueError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -107,7 +107,8 @@ def _turn(message: Any, place: str) -> tuple[str, str]:
         raise ValueError(f"{place}: the role is {shorten(role)}; it must be one of {', '.join(_ROLES)}")
     if isinstance(content, list):  # OpenAI's content parts
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else content
     if not isinstance(content, str):
         raise ValueError(f"{place}: the content is {shorten(content)}; it must be text")
     if _ROLES[role] != "system" and not content.strip():

@@ -47,9 +47,7 @@ class DataConfig:
             )
         known = all(key in COLUMNS and isinstance(name, str) and name for key, name in self.columns.items())
         distinct = len(set(self.columns.values())) == len(self.columns)
-        check_field(
-            self, "columns", known and distinct, f"a mapping from some of {', '.join(COLUMNS)} to distinct names"
-        )
+        check_field(self, "columns", known and distinct, f"a mapping of some of {', '.join(COLUMNS)} to other names")
         for name in ("val_fraction", "test_fraction"):
             check_field(self, name, 0 < getattr(self, name) < 0.5, "between 0 and 0.5")
 

@@ -57,6 +57,7 @@ MAY_IMPORT = {
 ADAPTERS = {  # the library that each adapter wraps
     "base": set(),
     "download": {"requests", "urllib3", "tqdm"},
+    "gguf_file": {"gguf", "torch"},
     "hub": {"huggingface_hub"},
     "progress": {"tqdm"},
     "report": {"evidently", "jinja2", "pandas", "plotly"},
