@@ -32,20 +32,21 @@ _ROLES = {
 
 def shape_of(value: Any, columns: Mapping[str, str]) -> str:
     """The name of the record's shape, for people; "" if it is none of the known ones."""
-    return _shape(_rename(value, columns)) if isinstance(value, dict) else ""
+    return _shape(_rename(value, _applying(value, columns))) if isinstance(value, dict) else ""
 
 
 def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) -> list[dict[str, Any]]:
     """The records in a value of any shape, not yet checked further; one, except for conversations.
 
     Args:
-        columns: this project's key -> the name it has in the value.
+        columns: this project's key -> the name it has in the value; not used where none of the names occurs.
 
     Raises:
         ValueError: what is wrong with the value.
     """
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}, not an object: {shorten(value)}")
+    columns = _applying(value, columns)
     for key, own in columns.items():
         if own not in value and (key in required or key not in (*TEXTS, *LABELS)):
             raise ValueError(f"no {own!r}, which data.columns gives as {key!r}, in {shorten(value)}")
@@ -57,6 +58,10 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
         renamed = {key: value[key] for key in LABELS if key in value} | {"instruction": value["prompt"]}
         return [renamed | ({"output": value["completion"]} if "completion" in value else {})]
     return [value]
+
+
+def _applying(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, str]:
+    return columns if any(name in value for name in columns.values()) else {}
 
 
 def _rename(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

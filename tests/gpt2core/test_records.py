@@ -83,6 +83,7 @@ def test_columns_map_other_names(write):
     file = write("a.csv", "output,question,answer\nnot this,Say é.,é\n")
     columns = {"instruction": "question", "output": "answer"}
     assert read_records(file, columns=columns) == [GOOD]
+    assert read_records(write("b.jsonl", LINE), columns=columns) == [GOOD]  # none of the names occurs
     with pytest.raises(ValueError, match=r"record 1 \(line 2\): no 'reply', which data.columns gives as 'output'"):
         read_records(file, columns=columns | {"output": "reply"})
 
