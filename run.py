@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs: zenml takes seconds, and --help should not."""
 
 import logging
+from pathlib import Path
 
 import click
 
@@ -33,10 +34,20 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 @click.option("--input", default="", help="Text that the instruction refers to.")
 @click.option("--file", help="Read instructions (and inputs) from a .jsonl or .json file instead.")
 @click.option("--run", "name", default="latest", show_default=True, help="A run in outputs/, or staging.")
+@click.option("--adapter", help="A directory with another adapter, this project's or PEFT's, for the run's base.")
+@click.option("--accept-other-base", is_flag=True, help="Use the adapter although it was trained on another base.")
 @click.option("--max-new-tokens", type=int, help="Maximum length of an answer.")
 @click.option("--temperature", type=float, help="0 (default): greedy.")
 @click.option("--seed", type=int, help="Makes sampled answers reproducible.")
-def ask(instruction: str | None, input: str, file: str | None, name: str, **sampling: float | None) -> None:
+def ask(
+    instruction: str | None,
+    input: str,
+    file: str | None,
+    name: str,
+    adapter: str | None,
+    accept_other_base: bool,
+    **sampling: float | None,
+) -> None:
     """Answer INSTRUCTION, or a file of instructions, with the model of a finished run; no server needed."""
     if (instruction is None) == (file is None):
         raise click.UsageError("give either INSTRUCTION or --file")
@@ -46,13 +57,34 @@ def ask(instruction: str | None, input: str, file: str | None, name: str, **samp
 
     try:
         if file is None:
-            for text in TunedModel(name, sampling).stream(instruction or "", input):
+            for text in TunedModel(name, sampling, adapter, accept_other_base).stream(instruction or "", input):
                 click.echo(text, nl=False)
             click.echo()
         else:
             questions = read_questions(file)
-            for line in TunedModel(name, sampling).answer(questions):
+            for line in TunedModel(name, sampling, adapter, accept_other_base).answer(questions):
                 click.echo(line)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.option("--format", "kind", type=click.Choice(["peft", "hf", "gguf"]), required=True, help="For whom.")
+@click.option("--out", required=True, help="A new or empty directory.")
+@click.option("--run", "name", default="latest", show_default=True, help="A run in outputs/, or staging.")
+@click.option("--quantize", type=click.Choice(["f16", "q8_0"]), help="Of the matrices in a GGUF file; f32 without it.")
+def export(kind: str, out: str, name: str, quantize: str | None) -> None:
+    """Write the model of a finished run for other programs.
+
+    peft: the adapter for PEFT. hf: adapter and base merged, with the tokenizer, for transformers, vLLM and others.
+    gguf: the same as one file for llama.cpp, and the adapter as another.
+    """
+    if quantize is not None and kind != "gguf":
+        raise click.UsageError("--quantize goes with --format gguf")
+    from commands.export import export as write
+
+    try:
+        click.echo("\n".join(map(str, write(kind, Path(out), name, quantize or "f32"))))
     except (ValueError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -41,12 +41,15 @@ class TextGenerator:
         adapters_dir: str = "",
         metrics: Metrics | None = None,
         request_log: RequestLog | None = None,
+        base_sha256: str | None = None,
+        accept_other_base: bool = False,
     ) -> None:
         """Load base and adapter, and start the engine.
 
         Args:
             weights: the engine's; only fp32 generates exactly the evaluated completions.
             adapters_dir: other adapters may be loaded from below this directory; "": none.
+            base_sha256, accept_other_base: an adapter that names another base is refused, or accepted with a warning.
         """
         check_choice("weights", weights, get_args(Weights))
         self.tokenizer = load_tokenizer(base_dir)
@@ -55,7 +58,7 @@ class TextGenerator:
         self._adapters: dict[str, AdapterVersion] = {}
         self._changing = asyncio.Lock()
         model = load_pretrained(base_dir, device=best_device())
-        self.engine = Engine(model, MAX_BATCH, cast(Weights, weights), MAX_QUEUE)
+        self.engine = Engine(model, MAX_BATCH, cast(Weights, weights), MAX_QUEUE, base_sha256, accept_other_base)
         self._load(TUNED, Path(adapter_dir))
         self.engine.start()
 

@@ -93,7 +93,14 @@ class GPT2Instruct:
             )  # a version is the start of the content's sha256
         log = RequestLog(settings().request_log, settings().request_log_text) if settings().request_log else None
         self.generator = TextGenerator(
-            self.base.path, self.adapter.path, settings().weights, settings().adapters_dir, Metrics(), log
+            self.base.path,
+            self.adapter.path,
+            settings().weights,
+            settings().adapters_dir,
+            Metrics(),
+            log,
+            lineage().base.sha256,
+            settings().accept_other_base,
         )
         app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn)
         # Exclude everything loaded so far from garbage collection: full collections stay short, so cycles of finished

@@ -19,6 +19,7 @@ class Settings:
     request_log: str = ""  # file for one JSON line per completion; "": no log
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
     multi_turn: MultiTurn = "last"  # of a conversation, answer the last user turn; or refuse more than one turn
+    accept_other_base: bool = False  # load adapters that name another base too, with a warning
     tracing: bool = False  # BentoML's OpenTelemetry spans; not a GPT2_ variable: OTEL_SDK_DISABLED=false sets it
 
     @classmethod
@@ -32,7 +33,9 @@ class Settings:
             if name != "tracing" and (value := environment.get(f"GPT2_{name.upper()}")):
                 if get_origin(annotation) is Literal:
                     check_choice(name, value, get_args(annotation))
-                given[name] = value
+                if annotation is bool:
+                    check_choice(name, value, ("true", "false"))
+                given[name] = value == "true" if annotation is bool else value
         return cls(**given, tracing=environment.get("OTEL_SDK_DISABLED", "").lower() == "false")
 
 

@@ -3,20 +3,16 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpt2core.checkpoint import load_adapter, load_pretrained
+from commands.finished_run import open_run
 from gpt2core.config import GenerationConfig
 from gpt2core.data import Record, check_records, read_records, to_jsonl
 from gpt2core.evaluate import answer_text
 from gpt2core.generate import check_prompt, generate, stream
 from gpt2core.inference.detokenizer import IncrementalDetokenizer
-from gpt2core.lora import merge_lora
-from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
-from steps.adapters.base import REFERENCE, open_base
 from steps.adapters.progress import counting_progress
 from steps.config import EvaluateConfig
-from steps.outputs import outputs_dir
 
 REQUIRED = ("instruction",)
 
@@ -24,26 +20,24 @@ REQUIRED = ("instruction",)
 class TunedModel:
     """The model of a run with its adapter merged, as `evaluate` used it."""
 
-    def __init__(self, run: str, sampling: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: str, sampling: Mapping[str, Any], adapter: str | None = None, accept_other_base: bool = False
+    ) -> None:
         """
         Args:
-            run: a directory of outputs/.
+            run, adapter: as `open_run`.
             sampling: fields of `GenerationConfig`; None stands for the default.
 
         Raises:
-            FileNotFoundError: the run does not exist.
-            ValueError: a field has a wrong value.
+            FileNotFoundError: the run or the adapter does not exist.
+            ValueError: a field has a wrong value, or the adapter is not one for this base.
             HubError: the base comes from the hub and cannot be downloaded.
         """
-        directory = outputs_dir() / run
-        if not (directory / "adapter").is_dir():
-            raise FileNotFoundError(f"there is no finished run in {directory}; `make run` makes one")
+        finished = open_run(run, adapter)
         given = {name: value for name, value in sampling.items() if value is not None}
-        base = open_base(directory if (directory / REFERENCE).is_file() else directory / "base")
-        self.tokenizer = load_tokenizer(base)
+        self.tokenizer = load_tokenizer(finished.base_dir)
         self.config = GenerationConfig(**given, eos_id=self.tokenizer.eot_token)
-        self.model = load_pretrained(base, device=best_device())
-        merge_lora(load_adapter(self.model, directory / "adapter"))
+        self.model = finished.load(merge=True, accept_other_base=accept_other_base)
 
     def stream(self, instruction: str, input: str = "") -> Iterator[str]:
         """The answer in pieces of text, as they are generated.

@@ -29,6 +29,7 @@ __all__ = [
     "Split",
     "check_records",
     "count_duplicates",
+    "count_leaks",
     "count_repeated_questions",
     "encode_records",
     "find_markers",
@@ -90,9 +91,31 @@ def find_markers(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def count_leaks(records: Sequence[Record]) -> int:
+    """Number of records of a given validation or test part whose question is in the train part as well."""
+    train = {_question(record) for record in records if record.get("part", "train") == "train"}
+    return sum(record.get("part") in ("val", "test") and _question(record) in train for record in records)
+
+
 def split_records(
     records: Sequence[Record], seed: int | None, val_fraction: float = 0.05, test_fraction: float = 0.1
 ) -> Split:
+    """Split by the records' own `part`, as far as they have one; a part that none has is taken from the train records.
+
+    Raises:
+        ValueError: as `split_evenly`.
+    """
+    given: dict[str, list[Record]] = {name: [] for name in Split._fields}
+    for record in records:
+        given[record.get("part") or "train"].append({key: text for key, text in record.items() if key != "part"})
+    if not given["train"]:
+        raise ValueError(f"{len(records)} records, but none of them is for training")
+    fractions = (0.0 if given["val"] else val_fraction, 0.0 if given["test"] else test_fraction)
+    parts = split_evenly(given["train"], seed, *fractions)
+    return Split(parts.train, given["val"] or parts.val, given["test"] or parts.test)
+
+
+def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: float, test_fraction: float) -> Split:
     """Shuffle by the seed and split; `seed=None` keeps the file's order: train first, then test, then validation.
 
     Records of one `group`, and records with the same question (instruction and input), stay together. Each family,

@@ -38,7 +38,13 @@ class Engine:
     """Decodes in a thread of its own. As a context manager it starts the thread and finally cancels what is left."""
 
     def __init__(
-        self, model: GPT2, max_batch: int = 16, weights: Weights = "auto", max_queue: int | None = None
+        self,
+        model: GPT2,
+        max_batch: int = 16,
+        weights: Weights = "auto",
+        max_queue: int | None = None,
+        base_sha256: str | None = None,
+        accept_other_base: bool = False,
     ) -> None:
         """
         Args:
@@ -46,6 +52,7 @@ class Engine:
             max_batch: requests that run at the same time; others wait, first come, first served.
             weights: a format, or "auto": measures and takes the fastest that predicts as well as fp32.
             max_queue: how many requests may wait; None: any number.
+            base_sha256, accept_other_base: for each adapter that is loaded, as `load_adapter` of gpt2core.checkpoint.
 
         Raises:
             ValueError: a value is out of range, or int8 has no kernel here.
@@ -54,6 +61,7 @@ class Engine:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
         self._model = quantize_fastest(model, max_batch) if weights == "auto" else QuantizedModel(model, weights)
         self._max_queue = max_queue
+        self._base_sha256, self._accept_other_base = base_sha256, accept_other_base
         self._scheduler = Scheduler(self._model, max_batch)
         self._runner = ModelRunner(self._model, self._scheduler.row_cache)
         self._changed = Condition()  # guards what follows and the scheduler's queue
@@ -142,7 +150,8 @@ class Engine:
         Raises:
             FileNotFoundError, ValueError: as `gpt2core.checkpoint.load_adapter`, and if weights overflow when scaled.
         """
-        lora, state = read_adapter(directory, self.config, self._model.device)
+        base = (self._base_sha256, self._accept_other_base)
+        lora, state = read_adapter(directory, self.config, self._model.device, *base)
         adapter = make_adapter(self.config, lora, state, self._model.dtype, self._model.device)
         release_openmp_workers()
         with self._changed:

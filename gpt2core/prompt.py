@@ -1,7 +1,9 @@
 """The prompt template, and the answer parsed out of a completion: one place for training, evaluation and serving."""
 
 import hashlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt2core.tokenizer import END_OF_TEXT
@@ -37,6 +39,25 @@ def format_prompt(instruction: str, input: str = "") -> str:
     """The text that the model completes; a training example continues it with the output and end of text."""
     template = PROMPT_TEMPLATE.with_input if input else PROMPT_TEMPLATE.without_input
     return template.format(instruction=instruction, input=input)
+
+
+def chat_template() -> str:
+    """The template in Jinja, as tokenizer_config.json and GGUF files carry it. As in the service, the last user turn is
+    the instruction, and nothing else of the conversation is used; an answer at the end is that of a training example.
+    """
+    before, after = (json.dumps(text) for text in PROMPT_TEMPLATE.without_input.split("{instruction}"))
+    return (
+        "{%- set last = namespace(user='') -%}"
+        "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
+        "{%- set last.user = message['content'] -%}{%- endif -%}{%- endfor -%}"
+        f"{{{{- {before} + last.user + {after} -}}}}"
+        "{%- if messages[-1]['role'] == 'assistant' -%}{{- messages[-1]['content'] + eos_token -}}{%- endif -%}"
+    )
+
+
+def format_turns(turns: Sequence[tuple[str, str]]) -> str:
+    """Earlier turns of a conversation, (role, text) each, as the input of the turn that follows; "" without any."""
+    return "\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
 
 
 def parse_reply(raw: str) -> str:

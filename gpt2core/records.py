@@ -1,16 +1,35 @@
-"""Instruction records: reading files of them, checking them, writing them. Errors name the place in the user's file."""
+"""Instruction records: reading files of them, checking them, writing them. Errors name the place in the user's file.
 
+The shapes that a record may have are in `gpt2core/record_formats.py`.
+"""
+
+import csv
 import hashlib
+import io
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, NoReturn
 
-Record = dict[str, str]  # instruction, input, output; and group, family where known
-TEXTS = ("instruction", "input", "output")
-LABELS = ("group", "family")
-REQUIRED = ("instruction", "output")
+from gpt2core.record_formats import CHATS, LABELS, REQUIRED, TEXTS, shape_of, shorten, to_records
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, str]  # instruction, input, output; and group, family, part where known
+Part = Literal["train", "val", "test"]
+PARTS: Mapping[str, Part] = MappingProxyType(
+    {
+        **dict.fromkeys(("train", "training"), "train"),
+        **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+        "test": "test",
+    }
+)
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 SHOWN_PROBLEMS = 5  # of a file's faulty records, in one message
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and the byte order marks that concatenating files leaves
 _ENCODINGS = (
@@ -19,6 +38,14 @@ _ENCODINGS = (
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
+
+
+class Row(NamedTuple):
+    """A value of a file, before it is known whether it is a record."""
+
+    place: str  # like "record 3 (line 7)", counted from 1
+    value: Any
+    part: str = ""  # of the split, where the file says so: a key of PARTS
 
 
 class FileRecord(dict[str, str]):
@@ -32,10 +59,16 @@ def place_of(records: Sequence[Record], i: int) -> str:
     return getattr(records[i], "place", "") or f"record {i + 1}"
 
 
-def read_records(file: str | Path, required: Sequence[str] = REQUIRED) -> list[Record]:
-    """Records from a .json, .jsonl or .ndjson file, each with non-empty `required` keys.
+def read_records(
+    file: str | Path, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
+) -> list[Record]:
+    """Records from a .json, .jsonl, .ndjson, .csv or .tsv file, each with non-empty `required` keys.
 
-    Lines end at "\\n" only. A .json file may also contain lines, or several lists one after the other.
+    Lines of JSON end at "\\n" only. A .json file may also contain lines, several lists one after the other, or an
+    object of lists like {"train": [...], "test": [...]}; its records have the key `part` then. A CSV file has a header.
+
+    Args:
+        columns: key of a record -> its name in the file, where that differs.
 
     Raises:
         FileNotFoundError, ValueError: naming the file, and line, column and record where something is wrong.
@@ -43,18 +76,54 @@ def read_records(file: str | Path, required: Sequence[str] = REQUIRED) -> list[R
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is a directory, not a file" if file.is_dir() else f"{file} does not exist")
-    if file.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
-        raise ValueError(f"{file} is a {file.suffix or 'file without a suffix'}; records are read from .json or .jsonl")
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"{file} is a {suffix or 'file without a suffix'}; records are read from .json or .jsonl, .csv and .tsv, "
+            "and by the pipeline from .parquet and from directories of the datasets library"
+        )
     text = _decode(file.read_bytes(), file)
-    found = list(_Parser(text, file).records())
-    if not found:
-        raise ValueError(f"{file}: the list of records is empty")
-    records = [_record(value, required) for _, value in found]
-    problems = [
-        f"{place}: {problem}" for (place, _), problem in zip(found, records, strict=True) if isinstance(problem, str)
-    ]
-    _refuse(problems, str(file))
-    return [_placed(record, place) for (place, _), record in zip(found, records, strict=True)]
+    rows = _csv_rows(text, file) if suffix in (".csv", ".tsv") else _Parser(text, file, columns).rows()
+    return make_records(rows, str(file), required, columns)
+
+
+def make_records(
+    rows: Iterable[Row], source: str, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
+) -> list[Record]:
+    """The records in the rows, which may have any of the known shapes. Logs which ones they have.
+
+    Records of one conversation get a `group` of their own, so that a split keeps them together.
+
+    Raises:
+        ValueError: there are no rows, or naming the source and the places of faulty ones.
+    """
+    records: list[Record] = []
+    problems: list[str] = []
+    shapes: Counter[str] = Counter()
+    for number, row in enumerate(rows, 1):
+        found: list[Record | str]
+        try:
+            found = [_record(value, required) for value in to_records(row.value, required, columns)]
+        except ValueError as error:
+            found = [str(error)]
+        shapes[shape_of(row.value, columns)] += 1
+        for answer, record in enumerate(found, 1):
+            place = row.place if len(found) == 1 else f"{row.place}, answer {answer}"
+            if isinstance(record, str):
+                problems.append(f"{place}: {record}")
+                continue
+            if len(found) > 1:
+                record.setdefault("group", f"conversation {number}")
+            records.append(_placed(record | ({"part": PARTS[row.part]} if row.part else {}), place))
+    if not records and not problems:
+        raise ValueError(f"{source}: the list of records is empty")
+    if shapes[""] and problems:
+        known = "instruction and output, prompt and completion, messages, or conversations"
+        problems[min(len(problems), SHOWN_PROBLEMS) - 1] += f" (a record has {known}; data.columns maps other names)"
+    _refuse(problems, source)
+    read_as = ", ".join(f"{count} as {shape}" for shape, count in shapes.items())
+    logger.info("%s: %d records, read %s", source, len(records), read_as)
+    return records
 
 
 def check_records(records: Any, source: str = "records", required: Sequence[str] = REQUIRED) -> list[Record]:
@@ -141,6 +210,40 @@ def _decode(content: bytes, file: Path) -> str:
         ) from None
 
 
+def _csv_rows(text: str, file: Path) -> Iterator[Row]:
+    """The rows of a CSV file as objects; the separator is the one of , ; and tab that the header has most often."""
+    lines = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), delimiter=_separator(text, file), strict=True)
+    header: list[str] = []
+    number, start = 0, 1
+    try:
+        for cells in lines:
+            place, start = f"line {start}", lines.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = [name.strip() for name in cells]
+                twice = next((name for name in header if header.count(name) > 1), None)
+                if twice is not None:
+                    raise ValueError(f"{file}, {place}: the column {twice!r} occurs twice in the header")
+                continue
+            number += 1
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{file}, {place} (record {number}): {len(cells)} cells, but the header has {len(header)} columns: "
+                    f"{shorten(cells)}; a cell with a separator or a line break must be in double quotes"
+                )
+            yield Row(f"record {number} ({place})", dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {start} (record {number + 1}): {error}") from None
+
+
+def _separator(text: str, file: Path) -> str:
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    header = text.lstrip("\ufeff\r\n").partition("\n")[0]
+    return max(",;\t", key=header.count)
+
+
 class _Forbidden(ValueError):
     """Something that Python's json accepts and a record must not have: a constant like NaN, or a repeated key."""
 
@@ -158,14 +261,14 @@ class _Forbidden(ValueError):
 class _Parser:
     """Reads JSON values one after the other: records, lists of records, or one value per line."""
 
-    def __init__(self, text: str, file: Path) -> None:
+    def __init__(self, text: str, file: Path, columns: Mapping[str, str]) -> None:
         self.text, self.file = text, file
+        self.lists = {*CHATS, *(columns[key] for key in CHATS if key in columns)}  # keys of a record that hold lists
         self.number = 0  # of the current record, from 1
         self.line, self.line_start = 1, 0  # of the position that was located last
         self.decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
-    def records(self) -> Iterator[tuple[str, Any]]:
-        """Place and value of each record."""
+    def rows(self) -> Iterator[Row]:
         if not self._has_lines():
             yield from self._values(self.text, 0)
             return
@@ -186,30 +289,56 @@ class _Parser:
             return False
         return bool(newline) and _skip(first, end) == len(first)
 
-    def _values(self, text: str, offset: int) -> Iterator[tuple[str, Any]]:
+    def _values(self, text: str, offset: int) -> Iterator[Row]:
         """The records of a line or of the whole text, which starts at `offset` of the file."""
         position = _skip(text, 0)
         while position < len(text):
             if text[position] == ",":
                 self._fail("comma between records outside of a list", offset + position)
-            if text[position] != "[":
-                place, value, position = self._value(text, position, offset)
-                self._check_is_record(value)
-                yield place, value
-                position = _skip(text, position)
+            if text[position] == "[":
+                position = yield from self._list(text, position, offset)
                 continue
-            position = _skip(text, position + 1)
-            while not text.startswith("]", position):
-                place, value, position = self._value(text, position, offset)
-                yield place, value
-                comma = position = _skip(text, position)
-                if text.startswith(",", position):
-                    position = _skip(text, position + 1)
-                    if text.startswith("]", position):
-                        self._fail("trailing comma at the end of the list", offset + comma)
-                elif not text.startswith("]", position):
-                    self._fail("expected ',' or ']' after a record of the list", offset + position)
-            position = _skip(text, position + 1)
+            place, value, end = self._value(text, position, offset)
+            if self._has_parts(value):
+                yield from self._parts(text, position, offset, list(value))
+            else:
+                yield Row(place, value)
+            position = _skip(text, end)
+
+    def _list(self, text: str, position: int, offset: int, part: str = "") -> Generator[Row, None, int]:
+        """The records of the list that starts at the position; returns the position of what follows it."""
+        position = _skip(text, position + 1)
+        while not text.startswith("]", position):
+            place, value, position = self._value(text, position, offset)
+            yield Row(f"{part} {place}".lstrip(), value, part)
+            comma = position = _skip(text, position)
+            if text.startswith(",", position):
+                position = _skip(text, position + 1)
+                if text.startswith("]", position):
+                    self._fail("trailing comma at the end of the list", offset + comma)
+            elif not text.startswith("]", position):
+                self._fail("expected ',' or ']' after a record of the list", offset + position)
+        return _skip(text, position + 1)
+
+    def _has_parts(self, value: Any) -> bool:
+        """Whether the value is no record, but an object of lists of records, like {"train": [...], "test": [...]}."""
+        if not isinstance(value, dict) or not value or value.keys() & self.lists:
+            return False
+        return all(isinstance(inner, list) and all(isinstance(x, dict) for x in inner) for inner in value.values())
+
+    def _parts(self, text: str, position: int, offset: int, names: Sequence[str]) -> Iterator[Row]:
+        """The records of the object of lists at the position, which is valid JSON."""
+        unknown = [name for name in names if name.lower() not in PARTS]
+        if unknown and len(names) > 1:
+            self._fail(
+                f"an object with the lists {', '.join(map(repr, names[:5]))}; the known ones are {', '.join(PARTS)} "
+                "(a single list may have any name)",
+                offset + position,
+            )
+        for name in names:
+            _, position = self.decoder.raw_decode(text, _skip(text, position + 1))  # after { or a comma: the key
+            self.number = 0
+            position = yield from self._list(text, text.index("[", position), offset, "" if unknown else name.lower())
 
     def _value(self, text: str, position: int, offset: int) -> tuple[str, Any, int]:
         self.number += 1
@@ -244,17 +373,6 @@ class _Parser:
             f"{what}: after {before!r}{f', before {after!r}' if after else ''}"
         )
 
-    def _check_is_record(self, value: Any) -> None:
-        """Refuse a whole file like {"train": [...], "test": [...]}, which is no record."""
-        if not isinstance(value, dict) or not value or value.keys() & {"messages", "conversations"}:
-            return
-        if all(isinstance(inner, list) for inner in value.values()):
-            keys = ", ".join(map(repr, list(value)[:5]))
-            raise ValueError(
-                f"{self.file}: an object with the lists {keys} instead of a list of records with 'instruction' and "
-                "'output'; save each list as a file of its own"
-            )
-
 
 def _skip(text: str, position: int) -> int:
     match = _BLANK.match(text, position)
@@ -274,9 +392,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise _Forbidden(f"{name} is not allowed in JSON", name, 1)
-
-
-def shorten(value: Any) -> str:
-    """The value as ASCII JSON of at most 120 characters, for messages."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -35,7 +35,7 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
             raise ValueError(
                 f"no tokenizer {str(name)!r}: neither a directory nor known to tiktoken ({error})"
             ) from None
-    vocabulary = _read(directory)
+    vocabulary = read_vocabulary(directory)
     return tiktoken.Encoding(
         f"bpe-{directory.name}",
         pat_str=SPLIT_PATTERN,
@@ -54,19 +54,31 @@ def count_tokens(directory: Path) -> int | None:
         return None
     if (directory / VOCAB).is_file():
         return max(_read_vocab(directory / VOCAB).values()) + 1
-    vocabulary = _read(directory)
+    vocabulary = read_vocabulary(directory)
     return max(*vocabulary.ids.values(), *vocabulary.special.values()) + 1
 
 
 @dataclass(frozen=True)
-class _Vocabulary:
+class Vocabulary:
+    """A byte-level BPE as its files have it."""
+
     source: str  # names the files, for messages
     ids: Mapping[str, int]  # of ordinary tokens, in GPT-2's spelling
-    merged: Sequence[str]  # the token that each merge makes, in order
+    merges: Sequence[tuple[str, str]]  # in order
     special: Mapping[str, int]
 
+    @property
+    def merged(self) -> list[str]:
+        """The token that each merge makes."""
+        return ["".join(pair) for pair in self.merges]
 
-def _read(directory: Path) -> _Vocabulary:
+
+def read_vocabulary(directory: Path) -> Vocabulary:
+    """What the tokenizer files of a directory say, unchecked.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_tokenizer`.
+    """
     if (directory / TOKENIZER).is_file() and not ((directory / VOCAB).is_file() and (directory / MERGES).is_file()):
         return _read_tokenizer(directory / TOKENIZER)
     for file in (directory / VOCAB, directory / MERGES):
@@ -80,8 +92,8 @@ def _read(directory: Path) -> _Vocabulary:
     special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
     lines = read_text(directory / MERGES).split("\n")
     merges = [line.rstrip("\r") for line in lines]
-    merged = [merge.replace(" ", "") for merge in merges if merge and not merge.startswith("#version")]
-    return _Vocabulary(f"{directory / VOCAB} with {MERGES}", ids, merged, special)
+    pairs = [_pair(merge.split(" ")) for merge in merges if merge and not merge.startswith("#version")]
+    return Vocabulary(f"{directory / VOCAB} with {MERGES}", ids, pairs, special)
 
 
 def _read_vocab(file: Path) -> dict[str, int]:
@@ -91,7 +103,7 @@ def _read_vocab(file: Path) -> dict[str, int]:
     return ids
 
 
-def _read_tokenizer(file: Path) -> _Vocabulary:
+def _read_tokenizer(file: Path) -> Vocabulary:
     """The file of the tokenizers library, the only one that transformers 5 writes."""
     content = read_json(file)
     model, pre_tokenizer = (content.get(key) or {} for key in ("model", "pre_tokenizer"))
@@ -109,7 +121,7 @@ def _read_tokenizer(file: Path) -> _Vocabulary:
         raise ValueError(f"{file} is not a GPT-2 tokenizer: a byte-level BPE without normalizer and prefix space")
     try:
         ids = {str(token): _as_id(id) for token, id in model["vocab"].items()}
-        merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        pairs = [_pair(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
         special = {str(token["content"]): _as_id(token["id"]) for token in content.get("added_tokens") or ()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
@@ -117,7 +129,12 @@ def _read_tokenizer(file: Path) -> _Vocabulary:
         special.setdefault(END_OF_TEXT, ids[END_OF_TEXT])
     if END_OF_TEXT not in special:
         raise ValueError(f"{file} has no {END_OF_TEXT!r}")
-    return _Vocabulary(str(file), {token: id for token, id in ids.items() if token not in special}, merged, special)
+    return Vocabulary(str(file), {token: id for token, id in ids.items() if token not in special}, pairs, special)
+
+
+def _pair(parts: Sequence[str]) -> tuple[str, str]:
+    """A merge. One that is not of two parts makes a token that the vocabulary lacks, which is reported later."""
+    return parts[0], "".join(parts[1:])
 
 
 def _as_id(value: Any) -> int:
@@ -126,7 +143,7 @@ def _as_id(value: Any) -> int:
     return value
 
 
-def _ranks(vocabulary: _Vocabulary) -> dict[bytes, int]:
+def _ranks(vocabulary: Vocabulary) -> dict[bytes, int]:
     """Bytes -> id for tiktoken, which merges the pair with the lowest id first."""
     ids, merged, source = vocabulary.ids, vocabulary.merged, vocabulary.source
     missing = [token for token in (*_byte_of_character(), *merged) if token not in ids]

@@ -160,4 +160,6 @@ def _shorten(value: Any) -> str:
 def _first(error: ValidationError, path: str) -> str:
     detail = error.errors()[0]
     where = ".".join([path, *map(str, detail["loc"])]).strip(".")
-    return f"{where}: {detail['msg'].removeprefix('Value error, ')} (got {_shorten(detail['input'])})"
+    is_number = detail["type"] == "string_type" and isinstance(detail["input"], int | float)
+    quotes = "; put it in quotes" if is_number else ""
+    return f"{where}: {detail['msg'].removeprefix('Value error, ')} (got {_shorten(detail['input'])}){quotes}"

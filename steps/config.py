@@ -1,10 +1,12 @@
 """Configuration of the pipeline's steps, with every default. Model and training are in gpt2core/config.py."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt2core.config import PRESETS, PretrainConfig, TooLong, TrainConfig, check_field, check_types
 from gpt2core.metrics import METRICS
+from gpt2core.record_formats import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,10 @@ class DataConfig:
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
     )
     sha256: str = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"  # of the file at `url`
-    path: str = ""  # with source: file; .json or .jsonl
+    path: str = ""  # with source: file; .json, .jsonl, .csv, .parquet, or a directory of the datasets library
+    val_path: str = ""  # validation and test records of one's own; without them, they are taken from `path`
+    test_path: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)  # key of a record -> its name in the file
     n_facts: int | None = None  # of the bundled world; null: all of them
     order: Literal["seed", "file"] = "seed"  # shuffled before the split, or in the order of the file
     val_fraction: float = 0.05
@@ -36,7 +41,13 @@ class DataConfig:
         check_field(
             self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
         )
-        check_field(self, "path", not self.path or self.source == "file", "empty unless data.source is file")
+        for name in ("path", "val_path", "test_path"):
+            check_field(
+                self, name, not getattr(self, name) or self.source == "file", "empty unless data.source is file"
+            )
+        known = all(key in COLUMNS and isinstance(name, str) and name for key, name in self.columns.items())
+        distinct = len(set(self.columns.values())) == len(self.columns)
+        check_field(self, "columns", known and distinct, f"a mapping of some of {', '.join(COLUMNS)} to other names")
         for name in ("val_fraction", "test_fraction"):
             check_field(self, name, 0 < getattr(self, name) < 0.5, "between 0 and 0.5")
 

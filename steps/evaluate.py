@@ -12,7 +12,7 @@ from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import Evaluation, Sample, TrainSummary
-from steps.adapters.base import open_base
+from steps.adapters.base import open_base, read_base
 from steps.adapters.progress import counting_progress
 from steps.adapters.rouge import rouge_l
 from steps.adapters.statistics import with_intervals
@@ -32,7 +32,7 @@ def evaluate(
     limits = (evaluate.max_new_tokens, evaluate.batch_size, rouge_l)
     with counting_progress("evaluate base", len(test_records)) as show:
         before = evaluate_model(model, tokenizer, test_records, *limits, show)
-    merge_lora(load_adapter(model, adapter))  # merged, as the service does
+    merge_lora(load_adapter(model, adapter, read_base(base).sha256))  # merged, as the service does
     with counting_progress("evaluate tuned", len(test_records)) as show:
         after = evaluate_model(model, tokenizer, test_records, *limits, show)
     samples, evaluation = compare_answers(test_records, before, after, train_summary)

@@ -10,16 +10,17 @@ from zenml import step
 
 from gpt2core.checkpoint import CONFIG, read_config
 from gpt2core.config import GPT2Config
-from gpt2core.data import count_duplicates, count_repeated_questions, find_markers, limit_lengths
+from gpt2core.data import count_duplicates, count_leaks, count_repeated_questions, find_markers, limit_lengths
 from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
-from gpt2core.files import file_sha256
-from gpt2core.records import Record, check_records, read_records, records_sha256
+from gpt2core.files import directory_sha256, file_sha256
+from gpt2core.records import Record, check_records, make_records, read_records, records_sha256
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.download import fetch, without_secrets
 from steps.adapters.hub import fetch_base
+from steps.adapters.tables import is_table, read_rows
 from steps.cache import code_of
 from steps.config import BaseConfig, DataConfig
 from steps.metadata import describe
@@ -48,6 +49,7 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
         "repeated_questions": count_repeated_questions(records),
         "with_prompt_markers": len(markers),
         "too_long": len(too_long),
+        "in_train": count_leaks(records),
         "sha256": records_sha256(kept),
     }
     if about["repeated_questions"]:
@@ -55,6 +57,10 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
             "%d of %d records repeat an earlier instruction and input (%d of them also the output); "
             "they are kept on one side of the split",
             *(about["repeated_questions"], len(records), about["duplicates"]),
+        )
+    if about["in_train"]:
+        logger.warning(
+            "%d records of the given validation and test parts repeat a question of the train part", about["in_train"]
         )
     if markers:
         what = "contain a section header of the prompt, at which answers are cut"
@@ -74,9 +80,27 @@ def _read(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
     if data.source == "url":
         with TemporaryDirectory() as directory:
             file = Path(directory) / PurePosixPath(urlsplit(data.url).path).name
-            records = read_records(fetch(data.url, file, data.sha256))
+            records = _read_file(fetch(data.url, file, data.sha256), data)
         return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
-    return read_records(data.path), {"location": data.path, "file_sha256": file_sha256(data.path)}
+    records, origin = _read_file(Path(data.path), data), {"location": data.path, "file_sha256": _sha256(data.path)}
+    for part, path in (("val", data.val_path), ("test", data.test_path)):
+        if path:
+            own = _read_file(Path(path), data)
+            for record in own:
+                record["part"] = part
+            records = [record for record in records if record.get("part") != part] + own
+            origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(path)}
+    return records, origin
+
+
+def _read_file(path: Path, data: DataConfig) -> list[Record]:
+    if is_table(path):
+        return make_records(read_rows(path), str(path), columns=data.columns)
+    return read_records(path, columns=data.columns)
+
+
+def _sha256(path: str) -> str:
+    return directory_sha256(path) if Path(path).is_dir() else file_sha256(path)
 
 
 def _tokenizer(base: BaseConfig, n_facts: int | None, seed: int) -> tuple[Encoding, int]:

@@ -58,11 +58,13 @@ ADAPTERS = {  # the library that each adapter wraps
     "base": set(),
     "data_check": {"sklearn"},
     "download": {"requests", "urllib3", "tqdm"},
+    "gguf_file": {"gguf", "torch"},
     "hub": {"huggingface_hub"},
     "progress": {"tqdm"},
     "report": {"evidently", "jinja2", "markupsafe", "pandas", "plotly"},
     "rouge": {"rouge_score"},
     "statistics": {"numpy", "scipy", "statsmodels"},
+    "tables": {"pyarrow"},
     "tracking": {"wandb"},
 }
 # Package -> the extras of pyproject.toml that must declare what it imports; the core dependencies count for all.

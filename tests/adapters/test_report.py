@@ -161,7 +161,12 @@ def test_a_worse_model_than_the_champion_and_leaked_records_are_said_first(tmp_p
     test = [TRAIN[0], {**TRAIN[1], "output": "one"}, {"instruction": "What else?", "input": "", "output": "Nothing."}]
     text = write_report(samples, evaluation(samples), tmp_path, "run", champion, test)[0].read_text()
     verdict = text[text.index('id="verdict"') : text.index('id="scores"')]
-    for part in ("Finetuning gives more right answers, but fewer than the champion.", "66.7 %", "gpt2-instruct/3", "-33.3 percentage points"):
+    for part in (
+        "Finetuning gives more right answers, but fewer than the champion.",
+        "66.7 %",
+        "gpt2-instruct/3",
+        "-33.3 percentage points",
+    ):
         assert part in verdict
     assert "1 test records are also training records, and 1 more ask a question" in verdict
     flips = Page(text).tables["Answers that changed from right to wrong, and back"]

@@ -1,6 +1,7 @@
 """Loading and unloading adapters over HTTP."""
 
 import hashlib
+import json
 import shutil
 
 import pytest
@@ -44,6 +45,17 @@ def test_only_adapters_below_the_directory_and_free_names_are_loaded(url, name, 
     response = admin(url, "load", lora_name=name, lora_path=path)
     assert response.status_code == status
     assert error_of(response)["param"] in ("lora_name", "lora_path")
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_digests(url, adapters):
+    shutil.copytree(adapters / "good", adapters / "foreign", dirs_exist_ok=True)
+    file = adapters / "foreign" / "adapter.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base": {"name": "gpt2", "sha256": "f" * 64}}))
+    response = admin(url, "load", lora_name="foreign", lora_path="foreign")
+    assert response.status_code == 400
+    message = error_of(response)["message"]
+    assert "f" * 64 in message
+    assert requests.get(f"{url}/metadata", timeout=10).json()["base"]["sha256"] in message
 
 
 @pytest.mark.parametrize("name", ["base", "gpt2-instruct"])

@@ -8,6 +8,13 @@ def test_settings_come_from_the_environment():
     assert Settings.from_environment(environment) == Settings(api_token="t", weights="int8")
 
 
+def test_another_base_is_accepted_only_on_request():
+    assert Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "true"}).accept_other_base
+    assert not Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "false"}).accept_other_base
+    with pytest.raises(ValueError, match="GPT2_ACCEPT_OTHER_BASE is 'yes'; it must be one of true, false"):
+        Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "yes"})
+
+
 def test_an_unknown_value_is_refused_with_the_allowed_ones():
     with pytest.raises(ValueError, match="GPT2_REQUEST_LOG_TEXT is 'all'; it must be one of hash, keep, drop"):
         Settings.from_environment({"GPT2_REQUEST_LOG_TEXT": "all"})

@@ -6,7 +6,7 @@ from shutil import copytree
 import pytest
 from click.testing import CliRunner
 
-from gpt2core.checkpoint import load_adapter, load_pretrained
+from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
 from gpt2core.files import checkpoint_files, directory_sha256
@@ -80,6 +80,19 @@ def test_an_error_is_one_line_with_the_cause(words, message):
     assert done.exit_code in (1, 2)
     assert message in done.output
     assert done.exception is None or isinstance(done.exception, SystemExit)
+
+
+def test_another_adapter_answers_and_one_of_another_base_must_be_accepted(base_dir, adapter_dir, tmp_path, outputs):
+    other = tmp_path / "peft"
+    export_peft(load_adapter(load_pretrained(base_dir), adapter_dir), other)
+    done = run("Name a river.", "--adapter", str(other))
+    assert done.stdout == expected(base_dir, adapter_dir, {"instruction": "Name a river."}) + "\n"
+    file = copytree(adapter_dir, tmp_path / "foreign") / "adapter.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base": {"name": "gpt2", "sha256": "f" * 64}}))
+    refused = run("Name a river.", "--adapter", str(file.parent))
+    assert refused.exit_code == 1
+    assert "f" * 64 in refused.output
+    assert run("Name a river.", "--adapter", str(file.parent), "--accept-other-base").stdout == done.stdout
 
 
 def test_a_question_that_is_too_long_is_reported_before_the_first_answer(tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 
 from gpt2core.checkpoint import directory_sha256, export_peft, load_adapter, load_pretrained, save_adapter
 from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig
+from gpt2core.engine import Engine
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.model import GPT2
 from gpt2core.prompt import PROMPT_TEMPLATE
@@ -132,6 +133,10 @@ def test_an_adapter_of_another_base_is_refused_unless_it_is_accepted(bare, tiny_
     assert "this base has sha256 bbb" in caplog.text
     for known in ("a" * 64, None):
         load_adapter(load_pretrained(tiny_gpt2_dir), adapter, base_sha256=known)
+    engine = Engine(load_pretrained(tiny_gpt2_dir), weights="fp32", base_sha256="b" * 64)
+    with pytest.raises(ValueError, match=r"with sha256 'aaa.* has sha256 bbb"):
+        engine.load_adapter("mine", adapter)
+    Engine(load_pretrained(tiny_gpt2_dir), weights="fp32", base_sha256="a" * 64).load_adapter("mine", adapter)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,6 +1,7 @@
 """Files of records: every layout people bring, and errors that point at the place in the file."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -8,7 +9,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gpt2core.data import check_records, place_of, read_records, records_sha256, to_jsonl
+from gpt2core.data import (
+    check_records,
+    count_leaks,
+    place_of,
+    read_records,
+    records_sha256,
+    split_records,
+    to_jsonl,
+)
 
 GOOD = {"instruction": "Say é.", "input": "", "output": "é"}
 LINE = json.dumps(GOOD)
@@ -48,6 +57,68 @@ def test_records_are_read_from_every_layout(write, name, text):
     records = read_records(write(name, text))
     assert records == [GOOD, GOOD]
     assert all(type(json.loads(json.dumps(record))) is dict for record in records)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", json.dumps({"prompt": "Say é.", "completion": "é"})),
+        (
+            "a.jsonl",
+            '{"conversations": [{"from": "human", "value": "Say é."}, {"from": "gpt", "value": "é"}]}',
+        ),
+        ("a.csv", "\ufeffoutput,instruction\r\né,Say é.\r\n"),
+        ("a.CSV", "instruction;input;output\nSay é.;;é\n\n"),
+        ("a.tsv", "instruction\toutput\nSay é.\té\n"),
+        ("a.json", f'{{"data": [{LINE}]}}'),
+    ],
+)
+def test_records_of_every_shape_are_read_and_the_shape_is_logged(write, caplog, name, text):
+    caplog.set_level(logging.INFO)
+    assert read_records(write(name, text)) == [GOOD]
+    assert "1 records, read 1 as" in caplog.text
+
+
+def test_columns_map_other_names(write):
+    file = write("a.csv", "output,question,answer\nnot this,Say é.,é\n")
+    columns = {"instruction": "question", "output": "answer"}
+    assert read_records(file, columns=columns) == [GOOD]
+    assert read_records(write("b.jsonl", LINE), columns=columns) == [GOOD]  # none of the names occurs
+    with pytest.raises(ValueError, match=r"record 1 \(line 2\): no 'reply', which data.columns gives as 'output'"):
+        read_records(file, columns=columns | {"output": "reply"})
+
+
+def test_a_conversation_becomes_one_record_for_each_answer_with_the_earlier_turns_as_input(write):
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    texts = ("Be brief.", "Hi.", "Hello.", [{"type": "text", "text": "And you?"}], "Fine.", "Bye.")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    file = write("a.jsonl", json.dumps({"messages": messages}))
+    records = read_records(file)
+    assert records == [
+        {"instruction": "Hi.", "input": "", "output": "Hello.", "group": "conversation 1"},
+        {
+            "instruction": "And you?",
+            "input": "User: Hi.\nAssistant: Hello.",
+            "output": "Fine.",
+            "group": "conversation 1",
+        },
+    ]
+    assert place_of(records, 1) == "record 1 (line 1), answer 2"
+    [question] = read_records(file, ("instruction",))
+    assert (question["instruction"], question["output"]) == ("Bye.", "")
+
+
+def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
+    rows = [GOOD | {"output": str(i)} for i in range(6)]
+    text = json.dumps({"train": rows[:3], "validation": rows[3:4], "test": rows[4:]}, indent=1)
+    records = read_records(write("a.json", text))
+    assert [record["part"] for record in records] == ["train"] * 3 + ["val"] + ["test"] * 2
+    assert place_of(records, 5) == "test record 2 (line 32)"
+    assert [len(part) for part in split_records(records, 0)] == [3, 1, 2]
+    assert split_records(records, 0).test == rows[4:]
+    assert count_leaks(records) == 3
+    without_val = [record for record in records if record["part"] != "val"]
+    assert [len(part) for part in split_records(without_val, 0)] == [3, 0, 2]  # one question cannot be split
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
@@ -110,7 +181,6 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.json", "", ["list of records is empty"]),
         ("a.jsonl", "\n\n", ["list of records is empty"]),
         ("a.json", "[]", ["list of records is empty"]),
-        ("a.json", f'{{"train": [{LINE}], "test": []}}', ["'train', 'test'", "list of records"]),
         ("a.json", json.dumps([GOOD, 3]), ["record 2 (line 1)", "int"]),
         ("a.json", json.dumps([GOOD, {"instruction": "x"}]), ["record 2 (line 1)", "no 'output'"]),
         ("a.json", json.dumps([GOOD, GOOD | {"output": 3}]), ["record 2", "'output'", "3", "int"]),
@@ -122,7 +192,20 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.json", json.dumps([GOOD]).encode("utf-16-le"), ["UTF-16"]),
         ("a.json", json.dumps([GOOD]).encode("utf-32"), ["UTF-32"]),
         ("a.jsonl", f"{LINE}\n" + LINE.replace("\\u00e9", "é"), []),
-        ("a.csv", "instruction,output\n", [".csv", ".json or .jsonl"]),
+        ("a.csv", "instruction,output\n", ["list of records is empty"]),
+        ("a.txt", LINE, [".txt", ".json or .jsonl, .csv"]),
+        ("a.csv", 'instruction,output\n"a\nb",c\n\nd\n', ["line 5 (record 2)", "1 cells", "2 columns"]),
+        ("a.csv", 'instruction,output\na,"b', ["line 2 (record 1)", "unexpected end of data"]),
+        ("a.csv", "a,a\n1,2\n", ["line 1", "'a' occurs twice"]),
+        ("a.csv", "instruction,output\na, \n", ["record 1 (line 2)", "'output' is empty"]),
+        ("a.csv", "q,a\n1,2\n", ["record 1 (line 2)", "no 'instruction'", "data.columns maps other names"]),
+        ("a.json", f'{{"a": [{LINE}], "b": []}}', ["line 1, column 1", "'a', 'b'", "train"]),
+        ("a.json", f'{{"train": [{LINE},\n{{}}]}}', ["train record 2 (line 2)", "no 'instruction'"]),
+        ("a.jsonl", '{"messages": []}', ["record 1 (line 1)", "'messages' is []", "list of turns"]),
+        ("a.jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', ["messages[0]: the role is", "tool"]),
+        ("a.jsonl", '{"conversations": [{"from": "gpt", "value": "x"}]}', ["comes after no turn"]),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["no answer of the assistant"]),
+        ("a.jsonl", '{"prompt": "x"}', ["no 'output'"]),
     ],
 )
 def test_an_error_names_the_file_and_the_place(write, name, text, named):

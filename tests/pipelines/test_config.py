@@ -58,6 +58,10 @@ def test_a_misspelt_key_at_any_level_is_refused_with_the_correct_one(key):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
+        (
+            f"parameters: {{base: {{source: hub, name: x, revision: {'6' * 40}}}}}",
+            ["base.revision", "put it in quotes"],
+        ),
         ("parameters: {base: {pretrain: {max_step: 1}}}", ["parameters.base.pretrain.max_step", "max_steps"]),
         ("parameter: {seed: 1}", ["parameter", "parameters"]),
         ("steps: {finetun: {enable_cache: false}}", ["steps.finetun", "finetune"]),

@@ -5,6 +5,7 @@ import logging
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
 import pytest
 from zenml import pipeline
 from zenml.enums import ExecutionMode
@@ -92,3 +93,17 @@ def test_records_with_section_headers_of_the_prompt_are_counted_and_named(tmp_pa
     _, about = fetched(DataConfig(source="file", path=write(tmp_path, [*RECORDS, odd])))
     assert about["with_prompt_markers"] == 1
     assert "1 of 6 records contain a section header of the prompt, at which answers are cut: record 6" in caplog.text
+
+
+def test_own_files_for_the_parts_are_read_with_mapped_columns_and_leaks_are_counted(tmp_path, caplog):
+    rows = [{"q": record["instruction"], "a": record["output"]} for record in RECORDS]
+    path, test_path = str(tmp_path / "train.parquet"), tmp_path / "test.csv"
+    pd.DataFrame(rows).to_parquet(path)
+    test_path.write_text("q,a\nSay 0.,0\nSay 9.,9\n")
+    columns = {"instruction": "q", "output": "a"}
+    data = DataConfig(source="file", path=path, test_path=str(test_path), columns=columns)
+    records, about = fetched(data)
+    assert records[:5] == RECORDS
+    assert [record["part"] for record in records[5:]] == ["test", "test"]
+    assert (about["in_train"], about["test_location"]) == (1, str(test_path))
+    assert "1 records of the given validation and test parts repeat a question of the train part" in caplog.text

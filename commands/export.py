@@ -1,0 +1,82 @@
+"""`python run.py export`: the model of a finished run as other programs read it."""
+
+import json
+from pathlib import Path
+from shutil import copy2
+
+from commands.finished_run import FinishedRun, open_run
+from gpt2core.checkpoint import export_peft, save_pretrained
+from gpt2core.files import atomic_write, list_files, to_json
+from gpt2core.prompt import chat_template
+from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB, load_tokenizer
+from gpt2core.types import Lineage
+from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
+
+
+def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
+    """Write the run's model into a new or empty directory; return the files.
+
+    Args:
+        kind: peft, hf or gguf.
+        quantize: type of the matrices in a GGUF file: f32, f16 or q8_0.
+
+    Raises:
+        FileNotFoundError, HubError, ValueError: as `open_run`, or the directory is not empty, or the format cannot
+            express the model.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not an empty directory; choose a new one")
+    finished = open_run(run)
+    if kind == "peft":
+        export_peft(finished.load(merge=False), out, finished.base.name)
+    elif kind == "hf":
+        _write_hf(finished, out)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_gguf_adapter(finished.load(merge=False), out / "adapter.gguf")
+        write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize)
+    return [out / name for name in list_files(out)]
+
+
+def _write_hf(finished: FinishedRun, out: Path) -> None:
+    model = finished.load(merge=True)
+    save_pretrained(model, out)
+    for name in (TOKENIZER, VOCAB, MERGES):
+        if (finished.base_dir / name).is_file():
+            copy2(finished.base_dir / name, out / name)
+    tokenizer_config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model.config.n_positions,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        "chat_template": chat_template(),
+    }
+    files = {"tokenizer_config.json": to_json(tokenizer_config), "README.md": _model_card(finished).encode()}
+    if model.config.generation_config is None:
+        end = load_tokenizer(finished.base_dir).eot_token
+        files["generation_config.json"] = to_json({"bos_token_id": end, "eos_token_id": end, "do_sample": False})
+    for name, content in files.items():
+        atomic_write(out / name, content)
+
+
+def _model_card(finished: FinishedRun) -> str:
+    """README.md in the form of the Hugging Face hub."""
+    lineage = Lineage.from_json(json.loads(finished.lineage.read_text())) if finished.lineage.is_file() else None
+    revision = f" at revision `{finished.base.revision}`" if finished.base.revision else ""
+    lines = [
+        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, lora]", "---", ""),
+        *("# GPT-2 for instructions", ""),
+        f"{finished.base.name}{revision} (sha256 `{finished.base.sha256}`), with a LoRA adapter merged into it.",
+        "The prompt is Alpaca's; the tokenizer's chat template makes it of the last user turn.",
+    ]
+    if lineage is not None:
+        base, tuned = lineage.metrics.base, lineage.metrics.tuned
+        lora = lineage.adapter
+        lines += [
+            "",
+            f"Adapter: rank {lora.rank}, alpha {lora.alpha:g}, {' '.join(lora.targets)}; sha256 `{lora.sha256}`.",
+            f"Run {lineage.run.name}, commit `{lineage.commit.sha}`.",
+            *("", "| on held-out records | base | tuned |", "|---|---|---|"),
+            f"| exact match | {base.exact_match:.3f} | {tuned.exact_match:.3f} |",
+            f"| token F1 | {base.token_f1:.3f} | {tuned.token_f1:.3f} |",
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,53 @@
+"""The model of a finished run in outputs/, or a run with another adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2core.adapter_files import load_adapter
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.lora import merge_lora
+from gpt2core.model import GPT2, best_device
+from gpt2core.types import BaseRef
+from steps.adapters.base import REFERENCE, open_base, read_base
+from steps.outputs import outputs_dir
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Its directories; the base is on this machine."""
+
+    base_dir: Path
+    base: BaseRef
+    adapter: Path
+    lineage: Path  # lineage.json
+
+    def load(self, merge: bool, accept_other_base: bool = False) -> GPT2:
+        """The base with the adapter, merged into its weights or beside them.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_pretrained` and `load_adapter`.
+        """
+        model = load_pretrained(self.base_dir, device=best_device())
+        load_adapter(model, self.adapter, self.base.sha256, accept_other_base)
+        return merge_lora(model) if merge else model
+
+
+def open_run(name: str, adapter: str | None = None) -> FinishedRun:
+    """
+    Args:
+        name: a directory of outputs/: a run's name, latest, staging or production.
+        adapter: a directory with an adapter (this project's or PEFT's) to use instead of the run's.
+
+    Raises:
+        FileNotFoundError: there is no such run or adapter.
+        HubError: the base comes from the hub and cannot be downloaded.
+        ValueError: the base is not the recorded one.
+    """
+    directory = outputs_dir() / name
+    if not (directory / "adapter").is_dir():
+        raise FileNotFoundError(f"there is no finished run in {directory}; `make run` makes one")
+    if adapter is not None and not Path(adapter).is_dir():
+        raise FileNotFoundError(f"--adapter {adapter} is not a directory")
+    reference = directory if (directory / REFERENCE).is_file() else directory / "base"
+    own = directory / "adapter" if adapter is None else Path(adapter)
+    return FinishedRun(open_base(reference), read_base(reference), own, directory / "lineage.json")

@@ -1,0 +1,130 @@
+"""The shapes in which people keep instruction data, each turned into this project's records.
+
+| shape | keys |
+|---|---|
+| Alpaca | instruction, output; input, group and family where known |
+| prompt and completion | prompt, completion |
+| OpenAI's chat | messages: a list of {"role", "content"} |
+| ShareGPT | conversations: a list of {"from", "value"} |
+
+A conversation becomes one record for each answer of the assistant: its instruction is the user's turn before it, and
+its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is left out, as
+the service leaves it out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gpt2core.prompt import format_turns
+
+TEXTS = ("instruction", "input", "output")
+LABELS = ("group", "family")
+REQUIRED = ("instruction", "output")
+CHATS = ("messages", "conversations")
+COLUMNS = (*TEXTS, *LABELS, "prompt", "completion", *CHATS)  # keys that `columns` can map
+_ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+
+
+def shape_of(value: Any, columns: Mapping[str, str]) -> str:
+    """The name of the record's shape, for people; "" if it is none of the known ones."""
+    return _shape(_rename(value, _applying(value, columns))) if isinstance(value, dict) else ""
+
+
+def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The records in a value of any shape, not yet checked further; one, except for conversations.
+
+    Args:
+        columns: this project's key -> the name it has in the value; not used where none of the names occurs.
+
+    Raises:
+        ValueError: what is wrong with the value.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object: {shorten(value)}")
+    columns = _applying(value, columns)
+    for key, own in columns.items():
+        if own not in value and (key in required or key not in (*TEXTS, *LABELS)):
+            raise ValueError(f"no {own!r}, which data.columns gives as {key!r}, in {shorten(value)}")
+    value = _rename(value, columns)
+    shape = _shape(value)
+    if shape in CHATS:
+        return _conversation(value, shape, required)
+    if shape == "prompt/completion":
+        renamed = {key: value[key] for key in LABELS if key in value} | {"instruction": value["prompt"]}
+        return [renamed | ({"output": value["completion"]} if "completion" in value else {})]
+    return [value]
+
+
+def _applying(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, str]:
+    return columns if any(name in value for name in columns.values()) else {}
+
+
+def _rename(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """With this project's keys; a key whose name is taken by a mapped one is left out."""
+    named = {own: key for key, own in columns.items()}
+    return {named.get(key, key): inner for key, inner in value.items() if key not in columns or key in named}
+
+
+def _shape(value: Mapping[str, Any]) -> str:
+    if "instruction" in value:
+        return "instruction/output"
+    if "prompt" in value:
+        return "prompt/completion"
+    return next((key for key in CHATS if key in value), "")
+
+
+def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -> list[dict[str, Any]]:
+    messages = value[key]
+    if isinstance(messages, str):  # a cell of a CSV file
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise ValueError(f"{key!r} is text that is not JSON: {error}") from None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{key!r} is {shorten(messages)}; it must be a list of turns")
+    turns = [turn for i, message in enumerate(messages) if (turn := _turn(message, f"{key}[{i}]"))[0] != "system"]
+    labels = {name: value[name] for name in LABELS if name in value}
+    found = []
+    for i, (role, text) in enumerate(turns):
+        if role == "assistant":
+            if i == 0 or turns[i - 1][0] != "user":
+                before = "no turn" if i == 0 else "another assistant turn"
+                raise ValueError(f"{key!r}: an assistant turn comes after {before}, not after the user's")
+            found.append({"instruction": turns[i - 1][1], "input": format_turns(turns[: i - 1]), "output": text})
+    if "output" not in required and turns and turns[-1][0] == "user":  # a question
+        return [labels | {"instruction": turns[-1][1], "input": format_turns(turns[:-1]), "output": ""}]
+    if not found:
+        raise ValueError(f"{key!r} has no answer of the assistant: {shorten(messages)}")
+    return [labels | record for record in found]
+
+
+def _turn(message: Any, place: str) -> tuple[str, str]:
+    """Role (user, assistant or system) and text."""
+    if not isinstance(message, dict):
+        raise ValueError(f"{place} is {shorten(message)}; it must be an object with 'role' and 'content'")
+    role, content = (next((message[k] for k in keys if k in message), None) for keys in (_ROLE_KEYS, _CONTENT_KEYS))
+    if role not in _ROLES:
+        raise ValueError(f"{place}: the role is {shorten(role)}; it must be one of {', '.join(_ROLES)}")
+    if isinstance(content, list):  # OpenAI's content parts
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else content
+    if not isinstance(content, str):
+        raise ValueError(f"{place}: the content is {shorten(content)}; it must be text")
+    if _ROLES[role] != "system" and not content.strip():
+        raise ValueError(f"{place}: the content is empty")
+    return _ROLES[role], content
+
+
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+
+
+def shorten(value: Any) -> str:
+    """The value as ASCII JSON of at most 120 characters, for messages."""
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 120 else f"{text[:117]}..."

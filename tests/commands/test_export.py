@@ -1,0 +1,128 @@
+"""`python run.py export`: each format is read by its own library, and greedy tokens are compared."""
+
+import json
+from shutil import copytree
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gpt2core.checkpoint import load_adapter, load_pretrained
+from gpt2core.config import GenerationConfig
+from gpt2core.files import checkpoint_files, directory_sha256
+from gpt2core.generate import generate
+from gpt2core.prompt import format_prompt
+from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import BaseRef
+from run import main
+from steps.adapters.base import write_base
+from steps.adapters.gguf_file import write_gguf
+from tests.helpers import make_lineage
+
+PROMPT = format_prompt("Name a river.")
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
+    """A run on a base from a directory, of which outputs/ has the reference and a link."""
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
+    run = tmp_path / "latest"
+    copytree(adapter_dir, run / "adapter")
+    write_base(run, BaseRef(str(base_dir), "", directory_sha256(base_dir, checkpoint_files(base_dir))), {})
+    (run / "base").symlink_to(base_dir)
+    (run / "lineage.json").write_text(json.dumps(make_lineage().to_json()))
+    return tmp_path
+
+
+def export(out, *options: str):
+    done = CliRunner().invoke(main, ["export", "--out", str(out), "--format", *options])
+    assert done.exit_code == 0, done.output
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def tuned(base_dir, adapter_dir):
+    return load_adapter(load_pretrained(base_dir), adapter_dir)
+
+
+@pytest.fixture(scope="module")
+def prompt(base_dir):
+    return load_tokenizer(base_dir).encode_ordinary(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def expected(tuned, prompt):
+    return generate(tuned, [prompt], GenerationConfig(max_new_tokens=12))[0]
+
+
+def greedy(model, prompt) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_peft_reads_the_adapter(base_dir, tmp_path, prompt, expected):
+    export(tmp_path / "out", "peft")
+    hf = AutoModelForCausalLM.from_pretrained(base_dir)
+    assert greedy(PeftModel.from_pretrained(hf, tmp_path / "out"), prompt) == expected
+
+
+def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template(tmp_path, prompt, expected):
+    out = tmp_path / "out"
+    export(out, "hf")
+    assert greedy(AutoModelForCausalLM.from_pretrained(out), prompt) == expected
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name a river."}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == PROMPT
+    assert tokenizer(PROMPT)["input_ids"] == prompt
+    assert tokenizer.eos_token == "<|endoftext|>"
+    card = (out / "README.md").read_text()
+    assert "exact match | 0.500" in card
+    assert load_pretrained(out).config.token_count == len(tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_transformers_reads_the_gguf_file(tmp_path, prompt, expected, tuned, kind):
+    options = [] if kind == "f32" else ["--quantize", kind]
+    files = export(tmp_path / "out", "gguf", *options)
+    assert [file.rpartition("/")[2] for file in files] == ["adapter.gguf", "model.gguf"]
+    # transformers takes n_positions of a GGUF file to be GPT-2's 1024
+    values = {"gguf_file": "model.gguf", "n_positions": len(tuned.wpe.weight), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **values).eval()
+    with torch.no_grad():
+        logits, own = model(torch.tensor([prompt])).logits, tuned(torch.tensor([prompt]))
+    # f16 has 11 bits of precision, q8_0 about 8
+    torch.testing.assert_close(logits, own, rtol=0, atol={"f32": 1e-4, "f16": 1e-2, "q8_0": 0.2}[kind])
+    if kind == "f32":
+        assert greedy(model, prompt) == expected
+
+
+@pytest.mark.slow
+def test_llama_cpp_generates_the_same_tokens_merged_and_with_the_adapter(base_dir, tmp_path, prompt, expected):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    out = tmp_path / "out"
+    export(out, "gguf")
+    write_gguf(load_pretrained(base_dir), base_dir, out / "base.gguf", "f32")
+    for file, adapter in ((out / "model.gguf", None), (out / "base.gguf", str(out / "adapter.gguf"))):
+        llama = llama_cpp.Llama(str(file), lora_path=adapter, n_ctx=128, verbose=False, n_threads=1)
+        assert llama.tokenize(PROMPT.encode(), add_bos=False) == prompt
+        tokens = llama.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
+        assert [next(tokens) for _ in expected] == expected, file.name
+        llama.close()
+
+
+def test_errors_are_one_line(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for options, message in (
+        (["--out", str(tmp_path / "full"), "--format", "hf"], "is not an empty directory; choose a new one"),
+        (["--out", str(tmp_path / "new"), "--format", "hf", "--run", "no"], "no finished run"),
+        (["--out", str(tmp_path / "new"), "--format", "hf", "--quantize", "f16"], "goes with --format gguf"),
+    ):
+        done = CliRunner().invoke(main, ["export", *options])
+        assert done.exit_code in (1, 2)
+        assert message in done.output

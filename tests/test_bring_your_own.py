@@ -1,0 +1,42 @@
+"""The blocks of docs/bring-your-own.md, in their order, in a copy of the project."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt2core.records import Row, make_records
+from pipelines.config import check_config
+from pipelines.finetune_pipeline import finetune_pipeline
+from tests.copies import copy_project, fresh_environment
+
+PAGE = (Path(__file__).parent.parent / "docs" / "bring-your-own.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_record_and_the_configuration_are_valid():
+    [record] = blocks("json")
+    value = json.loads(record)
+    assert make_records([Row("record 1", value)], "docs") == [value]
+    [config] = blocks("yaml")
+    check_config(yaml.safe_load(config), "docs", finetune_pipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_run(tmp_path):
+    project = copy_project(tmp_path)
+    environment = fresh_environment(project, tmp_path / "home")
+    data, ask, exports, wandb = blocks("bash")
+    for block in (data, exports, ask, wandb):
+        done = subprocess.run(["bash", "-ec", block], cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (project / "merged" / "model.safetensors").is_file()
+    assert (project / "gguf" / "model.gguf").is_file()
+    assert list((project / "outputs" / "wandb").rglob("*.wandb"))
