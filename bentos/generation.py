@@ -4,7 +4,7 @@ The only module of this package that imports torch and gpt2core's engine.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -25,6 +25,7 @@ from gpt2core.inference.request import EngineClosed, TokenLogprobs
 from gpt2core.inference.request import Request as EngineRequest
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
+from gpt2core.sampling import check_tokens
 from gpt2core.tokenizer import load_tokenizer
 
 __all__ = ["Detokenizer", "EngineRequest", "TextGenerator", "TokenLogprobs"]
@@ -87,9 +88,21 @@ class TextGenerator:
         """The prompt of an instruction, as in training."""
         return self.tokenizer.encode_ordinary(format_prompt(instruction, input))
 
-    def config(self, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
-        """The engine reduces `max_new_tokens` to what the prompt leaves of the context."""
-        return GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
+    def config(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> GenerationConfig:
+        """The engine reduces `max_new_tokens` to what the prompt leaves of the context.
+
+        Raises:
+            ServiceError: a control contains an unknown token id, or excludes another one.
+        """
+        if (least := sampling.get("min_tokens", 0)) > max_new_tokens:
+            message = f"min_tokens is {least}; it must be at most the token limit, {max_new_tokens}"
+            raise ServiceError("invalid_request", message, "min_tokens")
+        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
+        try:
+            check_tokens(config, self.engine.config)
+        except ValueError as error:
+            raise ServiceError("invalid_request", str(error), str(error).split()[0]) from None
+        return config
 
     def submit(
         self,
@@ -183,7 +196,9 @@ class TextGenerator:
             on_progress=progress.notify,
             logprobs=request.logprobs,
         )
-        detokenizer = Detokenizer(self.tokenizer, request.stop, request.clean)
+        detokenizer = Detokenizer(
+            self.tokenizer, request.stop, request.clean, request.config.stop_token_ids, request.config.min_tokens
+        )
         return Completion(request, self.models[request.model], running, progress, detokenizer, on_end)
 
     def _refused(self, error: Exception, param: str) -> ServiceError:

@@ -53,13 +53,7 @@ async def _predict(request: Request, may_stream: bool) -> Response:
     if body.max_new_tokens > generator.n_positions:
         message = f"max_new_tokens is {body.max_new_tokens}, but the context holds {generator.n_positions} tokens"
         raise ServiceError("invalid_request", message, "max_new_tokens")
-    config = generator.config(
-        body.max_new_tokens,
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        seed=body.seed,
-    )
+    config = generator.config(body.max_new_tokens, body.sampling())
     generation = GenerationRequest(
         generator.encode_instruction(body.instruction, body.input),
         config,

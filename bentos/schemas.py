@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from bentos.limits import MAX_STOPS
+from bentos.limits import MAX_STOP_TOKENS, MAX_STOPS
 from gpt2core.config import GenerationConfig
 
 DEFAULTS = GenerationConfig()
@@ -18,12 +18,41 @@ def _whole_number(value: Any) -> Any:
 
 
 WHOLE = BeforeValidator(_whole_number)
-TopK = Annotated[int, Field(ge=1), WHOLE]
-Seed = Annotated[int, Field(ge=0, lt=2**63), WHOLE]
-# `set_limits` replaces the name by the model's number in the served document
+# `set_limits` replaces the names by the model's numbers in the served document
 MaxTokens = Annotated[int, Field(ge=1, json_schema_extra={"maximum": "n_positions"}), WHOLE]
+Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+class Sampling(BaseModel):
+    """The controls of `GenerationConfig` that every route has, by the same names. Null is the default."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = Field(DEFAULTS.temperature, description="0: greedy")
+    top_k: Annotated[int, Field(ge=1), WHOLE] | None = DEFAULTS.top_k
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = DEFAULTS.top_p
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = DEFAULTS.min_p
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = DEFAULTS.seed
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = DEFAULTS.repetition_penalty
+    presence_penalty: Penalty | None = DEFAULTS.presence_penalty
+    frequency_penalty: Penalty | None = DEFAULTS.frequency_penalty
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = Field(
+        None, description="by token id; see /tokenize"
+    )
+    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = DEFAULTS.ignore_eos
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = Field(
+        DEFAULTS.min_tokens, description="before that many, nothing ends the completion; at most the token limit"
+    )
+
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `GenerationConfig`."""
+        values = {name: getattr(self, name) for name in Sampling.model_fields}
+        if self.logit_bias is not None:
+            values["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class StrictRequest(BaseModel):
@@ -32,16 +61,12 @@ class StrictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class PredictRequest(StrictRequest):
+class PredictRequest(StrictRequest, Sampling):
     """An instruction, and how to decode the answer."""
 
     instruction: str = Field(pattern=r"\S", description="not blank")
     input: str = ""
     max_new_tokens: MaxTokens = DEFAULTS.max_new_tokens
-    temperature: float = Field(DEFAULTS.temperature, ge=0, description="0: greedy")
-    top_k: TopK | None = DEFAULTS.top_k
-    top_p: float | None = Field(DEFAULTS.top_p, gt=0, le=1)
-    seed: Seed | None = DEFAULTS.seed
     stop: Stops = Field(default=[], description="the answer ends before the first of these")
     stream: bool = Field(False, description="server-sent events with new text of the answer each; [DONE] at the end")
     adapter: str = Field(TUNED, description="a name of /v1/models")

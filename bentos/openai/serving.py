@@ -16,7 +16,7 @@ from bentos.dependencies import record, request_id, served
 from bentos.errors import ServiceError
 from bentos.openai.logprobs import TextOffsets
 from bentos.openai.protocol import OpenAIRequest
-from bentos.schemas import DEFAULTS, TUNED
+from bentos.schemas import TUNED
 from bentos.streaming import event_stream, unless_disconnected
 
 if TYPE_CHECKING:
@@ -84,16 +84,9 @@ def generation_requests(
     if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise ServiceError("invalid_request", "stream_options: only together with stream", "stream_options")
     stop = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
-    greedy = body.top_p == 0  # the smallest set of tokens whose probability reaches 0 is the most likely one
 
     def one(prompt: list[int], choice: int) -> GenerationRequest:
-        config = generator.config(
-            route.max_new_tokens,
-            temperature=0.0 if greedy else DEFAULTS.temperature if body.temperature is None else body.temperature,
-            top_k=body.top_k if body.top_k and body.top_k > 0 else None,
-            top_p=body.top_p or None,
-            seed=None if body.seed is None else (body.seed + choice) % 2**63,
-        )
+        config = generator.config(route.max_new_tokens, body.sampling(choice))
         return GenerationRequest(
             prompt,
             config,

@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Sequence
-from math import isfinite
 
 import torch
 from torch import Tensor
 
-from gpt2core.generate import NonFiniteLogits, sample_token
 from gpt2core.inference.adapters import Adapter, AdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import RowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
+from gpt2core.sampling import most_likely
 
 logger = logging.getLogger(__name__)
 
@@ -82,21 +81,14 @@ class ModelRunner:
     def _sample(self, hidden: Tensor, requests: Sequence[Request | None]) -> list[Output]:
         """The output of each row of hidden (n, C); that of a row without a request is meaningless."""
         logits = self._model.logits(hidden)  # (n, token_count)
-        largest, best = (column.tolist() for column in logits.max(-1))  # of a NaN, if there is one
-        return [
-            best[i] if request is None else _output(request, logits, i, largest[i], best[i])
-            for i, request in enumerate(requests)
-        ]
+        best = most_likely(logits)
+        return [0 if request is None else _output(request, logits, i, best[i]) for i, request in enumerate(requests)]
 
 
-def _output(request: Request, logits: Tensor, i: int, largest: float, best: int) -> Output:
+def _output(request: Request, logits: Tensor, i: int, best: int | None) -> Output:
     """The next token of the request in row i of the logits. An error is returned: it ends this request alone."""
     try:
-        if not isfinite(largest):
-            raise NonFiniteLogits
-        token = best
-        if request.config.temperature > 0:
-            token = int(sample_token(logits[i], request.config, request.generator))
+        token = request.sampler.choose(logits, i, best, request.tokens)
         if request.n_logprobs is not None:
             logprobs = logits[i].log_softmax(-1)
             values, ids = logprobs.topk(request.n_logprobs)
