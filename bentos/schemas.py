@@ -1,10 +1,12 @@
 """Bodies of requests and responses, except OpenAI's (`openai/protocol.py`). Names and defaults are gpt2core's."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from bentos.limits import MAX_STOP_TOKENS, MAX_STOPS
+from bentos.errors import ServiceError
+from bentos.limits import MAX_GUIDED_CHOICES, MAX_STOP_TOKENS, MAX_STOPS
 from gpt2core.config import GenerationConfig
 
 DEFAULTS = GenerationConfig()
@@ -55,13 +57,71 @@ class Sampling(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What a completion must match, and the field of the request that says so."""
+
+    kind: Literal["json", "regex", "choice"]
+    value: Any  # a JSON schema or its text; a regex; a list of texts
+    param: str
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's; `json_schema` has the schema in `schema`."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class Structured(BaseModel):
+    """At most one may be given."""
+
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="a JSON schema, or its text")
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[Stop], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None = None
+
+    def structure(self) -> Structure | None:
+        """
+        Raises:
+            ServiceError: two of the fields are given, or one with a control that could cut the text short.
+        """
+        possible = [
+            Structure("json", self._schema(), "response_format"),
+            Structure("json", self.guided_json, "guided_json"),
+            Structure("regex", self.guided_regex, "guided_regex"),
+            Structure("choice", self.guided_choice, "guided_choice"),
+        ]
+        found = [one for one in possible if one.value is not None]
+        if not found:
+            return None
+        others = [name for name in ("stop", "stop_token_ids", "min_tokens", "echo") if getattr(self, name, None)]
+        for name in [one.param for one in found[1:]] + others:
+            raise ServiceError("invalid_request", f"{name}: not together with {found[0].param}", name)
+        return found[0]
+
+    def _schema(self) -> dict[str, Any] | None:
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return {"type": "object"}
+        schema = (form.json_schema or {}).get("schema")
+        if not isinstance(schema, dict):
+            message = "response_format: json_schema must be an object with the schema in its field schema"
+            raise ServiceError("invalid_request", message, "response_format")
+        return schema
+
+
 class StrictRequest(BaseModel):
     """Types are strict (neither true nor "0.5" is a number), and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class PredictRequest(StrictRequest, Sampling):
+class PredictRequest(StrictRequest, Sampling, Structured):
     """An instruction, and how to decode the answer."""
 
     instruction: str = Field(pattern=r"\S", description="not blank")

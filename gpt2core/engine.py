@@ -104,6 +104,7 @@ class Engine:
         on_progress: Callable[[Request], object] | None = None,
         logprobs: int | None = None,
         grammar: Grammar | None = None,
+        prompt_logprobs: bool = False,
     ) -> Request:
         """Queue a prompt for completion; returns at once.
 
@@ -113,6 +114,7 @@ class Engine:
             on_progress: called in the engine's thread after each token and at the end; must be quick and not raise.
             logprobs: how many of the most likely tokens to record with each token's own; None: no log probabilities.
             grammar: what the completion must match; of this request alone, and used in the engine's thread.
+            prompt_logprobs: record those of the prompt's tokens too, with as many likely ones.
 
         Raises:
             TypeError, ValueError: `generate` would refuse the prompt, there is no such adapter, or bad logprobs.
@@ -135,7 +137,9 @@ class Engine:
             if self._max_queue is not None and self._scheduler.n_waiting >= self._max_queue:
                 raise EngineFull(f"{self._scheduler.n_waiting} requests are waiting already; try again later")
             own = None if adapter is None else self._adapters[adapter]
-            request = Request(list(input_ids), sampler, max_new_tokens, own, deadline, on_progress, logprobs)
+            request = Request(
+                list(input_ids), sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs
+            )
             self._scheduler.add(request)
             self._changed.notify_all()
         return request
@@ -167,6 +171,13 @@ class Engine:
     def adapters(self) -> list[str]:
         with self._changed:
             return sorted(self._adapters)
+
+    def adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of the loaded adapters of running and of waiting requests."""
+        with self._changed:
+            running, waiting = self._scheduler.adapters_in_use()
+            names = sorted(self._adapters.items())
+        return [name for name, one in names if one in running], [name for name, one in names if one in waiting]
 
     def stats(self) -> dict[str, int]:
         """Requests waiting and running; cached tokens of running requests and of shared prefixes."""

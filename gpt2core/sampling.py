@@ -25,8 +25,8 @@ class Grammar(Protocol):
 
     complete: bool  # nothing more may follow
 
-    def allowed(self) -> Tensor:
-        """Which tokens may follow, (V) bool on the CPU, at least one of them."""
+    def allowed(self) -> bytes:
+        """Which tokens may follow, at least one: bit i % 8, the lowest first, of byte i // 8 is that of token i."""
 
     def accept(self, token: int) -> None:
         """Read the next token."""
@@ -98,7 +98,7 @@ class Sampler:
         if len(completion) < config.min_tokens:
             logits[self._ending] = -torch.inf
         if self._grammar is not None:
-            logits.masked_fill_(~self._grammar.allowed().to(self._device), -torch.inf)
+            logits.masked_fill_(~_unpack(self._grammar.allowed(), len(logits)).to(self._device), -torch.inf)
         return logits
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
@@ -135,6 +135,12 @@ def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
     if completion[-1] in config.stop_token_ids or (completion[-1] == config.eos_id and not config.ignore_eos):
         return True
     return any(tuple(completion[-len(stop) :]) == stop for stop in config.stop)
+
+
+def _unpack(mask: bytes, n: int) -> Tensor:
+    """The first n bits of a mask as bool (n)."""
+    packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten()[:n].bool()
 
 
 def check_tokens(config: GenerationConfig, model: GPT2Config) -> None:

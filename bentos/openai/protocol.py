@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOPS
-from bentos.schemas import DEFAULTS, TUNED, WHOLE, Sampling, Token
+from bentos.schemas import DEFAULTS, TUNED, WHOLE, Sampling, Structured, Token
 
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -64,7 +64,7 @@ _WITH_USAGE = {"type": "object", "properties": {"include_usage": {"const": True}
 _STREAM_OPTIONS = _only_with("stream_options", "stream", {"not": _WITH_USAGE})
 
 
-class OpenAIRequest(LenientRequest, Sampling):
+class OpenAIRequest(LenientRequest, Sampling, Structured):
     """The fields that both routes have."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_OPTIONS]})
@@ -106,8 +106,8 @@ class CompletionRequest(OpenAIRequest):
     prompt: str | Tokens | Texts | ManyTokens | None = Field(None, description='null and "": end of text')
     max_tokens: MaxTokens | None = DEFAULTS.max_new_tokens
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
-    echo: No = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="1, or n: all are returned")
+    echo: bool | None = False
     suffix: Unsupported = None
 
 
@@ -161,7 +161,6 @@ class ChatRequest(OpenAIRequest):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="only with logprobs")
     modalities: list[Literal["text"]] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
     reasoning_effort: Literal["none", "medium"] | None = None
     verbosity: Literal["medium"] | None = None
     tools: Empty = None
@@ -179,3 +178,19 @@ class ChatRequest(OpenAIRequest):
     prompt_cache_key: Label = None
     prompt_cache_retention: Label = None
     add_generation_prompt: Yes = None
+
+
+class TokenizeRequest(LenientRequest):
+    """Either `prompt` or `messages`. The prompt has no special tokens, whatever `add_special_tokens` says."""
+
+    model: str | None = TUNED
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = True
+    add_generation_prompt: Yes = None
+    return_token_strs: bool | None = False
+
+
+class DetokenizeRequest(LenientRequest):
+    model: str | None = TUNED
+    tokens: list[Token]

@@ -42,12 +42,15 @@ class Request:
         deadline: float | None,
         on_progress: "Callable[[Request], object] | None",
         n_logprobs: int | None,
+        has_prompt_logprobs: bool = False,
     ) -> None:
         """`max_new_tokens`: that of the sampler's config, or less where the context has no more positions."""
         self.input_ids, self.sampler, self.adapter = input_ids, sampler, adapter
         self.tokens: list[int] = []  # the completion so far
         self.n_logprobs = n_logprobs
         self.logprobs: list[TokenLogprobs] = []  # per token, if requested; then never shorter than `tokens`
+        self.has_prompt_logprobs = has_prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of all prompt tokens but the first, when `tokens` has one
         self.token_times: list[float] = []  # per token: when it was generated, by `time.monotonic`
         self.finish_reason: FinishReason | None = None  # None: still waiting or running
         self.submitted_at = monotonic()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from gpt2core.inference.kv_cache import RowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
-from gpt2core.sampling import most_likely
+from gpt2core.sampling import NonFiniteLogits, most_likely
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class ModelRunner:
         selected, end = list(range(n_rows)), n_rows
         for chunk in step.chunks:
             end += chunk.n
+            if chunk.request.has_prompt_logprobs:
+                _record_prompt(chunk.request, self._model.logits(hidden[end - chunk.n : end]))
             if chunk.is_last:
                 selected.append(end - 1)
         if not selected:
@@ -88,13 +91,27 @@ class ModelRunner:
 def _output(request: Request, logits: Tensor, i: int, best: int | None) -> Output:
     """The next token of the request in row i of the logits. An error is returned: it ends this request alone."""
     try:
+        if not all(isfinite(one.logprob) for one in request.prompt_logprobs):
+            raise NonFiniteLogits
         token = request.sampler.choose(logits, i, best, request.tokens)
         if request.n_logprobs is not None:
-            logprobs = logits[i].log_softmax(-1)
-            values, ids = logprobs.topk(request.n_logprobs)
-            top = list(zip(ids.tolist(), values.tolist(), strict=True))
-            request.logprobs.append(TokenLogprobs(float(logprobs[token]), top))
+            request.logprobs += _logprobs(logits[i : i + 1], [token], request.n_logprobs)
     except Exception as error:
         logger.warning("a request failed: %s", error)
         return error
     return token
+
+
+def _record_prompt(request: Request, logits: Tensor) -> None:
+    """Record the log probabilities of the prompt's tokens that follow those with logits (n, token_count)."""
+    first = len(request.prompt_logprobs) + 1
+    tokens = request.input_ids[first : first + len(logits)]
+    request.prompt_logprobs += _logprobs(logits[: len(tokens)], tokens, request.n_logprobs or 0)
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenLogprobs]:
+    """Of one token per row of logits (n, token_count), and of the most likely ones."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = (columns.tolist() for columns in logprobs.topk(n_top))
+    return [TokenLogprobs(one, list(zip(*top, strict=True))) for one, *top in zip(own, ids, values, strict=True)]

@@ -68,7 +68,7 @@ def test_defaults_of_openai_and_harmless_extras_are_accepted(url, route):
 @pytest.mark.parametrize(
     ("route", "name", "value"),
     [
-        *(("completions", name, value) for name, value in [("best_of", 2), ("echo", True), ("suffix", "a")]),
+        *(("completions", name, value) for name, value in [("best_of", 2), ("suffix", "a")]),
         *(
             ("chat/completions", name, value)
             for name, value in [
@@ -87,7 +87,9 @@ def test_defaults_of_openai_and_harmless_extras_are_accepted(url, route):
                 ("prediction", {"type": "content", "content": "a"}),
                 ("presence_penalty", -3),
                 ("reasoning_effort", "high"),
-                ("response_format", {"type": "json_object"}),
+                ("response_format", {"type": "json_schema"}),
+                ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}),
+                ("guided_regex", "(a"),
                 ("store", True),
                 ("stream_options", {"include_usage": True}),
                 ("temperature", -1),
