@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.errors import ServiceError
 from bentos.limits import MAX_GUIDED_CHOICES, MAX_STOP_TOKENS, MAX_STOPS
@@ -24,6 +24,17 @@ WHOLE = BeforeValidator(_whole_number)
 MaxTokens = Annotated[int, Field(ge=1, json_schema_extra={"maximum": "n_positions"}), WHOLE]
 Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+TOKEN_KEY = r"^[0-9]{1,9}$"
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "patternProperties": {TOKEN_KEY: {"type": "number", "minimum": -100, "maximum": 100}},
+            "additionalProperties": False,
+        }
+    ),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
@@ -40,9 +51,7 @@ class Sampling(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = DEFAULTS.repetition_penalty
     presence_penalty: Penalty | None = DEFAULTS.presence_penalty
     frequency_penalty: Penalty | None = DEFAULTS.frequency_penalty
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = Field(
-        None, description="by token id; see /tokenize"
-    )
+    logit_bias: LogitBias | None = Field(None, description="by token id; see /tokenize")
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = DEFAULTS.ignore_eos
     min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = Field(

@@ -13,6 +13,7 @@ from bentos.openai.chat import instruction_of
 from bentos.openai.logprobs import token_text
 from bentos.openai.protocol import DetokenizeRequest, TokenizeRequest
 from bentos.openapi import ERRORS, operation
+from bentos.schemas import TUNED
 
 router = APIRouter()
 
@@ -22,6 +23,7 @@ async def tokenize(request: Request) -> JSONResponse:
     """The tokens of a text, or of the prompt that /v1/chat/completions makes of messages."""
     body = await read_body(request, TokenizeRequest)
     generator = served(request).generator
+    generator.check_model(body.model or TUNED, "model")
     if (body.prompt is None) == (body.messages is None):
         raise ServiceError("invalid_request", "prompt: either prompt or messages is required", "prompt")
     if body.messages is None:
@@ -38,6 +40,7 @@ async def tokenize(request: Request) -> JSONResponse:
 async def detokenize(request: Request) -> JSONResponse:
     """The text of tokens."""
     body = await read_body(request, DetokenizeRequest)
+    served(request).generator.check_model(body.model or TUNED, "model")
     tokenizer = served(request).generator.tokenizer
     if unknown := [token for token in body.tokens if token >= tokenizer.n_vocab]:
         message = f"tokens: there is no token id {unknown[0]}; ids are from 0 to {tokenizer.n_vocab - 1}"
