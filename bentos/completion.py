@@ -14,7 +14,7 @@ from bentos.schemas import AdapterVersion, Usage
 from gpt2core.config import GenerationConfig
 
 if TYPE_CHECKING:
-    from bentos.generation import Detokenizer, EngineRequest, TokenLogprobs
+    from bentos.generation import Detokenizer, EngineRequest, Grammar, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
 
@@ -32,6 +32,8 @@ class GenerationRequest:
     clean: bool = True  # cut the answer out of the text, as for an instruction; False: the text as generated
     logprobs: int | None = None  # most likely tokens to report beside each token; None: no logprobs
     stream: bool = False
+    grammar: "Grammar | None" = None  # what the text must match
+    echo: str | None = None  # the prompt's text, to be part of the completion's; with logprobs, those of its tokens too
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Chunk:
 
     text: str
     tokens: list[int]
-    logprobs: "list[TokenLogprobs]"  # one per token, if requested
+    logprobs: "list[TokenLogprobs | None]"  # one per token, if requested; None: of a prompt's first token
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Completion:
             ServiceError: the deadline has passed, the engine has stopped, or generating this completion failed.
         """
         running, ended_by = self._running, "cancelled"
+        is_echoed = self.request.echo is None
         sent = 0  # tokens of earlier chunks; further ones may be read, but their text held back
         try:
             while self.finish_reason is None:
@@ -127,7 +130,9 @@ class Completion:
                     self.finish_reason = ended_by = reason
                 if text or reason is not None:
                     new, sent = slice(sent, self.n_tokens), self.n_tokens
-                    yield Chunk(text, running.tokens[new], running.logprobs[new])
+                    chunk = Chunk(text, running.tokens[new], [*running.logprobs[new]])
+                    yield self._with_prompt(chunk) if new.start == 0 and not is_echoed else chunk
+                    is_echoed = True
         finally:
             self._end(ended_by)
 
@@ -143,6 +148,11 @@ class Completion:
     def cancel(self) -> None:
         """Leave the engine before its next step. Has no effect on a completion that has ended."""
         self._end("cancelled")
+
+    def _with_prompt(self, chunk: Chunk) -> Chunk:
+        request, of_prompt = self.request, [None, *self._running.prompt_logprobs]
+        logprobs = chunk.logprobs if request.logprobs is None else [*of_prompt, *chunk.logprobs]
+        return Chunk(f"{request.echo}{chunk.text}", [*request.prompt, *chunk.tokens], logprobs)
 
     def _read_tokens(self) -> str:
         text = ""

@@ -4,17 +4,19 @@ The only module of this package that imports torch and gpt2core's engine.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import time
 from typing import Any, cast, get_args
 
 from bentos.compat import MODEL_FILE
 from bentos.completion import Completion, CompletionResult, GenerationRequest, Progress
 from bentos.errors import ServiceError
+from bentos.grammar import GrammarCompiler
 from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
-from bentos.metrics import Metrics, render_gauges
+from bentos.metrics import Gauge, Metrics, render_gauges
 from bentos.request_log import RequestLog
-from bentos.schemas import BASE, TUNED, AdapterVersion
+from bentos.schemas import BASE, TUNED, AdapterVersion, Structure
 from bentos.settings import check_choice
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
@@ -25,9 +27,10 @@ from gpt2core.inference.request import EngineClosed, TokenLogprobs
 from gpt2core.inference.request import Request as EngineRequest
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
+from gpt2core.sampling import Grammar, check_tokens
 from gpt2core.tokenizer import load_tokenizer
 
-__all__ = ["Detokenizer", "EngineRequest", "TextGenerator", "TokenLogprobs"]
+__all__ = ["Detokenizer", "EngineRequest", "Grammar", "TextGenerator", "TokenLogprobs"]
 
 
 class TextGenerator:
@@ -53,6 +56,7 @@ class TextGenerator:
         """
         check_choice("weights", weights, get_args(Weights))
         self.tokenizer = load_tokenizer(base_dir)
+        self._grammars = GrammarCompiler(self.tokenizer)
         self._metrics, self._request_log = metrics, request_log
         self._adapters_dir = adapters_dir
         self._adapters: dict[str, AdapterVersion] = {}
@@ -65,6 +69,7 @@ class TextGenerator:
     def close(self) -> None:
         """Stop the engine; unfinished completions are lost."""
         self.engine.close()
+        self._grammars.close()
         if self._request_log is not None:
             self._request_log.close()
 
@@ -90,9 +95,31 @@ class TextGenerator:
         """The prompt of an instruction, as in training."""
         return self.tokenizer.encode_ordinary(format_prompt(instruction, input))
 
-    def config(self, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
-        """The engine reduces `max_new_tokens` to what the prompt leaves of the context."""
-        return GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
+    def config(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> GenerationConfig:
+        """The engine reduces `max_new_tokens` to what the prompt leaves of the context.
+
+        Raises:
+            ServiceError: a control contains an unknown token id, or excludes another one.
+        """
+        if (least := sampling.get("min_tokens", 0)) > max_new_tokens:
+            message = f"min_tokens is {least}; it must be at most the token limit, {max_new_tokens}"
+            raise ServiceError("invalid_request", message, "min_tokens")
+        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
+        try:
+            check_tokens(config, self.engine.config)
+        except ValueError as error:
+            raise ServiceError("invalid_request", str(error), str(error).split()[0]) from None
+        return config
+
+    async def grammars(self, structure: Structure | None, n: int) -> list[Grammar | None]:
+        """What each of `n` completions must match.
+
+        Raises:
+            ServiceError: the schema, the regex or the choice is invalid or not supported.
+        """
+        if structure is None:
+            return [None] * n
+        return [*await asyncio.to_thread(self._grammars.compile, structure, n)]
 
     def submit(
         self,
@@ -167,12 +194,27 @@ class TextGenerator:
     def metrics_text(self) -> str:
         """The engine's state as gauges, in Prometheus' text format."""
         stats = self.engine.stats()
-        gauges: dict[str, tuple[str, float]] = {
+        running, waiting = self.engine.adapters_in_use()
+        model = {"model_name": TUNED}
+        # the whole context of every place in the batch: caches grow on demand and have no limit of their own
+        kv_usage = stats["cached_tokens"] / (MAX_BATCH * self.n_positions)
+        adapters = {
+            "max_lora": str(MAX_ADAPTERS + 1),
+            "running_lora_adapters": ",".join(running),
+            "waiting_lora_adapters": ",".join(waiting),
+        }
+        gauges: dict[str, Gauge] = {
             "gpt2_queue_depth": ("Requests waiting for a place in the batch", stats["waiting"]),
             "gpt2_running_requests": ("Requests in the running batch, in prefill or decode", stats["running"]),
             "gpt2_cached_tokens": ("Tokens of running requests in the KV cache", stats["cached_tokens"]),
             "gpt2_cached_prefix_tokens": ("Tokens in the prefix cache", stats["cached_prefix_tokens"]),
             "gpt2_adapters": ("Loaded adapters", len(self._adapters)),
+            # vLLM's names, which dashboards and the Gateway API inference extension (proposal 003) read
+            "vllm:num_requests_running": ("Requests in the running batch", stats["running"], model),
+            "vllm:num_requests_waiting": ("Requests waiting for a place in the batch", stats["waiting"], model),
+            "vllm:kv_cache_usage_perc": ("Used share of the KV cache, 1 is full", kv_usage, model),
+            "vllm:gpu_cache_usage_perc": ("The same, by its older name", kv_usage, model),
+            "vllm:lora_requests_info": ("Adapters of requests; the value is the time", time(), adapters),
         }
         return render_gauges(gauges)
 
@@ -185,8 +227,12 @@ class TextGenerator:
             deadline=request.deadline,
             on_progress=progress.notify,
             logprobs=request.logprobs,
+            grammar=request.grammar,
+            prompt_logprobs=request.echo is not None and request.logprobs is not None,
         )
-        detokenizer = Detokenizer(self.tokenizer, request.stop, request.clean)
+        detokenizer = Detokenizer(
+            self.tokenizer, request.stop, request.clean, request.config.stop_token_ids, request.config.min_tokens
+        )
         return Completion(request, self.models[request.model], running, progress, detokenizer, on_end)
 
     def _refused(self, error: Exception, param: str) -> ServiceError:

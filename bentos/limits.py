@@ -9,6 +9,8 @@ MAX_BODY = 1_000_000  # bytes of a request's body
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 
 MAX_STOPS = 16  # stop texts of one request
+MAX_GUIDED_CHOICES = 256  # texts of guided_choice
+MAX_STOP_TOKENS = 64  # stop_token_ids of one request
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 
 DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections

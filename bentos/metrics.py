@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 from bentos.completion import CompletionResult
 
+Gauge = tuple[str, float] | tuple[str, float, dict[str, str]]  # help, value, labels
 MAX_LABELS = 32  # adapter names with series of their own; later names share "other"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -54,16 +55,19 @@ class Metrics:
         return "other"
 
 
-def render_gauges(gauges: Mapping[str, tuple[str, float]]) -> str:
-    """`{name: (help, value)}` in Prometheus' text format.
+def render_gauges(gauges: Mapping[str, Gauge]) -> str:
+    """`{name: (help, value, labels)}` in Prometheus' text format.
 
     Not `Gauge`s: in prometheus_client's multiprocess mode, which BentoML uses, those of a dead worker would remain.
     """
 
     class Now:
         def collect(self) -> Iterator[GaugeMetricFamily]:
-            for name, (text, value) in gauges.items():
-                yield GaugeMetricFamily(name, text, value=value)
+            for name, (text, value, *labels) in gauges.items():
+                names = labels[0] if labels else {}
+                family = GaugeMetricFamily(name, text, labels=list(names))
+                family.add_metric(list(names.values()), value)
+                yield family
 
     registry = CollectorRegistry()
     registry.register(Now())

@@ -53,13 +53,8 @@ async def _predict(request: Request, may_stream: bool) -> Response:
     if body.max_new_tokens > generator.n_positions:
         message = f"max_new_tokens is {body.max_new_tokens}, but the context holds {generator.n_positions} tokens"
         raise ServiceError("invalid_request", message, "max_new_tokens")
-    config = generator.config(
-        body.max_new_tokens,
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        seed=body.seed,
-    )
+    config = generator.config(body.max_new_tokens, body.sampling())
+    [grammar] = await generator.grammars(body.structure(), 1)
     generation = GenerationRequest(
         generator.encode_instruction(body.instruction, body.input),
         config,
@@ -67,7 +62,9 @@ async def _predict(request: Request, may_stream: bool) -> Response:
         deadline,
         request_id(request),
         stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+        clean=grammar is None,
         stream=stream,
+        grammar=grammar,
     )
     completions = generator.submit([generation], "input" if body.input else "instruction", record(request).add)
     (completion,) = completions

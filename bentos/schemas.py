@@ -1,10 +1,12 @@
 """Bodies of requests and responses, except OpenAI's (`openai/protocol.py`). Names and defaults are gpt2core's."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from bentos.limits import MAX_STOPS
+from bentos.errors import ServiceError
+from bentos.limits import MAX_GUIDED_CHOICES, MAX_STOP_TOKENS, MAX_STOPS
 from gpt2core.config import GenerationConfig
 
 DEFAULTS = GenerationConfig()
@@ -18,12 +20,108 @@ def _whole_number(value: Any) -> Any:
 
 
 WHOLE = BeforeValidator(_whole_number)
-TopK = Annotated[int, Field(ge=1), WHOLE]
-Seed = Annotated[int, Field(ge=0, lt=2**63), WHOLE]
-# `set_limits` replaces the name by the model's number in the served document
+# `set_limits` replaces the names by the model's numbers in the served document
 MaxTokens = Annotated[int, Field(ge=1, json_schema_extra={"maximum": "n_positions"}), WHOLE]
+Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TOKEN_KEY = r"^[0-9]{1,9}$"
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "patternProperties": {TOKEN_KEY: {"type": "number", "minimum": -100, "maximum": 100}},
+            "additionalProperties": False,
+        }
+    ),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+class Sampling(BaseModel):
+    """The controls of `GenerationConfig` that every route has, by the same names. Null is the default."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = Field(DEFAULTS.temperature, description="0: greedy")
+    top_k: Annotated[int, Field(ge=1), WHOLE] | None = DEFAULTS.top_k
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = DEFAULTS.top_p
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = DEFAULTS.min_p
+    seed: Annotated[int, Field(ge=0, lt=2**63), WHOLE] | None = DEFAULTS.seed
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = DEFAULTS.repetition_penalty
+    presence_penalty: Penalty | None = DEFAULTS.presence_penalty
+    frequency_penalty: Penalty | None = DEFAULTS.frequency_penalty
+    logit_bias: LogitBias | None = Field(None, description="by token id; see /tokenize")
+    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = DEFAULTS.ignore_eos
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = Field(
+        DEFAULTS.min_tokens, description="before that many, nothing ends the completion; at most the token limit"
+    )
+
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `GenerationConfig`."""
+        values = {name: getattr(self, name) for name in Sampling.model_fields}
+        if self.logit_bias is not None:
+            values["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a completion must match, and the field of the request that says so."""
+
+    kind: Literal["json", "regex", "choice"]
+    value: Any  # a JSON schema or its text; a regex; a list of texts
+    param: str
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's; `json_schema` has the schema in `schema`."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class Structured(BaseModel):
+    """At most one may be given."""
+
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="a JSON schema, or its text")
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[Stop], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None = None
+
+    def structure(self) -> Structure | None:
+        """
+        Raises:
+            ServiceError: two of the fields are given, or one with a control that could cut the text short.
+        """
+        possible = [
+            Structure("json", self._schema(), "response_format"),
+            Structure("json", self.guided_json, "guided_json"),
+            Structure("regex", self.guided_regex, "guided_regex"),
+            Structure("choice", self.guided_choice, "guided_choice"),
+        ]
+        found = [one for one in possible if one.value is not None]
+        if not found:
+            return None
+        others = [name for name in ("stop", "stop_token_ids", "min_tokens", "echo") if getattr(self, name, None)]
+        for name in [one.param for one in found[1:]] + others:
+            raise ServiceError("invalid_request", f"{name}: not together with {found[0].param}", name)
+        return found[0]
+
+    def _schema(self) -> dict[str, Any] | None:
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return {"type": "object"}
+        schema = (form.json_schema or {}).get("schema")
+        if not isinstance(schema, dict):
+            message = "response_format: json_schema must be an object with the schema in its field schema"
+            raise ServiceError("invalid_request", message, "response_format")
+        return schema
 
 
 class StrictRequest(BaseModel):
@@ -32,16 +130,12 @@ class StrictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class PredictRequest(StrictRequest):
+class PredictRequest(StrictRequest, Sampling, Structured):
     """An instruction, and how to decode the answer."""
 
     instruction: str = Field(pattern=r"\S", description="not blank")
     input: str = ""
     max_new_tokens: MaxTokens = DEFAULTS.max_new_tokens
-    temperature: float = Field(DEFAULTS.temperature, ge=0, description="0: greedy")
-    top_k: TopK | None = DEFAULTS.top_k
-    top_p: float | None = Field(DEFAULTS.top_p, gt=0, le=1)
-    seed: Seed | None = DEFAULTS.seed
     stop: Stops = Field(default=[], description="the answer ends before the first of these")
     stream: bool = Field(False, description="server-sent events with new text of the answer each; [DONE] at the end")
     adapter: str = Field(TUNED, description="a name of /v1/models")

@@ -172,9 +172,20 @@ class GenerationConfig:
     seed: int | None = None  # None: a new one for each request
     eos_id: int | None = None  # None: no token ends a completion
     stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a completion
+    min_p: float | None = None  # excludes tokens less likely than this share of the most likely one's probability
+    repetition_penalty: float = 1.0  # divides (if positive) or multiplies logits of tokens in prompt or completion
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
+    frequency_penalty: float = 0.0  # the same, once per occurrence
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); a mapping is accepted too
+    stop_token_ids: tuple[int, ...] = ()  # further tokens that end a completion
+    ignore_eos: bool = False  # eos_id does not end a completion
+    min_tokens: int = 0  # before that many, nothing but the context's end ends a completion
 
     def __post_init__(self) -> None:
-        _lists_to_tuples(self, "stop")
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        for name in ("stop", "logit_bias", "stop_token_ids"):
+            _lists_to_tuples(self, name)
         check_types(self)
         check_field(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         check_field(self, "temperature", self.temperature >= 0, "0 or more")
@@ -186,6 +197,15 @@ class GenerationConfig:
         )
         check_field(self, "seed", self.seed is None or _is_seed(self.seed), "in [0, 2**63), or null for a new one")
         check_field(self, "stop", all(self.stop), "token sequences of at least one token")
+        check_field(self, "min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1], or null for no limit")
+        check_field(self, "repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "in [0.1, 10]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_field(self, name, -2 <= getattr(self, name) <= 2, "in [-2, 2]")
+        biases = dict(self.logit_bias)
+        check_field(self, "logit_bias", len(biases) == len(self.logit_bias), "a list with each token id once")
+        check_field(self, "logit_bias", all(-100 <= bias <= 100 for bias in biases.values()), "biases in [-100, 100]")
+        in_limit = 0 <= self.min_tokens <= self.max_new_tokens
+        check_field(self, "min_tokens", in_limit, "0 or more, and at most max_new_tokens")
 
 
 def _check_training(config: TrainConfig | PretrainConfig) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from gpt2core.checkpoint import read_adapter
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.generate import NonFiniteLogits, check_prompt, make_generator
+from gpt2core.generate import check_prompt
 from gpt2core.inference.adapters import Adapter, make_adapter
 from gpt2core.inference.kernels import release_openmp_workers
 from gpt2core.inference.quantized import QuantizedModel, WeightFormat, quantize_fastest
@@ -22,6 +22,7 @@ from gpt2core.inference.request import EngineClosed, Request
 from gpt2core.inference.runner import ModelRunner
 from gpt2core.inference.scheduler import Scheduler
 from gpt2core.model import GPT2
+from gpt2core.sampling import Grammar, NonFiniteLogits, Sampler, check_tokens
 
 __all__ = ["Engine", "EngineClosed", "EngineFull", "NonFiniteLogits", "Weights"]
 
@@ -110,6 +111,8 @@ class Engine:
         deadline: float | None = None,
         on_progress: Callable[[Request], object] | None = None,
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
+        prompt_logprobs: bool = False,
     ) -> Request:
         """Queue a prompt for completion; returns at once.
 
@@ -118,6 +121,8 @@ class Engine:
             deadline: by `time.monotonic`; the request ends then with the tokens it has.
             on_progress: called in the engine's thread after each token and at the end; must be quick and not raise.
             logprobs: how many of the most likely tokens to record with each token's own; None: no log probabilities.
+            grammar: what the completion must match; of this request alone, and used in the engine's thread.
+            prompt_logprobs: record those of the prompt's tokens too, with as many likely ones.
 
         Raises:
             TypeError, ValueError: `generate` would refuse the prompt, there is no such adapter, or bad logprobs.
@@ -126,10 +131,11 @@ class Engine:
         """
         release_openmp_workers()
         check_prompt(input_ids, self.config)
+        check_tokens(config, self.config)
         if logprobs is not None and not 0 <= logprobs <= self.config.token_count:
             raise ValueError(f"logprobs is {logprobs}; it must be from 0 to {self.config.token_count}, or None")
         max_new_tokens = min(config.max_new_tokens, self.config.n_positions - len(input_ids))
-        generator = make_generator(config, self._model.device)
+        sampler = Sampler(config, input_ids, self._model.device, grammar)
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine is closed")
@@ -139,7 +145,9 @@ class Engine:
             if self._max_queue is not None and self._scheduler.n_waiting >= self._max_queue:
                 raise EngineFull(f"{self._scheduler.n_waiting} requests are waiting already; try again later")
             own = None if adapter is None else self._adapters[adapter]
-            request = Request(list(input_ids), config, max_new_tokens, own, deadline, on_progress, generator, logprobs)
+            request = Request(
+                list(input_ids), sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs
+            )
             self._scheduler.add(request)
             self._changed.notify_all()
         return request
@@ -172,6 +180,13 @@ class Engine:
     def adapters(self) -> list[str]:
         with self._changed:
             return sorted(self._adapters)
+
+    def adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of the loaded adapters of running and of waiting requests."""
+        with self._changed:
+            running, waiting = self._scheduler.adapters_in_use()
+            names = sorted(self._adapters.items())
+        return [name for name, one in names if one in running], [name for name, one in names if one in waiting]
 
     def stats(self) -> dict[str, int]:
         """Requests waiting and running; cached tokens of running requests and of shared prefixes."""

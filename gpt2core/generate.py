@@ -9,26 +9,21 @@ from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache, evaluating
-
-
-class NonFiniteLogits(RuntimeError):
-    """The logits of a completion are NaN or infinite, so no token can be chosen."""
-
-    def __init__(self) -> None:
-        super().__init__("the logits are NaN or infinite; the weights or the adapter overflow or have diverged")
+from gpt2core.sampling import Sampler, check_tokens, most_likely
 
 
 def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
     """The completion of each prompt: new tokens only, including the token that ended it (`eos_id` or a stop's last).
 
-    A completion ends at `eos_id`, at a `stop` sequence, after `max_new_tokens`, or when the context is full. Prompts
-    are decoded as one batch and do not affect each other: each has its own random generator.
+    A completion ends at `eos_id`, at one of `stop_token_ids`, at a `stop` sequence, after `max_new_tokens`, or when the
+    context is full. Prompts are decoded as one batch and do not affect each other: each has its own random generator.
 
     Ids from `config.token_count` of the model on belong to no token of its tokenizer and are never generated.
 
     Raises:
         TypeError: a prompt is not a sequence of token ids, but for example text.
-        ValueError: a prompt is empty, fills the whole context, or contains an id outside the vocabulary.
+        ValueError: a prompt is empty, fills the whole context, or contains an id outside the vocabulary; or
+            `logit_bias` or `stop_token_ids` does.
         NonFiniteLogits: the model's weights have diverged.
     """
     completions: list[list[int]] = [[] for _ in prompts]
@@ -49,6 +44,7 @@ def decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConf
     """Yield one list of (prompt index, new token) per step, for the completions that have not ended."""
     for prompt in prompts:
         check_prompt(prompt, model.config)
+    check_tokens(config, model.config)
     return _decode(model, prompts, config) if prompts else iter(())
 
 
@@ -85,7 +81,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
         attention_mask[row, T - len(prompt) :] = 1
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
 
-    generators = [make_generator(config, device) for _ in prompts]
+    samplers = [Sampler(config, prompt, device) for prompt in prompts]
     limits = [min(config.max_new_tokens, model.config.n_positions - len(prompt)) for prompt in prompts]
     completions: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))  # prompt index of each row of the batch
@@ -95,7 +91,8 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     while active:
         with evaluating(model):  # per step: between steps the model has the caller's mode
             logits = _last_logits(model, input_ids, attention_mask if padded else None, cache)  # (B, V)
-            tokens = [int(sample_token(logits[i], config, generators[row])) for i, row in enumerate(active)]
+            best = most_likely(logits)
+            tokens = [samplers[row].choose(logits, i, best[i], completions[row]) for i, row in enumerate(active)]
         step = list(zip(active, tokens, strict=True))
         for row, token in step:
             completions[row].append(token)
@@ -103,7 +100,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
         keep = [
             i
             for i, row in enumerate(active)
-            if len(completions[row]) < limits[row] and not ended(completions[row], config)
+            if len(completions[row]) < limits[row] and not samplers[row].has_ended(completions[row])
         ]
         if not keep:
             return
@@ -120,46 +117,3 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
 def _last_logits(model: GPT2, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
     """Logits (B, token_count) of the last position in fp32; the head is not computed for the others."""
     return model.head(model.hidden(input_ids, attention_mask, cache)[:, -1])[:, : model.config.token_count].float()
-
-
-def sample_token(logits: Tensor, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """A token id () from logits (V): the most likely one at temperature 0, else drawn after top_k and top_p.
-
-    Raises:
-        NonFiniteLogits: the largest logit is NaN or infinite.
-    """
-    best = logits.argmax()  # of a NaN, if there is one
-    if not logits[best].isfinite():
-        raise NonFiniteLogits
-    if config.temperature == 0:
-        return best
-    # relative to the largest and in fp64, so that no temperature above 0, however small, overflows
-    logits = (logits - logits[best]).double() / config.temperature
-    if config.top_k is not None and config.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[-1], -torch.inf)
-    probabilities = logits.softmax(-1)
-    if config.top_p is not None:
-        # nucleus sampling, arXiv:1904.09751: the smallest set of tokens whose probabilities reach top_p
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        beyond = ordered.cumsum(-1) - ordered >= config.top_p
-        probabilities = probabilities.index_fill(0, order[beyond], 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[0]
-
-
-def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
-    """Whether the completion ends with `eos_id` or a whole stop sequence."""
-    if completion and completion[-1] == config.eos_id:
-        return True
-    return any(tuple(completion[-len(stop) :]) == stop for stop in config.stop)
-
-
-def make_generator(config: GenerationConfig, device: torch.device) -> torch.Generator | None:
-    """The random generator of one completion; None if it is greedy."""
-    if config.temperature == 0:
-        return None
-    generator = torch.Generator(device)
-    if config.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(config.seed)
-    return generator

@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "stacks": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "bentos": {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
+        *("llguidance",),  # grammar.py
         *("_bentoml_sdk", "opentelemetry"),  # compat.py
     },
     "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},

@@ -72,6 +72,7 @@ class ChatRoute(Route):
         content = [
             self._token(token, value.logprob) | {"top_logprobs": [self._token(*pair) for pair in value.top]}
             for token, value in zip(chunk.tokens, chunk.logprobs, strict=True)
+            if value is not None
         ]
         return {"content": content, "refusal": None}
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from bentos.body import read_body
 from bentos.completion import Chunk, FinishReason
 from bentos.dependencies import served
+from bentos.errors import ServiceError
 from bentos.limits import DEADLINE
 from bentos.openai.logprobs import token_text
 from bentos.openai.protocol import CompletionRequest
@@ -45,7 +46,10 @@ class CompletionRoute(Route):
     def __init__(self, body: CompletionRequest, tokenizer: tiktoken.Encoding) -> None:
         self.body, self.tokenizer = body, tokenizer
         self.max_new_tokens = body.max_tokens or DEFAULTS.max_new_tokens
-        self.logprobs = body.logprobs
+        self.logprobs, self.echo = body.logprobs, bool(body.echo)
+        if body.best_of not in (None, 1, body.n or 1):
+            message = f"best_of is {body.best_of}; it must be n: this server returns every completion that it generates"
+            raise ServiceError("invalid_request", message, "best_of")
         prompt = body.prompt or ""
         many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         self.prompts = [self._tokens(one) if isinstance(one, str) else list(one) for one in many]
@@ -57,9 +61,9 @@ class CompletionRoute(Route):
         if self.logprobs is not None:
             logprobs = {
                 "tokens": [self._text(token) for token in chunk.tokens],
-                "token_logprobs": [one.logprob for one in chunk.logprobs],
+                "token_logprobs": [one and one.logprob for one in chunk.logprobs],
                 "top_logprobs": [
-                    {self._text(id): value for id, value in _with_own(token, one)}
+                    one and {self._text(id): value for id, value in _with_own(token, one)}
                     for token, one in zip(chunk.tokens, chunk.logprobs, strict=True)
                 ],
                 "text_offset": list(offsets),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOPS
-from bentos.schemas import DEFAULTS, TUNED, WHOLE
+from bentos.schemas import DEFAULTS, TUNED, WHOLE, Sampling, Structured, Token
 
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -30,7 +30,6 @@ def _boolean(value: Any) -> Any:
 
 # Fields with one supported value
 Unsupported = Annotated[Any, AfterValidator(_neutral), WithJsonSchema({"enum": [*NEUTRAL]})]
-Zero = Annotated[float, Field(ge=0, le=0)] | None
 One = Annotated[float, Field(ge=1, le=1)] | None
 Empty = Annotated[dict[str, Any], Field(max_length=0)] | Annotated[list[Any], Field(max_length=0)] | None
 No = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
@@ -38,7 +37,6 @@ Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
 Label = Any  # identifies or classifies a request for its sender; has no influence on the completion
 
 MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # more than the context holds is cut to what it holds
-Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
 Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"})]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -66,26 +64,21 @@ _WITH_USAGE = {"type": "object", "properties": {"include_usage": {"const": True}
 _STREAM_OPTIONS = _only_with("stream_options", "stream", {"not": _WITH_USAGE})
 
 
-class OpenAIRequest(LenientRequest):
+class OpenAIRequest(LenientRequest, Sampling, Structured):
     """The fields that both routes have."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_OPTIONS]})
 
     model: str | None = Field(TUNED, description="a name of /v1/models")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = 1
-    temperature: float | None = Field(DEFAULTS.temperature, ge=0, description="0: greedy, the default here")
-    top_p: float | None = Field(DEFAULTS.top_p, ge=0, le=1, description="0: greedy")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(DEFAULTS.top_p, description="0: greedy")
+    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = Field(DEFAULTS.top_k, description="0 and -1: no limit")
     seed: Annotated[int, WHOLE] | None = Field(DEFAULTS.seed, description="each further choice adds one")
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="include_usage: only with stream")
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: Empty = None
     user: Label = None
     # not OpenAI's, but sent by clients of other servers
-    top_k: Annotated[int, Field(ge=-1), WHOLE] | None = Field(DEFAULTS.top_k, description="0 and -1: no limit")
-    repetition_penalty: One = None
     length_penalty: One = None
     typical_p: One = None
     skip_special_tokens: Yes = None
@@ -95,6 +88,17 @@ class OpenAIRequest(LenientRequest):
     conversation_id: Label = None
     request_id: Label = None
 
+    def sampling(self, choice: int = 0) -> dict[str, Any]:
+        """Keywords of `GenerationConfig` for one of the `n` choices, with OpenAI's meaning of some values."""
+        values = super().sampling()
+        if self.top_p == 0:  # the smallest set of tokens whose probability reaches 0 is the most likely one
+            values |= {"temperature": 0.0, "top_p": None}
+        if self.top_k is not None and self.top_k < 1:
+            values["top_k"] = None
+        if self.seed is not None:
+            values["seed"] = (self.seed + choice) % 2**63
+        return values
+
 
 class CompletionRequest(OpenAIRequest):
     """Continues a text. /v1/chat/completions answers an instruction."""
@@ -102,9 +106,9 @@ class CompletionRequest(OpenAIRequest):
     prompt: str | Tokens | Texts | ManyTokens | None = Field(None, description='null and "": end of text')
     max_tokens: MaxTokens | None = DEFAULTS.max_new_tokens
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
-    echo: No = None
-    suffix: Literal[""] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="1, or n: all are returned")
+    echo: bool | None = False
+    suffix: Unsupported = None
 
 
 class Message(BaseModel):
@@ -157,7 +161,6 @@ class ChatRequest(OpenAIRequest):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="only with logprobs")
     modalities: list[Literal["text"]] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
     reasoning_effort: Literal["none", "medium"] | None = None
     verbosity: Literal["medium"] | None = None
     tools: Empty = None
@@ -175,3 +178,19 @@ class ChatRequest(OpenAIRequest):
     prompt_cache_key: Label = None
     prompt_cache_retention: Label = None
     add_generation_prompt: Yes = None
+
+
+class TokenizeRequest(LenientRequest):
+    """Either `prompt` or `messages`. The prompt has no special tokens, whatever `add_special_tokens` says."""
+
+    model: str | None = TUNED
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = True
+    add_generation_prompt: Yes = None
+    return_token_strs: bool | None = False
+
+
+class DetokenizeRequest(LenientRequest):
+    model: str | None = TUNED
+    tokens: list[Token]

@@ -16,11 +16,11 @@ from bentos.dependencies import record, request_id, served
 from bentos.errors import ServiceError
 from bentos.openai.logprobs import TextOffsets
 from bentos.openai.protocol import OpenAIRequest
-from bentos.schemas import DEFAULTS, TUNED
+from bentos.schemas import TUNED
 from bentos.streaming import event_stream, unless_disconnected
 
 if TYPE_CHECKING:
-    from bentos.generation import TextGenerator
+    from bentos.generation import Grammar, TextGenerator
 
 
 class Route(ABC):
@@ -37,6 +37,7 @@ class Route(ABC):
     prompts: list[list[int]]
     max_new_tokens: int
     logprobs: int | None
+    echo: bool = False  # the prompt is part of the text
 
     extra_fields: Mapping[str, Any] = MappingProxyType({})  # of the response, which OpenAI's does not have
 
@@ -55,7 +56,9 @@ class Route(ABC):
 
 async def respond(request: Request, route: Route, deadline: float) -> Response:
     generator = served(request).generator
-    generation = generation_requests(route, generator, deadline, request_id(request))
+    body = route.body
+    grammars = await generator.grammars(body.structure(), len(route.prompts) * (body.n or 1))
+    generation = generation_requests(route, generator, grammars, deadline, request_id(request))
     completions = generator.submit(generation, route.prompt_field, record(request).add)
     form = _Form(route, completions, request_id(request), served(request).lineage.bento)
     if not route.body.stream:
@@ -75,7 +78,7 @@ async def respond(request: Request, route: Route, deadline: float) -> Response:
 
 
 def generation_requests(
-    route: Route, generator: "TextGenerator", deadline: float, request_id: str
+    route: Route, generator: "TextGenerator", grammars: Sequence["Grammar | None"], deadline: float, request_id: str
 ) -> list[GenerationRequest]:
     """`n` requests for each prompt."""
     body = route.body
@@ -84,16 +87,9 @@ def generation_requests(
     if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise ServiceError("invalid_request", "stream_options: only together with stream", "stream_options")
     stop = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
-    greedy = body.top_p == 0  # the smallest set of tokens whose probability reaches 0 is the most likely one
 
-    def one(prompt: list[int], choice: int) -> GenerationRequest:
-        config = generator.config(
-            route.max_new_tokens,
-            temperature=0.0 if greedy else DEFAULTS.temperature if body.temperature is None else body.temperature,
-            top_k=body.top_k if body.top_k and body.top_k > 0 else None,
-            top_p=body.top_p or None,
-            seed=None if body.seed is None else (body.seed + choice) % 2**63,
-        )
+    def one(prompt: list[int], choice: int, grammar: "Grammar | None") -> GenerationRequest:
+        config = generator.config(route.max_new_tokens, body.sampling(choice))
         return GenerationRequest(
             prompt,
             config,
@@ -101,12 +97,15 @@ def generation_requests(
             deadline,
             request_id,
             stop=stop,
-            clean=route.clean,
+            clean=route.clean and grammar is None,
             logprobs=route.logprobs,
             stream=bool(body.stream),
+            grammar=grammar,
+            echo=route.tokenizer.decode(prompt) if route.echo else None,
         )
 
-    return [one(prompt, choice) for prompt in route.prompts for choice in range(body.n or 1)]
+    each = [(prompt, choice) for prompt in route.prompts for choice in range(body.n or 1)]
+    return [one(prompt, choice, grammar) for (prompt, choice), grammar in zip(each, grammars, strict=True)]
 
 
 class _Form:

@@ -15,9 +15,23 @@ class IncrementalDetokenizer:
     answer) of a prompt header, and white space that may be trailing.
     """
 
-    def __init__(self, tokenizer: tiktoken.Encoding, stops: Sequence[str], clean: bool) -> None:
-        """`clean`: clean the text as `gpt2core.prompt.parse_reply` does; otherwise it is the model's raw text."""
+    def __init__(
+        self,
+        tokenizer: tiktoken.Encoding,
+        stops: Sequence[str],
+        clean: bool,
+        hidden: Sequence[int] = (),
+        min_tokens: int = 0,
+    ) -> None:
+        """
+        Args:
+            clean: clean the text as `gpt2core.prompt.parse_reply` does; otherwise it is the model's raw text.
+            hidden: tokens, beside end of text, that are no part of the text.
+            min_tokens: stop texts are looked for after that many tokens.
+        """
         self._tokenizer, self._stops, self._clean = tokenizer, stops, clean
+        self._hidden = {tokenizer.eot_token, *hidden}
+        self._min_tokens, self._n_tokens, self._search_from = min_tokens, 0, 0
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._raw = ""
         self._n_emitted = 0
@@ -26,7 +40,8 @@ class IncrementalDetokenizer:
 
     def push(self, token: int) -> str:
         """The text that is certain after this token; "" after a stop text."""
-        if self.stopped or token == self._tokenizer.eot_token:
+        self._n_tokens += 1
+        if self.stopped or token in self._hidden:
             return ""
         self._raw += self._decoder.decode(self._tokenizer.decode_single_token_bytes(token))
         return self._emit(final=False)
@@ -40,7 +55,9 @@ class IncrementalDetokenizer:
 
     def _emit(self, final: bool) -> str:
         text = cut_reply(self._raw) if self._clean else self._raw
-        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+        if self._n_tokens <= self._min_tokens and self._min_tokens:
+            self._search_from = len(text)
+        starts = [start for stop in self._stops if (start := text.find(stop, self._search_from)) >= 0]
         if starts:
             self.stopped = True
             text = text[: min(starts)]

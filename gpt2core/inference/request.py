@@ -7,11 +7,8 @@ from threading import Condition, Event
 from time import monotonic
 from typing import Literal
 
-import torch
-
-from gpt2core.config import GenerationConfig
-from gpt2core.generate import ended
 from gpt2core.inference.adapters import Adapter
+from gpt2core.sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +36,21 @@ class Request:
     def __init__(
         self,
         input_ids: list[int],
-        config: GenerationConfig,
+        sampler: Sampler,
         max_new_tokens: int,
         adapter: Adapter | None,
         deadline: float | None,
         on_progress: "Callable[[Request], object] | None",
-        generator: torch.Generator | None,
         n_logprobs: int | None,
+        has_prompt_logprobs: bool = False,
     ) -> None:
-        """`max_new_tokens`: that of `config`, or less where the context has no more positions."""
-        self.input_ids, self.config, self.adapter, self.generator = input_ids, config, adapter, generator
+        """`max_new_tokens`: that of the sampler's config, or less where the context has no more positions."""
+        self.input_ids, self.sampler, self.adapter = input_ids, sampler, adapter
         self.tokens: list[int] = []  # the completion so far
         self.n_logprobs = n_logprobs
         self.logprobs: list[TokenLogprobs] = []  # per token, if requested; then never shorter than `tokens`
+        self.has_prompt_logprobs = has_prompt_logprobs
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of all prompt tokens but the first, when `tokens` has one
         self.token_times: list[float] = []  # per token: when it was generated, by `time.monotonic`
         self.finish_reason: FinishReason | None = None  # None: still waiting or running
         self.submitted_at = monotonic()
@@ -110,7 +109,7 @@ class Request:
         with self._progress:
             self.token_times.append(monotonic())
             self.tokens.append(token)
-            if ended(self.tokens, self.config):
+            if self.sampler.has_ended(self.tokens):
                 self.finish_reason = "stop"
             elif len(self.tokens) >= self._max_new_tokens:
                 self.finish_reason = "length"

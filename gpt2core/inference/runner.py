@@ -7,12 +7,12 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from gpt2core.generate import NonFiniteLogits, sample_token
 from gpt2core.inference.adapters import Adapter, AdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import RowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
+from gpt2core.sampling import NonFiniteLogits, most_likely
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ class ModelRunner:
         selected, end = list(range(n_rows)), n_rows
         for chunk in step.chunks:
             end += chunk.n
+            if chunk.request.has_prompt_logprobs:
+                _record_prompt(chunk.request, self._model.logits(hidden[end - chunk.n : end]))
             if chunk.is_last:
                 selected.append(end - 1)
         if not selected:
@@ -82,27 +84,34 @@ class ModelRunner:
     def _sample(self, hidden: Tensor, requests: Sequence[Request | None]) -> list[Output]:
         """The output of each row of hidden (n, C); that of a row without a request is meaningless."""
         logits = self._model.logits(hidden)  # (n, token_count)
-        largest, best = (column.tolist() for column in logits.max(-1))  # of a NaN, if there is one
-        return [
-            best[i] if request is None else _output(request, logits, i, largest[i], best[i])
-            for i, request in enumerate(requests)
-        ]
+        best = most_likely(logits)
+        return [0 if request is None else _output(request, logits, i, best[i]) for i, request in enumerate(requests)]
 
 
-def _output(request: Request, logits: Tensor, i: int, largest: float, best: int) -> Output:
+def _output(request: Request, logits: Tensor, i: int, best: int | None) -> Output:
     """The next token of the request in row i of the logits. An error is returned: it ends this request alone."""
     try:
-        if not isfinite(largest):
+        if not all(isfinite(one.logprob) for one in request.prompt_logprobs):
             raise NonFiniteLogits
-        token = best
-        if request.config.temperature > 0:
-            token = int(sample_token(logits[i], request.config, request.generator))
+        token = request.sampler.choose(logits, i, best, request.tokens)
         if request.n_logprobs is not None:
-            logprobs = logits[i].log_softmax(-1)
-            values, ids = logprobs.topk(request.n_logprobs)
-            top = list(zip(ids.tolist(), values.tolist(), strict=True))
-            request.logprobs.append(TokenLogprobs(float(logprobs[token]), top))
+            request.logprobs += _logprobs(logits[i : i + 1], [token], request.n_logprobs)
     except Exception as error:
         logger.warning("a request failed: %s", error)
         return error
     return token
+
+
+def _record_prompt(request: Request, logits: Tensor) -> None:
+    """Record the log probabilities of the prompt's tokens that follow those with logits (n, token_count)."""
+    first = len(request.prompt_logprobs) + 1
+    tokens = request.input_ids[first : first + len(logits)]
+    request.prompt_logprobs += _logprobs(logits[: len(tokens)], tokens, request.n_logprobs or 0)
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenLogprobs]:
+    """Of one token per row of logits (n, token_count), and of the most likely ones."""
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = (columns.tolist() for columns in logprobs.topk(n_top))
+    return [TokenLogprobs(one, list(zip(*top, strict=True))) for one, *top in zip(own, ids, values, strict=True)]

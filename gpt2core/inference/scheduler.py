@@ -95,7 +95,9 @@ class Scheduler:
                 running.finish_early()
         while self._waiting and self.n_running < self._max_batch:
             request, model = self._waiting.popleft(), self._model
-            prefix = self._prefix_cache.find(request.adapter, request.input_ids)
+            # a cached token has no hidden state to compute its successor's log probability from
+            find = not request.has_prompt_logprobs
+            prefix = self._prefix_cache.find(request.adapter, request.input_ids) if find else []
             self._prefills.append(PrefillCache(request, model.config, model.dtype, model.device, prefix))
 
     def next_step(self) -> Step | None:
@@ -127,6 +129,14 @@ class Scheduler:
         """Whether a waiting or running request uses the adapter."""
         running = (*(prefill.request for prefill in self._prefills), *self.row_cache.requests)
         return any(request is not None and request.adapter is adapter for request in (*self._waiting, *running))
+
+    def adapters_in_use(self) -> tuple[set[Adapter], set[Adapter]]:
+        """Of running and of waiting requests."""
+        running = (*(prefill.request for prefill in list(self._prefills)), *list(self.row_cache.requests))
+        return (
+            {request.adapter for request in running if request is not None and request.adapter is not None},
+            {request.adapter for request in self._waiting if request.adapter is not None},
+        )
 
     def drop_prefixes(self, adapter: Adapter) -> None:
         """Forget the cached prefixes that were computed with the adapter."""

@@ -6,6 +6,14 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 INEXPRESSIBLE = (
     "context_length_exceeded",  # a schema can limit the characters of a text, but not its tokens
     "the last message must be",  # nor say anything about the last item of a list
+    "either prompt or messages is required",  # rules for several fields
+    "not together with",
+    "min_tokens is",
+    "best_of is",
+    "contains the token id",  # keys are limited by their pattern only
+    "guided_json: ",  # the field is text or a schema that must be valid itself
+    "guided_regex: ",
+    "response_format: ",
 )
 
 

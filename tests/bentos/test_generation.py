@@ -34,7 +34,7 @@ def submit(
     generator: TextGenerator, seconds: float = 60, max_new_tokens: int = 8, n: int = 1, on_end=None, **values
 ) -> list[Completion]:
     prompt = generator.encode_instruction("Hello.")
-    config = generator.config(max_new_tokens)
+    config = generator.config(max_new_tokens, {})
     request = GenerationRequest(prompt, config, TUNED, monotonic() + seconds, "id-1", **values)
     return generator.submit([request] * n, "instruction", on_end)
 

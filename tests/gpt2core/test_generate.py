@@ -3,13 +3,25 @@
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
-from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
-from gpt2core.generate import ended, generate, sample_token, stream
+from gpt2core.engine import Engine
+from gpt2core.generate import generate, stream
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
+from gpt2core.sampling import draw, ended
+from tests.gpt2core.decoding import random_prompts
 
 PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2], [50, 51]]
 
@@ -57,27 +69,127 @@ def test_a_completion_does_not_depend_on_the_rest_of_the_batch(model, config):
     assert generate(model, PROMPTS, config) == [generate(model, [prompt], config)[0] for prompt in PROMPTS]
 
 
+class OpenAIPenalties(LogitsProcessor):
+    """As in OpenAI's API reference; transformers has none."""
+
+    def __init__(self, presence: float, frequency: float, n_prompt: int) -> None:
+        self.presence, self.frequency, self.n_prompt = presence, frequency, n_prompt
+
+    def __call__(self, input_ids, scores):
+        counts = input_ids[0, self.n_prompt :].bincount(minlength=scores.shape[1])
+        return scores - counts * self.frequency - (counts > 0) * self.presence
+
+
+def processors(config: GenerationConfig, n_prompt: int) -> LogitsProcessorList:
+    """transformers' equivalent of the controls, in the order in which its `generate` applies them."""
+    ending = [config.eos_id, *config.stop_token_ids]
+    biases = [[[id], float(bias)] for id, bias in config.logit_bias or ((0, 0.0),)]
+    return LogitsProcessorList(
+        [
+            SequenceBiasLogitsProcessor(biases),
+            RepetitionPenaltyLogitsProcessor(config.repetition_penalty),
+            OpenAIPenalties(config.presence_penalty, config.frequency_penalty, n_prompt),
+            MinNewTokensLengthLogitsProcessor(n_prompt, config.min_tokens, ending),
+        ]
+    )
+
+
+CONTROLS = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6},
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": 0.8, "presence_penalty": -0.3},
+    {"logit_bias": {7: 5.0, 11: -100.0, 30: -2.5}},
+    {"stop_token_ids": (3, 72, 92)},
+    {"min_tokens": 9, "stop_token_ids": (3, 72, 92), "logit_bias": {3: 3.0, 11: 2.0}},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {11: 3.0}, "min_tokens": 4},
+]
+
+
+@pytest.mark.parametrize("controls", CONTROLS, ids=lambda controls: ",".join(controls))
+def test_controls_give_the_tokens_of_transformers_in_generate_and_engine(model, tiny_gpt2_dir, controls):
+    reference = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
+    config = GenerationConfig(max_new_tokens=16, eos_id=11, **controls)
+    prompts = random_prompts(6, longest=40)
+    expected = []
+    for prompt in prompts:
+        whole = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=[11, *config.stop_token_ids],
+            pad_token_id=0,
+            logits_processor=processors(config, len(prompt)),
+        )
+        expected.append(whole[0, len(prompt) :].tolist())
+    assert generate(model, prompts, config) == expected
+    with Engine(model, 4, "fp32") as engine:
+        plain = [engine.submit(prompt, GenerationConfig(max_new_tokens=16, eos_id=11)) for prompt in prompts]
+        controlled = [engine.submit(prompt, config) for prompt in prompts]
+        assert [request.result(60) for request in controlled] == expected
+        assert [request.result(60) for request in plain] != expected  # the controls have an effect
+
+
+def test_controls_of_sampled_requests_are_those_of_generate_in_the_engine(model):
+    configs = [sampling(seed=seed, min_p=0.05, top_k=40, **controls) for seed, controls in enumerate(CONTROLS)]
+    with Engine(model, 8, "fp32") as engine:
+        requests = [engine.submit(PROMPTS[0], config) for config in configs]
+        assert [request.result(60) for request in requests] == [generate(model, PROMPTS[:1], c)[0] for c in configs]
+
+
+def test_ignore_eos_generates_beyond_end_of_text(model):
+    [free] = generate(model, [PROMPTS[0]], GenerationConfig(max_new_tokens=20))
+    config = GenerationConfig(max_new_tokens=20, eos_id=free[4], ignore_eos=True)
+    assert generate(model, [PROMPTS[0]], config) == [free]
+
+
+@pytest.mark.parametrize("controls", [{"logit_bias": {97: 1.0}}, {"stop_token_ids": [-1]}])
+def test_a_control_of_a_token_that_does_not_exist_is_refused(model, controls):
+    name = next(iter(controls))
+    with pytest.raises(ValueError, match=rf"{name} contains the token id \S+; ids are from 0 to 96"):
+        generate(model, PROMPTS, GenerationConfig(**controls))
+    with Engine(model, 1, "fp32") as engine, pytest.raises(ValueError, match=name):
+        engine.submit(PROMPTS[0], GenerationConfig(**controls))
+
+
+def test_controls_that_exclude_every_token_are_an_error_of_that_request(model):
+    config = GenerationConfig(min_tokens=1, stop_token_ids=tuple(range(97)))
+    with Engine(model, 2, "fp32") as engine:
+        refused, other = engine.submit(PROMPTS[0], config), engine.submit(PROMPTS[0], sampling())
+        with pytest.raises(ValueError, match="exclude all"):
+            refused.result(60)
+        assert [other.result(60)] == generate(model, PROMPTS[:1], sampling())
+
+
 def probabilities(monkeypatch, logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """The distribution that sample_token draws from."""
+    """The distribution that `draw` draws from."""
     seen = []
-    draw = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, n, **options: seen.append(p) or draw(p, n, **options))
-    sample_token(logits, config, torch.Generator().manual_seed(0))
+    multinomial = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, **options: seen.append(p) or multinomial(p, n, **options))
+    draw(logits, int(logits.argmax()), config, torch.Generator().manual_seed(0))
     return seen[0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(None, None), (5, None), (1, None), (None, 0.7), (None, 1e-6), (7, 0.5), (500, 1.0)]
+    ("top_k", "top_p", "min_p"),
+    [
+        *[(None, None, None), (5, None, None), (1, None, None), (None, 0.7, None), (None, 1e-6, None)],
+        *[(7, 0.5, None), (500, 1.0, None), (None, None, 0.1), (None, None, 1.0), (9, 0.9, 0.2)],
+    ],
 )
-def test_the_sampling_distribution_is_that_of_transformers(monkeypatch, temperature, top_k, top_p):
+def test_the_sampling_distribution_is_that_of_transformers(monkeypatch, temperature, top_k, top_p, min_p):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 3
     expected = (logits / temperature)[None]
     if top_k is not None:
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p is not None:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    found = probabilities(monkeypatch, logits, sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    if min_p is not None:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    config = sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    found = probabilities(monkeypatch, logits, config)
     found = found / found.sum()
     torch.testing.assert_close(found.float(), expected.softmax(-1)[0], rtol=1e-4, atol=1e-6)  # theirs is fp32
 
@@ -85,7 +197,7 @@ def test_the_sampling_distribution_is_that_of_transformers(monkeypatch, temperat
 def test_tokens_are_drawn_with_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([int(sample_token(logits, sampling(), generator)) for _ in range(4000)])
+    draws = torch.tensor([int(draw(logits, 0, sampling(), generator)) for _ in range(4000)])
     shares = draws.bincount(minlength=4) / len(draws)
     torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=0.03)  # four standard deviations
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpt2core import sampling
 from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine, NonFiniteLogits
 from gpt2core.generate import generate
-from gpt2core.inference import kv_cache, runner
+from gpt2core.inference import kv_cache
 from gpt2core.inference.adapters import AdapterStack, make_adapter
 from gpt2core.inference.kernels import has_int8
 from gpt2core.inference.kv_cache import PrefillCache, RowCache
@@ -21,6 +22,7 @@ from gpt2core.inference.quantized import QuantizedModel, causal_attention, suppo
 from gpt2core.inference.request import Request
 from gpt2core.lora import add_lora, lora_layers
 from gpt2core.model import GPT2
+from gpt2core.sampling import Sampler
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
 
 FORMATS = supported_formats(torch.device("cpu"))
@@ -179,7 +181,7 @@ def row_outputs(operations: list[tuple[str, int, bool]], poison: float) -> list[
 
     for kind, n, is_bad in operations:
         if kind == "add" and n and cache.n_active < 4:
-            request = Request([0] * n, GenerationConfig(), 99, None, None, None, None, None)
+            request = Request([0] * n, Sampler(GenerationConfig(), [0] * n, CPU), 99, None, None, None, None)
             prefill = PrefillCache(request, CONFIG, torch.float32, CPU, [])
             prefill.attend(0, qkv(n, is_bad), 1.0)
             prefill.advance(n)
@@ -215,14 +217,14 @@ def test_non_finite_keys_and_values_reach_no_other_row_whatever_rows_do(monkeypa
 
 
 def test_an_error_while_sampling_ends_that_request_alone(model, monkeypatch):
-    sample = runner.sample_token
+    draw = sampling.draw
 
-    def failing(logits, config, generator):
+    def failing(logits, best, config, generator):
         if config.seed == 666:
             raise RuntimeError("no token can be drawn")
-        return sample(logits, config, generator)
+        return draw(logits, best, config, generator)
 
-    monkeypatch.setattr(runner, "sample_token", failing)
+    monkeypatch.setattr(sampling, "draw", failing)
     configs = [GenerationConfig(max_new_tokens=12, temperature=0.8, seed=seed) for seed in (1, 666, 2)]
     with Engine(model, 4, "fp32") as engine:
         first, lost, last = (engine.submit([1, 2], config) for config in configs)

@@ -1,0 +1,80 @@
+"""Structured output: which tokens may follow in a completion that must match a JSON schema, a regex or a choice.
+
+llguidance computes the masks in a thread of its own, while the engine's thread computes the logits of the next step.
+"""
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import llguidance
+import llguidance.tiktoken
+import tiktoken
+
+from bentos.errors import ServiceError
+from bentos.schemas import Structure
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer. Thread-safe."""
+
+    def __init__(self, tokenizer: tiktoken.Encoding) -> None:
+        self._tokenizer = llguidance.tiktoken.lltokenizer_from_encoding(tokenizer, eos_token=tokenizer.eot_token)
+        self._threads = ThreadPoolExecutor(1, "grammar")
+
+    def compile(self, structure: Structure, n: int) -> "list[LlguidanceGrammar]":
+        """For `n` completions.
+
+        Raises:
+            ServiceError: the schema, the regex or the choice is invalid or not supported.
+        """
+        try:
+            grammar = _source(structure)
+            if error := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
+                raise ValueError(error)
+        except ValueError as error:
+            first = str(error).strip().split("\n")[0]
+            raise ServiceError("invalid_request", f"{structure.param}: {first}", structure.param) from None
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        return [LlguidanceGrammar(matcher.deep_copy(), self._threads) for _ in range(n)]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class LlguidanceGrammar:
+    """A `gpt2core.sampling.Grammar`."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, threads: ThreadPoolExecutor) -> None:
+        self._matcher, self._threads = matcher, threads
+        self.complete = False
+        self._mask: Future[bytes] = threads.submit(matcher.compute_bitmask)
+
+    def allowed(self) -> bytes:
+        mask = self._mask.result()
+        self._check()
+        return mask
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+        self.complete = self._matcher.is_stopped()
+        if not self.complete:
+            self._mask = self._threads.submit(self._matcher.compute_bitmask)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(f"the grammar cannot be followed: {self._matcher.get_error()}")
+
+
+def _source(structure: Structure) -> str:
+    if structure.kind == "json":
+        schema = structure.value
+        if isinstance(schema, str):
+            schema = json.loads(schema)
+        # White space as Python's json writes it: a small model that may choose fills the token limit with line breaks.
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        )
+    if structure.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(structure.value)
+    return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, structure.value)))

@@ -1,0 +1,48 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from bentos.body import read_body
+from bentos.dependencies import served
+from bentos.errors import ServiceError
+from bentos.openai.chat import instruction_of
+from bentos.openai.logprobs import token_text
+from bentos.openai.protocol import DetokenizeRequest, TokenizeRequest
+from bentos.openapi import ERRORS, operation
+from bentos.schemas import TUNED
+
+router = APIRouter()
+
+
+@router.post("/tokenize", response_model=dict[str, Any], responses=ERRORS, openapi_extra=operation(TokenizeRequest))
+async def tokenize(request: Request) -> JSONResponse:
+    """The tokens of a text, or of the prompt that /v1/chat/completions makes of messages."""
+    body = await read_body(request, TokenizeRequest)
+    generator = served(request).generator
+    generator.check_model(body.model or TUNED, "model")
+    if (body.prompt is None) == (body.messages is None):
+        raise ServiceError("invalid_request", "prompt: either prompt or messages is required", "prompt")
+    if body.messages is None:
+        tokens = generator.tokenizer.encode_ordinary(body.prompt or "")
+    else:
+        instruction, _ = instruction_of(body.messages, served(request).multi_turn)
+        tokens = generator.encode_instruction(instruction)
+    texts = [token_text(token, generator.tokenizer) for token in tokens] if body.return_token_strs else None
+    content = {"count": len(tokens), "max_model_len": generator.n_positions, "tokens": tokens, "token_strs": texts}
+    return JSONResponse(content)
+
+
+@router.post("/detokenize", response_model=dict[str, Any], responses=ERRORS, openapi_extra=operation(DetokenizeRequest))
+async def detokenize(request: Request) -> JSONResponse:
+    """The text of tokens."""
+    body = await read_body(request, DetokenizeRequest)
+    served(request).generator.check_model(body.model or TUNED, "model")
+    tokenizer = served(request).generator.tokenizer
+    if unknown := [token for token in body.tokens if token >= tokenizer.n_vocab]:
+        message = f"tokens: there is no token id {unknown[0]}; ids are from 0 to {tokenizer.n_vocab - 1}"
+        raise ServiceError("invalid_request", message, "tokens")
+    return JSONResponse({"prompt": tokenizer.decode(body.tokens)})

@@ -1,0 +1,162 @@
+"""Structured output, echo, and the routes that vLLM's clients use."""
+
+import json
+import re
+from random import Random
+
+import pytest
+import requests
+import torch
+
+from bentos.grammar import GrammarCompiler
+from bentos.schemas import Structure
+from gpt2core.config import GenerationConfig
+from gpt2core.engine import Engine
+from tests.bentos.client import error_of, metric, predict
+
+
+def random_schema(random: Random, depth: int = 0) -> dict:
+    """A JSON schema all of whose instances are short."""
+    kinds = ["integer", "boolean", "enum", "string", "null"] + (["object", "array"] if depth < 2 else [])
+    kind = random.choice(kinds)
+    if kind == "enum":
+        return {"enum": random.sample(["a", "é€", 'quote "', 3, None, True, "### Response:"], 3)}
+    if kind == "integer":
+        return {"type": "integer", "minimum": -9, "maximum": random.randint(0, 99)}
+    if kind == "string":
+        return {"type": "string", "maxLength": random.randint(0, 4)}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(random, depth + 1), "maxItems": 2}
+    if kind == "object":
+        properties = {name: random_schema(random, depth + 1) for name in random.sample(["a", "b c", "ü"], 2)}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties)[:1],
+            "additionalProperties": False,
+        }
+    return {"type": kind}
+
+
+def conforms(value, schema: dict) -> bool:
+    if "enum" in schema:
+        return any(value == one and type(value) is type(one) for one in schema["enum"])
+    if schema["type"] == "object":
+        known = schema["properties"]
+        return (
+            isinstance(value, dict)
+            and set(schema["required"]) <= value.keys() <= known.keys()
+            and all(conforms(each, known[name]) for name, each in value.items())
+        )
+    if schema["type"] == "array":
+        return isinstance(value, list) and len(value) <= 2 and all(conforms(each, schema["items"]) for each in value)
+    if schema["type"] == "integer":
+        return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+    if schema["type"] == "string":
+        return isinstance(value, str) and len(value) <= schema["maxLength"]
+    return type(value) is {"boolean": bool, "null": type(None)}[schema["type"]]
+
+
+def test_completions_of_500_random_schemas_conform(tuned, tokenizer):
+    """Drawn from random weights at a high temperature: whatever a mask lets through occurs."""
+    random, compiler = Random(0), GrammarCompiler(tokenizer)
+    schemas = [random_schema(random) for _ in range(500)]
+    limit = tuned.config.n_positions - 1
+    finished = 0
+    with Engine(tuned, 16, "fp32") as engine:
+        requests = []
+        for seed, schema in enumerate(schemas):
+            config = GenerationConfig(limit, temperature=3.0, seed=seed, eos_id=tokenizer.eot_token)
+            [grammar] = compiler.compile(Structure("json", schema, "guided_json"), 1)
+            requests.append(engine.submit([1], config, grammar=grammar))
+        for schema, request in zip(schemas, requests, strict=True):
+            tokens = [token for token in request.result(120) if token != tokenizer.eot_token]
+            if request.finish_reason == "stop":
+                finished += 1
+                assert conforms(json.loads(tokenizer.decode(tokens)), schema)
+    compiler.close()
+    assert finished > 490
+
+
+@pytest.mark.parametrize(
+    ("fields", "accepts"),
+    [
+        ({"guided_choice": ["red", 'a "b"\n', "### Response: é"]}, ["red", 'a "b"\n', "### Response: é"].__contains__),
+        ({"guided_regex": r"[ab]{3}-\d"}, re.compile(r"[ab]{3}-\d").fullmatch),
+        ({"guided_json": {"type": "integer", "minimum": 0, "maximum": 30}}, lambda text: 0 <= json.loads(text) <= 30),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [[1], "a"]}}}},
+            lambda text: json.loads(text) in ([1], "a"),
+        ),
+    ],
+)
+def test_every_route_returns_text_that_matches(url, fields, accepts):
+    body = {"temperature": 2.0, "seed": 1, "max_tokens": 40} | fields
+    texts = [predict(url, instruction="Go.", max_new_tokens=40, temperature=2.0, **fields).json()["answer"]]
+    chat = requests.post(
+        f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "Go."}]} | body, timeout=60
+    )
+    texts.append(chat.json()["choices"][0]["message"]["content"])
+    plain = requests.post(f"{url}/v1/completions", json={"prompt": ["a", "b"], "n": 2} | body, timeout=60).json()
+    texts += [choice["text"] for choice in plain["choices"]]
+    assert len(texts) == 6
+    assert all(accepts(text) for text in texts), texts
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"guided_regex": "a", "stop": "b"}, "stop"),
+        ({"guided_json": "{"}, "guided_json"),
+    ],
+)
+def test_structures_that_cannot_be_followed_are_refused(url, fields, param):
+    response = predict(url, instruction="Go.", **fields)
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_gives_the_log_probabilities_of_the_prompt(client, tuned, tokenizer, stream):
+    prompt = "The capital of the country is a town"
+    ids = tokenizer.encode_ordinary(prompt)
+    values = {"model": "gpt2-instruct", "prompt": prompt, "max_tokens": 2, "echo": True, "logprobs": 2}
+    client.completions.create(**values | {"echo": False})  # fills the prefix cache
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**values, stream=True)]
+        text = "".join(chunk.text for chunk in chunks)
+        own = [one for chunk in chunks for one in chunk.logprobs.token_logprobs]
+    else:
+        choice = client.completions.create(**values).choices[0]
+        text, own = choice.text, choice.logprobs.token_logprobs
+        assert choice.logprobs.top_logprobs[0] is None
+        assert choice.logprobs.text_offset[:2] == [0, len(tokenizer.decode(ids[:1]))]
+    assert text.startswith(prompt)
+    with torch.inference_mode():
+        expected = tuned(torch.tensor([ids]))[0].log_softmax(-1)
+    assert own[0] is None
+    assert own[1 : len(ids)] == pytest.approx([float(expected[i, id]) for i, id in enumerate(ids[1:])], abs=1e-4)
+    assert len(own) == len(ids) + 2
+
+
+def test_tokenize_and_detokenize_are_inverse(url, tokenizer):
+    body = {"model": "gpt2-instruct", "prompt": "Hello €", "return_token_strs": True}
+    found = requests.post(f"{url}/tokenize", json=body, timeout=10).json()
+    assert found["tokens"] == tokenizer.encode_ordinary("Hello €")
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    back = requests.post(f"{url}/detokenize", json={"tokens": found["tokens"]}, timeout=10).json()
+    assert back == {"prompt": "Hello €"}
+    chat = {"messages": [{"role": "user", "content": "Go."}]}
+    n_chat = requests.post(f"{url}/tokenize", json=chat, timeout=10).json()["count"]
+    usage = requests.post(f"{url}/v1/chat/completions", json=chat | {"max_tokens": 1}, timeout=60).json()["usage"]
+    assert n_chat == usage["prompt_tokens"]
+    assert error_of(requests.post(f"{url}/detokenize", json={"tokens": [10**6]}, timeout=10))["param"] == "tokens"
+
+
+def test_vllms_gauges_are_there(url):
+    text = requests.get(f"{url}/metrics", timeout=10).text
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc"):
+        assert f'vllm:{name}{{model_name="gpt2-instruct"}} ' in text
+    assert 'running_lora_adapters=""' in text
+    assert metric(url, "vllm:lora_requests_info") > 0
