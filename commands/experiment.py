@@ -1,4 +1,4 @@
-"""Experiments: each variant of a file in configs/experiments, with each seed, measured and written as table and plot."""
+"""Experiments: each variant of a file in configs/experiments with each seed, measured and written as table and plot."""
 
 import hashlib
 import json
@@ -139,7 +139,8 @@ def read_experiment(name: str) -> Experiment:
         raise ExperimentError(f"there is no experiment {name!r}; there are {known}")
     values = yaml.safe_load(file.read_text())
     try:
-        experiment = Experiment(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        experiment = Experiment(**arguments)
         check_field(experiment, "kind", experiment.kind in RUN, f"one of {', '.join(RUN)}")
     except (TypeError, ValueError) as error:
         raise ExperimentError(f"{file}: {error}") from None
@@ -148,7 +149,7 @@ def read_experiment(name: str) -> Experiment:
 
 def parse(experiment: Experiment, values: Mapping[str, Any], label: str) -> Any:
     """The parameters of a variant, with every value checked."""
-    classes = {
+    classes: dict[str, Callable[..., Any]] = {
         "data": DataConfig,
         "base": lambda **v: BaseConfig(**v | {"pretrain": PretrainConfig(**v.get("pretrain", {}))}),
         "lora": LoraConfig,
@@ -157,7 +158,11 @@ def parse(experiment: Experiment, values: Mapping[str, Any], label: str) -> Any:
         "model": lambda preset="gpt2-nano", **v: replace(GPT2Config.preset(preset), **v),
         "pretrain": PretrainConfig,
     }
-    kinds = {"finetune": FinetuneParameters, "pretrain": PretrainParameters, "attention": AttentionParameters}
+    kinds: dict[str, Callable[..., Any]] = {
+        "finetune": FinetuneParameters,
+        "pretrain": PretrainParameters,
+        "attention": AttentionParameters,
+    }
     try:
         return kinds[experiment.kind](**{k: classes[k](**v) if k in classes else v for k, v in values.items()})
     except (TypeError, ValueError) as error:
@@ -227,7 +232,7 @@ def _finetune(parameters: FinetuneParameters, seed: int) -> Trial:
         curve = [(entry["step"], entry["val/loss"]) for entry in result.history if "val/loss" in entry]
         _last.update(key=key, model=merge_lora(model), metrics=metrics, curve=curve, use=use)
     prompts = [example.input_ids[: example.prompt_length] for example in test]
-    correct, distinct = 0.0, 0.0
+    correct = 0.0
     answers: list[set[str]] = [set() for _ in test]
     for sample in range(parameters.samples):
         generation = replace(parameters.generation, eos_id=tokenizer.eot_token, seed=1000 * seed + sample)

@@ -188,7 +188,7 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
 def _read_layers(
     file: Path, config: GPT2Config, device: str | torch.device, use_dora: bool
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """(index of the block, layer of the block) -> A (r, in), B (out, r) and with DoRA magnitude (out), fp32; checked."""
+    """(index of the block, its layer) -> A (r, in), B (out, r) and with DoRA magnitude (out); fp32, checked."""
     needed = ("A", "B", "magnitude") if use_dora else ("A", "B")
     C, M = config.n_embd, config.mlp_width
     sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}

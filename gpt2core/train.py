@@ -153,7 +153,8 @@ def pretrain(
     """Train all weights, in place, to predict each next token of tokens (N,): documents with end of text between them.
 
     Muon (Jordan et al. 2024) orthogonalises the update of every matrix within the blocks; AdamW updates embeddings,
-    biases and gains, and with `optimizer: adamw` everything. Each pass over the text cuts it from another random offset into shuffled sequences of n_positions.
+    biases and gains, and with `optimizer: adamw` everything. Each pass over the text cuts it from another random offset
+    into shuffled sequences of n_positions.
 
     Raises:
         ValueError: fewer tokens than one batch takes; otherwise as `finetune`.

@@ -36,7 +36,7 @@ def make_adapter(
     """
     if lora.dora:
         raise ValueError(
-            "the adapter uses DoRA, which is only served merged; merge_lora(model) and save_pretrained(model, directory), "
+            "the adapter uses DoRA, which is only served merged: merge_lora(model), save_pretrained(model, directory) "
             "and serve that directory, or train with lora.dora: false"
         )
     matrices = {}

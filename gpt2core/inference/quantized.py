@@ -36,7 +36,8 @@ class QuantizedModel:
         """LoRA layers are merged into the copies. `n_layer`: only the first blocks.
 
         Raises:
-            ValueError: `weights` is not a format, norm_position is "post", or int8 has no kernel on this device or processor.
+            ValueError: `weights` is not a format, norm_position is "post", or int8 has no kernel on this device or
+                processor.
         """
         if weights not in get_args(WeightFormat):
             raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(get_args(WeightFormat))}")

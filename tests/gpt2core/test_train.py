@@ -20,7 +20,6 @@ from gpt2core.model import GPT2
 from gpt2core.train import finetune, learning_rate_factor, pretrain, token_losses, training_steps
 from tests.helpers import randomise_lora, same_state, snapshot
 
-
 MAGNITUDE = "lora_magnitude_vector.default.weight"
 
 
