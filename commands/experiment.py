@@ -201,6 +201,8 @@ def _finetune(parameters: FinetuneParameters, seed: int) -> Trial:
     data = parameters.data
     parts = split_records(_records(data), 0, data.val_fraction, data.test_fraction)
     train, val, test = (encode_records(part, tokenizer, n_positions) for part in parts)
+    if not val:
+        raise ExperimentError(f"there is no validation record among {len(train)}; raise data.val_fraction or n_facts")
     config = replace(parameters.train, seed=seed)
     key = json.dumps([asdict(replace(parameters, generation=GenerationConfig(), samples=1)), seed])
     if _last.get("key") != key:  # variants that differ in decoding alone share the model

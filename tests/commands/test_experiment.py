@@ -17,7 +17,7 @@ TINY_PRETRAIN = {"max_steps": 3, "batch_size": 1}
 TINY = {
     "finetune": (
         {
-            "data": {"n_facts": 18},
+            "data": {"n_facts": 18, "val_fraction": 0.2},
             "base": {"source": "random"},
             "train": {"max_steps": 1, "batch_size": 4, "limit_val_batches": 1},
             "generation": {"max_new_tokens": 1},
