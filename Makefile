@@ -5,7 +5,7 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow lint format serve report dashboard bench bench-growth bench-gpu image image-train stack-local stack-docker stack-kubernetes clean
+.PHONY: install run test test-slow lint format serve report dashboard bench bench-growth bench-gpu image image-train stack-local stack-docker stack-kubernetes experiment clean
 
 install: .venv/.installed
 
@@ -68,6 +68,10 @@ image-train: install
 # and KUBERNETES_CONTEXT from the environment.
 stack-local stack-docker stack-kubernetes: stack-%: install
 	$(BIN)/python -m stacks.register $*
+
+# NAME is a file of configs/experiments; SCALE=full needs a GPU and the weights of gpt2.
+experiment: install
+	$(BIN)/python run.py experiment $(NAME) --scale $(or $(SCALE),small)
 
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

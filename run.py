@@ -91,6 +91,20 @@ def export(kind: str, out: str, name: str, quantize: str | None) -> None:
 
 @main.command()
 @click.argument("name")
+@click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True)
+def experiment(name: str, scale: str) -> None:
+    """Run the experiment NAME of configs/experiments; small ends in minutes on two cores."""
+    from commands.experiment import run_experiment
+
+    try:
+        directory = run_experiment(name, "full" if scale == "full" else "small", click.echo)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{(directory / 'table.md').read_text()}results in {directory}")
+
+
+@main.command()
+@click.argument("name")
 def lineage(name: str) -> None:
     """Print the lineage of NAME as a tree, from data to deployment.
 

@@ -158,5 +158,5 @@ def _adapter_state(model: GPT2) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": getattr(layer, part).detach().float().contiguous()
         for name, layer in layers
-        for part in ("lora_A", "lora_B")
+        for part, _ in layer.named_parameters(recurse=False)
     }

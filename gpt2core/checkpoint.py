@@ -41,7 +41,7 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old chec
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION_CONFIG = "generation_config.json"
 # GPT2Config's fields that are not the architecture
-_SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config")
+_SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
 
 
 class _Stored(NamedTuple):
@@ -97,10 +97,12 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
     """Write config.json, model.safetensors and, if the model came with one, generation_config.json for transformers.
 
     Raises:
-        ValueError: the model has LoRA layers that are not merged, or weights that are not finite.
+        ValueError: the model has LoRA layers that are not merged, weights that are not finite, or norm_position "post".
     """
     if any(not layer.merged for _, layer in lora_layers(model)):
         raise ValueError("the model has LoRA layers that are not merged; merge_lora(model) or remove_lora(model) first")
+    if model.config.norm_position != "pre":
+        raise ValueError("norm_position is 'post'; Hugging Face's GPT-2 has only 'pre', so it cannot be saved as one")
     state = {}
     for name, tensor in model.state_dict().items():
         if "lora_" in name:

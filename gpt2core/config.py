@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, sqrt
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -11,6 +11,7 @@ LossOn = Literal["response", "all"]
 TooLong = Literal["error", "drop", "truncate"]  # what happens to records longer than the context
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
 LoraTarget = Literal["q", "k", "v", "o", "fc", "proj"]
+Schedule = Literal["linear", "cosine", "constant"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
@@ -41,6 +42,9 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
+    # post: LN(x + f(x)) (arXiv:1706.03762); only for experiments: checkpoints and the engine know GPT-2's pre alone
+    norm_position: Literal["pre", "post"] = "pre"
+    layer_init: Literal["fresh", "clone"] = "fresh"  # clone: all blocks start as copies of the first
     bos_token_id: int | None = None  # None: not known; these two and generation_config are kept for others
     eos_token_id: int | tuple[int, ...] | None = None
     n_tokens: int | None = None  # ids that the tokenizer has, if fewer than vocab_size: the rows beyond are padding
@@ -78,24 +82,31 @@ class GPT2Config:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adaptation, arXiv:2106.09685."""
+    """Low-rank adaptation, arXiv:2106.09685, and variants of it."""
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: float | None = 16.0  # null: 2 * rank, filled in by the constructor
     targets: tuple[LoraTarget, ...] = ("q", "v")  # q k v o: attention; fc proj: MLP
     dropout: float = 0.0
+    rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
+    dora: bool = False  # train the length of each row of the weight separately, arXiv:2402.09353
+    b_lr_ratio: float = 1.0  # LoRA+: learning rate of lora_B over that of lora_A, arXiv:2402.12354
 
     def __post_init__(self) -> None:
         _lists_to_tuples(self, "targets")
         check_types(self)
         check_field(self, "rank", self.rank >= 1, "at least 1")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2.0 * self.rank)
+        check_field(self, "b_lr_ratio", self.b_lr_ratio > 0, "above 0")
         check_field(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         distinct = bool(self.targets) and len(set(self.targets)) == len(self.targets)
         check_field(self, "targets", distinct, f"at least one of {', '.join(LORA_TARGETS)}, each at most once")
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank  # section 4.1
+        assert self.alpha is not None
+        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)  # section 4.1
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 10
-    decay_fraction: float = 1.0  # share of the steps, at the end, over which the rate decays linearly; 0: constant
+    schedule: Schedule = "linear"  # how the learning rate decays after the warm-up
+    decay_fraction: float = 1.0  # share of the steps, at the end, over which it decays
     final_lr_ratio: float = 0.0  # learning rate at the end of that decay, as a share of learning_rate
     max_grad_norm: float | None = 1.0
     precision: Precision = "fp32"
@@ -122,12 +134,14 @@ class TrainConfig:
     checkpoint_every_epochs: int = 1
     limit_train_batches: int | None = None  # batches per epoch, for a quick development run
     limit_val_batches: int | None = None
+    patience: int | None = None  # stop after this many validations in a row without a new best loss; null: never
+    gradient_checkpointing: bool = False  # recompute each block's activations in the backward pass: slower, less memory
 
     def __post_init__(self) -> None:
         _check_training(self)
         for name in ("epochs", "devices", "validate_every_epochs", "checkpoint_every_epochs"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
+        for name in ("max_steps", "limit_train_batches", "limit_val_batches", "patience"):
             value = getattr(self, name)
             check_field(self, name, value is None or value >= 1, "at least 1, or null for no limit")
 
@@ -137,6 +151,7 @@ class PretrainConfig:
     """Pretraining from random weights: Muon for the matrices of the blocks, AdamW for embeddings and vectors."""
 
     max_steps: int = 1400
+    optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for the matrices too, at adamw_learning_rate
     batch_size: int = 8  # sequences of n_positions tokens
     gradient_accumulation_steps: int = 1
     learning_rate: float = 0.03  # of Muon
@@ -145,6 +160,7 @@ class PretrainConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     momentum: float = 0.95
     warmup_steps: int = 40
+    schedule: Schedule = "linear"
     decay_fraction: float = 0.6
     final_lr_ratio: float = 0.02
     max_grad_norm: float | None = 1.0

@@ -1,6 +1,7 @@
 """LoRA (arXiv:2106.09685): one wrapper around the linear layers that a target names. Independent of file formats.
 
-q, k and v share one fused matrix, `c_attn`; adapting some of them adds to only those thirds of its output.
+q, k and v share one fused matrix, `c_attn`; adapting some of them adds to only those thirds of its output. rsLoRA is
+another `LoraConfig.scaling`, LoRA+ another learning rate (`gpt2core.train`), DoRA the branch of `LoraLinear` below.
 """
 
 from collections.abc import Iterator
@@ -98,6 +99,10 @@ class LoraLinear(nn.Module):
 
     lora_A (n, R, in) and lora_B (n, out / blocks, R) hold one pair per adapted slice. They stay in fp32 beside a bf16
     base and are cast on use, since small updates to bf16 weights are lost.
+
+    DoRA (arXiv:2402.09353, equation 5): each row of V = W + scaling * B A of an adapted slice is scaled to a trained
+    length, y = lora_magnitude / ||V|| * V x + b, with lora_magnitude (n, out / blocks). The norm is a constant for the
+    gradient (section 4.3). Dropout is applied to the low-rank path alone.
     """
 
     def __init__(self, linear: nn.Linear, path: str, config: LoraConfig, generator: torch.Generator | None) -> None:
@@ -115,6 +120,8 @@ class LoraLinear(nn.Module):
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that model.to(device) moves it
+        if config.dora:
+            self.lora_magnitude = nn.Parameter(self.base_blocks()[list(self.blocks)].norm(dim=-1))
         self.train(linear.training)
 
     @property
@@ -128,18 +135,41 @@ class LoraLinear(nn.Module):
         a, b = self.lora_A.to(x.dtype), (self.lora_B * self.config.scaling).to(x.dtype)
         low = F.linear(F.dropout(x, self.config.dropout, self.training), a.flatten(0, 1))  # (B, T, n * R)
         deltas = [F.linear(part, weight) for part, weight in zip(low.chunk(len(a), -1), b, strict=True)]
-        if self.n_blocks == 1:
-            return y + deltas[0]
         parts = list(y.chunk(self.n_blocks, -1))
-        for block, delta in zip(self.blocks, deltas, strict=True):
-            parts[block] = parts[block] + delta
-        return torch.cat(parts, -1)
+        if self.config.dora:
+            factors = self._row_factors().to(x.dtype)  # (n, out / blocks)
+            biases = self.linear.bias.chunk(self.n_blocks)
+            for block, delta, factor in zip(self.blocks, deltas, factors, strict=True):
+                parts[block] = (parts[block] - biases[block] + delta) * factor + biases[block]
+        else:
+            for block, delta in zip(self.blocks, deltas, strict=True):
+                parts[block] = parts[block] + delta
+        return parts[0] if self.n_blocks == 1 else torch.cat(parts, -1)
+
+    def base_blocks(self) -> Tensor:
+        """The base weight by slice of its output, adapted or not: (blocks, out / blocks, in), fp32."""
+        weight = self.linear.weight if self.unmerged_weight is None else self.unmerged_weight
+        return weight.detach().float().unflatten(0, (self.n_blocks, -1))
 
     def delta_weight(self) -> Tensor:
         """What merging adds to the weight: (out, in), fp32."""
         delta = self.lora_A.new_zeros(self.n_blocks, self.lora_B.shape[1], self.lora_A.shape[2], dtype=torch.float32)
-        delta[list(self.blocks)] = self.config.scaling * torch.bmm(self.lora_B.float(), self.lora_A.float())
+        change = self._low_rank()
+        if self.config.dora:
+            rows = self.base_blocks()[list(self.blocks)]
+            change = self._row_factors()[..., None] * (rows + change) - rows
+        delta[list(self.blocks)] = change
         return delta.flatten(0, 1)
+
+    def _low_rank(self) -> Tensor:
+        """scaling * B A: (n, out / blocks, in), fp32."""
+        return self.config.scaling * torch.bmm(self.lora_B.float(), self.lora_A.float())
+
+    def _row_factors(self) -> Tensor:
+        """DoRA's lora_magnitude / ||V||: (n, out / blocks), fp32."""
+        with torch.no_grad():
+            norms = (self.base_blocks()[list(self.blocks)] + self._low_rank()).norm(dim=-1)
+        return self.lora_magnitude.float() / norms
 
     @torch.no_grad()
     def merge(self) -> None:

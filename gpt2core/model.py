@@ -11,6 +11,7 @@ from math import sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2core.config import GPT2Config
 from gpt2core.linear import Linear, linear
@@ -40,6 +41,7 @@ class GPT2(nn.Module):
         """Draw random weights, scaled as in section 2.3 of the paper, from `generator` (None: torch's global one)."""
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # in train mode; set by `gpt2core.train`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -89,7 +91,10 @@ class GPT2(nn.Module):
 
         x = self.wte(input_ids) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, mask, None if cache is None else (cache, layer))
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, mask, None, use_reentrant=False)
+            else:
+                x = block(x, mask, None if cache is None else (cache, layer))
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -106,8 +111,12 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
+        self.post_norm = config.norm_position == "post"
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: "tuple[KVCache, int] | None") -> Tensor:
+        if self.post_norm:
+            x = self.ln_1(x + self.attn(x, mask, cache))
+            return self.ln_2(x + self.mlp(x))
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -198,3 +207,6 @@ def _init_weights(model: GPT2, generator: torch.Generator | None) -> None:
             nn.init.normal_(
                 parameter, 0.0, std / sqrt(2 * model.config.n_layer) if residual else std, generator=generator
             )
+    if model.config.layer_init == "clone":
+        for block in model.h[1:]:
+            block.load_state_dict(model.h[0].state_dict())

@@ -22,7 +22,7 @@ from gpt2core.tensors import check_weight, read_tensors
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.)?h\.(\d{1,9})\."
-    r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.lora_([AB])\.weight"
+    r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
 )
 # Keys of adapter_config.json that are translated, or that do not change what a trained adapter computes.
 _UNDERSTOOD = {
@@ -35,7 +35,17 @@ _UNDERSTOOD = {
         "auto_mapping",
         "inference_mode",
     ),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "init_lora_weights",
+    ),
     *("target_modules", "exclude_modules", "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern"),
     *("runtime_config", "eva_config", "ensure_weight_tying"),
 }
@@ -47,7 +57,7 @@ def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
     """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
 
     The n pairs of a fused c_attn become one pair of rank n * R whose lora_B is zero outside the adapted thirds; alpha
-    grows with the rank, so the scaling stays the same.
+    grows with the rank, so the scaling stays the same. DoRA's lengths are those of the base outside these thirds.
 
     Raises:
         ValueError: the model has no LoRA layers, or their weights are not finite.
@@ -62,8 +72,13 @@ def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
         key = f"base_model.model.transformer.{name}"
         state[f"{key}.lora_A.weight"] = layer.lora_A.data.reshape(n * rank, width).cpu().clone()
         state[f"{key}.lora_B.weight"] = b.flatten(2).flatten(0, 1).contiguous().cpu()
+        if config.dora:
+            magnitude = layer.base_blocks().norm(dim=-1)
+            magnitude[list(layer.blocks)] = layer.lora_magnitude.data
+            state[f"{key}.lora_magnitude_vector"] = magnitude.flatten().cpu()
         module = ".".join(name.split(".")[2:])  # attn.c_proj and mlp.c_proj are told apart
-        ranks[module], alphas[module] = n * rank, n * config.alpha
+        assert config.alpha is not None
+        ranks[module], alphas[module] = n * rank, (sqrt(n) if config.rslora else n) * config.alpha
     for key, tensor in state.items():
         check_weight("the adapter", key, tensor)
     description = {
@@ -73,6 +88,8 @@ def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "target_modules": sorted(ranks),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
@@ -90,7 +107,8 @@ def read_peft(
     """A PEFT adapter as LoRA config and weights of this project; the outputs are those of PEFT.
 
     An adapted c_attn becomes one pair for each of q, k and v that it changes: with the same lora_A and a third of
-    lora_B, without the columns of lora_B that are zero there. Layers of a lower rank are padded with zeros.
+    lora_B, without the columns of lora_B that are zero there. Layers of a lower rank are padded with zeros. With DoRA
+    all three are adapted: where lora_B is zero, the length may differ from the base's.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter needs a feature of PEFT that this
@@ -98,19 +116,28 @@ def read_peft(
     """
     description = read_json(directory / PEFT_CONFIG)
     _check_supported(directory / PEFT_CONFIG, description)
-    layers = _read_layers(directory / PEFT_WEIGHTS, config, device)
-    scalings = {key: _scaling(directory / PEFT_CONFIG, description, key, len(a)) for key, (a, _) in layers.items()}
+    layers = _read_layers(directory / PEFT_WEIGHTS, config, device, bool(description.get("use_dora")))
+    use_rslora, use_dora = (bool(description.get(key)) for key in ("use_rslora", "use_dora"))
+    scalings = {
+        key: _scaling(directory / PEFT_CONFIG, description, key, len(parts["A"])) for key, parts in layers.items()
+    }
     pairs = {
-        (layer, target): _used_columns(a, part)
-        for (layer, path), (a, b) in layers.items()
+        (layer, target): _used_columns(parts["A"], part)
+        for (layer, path), parts in layers.items()
+        for b in [parts["B"]]
         for target, part in zip(_targets(path), b.chunk(len(_targets(path))), strict=True)
     }
     changed = {target for (_, target), (_, b) in pairs.items() if b.any()} or {target for _, target in pairs}
-    targets = [target for target in LORA_TARGETS if target in changed]
     rank = max(len(a) for (_, target), (a, _) in pairs.items() if target in changed)
+    if use_dora:
+        changed = {target for _, target in pairs}
+    targets = [target for target in LORA_TARGETS if target in changed]
     alpha, r = next((pair for pair in scalings.values() if pair[0]), (0.0, 1.0))
     try:
-        lora = LoraConfig(rank, alpha * rank / r, tuple(targets), description.get("lora_dropout", 0.0))
+        own = alpha * (sqrt(rank) if use_rslora else rank) / r
+        lora = LoraConfig(
+            rank, own, tuple(targets), description.get("lora_dropout", 0.0), rslora=use_rslora, dora=use_dora
+        )
     except ValueError as error:
         raise ValueError(f"{directory / PEFT_CONFIG}: {error}") from None
     state = {}
@@ -118,10 +145,13 @@ def read_peft(
         # LoraConfig has one scaling: where a layer's own is another one, lora_B is multiplied by the ratio
         own_alpha, own_r = scalings[layer, path]
         ratio = own_alpha * r / (own_r * alpha) if alpha else 1.0
-        own = [pairs[layer, target] for target in _targets(path) if target in changed]
-        if own:
-            state[f"h.{layer}.{path}.lora_A"] = torch.stack([_pad(a, 0, rank) for a, _ in own])
-            state[f"h.{layer}.{path}.lora_B"] = torch.stack([_pad(b, 1, rank) * ratio for _, b in own])
+        adapted = [pairs[layer, target] for target in _targets(path) if target in changed]
+        if adapted:
+            name = f"h.{layer}.{path}"
+            state[f"{name}.lora_A"] = torch.stack([_pad(a[:rank], 0, rank) for a, _ in adapted])
+            state[f"{name}.lora_B"] = torch.stack([_pad(b[:, :rank], 1, rank) * ratio for _, b in adapted])
+            if use_dora:
+                state[f"{name}.lora_magnitude"] = layers[layer, path]["magnitude"].unflatten(0, (len(adapted), -1))
     return lora, state
 
 
@@ -156,22 +186,25 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
 
 
 def _read_layers(
-    file: Path, config: GPT2Config, device: str | torch.device
-) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-    """(index of the block, layer of the block) -> lora_A (r, in) and lora_B (out, r), fp32; complete and checked."""
+    file: Path, config: GPT2Config, device: str | torch.device, use_dora: bool
+) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """(index of the block, its layer) -> A (r, in), B (out, r) and with DoRA magnitude (out); fp32, checked."""
+    needed = ("A", "B", "magnitude") if use_dora else ("A", "B")
     C, M = config.n_embd, config.mlp_width
     sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in read_tensors(file, device).items():
         match = _KEY.fullmatch(key)
-        if match is None or int(match[1]) >= config.n_layer:
+        if match is None or int(match[1]) >= config.n_layer or (match[3] or match[4]) not in needed:
             raise ValueError(f"{file}: key {key!r} is not an adapted layer of a GPT-2 with n_layer={config.n_layer}")
         width, out = sizes[match[2]]
-        expected = (tensor.shape[0], width) if match[3] == "A" else (out, tensor.shape[-1])
-        if tensor.dim() != 2 or tuple(tensor.shape) != expected or 0 in tensor.shape:
+        expected: tuple[int, ...] = (out,)
+        if match[3] and tensor.dim() == 2:
+            expected = (tensor.shape[0], width) if match[3] == "A" else (out, tensor.shape[1])
+        if tuple(tensor.shape) != expected or tensor.dim() != (2 if match[3] else 1) or 0 in tensor.shape:
             raise ValueError(f"{file}: key {key!r} has the shape {tuple(tensor.shape)}, which does not fit {expected}")
         check_weight(file, key, tensor)
-        found.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.float()
+        found.setdefault((int(match[1]), match[2]), {})[match[3] or match[4]] = tensor.float()
     paths = sorted({path for _, path in found})
     if not paths:
         raise ValueError(f"{file} has no tensors")
@@ -179,13 +212,13 @@ def _read_layers(
     for layer in range(config.n_layer):
         for path in paths:
             pair = found.get((layer, path), {})
-            missing = next((part for part in "AB" if part not in pair), None)
+            missing = next((part for part in needed if part not in pair), None)
             if missing is not None:
                 raise ValueError(f"{file}: lora_{missing} of h.{layer}.{path} is missing")
             if pair["A"].shape[0] != pair["B"].shape[1]:
                 ranks = f"{pair['A'].shape[0]} and {pair['B'].shape[1]}"
                 raise ValueError(f"{file}: lora_A and lora_B of h.{layer}.{path} have different ranks, {ranks}")
-            layers[layer, path] = pair["A"], pair["B"]
+            layers[layer, path] = pair
     return layers
 
 

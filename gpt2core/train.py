@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2core.batching import IGNORED, Batch, attention_mask, pack
-from gpt2core.config import Precision, PretrainConfig, TrainConfig
+from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2, evaluating
@@ -52,7 +52,8 @@ def finetune(
 ) -> TrainResult:
     """Train the weights that require gradients (after `add_lora`, the adapter alone), in place, with AdamW.
 
-    At the end the model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
+    With `patience`, training stops early once that many validations in a row brought no new best loss. At the end the
+    model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
     weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
     result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; epochs and
     max_steps may have grown since. A damaged checkpoint is skipped with a warning.
@@ -70,13 +71,24 @@ def finetune(
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    lora = next((layer.config for _, layer in lora_layers(model)), None)
     # dropout draws separately for each example, so a shared prefix could not be computed once for all
-    share_prefix = not any(layer.config.dropout for _, layer in lora_layers(model))
+    share_prefix = lora is None or not lora.dropout
 
     def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+        groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
+        if lora is not None and lora.b_lr_ratio != 1:  # as PEFT's optimiser, DoRA's magnitudes go with lora_B
+            first = [name for name in weights if not name.endswith(("lora_B", "lora_magnitude"))]
+            groups = [
+                {"params": [weights[name] for name in first]},
+                {
+                    "params": [weight for name, weight in weights.items() if name not in first],
+                    "lr": config.learning_rate * lora.b_lr_ratio,
+                },
+            ]
         return [
             torch.optim.AdamW(
-                weights.values(),
+                groups,
                 lr=config.learning_rate,
                 betas=config.betas,
                 weight_decay=config.weight_decay,
@@ -113,7 +125,10 @@ def finetune(
         validate=validate if val else None,
         validate_every=config.validate_every_epochs * steps_per_epoch,
         checkpoint_every=config.checkpoint_every_epochs * steps_per_epoch,
-        fingerprint=_fingerprint(config, [[*example.input_ids, example.prompt_length] for example in (*train, *val)]),
+        patience=config.patience,
+        fingerprint=_fingerprint(
+            config, [[*example.input_ids, example.prompt_length] for example in (*train, *val)], lora
+        ),
     )
     return _run(model, plan, log, checkpoint_dir)
 
@@ -138,7 +153,8 @@ def pretrain(
     """Train all weights, in place, to predict each next token of tokens (N,): documents with end of text between them.
 
     Muon (Jordan et al. 2024) orthogonalises the update of every matrix within the blocks; AdamW updates embeddings,
-    biases and gains. Each pass over the text cuts it from another random offset into shuffled sequences of n_positions.
+    biases and gains, and with `optimizer: adamw` everything. Each pass over the text cuts it from another random offset
+    into shuffled sequences of n_positions.
 
     Raises:
         ValueError: fewer tokens than one batch takes; otherwise as `finetune`.
@@ -154,11 +170,14 @@ def pretrain(
     def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
         matrices = [weight for name, weight in weights.items() if name.startswith("h.") and weight.dim() == 2]
         others = [weight for name, weight in weights.items() if not (name.startswith("h.") and weight.dim() == 2)]
+        groups = [{"params": others, "weight_decay": 0.0}]
+        if config.optimizer == "adamw":
+            groups.append({"params": matrices, "weight_decay": config.weight_decay})
+        adamw = torch.optim.AdamW(groups, lr=config.adamw_learning_rate, betas=config.betas, fused=True)
+        if config.optimizer == "adamw":
+            return [adamw]
         muon = torch.optim.Muon(
             matrices, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-        adamw = torch.optim.AdamW(
-            others, lr=config.adamw_learning_rate, betas=config.betas, weight_decay=0.0, fused=True
         )
         return [muon, adamw]
 
@@ -180,6 +199,7 @@ def pretrain(
         validate=None,
         validate_every=config.max_steps,
         checkpoint_every=config.checkpoint_every_steps,
+        patience=None,
         fingerprint=_fingerprint(config, tokens.tolist()),
     )
     return _run(model, plan, log, checkpoint_dir)
@@ -203,12 +223,17 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:
-    """Warm-up, plateau, linear decay (arXiv:2404.06395): the share of the learning rate at step 0, 1, …"""
+    """Warm-up, plateau, decay (arXiv:2404.06395): the share of the learning rate at step 0, 1, …
+
+    The decay is linear, half a cosine (arXiv:1608.03983), or none (`constant`).
+    """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    decay_steps = config.decay_fraction * total_steps
-    left = (total_steps - step) / decay_steps if decay_steps else 1.0
-    return config.final_lr_ratio + (1 - config.final_lr_ratio) * min(1.0, left)
+    decay_steps = config.decay_fraction * total_steps if config.schedule != "constant" else 0
+    left = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
+    if config.schedule == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * left
 
 
 @dataclass(frozen=True)
@@ -223,6 +248,7 @@ class _Plan:
     validate: Callable[[], float] | None  # the validation loss
     validate_every: int  # steps
     checkpoint_every: int  # steps
+    patience: int | None  # validations without a new best loss after which training stops
     fingerprint: str
 
     def is_due(self, step: int, every: int) -> bool:
@@ -235,12 +261,12 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     log = log if is_first and log is not None else lambda step, values: None
-    with _training(model, plan.config.precision), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _training(model, plan.config), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
         state = TrainingState(weights, plan.optimisers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
-        while state.progress.step < plan.total_steps:
+        while state.progress.step < plan.total_steps and not state.progress.is_stuck(plan.patience):
             values = _step(model, plan, state)
             step = state.progress.step
             if values:
@@ -302,7 +328,8 @@ def _step(model: GPT2, plan: _Plan, state: TrainingState) -> dict[str, float]:
             f"the loss is {progress.loss} at step {progress.step} ({plan.describe(progress.step - 1)}); "
             f"lower learning_rate={config.learning_rate}, raise warmup_steps, or use another precision"
         )
-    if not plan.is_due(progress.step, config.log_every_steps):
+    may_stop = plan.patience is not None and plan.is_due(progress.step, plan.validate_every)
+    if not may_stop and not plan.is_due(progress.step, config.log_every_steps):
         return {}
     values = {
         "train/loss": progress.loss / progress.labels,
@@ -347,22 +374,25 @@ def _sum_gradients(weights: Sequence[nn.Parameter]) -> None:
 
 
 @contextmanager
-def _training(model: GPT2, precision: Precision) -> Iterator[None]:
-    """Train mode, and weights in the dtypes of the precision.
+def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[None]:
+    """Train mode, gradient checkpointing where configured, and weights in the dtypes of the precision.
 
     On exit modes and dtypes are restored, and frozen weights hold exactly the values they had.
     """
     modes = [(module, module.training) for module in model.modules()]
-    frozen = torch.float32 if precision == "fp32" else torch.bfloat16
-    trained = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    frozen = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    trained = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
+    checkpointing = model.gradient_checkpointing
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     for parameter, data in before:
         parameter.grad = None
         parameter.data = data.to(trained if parameter.requires_grad else frozen)
     model.train()
+    model.gradient_checkpointing = isinstance(config, TrainConfig) and config.gradient_checkpointing
     try:
         yield
     finally:
+        model.gradient_checkpointing = checkpointing
         for module, training in modes:
             module.training = training
         for parameter, data in before:
@@ -376,7 +406,11 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _fingerprint(config: TrainConfig | PretrainConfig, data: Sequence[Any]) -> str:
-    """Digest of what a resumed run must share with the interrupted one; length and number of devices may differ."""
-    values = {key: value for key, value in asdict(config).items() if key not in ("epochs", "max_steps", "devices")}
-    return hashlib.sha256(json.dumps([values, data]).encode()).hexdigest()
+def _fingerprint(config: TrainConfig | PretrainConfig, data: Sequence[Any], lora: LoraConfig | None = None) -> str:
+    """Digest of what a resumed run must share with the interrupted one; `_MAY_DIFFER` need not be the same."""
+    values = {key: value for key, value in asdict(config).items() if key not in _MAY_DIFFER}
+    return hashlib.sha256(json.dumps([values, data, lora and asdict(lora)]).encode()).hexdigest()
+
+
+# length, devices, and what changes no number of a step
+_MAY_DIFFER = ("epochs", "max_steps", "patience", "devices", "gradient_checkpointing")

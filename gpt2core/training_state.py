@@ -31,12 +31,17 @@ class Progress:
     tokens_seen: int = 0
     seconds: float = 0.0
     best_val_loss: float | None = None
+    validations_since_best: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # as in `gpt2core.train.TrainResult`
     # since the last entry of the history
     loss: float = 0.0
     labels: int = 0
     tokens: int = 0
     logged_seconds: float = 0.0
+
+    def is_stuck(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations brought no new best loss; never with None."""
+        return patience is not None and self.validations_since_best >= patience
 
     def record(self, values: Mapping[str, float]) -> None:
         """Add the values to the history, under the current step."""
@@ -74,8 +79,9 @@ class TrainingState:
         if not isfinite(val_loss):
             raise FloatingPointError(f"the validation loss is {val_loss} after step {self.progress.step}")
         self.progress.record({"val/loss": val_loss})
+        self.progress.validations_since_best += 1
         if self.progress.best_val_loss is None or val_loss < self.progress.best_val_loss:
-            self.progress.best_val_loss = val_loss
+            self.progress.best_val_loss, self.progress.validations_since_best = val_loss, 0
             self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     def restore_best(self) -> None:

@@ -84,10 +84,12 @@ def same_state(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
 
 
 def randomise_lora(model: GPT2, std: float = 0.3) -> GPT2:
-    """Give both LoRA matrices random values, in place: lora_B is zero otherwise."""
+    """Give the LoRA weights random values, in place: lora_B is zero otherwise."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for _, layer in lora_layers(model):
             layer.lora_A.normal_(0, std, generator=generator)
             layer.lora_B.normal_(0, std, generator=generator)
+            if layer.config.dora:
+                layer.lora_magnitude.mul_(1 + torch.rand(layer.lora_magnitude.shape, generator=generator))
     return model

@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "click",
         "psutil",
     },
-    "commands": {"commands", "steps", "gpt2core"},
+    "commands": {"commands", "steps", "gpt2core", "torch", "psutil", "yaml", "matplotlib"},  # experiment.py
     "commands/lineage": {"commands", "gpt2core", "zenml"},
     "deploy": {"deploy", "gpt2core", "bentoml", "psutil", "requests", "yaml"},
     "deploy/containers": {"deploy", "gpt2core", "docker", "requests", "aiohttp", "multidict", "yarl"},
@@ -74,7 +74,7 @@ EXTRAS = {
     "gpt2core/demo": ("pipeline",),
     "steps": ("pipeline", "deploy"),
     "pipelines": ("pipeline", "deploy"),
-    "commands": ("pipeline", "deploy"),
+    "commands": ("pipeline", "deploy", "bench"),
     "stacks": ("pipeline", "deploy"),
     "deploy": ("deploy", "serve"),
     "bentos": ("serve",),

@@ -31,8 +31,14 @@ def make_adapter(
     """Prepare an adapter, as `gpt2core.checkpoint.read_adapter` returns it, for an `AdapterStack`.
 
     Raises:
-        ValueError: a weight is NaN or infinite, before or after scaling and conversion to `dtype`.
+        ValueError: the adapter uses DoRA, or a weight is NaN or infinite, before or after scaling and conversion to
+            `dtype`.
     """
+    if lora.dora:
+        raise ValueError(
+            "the adapter uses DoRA, which is only served merged: merge_lora(model), save_pretrained(model, directory) "
+            "and serve that directory, or train with lora.dora: false"
+        )
     matrices = {}
     for path in {TARGET_LAYERS[target][0] for target in lora.targets}:
         targets = [
@@ -44,7 +50,7 @@ def make_adapter(
             pair = a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
             if not all(map(is_finite, pair)):
                 raise ValueError(
-                    f"the adapter has NaN or infinite values in {name}, multiplied by alpha / rank = {lora.scaling} as "
+                    f"the adapter has NaN or infinite values in {name}, scaled by {lora.scaling} as "
                     f"{str(dtype).removeprefix('torch.')}; the training that made it diverged"
                 )
             matrices[layer, path] = pair

@@ -36,10 +36,13 @@ class QuantizedModel:
         """LoRA layers are merged into the copies. `n_layer`: only the first blocks.
 
         Raises:
-            ValueError: `weights` is not a format, or int8 has no kernel on this device or processor.
+            ValueError: `weights` is not a format, norm_position is "post", or int8 has no kernel on this device or
+                processor.
         """
         if weights not in get_args(WeightFormat):
             raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(get_args(WeightFormat))}")
+        if model.config.norm_position != "pre":
+            raise ValueError("norm_position is 'post'; the engine supports only 'pre'. Use gpt2core.generate instead")
         self.device = model.wte.weight.device
         if weights == "int8" and weights not in supported_formats(self.device):
             raise ValueError("weights is 'int8', but this device or processor has no int8 kernel; use bf16 or fp32")

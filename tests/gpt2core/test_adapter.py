@@ -75,7 +75,8 @@ def test_the_files_have_lora_weights_only_and_name_base_config_and_prompt_templa
     save_adapter(add_lora(bare, SPLIT), tmp_path, base={"sha256": "abc"})
     description = json.loads((tmp_path / "adapter.json").read_text())
     assert description["base"] == {"sha256": "abc"}
-    assert description["lora"] == {"rank": 3, "alpha": 5.0, "targets": ["q", "proj"], "dropout": 0.0}
+    variant = {"rslora": False, "dora": False, "b_lr_ratio": 1.0}
+    assert description["lora"] == {"rank": 3, "alpha": 5.0, "targets": ["q", "proj"], "dropout": 0.0, **variant}
     assert description["prompt"] == {"name": "alpaca", "sha256": PROMPT_TEMPLATE.sha256}
     assert all("lora_" in key for key in load_file(tmp_path / "adapter.safetensors"))
 

@@ -13,13 +13,21 @@ NAN, INF = float("nan"), float("inf")
 CONFIGS = [GPT2Config, LoraConfig, TrainConfig, PretrainConfig, GenerationConfig]
 OUT_OF_RANGE = {
     GPT2Config: {"vocab_size": 0, "n_positions": 0, "n_embd": 0, "n_layer": 0, "n_head": 0, "n_inner": 0}
-    | {"activation_function": "swish", "layer_norm_epsilon": -1.0, "initializer_range": -0.1},
-    LoraConfig: {"rank": 0, "dropout": 1.0, "targets": ()},
+    | {
+        "norm_position": "middle",
+        "layer_init": "zero",
+        "activation_function": "swish",
+        "layer_norm_epsilon": -1.0,
+        "initializer_range": -0.1,
+    },
+    LoraConfig: {"rank": 0, "dropout": 1.0, "targets": (), "b_lr_ratio": 0.0},
     TrainConfig: {"epochs": 0, "max_steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0, "learning_rate": 0.0}
     | {"weight_decay": -0.1, "warmup_steps": -1, "decay_fraction": 1.1, "final_lr_ratio": -0.1, "max_grad_norm": 0.0}
     | {"precision": "fp16", "devices": 0, "loss_on": "prompt", "seed": -1, "log_every_steps": 0, "betas": [2, 3]}
-    | {"validate_every_epochs": 0, "checkpoint_every_epochs": 0, "limit_train_batches": 0, "limit_val_batches": 0},
-    PretrainConfig: {"max_steps": 0, "checkpoint_every_steps": 0, "adamw_learning_rate": 0.0, "momentum": 1.0},
+    | {"validate_every_epochs": 0, "checkpoint_every_epochs": 0, "limit_train_batches": 0, "limit_val_batches": 0}
+    | {"patience": 0, "schedule": "step"},
+    PretrainConfig: {"max_steps": 0, "checkpoint_every_steps": 0, "adamw_learning_rate": 0.0, "momentum": 1.0}
+    | {"optimizer": "sgd"},
     GenerationConfig: {"max_new_tokens": 0, "temperature": -0.1, "top_k": 0, "top_p": 0.0, "stop": [[]], "seed": 2**63},
 }
 
@@ -105,6 +113,8 @@ def test_heads_must_divide_the_width():
 
 def test_derived_values_follow_their_fields():
     assert LoraConfig(rank=4, alpha=6.0).scaling == 1.5
+    assert LoraConfig(rank=4, alpha=6.0, rslora=True).scaling == 3.0
+    assert LoraConfig(rank=4, alpha=None).alpha == 8.0
     assert GPT2Config(n_embd=48, n_head=4).mlp_width == 192
     assert GPT2Config(n_embd=48, n_head=4, n_inner=7).mlp_width == 7
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel
 
-from gpt2core.checkpoint import export_peft, load_pretrained, save_pretrained
+from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import LORA_TARGETS, LoraConfig
-from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora, unmerge_lora
+from gpt2core.engine import Engine
+from gpt2core.lora import add_lora, lora_config, lora_layers, merge_lora, remove_lora, unmerge_lora
 from tests.helpers import randomise_lora, same_state, snapshot
 
 # The same fp32 sums in another order, as in test_model.
@@ -44,12 +45,15 @@ def hf(tiny_gpt2_dir):
 
 
 @FEW
-@given(TARGETS, st.integers(1, 8), st.sampled_from([16.0, 7.0, 1.0, 0.5, -2.0]))
-def test_peft_loads_the_export_and_computes_the_same_logits(tiny_gpt2_dir, hf, tmp_path_factory, targets, rank, alpha):
+@given(TARGETS, st.integers(1, 8), st.sampled_from([None, 16.0, 7.0, 1.0, 0.5, -2.0]), st.booleans(), st.booleans())
+def test_peft_loads_the_export_and_computes_the_same_logits(
+    tiny_gpt2_dir, hf, tmp_path_factory, targets, rank, alpha, rslora, dora
+):
     ids, directory = tokens(2, 12), tmp_path_factory.mktemp("peft")
     model = load_pretrained(tiny_gpt2_dir)
     plain = model(ids)
-    randomise_lora(add_lora(model, LoraConfig(rank=rank, alpha=alpha, targets=targets)))
+    lora = LoraConfig(rank=rank, alpha=alpha, targets=targets, rslora=rslora, dora=dora)
+    randomise_lora(add_lora(model, lora))
     export_peft(model, directory)
     theirs = peft.PeftModel.from_pretrained(deepcopy(hf), str(directory)).eval()
     with torch.no_grad():
@@ -59,13 +63,27 @@ def test_peft_loads_the_export_and_computes_the_same_logits(tiny_gpt2_dir, hf, t
 
 
 @FEW
-@given(TARGETS)
-def test_merging_leaves_the_outputs_and_adding_too(tiny_gpt2_dir, targets):
+@given(TARGETS, st.booleans())
+def test_merging_leaves_the_outputs_and_adding_too(tiny_gpt2_dir, targets, dora):
     model, ids = load_pretrained(tiny_gpt2_dir), tokens(2, 12)
     before = model(ids)
-    assert torch.equal(add_lora(model, LoraConfig(rank=3, alpha=7.0, targets=targets))(ids), before)
+    added = add_lora(model, LoraConfig(rank=3, alpha=7.0, targets=targets, dora=dora))(ids)
+    # DoRA divides a length by itself, computed twice
+    torch.testing.assert_close(added, before, **(TOLERANCE if dora else {"rtol": 0, "atol": 0}))
     unmerged = randomise_lora(model)(ids)
     torch.testing.assert_close(merge_lora(model)(ids), unmerged, **TOLERANCE)
+
+
+def test_saving_and_loading_keep_the_variant_and_the_engine_refuses_dora_by_name(bare, tiny_gpt2_dir, tmp_path):
+    lora = LoraConfig(rank=3, alpha=None, targets=("q", "o"), rslora=True, dora=True, b_lr_ratio=4.0)
+    ids = tokens(2, 12)
+    save_adapter(randomise_lora(add_lora(bare, lora)), tmp_path)
+    loaded = load_adapter(load_pretrained(tiny_gpt2_dir), tmp_path)
+    assert lora_config(loaded) == lora
+    assert lora.scaling == pytest.approx(6 / math.sqrt(3))
+    assert torch.equal(loaded(ids), bare(ids))
+    with Engine(load_pretrained(tiny_gpt2_dir)) as engine, pytest.raises(ValueError, match="uses DoRA"):
+        engine.load_adapter("dora", tmp_path)
 
 
 def test_adding_twice_is_refused_without_a_change(adapted):

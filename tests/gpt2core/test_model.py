@@ -1,11 +1,14 @@
 """GPT2 against transformers with the same random weights, and against itself with padding and cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2core.checkpoint import load_pretrained
+from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config
+from gpt2core.engine import Engine
 from gpt2core.model import GPT2, KVCache, evaluating
 
 # Both sides sum the same fp32 numbers in different order; logits here are 1 to 10, so errors are near 1e-6.
@@ -300,3 +303,20 @@ def test_evaluating_restores_every_modules_mode_after_an_exception(model):
     with pytest.raises(ZeroDivisionError), evaluating(model):
         1 / any(module.training for module in model.modules())
     assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_post_norm_normalises_after_each_addition_and_is_neither_saved_nor_served(tiny_config, tmp_path):
+    model = GPT2(replace(tiny_config, norm_position="post"), torch.Generator().manual_seed(0)).eval()
+    block, x = model.h[0], torch.randn(2, 5, tiny_config.n_embd, generator=torch.Generator().manual_seed(1))
+    y = block.ln_1(x + block.attn(x, None, None))
+    assert torch.equal(block(x, None, None), block.ln_2(y + block.mlp(y)))
+    with pytest.raises(ValueError, match="norm_position is 'post'"):
+        save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="norm_position is 'post'"):
+        Engine(model)
+
+
+@pytest.mark.parametrize(("layer_init", "equal"), [("clone", True), ("fresh", False)])
+def test_blocks_start_equal_only_as_clones(tiny_config, layer_init, equal):
+    first, second = GPT2(replace(tiny_config, layer_init=layer_init), torch.Generator().manual_seed(0)).h
+    assert torch.equal(first.attn.c_attn.weight, second.attn.c_attn.weight) == equal

@@ -41,7 +41,7 @@ def save(hf, tmp_path):
         )
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
+                torch.nn.init.normal_(parameter, 1.0 if "magnitude" in name else 0.0, 0.3)
         model.save_pretrained(tmp_path / "peft")
         return model.eval(), tmp_path / "peft"
 
@@ -55,6 +55,7 @@ def save(hf, tmp_path):
         ({"target_modules": ["attn.c_proj"], "lora_alpha": 16, "lora_dropout": 0.1}, ("o",)),
         ({"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 5, "lora_alpha": 2}, LORA_TARGETS),
         ({"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 7}, LORA_TARGETS),
+        ({"target_modules": ["c_attn", "c_proj"], "use_dora": True}, ("q", "k", "v", "o", "proj")),
         (
             {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 2}, "alpha_pattern": {r"1\.mlp\.c_fc": 9}},
             ("q", "k", "v", "fc"),
@@ -106,7 +107,7 @@ def describe(directory, **values):
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"use_dora": True}, "use_dora is True; this feature of PEFT is not supported"),
+        ({"use_qalora": True}, "use_qalora is True; this feature of PEFT is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"layers_to_transform": [0]}, "layers_to_transform is"),
         ({"a_feature_of_tomorrow": 1}, "a_feature_of_tomorrow is 1"),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers import GPT2LMHeadModel
 
 from gpt2core import batching
@@ -18,6 +19,8 @@ from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.model import GPT2
 from gpt2core.train import finetune, learning_rate_factor, pretrain, token_losses, training_steps
 from tests.helpers import randomise_lora, same_state, snapshot
+
+MAGNITUDE = "lora_magnitude_vector.default.weight"
 
 
 def examples(n: int = 10, seed: int = 0) -> list[Example]:
@@ -57,10 +60,15 @@ def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, 
         assert loss / count == pytest.approx(float(mean), abs=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumulate):
+@pytest.mark.parametrize(
+    ("accumulate", "variant"),
+    [(1, {}), (2, {}), (1, {"rslora": True}), (1, {"dora": True}), (1, {"dora": True, "b_lr_ratio": 4.0})],
+    ids=str,
+)
+def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumulate, variant):
     """Targets o and proj, whose PEFT layers equal ours; the same initial weights and order of the data."""
-    ours = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=6.0, targets=("o", "proj")), seed=0)
+    lora = LoraConfig(rank=3, alpha=6.0, targets=("o", "proj"), **variant)
+    ours = add_lora(load_pretrained(tiny_gpt2_dir), lora, seed=0)
     settings = config(
         epochs=3,
         batch_size=4 // accumulate,
@@ -71,7 +79,15 @@ def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumul
     )
     reference = get_peft_model(
         GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir),
-        PeftConfig(r=3, lora_alpha=6, target_modules=["c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+        PeftConfig(
+            r=3,
+            lora_alpha=6,
+            target_modules=["c_proj"],
+            fan_in_fan_out=True,
+            task_type="CAUSAL_LM",
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+        ),
     )
     theirs = dict(reference.named_parameters())
     pairs = []
@@ -80,13 +96,25 @@ def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumul
             parameter = theirs[f"base_model.model.transformer.{name}.{part}.default.weight"]
             parameter.data.copy_(getattr(layer, part).data[0])
             pairs.append((getattr(layer, part), parameter))
+        if lora.dora:
+            pairs.append((layer.lora_magnitude, theirs[f"base_model.model.transformer.{name}.{MAGNITUDE}"]))
     order: list[list[list[int]]] = []  # of each step, as finetune sees it
     seen = torch.nn.Module.register_forward_pre_hook(ours.wte, lambda _, ids: order.append(ids[0].tolist()))
     data = examples()
     finetune(ours, data, [], settings)
     seen.remove()
 
-    optimiser = torch.optim.AdamW([p for _, p in pairs], lr=1e-2, weight_decay=0.1, betas=settings.betas)
+    optimiser = create_loraplus_optimizer(
+        reference,
+        torch.optim.AdamW,
+        lr=1e-2,
+        loraplus_lr_ratio=lora.b_lr_ratio,
+        weight_decay=0.1,
+        loraplus_weight_decay=0.1,
+        betas=settings.betas,
+    )
+    for group in optimiser.param_groups:
+        group["full_lr"], group["weight_decay"] = group["lr"], 0.1
     total = training_steps(len(data), settings)[2]
     batches = [examples_of(row, data) for [row] in order]
     size = len(batches) // settings.epochs
@@ -106,7 +134,7 @@ def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumul
         F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in pairs], 0.1)
         for group in optimiser.param_groups:
-            group["lr"] = 1e-2 * rate
+            group["lr"] = group["full_lr"] * rate
         optimiser.step()
         optimiser.zero_grad()
     for mine, other in pairs:
@@ -189,6 +217,32 @@ def test_the_weights_of_the_best_validation_are_kept(model):
     assert sum(loss for loss, _ in sums) / sum(n for _, n in sums) == pytest.approx(result.best_val_loss, rel=1e-6)
 
 
+def test_training_stops_after_validations_without_a_new_best(model):
+    # the validation loss rises from the second epoch on: the answers are other tokens than in training
+    val = [Example([*e.input_ids[:-1], (e.input_ids[-1] + 1) % 97], e.prompt_length) for e in examples(4)]
+    values = {"epochs": 60, "learning_rate": 3e-2, "log_every_steps": 50}
+    result = finetune(model, examples(), val, config(**values, patience=3))
+    losses = [entry["val/loss"] for entry in result.history]
+    assert len(losses) == losses.index(min(losses)) + 4 < 60
+    assert result.best_val_loss == min(losses)
+    assert "train/loss" in result.history[-1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_computes_each_block_again_and_changes_no_weight(tiny_gpt2_dir, dropout):
+    calls, weights = [], []
+    for on in (False, True):
+        model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, dropout=dropout), seed=0)
+        seen = []
+        model.h[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        finetune(model, examples(), [], config(gradient_checkpointing=on))
+        calls.append(len(seen))
+        weights.append(snapshot(model))
+        assert not model.gradient_checkpointing
+    assert calls[1] == 2 * calls[0]
+    assert same_state(*weights)
+
+
 def test_the_history_has_the_metrics_of_each_logged_step(model):
     logged: list[tuple[int, dict]] = []
     data = examples(10)  # 3 batches of 4, 4 and 2
@@ -260,6 +314,11 @@ def test_validation_may_be_limited_and_rare(model):
         ({"warmup_steps": 0, "decay_fraction": 1.0}, [1, 0.8, 0.6, 0.4, 0.2]),
         ({"warmup_steps": 2, "decay_fraction": 0.4}, [1 / 3, 2 / 3, 1, 1, 0.5]),
         ({"warmup_steps": 0, "decay_fraction": 0.4, "final_lr_ratio": 0.5}, [1, 1, 1, 1, 0.75]),
+        ({"warmup_steps": 1, "schedule": "constant"}, [0.5, 1, 1, 1, 1]),
+        (
+            {"warmup_steps": 0, "schedule": "cosine", "final_lr_ratio": 0.2},
+            [0.2 + 0.8 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)],
+        ),
     ],
 )
 def test_the_learning_rate_warms_up_stays_constant_and_decays(values, factors):
@@ -365,7 +424,8 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(small, monkey
 
         def spy(self, parameters, *arguments, original=kind.__init__, name=kind.__name__, **options):
             parameters = list(parameters)
-            taken.setdefault(name, {id(parameter) for parameter in parameters})
+            groups = [one["params"] if isinstance(one, dict) else [one] for one in parameters]
+            taken.setdefault(name, {id(parameter) for group in groups for parameter in group})
             original(self, parameters, *arguments, **options)
 
         monkeypatch.setattr(kind, "__init__", spy)
