@@ -74,7 +74,7 @@ def _read(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
     if data.source == "url":
         with TemporaryDirectory() as directory:
             file = Path(directory) / PurePosixPath(urlsplit(data.url).path).name
-            records = read_records(fetch(data.url, file, data.sha256))
+            records = read_records(fetch(data.url, file, data.sha256, data.max_bytes))
         return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
     return read_records(data.path), {"location": data.path, "file_sha256": file_sha256(data.path)}
 
