@@ -18,7 +18,7 @@ from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.stack import check_stack
-from pipelines.zenml_compat import INTERRUPTIONS, StoreError, open_store, short_errors, short_store_errors, verified_cache
+from pipelines.zenml_compat import INTERRUPTIONS, short_errors, short_store_errors, verified_cache
 from steps.config import BaseConfig, default_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,6 @@ def start(
     if assignments:
         set_values(config, assignments, pipeline)
     _set_learning_rate(config)
-    try:
-        open_store()
-    except StoreError as error:
-        raise RunError(str(error)) from None
     check_stack(config, config_file)
     # Recorded here: a step's container has no git.
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}
