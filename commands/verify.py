@@ -70,7 +70,7 @@ def sign(directory: Path, key: Path) -> Path:
         VerifyError: the directory differs from its lineage, or the key cannot be used.
     """
     _verify_directory(directory, None)
-    private = load_key(key, load_pem_private_key, Ed25519PrivateKey)
+    private = _load_key(key, load_pem_private_key, Ed25519PrivateKey)
     lineage = _read_lineage(directory)
     payload = json.dumps(STATEMENT | {"subject": _subjects(lineage)}, sort_keys=True).encode()
     signature = private.sign(_to_sign(payload))
@@ -163,7 +163,7 @@ def _verify_records(lineage: Lineage) -> list[str]:
 
 
 def _check_signature(file: Path, key: Path, lineage: Lineage) -> str:
-    public = load_key(key, load_pem_public_key, Ed25519PublicKey)
+    public = _load_key(key, load_pem_public_key, Ed25519PublicKey)
     try:
         envelope = read_json(file)
         payload = base64.b64decode(envelope["payload"])
@@ -178,7 +178,7 @@ def _check_signature(file: Path, key: Path, lineage: Lineage) -> str:
     return f"signature of the lineage: valid, by the key of {key}"
 
 
-def load_key(file: Path, load: Callable[..., Any], kind: type) -> Any:
+def _load_key(file: Path, load: Callable[..., Any], kind: type) -> Any:
     private = (None,) if load is load_pem_private_key else ()  # no password
     try:
         key = load(file.read_bytes(), *private)

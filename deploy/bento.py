@@ -102,7 +102,9 @@ def verify_version(tag: str) -> None:
     """Raise BentoError unless code, model tags and lineage of a stored Bento give the version in its tag."""
     source = _in_store("bentos", tag) / "src"
     stored = {name: f"{path.parent.name}:{path.name}" for name, path in models(tag).items()}
-    code = directory_sha256(source, list_files(source, exclude=["lineage.json"]))
+    added = ("lineage.json", "bentofile.yaml")  # by `build`, by BentoML
+    files = [file for file in list_files(source, exclude=added) if "__pycache__" not in file]
+    code = directory_sha256(source, files)
     version = _version(code, stored, replace(lineage(tag), bento=""))
     if f"{NAME}:{version}" != tag:
         raise BentoError(f"its code or lineage was changed: they give the version {version}")

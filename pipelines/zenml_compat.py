@@ -41,8 +41,8 @@ def short_store_errors() -> Iterator[None]:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise StoreError(
-            f"ZenML's database below {get_global_config_directory()} failed: {reason}; end other commands that use it. If "
-            "it is damaged, restore it or move that directory away: the next run makes a new one"
+            f"ZenML's database below {get_global_config_directory()} failed: {reason}; end other commands that use it. "
+            "If it is damaged, restore it or move that directory away: the next run makes a new one"
         ) from None
 
 
