@@ -40,8 +40,8 @@ def start(
 
     Raises:
         ConfigError: the configuration or the active stack is not usable; nothing has run.
-        RunError: ZenML's database is not usable, a step failed (its traceback is in ZenML's logs of the step), or the run
-            was stopped.
+        RunError: ZenML's database failed, a step failed (its traceback is in ZenML's logs of the step), or the run was
+            stopped.
     """
     config = read_config(config_file, pipeline)
     if assignments:
