@@ -23,7 +23,7 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
-# Injects faults into runs of configs/dev.yaml and prints what was observed and lost. KILLS=20 takes about 20 minutes.
+# Injects faults into runs of configs/dev.yaml and prints what was observed and lost; two runs per fault. KILLS=2 is short.
 chaos: install
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),10)
 
