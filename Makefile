@@ -5,7 +5,7 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow lint format serve report dashboard bench bench-growth bench-gpu image image-train stack-local stack-docker stack-kubernetes experiment clean
+.PHONY: install run test test-slow chaos lint format serve report dashboard bench bench-growth bench-gpu image image-train stack-local stack-docker stack-kubernetes experiment clean
 
 install: .venv/.installed
 
@@ -22,6 +22,10 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# Injects faults into runs of configs/dev.yaml and prints what was observed and lost; two runs per fault. KILLS=2 is short.
+chaos: install
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),10)
 
 lint: install
 	$(BIN)/ruff check .

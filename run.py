@@ -17,6 +17,7 @@ def main() -> None:
 @click.option("--no-cache", is_flag=True, help="Run every step again, cached or not.")
 def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     """Split the data, prepare the base, finetune, evaluate, report, promote, package, deploy."""
+    _open_store()
     from pipelines.errors import ConfigError
     from pipelines.finetune_pipeline import finetune_pipeline
     from pipelines.start import RunError, start
@@ -111,12 +112,46 @@ def lineage(name: str) -> None:
     NAME is a run's name or id, a model version (gpt2-instruct/3), a Bento's tag, or the start of the sha256 of a data
     part or an adapter, as shown in lineage.json, at /metadata and in a pod's annotations.
     """
+    _open_store()
     from commands.lineage.names import LineageError
     from commands.lineage.trace import trace
 
     try:
         click.echo(trace(name))
     except LineageError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.argument("name")
+@click.option("--key", type=Path, help="A public key (PEM, Ed25519): also require a signature by `run.py sign`.")
+def verify(name: str, key: Path | None) -> None:
+    """Compare NAME with all recorded digests, back to the data.
+
+    NAME is a directory of outputs/, a Bento's tag, or a pod of the current context's namespace gpt2-instruct.
+    """
+    _open_store()
+    from commands.verify import VerifyError
+    from commands.verify import verify as check
+
+    try:
+        click.echo("\n".join(check(name, key)))
+    except VerifyError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.argument("directory", type=Path)
+@click.option("--key", type=Path, required=True, help="A private key (PEM, Ed25519, without a password).")
+def sign(directory: Path, key: Path) -> None:
+    """Verify DIRECTORY (of outputs/), then sign its lineage for `run.py verify --key`."""
+    _open_store()
+    from commands.verify import VerifyError
+    from commands.verify import sign as sign_lineage
+
+    try:
+        click.echo(sign_lineage(directory, key))
+    except VerifyError as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -157,6 +192,16 @@ def image(which: str) -> None:
     sbom = outputs_dir() / "images" / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)
     click.echo(f"SBOM: {sbom}\n{built.reference}")
+
+
+def _open_store() -> None:
+    """Before steps are imported, which opens ZenML's store too but prints its errors with hundreds of lines."""
+    from pipelines.zenml_compat import StoreError, open_store
+
+    try:
+        open_store()
+    except StoreError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from shutil import copy2, copytree, ignore_patterns, rmtree
@@ -61,8 +62,7 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
         for file in PROXY_FILES:
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             copy2(ROOT / file, context / file)
-        content = json.dumps([directory_sha256(context), models, lineage.to_json()], sort_keys=True)
-        version = hashlib.sha256(content.encode()).hexdigest()[:16]
+        version = _version(directory_sha256(context), models, lineage)
         tag = f"{NAME}:{version}"
         if exists(tag):
             return tag
@@ -90,6 +90,29 @@ def lineage(tag: str) -> Lineage:
     if not exists(tag):
         raise BentoError(f"the Bento {tag} is not in the store; run the pipeline again with --no-cache")
     return Lineage.from_json(json.loads((_in_store("bentos", tag) / "src" / "lineage.json").read_text()))
+
+
+def models(tag: str) -> dict[str, Path]:
+    """The stored directories of a Bento's base and adapter."""
+    found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text())["args"]
+    return {name: _in_store("models", found[name]) for name in ("base", "adapter")}
+
+
+def verify_version(tag: str) -> None:
+    """Raise BentoError unless code, model tags and lineage of a stored Bento give the version in its tag."""
+    source = _in_store("bentos", tag) / "src"
+    stored = {name: f"{path.parent.name}:{path.name}" for name, path in models(tag).items()}
+    added = ("lineage.json", "bentofile.yaml")  # by `build`, by BentoML
+    files = [file for file in list_files(source, exclude=added) if "__pycache__" not in file]
+    code = directory_sha256(source, files)
+    version = _version(code, stored, replace(lineage(tag), bento=""))
+    if f"{NAME}:{version}" != tag:
+        raise BentoError(f"its code or lineage was changed: they give the version {version}")
+
+
+def _version(code_sha256: str, models: Mapping[str, str], lineage: Lineage) -> str:
+    content = json.dumps([code_sha256, models, lineage.to_json()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def export(tag: str, file: Path) -> None:

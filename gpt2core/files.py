@@ -1,11 +1,13 @@
 """Files: atomic writes, digests, and JSON whose errors name the file. Imports no torch."""
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -14,11 +16,20 @@ CHECKPOINT_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
 )
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota or limit of a file's size reached
+
 
 def atomic_write(file: Path, content: bytes) -> None:
-    """Write the file completely or not at all: a crash leaves the previous content."""
+    """Write the file completely or not at all: a crash leaves the previous content.
+
+    Raises:
+        OSError: naming the file; if there is no space for it, also its size and the space that is left.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+    with (
+        naming_file(file, len(content)),
+        NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream,
+    ):
         try:
             stream.write(content)
             stream.flush()
@@ -29,6 +40,27 @@ def atomic_write(file: Path, content: bytes) -> None:
             with suppress(FileNotFoundError):
                 os.unlink(stream.name)
             raise
+
+
+@contextmanager
+def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
+    """Add the path, `size` and the free space to the error of a full disk, which has none of them.
+
+    Args:
+        size: bytes to write; None: not known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        wanted = "" if size is None else f"{size:,} bytes to write, "
+        detail = f"{error.strerror} ({wanted}{_free_bytes(file):,} bytes free)"
+        raise OSError(error.errno, detail, str(file)) from None
+
+
+def _free_bytes(file: Path) -> int:
+    return disk_usage(next(parent for parent in file.absolute().parents if parent.is_dir())).free
 
 
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> Path:

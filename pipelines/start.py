@@ -18,7 +18,7 @@ from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.stack import check_stack
-from pipelines.zenml_compat import INTERRUPTIONS, short_errors, verified_cache
+from pipelines.zenml_compat import INTERRUPTIONS, short_errors, short_store_errors, verified_cache
 from steps.config import BaseConfig, default_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def start(
 
     Raises:
         ConfigError: the configuration or the active stack is not usable; nothing has run.
-        RunError: a step failed (its traceback is in ZenML's logs of the step), or the run was stopped.
+        RunError: ZenML's database failed, a step failed (its traceback is in ZenML's logs of the step), or the run was
+            stopped.
     """
     config = read_config(config_file, pipeline)
     if assignments:
@@ -50,7 +51,13 @@ def start(
     # Recorded here: a step's container has no git.
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}
     try:
-        with TemporaryDirectory() as directory, _sigterm_interrupts(), short_errors(), verified_cache(is_intact):
+        with (
+            TemporaryDirectory() as directory,
+            _sigterm_interrupts(),
+            short_errors(),
+            short_store_errors(),
+            verified_cache(is_intact),
+        ):
             checked = Path(directory) / Path(config_file).name
             checked.write_text(yaml.safe_dump(config))
             fail_killed_runs(pipeline.name)

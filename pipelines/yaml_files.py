@@ -1,21 +1,42 @@
-"""Reading YAML strictly: YAML 1.2's booleans, and no key twice in one mapping."""
+"""Reading YAML strictly: YAML 1.2's booleans, no key twice in one mapping, and a bound on what aliases expand to."""
 
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
+MAX_NODES = 100_000  # with every alias expanded; the configs of this project have about a hundred
+
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        ValueError: the text is not valid YAML, or a mapping has a key twice; with line and column.
+        ValueError: the text is not valid YAML, or a mapping has a key twice, with line and column; or it is nested too
+            deeply, or has too many values when its aliases are expanded.
     """
     try:
-        return _Loader(text).get_single_data()
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count(node, {}) > MAX_NODES:
+            raise ValueError(f"its aliases expand to more than {MAX_NODES} values")
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _count(node: yaml.Node, counted: dict[int, int]) -> int:
+    """The number of values below a node, where an alias counts like a copy."""
+    if id(node) not in counted:
+        counted[id(node)] = MAX_NODES + 1  # while its content is counted: what contains itself has no end
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [each for child in children for each in (child if isinstance(child, tuple) else (child,))]
+        counted[id(node)] = 1 + sum(_count(child, counted) for child in inner)
+    return counted[id(node)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,12 +48,12 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
+        seen: dict[str, int] = {}  # key -> line
         for key_node, _ in node.value:
             key = key_node.value
             if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, str):
                 if key in seen:
-                    problem = f"the key {key!r} is repeated"
+                    problem = f"the key {key!r} is repeated; it is also in line {seen[key]}"
                     raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-                seen.add(key)
+                seen[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)

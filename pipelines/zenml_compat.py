@@ -4,8 +4,11 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+from sqlalchemy.exc import SQLAlchemyError
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 from zenml.exceptions import RunInterruptedException
@@ -18,11 +21,43 @@ from zenml.models import (
 )
 from zenml.orchestrators import cache_utils
 from zenml.pipelines.pipeline_definition import Pipeline
+from zenml.utils.io_utils import get_global_config_directory
 from zenml.utils.time_utils import utc_now
 
 logger = logging.getLogger(__name__)
 # What interrupts a step: Python's own handler of ctrl-C, or ZenML's handler of SIGINT and SIGTERM within a step.
 INTERRUPTIONS = (KeyboardInterrupt, RunInterruptedException)
+
+
+class StoreError(RuntimeError):
+    """ZenML's database cannot be read or written; the message says where it is, in one line."""
+
+
+@contextmanager
+def short_store_errors() -> Iterator[None]:
+    """Turn errors of ZenML's database, which print a hundred lines of SQL and traceback, into StoreError."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise StoreError(
+            f"ZenML's database below {get_global_config_directory()} failed: {reason}; end other commands that use it. "
+            "If it is damaged, restore it or move that directory away: the next run makes a new one"
+        ) from None
+
+
+def open_store() -> None:
+    """Open ZenML's store, which makes its database at the first use, in one process at a time.
+
+    Two first runs at once would make the same tables: one of them fails with "The database has never been migrated".
+
+    Raises:
+        StoreError: the database is damaged or locked.
+    """
+    directory = Path(get_global_config_directory())
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / "first-use.lock"), short_store_errors():
+        _ = Client().zen_store
 
 
 class PipelineSource(Pipeline):

@@ -1,5 +1,6 @@
 """Configuration of the pipeline's steps, with every default. Model and training are in gpt2core/config.py."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,6 +20,7 @@ class DataConfig:
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
     )
     sha256: str = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"  # of the file at `url`
+    max_bytes: int = 2**28  # of the file at `url`; the download stops beyond
     path: str = ""  # with source: file; .json, .jsonl, .csv, .parquet, or a directory of the datasets library
     val_path: str = ""  # validation and test records of one's own; without them, they are taken from `path`
     test_path: str = ""
@@ -35,9 +37,10 @@ class DataConfig:
         check_field(
             self,
             "sha256",
-            len(self.sha256) == 64 or self.source != "url",
+            bool(re.fullmatch("[0-9a-fA-F]{64}", self.sha256)) or self.source != "url",
             "the 64 hexadecimal digits of the file's sha256",
         )
+        check_field(self, "max_bytes", self.max_bytes >= 1, "at least 1")
         check_field(
             self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
         )

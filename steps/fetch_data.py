@@ -80,7 +80,7 @@ def _read(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
     if data.source == "url":
         with TemporaryDirectory() as directory:
             file = Path(directory) / PurePosixPath(urlsplit(data.url).path).name
-            records = _read_file(fetch(data.url, file, data.sha256), data)
+            records = _read_file(fetch(data.url, file, data.sha256, data.max_bytes), data)
         return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
     records, origin = _read_file(Path(data.path), data), {"location": data.path, "file_sha256": _sha256(data.path)}
     for part, path in (("val", data.val_path), ("test", data.test_path)):

@@ -7,12 +7,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree, rmtree
 from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
-from gpt2core.checkpoint import atomic_write
+from gpt2core.files import atomic_write, naming_file
 
 
 def outputs_dir() -> Path:
@@ -29,21 +29,37 @@ def write_outputs(
 ) -> Path:
     """Write a run's files, copies of directories and links to directories; then point outputs/latest at the run.
 
+    The directory appears when it is complete.
+
     Args:
         stages: outputs/<stage> is pointed at the run too.
     """
-    directory = outputs_dir() / run_name
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
-    for name, folder in folders.items():
-        copytree(folder, directory / name, dirs_exist_ok=True)
-        (directory / name).chmod(0o755)  # copytree kept the 0700 of a temporary directory
-    for name, target in links.items():
-        _link(directory / name, target.resolve())
+    directory, partial = outputs_dir() / run_name, outputs_dir() / f".{run_name}"
+    try:
+        _fill(partial, texts, folders, links)
+        rmtree(directory, ignore_errors=True)  # of a step that is retried
+        os.replace(partial, directory)
+    except BaseException:
+        rmtree(partial, ignore_errors=True)
+        raise
     for name in ("latest", *stages):
         _link(outputs_dir() / name, Path(run_name))
     return directory
+
+
+def _fill(
+    directory: Path, texts: Mapping[str, str | bytes], folders: Mapping[str, Path], links: Mapping[str, Path]
+) -> None:
+    rmtree(directory, ignore_errors=True)  # of a run that was killed here
+    directory.mkdir(parents=True)
+    for name, text in texts.items():
+        atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
+    for name, folder in folders.items():
+        with naming_file(directory / name, sum(file.stat().st_size for file in folder.rglob("*"))):
+            copytree(folder, directory / name, copy_function=copyfile)
+        (directory / name).chmod(0o755)  # copytree kept the 0700 of a temporary directory
+    for name, target in links.items():
+        _link(directory / name, target.resolve())
 
 
 def _link(link: Path, target: Path) -> None:

@@ -36,8 +36,21 @@ MAY_IMPORT = {
         "kubernetes",
         "click",
         "psutil",
+        "filelock",
+        "sqlalchemy",  # the errors of ZenML's database
     },
-    "commands": {"commands", "steps", "gpt2core", "torch", "psutil", "yaml", "matplotlib"},  # experiment.py
+    "commands": {
+        "commands",
+        "steps",
+        "deploy",
+        "gpt2core",
+        "zenml",
+        "cryptography",
+        "torch",
+        "psutil",
+        "yaml",
+        "matplotlib",
+    },
     "commands/lineage": {"commands", "gpt2core", "zenml"},
     "deploy": {"deploy", "gpt2core", "bentoml", "psutil", "requests", "yaml"},
     "deploy/containers": {"deploy", "gpt2core", "docker", "requests", "aiohttp", "multidict", "yarl"},

@@ -1,47 +1,78 @@
-"""File download over HTTP, by requests: retried, verified by sha256, written atomically."""
+"""File download over HTTP, by requests: bounded in bytes and time, retried, verified by sha256, written atomically."""
 
 import hashlib
+import logging
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
+import urllib3
 from tqdm import tqdm
 from urllib3.util import Retry
 
-from gpt2core.checkpoint import file_sha256
+from gpt2core.files import file_sha256, naming_file
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # bytes
+BUSY = (429, 500, 502, 503, 504)
+# What a further attempt may avoid: refused and broken connections, timeouts, a body that ends too early.
+TRANSIENT = (
+    *(requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError),
+    *(urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError),
+)
 
 
 class DownloadError(RuntimeError):
-    """A download that failed or has an unexpected sha256."""
+    """A download that failed, exceeds a limit or has an unexpected sha256."""
 
 
-def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries: int = 4) -> Path:
+def fetch(
+    url: str,
+    destination: Path,
+    sha256: str,
+    max_bytes: int,
+    timeout: float = 30,
+    retries: int = 4,
+    max_seconds: float = 1800,
+    max_wait: float = 60,
+) -> Path:
     """Download the file unless `destination` already has this sha256; return `destination`.
 
     Args:
         sha256: of the file, in hexadecimal.
+        max_bytes: of the file, after decompression if the server compresses it.
         timeout: seconds to connect, and seconds between two bytes.
-        retries: after refused connections and the statuses 429, 500, 502, 503 and 504, with exponential backoff.
+        retries: after broken connections, incomplete bodies and the statuses `BUSY`, with exponential backoff.
+        max_seconds: for all attempts and the waits between them.
+        max_wait: seconds before the next attempt, also if the server's Retry-After is longer.
 
     Raises:
         DownloadError: nothing is written, and an existing file is kept.
     """
+    sha256, shown = sha256.lower(), without_secrets(url)
     if destination.is_file() and file_sha256(destination) == sha256:
         return destination
-    shown = without_secrets(url)
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadError(f"{shown} is not an http or https URL")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.", delete=False) as stream:
         temporary = Path(stream.name)
+    deadline = time.monotonic() + max_seconds
     try:
-        found = _download(url, temporary, timeout, retries)
+        for attempt in range(retries + 1):
+            try:
+                found = _download(url, temporary, max_bytes, timeout, deadline)
+                break
+            except (*TRANSIENT, requests.HTTPError) as error:
+                busy = not isinstance(error, requests.HTTPError) or error.response.status_code in BUSY
+                if attempt == retries or not busy:
+                    raise
+                _wait(error, shown, 0.5 * 2**attempt, max_wait, deadline)
         if found != sha256:
             raise DownloadError(
                 f"{shown} has sha256 {found}, but {sha256} was expected: the file changed, or a proxy replaced it; "
@@ -49,9 +80,11 @@ def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries
             )
         temporary.chmod(0o644)
         os.replace(temporary, destination)
+    except _LimitError as error:
+        raise DownloadError(f"{shown} {error}") from None
     except requests.HTTPError as error:
         raise DownloadError(f"{shown} returned {error.response.status_code} {error.response.reason}") from None
-    except requests.RequestException as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         # the library's message may contain the URL with its password
         raise DownloadError(
             f"{shown} could not be downloaded ({type(error).__name__}); check that the network allows it, or download "
@@ -63,23 +96,72 @@ def fetch(url: str, destination: Path, sha256: str, timeout: float = 30, retries
     return destination
 
 
-def _download(url: str, file: Path, timeout: float, retries: int) -> str:
+class _LimitError(Exception):
+    """A response that is refused; the message continues a sentence that starts with the URL."""
+
+
+class _Session(requests.Session):
+    """Follows redirects to http and https only, and from https to https only."""
+
+    def get_redirect_target(self, response: requests.Response) -> str | None:
+        target = super().get_redirect_target(response)
+        if target is not None:
+            before, after = (urlsplit(url).scheme for url in (response.url, urljoin(response.url, target)))
+            if after not in ("http", "https") or (before, after) == ("https", "http"):
+                raise _LimitError(f"redirects from {before} to {after or 'no URL'}, which is not followed")
+        return target
+
+
+def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: float) -> str:
     """Write the response body to the file; return its sha256."""
-    retry = Retry(retries, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
-    digest = hashlib.sha256()
-    with requests.Session() as session, file.open("wb") as stream:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retry))
-        with session.get(url, stream=True, timeout=timeout) as response:
-            response.raise_for_status()
-            total = int(response.headers.get("Content-Length", 0)) or None
-            # disable=None: only on a terminal
-            with tqdm(total=total, desc=file.name.split(".")[1], unit="B", unit_scale=True, disable=None) as bar:
-                for chunk in response.iter_content(CHUNK):
-                    stream.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
+    digest, size = hashlib.sha256(), 0
+    with (
+        naming_file(file),
+        _Session() as session,
+        file.open("wb") as stream,
+        session.get(url, stream=True, timeout=timeout) as response,
+    ):
+        response.raise_for_status()
+        total = _content_length(response)
+        if total is not None and total > max_bytes:
+            raise _LimitError(f"has {total:,} bytes, more than data.max_bytes={max_bytes}")
+        # disable=None: only on a terminal
+        with tqdm(total=total, desc=file.name.split(".")[1], unit="B", unit_scale=True, disable=None) as bar:
+            # read1 returns what has arrived. read and iter_content wait for a whole chunk: without end, if a byte
+            # arrives now and then.
+            while chunk := response.raw.read1(CHUNK, decode_content=True):
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _LimitError(f"has more bytes than data.max_bytes={max_bytes}")
+                if time.monotonic() > deadline:
+                    raise _LimitError(f"took too long: {size:,} bytes arrived within the time limit")
+                stream.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
     return digest.hexdigest()
+
+
+def _content_length(response: requests.Response) -> int | None:
+    """None if the server does not say, or says the length of the compressed body."""
+    text = response.headers.get("Content-Length")
+    if text is not None and not (text.isascii() and text.isdigit()):
+        raise _LimitError(f"has the header Content-Length: {text[:40]!r}, which is not a number of bytes")
+    return None if text is None or "Content-Encoding" in response.headers else int(text)
+
+
+def _wait(error: Exception, shown: str, seconds: float, max_wait: float, deadline: float) -> None:
+    """Sleep before the next attempt, and say so."""
+    reason, header = type(error).__name__, None
+    if isinstance(error, requests.HTTPError):
+        reason, header = f"status {error.response.status_code}", error.response.headers.get("Retry-After")
+    with suppress(urllib3.exceptions.InvalidHeader):  # neither seconds nor a date
+        seconds = Retry().parse_retry_after(header) if header else seconds
+    wait = min(seconds, max_wait)
+    if time.monotonic() + wait > deadline:
+        raise error
+    wish = f" (the server asked for more: Retry-After: {header[:40]})" if header and wait < seconds else ""
+    logger.warning("%s: %s; next attempt in %.1f s%s", shown, reason, wait, wish)
+    time.sleep(wait)
 
 
 def without_secrets(url: str) -> str:

@@ -1,15 +1,23 @@
 """Downloads from a real HTTP server on this machine."""
 
+import gzip
 import hashlib
+import logging
 import threading
+from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 
-from steps.adapters.download import DownloadError, fetch
+from steps.adapters import download
+from steps.adapters.download import DownloadError
 
+fetch = partial(download.fetch, max_bytes=2**20, max_wait=0.1)
 BODY = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
+REDIRECTS = {"/to-a-file": "file:///etc/passwd", "/to-ftp": "ftp://127.0.0.1/data.json", "/around": "/around"}
 
 
 class Server(ThreadingHTTPServer):
@@ -37,20 +45,47 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/good")
             self.end_headers()
-        elif path == "/busy" and self.server.requests.count("/busy") < 3:
-            self.send_error(503)
+        elif path in REDIRECTS:
+            self.send_response(302)
+            self.send_header("Location", REDIRECTS[path])
+            self.end_headers()
+        elif path in ("/busy", "/busy-for-a-day") and self.server.requests.count(path) < 3:
+            self.send_response(503)
+            if path == "/busy-for-a-day":
+                self.send_header("Retry-After", "86400")
+            self.end_headers()
+        elif path in ("/gzip", "/gzip-bomb"):
+            body = gzip.compress(BODY if path == "/gzip" else bytes(2**26))
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        elif path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            while not self.server.ended.is_set():
+                self.wfile.write(BODY)
         else:
             self.send_response(200)
-            self.send_header("Content-Length", str(len(BODY)))
+            self.send_header("Content-Length", {"/not-a-length": "abc", "/huge": "99999999"}.get(path, str(len(BODY))))
             self.end_headers()
-            if path == "/cut":
+            if path == "/cut" or (path == "/cut-once" and self.server.requests.count(path) == 1):
                 self.wfile.write(BODY[:1000])
+            elif path == "/drip":
+                while not self.server.ended.wait(0.05):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
             elif path == "/stalled":
                 self.wfile.write(BODY[:1000])
                 self.wfile.flush()
                 self.server.ended.wait(20)
             else:
                 self.wfile.write(BODY)
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the client has seen enough
+            super().handle()
 
     def log_message(self, *arguments) -> None:
         pass
@@ -89,9 +124,46 @@ def test_an_existing_file_with_another_digest_is_replaced(server, tmp_path):
     assert fetch(server.url + "/good", file, SHA256).read_bytes() == BODY
 
 
-def test_a_busy_server_is_retried(server, tmp_path):
-    assert fetch(server.url + "/busy", tmp_path / "data.json", SHA256).read_bytes() == BODY
-    assert server.requests.count("/busy") == 3
+@pytest.mark.parametrize(("path", "attempts"), [("/busy", 3), ("/cut-once", 2)])
+def test_a_busy_server_and_an_incomplete_body_are_retried(server, tmp_path, path, attempts):
+    assert fetch(server.url + path, tmp_path / "data.json", SHA256).read_bytes() == BODY
+    assert server.requests.count(path) == attempts
+
+
+def test_a_long_retry_after_is_capped_and_logged(server, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, download.__name__)
+    assert fetch(server.url + "/busy-for-a-day", tmp_path / "data.json", SHA256).read_bytes() == BODY
+    assert "next attempt in 0.1 s (the server asked for more: Retry-After: 86400)" in caplog.text
+
+
+def test_a_compressed_body_and_a_digest_in_capitals_are_accepted(server, tmp_path):
+    assert fetch(server.url + "/gzip", tmp_path / "data.json", SHA256.upper()).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("/gzip-bomb", "more bytes than data.max_bytes"),
+        ("/endless", "more bytes than data.max_bytes"),
+        ("/huge", "99,999,999 bytes, more than data.max_bytes"),
+        ("/not-a-length", "Content-Length: 'abc'"),
+        ("/drip", "took too long"),
+        ("/to-a-file", "redirects from http to file"),
+        ("/to-ftp", "redirects from http to ftp"),
+        ("/around", "TooManyRedirects"),
+    ],
+)
+def test_a_response_beyond_the_limits_is_refused_and_leaves_nothing(server, tmp_path, path, named):
+    with pytest.raises(DownloadError, match=named):
+        fetch(server.url + path, tmp_path / "data.json", SHA256, max_seconds=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_redirect_from_https_to_http_is_refused(server):
+    response = requests.Response()
+    response.status_code, response.url, response.headers["Location"] = 302, "https://example.org/a", server.url
+    with pytest.raises(Exception, match="redirects from https to http"):
+        download._Session().get_redirect_target(response)
 
 
 @pytest.mark.parametrize(

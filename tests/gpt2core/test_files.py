@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import resource
 import shutil
 import stat
 import subprocess
@@ -22,6 +24,20 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch,
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(type(error)):
         atomic_write(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_without_space_names_path_and_bytes_and_keeps_the_old_file(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match=rf"1,000,000 bytes to write, [\d,]+ bytes free.*{re.escape(str(file))}"):
+            atomic_write(file, bytes(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert file.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

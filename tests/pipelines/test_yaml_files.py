@@ -24,6 +24,23 @@ def test_only_true_and_false_are_booleans(word):
     assert load_yaml("[true, False]") == [True, False]
 
 
+BOMB = "b0: &b0 {k: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join([f'*b{i - 1}'] * 9)}]}}\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(BOMB, "aliases expand"), ("a: &a [*a]", "aliases expand"), ("[" * 5000, "nested too deeply")]
+)
+def test_a_document_that_grows_without_bound_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        load_yaml(text)
+    assert len(str(error.value)) < 200
+
+
+def test_a_repeated_key_is_reported_with_both_lines():
+    with pytest.raises(ValueError, match=r"also in line 1[\s\S]*line 3"):
+        load_yaml("a: 1\nb: 2\na: 3")
+
+
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "b: {a: 1, c: 2, a: 3}", "- {a: 1, 'a': 2}"])
 def test_a_repeated_key_is_an_error_with_its_place(text):
     with pytest.raises(ValueError, match=r"the key 'a' is repeated[\s\S]*line \d+, column \d+"):

@@ -1,0 +1,218 @@
+"""`python run.py verify`: compare digests, and a signature, from a served Bento or its directory back to the data.
+
+The signature is an in-toto statement (https://github.com/in-toto/attestation) in a DSSE envelope, signed with Ed25519.
+Its subjects are the lineage and the directories and records whose digests the lineage states.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from deploy import bento
+from deploy.config import DeployConfig
+from gpt2core.files import (
+    atomic_write,
+    checkpoint_files,
+    directory_sha256,
+    list_files,
+    read_json,
+    to_json,
+)
+from gpt2core.records import records_sha256
+from gpt2core.types import Lineage, SplitSummary
+from steps.outputs import outputs_dir
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT = {
+    "_type": "https://in-toto.io/Statement/v1",
+    "predicateType": "https://in-toto.io/attestation/link/v0.3",
+    "predicate": {"name": "package"},
+}
+LINEAGE, SIGNATURE = "lineage.json", "lineage.sig.json"
+
+
+class VerifyError(ValueError):
+    """Something that differs from its recorded digest or signature, or that cannot be found."""
+
+
+def verify(name: str, key: Path | None = None, config: DeployConfig | None = None) -> list[str]:
+    """Compare everything that NAME is made of with the digests in its lineage; one line per check.
+
+    Args:
+        name: a directory of outputs/ (or any with its files), a Bento's tag, or a pod.
+        key: a public key (PEM, Ed25519); the signature is required and checked.
+        config: which cluster and namespace the pod is in.
+
+    Raises:
+        VerifyError: naming what differs, with both digests.
+    """
+    if Path(name).is_dir():
+        return _verify_directory(Path(name), key)
+    if ":" in name:
+        return _verify_bento(name, key)
+    return _verify_pod(name, key, config or DeployConfig())
+
+
+def sign(directory: Path, key: Path) -> Path:
+    """Check a directory of outputs/, then sign its lineage with a private key; return the file of the signature.
+
+    Args:
+        key: a private key (PEM without a password, Ed25519).
+
+    Raises:
+        VerifyError: the directory differs from its lineage, or the key cannot be used.
+    """
+    _verify_directory(directory, None)
+    private = _load_key(key, load_pem_private_key, Ed25519PrivateKey)
+    lineage = _read_lineage(directory)
+    payload = json.dumps(STATEMENT | {"subject": _subjects(lineage)}, sort_keys=True).encode()
+    signature = private.sign(_to_sign(payload))
+    envelope = {
+        "payloadType": PAYLOAD_TYPE,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [{"sig": base64.b64encode(signature).decode()}],
+    }
+    atomic_write(directory / SIGNATURE, to_json(envelope))
+    return directory / SIGNATURE
+
+
+def _verify_directory(directory: Path, key: Path | None) -> list[str]:
+    lineage = _read_lineage(directory)
+    lines = []
+    if (directory / "adapter").is_dir():
+        lines.append(_same("adapter", directory_sha256(directory / "adapter"), lineage.adapter.sha256))
+    else:
+        raise VerifyError(f"{directory} has no adapter/; give a directory of outputs/")
+    if (directory / "base").is_dir():
+        base = directory / "base"
+        lines.append(_same("base", directory_sha256(base, checkpoint_files(base)), lineage.base.sha256))
+    else:
+        recorded = str(read_json(directory / "base.json").get("sha256"))
+        lines.append(_same("reference to the base", recorded, lineage.base.sha256))
+    split = SplitSummary.from_json(read_json(directory / "split.json"))
+    lines += [_same(f"{part} records in split.json", split.digests[part], sha) for part, sha in lineage.data.items()]
+    if key is not None:
+        lines.append(_check_signature(directory / SIGNATURE, key, lineage))
+    if bento.exists(lineage.bento):
+        return lines + _verify_bento(lineage.bento, None, lineage)
+    return [*lines, f"not checked: the Bento {lineage.bento}, which this machine's store does not have"]
+
+
+def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -> list[str]:
+    try:
+        lineage, models = bento.lineage(tag), bento.models(tag)
+        bento.verify_version(tag)
+    except (bento.BentoError, ValueError, OSError, KeyError) as error:
+        raise VerifyError(f"Bento {tag}: {error}") from None
+    lines = [f"code and lineage of the Bento: {tag}"]
+    for name, recorded in (("base", lineage.base.sha256), ("adapter", lineage.adapter.sha256)):
+        directory = models[name]
+        stored = list_files(directory, exclude=[bento.MODEL_FILE])
+        found = directory_sha256(directory, stored)
+        _same(f"{name} in {directory}", found[:16], directory.name)
+        files = checkpoint_files(directory) if name == "base" else stored
+        lines.append(_same(f"{name} of the Bento", directory_sha256(directory, files), recorded))
+    if expected is not None:
+        lines.append(_same("lineage in the Bento", _digest(lineage), _digest(expected)))
+    lines += _verify_records(lineage)
+    if key is not None:
+        lines.append(_check_signature(outputs_dir() / lineage.run.name / SIGNATURE, key, lineage))
+    return lines
+
+
+def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
+    from deploy.kubernetes.client import Cluster
+    from deploy.kubernetes.errors import KubeError
+    from deploy.kubernetes.render import PREFIX, annotations
+
+    try:
+        pod = Cluster(config).get("Pod", name)
+    except KubeError as error:
+        raise VerifyError(f"{name} is no directory and no Bento's tag, and no pod can be asked: {error}") from None
+    if pod is None:
+        raise VerifyError(f"{name} is no directory, no Bento's tag and no pod of the namespace {config.namespace}")
+    stated = pod["metadata"].get("annotations", {})
+    tag = stated.get(f"{PREFIX}bento", "")
+    lines = _verify_bento(tag, key)  # of this machine's store, which the pod's image was made of
+    for annotation, value in annotations(bento.lineage(tag)).items():
+        lines.append(_same(f"annotation {annotation}", stated.get(annotation, ""), value))
+    return lines
+
+
+def _verify_records(lineage: Lineage) -> list[str]:
+    """Compare the records in ZenML's artifact store with their digests."""
+    from zenml.client import Client  # seconds
+
+    from commands.lineage.runs import TracedRun
+
+    try:
+        artifacts = TracedRun(Client().get_pipeline_run(lineage.run.id)).artifacts
+        loaded = {part: artifacts[f"{part}_records"].load() for part in lineage.data}
+    except KeyError:
+        return [f"not checked: the records of run {lineage.run.name}, which ZenML's store does not have"]
+    except (OSError, ValueError) as error:
+        raise VerifyError(f"the records of run {lineage.run.name} cannot be read: {error}") from None
+    return [_same(f"{part} records", records_sha256(loaded[part]), digest) for part, digest in lineage.data.items()]
+
+
+def _check_signature(file: Path, key: Path, lineage: Lineage) -> str:
+    public = _load_key(key, load_pem_public_key, Ed25519PublicKey)
+    try:
+        envelope = read_json(file)
+        payload = base64.b64decode(envelope["payload"])
+        public.verify(base64.b64decode(envelope["signatures"][0]["sig"]), _to_sign(payload))
+        subjects = json.loads(payload)["subject"]
+    except InvalidSignature:
+        raise VerifyError(f"{file} is not signed with the key of {key}, or was changed") from None
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise VerifyError(f"{file} is not a signature ({error}); `python run.py sign` makes one") from None
+    if subjects != _subjects(lineage):
+        raise VerifyError(f"{file} is the signature of another lineage than that of Bento {lineage.bento}")
+    return f"signature of the lineage: valid, by the key of {key}"
+
+
+def _load_key(file: Path, load: Callable[..., Any], kind: type) -> Any:
+    private = (None,) if load is load_pem_private_key else ()  # no password
+    try:
+        key = load(file.read_bytes(), *private)
+    except (OSError, ValueError, TypeError) as error:
+        raise VerifyError(f"{file} cannot be used as a key: {error}") from None
+    if not isinstance(key, kind):
+        raise VerifyError(f"{file} is no {kind.__name__}; `openssl genpkey -algorithm ed25519 -out key.pem` makes one")
+    return key
+
+
+def _subjects(lineage: Lineage) -> list[dict[str, Any]]:
+    digests = {"lineage": _digest(lineage), "base": lineage.base.sha256, "adapter": lineage.adapter.sha256}
+    digests |= {f"{part} records": digest for part, digest in lineage.data.items()}
+    return [{"name": name, "digest": {"sha256": digest}} for name, digest in digests.items()]
+
+
+def _digest(lineage: Lineage) -> str:
+    return hashlib.sha256(json.dumps(lineage.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _to_sign(payload: bytes) -> bytes:
+    """DSSE's pre-authentication encoding: type and payload with their lengths."""
+    kind = PAYLOAD_TYPE.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _read_lineage(directory: Path) -> Lineage:
+    try:
+        return Lineage.from_json(read_json(directory / LINEAGE))
+    except (OSError, ValueError) as error:
+        raise VerifyError(str(error)) from None
+
+
+def _same(what: str, found: str, recorded: str) -> str:
+    if found != recorded:
+        raise VerifyError(f"{what}: sha256 {found}, but {recorded} was recorded; it is damaged or was changed")
+    return f"{what}: sha256 {found}"

@@ -1,0 +1,109 @@
+"""`python run.py verify` and `sign`. Each case damages a copy, or restores what it damaged."""
+
+import json
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+from click.testing import CliRunner
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from deploy import bento
+from run import main
+from tests.helpers import build_bento
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(main, [str(each) for each in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Files of a private key, its public key, and another public key."""
+    directory = tmp_path_factory.mktemp("keys")
+    private, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    contents = {
+        "private": private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        "public": private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        "other": other.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+    }
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    return {name: directory / name for name in contents}
+
+
+@pytest.fixture(scope="module")
+def tag(base_dir, adapter_dir):
+    return build_bento(base_dir, adapter_dir, run="run-verify")
+
+
+@pytest.fixture
+def signed(tag, base_dir, adapter_dir, tmp_path, keys):
+    """A directory like one of outputs/, with a Bento in the store, but without a run in ZenML's."""
+    directory, lineage = tmp_path / "run", bento.lineage(tag)
+    copytree(base_dir, directory / "base")
+    copytree(adapter_dir, directory / "adapter")
+    (directory / "lineage.json").write_text(json.dumps(lineage.to_json()))
+    split = {part: {"sha256": digest, "records": 1} for part, digest in lineage.data.items()}
+    (directory / "split.json").write_text(json.dumps(split))
+    result = invoke("sign", directory, "--key", keys["private"])
+    assert result.exit_code == 0, result.output
+    return directory
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_is_verified_back_to_the_records(dev_run):
+    result = invoke("verify", dev_run.directory)
+    assert result.exit_code == 0, result.output
+    for checked in ("adapter: ", "base: ", "code and lineage of the Bento", "train records: sha256"):
+        assert checked in result.output
+    assert "not checked" not in result.output
+
+
+def test_what_cannot_be_checked_is_said(signed, keys):
+    result = invoke("verify", signed, "--key", keys["public"])
+    assert result.exit_code == 0, result.output
+    assert "signature of the lineage: valid" in result.output
+    assert "not checked: the records of run run-verify" in result.output
+
+
+@pytest.mark.parametrize("file", ["adapter/adapter.safetensors", "base/model.safetensors", "base/config.json"])
+def test_a_flipped_bit_of_the_weights_is_found(signed, file):
+    flip(signed / file)
+    result = invoke("verify", signed)
+    assert result.exit_code == 1
+    assert "damaged or was changed" in result.output
+
+
+def test_a_changed_lineage_or_another_key_fails_the_signature(signed, keys):
+    assert "not signed with the key" in invoke("verify", signed, "--key", keys["other"]).output
+    lineage = json.loads((signed / "lineage.json").read_text())
+    (signed / "lineage.json").write_text(json.dumps(lineage | {"bento": "", "model_version": "gpt2-instruct/999"}))
+    assert "the signature of another lineage" in invoke("verify", signed, "--key", keys["public"]).output
+
+
+@pytest.mark.parametrize("file", ["src/bentos/service.py", "src/lineage.json", "src/gpt2core/model.py"])
+def test_changed_code_or_lineage_of_a_bento_is_found(tag, file):
+    path = bento.bentoml_home() / "bentos" / tag.replace(":", "/") / file
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("gpt2", "gpt3"))
+        result = invoke("verify", tag)
+    finally:
+        path.write_text(before)
+    assert result.exit_code == 1
+    assert "was changed" in result.output
+    assert invoke("verify", tag).exit_code == 0
+
+
+def test_an_unknown_name_is_an_error_in_one_line():
+    result = invoke("verify", "gpt2-instruct:0000")
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
