@@ -27,7 +27,6 @@ from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig, PretrainCo
 from gpt2core.data import encode_records, split_records
 from gpt2core.demo.base import encode_documents, make_base, train_tokenizer
 from gpt2core.demo.prose import write_prose
-from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.evaluate import answer_text
 from gpt2core.files import atomic_write, file_sha256, to_json
@@ -35,13 +34,13 @@ from gpt2core.generate import generate
 from gpt2core.lora import add_lora, merge_lora
 from gpt2core.metrics import exact_match
 from gpt2core.model import GPT2, best_device
-from gpt2core.records import Record, read_records
+from gpt2core.records import Record
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import finetune, pretrain, token_losses
 from gpt2core.types import BaseRef
-from steps.adapters.download import fetch
 from steps.adapters.hub import fetch_base
 from steps.config import BaseConfig, DataConfig
+from steps.fetch_data import read_source
 from steps.outputs import outputs_dir
 
 CONFIGS = Path("configs/experiments")
@@ -251,12 +250,7 @@ _last: dict[str, Any] = {}  # the model that was finetuned last
 
 
 def _records(data: DataConfig) -> list[Record]:
-    if data.source == "file":
-        return read_records(data.path)
-    if data.source == "url":
-        with TemporaryDirectory() as directory:
-            return read_records(fetch(data.url, Path(directory) / "records.json", data.sha256))
-    return write_records(make_world(0, data.n_facts), 0)
+    return read_source(data, seed=0)[0]
 
 
 def _base(base: BaseConfig, n_facts: int | None) -> Path:

@@ -36,7 +36,7 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
     Reports everything that is wrong with them, because later steps do not know the place in the user's file. The
     base's tokenizer is cheap, its pretraining is not.
     """
-    records, origin = _read(data, seed)
+    records, origin = read_source(data, seed)
     tokenizer, context_length = _tokenizer(base, data.n_facts, seed)
     try:
         kept, too_long = limit_lengths(records, tokenizer, context_length, data.too_long)
@@ -73,7 +73,7 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
     return kept
 
 
-def _read(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
+def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
     """The records, and their origin: `location`, and for a file its `file_sha256`."""
     if data.source == "bundled":
         return check_records(write_records(make_world(seed, data.n_facts), seed)), {"location": "bundled records"}
