@@ -123,6 +123,26 @@ def lineage(name: str) -> None:
 
 
 @main.command()
+@click.argument("names", nargs=-1, required=True)
+def compare(names: tuple[str, ...]) -> None:
+    """Compare two or more finished runs: configuration, scores with intervals, changed answers, curves.
+
+    NAMES are names or ids of runs, latest, staging or production; differences are to the first.
+    """
+    if len(names) < 2:
+        raise click.UsageError("give at least two runs; `ls outputs` shows their names")
+    _open_store()
+    from commands.compare import CompareError
+    from commands.compare import compare as compare_runs
+
+    try:
+        table, page = compare_runs(names)
+    except CompareError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{table}\n\n{page}")
+
+
+@main.command()
 @click.argument("name")
 @click.option("--key", type=Path, help="A public key (PEM, Ed25519): also require a signature by `run.py sign`.")
 def verify(name: str, key: Path | None) -> None:

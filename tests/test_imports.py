@@ -70,6 +70,7 @@ MAY_IMPORT = {
 }
 ADAPTERS = {  # the library that each adapter wraps
     "base": set(),
+    "comparison": {"jinja2", "plotly"},
     "data_check": {"sklearn"},
     "download": {"requests", "urllib3", "tqdm"},
     "gguf_file": {"gguf", "torch"},

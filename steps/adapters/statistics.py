@@ -24,6 +24,11 @@ _BATCH = 2**21  # values that one batch of resamples may hold
 Values = NDArray[np.float64]
 
 
+def score(answers: Sequence[Answer], metric: str) -> float:
+    """One model's score, as `gpt2core.metrics.aggregate` computes it."""
+    return float(_score(metric, *_values(answers, metric), axis=-1))
+
+
 def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> list[float]:
     """The 95 % interval [low, high] of one model's score; [] where the data allow none.
 

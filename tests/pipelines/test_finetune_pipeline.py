@@ -167,6 +167,18 @@ def test_a_worse_model_does_not_replace_the_champion(outputs, cached_run):
     assert f"not shown to be as good as the champion: perplexity differs from that of {version}" in promotion.reason
     assert [row["champion"] for row in worse.samples] == [row["tuned"] for row in cached_run.samples]
     assert (outputs / "staging").resolve() == cached_run.directory
+    # side by side, from their names
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2_INSTRUCT_OUTPUTS", str(outputs))
+        shown = CliRunner().invoke(main, ["compare", "staging", worse.record.name], catch_exceptions=False)
+        unknown = CliRunner().invoke(main, ["compare", "staging", "no-run"], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    limit = next(line.split() for line in shown.output.splitlines() if line.startswith("train.limit_train_batches"))
+    assert limit[1:] == ["5", "1"]
+    assert f"{worse.read('metrics.json')['tuned']['perplexity']:.4g} (" in shown.output
+    assert f"{len(worse.samples)} test records in common" in shown.output
+    assert worse.record.name in (outputs / "compare.html").read_text()
+    assert "there is no run 'no-run'" in unknown.output
     # the champion itself again, from the cache: nothing changes
     again = finetune(outputs, "promote.metric=perplexity")
     assert "nothing changes" in again.record.steps["promote"].outputs["promotion"][0].load().reason

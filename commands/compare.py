@@ -1,0 +1,106 @@
+"""Finished runs side by side: configuration, data, scores with intervals, changed answers, curves."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zenml.client import Client
+
+from commands.lineage.runs import TracedRun
+from gpt2core.metrics import METRICS
+from gpt2core.types import Difference, Sample
+from steps.adapters.comparison import Compared, ComparedRun, write_comparison
+from steps.adapters.statistics import difference, interval, score
+from steps.outputs import outputs_dir
+
+
+class CompareError(ValueError):
+    """A name that is no finished run, or runs without common test records."""
+
+
+def compare(names: Sequence[str]) -> tuple[str, Path]:
+    """A table for the terminal, and the file compare.html in outputs/.
+
+    Args:
+        names: two or more of: a run's name or id, latest, staging, production.
+
+    Raises:
+        CompareError: a name is unknown, or the runs have no test record in common.
+    """
+    traced = [_find(name) for name in names]
+    answered = [{_key(sample): sample for sample in run.artifacts["samples"].load()} for run in traced]
+    common = [key for key in answered[0] if all(key in samples for samples in answered)]
+    if not common:
+        raise CompareError(f"{' and '.join(run.run.name for run in traced)} have no test record in common")
+    runs = [_read(run, [samples[key] for key in common]) for run, samples in zip(traced, answered, strict=True)]
+    keys = dict.fromkeys(key for run in runs for key in run.values)
+    values = {key: [run.values.get(key, "") for run in runs] for key in keys}
+    by_record = [list(samples) for samples in zip(*(run.samples for run in runs), strict=True)]
+    compared = Compared(
+        runs=runs,
+        changed_values={key: each for key, each in values.items() if len(set(each)) > 1},
+        differences=[_differences(run, runs[0]) for run in runs[1:]],
+        changed_answers=[each for each in by_record if len({s.tuned_scores.exact_match for s in each}) > 1],
+    )
+    return _table(compared), write_comparison(compared, outputs_dir() / "compare.html")
+
+
+def _find(name: str) -> TracedRun:
+    link = outputs_dir() / name
+    try:
+        run = TracedRun(Client().get_pipeline_run(link.resolve().name if link.is_symlink() else name))
+    except KeyError:
+        raise CompareError(f"there is no run {name!r}; `ls outputs` shows the names of finished runs") from None
+    if "samples" not in run.artifacts:
+        raise CompareError(f"the run {name} did not finish its evaluation")
+    return run
+
+
+def _read(run: TracedRun, samples: list[Sample]) -> ComparedRun:
+    values = dict(_flat(run.run.config.parameters or {}))
+    values |= {f"data, {part}": digest[:12] for part, digest in zip(("train", "val", "test"), run.data, strict=True)}
+    values["commit"] = run.lineage.commit.sha[:12] if run.lineage else ""
+    answers = [sample.answer("tuned") for sample in samples]
+    groups = [sample.group for sample in samples]
+    scores = {metric: (score(answers, metric), interval(answers, groups, metric)) for metric in METRICS}
+    return ComparedRun(run.run.name, values, samples, scores, run.artifacts["history"].load())
+
+
+def _differences(run: ComparedRun, first: ComparedRun) -> dict[str, Difference]:
+    groups = [sample.group for sample in run.samples]
+    new, old = ([sample.answer("tuned") for sample in each.samples] for each in (run, first))
+    return {metric: difference(new, old, groups, metric) for metric in METRICS}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+def _key(sample: Sample) -> tuple[str, str, str]:
+    return sample.instruction, sample.input, sample.output
+
+
+def _table(compared: Compared) -> str:
+    """Plain text: what differs in the configuration, then the scores."""
+    rows = [["", *(run.name for run in compared.runs)]]
+    rows += [[key, *values] for key, values in compared.changed_values.items()]
+    for name, metric in METRICS.items():
+        cells = []
+        for run in compared.runs:
+            score, ci = run.scores[name]
+            cells.append(f"{score:.4g}" + (f" ({ci[0]:.4g} to {ci[1]:.4g})" if ci else ""))
+        rows.append([metric.heading, *cells])
+        changes = [
+            f"{d[name].difference:+.4g}, p {d[name].p_value:.2g}" + (" *" if d[name].p_value < 0.05 else "")
+            for d in compared.differences
+        ]
+        rows.append(["  difference", "", *changes])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    n = len(compared.runs[0].samples)
+    changed = len(compared.changed_answers)
+    return "\n".join([*lines, "", f"{n} test records in common; {changed} are right in one run and wrong in another"])
