@@ -26,7 +26,7 @@ def deploy(
     """Deploy the Bento to the configured target; with target none it stays in the Bento store."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
-    check_stage(deploy.require_stage, promotion.model_version, lineage.model_version)
+    check_stage(deploy.require_stage, promotion, lineage.model_version)
     target = open_target(deploy)
     deployment = Deployment("none", "none", bento)
     if target is not None:

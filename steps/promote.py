@@ -18,6 +18,7 @@ class Promotion(JsonDataclass):
     stage: str  # "" unless promoted
     model_version: str  # name/number
     reason: str
+    champion: str = ""  # the model version in the stage, if it has the same adapter
 
 
 @step(enable_cache=False)
@@ -30,7 +31,13 @@ def promote(comparison: Comparison, metrics: Evaluation, promote: PromoteConfig)
     version = get_step_context().model
     if promoted:
         version.set_stage(promote.stage, force=True)
-    promotion = Promotion(promoted, promote.stage if promoted else "", f"{version.name}/{version.version}", reason)
+    promotion = Promotion(
+        promoted=promoted,
+        stage=promote.stage if promoted else "",
+        model_version=f"{version.name}/{version.version}",
+        reason=reason,
+        champion=comparison.champion if comparison.same_adapter else "",
+    )
     describe("promotion", promotion.to_json())
     scores = metrics.to_json()
     evidence = {"promotion": promotion.to_json(), "comparison": compared_on(comparison, promote.metric)}
@@ -88,15 +95,15 @@ def _figures(found: Difference) -> str:
     return f"{found.difference:+.4f} ({interval}p {found.p_value:.3g}, n {found.n})"
 
 
-def check_stage(required: Literal["", "staging", "production"], version: str, built_by: str) -> None:
-    """Raise RuntimeError unless one of two model versions (`name/number`) is in the required stage or a later one.
+def check_stage(required: Literal["", "staging", "production"], promotion: Promotion, built_by: str) -> None:
+    """Raise RuntimeError unless the adapter is in the required stage or a later one.
 
     Args:
-        version: of this run.
-        built_by: the version whose run built the cached artifacts of this run; often the same.
+        built_by: the model version (`name/number`) whose run built the cached artifacts of this run; often the same.
     """
     enough = {"": (), "staging": ("staging", "production"), "production": ("production",)}[required]
-    stages = {each: _stage(each) for each in (version, built_by)}
+    versions = dict.fromkeys(each for each in (promotion.model_version, built_by, promotion.champion) if each)
+    stages = {version: _stage(version) for version in versions}
     if enough and not any(stage in enough for stage in stages.values()):
         found = ", ".join(f"{each} is in {f'stage {stage}' if stage else 'no stage'}" for each, stage in stages.items())
         name, _, number = built_by.partition("/")
