@@ -72,7 +72,7 @@ def _with_champion(
     evaluate: EvaluateConfig,
     promote: PromoteConfig,
 ) -> tuple[list[Sample], Comparison]:
-    comparison = replace(comparison, champion=f"{version.name}/{version.number}")
+    comparison = replace(comparison, champion=f"{version.model.name}/{version.name}")
     name = f"the champion {comparison.champion}"
     try:
         champion = _load(version, comparison.champion)
