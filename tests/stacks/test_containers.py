@@ -140,7 +140,7 @@ def test_a_run_with_every_step_in_a_container_has_the_results_of_a_run_without(p
     stack("docker")
     code, output = run("zenml", "pipeline", "run", "finetune_pipeline", "-c", "docker.yaml")
     assert code == 0, output[-3000:]
-    assert output.count(" in a container:") == 10
+    assert output.count(" in a container:") == 11
     assert containers(home) == []
 
     folder = project / "outputs" / "latest"
