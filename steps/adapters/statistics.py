@@ -167,7 +167,7 @@ def _bootstrap(sums: Values, statistic: object, confidence: float, alternative: 
 def _permutation(sums: Values) -> float:
     """The p-value of no difference, by swapping both models' answers group by group."""
     a, _, b, _ = sums
-    if np.array_equal(a, b) or not np.isfinite(sums).all():
+    if len(a) < 2 or np.array_equal(a, b) or not np.isfinite(sums).all():
         return 1.0
     found = stats.permutation_test(
         (a, b),

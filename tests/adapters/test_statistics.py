@@ -88,7 +88,8 @@ def test_the_bound_of_a_worse_model_depends_on_the_number_of_records():
 @pytest.mark.parametrize("metric", METRICS)
 def test_data_that_allow_no_interval(metric):
     one = answers([1])
-    found = difference(one, one, [""], metric)
+    found = difference(answers([1], 0.5), answers([1], 1.0), [""], metric)
+    assert worst_difference(one, one, [""], "token_f1", 0.05) is None
     assert (found.ci95, found.p_value, found.detectable) == ([], 1.0, None)
     endless = answers([1, 1, 1], [1.0, math.inf, 1.0])
     if metric == "perplexity":
