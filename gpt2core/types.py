@@ -95,6 +95,17 @@ class Sample(JsonDataclass):
             champion_scores=answer.scores,
         )
 
+    def without_champion(self) -> Self:
+        """The sample as `evaluate` made it."""
+        return replace(
+            self,
+            champion=None,
+            champion_finished=False,
+            champion_tokens=1,
+            champion_confidence=None,
+            champion_scores=None,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none."""
         plain = asdict(self)
@@ -169,7 +180,6 @@ class Comparison(JsonDataclass):
     tuned_vs_champion: dict[str, Difference] | None  # None: not compared, see `note`
     note: str  # on which records the champion was compared, or why not
     worst: float | None = None  # bound of the difference to the champion on promote.metric; negative: worse
-    same_adapter: bool = False  # this run's adapter is the champion's: a repeated run
     champion_scores: Scores | None = None
     champion_intervals: dict[str, list[float]] = field(default_factory=dict)
 

@@ -59,14 +59,13 @@ def finetune_pipeline(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )
     samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, evaluate)
-    compared, comparison = compare(samples, test_records, adapter, evaluate, promote)
+    compared, comparison, repeats = compare(samples, test_records, adapter, evaluate, promote)
     page, report_json, curves = report_step(
         compared, metrics, comparison, history, train_records, val_records, test_records
     )
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, evaluate)
-    promotion = promote_step(
-        comparison, metrics, promote, after="package"
-    )  # which fails if the service answers otherwise
+    # After the service has answered as the evaluated model did.
+    promotion = promote_step(comparison, repeats, metrics, promote, after="package")
     deploy_step(bento, lineage, samples, promotion, deploy, package, evaluate)
     export_outputs(
         compared,

@@ -44,16 +44,22 @@ class Champion:
 @step(enable_cache=False, output_materializers={"compared_samples": SampleListMaterializer})
 def compare(
     samples: list[Sample], test_records: list[Record], adapter: Path, evaluate: EvaluateConfig, promote: PromoteConfig
-) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"]]:
-    """The tuned model beside its base, and beside the champion on the test records that the champion has not seen."""
-    comparison = Comparison(_differences(samples, "tuned", "base"), "", None, "")
+) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"], Annotated[str, "repeats"]]:
+    """The tuned model beside its base, and beside the champion on the test records that the champion has not seen.
+
+    `repeats` is the champion's model version if this run's adapter is the champion's, which is then compared as when it
+    was promoted; otherwise "".
+    """
+    comparison, repeats = Comparison(_differences(samples, "tuned", "base"), "", None, ""), ""
     version = _in_stage(promote.stage)
     if version is None:
         comparison = replace(comparison, note=f"no model version is in stage {promote.stage} yet")
     else:
-        samples, comparison = _with_champion(samples, comparison, version, test_records, adapter, evaluate, promote)
+        samples, comparison, repeats = _with_champion(
+            samples, comparison, version, test_records, adapter, evaluate, promote
+        )
     describe("comparison", {"champion": comparison.champion, "note": comparison.note})
-    return samples, comparison
+    return samples, comparison, repeats
 
 
 def _in_stage(stage: str) -> ModelVersionResponse | None:
@@ -71,25 +77,24 @@ def _with_champion(
     adapter: Path,
     evaluate: EvaluateConfig,
     promote: PromoteConfig,
-) -> tuple[list[Sample], Comparison]:
+) -> tuple[list[Sample], Comparison, str]:
     comparison = replace(comparison, champion=f"{version.model.name}/{version.name}")
     name = f"the champion {comparison.champion}"
     try:
         champion = _load(version, comparison.champion)
     except (KeyError, ValueError, OSError) as error:
-        return samples, replace(comparison, note=f"the files of {name} cannot be read: {error}")
+        return samples, replace(comparison, note=f"the files of {name} cannot be read: {error}"), ""
     try:
         if directory_sha256(champion.adapter) == directory_sha256(adapter):
-            return samples, replace(comparison, same_adapter=True, note=f"{name} has the same adapter")
+            return *_earlier(samples, comparison, version), comparison.champion
         unseen = unseen_records(test_records, champion.trained_on)
         if len(unseen) < 2:
-            return samples, replace(
-                comparison,
-                note=f"{name} was trained on {len(test_records) - len(unseen)} of {len(test_records)} records",
-            )
+            seen = len(test_records) - len(unseen)
+            note = f"{name} was trained on {seen} of {len(test_records)} test records"
+            return samples, replace(comparison, note=note), ""
         answers = _answers(champion, [test_records[i] for i in unseen], evaluate)
     except (ValueError, OSError, RuntimeError, HubError) as error:
-        return samples, replace(comparison, note=f"{name} cannot be evaluated: {error}")
+        return samples, replace(comparison, note=f"{name} cannot be evaluated: {error}"), ""
     finally:
         for directory in (champion.adapter, champion.base):  # ZenML's temporary copies
             rmtree(directory, ignore_errors=True)
@@ -98,7 +103,7 @@ def _with_champion(
     common = [samples[i] for i in unseen]
     groups = [sample.group for sample in common]
     tuned, rival = ([sample.answer(side) for sample in common] for side in ("tuned", "champion"))
-    return samples, replace(
+    comparison = replace(
         comparison,
         tuned_vs_champion=_differences(common, "tuned", "champion"),
         note=f"compared with {name} on {len(unseen)} of {len(samples)} test records"
@@ -107,6 +112,19 @@ def _with_champion(
         champion_scores=answers.scores,
         champion_intervals={metric: interval(rival, groups, metric) for metric in METRICS},
     )
+    return samples, comparison, ""
+
+
+def _earlier(
+    samples: list[Sample], comparison: Comparison, version: ModelVersionResponse
+) -> tuple[list[Sample], Comparison]:
+    """What the champion's own run compared, if its answers are these."""
+    stored = [found for name in ("compared_samples", "comparison") if (found := version.get_artifact(name)) is not None]
+    if len(stored) == 2:
+        compared, earlier = (artifact.load() for artifact in stored)
+        if [sample.without_champion() for sample in compared] == samples:
+            return compared, earlier
+    return samples, replace(comparison, note=f"the champion {comparison.champion} has the same adapter")
 
 
 def _differences(samples: Sequence[Sample], new: str, old: str) -> dict[str, Difference]:

@@ -22,12 +22,17 @@ class Promotion(JsonDataclass):
 
 
 @step(enable_cache=False)
-def promote(comparison: Comparison, metrics: Evaluation, promote: PromoteConfig) -> Annotated[Promotion, "promotion"]:
+def promote(
+    comparison: Comparison, repeats: str, metrics: Evaluation, promote: PromoteConfig
+) -> Annotated[Promotion, "promotion"]:
     """Move this run's model version to the stage if it passes the gate; record the reason either way.
 
     Runs after `package`, which fails if the service does not answer as the evaluated model did.
     """
-    promoted, reason = decide(comparison, promote)
+    if repeats:
+        promoted, reason = False, f"{repeats} in stage {promote.stage} has the same adapter; nothing changes"
+    else:
+        promoted, reason = decide(comparison, promote)
     version = get_step_context().model
     if promoted:
         version.set_stage(promote.stage, force=True)
@@ -36,7 +41,7 @@ def promote(comparison: Comparison, metrics: Evaluation, promote: PromoteConfig)
         stage=promote.stage if promoted else "",
         model_version=f"{version.name}/{version.version}",
         reason=reason,
-        champion=comparison.champion if comparison.same_adapter else "",
+        champion=repeats,
     )
     describe("promotion", promotion.to_json())
     scores = metrics.to_json()
@@ -51,8 +56,6 @@ def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
     It must be better than its base (p below alpha) and, where there is a champion, shown to be not worse than it by
     more than the margin, at the one-sided level alpha.
     """
-    if comparison.same_adapter:
-        return False, f"{comparison.champion} in stage {promote.stage} has the same adapter; nothing changes"
     higher = METRICS[promote.metric].higher_is_better
     base = comparison.tuned_vs_base[promote.metric]
     better = base.difference > 0 if higher else base.difference < 0

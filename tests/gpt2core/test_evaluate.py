@@ -137,6 +137,7 @@ def test_samples_and_evaluation_survive_json(answers):
     assert samples[0].to_json().keys() == keys | {f"{side}_{name}" for side in ("base", "tuned") for name in more}
     beside = samples[0].with_champion(answers.answers[1])
     assert beside.answer("champion") == answers.answers[1]
+    assert beside.without_champion() == samples[0]
     assert Sample.from_json(json.loads(json.dumps(beside.to_json()))) == beside
 
 

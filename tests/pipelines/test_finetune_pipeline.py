@@ -181,6 +181,8 @@ def test_a_worse_model_does_not_replace_the_champion(outputs, cached_run):
     assert "there is no run 'no-run'" in unknown.output
     # the champion itself again, from the cache: nothing changes
     again = finetune(outputs, "promote.metric=perplexity")
+    assert again.record.steps.keys() - again.cached == UNCACHED
+    assert (again.directory / "report.html").read_bytes() == (cached_run.directory / "report.html").read_bytes()
     assert "nothing changes" in again.record.steps["promote"].outputs["promotion"][0].load().reason
     assert (outputs / "staging").resolve() == cached_run.directory
 

@@ -41,7 +41,6 @@ BESIDE = replace(ALONE, champion="gpt2-instruct/3", tuned_vs_champion={"exact_ma
             False,
             "trained on them",
         ),
-        (replace(BESIDE, same_adapter=True), {}, False, "nothing changes"),
     ],
 )
 def test_the_gate(comparison, values, promoted, reason):
