@@ -14,6 +14,7 @@ from benchmarks.run import main, render_table
 
 TINY = ["--model", "gpt2-nano", "--medium", "gpt2-nano", "--runs", "1", "--new-tokens", "4", "--train-steps", "1"]
 TINY += ["--config", "configs/dev.yaml"]
+pytestmark = pytest.mark.timeout(1800)  # a busy machine takes several times as long
 KEYS = {"name", "ours", "peer", "ratio", "unit", "runs", "spread", "limit", "share_of_limit", "command"}
 
 

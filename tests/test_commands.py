@@ -19,6 +19,8 @@ from tests.copies import copy_project, fresh_environment
 from tests.helpers import free_port, is_ready, wait_until
 from tests.s3 import keys, serve_s3
 
+pytestmark = pytest.mark.timeout(1800)  # whole runs; a busy machine takes several times as long
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
