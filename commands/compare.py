@@ -10,7 +10,7 @@ from commands.lineage.runs import TracedRun
 from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
 from steps.adapters.comparison import Compared, ComparedRun, write_comparison
-from steps.adapters.statistics import difference, interval, score
+from steps.adapters.statistics import differences, intervals, score
 from steps.outputs import outputs_dir
 
 
@@ -61,15 +61,14 @@ def _read(run: TracedRun, samples: list[Sample]) -> ComparedRun:
     values |= {f"data, {part}": digest[:12] for part, digest in zip(("train", "val", "test"), run.data, strict=True)}
     values["commit"] = run.lineage.commit.sha[:12] if run.lineage else ""
     answers = [sample.answer("tuned") for sample in samples]
-    groups = [sample.group for sample in samples]
-    scores = {metric: (score(answers, metric), interval(answers, groups, metric)) for metric in METRICS}
+    ci95 = intervals(answers, [sample.group for sample in samples])
+    scores = {metric: (score(answers, metric), ci95[metric]) for metric in METRICS}
     return ComparedRun(run.run.name, values, samples, scores, run.artifacts["history"].load())
 
 
 def _differences(run: ComparedRun, first: ComparedRun) -> dict[str, Difference]:
-    groups = [sample.group for sample in run.samples]
     new, old = ([sample.answer("tuned") for sample in each.samples] for each in (run, first))
-    return {metric: difference(new, old, groups, metric) for metric in METRICS}
+    return differences(new, old, [sample.group for sample in run.samples])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

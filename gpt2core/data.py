@@ -36,6 +36,7 @@ __all__ = [
     "find_too_long",
     "limit_lengths",
     "place_of",
+    "question",
     "read_records",
     "records_sha256",
     "split_records",
@@ -70,12 +71,12 @@ class LongRecord:
 
 def count_duplicates(records: Sequence[Record]) -> int:
     """Number of records equal to an earlier one. They are kept: repeating a record is a choice of the data's author."""
-    return len(records) - len({(*_question(record), record["output"]) for record in records})
+    return len(records) - len({(*question(record), record["output"]) for record in records})
 
 
 def count_repeated_questions(records: Sequence[Record]) -> int:
     """Number of records with the instruction and input of an earlier one. A split keeps them on one side."""
-    return len(records) - len({_question(record) for record in records})
+    return len(records) - len({question(record) for record in records})
 
 
 def find_markers(records: Sequence[Record]) -> list[str]:
@@ -93,8 +94,8 @@ def find_markers(records: Sequence[Record]) -> list[str]:
 
 def count_leaks(records: Sequence[Record]) -> int:
     """Number of records of a given validation or test part whose question is in the train part as well."""
-    train = {_question(record) for record in records if record.get("part", "train") == "train"}
-    return sum(record.get("part") in ("val", "test") and _question(record) in train for record in records)
+    train = {question(record) for record in records if record.get("part", "train") == "train"}
+    return sum(record.get("part") in ("val", "test") and question(record) in train for record in records)
 
 
 def split_records(
@@ -153,7 +154,8 @@ def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: floa
     return Split(*([records[i] for group in part for i in group] for part in (groups, val, test)))
 
 
-def _question(record: Record) -> tuple[str, str]:
+def question(record: Record) -> tuple[str, str]:
+    """Instruction and input: records with the same ones ask the same."""
     return record["instruction"], record.get("input", "")
 
 
@@ -185,7 +187,7 @@ def _groups(records: Sequence[Record]) -> list[list[int]]:
 
     first: dict[tuple[str, ...], int] = {}
     for i, record in enumerate(records):
-        keys: list[tuple[str, ...]] = [("question", *_question(record))]
+        keys: list[tuple[str, ...]] = [("question", *question(record))]
         if record.get("group"):
             keys.append(("group", record["group"]))
         for key in keys:

@@ -97,14 +97,7 @@ class Sample(JsonDataclass):
 
     def without_champion(self) -> Self:
         """The sample as `evaluate` made it."""
-        return replace(
-            self,
-            champion=None,
-            champion_finished=False,
-            champion_tokens=1,
-            champion_confidence=None,
-            champion_scores=None,
-        )
+        return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith("champion")})
 
     def to_json(self) -> dict[str, Any]:
         """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none."""

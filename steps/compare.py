@@ -10,19 +10,18 @@ from zenml.client import Client
 from zenml.models import ModelVersionResponse
 
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
-from gpt2core.data import Record
+from gpt2core.data import Record, question
 from gpt2core.evaluate import Answers
 from gpt2core.evaluate import evaluate as evaluate_model
 from gpt2core.lora import merge_lora
-from gpt2core.metrics import METRICS
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.types import Comparison, Difference, Sample
+from gpt2core.types import Answer, Comparison, Sample
 from steps.adapters.base import open_base, read_base
 from steps.adapters.hub import HubError
 from steps.adapters.progress import counting_progress
 from steps.adapters.rouge import rouge_l
-from steps.adapters.statistics import difference, interval, worst_difference
+from steps.adapters.statistics import differences, intervals, worst_difference
 from steps.config import EvaluateConfig, PromoteConfig
 from steps.materializers import SampleListMaterializer
 from steps.metadata import describe
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 class Champion:
     """The artifacts of the model version in the target stage, loaded from the store."""
 
-    version: str  # name/number
     adapter: Path
     base: Path
     trained_on: list[Record]
@@ -50,7 +48,9 @@ def compare(
     `repeats` is the champion's model version if this run's adapter is the champion's, which is then compared as when it
     was promoted; otherwise "".
     """
-    comparison, repeats = Comparison(_differences(samples, "tuned", "base"), "", None, ""), ""
+    tuned, base = _answers_of(samples, "tuned", "base")
+    against_base = differences(tuned, base, [sample.group for sample in samples])
+    comparison, repeats = Comparison(against_base, "", None, ""), ""
     version = _in_stage(promote.stage)
     if version is None:
         comparison = replace(comparison, note=f"no model version is in stage {promote.stage} yet")
@@ -81,7 +81,7 @@ def _with_champion(
     comparison = replace(comparison, champion=f"{version.model.name}/{version.name}")
     name = f"the champion {comparison.champion}"
     try:
-        champion = _load(version, comparison.champion)
+        champion = _load(version)
     except (KeyError, ValueError, OSError) as error:
         return samples, replace(comparison, note=f"the files of {name} cannot be read: {error}"), ""
     try:
@@ -102,15 +102,15 @@ def _with_champion(
         samples[i] = samples[i].with_champion(answer)
     common = [samples[i] for i in unseen]
     groups = [sample.group for sample in common]
-    tuned, rival = ([sample.answer(side) for sample in common] for side in ("tuned", "champion"))
+    tuned, rival = _answers_of(common, "tuned", "champion")
     comparison = replace(
         comparison,
-        tuned_vs_champion=_differences(common, "tuned", "champion"),
+        tuned_vs_champion=differences(tuned, rival, groups),
         note=f"compared with {name} on {len(unseen)} of {len(samples)} test records"
         + (", those that it was not trained on" if len(unseen) < len(samples) else ""),
         worst=worst_difference(tuned, rival, groups, promote.metric, promote.alpha),
         champion_scores=answers.scores,
-        champion_intervals={metric: interval(rival, groups, metric) for metric in METRICS},
+        champion_intervals=intervals(rival, groups),
     )
     return samples, comparison, ""
 
@@ -127,13 +127,11 @@ def _earlier(
     return samples, replace(comparison, note=f"the champion {comparison.champion} has the same adapter")
 
 
-def _differences(samples: Sequence[Sample], new: str, old: str) -> dict[str, Difference]:
-    groups = [sample.group for sample in samples]
-    after, before = ([sample.answer(side) for sample in samples] for side in (new, old))
-    return {metric: difference(after, before, groups, metric) for metric in METRICS}
+def _answers_of(samples: Sequence[Sample], *sides: str) -> list[list[Answer]]:
+    return [[sample.answer(side) for sample in samples] for side in sides]
 
 
-def _load(version: ModelVersionResponse, name: str) -> Champion:
+def _load(version: ModelVersionResponse) -> Champion:
     """
     Raises:
         KeyError: an artifact was deleted.
@@ -144,17 +142,17 @@ def _load(version: ModelVersionResponse, name: str) -> Champion:
         if found is None:
             raise KeyError(f"it has no artifact {artifact}")
         loaded[artifact] = found.load()
-    return Champion(name, loaded["adapter"], loaded["base"], loaded["train_records"] + loaded["val_records"])
+    return Champion(loaded["adapter"], loaded["base"], loaded["train_records"] + loaded["val_records"])
 
 
 def unseen_records(test_records: Sequence[Record], trained_on: Sequence[Record]) -> list[int]:
     """Indices of the test records whose question and group are not in the champion's training or validation data."""
-    questions = {(record["instruction"], record.get("input", "")) for record in trained_on}
+    questions = {question(record) for record in trained_on}
     groups = {record["group"] for record in trained_on if record.get("group")}
     return [
         i
         for i, record in enumerate(test_records)
-        if (record["instruction"], record.get("input", "")) not in questions and record.get("group", "") not in groups
+        if question(record) not in questions and record.get("group", "") not in groups
     ]
 
 

@@ -70,13 +70,14 @@ MAY_IMPORT = {
 }
 ADAPTERS = {  # the library that each adapter wraps
     "base": set(),
-    "comparison": {"jinja2", "plotly"},
+    "comparison": {"markupsafe", "plotly"},
     "data_check": {"sklearn"},
     "download": {"requests", "urllib3", "tqdm"},
     "gguf_file": {"gguf", "torch"},
     "hub": {"huggingface_hub"},
     "progress": {"tqdm"},
-    "report": {"evidently", "jinja2", "markupsafe", "pandas", "plotly"},
+    "pages": {"jinja2"},
+    "report": {"evidently", "markupsafe", "pandas", "plotly"},
     "rouge": {"rouge_score"},
     "statistics": {"numpy", "scipy", "statsmodels"},
     "tables": {"pyarrow"},

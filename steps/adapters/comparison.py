@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import plotly.graph_objects as go
+from markupsafe import escape
 
 from gpt2core.checkpoint import atomic_write
 from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
-
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-)
+from steps.adapters.pages import render
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,14 @@ def write_comparison(compared: Compared, file: Path) -> Path:
             points = [(entry["step"], entry[key]) for entry in run.history if key in entry]
             if points:
                 steps, values = zip(*points, strict=True)
-                name = jinja2.filters.escape(f"{run.name}, {key}")
+                name = escape(f"{run.name}, {key}")
                 figure.add_trace(go.Scatter(x=steps, y=values, name=name, line_dash=dash))
     figure.update_layout(xaxis_title="optimiser step", yaxis_title="loss, nats per token", legend_orientation="h")
-    page = _ENVIRONMENT.get_template("comparison.html.j2").render(
-        compared=compared, metrics=METRICS, curves=figure.to_html(full_html=False, include_plotlyjs=True)
+    page = render(
+        "comparison.html.j2",
+        compared=compared,
+        metrics=METRICS,
+        curves=figure.to_html(full_html=False, include_plotlyjs=True),
     )
     atomic_write(file, page.encode())
     return file

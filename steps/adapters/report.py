@@ -10,7 +10,6 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import pandas as pd
 import plotly.graph_objects as go
 from evidently import DataDefinition, Dataset, Report
@@ -25,15 +24,13 @@ from gpt2core.metrics import METRICS, RecordScores, mean
 from gpt2core.prompt import RESPONSE
 from gpt2core.types import Comparison, Evaluation, Sample
 from steps.adapters.data_check import DataCheck
+from steps.adapters.pages import render
 from steps.adapters.statistics import interval
 
 SCORES = tuple(score.name for score in fields(RecordScores))  # of each sample
 DESCRIPTORS = ("characters", "words", "prompt_leaked", "repeats_itself")  # of each answer
 REPEATS = r"(?s)\b(\w+)\b(?:\W+\1\b){3}"  # a word four times in a row
 N_EXAMPLES = 5
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-)
 
 
 def write_report(
@@ -51,7 +48,8 @@ def write_report(
     wrong = [sample for sample in samples if not sample.tuned_scores.exact_match]
     worst = sorted(wrong, key=lambda sample: (sample.tuned_scores.token_f1, -sample.tuned_scores.nll))
     evidently_page, evidently_json = _evidently(samples)
-    page = _ENVIRONMENT.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         title=title,
         samples=samples,
         evaluation=evaluation,
@@ -227,7 +225,7 @@ def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title:
             col=1,
         )
     figure.update_xaxes(title_text="optimiser step", row=len(panels))
-    figure.update_layout(title_text=jinja2.filters.escape(title), height=1000, legend_orientation="h")
+    figure.update_layout(title_text=escape(title), height=1000, legend_orientation="h")
     file = directory / "curves.html"
     atomic_write(file, figure.to_html(include_plotlyjs=True).encode())
     return file

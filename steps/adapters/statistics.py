@@ -15,7 +15,7 @@ from statsmodels.stats.power import tt_solve_power
 from statsmodels.stats.proportion import proportion_confint
 
 from gpt2core.metrics import METRICS
-from gpt2core.types import Answer, Difference, Evaluation, FamilyScores, Sample
+from gpt2core.types import Answer, Difference, Evaluation, Sample
 
 N_RESAMPLES = 9999
 POWER = 0.8  # with which the smallest detectable difference is found
@@ -46,6 +46,11 @@ def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> l
     return _bootstrap(sums, lambda value, weight, axis=-1: _score(metric, value, weight, axis), 0.95, "two-sided")
 
 
+def intervals(answers: Sequence[Answer], groups: Sequence[str]) -> dict[str, list[float]]:
+    """`interval` for each metric."""
+    return {metric: interval(answers, groups, metric) for metric in METRICS}
+
+
 def difference(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[str], metric: str) -> Difference:
     """How the new model's score differs from the old one's, on the same records in the same order.
 
@@ -54,15 +59,14 @@ def difference(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[st
 
     Args: as `interval`.
     """
-    values, weights = _values(new, metric)
-    others, other_weights = _values(old, metric)
-    sums = _by_group(np.stack([values, weights, others, other_weights]), groups)
+    records = _paired(new, old, metric)
+    sums = _by_group(records, groups)
 
     def statistic(a: Values, n: Values, b: Values, m: Values, axis: int = -1) -> Values:
         return _score(metric, a, n, axis) - _score(metric, b, m, axis)
 
     if metric in SHARES and not _repeated(groups):
-        table = [[np.sum((values == x) & (others == y)) for y in (1, 0)] for x in (1, 0)]
+        table = [[np.sum((records[0] == x) & (records[2] == y)) for y in (1, 0)] for x in (1, 0)]
         p_value, test = float(mcnemar(table, exact=True).pvalue), "exact McNemar"
     else:
         p_value, test = _permutation(sums), "paired permutation"
@@ -74,10 +78,15 @@ def difference(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[st
         difference=float(statistic(*sums)),
         ci95=_bootstrap(sums, statistic, 0.95, "two-sided"),
         p_value=p_value,
-        n=len(values),
+        n=len(new),
         test=test,
         detectable=_detectable(deviation, n_groups) if deviation else None,
     )
+
+
+def differences(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[str]) -> dict[str, Difference]:
+    """`difference` for each metric."""
+    return {metric: difference(new, old, groups, metric) for metric in METRICS}
 
 
 def worst_difference(
@@ -88,9 +97,7 @@ def worst_difference(
     For shares, one record won and one lost are added (A. Agresti and Y. Min, Statistics in Medicine 24, 2005): without
     them a bootstrap of few changed answers is too sure.
     """
-    values, weights = _values(new, metric)
-    others, other_weights = _values(old, metric)
-    sums = _by_group(np.stack([values, weights, others, other_weights]), groups)
+    sums = _by_group(_paired(new, old, metric), groups)
     if metric in SHARES:
         sums = np.concatenate([sums, [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]], axis=1)
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
@@ -106,14 +113,14 @@ def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluat
     """The evaluation with the 95 % interval of each score of base and tuned model, over all records and by family."""
     groups = [sample.group for sample in samples]
     sides = {side: [sample.answer(side) for sample in samples] for side in ("base", "tuned")}
-    intervals = {side: {name: interval(answers, groups, name) for name in METRICS} for side, answers in sides.items()}
     families = {}
     for family, scores in evaluation.by_family.items():
         members = [i for i, sample in enumerate(samples) if sample.family == family]
         of = [groups[i] for i in members]
         base, tuned = (interval([answers[i] for i in members], of, "exact_match") for answers in sides.values())
-        families[family] = FamilyScores(scores.records, scores.base, scores.tuned, base, tuned)
-    return replace(evaluation, intervals=intervals, by_family=families)
+        families[family] = replace(scores, base_ci95=base, tuned_ci95=tuned)
+    overall = {side: intervals(answers, groups) for side, answers in sides.items()}
+    return replace(evaluation, intervals=overall, by_family=families)
 
 
 def _values(answers: Sequence[Answer], metric: str) -> tuple[Values, Values]:
@@ -124,6 +131,11 @@ def _values(answers: Sequence[Answer], metric: str) -> tuple[Values, Values]:
     if metric == "finished":
         return np.array([float(answer.finished) for answer in answers]), np.ones(len(answers))
     return np.array([getattr(answer.scores, metric) for answer in answers]), np.ones(len(answers))
+
+
+def _paired(new: Sequence[Answer], old: Sequence[Answer], metric: str) -> Values:
+    """Values and weights of the new and of the old model: (4, records)."""
+    return np.stack([*_values(new, metric), *_values(old, metric)])
 
 
 def _score(metric: str, value: Values, weight: Values, axis: int) -> Values:

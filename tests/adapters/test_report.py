@@ -10,10 +10,11 @@ import pytest
 
 from gpt2core.metrics import METRICS, RecordScores, Scores
 from gpt2core.types import Answer, Comparison, Evaluation, FamilyScores, Sample, TrainSummary
+from steps.adapters import statistics
 from steps.adapters.data_check import check_data
 from steps.adapters.report import word_diff, write_curves
 from steps.adapters.report import write_report as write_checked_report
-from steps.adapters.statistics import difference, with_intervals
+from steps.adapters.statistics import with_intervals
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -65,7 +66,7 @@ def evaluation(samples: Sequence[Sample]) -> Evaluation:
 
 def differences(samples: Sequence[Sample], other: str) -> dict:
     sides = [[sample.answer(side) for sample in samples] for side in ("tuned", other)]
-    return {metric: difference(*sides, [""] * len(samples), metric) for metric in METRICS}
+    return statistics.differences(*sides, [""] * len(samples))
 
 
 TRAIN = [{"instruction": f"Name number {i}.", "input": "", "output": str(i)} for i in range(20)]
