@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import langchain_openai
 import pytest
 import requests
 import torch
@@ -32,8 +33,7 @@ def expected(tuned, tokenizer):
 
 
 def test_langchain_answers_and_streams_a_conversation(url, expected):
-    chat_models = pytest.importorskip("langchain_openai")
-    model = chat_models.ChatOpenAI(
+    model = langchain_openai.ChatOpenAI(
         base_url=f"{url}/v1", api_key="none", model="gpt2-instruct", max_tokens=8, temperature=0
     )
     messages = [(message["role"], message["content"]) for message in CONVERSATION]
@@ -42,8 +42,7 @@ def test_langchain_answers_and_streams_a_conversation(url, expected):
 
 
 def test_langchain_reads_structured_output(url):
-    chat_models = pytest.importorskip("langchain_openai")
-    model = chat_models.ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="gpt2-instruct", max_tokens=60)
+    model = langchain_openai.ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="gpt2-instruct", max_tokens=60)
     schema = {
         "title": "answer",
         "type": "object",
@@ -56,7 +55,6 @@ def test_langchain_reads_structured_output(url):
 
 
 def test_litellm_answers_and_streams_a_conversation(url, expected):
-    pytest.importorskip("litellm")
     code = (
         "import json, litellm, sys\n"
         "url, messages = sys.argv[1], json.loads(sys.argv[2])\n"
@@ -70,7 +68,6 @@ def test_litellm_answers_and_streams_a_conversation(url, expected):
 
 
 def test_the_llm_command_continues_a_conversation(url, expected, tmp_path):
-    pytest.importorskip("llm")
     (tmp_path / "extra-openai-models.yaml").write_text(
         f"- model_id: served\n  model_name: gpt2-instruct\n  api_base: {url}/v1\n"
     )
@@ -92,7 +89,6 @@ def test_open_webui_requests_are_answered(url, expected):
 
 
 def test_lm_eval_scores_the_server_as_the_model_itself(url, tuned, tokenizer, base_dir, tmp_path):
-    pytest.importorskip("lm_eval")
     choices = [" town", " river and lake", " x"]
     questions = [f"Question {i}: which is it? Answer:" for i in range(4)]
     data = tmp_path / "data.jsonl"
