@@ -4,6 +4,7 @@ ZenML's own local_docker orchestrator can mount neither outputs/ nor the Bento s
 step is over, and leaves its container running when the run is interrupted.
 """
 
+import atexit
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,15 @@ ROOT = Path(__file__).parent.parent
 RUN_ID = "GPT2_INSTRUCT_ORCHESTRATOR_RUN_ID"  # environment variable of a step's container
 LOCALHOSTS = ("localhost", "127.0.0.1", "::1")
 
+_submitted: set[tuple[str, str]] = set()  # (run id, step) of containers in the background
+
+
+@atexit.register
+def _remove_submitted() -> None:
+    """Remove containers that no one waits for: an interrupt can come between ZenML's submit and its wait."""
+    for key in _submitted:
+        containers.remove(*key)
+
 
 class ContainerSettings(BaseSettings):
     """What a run configuration can set for a step's container.
@@ -72,6 +82,7 @@ class ContainerStepOperator(BaseStepOperator):
         ]
 
     def submit(self, info: StepRunInfo, entrypoint_command: list[str], environment: dict[str, str]) -> None:
+        _submitted.add((str(info.run_id), info.pipeline_step_name))
         containers.start(
             _step_container(
                 image=info.get_image(key=FLAVOR),
@@ -90,6 +101,7 @@ class ContainerStepOperator(BaseStepOperator):
             recorded = Client().get_run_step(step_run.id)
             if recorded.exception_info is None:  # the step was killed before it could record the reason
                 raise
+        _submitted.discard(_key(step_run))
         return Client().get_run_step(step_run.id).status
 
     def get_status(self, step_run: StepRunResponse) -> ExecutionStatus:

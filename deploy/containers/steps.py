@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +51,7 @@ def run(step: StepContainer) -> None:
     Raises:
         EngineError: as `start`; or the exit code is not 0, with the last lines of the log.
     """
-    with _sigterm_as_interrupt(), connect() as client:
+    with _interruptions(), connect() as client:
         try:
             _follow(_start(client, step))
         finally:
@@ -144,11 +144,12 @@ def _find(client: DockerClient, run_id: str, step: str) -> Container | None:
 
 def _follow(container: Container) -> None:
     last: deque[str] = deque(maxlen=LAST_LINES)
-    with _sigterm_as_interrupt():
+    with _interruptions() as check:
         try:
             for line in log_lines(container.logs(stream=True, follow=True)):
                 logger.info(line)
                 last.append(line)
+                check()
             code = container.wait()["StatusCode"]
             container.reload()
             out_of_memory = container.attrs["State"]["OOMKilled"]
@@ -182,17 +183,34 @@ def log_lines(chunks: Iterator[bytes]) -> Iterator[str]:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM where it would end this process without cleaning up."""
+def _interruptions() -> Iterator[Callable[[], None]]:
+    """Let SIGINT and SIGTERM end what runs here; yields a check that raises KeyboardInterrupt if one has arrived.
 
-    def interrupt(number: int, frame: Any) -> None:
+    A signal handler's exception is lost where Python cannot raise, for example in a destructor that the garbage
+    collector calls. The check, also made at the end, notices the signal nevertheless.
+    """
+    arrived = False
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal arrived
+        arrived = True
+        if callable(previous[number]):  # of the caller, or of ZenML
+            previous[number](number, frame)
         raise KeyboardInterrupt
 
-    install = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if install:
-        signal.signal(signal.SIGTERM, interrupt)
+    def check() -> None:
+        if arrived:
+            raise KeyboardInterrupt
+
+    if current_thread() is main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.getsignal(number)
+            if previous[number] is not signal.SIG_IGN:
+                signal.signal(number, handle)
     try:
-        yield
+        yield check
+        check()
     finally:
-        if install:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)

@@ -1,9 +1,11 @@
 """Steps in containers of a real engine, with the stacks and configurations of the project, at dev size."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -270,6 +272,28 @@ def test_a_container_in_the_background_is_found_followed_and_removed(probe, capl
     steps.follow(printing.run_id, printing.step)
     assert caplog.messages == ["done"]
     steps.follow(printing.run_id, printing.step)  # it was removed: nothing to follow
+
+
+def test_an_interrupt_that_python_drops_ends_the_container_nevertheless(probe):
+    waiting = probe("for i in range(600): print(i, flush=True); __import__('time').sleep(0.1)")
+
+    class Dropping(logging.Handler):
+        def emit(self, record):
+            """Interrupt this process where no exception can be raised."""
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    dropping = Dropping()
+    logger = logging.getLogger(steps.__name__)
+    logger.addHandler(dropping)
+    logger.setLevel("INFO")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            steps.run(waiting)
+    finally:
+        logger.removeHandler(dropping)
+        logger.setLevel(logging.NOTSET)
+    assert not steps.is_running(waiting.run_id, waiting.step)
 
 
 def test_a_container_that_exceeds_its_memory_limit_says_so(probe):
