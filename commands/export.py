@@ -9,8 +9,15 @@ from gpt2core.checkpoint import export_peft, save_pretrained
 from gpt2core.files import atomic_write, list_files, to_json
 from gpt2core.prompt import chat_template
 from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB, load_tokenizer
-from gpt2core.types import Lineage
+from gpt2core.types import Evaluation, Lineage, SplitSummary
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
+from steps.adapters.model_card import CARD, evaluated_card
+
+FORMATS = {  # the library that loads it, and what the directory holds
+    "peft": ("peft", "The adapter in PEFT's format."),
+    "hf": ("transformers", "The base with the adapter merged into its weights, for transformers."),
+    "gguf": ("", "For llama.cpp: `model.gguf` is the base with the adapter merged, `adapter.gguf` the adapter alone."),
+}
 
 
 def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
@@ -35,6 +42,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         write_gguf_adapter(finished.load(merge=False), out / "adapter.gguf")
         write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize)
+    atomic_write(out / CARD, _model_card(finished, kind).encode())
     return [out / name for name in list_files(out)]
 
 
@@ -50,7 +58,7 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         "chat_template": chat_template(),
     }
-    files = {"tokenizer_config.json": to_json(tokenizer_config), "README.md": _model_card(finished).encode()}
+    files = {"tokenizer_config.json": to_json(tokenizer_config)}
     if model.config.generation_config is None:
         end = load_tokenizer(finished.base_dir).eot_token
         files["generation_config.json"] = to_json({"bos_token_id": end, "eos_token_id": end, "do_sample": False})
@@ -58,25 +66,10 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
         atomic_write(out / name, content)
 
 
-def _model_card(finished: FinishedRun) -> str:
-    """README.md in the form of the Hugging Face hub."""
-    lineage = Lineage.from_json(json.loads(finished.lineage.read_text())) if finished.lineage.is_file() else None
-    revision = f" at revision `{finished.base.revision}`" if finished.base.revision else ""
-    lines = [
-        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, lora]", "---", ""),
-        *("# GPT-2 for instructions", ""),
-        f"{finished.base.name}{revision} (sha256 `{finished.base.sha256}`), with a LoRA adapter merged into it.",
-        "The prompt is Alpaca's; the tokenizer's chat template makes it of the last user turn.",
-    ]
-    if lineage is not None:
-        base, tuned = lineage.metrics.base, lineage.metrics.tuned
-        lora = lineage.adapter
-        lines += [
-            "",
-            f"Adapter: rank {lora.rank}, alpha {lora.alpha:g}, {' '.join(lora.targets)}; sha256 `{lora.sha256}`.",
-            f"Run {lineage.run.name}, commit `{lineage.commit.sha}`.",
-            *("", "| on held-out records | base | tuned |", "|---|---|---|"),
-            f"| exact match | {base.exact_match:.3f} | {tuned.exact_match:.3f} |",
-            f"| token F1 | {base.token_f1:.3f} | {tuned.token_f1:.3f} |",
-        ]
-    return "\n".join(lines) + "\n"
+def _model_card(finished: FinishedRun, kind: str) -> str:
+    directory = finished.directory
+    lineage = Lineage.from_json(json.loads((directory / "lineage.json").read_text(encoding="utf-8")))
+    evaluation = Evaluation.from_json(json.loads((directory / "metrics.json").read_text(encoding="utf-8")))
+    split = SplitSummary.from_json(json.loads((directory / "split.json").read_text(encoding="utf-8")))
+    library, content = FORMATS[kind]
+    return evaluated_card(finished.adapter, lineage, evaluation, split.test.records, content, library)

@@ -19,7 +19,7 @@ class FinishedRun:
     base_dir: Path
     base: BaseRef
     adapter: Path
-    lineage: Path  # lineage.json
+    directory: Path  # of outputs/
 
     def load(self, merge: bool, accept_other_base: bool = False) -> GPT2:
         """The base with the adapter, merged into its weights or beside them.
@@ -50,4 +50,4 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
         raise FileNotFoundError(f"--adapter {adapter} is not a directory")
     reference = directory if (directory / REFERENCE).is_file() else directory / "base"
     own = directory / "adapter" if adapter is None else Path(adapter)
-    return FinishedRun(open_base(reference), read_base(reference), own, directory / "lineage.json")
+    return FinishedRun(open_base(reference), read_base(reference), own, directory)

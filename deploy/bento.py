@@ -42,10 +42,13 @@ def describe_adapter(directory: Path) -> AdapterRef:
     return AdapterRef.from_json({"sha256": directory_sha256(directory), **lora})
 
 
-def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
+def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "") -> str:
     """Build a Bento of base, adapter, serving code and lineage, unless the store has it; return its tag.
 
     The Bento's lineage.json is the lineage with this tag in `bento`.
+
+    Args:
+        readme: README.md of the Bento; "": BentoML's own.
 
     Raises:
         BentoError: a directory does not have the sha256 in the lineage; or with the last lines of BentoML's log.
@@ -66,6 +69,8 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> str:
         tag = f"{NAME}:{version}"
         if exists(tag):
             return tag
+        if readme:
+            (context / "README.md").write_text(readme, encoding="utf-8")
         (context / "lineage.json").write_text(json.dumps(replace(lineage, bento=tag).to_json(), indent=2))
         arguments = [part for name, model in models.items() for part in ("--arg", f"{name}={model}")]
         _run("build", "--version", version, *arguments, "-f", "bentos/bentofile.yaml", ".", cwd=context)

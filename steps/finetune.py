@@ -9,10 +9,12 @@ from gpt2core.checkpoint import CONFIG, directory_sha256, read_config, save_adap
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
+from gpt2core.files import atomic_write
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import training_steps
-from gpt2core.types import TrainSummary
+from gpt2core.types import SplitPart, TrainSummary
 from steps.adapters.base import open_base, read_base
+from steps.adapters.model_card import CARD, adapter_card
 from steps.adapters.progress import training_progress
 from steps.adapters.tracking import track
 from steps.cache import code_of
@@ -43,7 +45,10 @@ def finetune(
         encode_records(records, tokenizer, n_positions) for records in (train_records, val_records)
     )
     run_name = get_step_context().pipeline_run.name
-    digests = [base_ref.sha256, records_sha256(train_records), records_sha256(val_records)]
+    train_part, val_part = (
+        SplitPart(records_sha256(records), len(records)) for records in (train_records, val_records)
+    )
+    digests = [base_ref.sha256, train_part.sha256, val_part.sha256]
     _, _, total_steps = training_steps(len(examples), train)
     values = asdict(lora) | asdict(train)
     with (
@@ -53,8 +58,6 @@ def finetune(
     ):
         log = checkpoints.after(log)
         model, result = finetune_adapter(base_dir, lora, examples, val_examples, train, log, checkpoints.directory)
-    with output_directory("adapter-") as adapter:
-        save_adapter(model, adapter, base=base_ref.to_json())
     last = {name: value for entry in result.history for name, value in entry.items()}
     summary = TrainSummary(
         loss=last["train/loss"],
@@ -62,5 +65,9 @@ def finetune(
         tokens_seen=last["train/tokens_seen"],
         tokens_per_second=result.tokens_per_second,
     )
+    card = adapter_card(base_ref, lora, train, train_part, val_part, summary)
+    with output_directory("adapter-") as adapter:
+        save_adapter(model, adapter, base=base_ref.to_json())
+        atomic_write(adapter / CARD, card.encode())
     describe("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
     return adapter, result.history, summary

@@ -9,6 +9,7 @@ from deploy.server import verify_bento
 from deploy.source import describe_commit, describe_versions
 from gpt2core.types import Commit, Evaluation, Lineage, LineageMetrics, RunRef, Sample, SplitSummary
 from steps.adapters.base import open_base, read_base
+from steps.adapters.model_card import evaluated_card
 from steps.cache import code_of
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe
@@ -36,7 +37,10 @@ def package(
         adapter=bento.describe_adapter(adapter),
         metrics=LineageMetrics(metrics.base, metrics.tuned, metrics.train),
     )
-    tag = bento.build(open_base(base), adapter, lineage)
+    card = evaluated_card(
+        adapter, lineage, metrics, split.test.records, "A BentoML service of the adapter on its base."
+    )
+    tag = bento.build(open_base(base), adapter, lineage, card)
     verified = samples[: package.smoke_prompts]
     verify_bento(tag, verified, evaluate.max_new_tokens, metrics.device)
     describe("bento", {"tag": tag, "smoke_prompts": len(verified)})

@@ -46,7 +46,7 @@ def build_bento(base_dir: Path, adapter_dir: Path, run: str = "run-17") -> str:
 
     base = BaseRef(name="gpt2-nano", revision="", sha256=directory_sha256(base_dir, checkpoint_files(base_dir)))
     lineage = make_lineage(run, base=base, adapter=bento.describe_adapter(adapter_dir))
-    return bento.build(base_dir, adapter_dir, lineage)
+    return bento.build(base_dir, adapter_dir, lineage, readme="# a model card\n")
 
 
 def free_port() -> int:

@@ -75,6 +75,7 @@ ADAPTERS = {  # the library that each adapter wraps
     "download": {"requests", "urllib3", "tqdm"},
     "gguf_file": {"gguf", "torch"},
     "hub": {"huggingface_hub"},
+    "model_card": {"huggingface_hub"},
     "progress": {"tqdm"},
     "pages": {"jinja2"},
     "report": {"evidently", "markupsafe", "pandas", "plotly"},

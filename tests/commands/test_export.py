@@ -6,6 +6,7 @@ from shutil import copytree
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +16,7 @@ from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.generate import generate
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.types import BaseRef
+from gpt2core.types import BaseRef, Evaluation, SplitPart, SplitSummary
 from run import main
 from steps.adapters.base import write_base
 from steps.adapters.gguf_file import write_gguf
@@ -32,7 +33,11 @@ def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
     copytree(adapter_dir, run / "adapter")
     write_base(run, BaseRef(str(base_dir), "", directory_sha256(base_dir, checkpoint_files(base_dir))), {})
     (run / "base").symlink_to(base_dir)
-    (run / "lineage.json").write_text(json.dumps(make_lineage().to_json()))
+    lineage = make_lineage()
+    evaluation = Evaluation(lineage.metrics.base, lineage.metrics.tuned, {}, lineage.metrics.train)
+    split = SplitSummary(*(SplitPart(sha256, 10) for sha256 in lineage.data.values()))
+    for name, content in (("lineage", lineage), ("metrics", evaluation), ("split", split)):
+        (run / f"{name}.json").write_text(json.dumps(content.to_json()))
     return tmp_path
 
 
@@ -80,8 +85,9 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == PROMPT
     assert tokenizer(PROMPT)["input_ids"] == prompt
     assert tokenizer.eos_token == "<|endoftext|>"
-    card = (out / "README.md").read_text()
-    assert "exact match | 0.500" in card
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "| Exact match | 0.5 | 0.5 |" in card.text
     assert load_pretrained(out).config.token_count == len(tokenizer)
 
 
@@ -89,7 +95,7 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
 def test_transformers_reads_the_gguf_file(tmp_path, prompt, expected, tuned, kind):
     options = [] if kind == "f32" else ["--quantize", kind]
     files = export(tmp_path / "out", "gguf", *options)
-    assert [file.rpartition("/")[2] for file in files] == ["adapter.gguf", "model.gguf"]
+    assert [file.rpartition("/")[2] for file in files] == ["README.md", "adapter.gguf", "model.gguf"]
     # transformers takes n_positions of a GGUF file to be GPT-2's 1024
     values = {"gguf_file": "model.gguf", "n_positions": len(tuned.wpe.weight), "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **values).eval()

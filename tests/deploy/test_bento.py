@@ -33,7 +33,8 @@ def test_a_bento_holds_the_serving_code_and_its_lineage_and_nothing_else(tag):
     files = files_of(tag)
     assert {"bentos/service.py", "bentos/requirements.txt", "gpt2core/model.py", "lineage.json"} <= files
     others = {name for name in files if not name.startswith(("bentos/", "gpt2core/"))}
-    assert others - {"bentofile.yaml"} == {"lineage.json", *bento.PROXY_FILES}
+    assert others - {"bentofile.yaml"} == {"lineage.json", "README.md", *bento.PROXY_FILES}
+    assert (in_store(tag) / "README.md").read_text() == "# a model card\n"
     assert not [name for name in files if "demo" in name or "__pycache__" in name]
 
 

@@ -96,6 +96,15 @@ def test_lineage_json_identifies_run_code_data_base_adapter_and_bento(dev_run):
     assert bento.exists(lineage["bento"])
 
 
+def test_the_adapter_and_the_bento_have_a_model_card(dev_run):
+    lineage, split = dev_run.read("lineage.json"), dev_run.read("split.json")
+    adapter_card = (dev_run.directory / "adapter" / "README.md").read_text()
+    assert f"train records | {split['train']['records']}, sha256 `{lineage['data']['train']}`" in adapter_card
+    [card] = Path(os.environ["BENTOML_HOME"]).glob(f"bentos/{lineage['bento'].replace(':', '/')}/README.md")
+    assert adapter_card.split("## Training")[1].strip() in card.read_text()
+    assert f"On {split['test']['records']} test records" in card.read_text()
+
+
 @pytest.mark.parametrize(
     ("step", "artifact", "keys"),
     [

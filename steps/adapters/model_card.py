@@ -1,0 +1,95 @@
+"""Model cards: README.md as the Hugging Face hub reads it, by huggingface_hub."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.metrics import METRICS
+from gpt2core.types import BaseRef, Evaluation, Lineage, SplitPart, TrainSummary
+
+CARD = "README.md"
+NAME = "gpt2-instruct"
+HERE = Path(__file__).parent
+
+
+def adapter_card(
+    base: BaseRef,
+    lora: LoraConfig,
+    train: TrainConfig,
+    train_data: SplitPart,
+    val_data: SplitPart,
+    summary: TrainSummary,
+) -> str:
+    """The card of an adapter that is not evaluated yet: base, training and limits.
+
+    It is part of the adapter's sha256, so it has nothing that differs between equal runs.
+    """
+    about = ModelCardData(
+        language="en",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "lora"],
+        base_model=base.name if base.revision else None,  # a repository of the hub
+        model_name=NAME,
+    )
+    card = ModelCard.from_template(
+        about,
+        template_path=str(HERE / "model_card.md.j2"),
+        base=base,
+        lora=lora,
+        train=train,
+        train_data=train_data,
+        val_data=val_data,
+        summary=summary,
+    )
+    return str(card).rstrip() + "\n"
+
+
+def evaluated_card(
+    adapter: Path, lineage: Lineage, evaluation: Evaluation, records: int, content: str, library: str = ""
+) -> str:
+    """The card in an adapter's directory with results and lineage, for another form of the model.
+
+    Args:
+        adapter: its directory; one of PEFT or an older version may have no card, or another.
+        records: of the test split.
+        content: what the directory with the card holds.
+        library: that loads the model ("transformers", "peft"), which the hub shows; "": none.
+    """
+    file = adapter / CARD
+    card = ModelCard(file.read_text(encoding="utf-8") if file.is_file() else f"# {NAME}\n", ignore_metadata_errors=True)
+    about = card.data
+    assert isinstance(about, ModelCardData)
+    about.model_name = NAME
+    about.library_name = library or None
+    about.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="instructions",
+            dataset_name=f"test split, {records} records, sha256 {lineage.data['test'][:12]}",
+            metric_type=name,
+            metric_name=metric.heading,
+            metric_value=round(getattr(evaluation.tuned, name), 4),
+        )
+        for name, metric in METRICS.items()
+    ]
+    rows = {
+        metric.heading: [_score(evaluation, side, name) for side in ("base", "tuned")]
+        for name, metric in METRICS.items()
+    }
+    results = ModelCard.from_template(
+        ModelCardData(),
+        template_path=str(HERE / "model_card_results.md.j2"),
+        content=content,
+        records=records,
+        rows=rows,
+        lineage=lineage,
+    )
+    card.text = f"{card.text.rstrip()}\n\n{results.text.strip()}\n"
+    return str(card)
+
+
+def _score(evaluation: Evaluation, side: str, name: str) -> str:
+    value = f"{getattr(getattr(evaluation, side), name):.4g}"
+    interval = evaluation.intervals.get(side, {}).get(name)
+    return f"{value} [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else value
