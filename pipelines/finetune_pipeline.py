@@ -49,8 +49,8 @@ def finetune_pipeline(
     """Instruction data in; an evaluated, packaged and traceable adapter out."""
     if lora.dora:  # the service applies adapters unmerged, which the engine cannot do with DoRA
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
-    # The content of a file may change under its name. The steps after it are cached by the records.
-    fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
+    # What is on this machine may change under its name. The steps after it are cached by the records.
+    fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
     records = fetch(data, base, seed)
     train_records, val_records, test_records, split = split_data(records, data, seed)
     # After the split, which fails early if the data is wrong.

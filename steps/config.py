@@ -14,14 +14,16 @@ from gpt2core.record_formats import COLUMNS
 class DataConfig:
     """Source of the instruction records, and the split."""
 
-    source: Literal["bundled", "url", "file"] = "bundled"
+    source: Literal["bundled", "url", "file", "hub"] = "bundled"
     # The 1,100 records that mariovas3/llms trained on, from the same URL.
     url: str = (
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
     )
     sha256: str = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"  # of the file at `url`
-    max_bytes: int = 2**28  # of the file at `url`; the download stops beyond
-    path: str = ""  # with source: file; .json, .jsonl, .csv, .parquet, or a directory of the datasets library
+    name: str = ""  # with source: hub; a dataset of the Hugging Face hub, or a directory
+    revision: str = ""  # its commit
+    max_bytes: int = 2**28  # of the download; more is refused
+    path: str = ""  # with source: file or hub; .json, .jsonl, .csv, .parquet, or a directory (hub: within `name`)
     val_path: str = ""  # validation and test records of one's own; without them, they are taken from `path`
     test_path: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)  # key of a record -> its name in the file
@@ -34,6 +36,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_field(self, "path", bool(self.path) or self.source != "file", "the file of the records if source is file")
+        check_field(self, "name", bool(self.name) == (self.source == "hub"), "a dataset if, and only if, source is hub")
         check_field(
             self,
             "sha256",
@@ -44,10 +47,9 @@ class DataConfig:
         check_field(
             self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
         )
-        for name in ("path", "val_path", "test_path"):
-            check_field(
-                self, name, not getattr(self, name) or self.source == "file", "empty unless data.source is file"
-            )
+        for name, sources in (("path", ("file", "hub")), ("val_path", ("file",)), ("test_path", ("file",))):
+            allowed = not getattr(self, name) or self.source in sources
+            check_field(self, name, allowed, f"empty unless data.source is {' or '.join(sources)}")
         known = all(key in COLUMNS and isinstance(name, str) and name for key, name in self.columns.items())
         distinct = len(set(self.columns.values())) == len(self.columns)
         check_field(self, "columns", known and distinct, f"a mapping of some of {', '.join(COLUMNS)} to other names")

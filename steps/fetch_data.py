@@ -15,12 +15,12 @@ from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.files import directory_sha256, file_sha256
-from gpt2core.records import Record, check_records, make_records, read_records, records_sha256
+from gpt2core.records import PARTS, Record, check_records, make_records, read_records, records_sha256
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.download import fetch, without_secrets
-from steps.adapters.hub import fetch_base
-from steps.adapters.tables import is_table, read_rows
+from steps.adapters.hub import fetch_base, fetch_dataset
+from steps.adapters.tables import is_table, read_rows, text_files
 from steps.cache import code_of
 from steps.config import BaseConfig, DataConfig
 from steps.metadata import describe
@@ -82,6 +82,12 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
             file = Path(directory) / PurePosixPath(urlsplit(data.url).path).name
             records = _read_file(fetch(data.url, file, data.sha256, data.max_bytes), data)
         return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
+    if data.source == "hub":
+        found = fetch_dataset(data.name, data.revision, data.path, data.max_bytes)
+        location = f"{data.name}/{data.path}" if data.path else data.name
+        if not Path(data.name).is_dir():
+            location += f" at {data.revision}"
+        return _read_file(found, data), {"location": location, "file_sha256": _sha256(str(found))}
     records, origin = _read_file(Path(data.path), data), {"location": data.path, "file_sha256": _sha256(data.path)}
     for part, path in (("val", data.val_path), ("test", data.test_path)):
         if path:
@@ -94,6 +100,12 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
 
 
 def _read_file(path: Path, data: DataConfig) -> list[Record]:
+    if files := text_files(path):
+        records = [(record, part) for file, part in files for record in read_records(file, columns=data.columns)]
+        for record, part in records:
+            if part:
+                record["part"] = PARTS[part]
+        return [record for record, _ in records]
     if is_table(path):
         return make_records(read_rows(path), str(path), columns=data.columns)
     return read_records(path, columns=data.columns)

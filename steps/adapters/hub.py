@@ -1,19 +1,22 @@
-"""GPT-2 checkpoints from the Hugging Face hub, by huggingface_hub: pinned by commit, safetensors only."""
+"""Checkpoints and datasets from the Hugging Face hub, by huggingface_hub: pinned by commit, safetensors only."""
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2core.checkpoint import directory_sha256, read_config
 from gpt2core.files import CHECKPOINT_FILES, checkpoint_files
+from gpt2core.records import SUFFIXES
 from gpt2core.types import BaseRef
 
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is enough
 
 
 class HubError(RuntimeError):
-    """A base model that is not available or not the recorded one."""
+    """A base model or dataset that is not available or not the recorded one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ def fetch_base(base: BaseRef) -> Fetched:
     Raises:
         HubError: the download fails, files are missing, or the sha256 differs.
     """
-    path = Path(base.name) if Path(base.name).is_dir() else _download(base.name, base.revision)
+    path = (
+        Path(base.name) if Path(base.name).is_dir() else _download("base", base.name, base.revision, CHECKPOINT_FILES)
+    )
     files = checkpoint_files(path)
     if missing := _missing(files):
         raise HubError(f"{base.name} has no {missing}; use a GPT-2 checkpoint that has it")
@@ -52,6 +57,32 @@ def fetch_base(base: BaseRef) -> Fetched:
     return Fetched(BaseRef(base.name, revision, found), path)
 
 
+def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
+    """Download files of records from a dataset repository of the hub, or take them from a local directory.
+
+    Args:
+        name: a repository or a directory.
+        revision: the commit; ignored for a directory.
+        path: a file or directory in it; "": all files of records.
+        max_bytes: of all files together.
+
+    Returns:
+        The directory, or the file or directory `path` in it.
+
+    Raises:
+        HubError: the download fails or is too large, or there is no such path.
+    """
+    if Path(name).is_dir():
+        directory = Path(name)
+    else:
+        patterns = [path, f"{path}/*"] if path else [f"*{suffix}" for suffix in (*SUFFIXES, ".parquet")]
+        directory = _download("data", name, revision, patterns, "dataset", max_bytes)
+    found = (directory / path).absolute()
+    if not found.is_relative_to(directory.absolute()) or ".." in Path(path).parts or not found.exists():
+        raise HubError(f"data.path is {path!r}, which {name} does not have")
+    return directory / path
+
+
 def _missing(files: Sequence[str]) -> str:
     if "config.json" not in files:
         return "config.json"
@@ -62,20 +93,34 @@ def _missing(files: Sequence[str]) -> str:
     return ""
 
 
-def _download(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download  # takes seconds to import; only hub bases need it
-    from huggingface_hub.errors import HFValidationError, HTTPError
+def _download(
+    key: str,
+    name: str,
+    revision: str,
+    patterns: Sequence[str],
+    repo_type: str = "model",
+    max_bytes: int | None = None,
+) -> Path:
+    """A snapshot of the files that match; `key` is the part of the configuration that names the repository."""
+    from huggingface_hub import snapshot_download  # takes seconds to import; only hub users need it
+    from huggingface_hub.errors import DryRunError, HFValidationError, HTTPError
 
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise HubError(
-            f"base.revision of {name} is {revision!r}; use the commit's 40 hexadecimal digits, which make the run "
-            "reproducible (if base.name is meant to be a directory: it does not exist)"
+            f"{key}.revision of {name} is {revision!r}; use the commit's 40 hexadecimal digits, which make the run "
+            f"reproducible (if {key}.name is meant to be a directory: it does not exist)"
         )
+    what: dict[str, Any] = {"revision": revision, "repo_type": repo_type, "allow_patterns": list(patterns)}
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*CHECKPOINT_FILES]))
+        if max_bytes is not None:
+            with suppress(DryRunError):  # without a network, the next call uses the cache or says what is missing
+                size = sum(file.file_size or 0 for file in snapshot_download(name, dry_run=True, **what))
+                if size > max_bytes:
+                    raise HubError(f"{name} has {size:,} bytes of records, more than {key}.max_bytes, {max_bytes:,}")
+        return Path(snapshot_download(name, **what))
     except (OSError, HTTPError, HFValidationError) as error:  # everything the network, the hub and its cache raise
         raise HubError(
             f"{name} at {revision} could not be downloaded ({type(error).__name__}); check the network, the name, and "
-            "whether the repository needs a login (HF_TOKEN). Without a network, copy the checkpoint to this machine "
-            "and set base.name to its directory"
+            f"whether the repository needs a login (HF_TOKEN). Without a network, copy it to this machine and set "
+            f"{key}.name to its directory"
         ) from error

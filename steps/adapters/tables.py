@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2core.files import read_json
-from gpt2core.records import PARTS, Row
+from gpt2core.records import PARTS, SUFFIXES, Row
 
 SPLITS, STATE = "dataset_dict.json", "state.json"  # what `save_to_disk` writes of a DatasetDict, and of a Dataset
 
@@ -44,6 +44,30 @@ def read_rows(path: Path) -> Iterator[Row]:
         for file, name in zip(files, names, strict=True):
             part = _part(path, name) if any(other.lower() in PARTS for other in names) else ""
             yield from _rows(_read_parquet(file), part, file.name)
+
+
+def text_files(path: Path) -> list[tuple[Path, str]]:
+    """The JSON and CSV files of a directory without tables, each with the part of the split that it is ("": of none).
+
+    [] for a file, and for a directory that `read_rows` reads.
+
+    Raises:
+        ValueError: there are several files, and their names are not those of parts.
+    """
+    if not path.is_dir() or (path / SPLITS).is_file() or (path / STATE).is_file() or any(path.rglob("*.parquet")):
+        return []
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith("dataset_info")  # the hub's description
+    ]
+    parts = [file.stem.partition("-")[0].lower() for file in files]
+    if all(part in PARTS for part in parts):
+        return list(zip(files, parts, strict=True))
+    if len(files) > 1:
+        names = ", ".join(file.relative_to(path).as_posix() for file in files[:5])
+        raise ValueError(f"{path} has {len(files)} files of records ({names}); name one of them in data.path")
+    return [(file, "") for file in files]
 
 
 def _rows(table: pa.Table, part: str, source: str) -> Iterator[Row]:

@@ -1,8 +1,12 @@
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
 from tokenizers import ByteLevelBPETokenizer
@@ -13,6 +17,8 @@ from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.base import open_base, write_base
 from steps.adapters.hub import HubError, fetch_base
+from steps.config import DataConfig
+from steps.fetch_data import read_source
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -131,3 +137,92 @@ def test_a_tokenizer_json_alone_is_enough(copy):
 
 def test_a_directory_has_no_revision(copy):
     assert fetch(copy, REVISION).ref.revision == ""
+
+
+RECORDS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(20)]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A directory like a dataset repository: two parts, and files that are not records."""
+    directory = tmp_path / "dataset"
+    directory.mkdir()
+    for name, records in (("train", RECORDS[:15]), ("test", RECORDS[15:])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "dataset_infos.json").write_text("{}")
+    (directory / "README.md").write_text("# About")
+    return directory
+
+
+@pytest.fixture
+def hub(dataset):
+    """The two routes of the hub that a download of `someone/records` uses."""
+    files = {file.name: file.read_bytes() for file in dataset.iterdir()}
+    requested = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requested.append(self.path)
+            path = urlsplit(self.path).path
+            name = path.rpartition("/")[2]
+            if path == f"/api/datasets/someone/records/tree/{REVISION}":
+                entries = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files.items()]
+                self.answer(json.dumps(entries).encode())
+            elif path == f"/datasets/someone/records/resolve/{REVISION}/{name}":
+                self.answer(files[name], {"ETag": f'"{name}"', "X-Repo-Commit": REVISION})
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def answer(self, content, headers=()):
+            self.send_response(200)
+            for name, value in {**dict(headers), "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            """Nothing: the test looks at `requested`."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}", requested
+        server.shutdown()
+
+
+def test_a_dataset_is_downloaded_at_its_commit_and_within_its_bounds(hub, tmp_path):
+    endpoint, requested = hub
+    code = f"""
+from steps.config import DataConfig
+from steps.fetch_data import read_source
+def read(**values):
+    return read_source(DataConfig(source="hub", name="someone/records", revision="{REVISION}", **values), 0)
+try:
+    read(max_bytes=100)
+except RuntimeError as error:
+    print("=", error)
+records, origin = read()
+print("=", sum(record["part"] == "test" for record in records), len(records), origin["location"])
+print("=", len(read(path="test.jsonl")[0]))
+"""
+    environment = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    too_large, counts, one_file = re.findall("= (.*)", done.stdout)  # beside log lines
+    assert too_large.endswith("bytes of records, more than data.max_bytes, 100")
+    assert counts == f"5 20 someone/records at {REVISION}"
+    assert one_file == "5"
+    assert not any("README" in path for path in requested)
+
+
+def test_a_dataset_may_be_a_directory(dataset):
+    records, origin = read_source(DataConfig(source="hub", name=str(dataset), path="train.jsonl"), 0)
+    assert (len(records), origin["location"]) == (15, f"{dataset}/train.jsonl")
+    for path in ("other.jsonl", "../dataset/train.jsonl", "/etc/passwd"):
+        with pytest.raises(HubError, match=r"data\.path is"):
+            read_source(DataConfig(source="hub", name=str(dataset), path=path), 0)
+    (dataset / "more.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"has 3 files of records \(more.jsonl, .*name one of them in data.path"):
+        read_source(DataConfig(source="hub", name=str(dataset)), 0)

@@ -13,7 +13,7 @@ from steps.config import (
 @pytest.mark.parametrize(
     ("make", "values", "named"),
     [
-        (DataConfig, {"source": "web"}, "DataConfig.source is 'web'; it must be bundled, url or file"),
+        (DataConfig, {"source": "web"}, "DataConfig.source is 'web'; it must be bundled, url, file or hub"),
         (DataConfig, {"source": "file"}, "DataConfig.path is ''"),
         (DataConfig, {"source": "url", "sha256": "12"}, "DataConfig.sha256 is '12'"),
         (DataConfig, {"order": "random"}, "DataConfig.order"),
