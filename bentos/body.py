@@ -38,5 +38,6 @@ async def read_body(request: Request, model: type[M]) -> M:
         param = str(location[0]) if location else None
         in_list = len(location) > 1 and isinstance(location[1], int)  # else the rest names types of a union
         place = ".".join(map(str, location)) if in_list else param
-        message = f"{place}: {first['msg']}" if place else first["msg"]
+        reason = first["msg"].removeprefix("Value error, ")
+        message = f"{place}: {reason}" if place else reason
         raise ServiceError("invalid_request", message, param) from None

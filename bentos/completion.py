@@ -33,6 +33,7 @@ class GenerationRequest:
     logprobs: int | None = None  # most likely tokens to report beside each token; None: no logprobs
     stream: bool = False
     grammar: "Grammar | None" = None  # what the text must match
+    prompt_only: bool = False  # no token is part of the completion; `config` generates one, which is dropped
     echo: str | None = None  # the prompt's text, to be part of the completion's; with logprobs, those of its tokens too
 
 
@@ -112,7 +113,9 @@ class Completion:
                 await self._progress.wait()
                 reason = running.finish_reason  # read before the tokens, so that none is missed when it is set
                 text = self._read_tokens()
-                if self._detokenizer.stopped:
+                if self.request.prompt_only and reason == "stop":
+                    reason = "length"
+                elif self._detokenizer.stopped:
                     reason = "stop"
                 elif reason == "deadline":
                     ended_by = reason
@@ -156,6 +159,8 @@ class Completion:
 
     def _read_tokens(self) -> str:
         text = ""
+        if self.request.prompt_only:
+            return text
         while self.n_tokens < len(self._running.tokens) and not self._detokenizer.stopped:
             text += self._detokenizer.push(self._running.tokens[self.n_tokens])
             self.n_tokens += 1

@@ -45,7 +45,7 @@ class CompletionRoute(Route):
 
     def __init__(self, body: CompletionRequest, tokenizer: tiktoken.Encoding) -> None:
         self.body, self.tokenizer = body, tokenizer
-        self.max_new_tokens = body.max_tokens or DEFAULTS.max_new_tokens
+        self.max_new_tokens = DEFAULTS.max_new_tokens if body.max_tokens is None else body.max_tokens
         self.logprobs, self.echo = body.logprobs, bool(body.echo)
         if body.best_of not in (None, 1, body.n or 1):
             message = f"best_of is {body.best_of}; it must be n: this server returns every completion that it generates"

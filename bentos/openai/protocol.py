@@ -31,7 +31,6 @@ def _boolean(value: Any) -> Any:
 # Fields with one supported value
 Unsupported = Annotated[Any, AfterValidator(_neutral), WithJsonSchema({"enum": [*NEUTRAL]})]
 One = Annotated[float, Field(ge=1, le=1)] | None
-Empty = Annotated[dict[str, Any], Field(max_length=0)] | Annotated[list[Any], Field(max_length=0)] | None
 No = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
 Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
 Label = Any  # identifies or classifies a request for its sender; has no influence on the completion
@@ -104,7 +103,9 @@ class CompletionRequest(OpenAIRequest):
     """Continues a text. /v1/chat/completions answers an instruction."""
 
     prompt: str | Tokens | Texts | ManyTokens | None = Field(None, description='null and "": end of text')
-    max_tokens: MaxTokens | None = DEFAULTS.max_new_tokens
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = Field(
+        DEFAULTS.max_new_tokens, description="0: the prompt alone, with echo"
+    )
     logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
     best_of: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="1, or n: all are returned")
     echo: bool | None = False
@@ -163,14 +164,14 @@ class ChatRequest(OpenAIRequest):
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: Literal["none", "medium"] | None = None
     verbosity: Literal["medium"] | None = None
-    tools: Empty = None
+    tools: Unsupported = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    functions: Empty = None
+    functions: Unsupported = None
     function_call: Literal["none", "auto"] | None = None
-    audio: None = None
-    prediction: None = None
-    web_search_options: None = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: None = None  # {} requests a search
     store: No = None
     metadata: Label = None
     service_tier: Label = None

@@ -89,7 +89,7 @@ def generation_requests(
     stop = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
 
     def one(prompt: list[int], choice: int, grammar: "Grammar | None") -> GenerationRequest:
-        config = generator.config(route.max_new_tokens, body.sampling(choice))
+        config = generator.config(max(route.max_new_tokens, 1), body.sampling(choice))
         return GenerationRequest(
             prompt,
             config,
@@ -101,6 +101,7 @@ def generation_requests(
             logprobs=route.logprobs,
             stream=bool(body.stream),
             grammar=grammar,
+            prompt_only=route.max_new_tokens == 0,
             echo=route.tokenizer.decode(prompt) if route.echo else None,
         )
 

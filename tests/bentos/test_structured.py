@@ -140,6 +140,20 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(client, tuned, tokenizer
     assert len(own) == len(ids) + 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_and_echo_score_the_prompt_alone(client, stream):
+    prompt = "The capital of the country is a town"
+    values = {"model": "gpt2-instruct", "prompt": prompt, "echo": True, "logprobs": 1}
+    longer = client.completions.create(**values, max_tokens=1).choices[0]
+    answers = client.completions.create(**values, max_tokens=0, stream=stream)
+    choices = [chunk.choices[0] for chunk in answers] if stream else answers.choices
+    assert "".join(choice.text for choice in choices) == prompt
+    assert choices[-1].finish_reason == "length"
+    own = [one for choice in choices for one in choice.logprobs.token_logprobs]
+    assert own == longer.logprobs.token_logprobs[:-1]
+    assert stream or answers.usage.completion_tokens == 0
+
+
 def test_tokenize_and_detokenize_are_inverse(url, tokenizer):
     body = {"model": "gpt2-instruct", "prompt": "Hello €", "return_token_strs": True}
     found = requests.post(f"{url}/tokenize", json=body, timeout=10).json()
