@@ -136,7 +136,12 @@ def read_config(file: Path) -> GPT2Config:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
     values = read_json(file)
-    supported = {"model_type": "gpt2", "tie_word_embeddings": True, "add_cross_attention": False}
+    supported = {
+        "model_type": "gpt2",
+        "tie_word_embeddings": True,
+        "add_cross_attention": False,
+        "quantization_config": None,
+    }
     for key, only in supported.items():
         if values.get(key, only) != only:
             raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported")
@@ -196,6 +201,11 @@ def _weight_files(directory: Path) -> list[Path]:
 def _check_sizes(file: Path, config: GPT2Config, stored: dict[str, _Stored]) -> None:
     """Refuse a config larger than the stored weights, before a model of its size is made."""
     n_layers = len({name.split(".")[1] for name in stored if name.startswith("h.")})
+    if n_layers == 0 and stored:
+        key = min(stored)
+        raise ValueError(
+            f"{stored[key].file}: no key begins with 'h.' or 'transformer.h.', as GPT-2's do; one is {key!r}"
+        )
     if config.n_layer > n_layers:
         raise ValueError(f"{file}: n_layer is {config.n_layer}, but the weights have {n_layers} layers")
     largest = max((size for _, _, tensor in stored.values() for size in tensor.shape), default=0)

@@ -55,6 +55,8 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
     if shape in CHATS:
         return _conversation(value, shape, required)
     if shape == "prompt/completion":
+        if "completion" not in value and "output" in required:
+            raise ValueError(f"no 'completion' in {shorten(value)}")
         renamed = {key: value[key] for key in LABELS if key in value} | {"instruction": value["prompt"]}
         return [renamed | ({"output": value["completion"]} if "completion" in value else {})]
     return [value]

@@ -117,7 +117,7 @@ def make_records(
             records.append(_placed(record | ({"part": PARTS[row.part]} if row.part else {}), place))
     if not records and not problems:
         raise ValueError(f"{source}: the list of records is empty")
-    if shapes[""] and problems:
+    if problems and (shapes[""] or any(": no '" in problem for problem in problems)):
         known = "instruction and output, prompt and completion, messages, or conversations"
         problems[min(len(problems), SHOWN_PROBLEMS) - 1] += f" (a record has {known}; data.columns maps other names)"
     _refuse(problems, source)
@@ -213,6 +213,7 @@ def _decode(content: bytes, file: Path) -> str:
 def _csv_rows(text: str, file: Path) -> Iterator[Row]:
     """The rows of a CSV file as objects; the separator is the one of , ; and tab that the header has most often."""
     lines = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), delimiter=_separator(text, file), strict=True)
+    csv.field_size_limit(len(text) + 1)  # the default refuses cells above 128 KiB
     header: list[str] = []
     number, start = 0, 1
     try:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gpt2core.files import check_exists
 
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not the 8-bit types, which need scales
+
 
 def read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """All tensors of a safetensors file.
@@ -30,8 +32,10 @@ def check_weight(source: object, key: str, tensor: Tensor) -> None:
     Raises:
         ValueError: naming the source (a file, or what is saved) and the tensor.
     """
-    if not tensor.is_floating_point():
-        raise ValueError(f"{source}: tensor {key!r} has the type {tensor.dtype}; weights are floating-point numbers")
+    if tensor.dtype not in WEIGHT_TYPES:
+        raise ValueError(
+            f"{source}: tensor {key!r} has the type {tensor.dtype}; weights are floating-point numbers of 16 to 64 bits"
+        )
     if not is_finite(tensor):
         raise ValueError(f"{source}: tensor {key!r} has NaN or infinite values; the training that made it diverged")
 

@@ -249,10 +249,16 @@ def test_a_missing_key_is_named_with_its_file(directory, change, key):
     refused(directory, file, f"key {key!r} is missing")
 
 
-def test_integer_weights_are_refused(directory, change):
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_integer_and_8_bit_weights_are_refused(directory, change, dtype):
     key = "transformer.wpe.weight"
-    file = change(lambda tensors: tensors.update({key: tensors[key].long()}))
-    refused(directory, f"{file}: tensor {key!r} has the type torch.int64")
+    file = change(lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    refused(directory, f"{file}: tensor {key!r} has the type {dtype}")
+
+
+def test_the_keys_of_a_wrapped_model_are_named(directory, change):
+    file = change(lambda tensors: {f"_orig_mod.{key}": tensor for key, tensor in tensors.items()})
+    refused(directory, f"{file}: no key begins with 'h.'", "_orig_mod.transformer.h.0")
 
 
 @pytest.mark.parametrize("key", ["transformer.h.2.ln_1.weight", "score.weight", "transformer.h.0.attn.c_attn.lora_A"])
@@ -304,6 +310,7 @@ def test_a_config_that_is_not_a_json_object_is_named(directory, content):
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False; only True is supported"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"quantization_config": {"quant_method": "x"}}, "quantization_config is {'quant_method': 'x'}; only None"),
         ({"activation_function": "silu"}, "GPT2Config.activation_function is 'silu'; it must be gelu_new"),
         ({"n_layer": 0}, "GPT2Config.n_layer is 0"),
         ({"n_head": 5}, "n_embd=32 is not divisible by n_head=5"),

@@ -198,6 +198,8 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.csv", 'instruction,output\na,"b', ["line 2 (record 1)", "unexpected end of data"]),
         ("a.csv", "a,a\n1,2\n", ["line 1", "'a' occurs twice"]),
         ("a.csv", "instruction,output\na, \n", ["record 1 (line 2)", "'output' is empty"]),
+        ("a.csv", "prompt,response\na,b\n", ["no 'completion' in", '"response": "b"', "data.columns maps other names"]),
+        ("a.csv", "instruction,response\na,b\n", ["no 'output' in", "data.columns maps other names"]),
         ("a.csv", "q,a\n1,2\n", ["record 1 (line 2)", "no 'instruction'", "data.columns maps other names"]),
         ("a.json", f'{{"a": [{LINE}], "b": []}}', ["line 1, column 1", "'a', 'b'", "train"]),
         ("a.json", f'{{"train": [{LINE},\n{{}}]}}', ["train record 2 (line 2)", "no 'instruction'"]),
@@ -205,7 +207,7 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', ["messages[0]: the role is", "tool"]),
         ("a.jsonl", '{"conversations": [{"from": "gpt", "value": "x"}]}', ["comes after no turn"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["no answer of the assistant"]),
-        ("a.jsonl", '{"prompt": "x"}', ["no 'output'"]),
+        ("a.jsonl", '{"prompt": "x"}', ["no 'completion'"]),
     ],
 )
 def test_an_error_names_the_file_and_the_place(write, name, text, named):
@@ -266,3 +268,8 @@ def test_the_1100_records_of_mariovas3_llms_are_read():
     records = read_records(Path(file))
     assert len(records) == 1100
     assert records[0]["instruction"].startswith("Evaluate the following phrase")
+
+
+def test_a_long_cell_of_a_csv_file_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text(f"instruction,output\na,{'x' * 200_000}\n")
+    assert len(read_records(tmp_path / "a.csv")[0]["output"]) == 200_000
