@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 LogText = Literal["hash", "keep", "drop"]
-MultiTurn = Literal["last", "refuse"]
+MultiTurn = Literal["last", "history", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Settings:
     weights: str = "auto"  # one of gpt2core.engine.Weights
     request_log: str = ""  # file for one JSON line per completion; "": no log
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
-    multi_turn: MultiTurn = "last"  # of a conversation, answer the last user turn; or refuse more than one turn
+    multi_turn: MultiTurn = "last"  # answer the last user turn alone; with earlier turns as its input; or refuse them
     accept_other_base: bool = False  # load adapters that name another base too, with a warning
     tracing: bool = False  # BentoML's OpenTelemetry spans; not a GPT2_ variable: OTEL_SDK_DISABLED=false sets it
 

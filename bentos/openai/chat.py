@@ -19,6 +19,7 @@ from bentos.openai.serving import Route, respond
 from bentos.openapi import ERRORS, operation
 from bentos.schemas import DEFAULTS
 from bentos.settings import MultiTurn
+from gpt2core.prompt import format_turns
 
 if TYPE_CHECKING:
     from bentos.generation import TextGenerator
@@ -50,8 +51,8 @@ class ChatRoute(Route):
             raise ServiceError("invalid_request", "top_logprobs: only together with logprobs", "top_logprobs")
         self.logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self.max_new_tokens = body.max_completion_tokens or body.max_tokens or DEFAULTS.max_new_tokens
-        instruction, n_ignored = instruction_of(body.messages, multi_turn)
-        self.prompts = [generator.encode_instruction(instruction)]
+        prompt, n_ignored = prompt_of(body.messages, generator, multi_turn, self.max_new_tokens)
+        self.prompts = [prompt]
         self.extra_fields = {"ignored_messages": n_ignored}
 
     def choice(
@@ -81,11 +82,36 @@ class ChatRoute(Route):
         return {"token": token_text(token, self.tokenizer), "logprob": logprob, "bytes": list(data)}
 
 
-def instruction_of(messages: Sequence[Message], multi_turn: MultiTurn) -> tuple[str, int]:
-    """The instruction, which is the last user turn, and how many other messages with content are ignored.
+def prompt_of(
+    messages: Sequence[Message], generator: "TextGenerator", multi_turn: MultiTurn, max_new_tokens: int
+) -> tuple[list[int], int]:
+    """The prompt of a conversation, and how many of its messages with content are not in it.
 
-    The model was finetuned on single instructions: neither a system message nor earlier turns have a place in the
-    prompt, and a system message in the instruction's place changes the answer.
+    The last user turn is the instruction. A system message has no place in the prompt, and in the instruction's place
+    it changes the answer. With `multi_turn` "history", earlier turns of user and assistant are the input, as in
+    training on conversations: the newest that the context holds beside `max_new_tokens`, or in half of it if that is
+    more.
+
+    Raises:
+        ServiceError: as `instruction_of`.
+    """
+    instruction, earlier = instruction_of(messages, multi_turn)
+    prompt, n_used = generator.encode_instruction(instruction), 0
+    if multi_turn == "history":
+        room = generator.n_positions - min(max_new_tokens, generator.n_positions // 2)
+        turns = [(message.role, message.text) for message in earlier if message.role in ("user", "assistant")]
+        written = [(role, text) for role, text in turns if text is not None and text.strip()]
+        for n in range(1, len(written) + 1):
+            longer = generator.encode_instruction(instruction, format_turns(written[-n:]))
+            if len(longer) > room:
+                break
+            prompt, n_used = longer, n
+    n_others = sum(message.text is None or bool(message.text.strip()) for message in messages) - 1
+    return prompt, n_others - n_used
+
+
+def instruction_of(messages: Sequence[Message], multi_turn: MultiTurn) -> tuple[str, list[Message]]:
+    """The last user turn, and the turns before it.
 
     Raises:
         ServiceError: the last turn is not text of the user; or earlier turns, with `multi_turn` "refuse".
@@ -102,5 +128,4 @@ def instruction_of(messages: Sequence[Message], multi_turn: MultiTurn) -> tuple[
     if len(turns) > 1 and multi_turn == "refuse":
         message = f"messages: there are {len(turns)} turns, and this server answers single turns (GPT2_MULTI_TURN)"
         raise ServiceError("invalid_request", message, "messages")
-    others = [message for message in messages if message is not turns[-1]]
-    return instruction, sum(message.text is None or bool(message.text.strip()) for message in others)
+    return instruction, turns[:-1]

@@ -9,11 +9,11 @@ from starlette.responses import JSONResponse
 from bentos.body import read_body
 from bentos.dependencies import served
 from bentos.errors import ServiceError
-from bentos.openai.chat import instruction_of
+from bentos.openai.chat import prompt_of
 from bentos.openai.logprobs import token_text
 from bentos.openai.protocol import DetokenizeRequest, TokenizeRequest
 from bentos.openapi import ERRORS, operation
-from bentos.schemas import TUNED
+from bentos.schemas import DEFAULTS, TUNED
 
 router = APIRouter()
 
@@ -29,8 +29,8 @@ async def tokenize(request: Request) -> JSONResponse:
     if body.messages is None:
         tokens = generator.tokenizer.encode_ordinary(body.prompt or "")
     else:
-        instruction, _ = instruction_of(body.messages, served(request).multi_turn)
-        tokens = generator.encode_instruction(instruction)
+        multi_turn = served(request).multi_turn
+        tokens, _ = prompt_of(body.messages, generator, multi_turn, DEFAULTS.max_new_tokens)
     texts = [token_text(token, generator.tokenizer) for token in tokens] if body.return_token_strs else None
     content = {"count": len(tokens), "max_model_len": generator.n_positions, "tokens": tokens, "token_strs": texts}
     return JSONResponse(content)

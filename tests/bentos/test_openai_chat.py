@@ -1,11 +1,17 @@
 """Which message of a conversation is answered."""
 
+from dataclasses import dataclass
+
 import openai
 import pytest
+from tiktoken import Encoding
 
 from bentos.errors import ServiceError
-from bentos.openai.chat import instruction_of
+from bentos.generation import TextGenerator
+from bentos.openai.chat import instruction_of, prompt_of
 from bentos.openai.protocol import Message
+from gpt2core.prompt import format_prompt
+from gpt2core.record_formats import to_records
 from tests.bentos.client import answer_of
 
 N = {"max_tokens": 8}
@@ -65,7 +71,31 @@ def test_messages_that_cannot_be_answered_are_refused(client, messages, message)
 
 def test_with_multi_turn_refuse_earlier_turns_are_an_error():
     turns = [Message(**message) for message in CONVERSATIONS["earlier turns"]]
-    assert instruction_of(turns, "last") == ("Say hello.", 3)
     with pytest.raises(ServiceError, match="3 turns"):
         instruction_of(turns, "refuse")
-    assert instruction_of([turns[0], turns[-1]], "refuse") == ("Say hello.", 1)
+    assert instruction_of([turns[0], turns[-1]], "refuse") == ("Say hello.", [])
+
+
+def test_with_multi_turn_history_earlier_turns_are_the_input_as_in_training(tokenizer):
+    messages = [*CONVERSATIONS["a tool call among earlier turns"], SYSTEM]
+    record = {"messages": [message for message in messages if message["role"] in ("user", "assistant")]}
+    record["messages"] = [m for m in record["messages"] if m["content"]] + [{"role": "assistant", "content": "Hello."}]
+    [*_, trained] = to_records(record, ("output",), {})
+    expected = tokenizer.encode_ordinary(format_prompt(trained["instruction"], trained["input"]))
+    turns = [Message(**message) for message in messages]
+    generator = Encoder(tokenizer, n_positions=1000)
+    assert prompt_of(turns, generator, "history", 8) == (expected, 3)  # the tool's two messages and the system's
+    short = Encoder(tokenizer, n_positions=len(expected) + 7)  # no room for the oldest turn
+    prompt, n_ignored = prompt_of(turns, short, "history", 8)
+    assert n_ignored == 4
+    assert tokenizer.decode(prompt) == format_prompt("Say hello.", "Assistant: 42")
+    assert prompt_of(turns, Encoder(tokenizer, n_positions=10), "history", 8) == prompt_of(turns, short, "last", 8)
+
+
+@dataclass
+class Encoder:
+    """What `prompt_of` uses of TextGenerator."""
+
+    tokenizer: Encoding
+    n_positions: int
+    encode_instruction = TextGenerator.encode_instruction
