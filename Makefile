@@ -51,7 +51,10 @@ dashboard: install
 	$(BIN)/zenml login --local
 
 # ONLY=train,decode measures those groups only. Use an idle machine.
+# Peers that cannot be installed here are left out, and their rows say so.
 bench: install
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
 bench-growth: install

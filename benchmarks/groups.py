@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shutil import copytree
 from statistics import quantiles
+from types import MappingProxyType
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from benchmarks.engines import CTranslate2, LlamaCpp, find_version
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
 from benchmarks.peer import Decoder, Trainer, best_trainer
 from benchmarks.pipeline import WORK, Quality, run_cold
@@ -166,6 +169,31 @@ def batch(setting: Setting) -> list[Row]:
     return rows
 
 
+def engines(setting: Setting) -> list[Row]:
+    """Concurrent requests beside the engines of others; one that is not installed has a row that says so."""
+    rows = []
+    base = _with_tokenizer(setting)
+    peers: list[tuple[str, str, Callable[[int], Side]]] = [
+        ("llama.cpp Q8_0", "llama-cpp-python", lambda n: Side(LlamaCpp, base, "q8_0", n)),
+        ("llama.cpp F16", "llama-cpp-python", lambda n: Side(LlamaCpp, base, "f16", n)),
+        ("CTranslate2 int8", "ctranslate2", lambda n: Side(CTranslate2, base, "int8")),
+    ]
+    for n in (1, 16, 32):
+        with ExitStack() as stack:
+            ours = stack.enter_context(Side(Ours, setting.base, "auto", max(n, 16)))
+            sides: dict[str, Callable[[int], float]] = {"ours": partial(_rate, ours, setting, n)}
+            for name, package, start in peers:
+                if find_version(package) is not None:
+                    sides[name] = partial(_engine_rate, stack.enter_context(start(n)), setting, n)
+            values = interleave(sides, setting.runs)
+            for name, package, _ in peers:
+                found = find_version(package)
+                note = f"weights {ours.weights()}; {package} {found or 'is not installed, so there is no peer'}"
+                label = f"{n} request{'s' if n > 1 else ''}, beside {name}"
+                rows.append(make_row(label, "tokens/s", values["ours"], values.get(name), setting.command, note=note))
+    return rows
+
+
 def adapters(setting: Setting) -> list[Row]:
     """Eight adapters in one batch compared with one merged adapter; time to load an adapter."""
     model = load_pretrained(setting.base)
@@ -213,10 +241,7 @@ def memory(setting: Setting) -> list[Row]:
 
 def serve(setting: Setting) -> list[Row]:
     """The served Bento compared with its own engine, and with a plain FastAPI server."""
-    directory = setting.directory / "served"
-    copytree(setting.base, directory)
-    copytree(setting.directory / "tokenizer", directory, dirs_exist_ok=True)
-    widen_tokenizer(directory, load_pretrained(setting.base).config.vocab_size)
+    directory = _with_tokenizer(setting)
     adapter = random_adapter(load_pretrained(setting.base), setting.directory / "adapter", 0)
     with ExitStack() as stack:
         engine = stack.enter_context(Side(Ours, setting.base, "auto", 16, [adapter]))
@@ -252,7 +277,16 @@ def serve(setting: Setting) -> list[Row]:
         }
         values = interleave(sides, setting.runs)
         name, note = "HTTP, 16 clients, beside FastAPI", "peer: FastAPI with generate, one request at a time"
-        return [*rows, make_row(name, "tokens/s", values["ours"], values["peer"], setting.command, note=note)]
+        rows.append(make_row(name, "tokens/s", values["ours"], values["peer"], setting.command, note=note))
+        # a string of any letters and spaces: every token is masked, and no completion ends before the limit
+        masked = {"guided_regex": "[A-Za-z ]{1000}"}
+        sides = {
+            "ours": partial(_http_rate, clients, url, setting, 16, fields=masked),
+            "free": partial(_http_rate, clients, url, setting, 16),
+        }
+        values = interleave(sides, setting.runs)
+        name, note = "HTTP, 16 clients, structured output", "peer: the same service without a structure"
+        return [*rows, make_row(name, "tokens/s", values["ours"], values["free"], setting.command, note=note)]
 
 
 def pipeline(setting: Setting) -> list[Row]:
@@ -282,6 +316,7 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
     "train": train,
     "decode": decode,
     "batch": batch,
+    "engines": engines,
     "adapters": adapters,
     "memory": memory,
     "serve": serve,
@@ -310,9 +345,25 @@ def _rate(engine: Side, setting: Setting, n: int, run: int, n_adapters: int = 0)
     return rate
 
 
-def _http_rate(clients: Side, url: str, setting: Setting, n: int, run: int) -> float:
-    rate: float = clients.rate(url, setting.prompts(n, run), setting.n_new)
+def _http_rate(
+    clients: Side, url: str, setting: Setting, n: int, run: int, fields: Mapping[str, Any] = MappingProxyType({})
+) -> float:
+    rate: float = clients.rate(url, setting.prompts(n, run), setting.n_new, dict(fields))
     return rate
+
+
+def _engine_rate(engine: Side, setting: Setting, n: int, run: int) -> float:
+    rate: float = engine.rate(setting.prompts(n, run), setting.n_new)
+    return rate
+
+
+def _with_tokenizer(setting: Setting) -> Path:
+    """The checkpoint with a tokenizer that has every id of its vocabulary."""
+    directory = setting.directory / "with-tokenizer"
+    copytree(setting.base, directory)
+    copytree(setting.directory / "tokenizer", directory, dirs_exist_ok=True)
+    widen_tokenizer(directory, load_pretrained(setting.base).config.vocab_size)
+    return directory
 
 
 def _peer_rate(peer: Side, setting: Setting, n: int, batch_size: int, run: int) -> float:

@@ -20,16 +20,19 @@ from gpt2core.tokenizer import END_OF_TEXT
 class Clients:
     """Concurrent clients. Each sends one request over a connection that is already open."""
 
-    def rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int) -> float:
-        """Throughput in new tokens/s: one request per client, from the first request to the last response."""
-        return asyncio.run(self._rate(url, prompts, n_new))
+    def rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int, fields: dict[str, Any]) -> float:
+        """Throughput in new tokens/s: one request per client, from the first request to the last response.
 
-    async def _rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int) -> float:
+        `fields` are further ones of each request.
+        """
+        return asyncio.run(self._rate(url, prompts, n_new, fields))
+
+    async def _rate(self, url: str, prompts: Sequence[Sequence[int]], n_new: int, fields: dict[str, Any]) -> float:
         async with _session() as session:
             await asyncio.gather(*(session.get(f"{url}/livez") for _ in prompts))
 
             async def complete(prompt: Sequence[int]) -> int:
-                async with session.post(f"{url}/v1/completions", json=_body(prompt, n_new)) as response:
+                async with session.post(f"{url}/v1/completions", json=_body(prompt, n_new) | fields) as response:
                     response.raise_for_status()
                     body = await response.json()
                 return int(body["usage"]["completion_tokens"])

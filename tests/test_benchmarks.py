@@ -9,8 +9,12 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import gpu, growth
+from benchmarks.engines import CTranslate2, LlamaCpp
 from benchmarks.measure import interleave, make_row
 from benchmarks.run import main, render_table
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.config import GenerationConfig
+from gpt2core.generate import generate
 
 TINY = ["--model", "gpt2-nano", "--medium", "gpt2-nano", "--runs", "1", "--new-tokens", "4", "--train-steps", "1"]
 TINY += ["--config", "configs/dev.yaml"]
@@ -18,7 +22,7 @@ pytestmark = pytest.mark.timeout(1800)  # a busy machine takes several times as 
 KEYS = {"name", "ours", "peer", "ratio", "unit", "runs", "spread", "limit", "share_of_limit", "command"}
 
 
-SLOW = [pytest.param(group, marks=pytest.mark.slow) for group in ("serve", "pipeline")]
+SLOW = [pytest.param(group, marks=pytest.mark.slow) for group in ("engines", "serve", "pipeline")]
 
 
 @pytest.mark.parametrize("group", ["train", "decode", "adapters", *SLOW])
@@ -35,6 +39,16 @@ def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
         assert row["ours"] > 0 or row["unit"] == "%"
         assert row["name"] in page
         assert row["name"] in done.stdout
+
+
+@pytest.mark.parametrize(("module", "side"), [("llama_cpp", LlamaCpp), ("ctranslate2", CTranslate2)])
+def test_the_engines_of_others_generate_our_tokens(base_dir, module, side):
+    pytest.importorskip(module, reason="`make bench` installs it")
+    model = load_pretrained(base_dir)
+    ids = torch.randint(model.config.token_count, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [ids[0][:3], ids[1][:5], ids[2]]  # CTranslate2 repeats the others if one has a single token
+    engine = LlamaCpp(base_dir, "f32", max_batch=3) if side is LlamaCpp else CTranslate2(base_dir, "float32")
+    assert engine.generate(prompts, 6) == generate(model, prompts, GenerationConfig(max_new_tokens=6))
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "benchmarks": {
         *("benchmarks", "gpt2core", "torch", "deploy"),  # deploy: the service is built and served as in the pipeline
         *("transformers", "peft", "click", "jinja2", "aiohttp", "fastapi", "uvicorn", "matplotlib"),
+        *("steps", "numpy", "llama_cpp", "ctranslate2"),  # engines.py
     },
 }
 ADAPTERS = {  # the library that each adapter wraps
@@ -94,7 +95,7 @@ EXTRAS = {
     "stacks": ("pipeline", "deploy"),
     "deploy": ("deploy", "serve"),
     "bentos": ("serve",),
-    "benchmarks": ("bench", "deploy"),
+    "benchmarks": ("bench", "deploy", "engines"),
 }
 # The modules that may use names which a library does not promise to keep.
 COMPAT = {"gpt2core/inference/kernels.py", "bentos/compat.py", "pipelines/zenml_compat.py"}

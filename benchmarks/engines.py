@@ -1,0 +1,128 @@
+"""The engines that people would choose instead: llama.cpp and CTranslate2, each with its own file of the same model."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import mkdtemp
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt2core.checkpoint import load_pretrained
+from steps.adapters.gguf_file import write_gguf
+
+PROMPT_BATCH = 512  # prompt tokens that llama.cpp computes at once, its default
+
+
+def find_version(package: str) -> str | None:
+    """The installed version; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class LlamaCpp:
+    """llama.cpp by its C interface, which decodes all sequences in one batch, as its server does."""
+
+    def __init__(self, base: Path, kind: str, max_batch: int) -> None:
+        """
+        Args:
+            base: a checkpoint with its tokenizer.
+            kind: of the GGUF file: q8_0, f16 or f32.
+        """
+        import llama_cpp
+
+        self.api = llama_cpp
+        file = Path(mkdtemp()) / "model.gguf"
+        model = load_pretrained(base)
+        write_gguf(model, base, file, kind)
+        self.context_length = model.config.n_positions
+        self.vocab_size = model.config.vocab_size
+        self.log = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self.log, None)
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = max_batch * self.context_length
+        options.n_seq_max = max_batch
+        options.n_batch = options.n_ubatch = PROMPT_BATCH
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.llama_init_from_model(self.model, options)
+        self.batch = llama_cpp.llama_batch_init(PROMPT_BATCH, 0, 1)
+
+    def rate(self, prompts: Sequence[Sequence[int]], n_new: int) -> float:
+        """Throughput in new tokens/s, prompt processing included in the time."""
+        start = perf_counter()
+        n_tokens = sum(map(len, self.generate(prompts, n_new)))
+        return n_tokens / (perf_counter() - start)
+
+    def generate(self, prompts: Sequence[Sequence[int]], n_new: int) -> list[list[int]]:
+        """Greedy completions of `n_new` tokens."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        todo = [(seq, i, token, i == len(p) - 1) for seq, p in enumerate(prompts) for i, token in enumerate(p)]
+        completions: list[list[int]] = [[] for _ in prompts]
+        while todo:
+            for start in range(0, len(todo), PROMPT_BATCH):
+                part = todo[start : start + PROMPT_BATCH]
+                for seq, token in self._decode(part):
+                    completions[seq].append(token)
+            todo = [
+                (seq, len(prompt) + len(tokens) - 1, tokens[-1], True)
+                for seq, (prompt, tokens) in enumerate(zip(prompts, completions, strict=True))
+                if len(tokens) < n_new
+            ]
+        return completions
+
+    def _decode(self, part: Sequence[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
+        """Compute (sequence, position, token, whether to predict); returns (sequence, the most likely next token)."""
+        batch = self.batch
+        batch.n_tokens = len(part)
+        for i, (seq, position, token, predicts) in enumerate(part):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, predicts
+            batch.seq_id[i][0] = seq
+        if code := self.api.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode returned {code}")
+        found = []
+        for i, (seq, _, _, predicts) in enumerate(part):
+            if predicts:
+                logits = self.api.llama_get_logits_ith(self.context, i)
+                found.append((seq, int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())))
+        return found
+
+
+class CTranslate2:
+    """CTranslate2's Generator, which decodes all sequences in one batch."""
+
+    def __init__(self, base: Path, kind: str) -> None:
+        """
+        Args:
+            base: a checkpoint with its tokenizer.
+            kind: compute type: int8 or float32.
+        """
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+
+        directory = Path(mkdtemp()) / "model"
+        TransformersConverter(str(base)).convert(str(directory), quantization=kind)
+        self.vocabulary: list[str] = json.loads((directory / "vocabulary.json").read_text())
+        threads = torch.get_num_threads()
+        self.generator: Any = ctranslate2.Generator(
+            str(directory), device="cpu", compute_type=kind, inter_threads=1, intra_threads=threads
+        )
+
+    def rate(self, prompts: Sequence[Sequence[int]], n_new: int) -> float:
+        """Throughput in new tokens/s, prompt processing included in the time."""
+        start = perf_counter()
+        n_tokens = sum(map(len, self.generate(prompts, n_new)))
+        return n_tokens / (perf_counter() - start)
+
+    def generate(self, prompts: Sequence[Sequence[int]], n_new: int) -> list[list[int]]:
+        """Greedy completions of `n_new` tokens."""
+        tokens = [[self.vocabulary[id] for id in prompt] for prompt in prompts]
+        results = self.generator.generate_batch(
+            tokens, max_length=n_new, min_length=n_new, sampling_topk=1, include_prompt_in_result=False, end_token=[]
+        )
+        return [result.sequences_ids[0] for result in results]
