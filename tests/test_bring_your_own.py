@@ -24,8 +24,8 @@ def test_the_record_and_the_configuration_are_valid():
     [record] = blocks("json")
     value = json.loads(record)
     assert make_records([Row("record 1", value)], "docs") == [value]
-    [config] = blocks("yaml")
-    check_config(yaml.safe_load(config), "docs", finetune_pipeline)
+    for config in blocks("yaml"):
+        check_config(yaml.safe_load(config), "docs", finetune_pipeline)
 
 
 @pytest.mark.slow
@@ -33,10 +33,25 @@ def test_the_record_and_the_configuration_are_valid():
 def test_the_commands_run(tmp_path):
     project = copy_project(tmp_path)
     environment = fresh_environment(project, tmp_path / "home")
+
+    def run(*words: str) -> str:
+        done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
     data, ask, exports, wandb = blocks("bash")
     for block in (data, exports, ask, wandb):
-        done = subprocess.run(["bash", "-ec", block], cwd=project, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        run("bash", "-ec", block)
     assert (project / "merged" / "model.safetensors").is_file()
     assert (project / "gguf" / "model.gguf").is_file()
     assert list((project / "outputs" / "wandb").rglob("*.wandb"))
+
+    # a base from a directory: what was exported for transformers
+    config = yaml.safe_load((project / "mine.yaml").read_text())
+    config["parameters"]["base"] = {"source": "hub", "name": "merged"}
+    (project / "directory.yaml").write_text(yaml.safe_dump(config))
+    run("python", "run.py", "finetune", "--config", "directory.yaml")
+    assert run("python", "run.py", "ask", "What is the plural of mouse?").strip()
+    readme = (project / "README.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert run("python", "-c", snippet).strip()
