@@ -1,7 +1,7 @@
 """Examples as tensors, packed into rows with next to no padding."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,21 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (G, T), padded on the right
     labels: Tensor  # (G, T): the next token, IGNORED where it does not count in the loss
     n_tokens: int  # without padding; a shared prefix counts once per example
+    labelled: Tensor | None = None  # (N) indices of the labels that count in the flattened rows; None: all of them
     positions: Tensor | None = None  # (G, T) within the example; None: each row is one text from position 0
     example: Tensor | None = None  # (G, T) index of the token's example, SHARED or PADDING; None: rows have no examples
+
+    @property
+    def n_labels(self) -> int:
+        """Labels that count in the loss: known on the host, whatever device the tensors are on."""
+        return self.labels.numel() if self.labelled is None else len(self.labelled)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device. The host does not wait for a copy to a GPU: it is made from pinned memory."""
+        tensors: dict[str, Any] = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        if torch.device(device).type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def pack(
@@ -59,13 +72,8 @@ def pack(
             start = place.stop
     n_tokens = sum(lengths) + shared * len(examples)
     one_example_per_row = n_rows == len(examples)
-    return Batch(
-        input_ids.to(device),
-        labels.to(device),
-        n_tokens,
-        None if one_example_per_row else positions.to(device),
-        example.to(device),
-    )
+    labelled = (labels != IGNORED).flatten().nonzero()[:, 0]
+    return Batch(input_ids, labels, n_tokens, labelled, None if one_example_per_row else positions, example).to(device)
 
 
 def attention_mask(example: Tensor) -> Tensor:
