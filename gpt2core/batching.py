@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.data import Example
+from gpt2core.tensors import to_device
 
 IGNORED = -100  # the label of a token that does not count in the loss
 SHARED, PADDING = -1, -2  # in place of an example's index
@@ -29,11 +30,11 @@ class Batch(NamedTuple):
         return self.labels.numel() if self.labelled is None else len(self.labelled)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device. The host does not wait for a copy to a GPU: it is made from pinned memory."""
-        tensors: dict[str, Any] = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        if torch.device(device).type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        """The batch on a device."""
+        moved: dict[str, Any] = {
+            name: to_device(part, device) if isinstance(part, Tensor) else part for name, part in self._asdict().items()
+        }
+        return Batch(**moved)
 
 
 def pack(

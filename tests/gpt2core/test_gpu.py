@@ -225,7 +225,7 @@ def test_greedy_completions_are_those_of_the_cpu(tiny_gpt2_dir):
 @pytest.mark.parametrize("max_batch", [1, 3, 16])
 def test_the_engine_gives_the_completions_of_generate(tiny_gpt2_dir, max_batch):
     model, prompts, configs = load(tiny_gpt2_dir), random_prompts(40), mixed_configs(40)
-    with Engine(model, max_batch, "fp32") as engine:
+    with Engine(model, max_batch, "fp32", static_cache=True) as engine:
         requests = [engine.submit(*pair) for pair in zip(prompts, configs, strict=True)]
         completions = [request.result(120) for request in requests]
     assert completions == [generate(model, [p], c)[0] for p, c in zip(prompts, configs, strict=True)]
@@ -234,7 +234,7 @@ def test_the_engine_gives_the_completions_of_generate(tiny_gpt2_dir, max_batch):
 def test_each_request_uses_its_own_adapter(tiny_gpt2_dir, tmp_path):
     loras = [None, LoraConfig(rank=2), LoraConfig(rank=5, targets=ALL_TARGETS)]
     prompts, config, models = random_prompts(12, 40), GenerationConfig(max_new_tokens=12), [load(tiny_gpt2_dir)]
-    with Engine(models[0], 5, "fp32") as engine:
+    with Engine(models[0], 5, "fp32", static_cache=True) as engine:
         for i, lora in enumerate(loras[1:], 1):
             directory = save_random_adapter(load(tiny_gpt2_dir, device="cpu"), lora, i, tmp_path / str(i))
             engine.load_adapter(str(i), directory)
@@ -249,7 +249,7 @@ def test_each_request_uses_its_own_adapter(tiny_gpt2_dir, tmp_path):
 def test_bf16_decoding_takes_tokens_that_fp32_finds_as_likely(tiny_gpt2_dir, n):
     """In bf16 another token may be the largest by rounding: compare probabilities instead of tokens."""
     reference, prompts = load(tiny_gpt2_dir, device="cpu"), random_prompts(n, 30, seed=2)
-    with Engine(load(tiny_gpt2_dir), 8, "bf16") as engine:
+    with Engine(load(tiny_gpt2_dir), 8, "bf16", static_cache=True) as engine:
         requests = [engine.submit(p, GenerationConfig(max_new_tokens=20), logprobs=1) for p in prompts]
         completions = [request.result(120) for request in requests]
     for prompt, request, completion in zip(prompts, requests, completions, strict=True):
@@ -261,6 +261,34 @@ def test_bf16_decoding_takes_tokens_that_fp32_finds_as_likely(tiny_gpt2_dir, n):
         # logits here spread over about 10; bf16 has 8 bits
         torch.testing.assert_close(found, own, rtol=0, atol=0.15)
         assert (best - own).max() < 0.15
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_graphs_give_the_completions_of_the_same_kernels_launched_one_by_one(tiny_gpt2_dir, weights, caplog):
+    completions, prompts, configs = [], random_prompts(20), mixed_configs(20)
+    for uses_graphs in (DEVICE == "cuda", False):
+        with Engine(load(tiny_gpt2_dir), 8, weights, static_cache=True) as engine:
+            decoder = engine._runner._decoder
+            decoder.uses_graphs = uses_graphs
+            # one after the other: which requests run together must not depend on time
+            completions.append([engine.submit(*pair).result(120) for pair in zip(prompts, configs, strict=True)])
+            assert bool(decoder._graphs) == uses_graphs, caplog.text
+    assert completions[0] == completions[1]
+
+
+def test_a_batch_of_many_sizes_is_decoded_by_graphs(tiny_gpt2_dir, tmp_path, caplog):
+    """Rows come and go, and adapters are loaded by this thread while the engine's captures graphs."""
+    model, prompts = load(tiny_gpt2_dir), random_prompts(60, 30)
+    configs = [GenerationConfig(max_new_tokens=1 + i % 30) for i in range(60)]
+    expected = [generate(model, [p], c)[0] for p, c in zip(prompts, configs, strict=True)]
+    directory = save_random_adapter(load(tiny_gpt2_dir, device="cpu"), LoraConfig(), 1, tmp_path)
+    with Engine(model, 13, "fp32", static_cache=True) as engine:
+        requests = []
+        for i, pair in enumerate(zip(prompts, configs, strict=True)):
+            requests.append(engine.submit(*pair))
+            engine.load_adapter(str(i % 3), directory)
+        assert [request.result(120) for request in requests] == expected
+        assert engine._runner._decoder.uses_graphs == (DEVICE == "cuda"), caplog.text
 
 
 def test_auto_weights_on_a_gpu_are_bf16(tiny_gpt2_dir):
