@@ -42,7 +42,7 @@ class Sampler:
     ) -> None:
         self.config, self._prompt, self._device, self._grammar = config, prompt, device, grammar
         self.generator = _make_generator(config, device)
-        self._has_controls = grammar is not None or bool(
+        self.has_controls = grammar is not None or bool(
             config.logit_bias
             or config.repetition_penalty != 1
             or config.presence_penalty
@@ -53,11 +53,11 @@ class Sampler:
     @property
     def is_greedy(self) -> bool:
         """Whether every token is the most likely one."""
-        return self.config.temperature == 0 and not self._has_controls
+        return self.config.temperature == 0 and not self.has_controls
 
     def scores(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
         """Logits (V) of the token that follows `completion`, after the controls."""
-        return self._control(logits, completion) if self._has_controls else logits
+        return self._control(logits, completion) if self.has_controls else logits
 
     def accept(self, token: int) -> int:
         """Read the chosen token; returns it."""
@@ -125,7 +125,8 @@ def choose(
                 special[i] = sampler.scores(logits[i], completion)
             except Exception as error:
                 outputs[i] = error
-    chosen = _choose_special([s for i, s in enumerate(samplers) if s and i in special], [*special.values()])
+    special_samplers = [sampler for i, sampler in enumerate(samplers) if sampler is not None and i in special]
+    chosen = _choose_special(special_samplers, [*special.values()], [best[i : i + 1] for i in special])
     found: list[int] = torch.cat([best, *chosen]).tolist()  # waits for the device
     by_row = dict(zip(special, found[len(best) :], strict=True))
     for i, sampler in enumerate(samplers):
@@ -143,19 +144,24 @@ def choose(
     return [outputs[i] for i in range(len(samplers))]
 
 
-def _choose_special(samplers: Sequence[Sampler], scores: Sequence[Tensor]) -> list[Tensor]:
-    """The token of each of n samplers from its scores (V), in one tensor (n): -1 where none is finite. n = 0: none."""
-    if not samplers:
-        return []
-    stacked = torch.stack([*scores])  # (n, V)
-    tokens = most_likely(stacked)
+def _choose_special(samplers: Sequence[Sampler], scores: Sequence[Tensor], best: Sequence[Tensor]) -> list[Tensor]:
+    """The tokens of n samplers from their scores (V), in parts (n'): -1 where no score is finite. `best`: n of (1)."""
+    if scores and scores[0].device.type == "cpu":  # row by row, what is computed stays in the processor's cache
+        return [_choose_batch([s], own[None], one) for s, own, one in zip(samplers, scores, best, strict=True)]
+    return [_choose_batch(samplers, torch.stack([*scores]), torch.cat([*best]))] if scores else []
+
+
+def _choose_batch(samplers: Sequence[Sampler], scores: Tensor, best: Tensor) -> Tensor:
+    """The tokens (B) of samplers from their scores (B, V); `best` (B) are the most likely ones before the controls."""
+    tokens = most_likely(scores) if any(sampler.has_controls for sampler in samplers) else best
     drawn = [i for i, sampler in enumerate(samplers) if sampler.generator is not None]
-    if drawn:
-        rows = to_device(torch.tensor(drawn), stacked.device)
-        probabilities = distribution(stacked[rows], [samplers[i].config for i in drawn])
-        random = draw(probabilities, [samplers[i].generator for i in drawn])
-        tokens[rows] = random.masked_fill(tokens[rows] < 0, -1)
-    return [tokens]
+    if not drawn:
+        return tokens
+    rows = to_device(torch.tensor(drawn), scores.device)
+    of_drawn = scores if len(drawn) == len(samplers) else scores[rows]
+    probabilities = distribution(of_drawn, [samplers[i].config for i in drawn])
+    random = draw(probabilities, [samplers[i].generator for i in drawn])
+    return tokens.index_copy(0, rows, random.masked_fill(tokens[rows] < 0, -1))
 
 
 def most_likely(logits: Tensor) -> Tensor:
@@ -172,7 +178,7 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
     columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
     temperature, kept, nucleus, min_p = columns.T[..., None]  # four of (B, 1)
     # relative to the largest and in fp64, so that no temperature above 0, however small, overflows
-    logits = (logits - logits.max(-1, keepdim=True).values).double() / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)).double().div_(temperature)
     if limits := [k for k in top_k if k < V]:
         values = logits.topk(max(limits)).values
         smallest = values.gather(1, kept.long().clamp(max=max(limits)) - 1)
@@ -184,7 +190,7 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
         beyond = ordered.cumsum(-1) - ordered >= nucleus
         probabilities = probabilities.masked_fill(torch.empty_like(beyond).scatter_(1, order, beyond), 0.0)
     if any(c.min_p for c in configs):  # arXiv:2407.01082
-        smallest = min_p * probabilities.max(-1, keepdim=True).values
+        smallest = min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < smallest, 0.0)
     return probabilities
 
@@ -195,8 +201,10 @@ def draw(probabilities: Tensor, generators: Sequence[torch.Generator | None]) ->
     As `torch.multinomial` draws one sample: the first of V exponential clocks to ring. That function takes one
     generator for all rows, and waits for a GPU.
     """
-    clocks = [torch.empty_like(row).exponential_(generator=g) for row, g in zip(probabilities, generators, strict=True)]
-    return (probabilities / torch.stack(clocks)).argmax(-1)
+    clocks = torch.empty_like(probabilities)
+    for row, generator in zip(clocks, generators, strict=True):
+        row.exponential_(generator=generator)
+    return torch.div(probabilities, clocks, out=clocks).argmax(-1)
 
 
 def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
