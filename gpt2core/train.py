@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from gpt2core.batching import Batch, attention_mask, pack
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
+from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
-from gpt2core.model import GPT2, evaluating
+from gpt2core.model import GPT2, Sequences, evaluating
 from gpt2core.training_state import Progress, TrainingState
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -74,6 +75,8 @@ def finetune(
     lora = next((layer.config for _, layer in lora_layers(model)), None)
     # dropout draws separately for each example, so a shared prefix could not be computed once for all
     share_prefix = lora is None or not lora.dropout
+    head_width = model.config.n_embd // model.config.n_head
+    as_sequences = config.precision != "fp32" and has_varlen_attention(device, head_width)
 
     def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
         groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
@@ -105,7 +108,8 @@ def finetune(
 
     def batches_of(step: int) -> list[Batch]:
         shares = [part[rank::world_size] for part in indices_of(step)]
-        return [pack([train[i] for i in own], config.loss_on, device, share_prefix) for own in shares if own]
+        options = config.loss_on, device, share_prefix, as_sequences
+        return [pack([train[i] for i in own], *options) for own in shares if own]
 
     def describe(step: int) -> str:
         return f"training records {', '.join(str(i + 1) for part in indices_of(step) for i in part)}"
@@ -367,7 +371,9 @@ def _read_losses(losses: list[Tensor], plan: _Plan, progress: Progress) -> None:
 
 def _losses(model: GPT2, batch: Batch) -> Tensor:
     """Cross-entropy (N) at the N labelled positions, in fp32. The head sees only them."""
-    mask = None if batch.positions is None or batch.example is None else attention_mask(batch.example)
+    mask: Tensor | Sequences | None = batch.sequences
+    if mask is None and batch.positions is not None and batch.example is not None:
+        mask = attention_mask(batch.example)
     hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)  # (G * T, C)
     labels = batch.labels.flatten()
     if batch.labelled is not None:

@@ -19,6 +19,7 @@ from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.engine import Engine
 from gpt2core.generate import generate
+from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import add_lora, lora_layers, merge_lora, unmerge_lora
 from gpt2core.model import GPT2, KVCache
 from gpt2core.train import finetune, token_losses
@@ -153,6 +154,10 @@ def test_training_is_that_of_the_cpu(tiny_gpt2_dir, precision):
     if precision == "fp32":  # in bf16, AdamW's division amplifies rounding of small gradients
         for (_, one), (_, other) in zip(lora_layers(found), lora_layers(expected), strict=True):
             torch.testing.assert_close(one.lora_B.cpu(), other.lora_B, rtol=1e-2, atol=1e-4)
+
+
+def test_packed_records_are_trained_as_sequences_of_a_flash_kernel():
+    assert has_varlen_attention(torch.device(DEVICE, 0), 64) == (DEVICE == "cuda")
 
 
 def test_gradients_of_the_adapter_are_those_of_peft(tiny_gpt2_dir):
