@@ -44,7 +44,8 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import finetune
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"  # data of the public instruction set, where it lies beside the checkout
+# the public instruction records and GPT-2's tokenizer, where they lie in the checkout or beside it
+SHARED = next((d for d in (ROOT / "shared/data", ROOT.parent / "shared/data") if d.is_dir()), ROOT)
 TOTAL_SECONDS = 470  # of all stages
 TAIL = 3000  # characters of a stage's output that are kept if it fails
 # Dense bf16 throughput by NVIDIA's data sheets, FLOP/s
