@@ -56,8 +56,9 @@ def finetune(
     With `patience`, training stops early once that many validations in a row brought no new best loss. At the end the
     model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
     weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
-    result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads (on a GPU up to
-    rounding: its attention adds gradients in no fixed order); epochs and max_steps may have grown since. A damaged checkpoint is skipped with a warning.
+    result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; on a GPU up
+    to rounding, since its attention adds gradients in no fixed order. epochs and max_steps may have grown since. A
+    damaged checkpoint is skipped with a warning.
 
     In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
     takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` counts the
