@@ -1,104 +1,364 @@
-"""`make bench-gpu`, on a machine with CUDA: finetuning, compared with transformers and PEFT, and decoding."""
+"""`make gpu-check`: correctness and throughput on a GPU, in stages ordered by worth.
 
+Runs on a machine with torch, transformers, peft, tiktoken, safetensors and pytest, without a network and without this
+project's environment. Each stage is a process of its own with a time limit, and its result is written as soon as it
+ends. A stage that is stopped keeps the figures that it had recorded.
+"""
+
+import argparse
 import json
 import os
 import re
+import shlex
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
-import click
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.groups import matrix_weights, random_model
-from benchmarks.measure import Row, interleave, make_row, versions
-from benchmarks.peer import Trainer
-from benchmarks.run import ROOT, render_table
+from benchmarks.measure import versions
+from benchmarks.models import matrix_weights, random_adapter, random_model
+from benchmarks.peer import Decoder, Trainer
 from benchmarks.sides import Ours
+from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained, save_pretrained
-from gpt2core.config import PRESETS, GPT2Config, LoraConfig, TrainConfig
+from gpt2core.config import GPT2Config, LoraConfig, TrainConfig
 from gpt2core.data import Example, encode_records, read_records, split_records
+from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
+from gpt2core.files import atomic_write
 from gpt2core.lora import add_lora
+from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import finetune
 
+ROOT = Path(__file__).resolve().parent.parent
+# the public instruction records and GPT-2's tokenizer, where they lie in the checkout or beside it
+SHARED = next((d for d in (ROOT / "shared/data", ROOT.parent / "shared/data") if d.is_dir()), ROOT)
+TOTAL_SECONDS = 470  # of all stages
+TAIL = 3000  # characters of a stage's output that are kept if it fails
 # Dense bf16 throughput by NVIDIA's data sheets, FLOP/s
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
 
 
-@click.command()
-@click.option("--model", "preset", default="gpt2-medium", show_default=True, type=click.Choice(list(PRESETS)))
-@click.option("--epochs", default=48, show_default=True, type=click.IntRange(1))
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--peak", type=float, help="Peak bf16 FLOP/s of this GPU, if its name is not in the table.")
-@click.option("--out", default=ROOT, type=click.Path(path_type=Path))
-def main(preset: str, epochs: int, batch_size: int, runs: int, peak: float | None, out: Path) -> None:
-    """Measure, print the table, write benchmarks/results/gpu.json."""
-    if not torch.cuda.is_available():
-        click.echo(f"torch {torch.__version__} finds no CUDA device; this benchmark needs one", err=True)
-        sys.exit(2)
-    name = torch.cuda.get_device_name()
-    peak = peak or next((value for part, value in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
-    command = f"python -m benchmarks.gpu --model {preset} --epochs {epochs} --batch-size {batch_size} --runs {runs}"
-    with TemporaryDirectory() as scratch:
-        base = Path(scratch) / "base"
-        save_pretrained(random_model(GPT2Config.preset(preset)), base)
-        examples = _examples(GPT2Config.preset(preset).n_positions)
-        rows = _training(base, examples, epochs, batch_size, runs, peak, command)
-        engine = Ours(base, "bf16", 64)
-        for n in (1, 16, 64):
-            prompts = [[*examples[i].input_ids[: examples[i].prompt_length]] for i in range(n)]
-            engine.rate(prompts, 64)
-            rates_ = [engine.rate(prompts, 64) for _ in range(runs)]
-            rows.append(make_row(f"decoding, {n} requests", "tokens/s", rates_, None, command))
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": name,
-        "versions": versions() | {"cuda": torch.version.cuda},
-        "rows": [row.as_json() for row in rows],
-    }
-    click.echo(f"{render_table(result['rows'])}\n{name}; share of limit is the model FLOP utilisation (MFU)")
-    file = out / "benchmarks" / "results" / "gpu.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=2) + "\n")
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: the full sizes on a GPU, and the smallest ones for a dry run on a CPU."""
+
+    train: tuple[str, ...] = ("gpt2-medium", "gpt2")  # the first one is the older system's, and has a peer
+    decode: str = "gpt2"
+    n_records: int | None = None  # None: all of the training split
+    epochs: int = 48
+    batch_size: int = 128
+    peer_steps: int = 6
+    n_requests: tuple[int, ...] = (1, 16, 64, 256)
+    n_new: int = 128
+    n_adapters: int = 8
 
 
-def _training(
-    base: Path, examples: list[Example], epochs: int, batch_size: int, runs: int, peak: float | None, command: str
-) -> list[Row]:
-    model = add_lora(load_pretrained(base, device="cuda"), LoraConfig(), seed=0)
-    trainer = Trainer(base, torch.bfloat16, device="cuda")
-    config = TrainConfig(epochs=1, batch_size=batch_size, precision="bf16-mixed")
-    sides: dict[str, Callable[[int], float]] = {
-        "ours": lambda run: finetune(model, examples, [], config).tokens_per_second,
-        "peer": lambda run: trainer.train(examples, batch_size),
-    }
-    rates = interleave(sides, runs)
-    # one product forward and one backward per matrix: a frozen matrix needs no gradient
-    limit = None if peak is None else peak / (4 * matrix_weights(model))
-    torch.cuda.reset_peak_memory_stats()
+DRY_RUN = Sizes(("gpt2-nano",), "gpt2-nano", 12, 2, 4, 1, (1, 4), 4, 2)
+
+
+class Stage:
+    """Runs in the child process: its sizes, its scratch directory, and the figures that it records."""
+
+    def __init__(self, device: str, scratch: Path, file: Path) -> None:
+        self.device, self.scratch, self._file = device, scratch, file
+        self.sizes = Sizes() if device == "cuda" else DRY_RUN
+        self._figures: dict[str, Any] = {}
+
+    def record(self, **figures: Any) -> None:
+        """Add figures; they are written at once, so that a time limit does not lose them."""
+        self._figures |= figures
+        atomic_write(self._file, json.dumps(self._figures).encode())
+
+    def base(self, preset: str, make: Callable[[GPT2Config], GPT2] = random_model) -> Path:
+        """A checkpoint with random weights."""
+        directory = self.scratch / preset
+        if not directory.is_dir():
+            save_pretrained(make(GPT2Config.preset(preset)), directory)
+        return directory
+
+    def examples(self, preset: str) -> list[Example]:
+        """The training split of the public instruction records, or the demo's where these are not to be had."""
+        config, file = (
+            GPT2Config.preset(preset),
+            Path(os.environ.get("INSTRUCTION_DATA", SHARED / "instruction-data.json")),
+        )
+        public = file.is_file() and config.vocab_size >= GPT2Config().vocab_size
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+        cached = any(Path(os.environ["TIKTOKEN_CACHE_DIR"]).glob("*"))
+        # the demo's tokenizer is trained on the demo's texts: it only makes records longer
+        tokenizer = (
+            load_tokenizer("gpt2")
+            if public and cached
+            else make_tokenizer("gpt2-nano", 0, 18, self.scratch / "tokenizer")
+        )
+        records = read_records(file) if public else write_records(make_world(0), 0)
+        train = split_records(records, seed=0).train[: self.sizes.n_records]
+        examples = [
+            Example(one.input_ids[: config.n_positions], one.prompt_length)
+            for one in encode_records(train, tokenizer, 10**6)
+            if one.prompt_length < config.n_positions - 8
+        ]
+        n_tokens = sum(len(example.input_ids) - 1 for example in examples)
+        data = {"records": len(examples), "tokens": n_tokens, "public": public, "gpt2_tokenizer": public and cached}
+        self.record(data=data)
+        return examples
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def training(stage: Stage) -> None:
+    """The older system's run (gpt2-medium, 48 epochs, batches of 128, bf16) beside transformers with PEFT."""
+    sizes, first = stage.sizes, stage.sizes.train[0]
+    for preset in sizes.train:
+        examples, base = stage.examples(preset), stage.base(preset, lambda c: GPT2(c, torch.Generator().manual_seed(0)))
+        model = add_lora(load_pretrained(base, device=stage.device), LoraConfig(rank=8), seed=0)
+        config = TrainConfig(
+            epochs=1, batch_size=sizes.batch_size, precision="bf16-mixed", learning_rate=3e-4, warmup_steps=0
+        )
+        train = partial(_timed, stage, lambda c, m=model, data=examples: finetune(m, data, [], c))
+        warm_up, _ = train(config)
+        epoch, _ = train(config)
+        epochs = max(1, min(sizes.epochs if preset == first else 8, int(60 / epoch)))
+        if stage.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds, result = train(replace(config, epochs=epochs))
+        rate = epochs * sum(len(example.input_ids) - 1 for example in examples) / seconds
+        figures = {
+            "epochs": epochs,
+            "seconds": seconds,
+            "seconds_of_all_epochs": seconds * sizes.epochs / epochs,
+            "warm_up_seconds": warm_up,
+            "tokens_per_second": rate,
+            "flop_per_second": _flop(model, examples, sizes.batch_size) * epochs / seconds,
+            "final_loss": result.history[-1]["train/loss"],
+        }
+        if stage.device == "cuda":
+            figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            if peak := _peak(torch.cuda.get_device_name()):
+                figures["mfu"] = figures["flop_per_second"] / peak
+        stage.record(**{f"{preset}.{name}": value for name, value in figures.items()})
+        del model, train
+    base = stage.base(first)
+    trainer = Trainer(base, torch.bfloat16, device=stage.device)
+    data = sorted(stage.examples(first), key=lambda example: len(example.input_ids))  # least padding
+    trainer.train(data[: sizes.batch_size], sizes.batch_size)
+    n = sizes.peer_steps * sizes.batch_size
+    rate = trainer.train(data[-n:], sizes.batch_size)
+    stage.record(**{f"{first}.peer.tokens_per_second": rate, f"{first}.peer.steps": sizes.peer_steps})
+
+
+def decoding(stage: Stage) -> None:
+    """Concurrent requests in one engine beside `generate` of transformers in one padded batch. Greedy."""
+    sizes, base, prompts = stage.sizes, stage.base(stage.sizes.decode), _prompts(stage)
+    engine = Ours(base, "bf16", max(sizes.n_requests))
+    for n in sizes.n_requests:
+        engine.rate(prompts(n, 0), sizes.n_new)
+        rates = [engine.rate(prompts(n, run), sizes.n_new) for run in (1, 2)]
+        steady = engine.decoding_rate(prompts(n, 3), sizes.n_new)
+        stage.record(
+            **{f"requests_{n}.tokens_per_second": max(rates), f"requests_{n}.after_first_tokens_per_second": steady}
+        )
+    stage.record(first_token_ms=min(engine.first_tokens(prompts(1, 4), 2) for _ in range(3))[0])
+    engine.close()
+    peer = Decoder(base, prompts(1, 0)[0], stage.device)
+    for n in sizes.n_requests:
+        peer.decode(prompts(n, 0), 4)
+        rate = peer.rate(prompts(n, 1), sizes.n_new, n)
+        stage.record(**{f"requests_{n}.peer.tokens_per_second": rate, "peer_dtype": peer.dtype})
+
+
+def adapters(stage: Stage) -> None:
+    """Requests that use eight adapters in turn beside requests without an adapter, in the same engine."""
+    sizes, base, prompts = stage.sizes, stage.base(stage.sizes.decode), _prompts(stage)
+    model = load_pretrained(base)
+    directories = [random_adapter(model, stage.scratch / f"adapter-{i}", i) for i in range(sizes.n_adapters)]
+    engine = Ours(base, "bf16", max(sizes.n_requests), directories)
+    for n in sizes.n_requests[1:3]:
+        for n_adapters in (0, 1, sizes.n_adapters):
+            engine.rate(prompts(n, 0), sizes.n_new, n_adapters)
+            rates = [engine.rate(prompts(n, run), sizes.n_new, n_adapters) for run in (1, 2)]
+            stage.record(**{f"requests_{n}.adapters_{n_adapters}.tokens_per_second": max(rates)})
+    engine.close()
+
+
+def profiling(stage: Stage) -> None:
+    """The kernels that training and decoding spend their time in."""
+    sizes, preset = stage.sizes, stage.sizes.train[0]
+    model = add_lora(load_pretrained(stage.base(preset), device=stage.device), LoraConfig(rank=8), seed=0)
+    config = TrainConfig(batch_size=sizes.batch_size, precision="bf16-mixed", learning_rate=3e-4, max_steps=4)
+    examples = stage.examples(preset)
+    stage.record(training=_profile(stage, lambda: finetune(model, examples, [], config)))
+    prompts, n = _prompts(stage), sizes.n_requests[-1]
+    engine = Ours(stage.base(sizes.decode), "bf16", n)
+    for n in (1, sizes.n_requests[-1]):
+        stage.record(**{f"decoding_{n}": _profile(stage, partial(engine.rate, prompts(n, 0), 32))})
+    engine.close()
+
+
+STAGES: dict[str, tuple[float, Callable[[Stage], None] | None]] = {  # name -> (time limit in seconds, function)
+    "tests": (150, None),  # pytest
+    "training": (150, training),
+    "decoding": (110, decoding),
+    "adapters": (60, adapters),
+    "profile": (60, profiling),
+}
+
+
+def _timed(stage: Stage, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    stage.synchronize()
     start = perf_counter()
-    finetune(model, examples, [], replace(config, epochs=epochs))
-    seconds, memory = perf_counter() - start, torch.cuda.max_memory_allocated() / 2**20
-    return [
-        make_row("finetuning, bf16", "tokens/s", rates["ours"], rates["peer"], command, limit),
-        make_row(f"{epochs} epochs of {len(examples)} records", "s", [seconds], None, command),
-        make_row("peak memory of these epochs", "MiB", [memory], None, command),
-    ]
+    result = work(*arguments)
+    stage.synchronize()
+    return perf_counter() - start, result
 
 
-def _examples(n_positions: int) -> list[Example]:
-    """The training records of the file INSTRUCTION_DATA, or the demo's, encoded with GPT-2's tokenizer."""
-    file = os.environ.get("INSTRUCTION_DATA")
-    records = read_records(file) if file else write_records(make_world(0), 0)
-    return encode_records(split_records(records, seed=0).train, load_tokenizer("gpt2"), n_positions)
+def _flop(model: GPT2, examples: Sequence[Example], batch_size: int) -> float:
+    """FLOP that an epoch needs: a product forward and one backward for every matrix and token, head only at labels.
+
+    A prefix that the records of a batch share counts once; attention's products are left out.
+    """
+    head = model.wte.weight.numel()
+    blocks, total = matrix_weights(model) - head, 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = pack(examples[start : start + batch_size], "response")
+        assert batch.example is not None
+        n_tokens, n_labels = int((batch.example != -2).sum()), int((batch.labels >= 0).sum())
+        total += 4.0 * (blocks * n_tokens + head * n_labels)
+    return total
+
+
+def _peak(name: str) -> float | None:
+    return next((value for part, value in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def _prompts(stage: Stage) -> Callable[[int, int], list[list[int]]]:
+    """A function (n, run) -> n prompts; each run has others."""
+    examples = stage.examples(stage.sizes.decode)
+    all_prompts = [list(example.input_ids[: example.prompt_length]) for example in examples]
+    return lambda n, run: [all_prompts[(run * n + i) % len(all_prompts)] for i in range(n)]
+
+
+def _profile(stage: Stage, work: Callable[[], object]) -> dict[str, Any]:
+    """The most expensive kernels of a call (on a CPU: operators), after a call without the profiler."""
+    work()
+    on_gpu = stage.device == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        seconds, _ = _timed(stage, work)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    spent = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events]  # microseconds
+    top = sorted(zip(spent, events, strict=True), key=lambda pair: -pair[0])[:15]
+    return {
+        "seconds": seconds,
+        "busy_share": sum(spent) / 1e6 / seconds,
+        "calls": sum(event.count for event in events),
+        "top": [{"kernel": e.key[:100], "ms": us / 1e3, "calls": e.count, "share": us / sum(spent)} for us, e in top],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a dry run at the smallest size")
+    parser.add_argument("--only", default=",".join(STAGES), help=f"stages, of {','.join(STAGES)}")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json; of a dry run outputs/gpu.json")
+    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)  # run it in this process
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, f"torch {torch.__version__} finds no CUDA device; DEVICE=cpu is a dry run without one\n")
+    if unknown := set(options.only.split(",")) - set(STAGES):
+        parser.error(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    if options.stage:
+        function = STAGES[options.stage][1]
+        assert function is not None
+        function(Stage(options.device, options.scratch, options.scratch / f"{options.stage}.json"))
+        return
+    out = options.out or ROOT / ("benchmarks/results" if options.device == "cuda" else "outputs") / "gpu.json"
+    sys.exit(_run_stages(options.device, options.only.split(","), out))
+
+
+def _run_stages(device: str, names: Sequence[str], out: Path) -> int:
+    """Run the stages; 0 if all of them are ok."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = perf_counter()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": versions() | {"cuda": torch.version.cuda},
+        "stages": [],
+    }
+    with TemporaryDirectory() as scratch:
+        for name in [name for name in STAGES if name in names]:
+            left = TOTAL_SECONDS - (perf_counter() - start)
+            entry: dict[str, Any] = (
+                _run_stage(name, device, Path(scratch), min(left, STAGES[name][0]))
+                if left > 15
+                else {"stage": name, "status": "skipped", "seconds": 0.0, "error": "no time is left"}
+            )
+            result["stages"].append(entry)
+            atomic_write(out, (json.dumps(result, indent=2) + "\n").encode())
+            print(f"{name}: {entry['status']}, {entry['seconds']:.0f} s", flush=True)
+            figures: dict[str, Any] = entry.get("figures", {})
+            for key, value in figures.items():
+                if isinstance(value, int | float):
+                    print(f"  {key}: {value:,.4g}" if value < 100 else f"  {key}: {value:,.0f}")
+            if "error" in entry:
+                print(entry["error"])
+    print(f"written to {out}")
+    return 0 if all(entry["status"] == "ok" for entry in result["stages"]) else 1
+
+
+def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str, Any]:
+    """The entry of a stage, run in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--stage", name, "--scratch", str(scratch)]
+    if name == "tests":
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpt2core/test_gpu.py", "-v", "--tb=short"]
+        command += ["-p", "no:cacheprovider", "-W", "ignore"]
+    environment = os.environ | {"GPU_CHECK_DEVICE": device, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    log, start = scratch / f"{name}.log", perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = "ok" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    entry: dict[str, Any] = {"stage": name, "status": status, "seconds": round(perf_counter() - start, 1)}
+    text, figures = log.read_text(errors="replace"), scratch / f"{name}.json"
+    if name == "tests":
+        outcomes = dict(re.findall(r"^\S+::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE))
+        counts = {
+            kind.lower(): list(outcomes.values()).count(kind) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")
+        }
+        bad = sorted(test for test, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
+        entry["figures"] = counts | {"failed_tests": bad}
+        if status == "ok" and not counts["passed"]:
+            entry["status"] = "skipped"
+    elif figures.is_file():
+        entry["figures"] = json.loads(figures.read_text())
+    if status != "ok":
+        entry["error"] = text[-TAIL:]
+    return entry
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ import torch
 
 from benchmarks.engines import CTranslate2, LlamaCpp, find_version
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
+from benchmarks.models import matrix_weights, random_adapter, random_model, with_random_adapter
 from benchmarks.peer import Decoder, Trainer, best_trainer
 from benchmarks.pipeline import WORK, Quality, run_cold
 from benchmarks.serving import Clients, PlainServer, widen_tokenizer
 from benchmarks.sides import Ours, Side
 from deploy import bento, server
-from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
+from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, Precision, TrainConfig
 from gpt2core.data import Example, encode_records
 from gpt2core.demo.base import train_tokenizer
@@ -33,7 +34,7 @@ from gpt2core.demo.world import make_world
 from gpt2core.engine import Weights
 from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.inference.kernels import has_int8
-from gpt2core.lora import add_lora, lora_layers, merge_lora, remove_lora
+from gpt2core.lora import add_lora, merge_lora
 from gpt2core.metrics import Scores
 from gpt2core.model import GPT2
 from gpt2core.train import finetune
@@ -42,8 +43,6 @@ from gpt2core.types import BaseRef, Commit, Lineage, LineageMetrics, RunRef, Tra
 BATCH_SIZE = 8  # of finetuning
 NANO_VOCABULARY = GPT2Config.preset("gpt2-nano").vocab_size
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight
-# Randomly initialised blocks change the residual stream little, and the tied head then repeats the last token forever.
-PERTURBATION = 4.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ def adapters(setting: Setting) -> list[Row]:
     model = load_pretrained(setting.base)
     directories = [random_adapter(model, setting.directory / f"adapter-{i}", i) for i in range(8)]
     merged = setting.directory / "merged"
-    save_pretrained(merge_lora(_with_adapter(model, 0)), merged)
+    save_pretrained(merge_lora(with_random_adapter(model, 0)), merged)
     with Side(Ours, setting.base, "auto", 16, directories) as ours, Side(Ours, merged) as one:
         sides: dict[str, Callable[[int], float]] = {
             "ours": partial(_rate, ours, setting, 16, n_adapters=8),
@@ -369,39 +368,6 @@ def _with_tokenizer(setting: Setting) -> Path:
 def _peer_rate(peer: Side, setting: Setting, n: int, batch_size: int, run: int) -> float:
     rate: float = peer.rate(setting.prompts(n, run), setting.n_new, batch_size)
     return rate
-
-
-def random_model(config: GPT2Config) -> GPT2:
-    model = GPT2(config, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.startswith("h.") and weight.dim() == 2:
-                weight.mul_(PERTURBATION)
-    return model.eval()
-
-
-def _with_adapter(model: GPT2, seed: int) -> GPT2:
-    add_lora(model, LoraConfig(), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_(0.0, 0.02, generator=generator)
-    return model
-
-
-def random_adapter(model: GPT2, directory: Path, seed: int) -> Path:
-    """Save a random adapter for models of this shape; the model is unchanged."""
-    save_adapter(_with_adapter(model, seed), directory)
-    remove_lora(model)
-    return directory
-
-
-def matrix_weights(model: GPT2) -> int:
-    """Number of weights that each token is multiplied with: the matrices of the blocks and of the head."""
-    blocks = sum(
-        w.numel() for n, w in model.named_parameters() if n.startswith("h.") and "lora_" not in n and w.dim() == 2
-    )
-    return blocks + model.wte.weight.numel()
 
 
 def _lineage(base: Path, adapter: Path) -> Lineage:

@@ -14,8 +14,8 @@ import click
 import jinja2
 import matplotlib
 
-from benchmarks.groups import random_adapter, random_model
 from benchmarks.measure import machine, versions, watch_machine
+from benchmarks.models import random_adapter, random_model
 from benchmarks.run import ROOT, idle
 from benchmarks.sides import Ours, Side
 from gpt2core.checkpoint import load_pretrained, save_pretrained

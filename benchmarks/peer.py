@@ -16,10 +16,10 @@ from gpt2core.data import Example
 class Decoder:
     """`generate` with its KV cache, greedy, to a fixed length, in the faster of fp32 and bf16."""
 
-    def __init__(self, directory: Path, prompt: Sequence[int]) -> None:
+    def __init__(self, directory: Path, prompt: Sequence[int], device: str = "cpu") -> None:
         tried = []
         for dtype in (torch.float32, torch.bfloat16):
-            self.model = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype).eval()
+            self.model = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype, device_map=device).eval()
             self.decode([prompt], 4)
             start = perf_counter()
             self.decode([prompt], 16)
@@ -35,7 +35,11 @@ class Decoder:
         # the model's own config would stop at end of text
         self.model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
         out = self.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False, use_cache=True
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            max_new_tokens=n_new,
+            do_sample=False,
+            use_cache=True,
         )
         completions: list[list[int]] = out[:, longest:].tolist()
         return completions

@@ -1,12 +1,15 @@
 """Examples as tensors, packed into rows with next to no padding."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt2core.data import Example
+from gpt2core.model import Sequences
+from gpt2core.tensors import to_device
 
 IGNORED = -100  # the label of a token that does not count in the loss
 SHARED, PADDING = -1, -2  # in place of an example's index
@@ -19,18 +22,41 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (G, T), padded on the right
     labels: Tensor  # (G, T): the next token, IGNORED where it does not count in the loss
     n_tokens: int  # without padding; a shared prefix counts once per example
+    labelled: Tensor | None = None  # (N) indices of the labels that count in the flattened rows; None: all of them
     positions: Tensor | None = None  # (G, T) within the example; None: each row is one text from position 0
     example: Tensor | None = None  # (G, T) index of the token's example, SHARED or PADDING; None: rows have no examples
+    sequences: Sequences | None = None  # in place of an attention mask
+
+    @property
+    def n_labels(self) -> int:
+        """Labels that count in the loss: known on the host, whatever device the tensors are on."""
+        return self.labels.numel() if self.labelled is None else len(self.labelled)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device."""
+        tensors = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        moved: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in tensors.items()}
+        if self.sequences is not None:
+            own = self.sequences
+            keys = None if own.keys is None else to_device(own.keys, device)
+            ends_q, ends_k = to_device(own.ends_q, device), to_device(own.ends_k, device)
+            moved["sequences"] = replace(own, keys=keys, ends_q=ends_q, ends_k=ends_k)
+        return self._replace(**moved)
 
 
 def pack(
-    examples: Sequence[Example], loss_on: str, device: torch.device | str = "cpu", share_prefix: bool = True
+    examples: Sequence[Example],
+    loss_on: str,
+    device: torch.device | str = "cpu",
+    share_prefix: bool = True,
+    as_sequences: bool = False,
 ) -> Batch:
     """Pack the examples into rows of about ROW_TOKENS.
 
     Args:
         share_prefix: compute the tokens that all examples start with (every prompt has the same preamble) once per row.
             That changes no loss and no gradient, and applies only to tokens whose successor is not a label.
+        as_sequences: describe them for `varlen_attention` too, where this device has it.
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
@@ -59,13 +85,39 @@ def pack(
             start = place.stop
     n_tokens = sum(lengths) + shared * len(examples)
     one_example_per_row = n_rows == len(examples)
+    labelled = (labels != IGNORED).flatten().nonzero()[:, 0]
     return Batch(
-        input_ids.to(device),
-        labels.to(device),
+        input_ids,
+        labels,
         n_tokens,
-        None if one_example_per_row else positions.to(device),
-        example.to(device),
-    )
+        labelled,
+        None if one_example_per_row else positions,
+        example,
+        _sequences(rows, lengths, shared) if as_sequences and not one_example_per_row else None,
+    ).to(device)
+
+
+def _sequences(rows: Sequence[Sequence[int]], lengths: Sequence[int], shared: int) -> Sequences:
+    """For rows of examples with these lengths after the shared prefix. Prefix and padding of a row are sequences too.
+
+    The queries of all of them are the flattened rows in order.
+    """
+    T = shared + max(sum(lengths[i] for i in members) for members in rows)
+    n_queries, keys = [0], list[list[int]]()
+    for row, members in enumerate(rows):
+        prefix, start, end = [*range(row * T, row * T + shared)], row * T + shared, (row + 1) * T
+        n_queries.append(shared)
+        keys.append(prefix)
+        for i in members:
+            n_queries.append(lengths[i])
+            keys.append([*prefix, *range(start, start + lengths[i])])
+            start += lengths[i]
+        n_queries.append(end - start)
+        keys.append([*range(start, end)])
+    n_keys = [0, *map(len, keys)]
+    ends_q, ends_k = (torch.tensor(n).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
+    index = torch.tensor([token for own in keys for token in own]) if shared else None
+    return Sequences(index, ends_q, ends_k, max(n_queries), max(n_keys))
 
 
 def attention_mask(example: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Engine:
         max_queue: int | None = None,
         base_sha256: str | None = None,
         accept_other_base: bool = False,
+        static_cache: bool | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +55,7 @@ class Engine:
             weights: a format, or "auto": measures and takes the fastest that predicts as well as fp32.
             max_queue: how many requests may wait; None: any number.
             base_sha256, accept_other_base: for each adapter that is loaded, as `load_adapter` of gpt2core.checkpoint.
+            static_cache: keys and values at fixed addresses, with which a GPU decodes by CUDA graphs; None: on a GPU.
 
         Raises:
             ValueError: a value is out of range, or int8 has no kernel here.
@@ -63,7 +65,7 @@ class Engine:
         self._model = quantize_fastest(model, max_batch) if weights == "auto" else QuantizedModel(model, weights)
         self._max_queue = max_queue
         self._base_sha256, self._accept_other_base = base_sha256, accept_other_base
-        self._scheduler = Scheduler(self._model, max_batch)
+        self._scheduler = Scheduler(self._model, max_batch, static_cache)
         self._runner = ModelRunner(self._model, self._scheduler.row_cache)
         self._changed = Condition()  # guards what follows and the scheduler's queue
         self._adapters: dict[str, Adapter] = {}

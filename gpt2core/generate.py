@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache, evaluating
-from gpt2core.sampling import Sampler, check_tokens, most_likely
+from gpt2core.sampling import Sampler, check_tokens, choose, most_likely
 
 
 def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
@@ -91,8 +91,10 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     while active:
         with evaluating(model):  # per step: between steps the model has the caller's mode
             logits = _last_logits(model, input_ids, attention_mask if padded else None, cache)  # (B, V)
-            best = most_likely(logits)
-            tokens = [samplers[row].choose(logits, i, best[i], completions[row]) for i, row in enumerate(active)]
+            outputs = choose(
+                [samplers[row] for row in active], logits, most_likely(logits), [completions[row] for row in active]
+            )
+        tokens = [_raise_error(output) for output in outputs]
         step = list(zip(active, tokens, strict=True))
         for row, token in step:
             completions[row].append(token)
@@ -111,6 +113,12 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
             active = [active[i] for i in keep]
         input_ids = torch.tensor([[tokens[i]] for i in keep], device=device)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(keep), 1)], -1)
+
+
+def _raise_error(output: int | Exception) -> int:
+    if isinstance(output, Exception):
+        raise output
+    return output
 
 
 @torch.inference_mode()

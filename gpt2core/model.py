@@ -5,6 +5,7 @@ Shape letters: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2core.config import GPT2Config
+from gpt2core.inference.kernels import varlen_attention
 from gpt2core.linear import Linear, linear
 
 
@@ -66,14 +68,15 @@ class GPT2(nn.Module):
     def hidden(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: "Tensor | Sequences | None" = None,
         cache: "KVCache | None" = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """The last layer's normalised hidden states (B, T, C): `forward` without the head.
 
         Args:
-            attention_mask: as in `forward`; or (B, T, S + T), True where a token may attend, with `positions` (B, T).
+            attention_mask: as in `forward`; or (B, T, S + T), True where a token may attend, with `positions` (B, T);
+                or with them the sequences that the tokens belong to.
         """
         T = input_ids.shape[1]
         S = 0 if cache is None else cache.length
@@ -81,13 +84,17 @@ class GPT2(nn.Module):
             raise ValueError(
                 f"{S + T} tokens are more than the cache's capacity of {cache.capacity}; make a larger one"
             )
-        if positions is None and attention_mask is not None:
+        if positions is None and isinstance(attention_mask, Tensor):
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
         elif positions is None:
             positions = torch.arange(S, S + T, device=input_ids.device)  # (T)
         if S + T > self.config.n_positions and int(positions.max()) >= self.config.n_positions:
             raise ValueError(f"{S + T} tokens are more than n_positions={self.config.n_positions}; shorten the input")
-        mask = _attention_mask(attention_mask, T, S, input_ids.device)
+        mask = (
+            attention_mask
+            if isinstance(attention_mask, Sequences)
+            else _attention_mask(attention_mask, T, S, input_ids.device)
+        )
 
         x = self.wte(input_ids) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
@@ -113,7 +120,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_norm = config.norm_position == "post"
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: "tuple[KVCache, int] | None") -> Tensor:
+    def forward(self, x: Tensor, mask: "Tensor | Sequences | None", cache: "tuple[KVCache, int] | None") -> Tensor:
         if self.post_norm:
             x = self.ln_1(x + self.attn(x, mask, cache))
             return self.ln_2(x + self.mlp(x))
@@ -131,8 +138,10 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: "tuple[KVCache, int] | None") -> Tensor:
+    def forward(self, x: Tensor, mask: "Tensor | Sequences | None", cache: "tuple[KVCache, int] | None") -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
+        if isinstance(mask, Sequences):
+            return self.c_proj(mask.attend(qkv, self.scale))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
         if cache is not None:
             store, layer = cache
@@ -179,6 +188,25 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Keep only the given rows of the batch, in the given order."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The examples of a batch as sequences for `varlen_attention`, over the N tokens of its rows behind each other."""
+
+    keys: Tensor | None  # (M) which token each key is of: a shared prefix is a key of each example; None: all, in order
+    ends_q: Tensor  # as `varlen_attention` takes them
+    ends_k: Tensor
+    max_q: int
+    max_k: int
+
+    def attend(self, qkv: Tensor, scale: float) -> Tensor:
+        """Attention (G, T, C) for qkv (G, T, 3, H, D)."""
+        flat = qkv.flatten(0, 1)  # (N, 3, H, D)
+        kv = flat[:, 1:] if self.keys is None else flat[:, 1:][self.keys]  # (M, 2, H, D)
+        limits = (self.ends_q, self.ends_k, self.max_q, self.max_k)
+        y = varlen_attention(flat[:, 0], kv[:, 0], kv[:, 1], *limits, scale)  # (N, H, D)
+        return y.flatten(1).unflatten(0, qkv.shape[:2])
 
 
 def _attention_mask(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:

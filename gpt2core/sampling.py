@@ -4,13 +4,15 @@
 """
 
 from collections.abc import Sequence
-from math import isfinite
+from functools import cached_property
+from math import inf
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
+from gpt2core.tensors import to_device
 
 
 class NonFiniteLogits(RuntimeError):
@@ -39,13 +41,8 @@ class Sampler:
         self, config: GenerationConfig, prompt: Sequence[int], device: torch.device, grammar: Grammar | None = None
     ) -> None:
         self.config, self._prompt, self._device, self._grammar = config, prompt, device, grammar
-        self._generator = _make_generator(config, device)
-        self._biased = self._tensor([token for token, _ in config.logit_bias])
-        self._bias = torch.tensor([float(bias) for _, bias in config.logit_bias], device=device)
-        last = [stop[0] for stop in config.stop if len(stop) == 1]
-        eos = [] if config.eos_id is None or config.ignore_eos else [config.eos_id]
-        self._ending = self._tensor([*eos, *config.stop_token_ids, *last])
-        self._has_controls = grammar is not None or bool(
+        self.generator = _make_generator(config, device)
+        self.has_controls = grammar is not None or bool(
             config.logit_bias
             or config.repetition_penalty != 1
             or config.presence_penalty
@@ -53,27 +50,17 @@ class Sampler:
             or config.min_tokens
         )
 
-    def choose(self, logits: Tensor, row: int, best: int | None, completion: Sequence[int]) -> int:
-        """The token that follows `completion`, from row `row` of logits (B, V).
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the most likely one."""
+        return self.config.temperature == 0 and not self.has_controls
 
-        Args:
-            best: what `most_likely` found for the row.
+    def scores(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
+        """Logits (V) of the token that follows `completion`, after the controls."""
+        return self._control(logits, completion) if self.has_controls else logits
 
-        Raises:
-            NonFiniteLogits: `best` is None.
-            ValueError: the controls exclude every token.
-        """
-        if best is None:
-            raise NonFiniteLogits
-        if self._has_controls:
-            scores = self._control(logits[row], completion)
-            token = int(scores.argmax())
-            if not scores[token].isfinite():
-                raise ValueError("no token may follow: the controls of this request exclude all of them")
-            if self.config.temperature > 0:
-                token = int(draw(scores, token, self.config, self._generator))
-        else:
-            token = best if self.config.temperature == 0 else int(draw(logits[row], best, self.config, self._generator))
+    def accept(self, token: int) -> int:
+        """Read the chosen token; returns it."""
         if self._grammar is not None:
             self._grammar.accept(token)
         return token
@@ -82,11 +69,25 @@ class Sampler:
         """Whether the completion, all of whose tokens this sampler chose, ends with its last token."""
         return ended(completion, self.config) or (self._grammar is not None and self._grammar.complete)
 
+    @cached_property
+    def _ending(self) -> Tensor:
+        """Tokens that end a completion by themselves."""
+        last = [stop[0] for stop in self.config.stop if len(stop) == 1]
+        eos = [] if self.config.eos_id is None or self.config.ignore_eos else [self.config.eos_id]
+        return self._tensor([*eos, *self.config.stop_token_ids, *last])
+
+    @cached_property
+    def _bias(self) -> tuple[Tensor, Tensor]:
+        """Tokens of logit_bias, and what is added to their logits."""
+        biases = torch.tensor([float(bias) for _, bias in self.config.logit_bias])
+        return self._tensor([token for token, _ in self.config.logit_bias]), to_device(biases, self._device)
+
     def _control(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
         """Logits (V) after every control that does not depend on the temperature, in the order of transformers."""
         config, logits = self.config, logits.clone()
         if config.logit_bias:
-            logits[self._biased] += self._bias
+            tokens, biases = self._bias
+            logits[tokens] += biases
         if config.repetition_penalty != 1:  # CTRL, arXiv:1909.05858, section 4.1; also of the prompt's tokens
             seen = self._tensor(sorted({*self._prompt, *completion}))
             scores = logits[seen]
@@ -102,30 +103,108 @@ class Sampler:
         return logits
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens, dtype=torch.long, device=self._device)
+        return to_device(torch.tensor(tokens, dtype=torch.long), self._device)
 
 
-def most_likely(logits: Tensor) -> list[int | None]:
-    """The most likely token of each row of logits (B, V); None where the largest logit is NaN or infinite."""
-    largest, tokens = (column.tolist() for column in logits.max(-1))  # of a NaN, if there is one
-    return [token if isfinite(value) else None for value, token in zip(largest, tokens, strict=True)]
+def choose(
+    samplers: Sequence[Sampler | None], logits: Tensor, best: Tensor, completions: Sequence[Sequence[int]]
+) -> list[int | Exception]:
+    """The token that follows each completion, from logits (B, V); what went wrong instead: that concerns its row alone.
+
+    The host waits for the device once, apart from what controls need.
+
+    Args:
+        samplers: None for a row to ignore.
+        best: what `most_likely` found, (B).
+    """
+    outputs: dict[int, int | Exception] = {i: 0 for i, sampler in enumerate(samplers) if sampler is None}
+    special: dict[int, Tensor] = {}  # scores (V) by row
+    for i, (sampler, completion) in enumerate(zip(samplers, completions, strict=True)):
+        if sampler is not None and not sampler.is_greedy:
+            try:
+                special[i] = sampler.scores(logits[i], completion)
+            except Exception as error:
+                outputs[i] = error
+    special_samplers = [sampler for i, sampler in enumerate(samplers) if sampler is not None and i in special]
+    chosen = _choose_special(special_samplers, [*special.values()], [best[i : i + 1] for i in special])
+    found: list[int] = torch.cat([best, *chosen]).tolist()  # waits for the device
+    by_row = dict(zip(special, found[len(best) :], strict=True))
+    for i, sampler in enumerate(samplers):
+        if sampler is None or i in outputs:
+            continue
+        token = by_row.get(i, found[i])
+        try:
+            if found[i] < 0:
+                raise NonFiniteLogits
+            if token < 0:
+                raise ValueError("no token may follow: the controls of this request exclude all of them")
+            outputs[i] = sampler.accept(token)
+        except Exception as error:
+            outputs[i] = error
+    return [outputs[i] for i in range(len(samplers))]
 
 
-def draw(logits: Tensor, best: int, config: GenerationConfig, generator: torch.Generator | None) -> Tensor:
-    """A token () drawn from logits (V), whose largest is `best`, at a temperature above 0."""
+def _choose_special(samplers: Sequence[Sampler], scores: Sequence[Tensor], best: Sequence[Tensor]) -> list[Tensor]:
+    """The tokens of n samplers from their scores (V), in parts (n'): -1 where no score is finite. `best`: n of (1)."""
+    if scores and scores[0].device.type == "cpu":  # row by row, what is computed stays in the processor's cache
+        return [_choose_batch([s], own[None], one) for s, own, one in zip(samplers, scores, best, strict=True)]
+    return [_choose_batch(samplers, torch.stack([*scores]), torch.cat([*best]))] if scores else []
+
+
+def _choose_batch(samplers: Sequence[Sampler], scores: Tensor, best: Tensor) -> Tensor:
+    """The tokens (B) of samplers from their scores (B, V); `best` (B) are the most likely ones before the controls."""
+    tokens = most_likely(scores) if any(sampler.has_controls for sampler in samplers) else best
+    drawn = [i for i, sampler in enumerate(samplers) if sampler.generator is not None]
+    if not drawn:
+        return tokens
+    rows = to_device(torch.tensor(drawn), scores.device)
+    of_drawn = scores if len(drawn) == len(samplers) else scores[rows]
+    probabilities = distribution(of_drawn, [samplers[i].config for i in drawn])
+    random = draw(probabilities, [samplers[i].generator for i in drawn])
+    return tokens.index_copy(0, rows, random.masked_fill(tokens[rows] < 0, -1))
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The most likely token of each row of logits (B, V); -1 where the largest logit is NaN or infinite."""
+    largest, tokens = logits.max(-1)  # of a NaN, if there is one
+    return tokens.masked_fill(~largest.isfinite(), -1)
+
+
+def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
+    """What a token is drawn from, for each row of logits (B, V): fp64 and not normalised, at temperatures above 0."""
+    V = logits.shape[1]
+    top_k, top_p = [min(c.top_k or V, V) for c in configs], [inf if c.top_p is None else c.top_p for c in configs]
+    settings = [(c.temperature, k, p, c.min_p or 0.0) for c, k, p in zip(configs, top_k, top_p, strict=True)]
+    columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
+    temperature, kept, nucleus, min_p = columns.T[..., None]  # four of (B, 1)
     # relative to the largest and in fp64, so that no temperature above 0, however small, overflows
-    logits = (logits - logits[best]).double() / config.temperature
-    if config.top_k is not None and config.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[-1], -torch.inf)
+    logits = (logits - logits.amax(-1, keepdim=True)).double().div_(temperature)
+    if limits := [k for k in top_k if k < V]:
+        values = logits.topk(max(limits)).values
+        smallest = values.gather(1, kept.long().clamp(max=max(limits)) - 1)
+        logits = logits.masked_fill((logits < smallest) & (kept < V), -torch.inf)
     probabilities = logits.softmax(-1)
-    if config.top_p is not None:
+    if any(p < inf for p in top_p):
         # nucleus sampling, arXiv:1904.09751: the smallest set of tokens whose probabilities reach top_p
         ordered, order = probabilities.sort(descending=True, stable=True)
-        beyond = ordered.cumsum(-1) - ordered >= config.top_p
-        probabilities = probabilities.index_fill(0, order[beyond], 0.0)
-    if config.min_p is not None:  # arXiv:2407.01082
-        probabilities = probabilities.masked_fill(probabilities < config.min_p * probabilities.max(), 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[0]
+        beyond = ordered.cumsum(-1) - ordered >= nucleus
+        probabilities = probabilities.masked_fill(torch.empty_like(beyond).scatter_(1, order, beyond), 0.0)
+    if any(c.min_p for c in configs):  # arXiv:2407.01082
+        smallest = min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < smallest, 0.0)
+    return probabilities
+
+
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """A token (B) per row of probabilities (B, V), each with its own random generator.
+
+    As `torch.multinomial` draws one sample: the first of V exponential clocks to ring. That function takes one
+    generator for all rows, and waits for a GPU.
+    """
+    clocks = torch.empty_like(probabilities)
+    for row, generator in zip(clocks, generators, strict=True):
+        row.exponential_(generator=generator)
+    return torch.div(probabilities, clocks, out=clocks).argmax(-1)
 
 
 def ended(completion: Sequence[int], config: GenerationConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors read from safetensors files, and the check of weights."""
+"""Tensors read from safetensors files and copied to a device, and the check of weights."""
 
 from pathlib import Path
 
@@ -24,6 +24,13 @@ def read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Te
             return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated ({error}); download or save it again") from None
+
+
+def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """A CPU tensor on a device. The host does not wait for the copy to a GPU, which is made from pinned memory."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def check_weight(source: object, key: str, tensor: Tensor) -> None:

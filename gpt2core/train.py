@@ -15,12 +15,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2core.batching import IGNORED, Batch, attention_mask, pack
+from gpt2core.batching import Batch, attention_mask, pack
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
+from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
-from gpt2core.model import GPT2, evaluating
-from gpt2core.training_state import TrainingState
+from gpt2core.model import GPT2, Sequences, evaluating
+from gpt2core.training_state import Progress, TrainingState
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -55,8 +56,9 @@ def finetune(
     With `patience`, training stops early once that many validations in a row brought no new best loss. At the end the
     model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
     weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
-    result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; epochs and
-    max_steps may have grown since. A damaged checkpoint is skipped with a warning.
+    result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; on a GPU up
+    to rounding, since its attention adds gradients in no fixed order. epochs and max_steps may have grown since. A
+    damaged checkpoint is skipped with a warning.
 
     In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
     takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` counts the
@@ -74,6 +76,8 @@ def finetune(
     lora = next((layer.config for _, layer in lora_layers(model)), None)
     # dropout draws separately for each example, so a shared prefix could not be computed once for all
     share_prefix = lora is None or not lora.dropout
+    head_width = model.config.n_embd // model.config.n_head
+    as_sequences = config.precision != "fp32" and has_varlen_attention(device, head_width)
 
     def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
         groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
@@ -105,7 +109,8 @@ def finetune(
 
     def batches_of(step: int) -> list[Batch]:
         shares = [part[rank::world_size] for part in indices_of(step)]
-        return [pack([train[i] for i in own], config.loss_on, device, share_prefix) for own in shares if own]
+        options = config.loss_on, device, share_prefix, as_sequences
+        return [pack([train[i] for i in own], *options) for own in shares if own]
 
     def describe(step: int) -> str:
         return f"training records {', '.join(str(i + 1) for part in indices_of(step) for i in part)}"
@@ -188,7 +193,7 @@ def pretrain(
         order = torch.randperm((len(tokens) - offset - 1) // T, generator=generator)
         parts = order[place * per_step : (place + 1) * per_step].split(config.batch_size)
         index = [offset + part[:, None] * T + torch.arange(T + 1) for part in parts]  # each (B, T + 1)
-        return [Batch(tokens[i[:, :-1]].to(device), tokens[i[:, 1:]].to(device), i[:, 1:].numel()) for i in index]
+        return [Batch(tokens[i[:, :-1]], tokens[i[:, 1:]], i[:, 1:].numel()).to(device) for i in index]
 
     plan = _Plan(
         config=config,
@@ -214,9 +219,9 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             batch = pack(part, loss_on, device)
-            losses, labelled = _losses(model, batch)
+            losses = _losses(model, batch)
             assert batch.example is not None
-            rows = batch.example[labelled]  # index of the example that each loss belongs to
+            rows = batch.example.flatten()[batch.labelled]  # index of the example that each loss belongs to
             per_row = torch.zeros(len(part), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
             sums += zip(per_row.tolist(), rows.bincount(minlength=len(part)).tolist(), strict=True)
     return sums
@@ -266,8 +271,9 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
         state = TrainingState(weights, plan.optimisers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
+        losses: list[Tensor] = []  # of steps since they were last read
         while state.progress.step < plan.total_steps and not state.progress.is_stuck(plan.patience):
-            values = _step(model, plan, state)
+            values = _step(model, plan, state, losses)
             step = state.progress.step
             if values:
                 log(step, values)
@@ -294,21 +300,25 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
     return weights
 
 
-def _step(model: GPT2, plan: _Plan, state: TrainingState) -> dict[str, float]:
-    """Take one optimiser step; return the values to log, empty unless a log entry is due."""
+def _step(model: GPT2, plan: _Plan, state: TrainingState, losses: list[Tensor]) -> dict[str, float]:
+    """Take one optimiser step; return the values to log, empty unless a log entry is due.
+
+    A GPU computes while the host prepares the next steps, so nothing is read back from it unless something is due.
+    `losses` holds those not read yet.
+    """
     start = perf_counter()
     config, progress, weights = plan.config, state.progress, state.weights
     learning_rate = state.scale_learning_rates(learning_rate_factor(progress.step, plan.total_steps, config))
     parts = plan.batches_of(progress.step)
-    own_labels = sum(int((part.labels != IGNORED).sum()) for part in parts)
-    n_labels, n_tokens = map(int, _summed(own_labels, sum(part.n_tokens for part in parts)))
+    own_labels, own_tokens = sum(part.n_labels for part in parts), sum(part.n_tokens for part in parts)
+    n_labels, n_tokens = map(int, _summed(own_labels, own_tokens))
     # an adapter casts its own inputs; autocast is for training the fp32 weights of the base itself
     full = any("lora_" not in name for name in weights)
     autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=full and config.precision == "bf16-mixed")
     step_loss = torch.zeros((), device=state.device)
     for part in parts:
         with autocast:
-            loss = _losses(model, part)[0].sum()
+            loss = _losses(model, part).sum()
         (loss / n_labels).backward()
         step_loss += loss.detach()
     _sum_gradients([*weights.values()])
@@ -317,19 +327,18 @@ def _step(model: GPT2, plan: _Plan, state: TrainingState) -> dict[str, float]:
         optimiser.step()
         optimiser.zero_grad()
 
+    losses.append(step_loss)
     progress.step += 1
-    progress.loss += _summed(float(step_loss))[0]
+    may_stop = plan.patience is not None and plan.is_due(progress.step, plan.validate_every)
+    is_logged = may_stop or plan.is_due(progress.step, config.log_every_steps)
+    is_saved = plan.is_due(progress.step, plan.validate_every) or plan.is_due(progress.step, plan.checkpoint_every)
+    if is_logged or is_saved or state.device.type == "cpu":
+        _read_losses(losses, plan, progress)
     progress.labels += n_labels
     progress.tokens += n_tokens
     progress.tokens_seen += n_tokens
     progress.seconds += perf_counter() - start
-    if not math.isfinite(progress.loss):
-        raise FloatingPointError(
-            f"the loss is {progress.loss} at step {progress.step} ({plan.describe(progress.step - 1)}); "
-            f"lower learning_rate={config.learning_rate}, raise warmup_steps, or use another precision"
-        )
-    may_stop = plan.patience is not None and plan.is_due(progress.step, plan.validate_every)
-    if not may_stop and not plan.is_due(progress.step, config.log_every_steps):
+    if not is_logged:
         return {}
     values = {
         "train/loss": progress.loss / progress.labels,
@@ -344,12 +353,33 @@ def _step(model: GPT2, plan: _Plan, state: TrainingState) -> dict[str, float]:
     return values
 
 
-def _losses(model: GPT2, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N) at the N labelled positions, in fp32, and their mask (G, T). The head sees only them."""
-    labelled = batch.labels != IGNORED
-    mask = None if batch.positions is None or batch.example is None else attention_mask(batch.example)
-    logits = model.head(model.hidden(batch.input_ids, mask, positions=batch.positions)[labelled])  # (N, V)
-    return F.cross_entropy(logits.float(), batch.labels[labelled], reduction="none"), labelled
+def _read_losses(losses: list[Tensor], plan: _Plan, progress: Progress) -> None:
+    """Add the losses of the last steps to the progress and empty the list.
+
+    Raises:
+        FloatingPointError: one of them is not finite.
+    """
+    first = progress.step - len(losses) + 1
+    for step, loss in enumerate(_summed(*torch.stack(losses).tolist()), first):
+        progress.loss += loss
+        if not math.isfinite(progress.loss):
+            raise FloatingPointError(
+                f"the loss is {progress.loss} at step {step} ({plan.describe(step - 1)}); "
+                f"lower learning_rate={plan.config.learning_rate}, raise warmup_steps, or use another precision"
+            )
+    losses.clear()
+
+
+def _losses(model: GPT2, batch: Batch) -> Tensor:
+    """Cross-entropy (N) at the N labelled positions, in fp32. The head sees only them."""
+    mask: Tensor | Sequences | None = batch.sequences
+    if mask is None and batch.positions is not None and batch.example is not None:
+        mask = attention_mask(batch.example)
+    hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)  # (G * T, C)
+    labels = batch.labels.flatten()
+    if batch.labelled is not None:
+        hidden, labels = hidden[batch.labelled], labels[batch.labelled]
+    return F.cross_entropy(model.head(hidden).float(), labels, reduction="none")
 
 
 def _summed(*values: float) -> list[float]:

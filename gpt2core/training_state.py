@@ -16,7 +16,6 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from gpt2core.files import atomic_write
-from gpt2core.tensors import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +90,11 @@ class TrainingState:
 
     def check_finite(self) -> None:
         """Raise FloatingPointError, naming the step, if a weight has NaN or infinite values."""
-        for name, weight in self.weights.items():
-            if not is_finite(weight):
+        finite = torch.stack(
+            [torch.stack(weight.detach().aminmax()).isfinite().all() for weight in self.weights.values()]
+        )
+        for name, is_finite in zip(self.weights, finite.tolist(), strict=True):  # one host read for all weights
+            if not is_finite:
                 rates = " and ".join(f"{rate:g}" for rate in dict.fromkeys(self._learning_rates))
                 raise FloatingPointError(
                     f"weight {name} has NaN or infinite values after step {self.progress.step}; "

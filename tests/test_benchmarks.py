@@ -64,11 +64,37 @@ def test_growth_writes_its_curves_page_and_plot(tmp_path):
     assert (tmp_path / "docs" / "growth.svg").read_text().lstrip().startswith("<?xml")
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_gpu_check_passes_every_stage_and_writes_its_figures(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = run(
+        [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    result = json.loads(out.read_text())
+    assert [stage["stage"] for stage in result["stages"]] == list(gpu.STAGES)
+    assert result.keys() >= {"date", "command", "device", "versions"}
+    for stage in result["stages"]:
+        assert stage["status"] == "ok"
+        assert stage["figures"]
+    assert result["stages"][0]["figures"]["passed"] >= 30
+    assert result["stages"][-1]["figures"]["training"]["top"]
+
+
+def test_a_stage_that_exceeds_its_limit_is_ended_and_keeps_its_figures(tmp_path):
+    (tmp_path / "training.json").write_text('{"seconds": 1.0}')
+    entry = gpu._run_stage("training", "cpu", tmp_path, limit=0.1)
+    assert entry["status"] == "timeout"
+    assert entry["figures"] == {"seconds": 1.0}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_gpu_benchmark_without_a_gpu_exits_with_2_and_a_message(tmp_path):
-    done = CliRunner().invoke(gpu.main, ["--out", str(tmp_path)])
-    assert done.exit_code == 2
-    assert "finds no CUDA device" in done.output
+def test_gpu_check_without_a_gpu_exits_with_2_and_a_message(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit) as exit_:
+        gpu.main()
+    assert exit_.value.code == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
 
 
 def test_an_unknown_group_is_rejected_with_the_known_ones():

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS
-from gpt2core.tensors import is_finite
+from gpt2core.tensors import is_finite, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,21 +89,26 @@ class AdapterStack:
                 parts[0] if len(parts) == 1 else (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1))
             )
 
+    def indices(self, adapters: Sequence[Adapter | None]) -> list[int]:
+        """The index in this stack of the adapter of each row; -1 is the base model."""
+        index = {adapter: i for i, adapter in enumerate(self.adapters)}
+        return [-1 if adapter is None else index[adapter] for adapter in adapters]
+
     def for_rows(self, adapters: Sequence[Adapter | None]) -> "RowAdapters":
         """For a step whose rows use these adapters of the stack; None is the base model."""
-        index = {adapter: i for i, adapter in enumerate(self.adapters)}
-        return RowAdapters(self, [-1 if adapter is None else index[adapter] for adapter in adapters])
+        if len(self.adapters) == 1 and None not in adapters:
+            return RowAdapters(self, None)
+        return RowAdapters(self, to_device(torch.tensor(self.indices(adapters)), self.device))
 
 
 class RowAdapters:
     """Which adapter each row of a step uses."""
 
-    def __init__(self, stack: AdapterStack, row_adapters: Sequence[int]) -> None:
-        """`row_adapters`: the index in the stack of each row's adapter; -1 is the base model."""
+    def __init__(self, stack: AdapterStack, rows: Tensor | None) -> None:
+        """`rows` (N): index in the stack of each row's adapter, -1 for the base model; None: all use the only one."""
         self._stack, self._others = stack, dict[str, Tensor]()  # path -> (N, R), True for ranks of other adapters
-        if len(set(row_adapters)) > 1:  # else all rows use the only adapter of the stack
-            rows = torch.tensor(row_adapters, device=stack.device)[:, None]
-            self._others = {path: rows != owner for path, owner in stack.owner.items()}
+        if rows is not None:
+            self._others = {path: rows[:, None] != owner for path, owner in stack.owner.items()}
 
     def add_delta_(self, y: Tensor, layer: int, path: str, x: Tensor) -> None:
         """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""

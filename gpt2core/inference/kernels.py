@@ -5,6 +5,7 @@ and when torch's public API does the same, so that the workaround can go.
 """
 
 import ctypes
+import logging
 import mmap
 import os
 from collections.abc import Sequence
@@ -13,7 +14,10 @@ from math import prod
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def has_onednn() -> bool:
@@ -71,6 +75,57 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
         return torch.zeros(*shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+@cache
+@torch.enable_grad()
+def has_varlen_attention(device: torch.device, head_width: int) -> bool:
+    """Whether `varlen_attention` works here, forward and backward: tried once, beside plain attention with a mask.
+
+    Tried because the API is young: torch 2.10 has another signature, and which query a causal mask is aligned with
+    where there are more keys than queries is not documented.
+    """
+    if device.type != "cuda":
+        return False
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, 2, head_width, generator=generator).to(device, torch.bfloat16).requires_grad_()
+
+    # two sequences: 5 queries with 9 keys, 7 with 7; views, as in training
+    qkv, kv, weight = random(12, 3), random(16, 2), random(12)
+    q, k, v = qkv[:, 0], kv[:, 0], kv[:, 1]
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32).to(device) for ends in ([0, 5, 12], [0, 9, 16]))
+    mask = torch.block_diag(torch.ones(5, 9).tril(4), torch.ones(7, 7).tril()).bool().to(device)
+    try:
+        found = varlen_attention(q, k, v, ends_q, ends_k, 7, 9, scale=0.3)
+        heads = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        expected = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=0.3).transpose(0, 1)
+        for one, other in zip(
+            (found, *torch.autograd.grad((found * weight).sum(), (qkv, kv))),
+            (expected, *torch.autograd.grad((expected * weight).sum(), (qkv, kv))),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)  # two roundings to 8 bits
+    except Exception as error:  # training then uses a mask
+        reason = str(error).partition("\n")[0]
+        logger.warning("packed records are trained with an attention mask, which is slower: %s", reason)
+        return False
+    return True
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, scale: float
+) -> Tensor:
+    """Causal attention (N, H, D) of many sequences behind each other, in bf16 on a GPU: q (N, H, D), k and v (M, H, D).
+
+    Sequence i has the queries ends_q[i] to ends_q[i + 1], int32 and beginning with 0, and the keys alike. Its last
+    query attends to all of its keys. The longest ones have max_q queries and max_k keys.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # not in every version of torch, and slow to import
+
+    y = varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, scale=scale, window_size=(-1, 0))
+    return cast(Tensor, y)
 
 
 def release_openmp_workers() -> None:

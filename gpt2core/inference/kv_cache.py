@@ -130,11 +130,11 @@ class RowCache:
         self.requests[row], self.lengths[row] = prefill.request, prefill.length
         if self.end < prefill.length:
             self._move(max(self.lengths))
-        self.kv[:, row, :, :, self.end - prefill.length : self.end] = prefill.kv
+        self.kv[:, row, :, :, self._columns(row)] = prefill.kv
 
     def remove(self, row: int) -> None:
         """Free the row and erase its keys and values."""
-        self.kv[:, row, :, :, self.end - self.lengths[row] : self.end] = 0
+        self.kv[:, row, :, :, self._columns(row)] = 0
         self.requests[row], self.lengths[row] = None, 0
 
     def clear(self) -> None:
@@ -150,13 +150,17 @@ class RowCache:
                 self.lengths.pop()
             elif 2 * self.n_active <= len(self.requests):
                 row, last = self.requests.index(None), len(self.requests) - 1
-                columns = slice(self.end - self.lengths[last], self.end)
+                columns = self._columns(last)
                 self.kv[:, row, :, :, columns] = self.kv[:, last, :, :, columns]
                 self.requests[row], self.lengths[row] = self.requests[last], self.lengths[last]
                 self.remove(last)
             else:
                 return
         self.end = 0
+
+    def _columns(self, row: int) -> slice:
+        """Where the row's own tokens are."""
+        return slice(self.end - self.lengths[row], self.end)
 
     def _move(self, end: int) -> None:
         """Move the rows' columns so that they end at `end`, rounded up to ALIGN, with SPARE columns to grow into."""
@@ -172,6 +176,54 @@ class RowCache:
         """Zeros, allocated lazily, since most rows may never be used."""
         *rows, D = self._shape
         return lazy_zeros((*rows, columns, D), self._dtype, self._device)
+
+
+class StaticRowCache(RowCache):
+    """Rows at fixed addresses, for steps that are replayed as a CUDA graph: a token's column is its position.
+
+    kv has n_positions columns for each of max_batch rows from the start. A step computes the first rows and columns of
+    it, and masks what is beyond each row's own token. `begin_rows` takes the place of `begin_step`.
+    """
+
+    WIDTH = 128  # columns that a step computes at least; more are a power of two
+
+    def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
+        self.max_batch, self.n_positions = max_batch, config.n_positions
+        super().__init__(config, dtype, device, max_batch)
+        self.kv = self._allocate(config.n_positions)
+        self._rows = torch.arange(max_batch, device=device)
+
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns that the next step needs, rounded up so that few different steps occur."""
+        n, width = _power_of_two(len(self.requests)), _power_of_two(max(self.lengths) + 1)
+        return min(n, self.max_batch), min(max(width, self.WIDTH), self.n_positions)
+
+    def begin_rows(self, positions: Tensor, width: int) -> None:
+        """Prepare `attend` for the next token of each of the first B rows, at positions (B), within `width` columns."""
+        B = len(positions)
+        window = self.kv[:, :B, ..., :width, :]  # (n_layer, B, 2, H, W, D)
+        self._windows, self._places = window.unbind(), (self._rows[:B], positions)
+        beyond = torch.arange(width, device=self.kv.device) > positions[:, None]
+        self._bias = torch.zeros(beyond.shape, dtype=self.kv.dtype, device=self.kv.device)
+        self._bias = self._bias.masked_fill_(beyond, -torch.inf)[:, None, None]  # (B, 1, 1, W)
+
+    def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+        rows, positions = self._places
+        window = self._windows[layer]  # (B, 2, H, W, D)
+        window[rows, :, :, positions] = qkv[:, 1:]
+        q = qkv[:, 0, :, None]  # (B, H, 1, D)
+        y = F.scaled_dot_product_attention(q, window[:, 0], window[:, 1], attn_mask=self._bias, scale=scale)
+        return y.flatten(1)
+
+    def clear(self) -> None:
+        self.requests, self.lengths = [], []
+        self.kv.zero_()
+
+    def _columns(self, row: int) -> slice:
+        return slice(0, self.lengths[row])
+
+    def _move(self, end: int) -> None:
+        """Nothing ever moves."""
 
 
 class PrefixCache:
@@ -216,3 +268,8 @@ class PrefixCache:
         """Forget everything that was computed with the adapter."""
         for key in [key for key in self._blocks if key[0] is adapter]:
             self._bytes -= self._blocks.pop(key).nbytes
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << (n - 1).bit_length()

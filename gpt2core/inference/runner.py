@@ -7,12 +7,14 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from gpt2core.inference.adapters import Adapter, AdapterStack, RowAdapters
-from gpt2core.inference.kv_cache import RowCache
+from gpt2core.inference.adapters import Adapter, AdapterStack
+from gpt2core.inference.graphs import RowDecoder
+from gpt2core.inference.kv_cache import RowCache, StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
-from gpt2core.sampling import NonFiniteLogits, most_likely
+from gpt2core.sampling import NonFiniteLogits, choose, most_likely
+from gpt2core.tensors import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +23,26 @@ class ModelRunner:
     def __init__(self, model: QuantizedModel, row_cache: RowCache) -> None:
         self._model, self._row_cache = model, row_cache
         self._stack: AdapterStack | None = None  # of the last step with adapters; most steps use the same ones
+        self._decoder = RowDecoder(model, row_cache) if isinstance(row_cache, StaticRowCache) else None
 
     def run(self, step: Step) -> list[Output]:
         """Compute a step, extend its caches, and return an output for each of `step.sampled`."""
+        self._update_stack(step)
+        if self._decoder is None or not step.rows:
+            return self._sample(self._logits(step), step.sampled)
+        uses_adapters = any(request is not None and request.adapter is not None for request in step.rows)
+        logits, best = self._decoder.run(self._stack if uses_adapters else None)
+        if not step.chunks:
+            return self._sample(logits, step.sampled, best)
+        return self._sample(torch.cat([logits, self._logits(Step([], step.chunks))]), step.sampled)
+
+    def drop_adapter(self, adapter: Adapter) -> None:
+        """Release the adapter's place in the stack."""
+        if self._stack is not None and adapter in self._stack.adapters:
+            self._set_stack(None)
+
+    def _logits(self, step: Step) -> Tensor:
+        """Logits (n, token_count) for `step.sampled`, computed in one forward."""
         hidden = self._forward(step)  # (N, C)
         n_rows = len(step.rows)
         selected, end = list(range(n_rows)), n_rows
@@ -34,23 +53,21 @@ class ModelRunner:
             if chunk.is_last:
                 selected.append(end - 1)
         if not selected:
-            return []
-        return self._sample(hidden if len(selected) == len(hidden) else hidden[selected], step.sampled)
-
-    def drop_adapter(self, adapter: Adapter) -> None:
-        """Release the adapter's place in the stack."""
-        if self._stack is not None and adapter in self._stack.adapters:
-            self._stack = None
+            return hidden.new_zeros(0, self._model.config.token_count, dtype=torch.float32)
+        if len(selected) < len(hidden):
+            hidden = hidden[to_device(torch.tensor(selected, dtype=torch.long), hidden.device)]
+        return self._model.logits(hidden)
 
     def _forward(self, step: Step) -> Tensor:
         """Hidden states (N, C) of the rows' tokens and of the chunks' tokens."""
         rows, n_rows, device = self._row_cache, len(step.rows), self._model.device
-        ids, positions, adapters = rows.inputs()
+        ids, positions, adapters = rows.inputs() if n_rows else ([], [], [])
         for chunk in step.chunks:
             ids += chunk.request.input_ids[chunk.positions.start : chunk.positions.stop]
             positions += chunk.positions
             adapters += [chunk.request.adapter] * chunk.n
-        rows.begin_step()
+        if n_rows:
+            rows.begin_step()
 
         def attention(layer: int, qkv: Tensor) -> Tensor:
             scale = self._model.blocks[layer].scale
@@ -61,45 +78,65 @@ class ModelRunner:
                 start += chunk.n
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+        used = self._stack is not None and any(adapter is not None for adapter in adapters)
         hidden = self._model.hidden(
-            torch.tensor(ids, device=device),
-            torch.tensor(positions, device=device),
+            to_device(torch.tensor(ids), device),
+            to_device(torch.tensor(positions), device),
             attention,
-            self._row_adapters(adapters),
+            self._stack.for_rows(adapters) if used and self._stack is not None else None,
         )
-        rows.end_step()
+        if n_rows:
+            rows.end_step()
         for chunk in step.chunks:
             chunk.prefill.advance(chunk.n)
         return hidden
 
-    def _row_adapters(self, adapters: Sequence[Adapter | None]) -> RowAdapters | None:
-        """None if no row uses an adapter."""
-        used = tuple(sorted({adapter for adapter in adapters if adapter is not None}, key=id))
-        if not used:
-            return None
-        if self._stack is None or self._stack.adapters != used:
-            self._stack = AdapterStack(used, self._model.dtype, self._model.device)
-        return self._stack.for_rows(adapters)
+    def _update_stack(self, step: Step) -> None:
+        """Make the stack hold the adapters of the step. With graphs others stay in it: a new stack needs new graphs."""
+        requests = (*step.rows, *(chunk.request for chunk in step.chunks))
+        used = {request.adapter for request in requests if request is not None and request.adapter is not None}
+        held = set() if self._stack is None else set(self._stack.adapters)
+        if self._decoder is not None:
+            used |= held
+        if used and used != held:
+            self._set_stack(AdapterStack(sorted(used, key=id), self._model.dtype, self._model.device))
 
-    def _sample(self, hidden: Tensor, requests: Sequence[Request | None]) -> list[Output]:
-        """The output of each row of hidden (n, C); that of a row without a request is meaningless."""
-        logits = self._model.logits(hidden)  # (n, token_count)
-        best = most_likely(logits)
-        return [0 if request is None else _output(request, logits, i, best[i]) for i, request in enumerate(requests)]
+    def _set_stack(self, stack: AdapterStack | None) -> None:
+        self._stack = stack
+        if self._decoder is not None:
+            self._decoder.forget_stack()
+
+    def _sample(self, logits: Tensor, requests: Sequence[Request | None], best: Tensor | None = None) -> list[Output]:
+        """The output of each row of logits (n, token_count); that of a row without a request is meaningless.
+
+        An error is an output too: it ends its request alone.
+        """
+        if not requests:
+            return []
+        outputs = choose(
+            [None if request is None else request.sampler for request in requests],
+            logits,
+            most_likely(logits) if best is None else best,
+            [[] if request is None else request.tokens for request in requests],
+        )
+        for i, request in enumerate(requests):
+            if request is not None and request.n_logprobs is not None:
+                outputs[i] = _record(request, logits[i : i + 1], outputs[i])
+            if isinstance(error := outputs[i], Exception):
+                logger.warning("a request failed: %s", error)
+        return outputs
 
 
-def _output(request: Request, logits: Tensor, i: int, best: int | None) -> Output:
-    """The next token of the request in row i of the logits. An error is returned: it ends this request alone."""
+def _record(request: Request, logits: Tensor, output: Output) -> Output:
+    """Record the token's log probabilities, from logits (1, token_count); the output, or what went wrong."""
     try:
         if not all(isfinite(one.logprob) for one in request.prompt_logprobs):
             raise NonFiniteLogits
-        token = request.sampler.choose(logits, i, best, request.tokens)
-        if request.n_logprobs is not None:
-            request.logprobs += _logprobs(logits[i : i + 1], [token], request.n_logprobs)
+        if isinstance(output, int):
+            request.logprobs += _logprobs(logits, [output], request.n_logprobs or 0)
     except Exception as error:
-        logger.warning("a request failed: %s", error)
         return error
-    return token
+    return output
 
 
 def _record_prompt(request: Request, logits: Tensor) -> None:

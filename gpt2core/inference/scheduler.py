@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from time import monotonic
 
 from gpt2core.inference.adapters import Adapter
-from gpt2core.inference.kv_cache import BLOCK, PrefillCache, PrefixCache, RowCache
+from gpt2core.inference.kv_cache import BLOCK, PrefillCache, PrefixCache, RowCache, StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import EngineClosed, Request
 
 Output = int | Exception  # of a request in a step: its next token, or why there is none
 
 PREFILL_TOKENS = 256  # prompt tokens read per step at most: bounds how long a long prompt delays decoding requests
+PREFILL_TOKENS_CUDA = 4096  # as many take a GPU about as long
 PREFIX_BYTES = 64 * 2**20  # of the prefix cache
 
 
@@ -53,8 +54,11 @@ class Step:
 class Scheduler:
     """First come, first served. Not thread-safe: the engine guards what other threads call."""
 
-    def __init__(self, model: QuantizedModel, max_batch: int) -> None:
-        self.row_cache = RowCache(model.config, model.dtype, model.device, max_batch)
+    def __init__(self, model: QuantizedModel, max_batch: int, static_cache: bool | None = None) -> None:
+        """`static_cache`: rows at fixed addresses, as CUDA graphs need them; None: on a GPU."""
+        on_gpu = model.device.type == "cuda"
+        cache = StaticRowCache if static_cache or (static_cache is None and on_gpu) else RowCache
+        self.row_cache = cache(model.config, model.dtype, model.device, max_batch)
         self._model, self._max_batch = model, max_batch
         self._waiting: deque[Request] = deque()
         self._prefills: list[PrefillCache] = []
@@ -103,7 +107,7 @@ class Scheduler:
     def next_step(self) -> Step | None:
         """The next step; None if nothing is running."""
         self.row_cache.compact()
-        budget = PREFILL_TOKENS
+        budget = PREFILL_TOKENS if self._model.device.type == "cpu" else PREFILL_TOKENS_CUDA
         chunks = []
         for prefill in self._prefills:
             if n := min(budget, prefill.remaining):

@@ -76,7 +76,8 @@ def test_a_completion_does_not_depend_on_the_rest_of_the_batch(model, weights):
     assert together == alone
 
 
-def test_each_request_uses_its_own_adapter(tiny_gpt2_dir, model, tmp_path):
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_each_request_uses_its_own_adapter(tiny_gpt2_dir, model, tmp_path, static_cache):
     loras = {
         "a": LoraConfig(rank=2),
         "b": LoraConfig(rank=3, alpha=5.0, targets=("k", "proj", "fc")),
@@ -88,7 +89,7 @@ def test_each_request_uses_its_own_adapter(tiny_gpt2_dir, model, tmp_path):
         tuned[name] = load_adapter(load_pretrained(tiny_gpt2_dir), directory)
     prompts, configs = random_prompts(24), mixed_configs(24)
     names = [list(tuned)[i % 4] for i in range(24)]
-    with Engine(model, 6, "fp32") as engine:
+    with Engine(model, 6, "fp32", static_cache=static_cache) as engine:
         for name in loras:
             engine.load_adapter(name, tmp_path / name)
         requests = [engine.submit(p, c, name) for p, c, name in zip(prompts, configs, names, strict=True)]

@@ -20,7 +20,7 @@ from gpt2core.engine import Engine
 from gpt2core.generate import generate, stream
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
-from gpt2core.sampling import draw, ended
+from gpt2core.sampling import distribution, draw, ended
 from tests.gpt2core.decoding import random_prompts
 
 PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2], [50, 51]]
@@ -162,15 +162,6 @@ def test_controls_that_exclude_every_token_are_an_error_of_that_request(model):
         assert [other.result(60)] == generate(model, PROMPTS[:1], sampling())
 
 
-def probabilities(monkeypatch, logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """The distribution that `draw` draws from."""
-    seen = []
-    multinomial = torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, n, **options: seen.append(p) or multinomial(p, n, **options))
-    draw(logits, int(logits.argmax()), config, torch.Generator().manual_seed(0))
-    return seen[0]
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
@@ -179,7 +170,7 @@ def probabilities(monkeypatch, logits: torch.Tensor, config: GenerationConfig) -
         *[(7, 0.5, None), (500, 1.0, None), (None, None, 0.1), (None, None, 1.0), (9, 0.9, 0.2)],
     ],
 )
-def test_the_sampling_distribution_is_that_of_transformers(monkeypatch, temperature, top_k, top_p, min_p):
+def test_the_sampling_distribution_is_that_of_transformers(temperature, top_k, top_p, min_p):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 3
     expected = (logits / temperature)[None]
     if top_k is not None:
@@ -189,17 +180,26 @@ def test_the_sampling_distribution_is_that_of_transformers(monkeypatch, temperat
     if min_p is not None:
         expected = MinPLogitsWarper(min_p)(None, expected)
     config = sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    found = probabilities(monkeypatch, logits, config)
+    others = [sampling(temperature=0.3, top_k=3, min_p=0.01), sampling(), sampling(temperature=2.0, top_p=0.9)]
+    found = distribution(logits.expand(4, -1), [others[0], config, *others[1:]])[1]  # whatever the other rows want
     found = found / found.sum()
     torch.testing.assert_close(found.float(), expected.softmax(-1)[0], rtol=1e-4, atol=1e-6)  # theirs is fp32
 
 
 def test_tokens_are_drawn_with_their_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([int(draw(logits, 0, sampling(), generator)) for _ in range(4000)])
+    generator, probabilities = torch.Generator().manual_seed(0), distribution(logits[None], [sampling()])
+    draws = torch.cat([draw(probabilities, [generator]) for _ in range(4000)])
     shares = draws.bincount(minlength=4) / len(draws)
     torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=0.03)  # four standard deviations
+
+
+def test_rows_are_drawn_with_their_own_generators_as_multinomial_draws_one_sample():
+    probabilities = torch.randn(5, 97, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
+    one, other = ([torch.Generator().manual_seed(seed) for seed in range(5)] for _ in range(2))
+    for _ in range(20):
+        expected = [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, other, strict=True)]
+        assert draw(probabilities, one).tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-9])

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2core import sampling
 from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine, NonFiniteLogits
@@ -17,7 +16,7 @@ from gpt2core.generate import generate
 from gpt2core.inference import kv_cache
 from gpt2core.inference.adapters import AdapterStack, make_adapter
 from gpt2core.inference.kernels import has_int8
-from gpt2core.inference.kv_cache import PrefillCache, RowCache
+from gpt2core.inference.kv_cache import PrefillCache, RowCache, StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel, causal_attention, supported_formats
 from gpt2core.inference.request import Request
 from gpt2core.lora import add_lora, lora_layers
@@ -166,11 +165,18 @@ def random_operations(seed: int) -> list[tuple[str, int, bool]]:
     return [(kind, random.randint(0, largest[kind]), random.random() < 0.5) for kind in kinds]
 
 
-def row_outputs(operations: list[tuple[str, int, bool]], poison: float) -> list[torch.Tensor]:
+def begin_step(cache: RowCache) -> None:
+    if isinstance(cache, StaticRowCache):
+        cache.begin_rows(torch.tensor(cache.lengths), cache.shape()[1])
+    else:
+        cache.begin_step()
+
+
+def row_outputs(operations: list[tuple[str, int, bool]], poison: float, kind_of_cache=RowCache) -> list[torch.Tensor]:
     """Attention of all requests that are not bad, after the operations; bad ones have `poison` as keys and values."""
     generator, cache, bad, outputs = (
         torch.Generator().manual_seed(0),
-        RowCache(CONFIG, torch.float32, CPU, 4),
+        kind_of_cache(CONFIG, torch.float32, CPU, 4),
         set(),
         [],
     )
@@ -193,7 +199,7 @@ def row_outputs(operations: list[tuple[str, int, bool]], poison: float) -> list[
                 cache.compact()
                 if not cache.requests:
                     break
-                cache.begin_step()
+                begin_step(cache)
                 y = cache.attend(0, torch.cat([qkv(1, request in bad) for request in cache.requests]), 1.0)
                 cache.end_step()
                 outputs += [y[row] for row, r in enumerate(cache.requests) if r is not None and r not in bad]
@@ -201,30 +207,31 @@ def row_outputs(operations: list[tuple[str, int, bool]], poison: float) -> list[
             cache.remove(n)
         elif kind == "fail":  # in the middle of a step
             if cache.requests:
-                cache.begin_step()
+                begin_step(cache)
                 cache.attend(0, torch.cat([qkv(1, request in bad) for request in cache.requests]), 1.0)
             cache.clear()
     return outputs
 
 
+@pytest.mark.parametrize("cache", [RowCache, StaticRowCache])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_non_finite_keys_and_values_reach_no_other_row_whatever_rows_do(monkeypatch, poison):
+def test_non_finite_keys_and_values_reach_no_other_row_whatever_rows_do(monkeypatch, poison, cache):
     monkeypatch.setattr(kv_cache.RowCache, "SPARE", 3)
     monkeypatch.setattr(kv_cache.RowCache, "ALIGN", 4)
     for operations in (MOVED_AND_JOINED_AGAIN, *map(random_operations, range(40))):
-        outputs, expected = row_outputs(operations, poison), row_outputs(operations, 0.5)
+        outputs, expected = row_outputs(operations, poison, cache), row_outputs(operations, 0.5, cache)
         assert all(torch.equal(found, exact) for found, exact in zip(outputs, expected, strict=True))
 
 
 def test_an_error_while_sampling_ends_that_request_alone(model, monkeypatch):
-    draw = sampling.draw
+    scores = Sampler.scores
 
-    def failing(logits, best, config, generator):
-        if config.seed == 666:
+    def failing(sampler, logits, completion):
+        if sampler.config.seed == 666:
             raise RuntimeError("no token can be drawn")
-        return draw(logits, best, config, generator)
+        return scores(sampler, logits, completion)
 
-    monkeypatch.setattr(sampling, "draw", failing)
+    monkeypatch.setattr(Sampler, "scores", failing)
     configs = [GenerationConfig(max_new_tokens=12, temperature=0.8, seed=seed) for seed in (1, 666, 2)]
     with Engine(model, 4, "fp32") as engine:
         first, lost, last = (engine.submit([1, 2], config) for config in configs)

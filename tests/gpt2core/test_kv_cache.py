@@ -10,6 +10,7 @@ from gpt2core.config import GenerationConfig, LoraConfig
 from gpt2core.engine import Engine
 from gpt2core.generate import generate
 from gpt2core.inference import kv_cache, scheduler
+from gpt2core.inference.graphs import RowDecoder
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
 from tests.helpers import wait_until
 
@@ -19,8 +20,8 @@ def model(tiny_gpt2_dir):
     return load_pretrained(tiny_gpt2_dir)
 
 
-def decode_all(model, prompts, configs, max_batch: int) -> list[list[int]]:
-    with Engine(model, max_batch, "fp32") as engine:
+def decode_all(model, prompts, configs, max_batch: int, static_cache: bool = False) -> list[list[int]]:
+    with Engine(model, max_batch, "fp32", static_cache=static_cache) as engine:
         requests = [engine.submit(*pair) for pair in zip(prompts, configs, strict=True)]
         return [request.result(60) for request in requests]
 
@@ -29,10 +30,32 @@ def each_alone(model, prompts, configs) -> list[list[int]]:
     return [generate(model, [prompt], config)[0] for prompt, config in zip(prompts, configs, strict=True)]
 
 
-def test_a_prompt_read_in_chunks_gives_the_same_completion(model, monkeypatch):
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_a_prompt_read_in_chunks_gives_the_same_completion(model, monkeypatch, static_cache):
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 5)
     prompts, configs = random_prompts(10), mixed_configs(10)
-    assert decode_all(model, prompts, configs, 4) == each_alone(model, prompts, configs)
+    assert decode_all(model, prompts, configs, 4, static_cache) == each_alone(model, prompts, configs)
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 16])
+def test_rows_at_fixed_addresses_give_the_same_completions(model, monkeypatch, max_batch):
+    monkeypatch.setattr(kv_cache.StaticRowCache, "WIDTH", 8)
+    prompts, configs = random_prompts(40), mixed_configs(40)
+    found = decode_all(model, prompts, configs, max_batch, static_cache=True)
+    assert found == decode_all(model, prompts, configs, max_batch) == each_alone(model, prompts, configs)
+
+
+def test_a_graph_that_cannot_be_captured_is_logged_and_decoding_continues_without(model, monkeypatch, caplog):
+    def fail(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(RowDecoder, "_capture", fail)
+    prompts, configs = random_prompts(6), mixed_configs(6)
+    with Engine(model, 4, "fp32", static_cache=True) as engine:
+        engine._runner._decoder.uses_graphs = True
+        completions = [engine.submit(*pair).result(60) for pair in zip(prompts, configs, strict=True)]
+    assert completions == each_alone(model, prompts, configs)
+    assert "decoding without: operation not permitted" in caplog.text
 
 
 def test_moving_rows_when_columns_run_out_does_not_change_completions(model, monkeypatch):
@@ -60,11 +83,12 @@ def test_the_prefix_cache_stays_within_its_memory_limit(model, monkeypatch):
         assert engine.stats()["cached_prefix_tokens"] <= 3 * 16
 
 
-def test_an_unloaded_adapter_leaves_the_prefix_cache_and_memory(tiny_gpt2_dir, model, tmp_path):
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_an_unloaded_adapter_leaves_the_prefix_cache_and_memory(tiny_gpt2_dir, model, tmp_path, static_cache):
     directory = save_random_adapter(load_pretrained(tiny_gpt2_dir), LoraConfig(), 1, tmp_path)
     tuned = load_adapter(load_pretrained(tiny_gpt2_dir), directory)
     config, prompt = GenerationConfig(max_new_tokens=20), random_prompts(1, seed=5)[0] * 2
-    with Engine(model, 4, "fp32") as engine:
+    with Engine(model, 4, "fp32", static_cache=static_cache) as engine:
         engine.load_adapter("x", directory)
         adapter = weakref.ref(engine._adapters["x"])
         running = engine.submit(prompt[:40], config, "x")

@@ -1,0 +1,100 @@
+"""Decoding one token for every row of a `StaticRowCache`: on a GPU by replaying a CUDA graph.
+
+A step of gpt2 is about 200 kernels of a few microseconds: launched one by one, the host takes longer than the GPU. A
+graph launches them all at once. It computes at fixed addresses, so the inputs are copied to a buffer, and there is one
+graph per number of rows and columns (both powers of two), captured when it is first needed.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt2core.inference.adapters import AdapterStack, RowAdapters
+from gpt2core.inference.kv_cache import StaticRowCache
+from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.sampling import most_likely
+from gpt2core.tensors import to_device
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    graph: "torch.cuda.CUDAGraph"
+    outputs: tuple[Tensor, Tensor]  # written by each replay
+
+
+class RowDecoder:
+    def __init__(self, model: QuantizedModel, cache: StaticRowCache) -> None:
+        self._model, self._cache = model, cache
+        # per row: its last token, the position of that, and the index of its adapter in the stack
+        self._inputs = torch.zeros(cache.max_batch, 3, dtype=torch.long, device=model.device)
+        self._graphs: dict[tuple[int, int, AdapterStack | None], _Graph] = {}
+        self.uses_graphs = model.device.type == "cuda"
+
+    def run(self, stack: AdapterStack | None) -> tuple[Tensor, Tensor]:
+        """Logits (B, token_count) of the next token of the cache's B rows, and the most likely tokens (B).
+
+        Valid until the next call. Those of free rows are meaningless.
+        """
+        cache = self._cache
+        ids, positions, adapters = cache.inputs()
+        indices = [-1] * len(ids) if stack is None else stack.indices(adapters)
+        n, width = cache.shape()
+        inputs = torch.zeros(n, 3, dtype=torch.long)  # rows beyond the last request: token 0 at position 0
+        inputs[:, 2] = -1
+        inputs[: len(ids)] = torch.tensor([ids, positions, indices]).T
+        self._inputs[:n] = to_device(inputs, self._model.device)
+        logits, best = self._replay(n, width, stack) if self.uses_graphs else self._compute(n, width, stack)
+        cache.end_step()
+        return logits[: len(ids)], best[: len(ids)]
+
+    def forget_stack(self) -> None:
+        """Release every graph that uses adapters."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[2] is None}
+
+    def _compute(self, n: int, width: int, stack: AdapterStack | None) -> tuple[Tensor, Tensor]:
+        model, cache = self._model, self._cache
+        ids, positions, adapters = self._inputs[:n].unbind(1)
+        cache.begin_rows(positions, width)
+        hidden = model.hidden(
+            ids,
+            positions,
+            lambda layer, qkv: cache.attend(layer, qkv, model.blocks[layer].scale),
+            None if stack is None else RowAdapters(stack, adapters),
+        )
+        logits = model.logits(hidden)
+        return logits, most_likely(logits)
+
+    def _replay(self, n: int, width: int, stack: AdapterStack | None) -> tuple[Tensor, Tensor]:
+        """As `_compute`, by a graph; without graphs from the first that cannot be captured."""
+        key = n, width, stack
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._capture(n, width, stack)
+            except Exception as error:  # whatever it is, decoding must go on
+                logger.warning("no CUDA graph for %d rows of %d columns, decoding without: %s", n, width, error)
+                self.uses_graphs = False
+                self._graphs.clear()
+                return self._compute(n, width, stack)
+        with torch.cuda.device(self._model.device):
+            self._graphs[key].graph.replay()
+        return self._graphs[key].outputs
+
+    def _capture(self, n: int, width: int, stack: AdapterStack | None) -> _Graph:
+        # what libraries allocate at their first call must not be part of the graph; the step can be repeated
+        with torch.cuda.device(self._model.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._compute(n, width, stack)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # other threads load adapters meanwhile; graphs never run at the same time, so they share memory
+            pool = next((one.graph.pool() for one in self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                outputs = self._compute(n, width, stack)
+        logger.debug("captured a CUDA graph for %d rows of %d columns", n, width)
+        return _Graph(graph, outputs)
