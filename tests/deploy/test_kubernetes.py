@@ -14,7 +14,7 @@ from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import MANIFESTS
 from deploy.kubernetes.rollout import KubernetesTarget
 from deploy.server import serve
-from deploy.target import Deployment, Version
+from deploy.target import DeployInterrupted, Deployment, Version
 from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
@@ -222,8 +222,11 @@ def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, 
             raise each
 
     monkeypatch.setattr(progress.time, "sleep", sleep)
-    with pytest.raises(interrupt):
+    with pytest.raises(DeployInterrupted) as interrupted:
         deploy_next(config)
+    assert isinstance(interrupted.value.__cause__, interrupt)
+    assert interrupted.value.deployment.outcome == "rolled_back"
+    assert interrupted.value.deployment.reason.startswith(f"interrupted ({interrupt.__name__}); rolled back to {OLD}")
     assert api.image() == OLD
 
 
@@ -242,14 +245,14 @@ def interrupted_after_apply(monkeypatch):
 
 
 def test_a_rollout_interrupted_in_its_apply_is_rolled_back(api, config, first, interrupted_after_apply):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(DeployInterrupted):
         deploy_next(config)
     assert api.image() == OLD
     assert api.running() == [OLD, OLD]
 
 
 def test_a_first_rollout_interrupted_in_its_apply_is_deleted(api, config, interrupted_after_apply):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(DeployInterrupted):
         deploy(config)
     assert DEPLOYMENT not in api.objects
 
