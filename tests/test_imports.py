@@ -50,6 +50,8 @@ MAY_IMPORT = {
         "psutil",
         "yaml",
         "matplotlib",
+        "requests",
+        "statsmodels",
     },
     "commands/lineage": {"commands", "gpt2core", "zenml"},
     "deploy": {"deploy", "gpt2core", "bentoml", "psutil", "requests", "yaml"},
