@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import kubernetes_validate
@@ -15,6 +14,7 @@ from kubernetes_validate.utils import latest_version
 
 from bentos.app import app
 from bentos.limits import DEADLINE, DRAIN_MAX, LAST_REQUESTS
+from bentos.settings import Settings
 from deploy import bento
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,24 +60,44 @@ def test_all_objects_share_one_name_and_namespace():
 
 
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
-@pytest.mark.parametrize("name", ["deployer", "ingress"])
+@pytest.mark.parametrize("name", ["deployer", "ingress", "adapters-volume"])
 def test_each_optional_manifest_of_a_builtin_kind_is_strictly_valid(name, version):
     for manifest in OPTIONAL[name]:
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
+def merged(value, patch):
+    """A strategic merge patch: maps are merged, and lists of objects by their mount path or name."""
+    if isinstance(value, dict) and isinstance(patch, dict):
+        return value | {key: merged(value.get(key), each) for key, each in patch.items()}
+    for key in ("mountPath", "name"):
+        if isinstance(value, list) and all(isinstance(each, dict) and key in each for each in (*value, *patch)):
+            items = {each[key]: each for each in value}
+            return list((items | {each[key]: merged(items.get(each[key]), each) for each in patch}).values())
+    return patch
+
+
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
-def test_the_deployment_with_the_gpu_patch_is_strictly_valid(deployment, version):
-    [patch] = deepcopy(OPTIONAL["gpu"])
-    patched = deepcopy(deployment)
-    pod, extra = patched["spec"]["template"]["spec"], patch["spec"]["template"]["spec"]
-    [container], [addition] = pod["containers"], extra.pop("containers")
-    assert addition["name"] == container["name"]
-    assert not extra.keys() & pod.keys()
-    pod |= extra
-    container["resources"]["limits"] |= addition["resources"]["limits"]
+@pytest.mark.parametrize("name", ["gpu", "adapters"])
+def test_the_deployment_with_a_patch_is_strictly_valid_and_has_all_its_fields(deployment, name, version):
+    [patch] = OPTIONAL[name]
+    patched = merged(deployment, patch)
     kubernetes_validate.validate(patched, version, strict=True)
-    assert container["resources"]["limits"].keys() == {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
+    assert merged(patched, deployment) == patched  # the patch changes no field of the file: deployments do not conflict
+
+
+def test_the_adapters_patch_mounts_the_volume_that_the_service_follows(deployment):
+    [patch], [claim, writer] = OPTIONAL["adapters"], OPTIONAL["adapters-volume"]
+    pod = merged(deployment, patch)["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    settings = Settings.from_environment({each["name"]: each.get("value", "") for each in container["env"]})
+    assert settings.follow_adapters
+    mounts = [each for each in container["volumeMounts"] if each["name"] == "adapters"]
+    assert mounts == [{"name": "adapters", "mountPath": settings.adapters_dir, "readOnly": True}]
+    for volume in (pod["volumes"][-1], writer["spec"]["volumes"][0]):
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert writer["spec"]["containers"][0]["volumeMounts"][0]["mountPath"] == settings.adapters_dir
+    assert writer["metadata"]["labels"].items().isdisjoint(POD_LABELS.items())  # the Service selects no pod to fill it
 
 
 def test_optional_manifests_are_outside_the_applied_folder():
