@@ -143,7 +143,9 @@ def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
     assert "0 of 2 pods available" in lines[0]
 
 
-def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config):
+@pytest.fixture
+def applied_by_kubectl(api):
+    """What `kubectl apply -f k8s` leaves, with the image OLD."""
     api.namespaces["gpt2-instruct"] = {}
     for file in MANIFESTS.glob("*.yaml"):
         manifest = yaml.safe_load(file.read_text())
@@ -153,7 +155,28 @@ def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config):
             plural = {"NetworkPolicy": "networkpolicies"}.get(manifest["kind"], f"{manifest['kind'].lower()}s")
             api.objects[plural, "gpt2-instruct"] = stored = Stored()
             assert stored.apply(manifest, "kubectl-client-side-apply", force=False) == []
+
+
+def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config, applied_by_kubectl):
     assert deploy(config).outcome == "deployed"
+
+
+def test_one_forced_deployment_ends_the_conflicts_with_kubectl_apply(api, config, applied_by_kubectl):
+    with pytest.raises(KubeError, match='conflict with "kubectl-client-side-apply"'):
+        deploy_next(config)
+    api.status_updates = 2  # the Deployment controller writes the status in between
+    assert deploy(config, force=True).outcome == "deployed"
+    assert deploy_next(config).outcome == "deployed"
+    assert "kubectl-client-side-apply" not in {
+        owner for owners in api.objects[DEPLOYMENT].owners.values() for owner in owners
+    }
+
+
+def test_an_object_that_never_settles_keeps_kubectls_share(api, config, applied_by_kubectl, caplog):
+    caplog.set_level(logging.WARNING, "deploy")
+    api.status_updates = 1000
+    assert deploy(config, force=True).outcome == "deployed"
+    assert "keeps its share in fields of" in caplog.text
 
 
 def test_a_version_with_other_answers_is_rolled_back(api, config, first):
