@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "psutil",
         "filelock",
         "sqlalchemy",  # the errors of ZenML's database
+        "requests",  # the webhook
     },
     "commands": {
         "commands",
