@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs: zenml takes seconds, and --help should not."""
 
 import logging
+import re
 from pathlib import Path
 
 import click
@@ -185,6 +186,63 @@ def rollback() -> None:
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
     click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))
+
+
+@main.command()
+@click.argument("action", type=click.Choice(["start", "status", "promote", "abort", "decide"]))
+@click.argument("name", required=False)
+@click.option("--url", default="http://localhost:3000", show_default=True, help="Of one running service.")
+@click.option("--path", default="", help="start: load the adapter from this directory below GPT2_ADAPTERS_DIR first.")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="start: of the requests.")
+@click.option("--max-failures", default=0.01, show_default=True, help="decide: allowed increase of failed completions.")
+@click.option("--max-slowdown", default=0.2, show_default=True, help="decide: allowed increase of the mean duration.")
+def canary(
+    action: str, name: str | None, url: str, path: str, share: float, max_failures: float, max_slowdown: float
+) -> None:
+    """Send a share of a service's requests to another adapter; GPT2_ADMIN_TOKEN must be set.
+
+    start NAME loads the adapter and begins, or changes the share. promote sends it all requests, abort none. decide
+    does either if the completions so far are enough to say so.
+    """
+    if (action == "start") == (name is None):
+        raise click.UsageError("NAME, the name of the adapter, goes with start")
+    from commands.canary import CanaryError, Service, decide, describe
+
+    service = Service(url)
+    try:
+        if action == "decide":
+            action, reason = decide(service.status(), max_failures, max_slowdown)
+            click.echo(f"{action}: {reason}")
+        if action == "start":
+            status = service.start(name or "", path, share)
+        else:
+            status = {"promote": service.promote, "abort": service.abort}.get(action, service.status)()
+    except CanaryError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(describe(status))
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("names", nargs=-1, metavar="NAME=PATH...")
+@click.option("--canary", metavar="NAME=SHARE", help="Send this share of the requests for gpt2-instruct to NAME.")
+def adapters(directory: Path, names: tuple[str, ...], canary: str | None) -> None:
+    """Write DIRECTORY/adapters.json: the adapters that services with GPT2_FOLLOW_ADAPTERS=true serve.
+
+    Each PATH is a directory below DIRECTORY. The file has the digests that they have now.
+    """
+    from bentos.shared_adapters import publish
+
+    pairs = dict(each.split("=", 1) for each in names if re.fullmatch("[^=]+=.+", each))
+    share = re.fullmatch(r"([^=]+)=(\d*\.?\d+)", canary or "")
+    if len(pairs) < len(names) or (canary and share is None):
+        raise click.UsageError("adapters are NAME=PATH with different names, the canary is NAME=SHARE, a number")
+    try:
+        manifest = publish(directory, pairs, None if share is None else (share[1], float(share[2])))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    for name, adapter in manifest.adapters.items():
+        click.echo(f"{name}: {adapter.sha256}")
 
 
 @main.command()

@@ -28,6 +28,7 @@ class GenerationRequest:
     model: str  # a name of /v1/models
     deadline: float  # by `time.monotonic`, waiting included
     request_id: str
+    route_key: str = ""  # requests of one key go to the same version while there is a canary; "": the request id
     stop: Sequence[str] = ()
     clean: bool = True  # cut the answer out of the text, as for an instruction; False: the text as generated
     logprobs: int | None = None  # most likely tokens to report beside each token; None: no logprobs

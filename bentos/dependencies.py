@@ -33,5 +33,10 @@ def record(request: Request) -> RequestRecord:
     return value
 
 
+def route_key(request: Request) -> str:
+    """The client's key, which keeps its requests at one version; the request's id without one."""
+    return request.headers.get("x-canary-key") or request_id(request)
+
+
 def request_id(request: Request) -> str:
     return str(request.state.request_id)

@@ -5,10 +5,12 @@ The only module of this package that imports torch and gpt2core's engine.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import Any, cast, get_args
 
+from bentos import canary
 from bentos.compat import MODEL_FILE
 from bentos.completion import Completion, CompletionResult, GenerationRequest, Progress
 from bentos.errors import ServiceError
@@ -16,8 +18,9 @@ from bentos.grammar import GrammarCompiler
 from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
 from bentos.metrics import Gauge, Metrics, render_gauges
 from bentos.request_log import RequestLog
-from bentos.schemas import BASE, TUNED, AdapterVersion, Structure
+from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, Structure
 from bentos.settings import check_choice
+from bentos.shared_adapters import MANIFEST, Manifest
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, EngineFull, Weights
@@ -46,6 +49,7 @@ class TextGenerator:
         request_log: RequestLog | None = None,
         base_sha256: str | None = None,
         accept_other_base: bool = False,
+        follow_adapters: bool = False,
     ) -> None:
         """Load base and adapter, and start the engine.
 
@@ -53,13 +57,16 @@ class TextGenerator:
             weights: the engine's; only fp32 generates exactly the evaluated completions.
             adapters_dir: other adapters may be loaded from below this directory; "": none.
             base_sha256, accept_other_base: an adapter that names another base is refused, or accepted with a warning.
+            follow_adapters: adapters and canary are those of a manifest, by `follow`; other changes are refused.
         """
         check_choice("weights", weights, get_args(Weights))
         self.tokenizer = load_tokenizer(base_dir)
         self._grammars = GrammarCompiler(self.tokenizer)
         self._metrics, self._request_log = metrics, request_log
-        self._adapters_dir = adapters_dir
+        self._adapters_dir, self._follow_adapters = adapters_dir, follow_adapters
         self._adapters: dict[str, AdapterVersion] = {}
+        self._canary: CanaryRequest | None = None
+        self._arms: dict[str, CanaryArm] = {}
         self._changing = asyncio.Lock()
         model = load_pretrained(base_dir, device=best_device())
         self.engine = Engine(model, MAX_BATCH, cast(Weights, weights), MAX_QUEUE, base_sha256, accept_other_base)
@@ -140,6 +147,7 @@ class TextGenerator:
         if longest >= self.n_positions:
             message = f"the prompt has {longest} tokens, but the context holds {self.n_positions}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
+        requests = [self._route(request) for request in requests]
         completions: list[Completion] = []
         try:
             for request in requests:
@@ -158,17 +166,13 @@ class TextGenerator:
         """
         if not self._adapters_dir:
             raise ServiceError("forbidden", "loading adapters is disabled: GPT2_ADAPTERS_DIR is not set")
+        self._check_not_following()
         if name in (TUNED, BASE):
             raise ServiceError("invalid_request", f"lora_name: {name} is reserved", "lora_name")
-        root = Path(self._adapters_dir).resolve()
         try:
-            path = (root / directory).resolve()
-            found = root in path.parents and path.is_dir()
-        except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL, a cycle of links
-            found = False
-        if not found:
-            message = f"lora_path: there is no directory {directory!r} below GPT2_ADAPTERS_DIR"
-            raise ServiceError("adapter_not_found", message, "lora_path")
+            path = self._find(directory)
+        except FileNotFoundError as error:
+            raise ServiceError("adapter_not_found", f"lora_path: {error}", "lora_path") from None
         async with self._changing:
             if name not in self._adapters and len(self._adapters) > MAX_ADAPTERS:
                 message = f"{MAX_ADAPTERS} adapters are already loaded; unload one first"
@@ -182,14 +186,49 @@ class TextGenerator:
         """Unload an adapter; running completions keep it.
 
         Raises:
-            ServiceError: no adapter has that name, or it is reserved.
+            ServiceError: no adapter has that name, it is reserved, or it is the canary.
         """
+        self._check_not_following()
         async with self._changing:
             if name in (TUNED, BASE):
                 raise ServiceError("invalid_request", f"lora_name: {name} cannot be unloaded", "lora_name")
             self.check_model(name, "lora_name")
-            del self._adapters[name]
-            self.engine.unload_adapter(name)
+            if self._canary is not None and self._canary.adapter == name:
+                raise ServiceError("invalid_request", f"lora_name: {name} is the canary; end it first", "lora_name")
+            self._unload(name)
+
+    async def set_canary(self, request: CanaryRequest | None) -> None:
+        """Start a canary, change its share, or end it (None). Running completions keep their adapter.
+
+        Raises:
+            ServiceError: no adapter has that name.
+        """
+        self._check_not_following()
+        async with self._changing:
+            if request is not None and request.adapter not in self._adapters.keys() - {TUNED}:
+                message = f"adapter: {request.adapter!r} is not loaded; load it by POST /v1/load_lora_adapter"
+                raise ServiceError("adapter_not_found", message, "adapter")
+            self._set_canary(request)
+
+    def canary_status(self) -> CanaryStatus:
+        return CanaryStatus(canary=self._canary, versions=list(self._arms.values()))
+
+    async def follow(self, manifest: Manifest) -> None:
+        """Serve the adapters and the canary of the manifest. No request is lost: an adapter is loaded before requests
+        go to it, and unloaded after they have stopped to.
+
+        Raises:
+            ValueError, OSError: an adapter is missing, or is not the one of the manifest. Those that were loaded before
+                are kept, with the canary.
+        """
+        async with self._changing:
+            for name, shared in manifest.adapters.items():
+                loaded = self._adapters.get(name)
+                if loaded is None or loaded.sha256 != shared.sha256:
+                    await asyncio.to_thread(self._load, name, self._find(shared.path), shared.sha256)
+            self._set_canary(manifest.canary)
+            for name in self._adapters.keys() - {TUNED, *manifest.adapters}:
+                self._unload(name)
 
     def metrics_text(self) -> str:
         """The engine's state as gauges, in Prometheus' text format."""
@@ -218,6 +257,25 @@ class TextGenerator:
         }
         return render_gauges(gauges)
 
+    def _route(self, request: GenerationRequest) -> GenerationRequest:
+        """At the time of the submission, so that the canary is still loaded."""
+        if self._canary is None or request.model != TUNED:
+            return request
+        chosen = canary.takes(self._canary, request.route_key or request.request_id)
+        return replace(request, model=self._canary.adapter) if chosen else request
+
+    def _set_canary(self, request: CanaryRequest | None) -> None:
+        names = [] if request is None else [TUNED, request.adapter]
+        versions = [self._adapters[name] for name in names]
+        if versions != [arm.adapter for arm in self._arms.values()]:
+            self._arms = {version.name: CanaryArm(adapter=version) for version in versions}
+        self._canary = request
+
+    def _check_not_following(self) -> None:
+        if self._follow_adapters:
+            message = f"GPT2_FOLLOW_ADAPTERS is true: {MANIFEST} in GPT2_ADAPTERS_DIR says which adapters are served"
+            raise ServiceError("forbidden", message)
+
     def _submit(self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]) -> Completion:
         progress = Progress(every_token=request.stream or bool(request.stop))
         running = self.engine.submit(
@@ -244,15 +302,38 @@ class TextGenerator:
             return ServiceError("shutting_down", "the service is shutting down; retry")
         return ServiceError("invalid_request", str(error), param)
 
-    def _load(self, name: str, directory: Path) -> AdapterVersion:
+    def _find(self, directory: str) -> Path:
+        """
+        Raises:
+            FileNotFoundError: it is not below the directory of adapters.
+        """
+        root = Path(self._adapters_dir).resolve()
+        try:
+            path = (root / directory).resolve()
+            if root in path.parents and path.is_dir():
+                return path
+        except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL, a cycle of links
+            pass
+        raise FileNotFoundError(f"there is no directory {directory!r} below GPT2_ADAPTERS_DIR")
+
+    def _load(self, name: str, directory: Path, sha256: str | None = None) -> AdapterVersion:
         files = list_files(directory, exclude=[MODEL_FILE])
         version = AdapterVersion(name=name, sha256=directory_sha256(directory, files))
+        if sha256 not in (None, version.sha256):
+            raise ValueError(f"{directory} has the sha256 {version.sha256}, not {sha256} as {MANIFEST} says")
         self.engine.load_adapter(name, directory)
         self._adapters[name] = version
         return version
+
+    def _unload(self, name: str) -> None:
+        del self._adapters[name]
+        self.engine.unload_adapter(name)
 
     def _observe(self, result: CompletionResult) -> None:
         if self._metrics is not None:
             self._metrics.observe(result)
         if self._request_log is not None:
             self._request_log.write(result, self.tokenizer.decode)
+        arm = self._arms.get(result.request.model)
+        if arm is not None and arm.adapter == result.adapter:
+            canary.observe(arm, result)

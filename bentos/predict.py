@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from bentos.body import read_body
 from bentos.completion import Completion, GenerationRequest, usage
-from bentos.dependencies import record, request_id, served
+from bentos.dependencies import record, request_id, route_key, served
 from bentos.errors import ServiceError, error_response
 from bentos.limits import DEADLINE
 from bentos.openapi import ERRORS, operation
@@ -61,6 +61,7 @@ async def _predict(request: Request, may_stream: bool) -> Response:
         body.adapter,
         deadline,
         request_id(request),
+        route_key(request),
         stop=[body.stop] if isinstance(body.stop, str) else body.stop,
         clean=grammar is None,
         stream=stream,

@@ -168,15 +168,38 @@ class Envelope(BaseModel):
     body: str = Field(description="JSON: the response, or the error")
 
 
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
 class LoadAdapterRequest(StrictRequest):
     """Names and fields are vLLM's."""
 
-    lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    lora_name: AdapterName
     lora_path: str = Field(min_length=1, description="a directory below the server's GPT2_ADAPTERS_DIR")
 
 
 class UnloadAdapterRequest(StrictRequest):
     lora_name: str
+
+
+class CanaryRequest(StrictRequest):
+    adapter: AdapterName
+    share: float = Field(ge=0, le=1, description="of the requests for the default model; 1: all of them")
+
+
+class CanaryArm(BaseModel):
+    """The completions of one version since the canary started, requested by the default model's name or its own."""
+
+    adapter: AdapterVersion
+    completed: int = 0
+    failed: int = 0
+    mean_seconds: Annotated[float, Field(description="of completed ones, waiting included")] = 0.0
+    variance: Annotated[float, Field(description="of these durations, in seconds squared")] = 0.0
+
+
+class CanaryStatus(BaseModel):
+    canary: CanaryRequest | None
+    versions: list[CanaryArm] = Field(description="the default model's own, and the canary's")
 
 
 class Error(BaseModel):

@@ -3,6 +3,7 @@
 BentoML's parent process imports this module too, so nothing here imports torch before a worker starts the service.
 """
 
+import asyncio
 import gc
 import json
 import os
@@ -85,6 +86,7 @@ class GPT2Instruct:
         from bentos.generation import TextGenerator
         from bentos.metrics import Metrics
         from bentos.request_log import RequestLog
+        from bentos.shared_adapters import Follower
 
         for tag, model in ((models.base, self.base), (models.adapter, self.adapter)):
             stored = list_files(model.path, exclude=[compat.MODEL_FILE])
@@ -101,19 +103,32 @@ class GPT2Instruct:
             log,
             lineage().base.sha256,
             settings().accept_other_base,
+            settings().follow_adapters,
         )
+        self.follower = Follower(settings().adapters_dir, self.generator.follow) if settings().follow_adapters else None
         app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn)
         # Exclude everything loaded so far from garbage collection: full collections stay short, so cycles of finished
         # requests are freed often (they do not grow to 100 MB) and no pause is long.
         gc.collect()
         gc.freeze()
 
+    @bentoml.on_startup
+    async def follow_adapters(self) -> None:
+        if self.follower is not None:
+            self._following = asyncio.create_task(self.follower.run())
+
     @bentoml.on_shutdown
-    def close(self) -> None:
+    async def close(self) -> None:
+        if self.follower is not None:
+            self._following.cancel()
         self.generator.close()
 
+    async def __is_ready__(self) -> bool:
+        return self.follower is None or self.follower.ready
+
     async def __metrics__(self, text: str) -> str:
-        return text + self.generator.metrics_text()
+        following = "" if self.follower is None else self.follower.metrics_text()
+        return text + self.generator.metrics_text() + following
 
 
 @cache

@@ -15,6 +15,7 @@ class Settings:
     api_token: str = ""  # required by every route except health and metrics; "": no token required
     admin_token: str = ""  # required to load and unload adapters; "": both routes are disabled
     adapters_dir: str = ""  # adapters are loaded from below this directory; "": none are
+    follow_adapters: bool = False  # serve the adapters of adapters.json in that directory, and follow its changes
     weights: str = "auto"  # one of gpt2core.engine.Weights
     request_log: str = ""  # file for one JSON line per completion; "": no log
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
@@ -26,7 +27,7 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """
         Raises:
-            ValueError: naming the variable, its value, and the values that are allowed.
+            ValueError: naming the variable, its value, and the values that are allowed; or another one that it needs.
         """
         given: dict[str, Any] = {}
         for name, annotation in get_type_hints(cls).items():
@@ -36,6 +37,10 @@ class Settings:
                 if annotation is bool:
                     check_choice(name, value, ("true", "false"))
                 given[name] = value == "true" if annotation is bool else value
+        if given.get("follow_adapters") and not given.get("adapters_dir"):
+            raise ValueError(
+                "GPT2_FOLLOW_ADAPTERS is true; it needs GPT2_ADAPTERS_DIR, the directory with adapters.json"
+            )
         return cls(**given, tracing=environment.get("OTEL_SDK_DISABLED", "").lower() == "false")
 
 

@@ -45,6 +45,18 @@ class Deployment(JsonDataclass):
     previous: Version | None = None
 
 
+class DeployInterrupted(DeployError):
+    """A deployment that was stopped, and undone where that was possible. Its cause is the interrupt.
+
+    Attributes:
+        deployment: the outcome, which the caller records before it re-raises the cause.
+    """
+
+    def __init__(self, deployment: Deployment) -> None:
+        super().__init__(deployment.reason)
+        self.deployment = deployment
+
+
 class Target(Protocol):
     """Where a Bento serves users. Implementations verify the responses of a new version before users reach only it."""
 
@@ -56,6 +68,7 @@ class Target(Protocol):
 
         Raises:
             DeployError: nothing was changed.
+            DeployInterrupted: it was stopped, and what served before serves again if its outcome says so.
         """
 
     def rollback(self) -> Deployment:

@@ -6,7 +6,7 @@ from zenml.client import Client
 
 from deploy.bento import exists
 from deploy.config import DeployConfig
-from deploy.target import DeployError, Deployment, open_target
+from deploy.target import DeployError, DeployInterrupted, Deployment, open_target
 from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import describe, keep
@@ -29,11 +29,17 @@ def deploy(
     check_stage(deploy.require_stage, promotion, lineage.model_version)
     target = open_target(deploy)
     deployment = Deployment("none", "none", bento)
+    interrupt: BaseException | None = None
     if target is not None:
-        deployment = target.deploy(lineage, samples[: package.smoke_prompts], evaluate.max_new_tokens)
+        try:
+            deployment = target.deploy(lineage, samples[: package.smoke_prompts], evaluate.max_new_tokens)
+        except DeployInterrupted as error:
+            deployment, interrupt = error.deployment, error.__cause__
     content = _artifact(deployment, deploy) | {"run": str(get_step_context().pipeline_run.id)}
     if deployment.outcome in ("rolled_back", "failed"):
         keep("deployment", content)  # a step that fails has no outputs
+        if interrupt is not None:
+            raise interrupt
         raise RuntimeError(f"{bento} was not deployed: {deployment.reason}")
     describe("deployment", content)
     return content

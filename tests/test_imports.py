@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "psutil",
         "filelock",
         "sqlalchemy",  # the errors of ZenML's database
+        "requests",  # the webhook
     },
     "commands": {
         "commands",
@@ -50,6 +51,8 @@ MAY_IMPORT = {
         "psutil",
         "yaml",
         "matplotlib",
+        "requests",
+        "statsmodels",
     },
     "commands/lineage": {"commands", "gpt2core", "zenml"},
     "deploy": {"deploy", "gpt2core", "bentoml", "psutil", "requests", "yaml"},

@@ -1,4 +1,4 @@
-"""Tokens: one for all routes, and one for loading and unloading adapters."""
+"""Tokens: one for all routes, and one for changing adapters."""
 
 import base64
 import hmac
@@ -8,7 +8,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bentos.errors import ServiceError, error_response
 
-ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ADMIN_PATHS = (
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    *("/v1/canary", "/v1/start_canary", "/v1/end_canary"),
+)
 
 
 class AuthMiddleware:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bentos.completion import Chunk, Completion, FinishReason, GenerationRequest, merge, usage
-from bentos.dependencies import record, request_id, served
+from bentos.dependencies import record, request_id, route_key, served
 from bentos.errors import ServiceError
 from bentos.openai.logprobs import TextOffsets
 from bentos.openai.protocol import OpenAIRequest
@@ -58,7 +58,7 @@ async def respond(request: Request, route: Route, deadline: float) -> Response:
     generator = served(request).generator
     body = route.body
     grammars = await generator.grammars(body.structure(), len(route.prompts) * (body.n or 1))
-    generation = generation_requests(route, generator, grammars, deadline, request_id(request))
+    generation = generation_requests(route, generator, grammars, deadline, request)
     completions = generator.submit(generation, route.prompt_field, record(request).add)
     form = _Form(route, completions, request_id(request), served(request).lineage.bento)
     if not route.body.stream:
@@ -78,7 +78,7 @@ async def respond(request: Request, route: Route, deadline: float) -> Response:
 
 
 def generation_requests(
-    route: Route, generator: "TextGenerator", grammars: Sequence["Grammar | None"], deadline: float, request_id: str
+    route: Route, generator: "TextGenerator", grammars: Sequence["Grammar | None"], deadline: float, request: Request
 ) -> list[GenerationRequest]:
     """`n` requests for each prompt."""
     body = route.body
@@ -95,7 +95,8 @@ def generation_requests(
             config,
             model,
             deadline,
-            request_id,
+            request_id(request),
+            route_key(request),
             stop=stop,
             clean=route.clean and grammar is None,
             logprobs=route.logprobs,

@@ -4,6 +4,7 @@ Objects are plain mappings as in YAML (`Manifest`). Writes are server-side appli
 others set (the HPA's replicas, a GPU variant) remain theirs, and a field that somebody changed by hand is a conflict.
 """
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -21,6 +22,7 @@ from urllib3.util import Retry
 from deploy.bento import NAME, ROOT
 from deploy.config import DeployConfig
 from deploy.kubernetes.errors import (
+    ConflictError,
     Connection,
     KubeError,
     NotFoundError,
@@ -29,10 +31,14 @@ from deploy.kubernetes.errors import (
 )
 from deploy.verify import api_key_header
 
+logger = logging.getLogger(__name__)
+
 Manifest = dict[str, Any]
 
 DEPLOYER = ROOT / "k8s" / "optional" / "deployer.yaml"  # its Role lists the permissions that a deployment needs
 FIELD_MANAGER = NAME
+KUBECTL = "kubectl-client-side-apply"  # the field manager of `kubectl apply`
+RELEASES = 5  # attempts to end its share
 REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
 CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
 LOG_LINES = 20  # of a crashed container
@@ -87,11 +93,22 @@ class Cluster:
         """Server-side apply: set the manifest's fields and no others.
 
         Args:
-            force: take over fields that another manager owns, instead of failing with a conflict.
+            force: take over fields that another manager owns, instead of failing with a conflict; and end the share
+                that `kubectl apply` has in fields with equal values, which would conflict when they change.
         """
         path = f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}"
         query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower())]
-        self._call("PATCH", path, manifest, query, "application/apply-patch+yaml")
+        for _ in range(RELEASES):
+            applied = self._call("PATCH", path, manifest, query, "application/apply-patch+yaml")
+            release = _release_kubectl(applied) if force else []
+            if not release:
+                return
+            try:
+                self._call("PATCH", path, release, query[:1], "application/json-patch+json")
+                return
+            except ConflictError:  # a controller has written the status since
+                pass
+        logger.warning("%s keeps its share in fields of %s: the object changed too often", KUBECTL, path)
 
     def delete(self, kind: str, name: str = NAME) -> None:
         self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
@@ -181,6 +198,19 @@ class Cluster:
             raise translate_api_error(error, method, path, self.connection) from None
         except HTTPError as error:
             raise translate_connection_error(error, self.connection) from None
+
+
+def _release_kubectl(applied: Manifest) -> list[Manifest]:
+    """The JSON patch that removes kubectl's managed fields, as client-go's csaupgrade does; [] if there are none."""
+    metadata = applied["metadata"]
+    entries = metadata.get("managedFields", [])
+    others = [each for each in entries if each["manager"] != KUBECTL]
+    if others == entries:
+        return []
+    return [
+        {"op": "replace", "path": "/metadata/managedFields", "value": others},
+        {"op": "replace", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},  # or a conflict
+    ]
 
 
 def revision(manifest: Manifest) -> int:

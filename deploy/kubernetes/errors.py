@@ -19,6 +19,10 @@ class NotFoundError(KubeError):
     """There is no object of that name."""
 
 
+class ConflictError(KubeError):
+    """The object was changed since it was read."""
+
+
 @dataclass(frozen=True)
 class Connection:
     """What error messages say about the connection to a cluster. `str()` is the namespace and the API server."""
@@ -66,7 +70,8 @@ def translate_api_error(error: ApiException, method: str, path: str, connection:
                 f"sets too: {fields}. Put their values into k8s/, or take the fields over with "
                 "`--set deploy.force=true`"
             )
-    return KubeError(f"{method} {path} on {host} failed with status {error.status}: {message}")
+    kind = ConflictError if error.status == 409 else KubeError
+    return kind(f"{method} {path} on {host} failed with status {error.status}: {message}")
 
 
 def translate_connection_error(error: HTTPError, connection: Connection) -> KubeError:

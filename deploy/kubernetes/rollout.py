@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.progress import wait_for_rollout
 from deploy.kubernetes.render import render, render_revision, version_of
-from deploy.target import DeployError, Deployment, Version
+from deploy.target import DeployError, DeployInterrupted, Deployment, Version
 from deploy.verify import verify_answers
 from gpt2core.types import Lineage, Sample
 
@@ -50,7 +49,7 @@ class KubernetesTarget:
             image=image,
             previous=None if before is None else version_of(before),
         )
-        with _undone_if_interrupted(cluster, before):
+        try:
             self._apply(render(image, lineage, cluster.namespace))
             try:
                 rolled_out = wait_for_rollout(cluster)
@@ -60,8 +59,16 @@ class KubernetesTarget:
                 return replace(deployment, reason=reason, image_id=image_id, revision=revision(rolled_out))
             except DeployError as error:
                 logger.warning("the rollout failed, rolling back: %s", error)
-                outcome, now, number = _undo(cluster, before)
-                return replace(deployment, outcome=outcome, reason=f"{error}; {now}", revision=number)
+                return _undone(cluster, before, deployment, str(error))
+        except DeployError:
+            raise
+        # Everything else is an interrupt (ZenML raises an exception of its own for Ctrl-C and SIGTERM) or a bug. The
+        # apply is covered too: it may have taken effect although its response was not read.
+        except BaseException as interrupt:
+            logger.warning("interrupted, rolling back")
+            undone = _undone(cluster, before, deployment, f"interrupted ({type(interrupt).__name__})")
+            logger.warning("%s", undone.reason)
+            raise DeployInterrupted(undone) from interrupt
 
     def rollback(self) -> Deployment:
         """Apply the revision before the current one, as `kubectl rollout undo` does; twice restores the current one.
@@ -143,19 +150,9 @@ def _running_image(cluster: Cluster, deployment: Manifest) -> str:
     return next((status["imageID"] for status in statuses if status.get("imageID")), "")
 
 
-@contextmanager
-def _undone_if_interrupted(cluster: Cluster, before: Manifest | None) -> Iterator[None]:
-    """Roll back on every exception that is not a DeployError: ZenML raises one of its own for Ctrl-C and SIGTERM.
-
-    It covers the apply too, which may have taken effect although its response was not read.
-    """
-    try:
-        yield
-    except DeployError:
-        raise
-    except BaseException:
-        logger.warning("interrupted, rolling back: %s", _undo(cluster, before)[1])
-        raise
+def _undone(cluster: Cluster, before: Manifest | None, deployment: Deployment, reason: str) -> Deployment:
+    outcome, now, number = _undo(cluster, before)
+    return replace(deployment, outcome=outcome, reason=f"{reason}; {now}", revision=number)
 
 
 def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:

@@ -1,11 +1,13 @@
 """What needs a service of its own: SIGTERM, and a required token."""
 
+import json
 import os
 import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import openai
@@ -51,6 +53,31 @@ def test_after_sigterm_clients_are_served_or_refused_but_never_reset(bento_tag):
         assert {response.partition(b"\r\n")[0] for response in answered} == {b"HTTP/1.1 200 OK"}
         closing = [response for response in answered if b"connection: close" in response.lower()]
         assert closing
+
+
+@pytest.mark.slow
+def test_kept_alive_connections_are_told_to_close_and_are_never_reset(bento_tag):
+    with served(bento_tag) as url:
+        server = server_pid(url)
+        requests.post(f"{url}/predict", json={"instruction": "Say hello.", "max_new_tokens": 2}, timeout=60)
+
+        def requests_until_told_to_close(_: int) -> int:
+            connection, n = HTTPConnection(urlsplit(url).netloc, timeout=60), 0
+            while True:
+                connection.request("POST", "/predict", json.dumps({"instruction": "Say hello.", "max_new_tokens": 2}))
+                response = connection.getresponse()  # raises when the connection was reset
+                assert response.status == 200, response.read()
+                response.read()
+                n += 1
+                if response.will_close:
+                    return n
+                time.sleep(0.1)
+
+        with ThreadPoolExecutor(18) as pool:
+            clients = [pool.submit(requests_until_told_to_close, i) for i in range(18)]
+            time.sleep(3)
+            os.kill(server, signal.SIGTERM)
+            assert all(client.result(60) > 1 for client in clients)
 
 
 def test_readiness_fails_first_and_requests_in_flight_are_completed(bento_tag):

@@ -54,6 +54,7 @@ class KubeApi:
         responses: by image: what a ready pod responds to a body: the URL of a real service, or a function.
         forbidden: verb and resource of requests that are answered with 403.
         failures: statuses of the next requests.
+        status_updates: the number of the next JSON patches before which a controller changes the object.
         requests: verb and resource of each request so far.
     """
 
@@ -65,6 +66,7 @@ class KubeApi:
         self.responses: dict[str, str | Callable[[dict[str, Any]], dict[str, Any]]] = {}
         self.forbidden: set[tuple[str, str]] = set()
         self.failures: list[int] = []
+        self.status_updates = 0
         self.requests: list[tuple[str, str]] = []
         self.namespaces: dict[str, dict[str, Any]] = {}
         self.reads = 0
@@ -184,6 +186,8 @@ class KubeApi:
     def apply(
         self, plural: str, name: str, content_type: str, query: dict[str, str], body: dict[str, Any]
     ) -> tuple[int, Any]:
+        if content_type == "application/json-patch+json":
+            return self.patch_managers(self.objects[plural, name], body)
         if content_type != "application/apply-patch+yaml":
             return _error(415, "UnsupportedMediaType", content_type)
         if "fieldManager" not in query:
@@ -205,6 +209,20 @@ class KubeApi:
         if plural == "horizontalpodautoscalers":
             self.scale()
         return 201 if new else 200, stored.read()
+
+    def patch_managers(self, stored: "Stored", patch: Any) -> tuple[int, Any]:
+        """A JSON patch of the managed fields, which is refused if the object has changed since."""
+        values = {each["path"]: each["value"] for each in patch}
+        if self.status_updates:
+            self.status_updates -= 1
+            stored.version += 1
+        if values["/metadata/resourceVersion"] != str(stored.version):
+            return _error(
+                409, "Conflict", "the object has been modified; please apply your changes to the latest version"
+            )
+        managers = {each["manager"] for each in values["/metadata/managedFields"]}
+        stored.owners = {field: owners & managers for field, owners in stored.owners.items() if owners & managers}
+        return 200, stored.read()
 
     def scale(self) -> None:
         """The HPA, which owns the replicas."""
@@ -342,12 +360,13 @@ class Stored:
     def __init__(self) -> None:
         self.fields: dict[Field, Any] = {}
         self.owners: dict[Field, set[str]] = {}
-        self.generation = 0
+        self.generation = self.version = 0
         self.status: dict[str, Any] = {}
 
     def copy(self) -> "Stored":
         other = Stored()
         other.fields, other.generation, other.status = dict(self.fields), self.generation, self.status
+        other.version = self.version + 1
         other.owners = {field: set(owners) for field, owners in self.owners.items()}
         return other
 
@@ -396,7 +415,9 @@ class Stored:
     def read(self, status: bool = True) -> dict[str, Any]:
         read: dict[str, Any] = _nested(self.fields)
         if status:
-            read["metadata"] |= {"generation": self.generation, "uid": "uid-1"}
+            managers = sorted({owner for owners in self.owners.values() for owner in owners})
+            read["metadata"] |= {"generation": self.generation, "uid": "uid-1", "resourceVersion": str(self.version)}
+            read["metadata"]["managedFields"] = [{"manager": manager} for manager in managers]
             read["status"] = self.status
         return read
 

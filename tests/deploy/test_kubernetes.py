@@ -14,7 +14,7 @@ from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import MANIFESTS
 from deploy.kubernetes.rollout import KubernetesTarget
 from deploy.server import serve
-from deploy.target import Deployment, Version
+from deploy.target import DeployInterrupted, Deployment, Version
 from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
@@ -143,7 +143,9 @@ def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
     assert "0 of 2 pods available" in lines[0]
 
 
-def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config):
+@pytest.fixture
+def applied_by_kubectl(api):
+    """What `kubectl apply -f k8s` leaves, with the image OLD."""
     api.namespaces["gpt2-instruct"] = {}
     for file in MANIFESTS.glob("*.yaml"):
         manifest = yaml.safe_load(file.read_text())
@@ -153,7 +155,28 @@ def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config):
             plural = {"NetworkPolicy": "networkpolicies"}.get(manifest["kind"], f"{manifest['kind'].lower()}s")
             api.objects[plural, "gpt2-instruct"] = stored = Stored()
             assert stored.apply(manifest, "kubectl-client-side-apply", force=False) == []
+
+
+def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config, applied_by_kubectl):
     assert deploy(config).outcome == "deployed"
+
+
+def test_one_forced_deployment_ends_the_conflicts_with_kubectl_apply(api, config, applied_by_kubectl):
+    with pytest.raises(KubeError, match='conflict with "kubectl-client-side-apply"'):
+        deploy_next(config)
+    api.status_updates = 2  # the Deployment controller writes the status in between
+    assert deploy(config, force=True).outcome == "deployed"
+    assert deploy_next(config).outcome == "deployed"
+    assert "kubectl-client-side-apply" not in {
+        owner for owners in api.objects[DEPLOYMENT].owners.values() for owner in owners
+    }
+
+
+def test_an_object_that_never_settles_keeps_kubectls_share(api, config, applied_by_kubectl, caplog):
+    caplog.set_level(logging.WARNING, "deploy")
+    api.status_updates = 1000
+    assert deploy(config, force=True).outcome == "deployed"
+    assert "keeps its share in fields of" in caplog.text
 
 
 def test_a_version_with_other_answers_is_rolled_back(api, config, first):
@@ -222,8 +245,11 @@ def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, 
             raise each
 
     monkeypatch.setattr(progress.time, "sleep", sleep)
-    with pytest.raises(interrupt):
+    with pytest.raises(DeployInterrupted) as interrupted:
         deploy_next(config)
+    assert isinstance(interrupted.value.__cause__, interrupt)
+    assert interrupted.value.deployment.outcome == "rolled_back"
+    assert interrupted.value.deployment.reason.startswith(f"interrupted ({interrupt.__name__}); rolled back to {OLD}")
     assert api.image() == OLD
 
 
@@ -242,14 +268,14 @@ def interrupted_after_apply(monkeypatch):
 
 
 def test_a_rollout_interrupted_in_its_apply_is_rolled_back(api, config, first, interrupted_after_apply):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(DeployInterrupted):
         deploy_next(config)
     assert api.image() == OLD
     assert api.running() == [OLD, OLD]
 
 
 def test_a_first_rollout_interrupted_in_its_apply_is_deleted(api, config, interrupted_after_apply):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(DeployInterrupted):
         deploy(config)
     assert DEPLOYMENT not in api.objects
 

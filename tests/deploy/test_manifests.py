@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import kubernetes_validate
@@ -15,15 +14,28 @@ from kubernetes_validate.utils import latest_version
 
 from bentos.app import app
 from bentos.limits import DEADLINE, DRAIN_MAX, LAST_REQUESTS
+from bentos.settings import Settings
 from deploy import bento
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "k8s").glob("*.yaml"))}
+OVERLAYS = ROOT / "k8s-overlays"
+OVERLAY_NAMES = sorted(path.name for path in OVERLAYS.iterdir())
+CRDS = {  # API group -> npm package with types and validators generated from the CRDs of that project
+    "gateway.networking.k8s.io": "gateway-api@0.5.1",
+    "keda.sh": "keda@0.4.2",
+    "argoproj.io": "argo-rollouts@0.3.2",
+    "monitoring.coreos.com": "prometheus-operator@6.0.0",
+}
 OPTIONAL = {
     path.stem: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "k8s" / "optional").glob("*.yaml")
 }
 POD_LABELS = MANIFESTS["30-deployment.yaml"]["spec"]["template"]["metadata"]["labels"]
 ROUTES = {"/", *app.openapi()["paths"]}
+
+
+def read_all(file):
+    return list(yaml.safe_load_all(file.read_text()))
 
 
 @pytest.fixture
@@ -66,25 +78,97 @@ def test_each_optional_manifest_of_a_builtin_kind_is_strictly_valid(name, versio
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
+def merged(value, patch):
+    """A strategic merge patch: maps are merged, and lists of objects by their mount path or name."""
+    if isinstance(value, dict) and isinstance(patch, dict):
+        return value | {key: merged(value.get(key), each) for key, each in patch.items()}
+    for key in ("mountPath", "name"):
+        if isinstance(value, list) and all(isinstance(each, dict) and key in each for each in (*value, *patch)):
+            items = {each[key]: each for each in value}
+            return list((items | {each[key]: merged(items.get(each[key]), each) for each in patch}).values())
+    return patch
+
+
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
-def test_the_deployment_with_the_gpu_patch_is_strictly_valid(deployment, version):
-    [patch] = deepcopy(OPTIONAL["gpu"])
-    patched = deepcopy(deployment)
-    pod, extra = patched["spec"]["template"]["spec"], patch["spec"]["template"]["spec"]
-    [container], [addition] = pod["containers"], extra.pop("containers")
-    assert addition["name"] == container["name"]
-    assert not extra.keys() & pod.keys()
-    pod |= extra
-    container["resources"]["limits"] |= addition["resources"]["limits"]
+@pytest.mark.parametrize("name", ["gpu", "adapters"])
+def test_the_deployment_with_a_patch_is_strictly_valid_and_has_all_its_fields(deployment, name, version):
+    patched = merged(deployment, *read_all(OVERLAYS / name / "deployment.yaml"))
     kubernetes_validate.validate(patched, version, strict=True)
-    assert container["resources"]["limits"].keys() == {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
+    assert merged(patched, deployment) == patched  # the patch changes no field of the file: deployments do not conflict
+
+
+def test_the_adapters_patch_mounts_the_volume_that_the_service_follows(deployment):
+    [patch], [claim, writer] = (read_all(OVERLAYS / "adapters" / f"{name}.yaml") for name in ("deployment", "volume"))
+    pod = merged(deployment, patch)["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    settings = Settings.from_environment({each["name"]: each.get("value", "") for each in container["env"]})
+    assert settings.follow_adapters
+    mounts = [each for each in container["volumeMounts"] if each["name"] == "adapters"]
+    assert mounts == [{"name": "adapters", "mountPath": settings.adapters_dir, "readOnly": True}]
+    for volume in (pod["volumes"][-1], writer["spec"]["volumes"][0]):
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert writer["spec"]["containers"][0]["volumeMounts"][0]["mountPath"] == settings.adapters_dir
+    assert writer["metadata"]["labels"].items().isdisjoint(POD_LABELS.items())  # the Service selects no pod to fill it
 
 
 def test_optional_manifests_are_outside_the_applied_folder():
-    assert {path.name for path in (ROOT / "k8s").iterdir()} == {
-        *MANIFESTS,
-        "optional",
-    }  # no recursion in kubectl
+    # no recursion in kubectl, and no file without an extension
+    assert {path.name for path in (ROOT / "k8s").iterdir()} == {*MANIFESTS, "optional", "Kustomization"}
+
+
+def kustomize(overlay: str):
+    command = ["kubectl", "kustomize", str(OVERLAYS / overlay)]
+    return list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@pytest.mark.parametrize("overlay", OVERLAY_NAMES)
+def test_an_overlay_is_k8s_with_changes_that_are_strictly_valid(overlay):
+    objects = kustomize(overlay)
+    removed = {"HorizontalPodAutoscaler"} if overlay == "keda" else set()
+    assert {each["kind"] for each in objects} >= {each["kind"] for each in MANIFESTS.values()} - removed
+    for each in objects:
+        if each["apiVersion"].partition("/")[0] not in CRDS:
+            for version in ("1.25", latest_version()):
+                kubernetes_validate.validate(each, version, strict=True)
+    assert objects != list(MANIFESTS.values())
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_only_one_autoscaler_scales_the_pods():
+    [rollout] = [each for each in kustomize("rollout") if each["kind"] == "Rollout"]
+    [hpa] = [each for each in kustomize("rollout") if each["kind"] == "HorizontalPodAutoscaler"]
+    target = {key: rollout[key] for key in ("apiVersion", "kind")} | {"name": rollout["metadata"]["name"]}
+    assert hpa["spec"]["scaleTargetRef"] == target
+    assert "HorizontalPodAutoscaler" not in {each["kind"] for each in kustomize("keda")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(None in map(shutil.which, ("npm", "node", "kubectl")), reason="needs npm, node and kubectl")
+def test_custom_resources_match_their_crds(tmp_path):
+    """By types and validators generated from the CRDs: the types refuse unknown fields, the validators wrong values."""
+    packages = [f"@kubernetes-models/{package}" for package in CRDS.values()] + ["typescript@5.9.3"]
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
+    done = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"the types cannot be installed: {done.stderr[-300:]}")
+    objects = [*(each for group in OPTIONAL.values() for each in group), *(kustomize("keda") + kustomize("rollout"))]
+    custom = [each for each in objects if each["apiVersion"].partition("/")[0] in CRDS]
+    assert {each["kind"] for each in custom} == {"HTTPRoute", "Rollout", "ScaledObject", "ServiceMonitor"}
+    for each in custom:
+        package = CRDS[each["apiVersion"].partition("/")[0]].partition("@")[0]
+        kind, content = each["kind"], json.dumps(each)
+        source = f'"@kubernetes-models/{package}/{each["apiVersion"]}/{kind}"'
+        (tmp_path / f"{kind}.ts").write_text(
+            f"import {{ I{kind} }} from {source};\nexport const it: I{kind} = {content};"
+        )
+        (tmp_path / f"{kind}.mjs").write_text(f"import {{ {kind} }} from {source};\nnew {kind}({content}).validate();")
+        done = subprocess.run(["node", f"{kind}.mjs"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    files = [f"{each['kind']}.ts" for each in custom]
+    tsc = ["node_modules/.bin/tsc", "--noEmit", "--skipLibCheck", *files]
+    done = subprocess.run(tsc, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_autoscaler_owns_the_replicas(deployment):
@@ -134,6 +218,16 @@ def test_the_network_policy_allows_the_container_port_in_and_dns_out(container):
     assert egress["ports"] == [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
     [dns] = egress["to"]
     assert dns["podSelector"]["matchLabels"] == {"k8s-app": "kube-dns"}
+
+
+def test_the_gateway_route_exposes_what_the_ingress_exposes():
+    [route], [ingress] = OPTIONAL["httproute"], OPTIONAL["ingress"]
+    [rule] = route["spec"]["rules"]
+    paths = [path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]]
+    assert [match["path"] for match in rule["matches"]] == [{"type": "Exact", "value": path} for path in paths]
+    [port] = MANIFESTS["40-service.yaml"]["spec"]["ports"]
+    assert rule["backendRefs"] == [{"name": bento.NAME, "port": port["port"]}]
+    assert int(rule["timeouts"]["request"].removesuffix("s")) > DEADLINE
 
 
 def test_ingress_and_service_monitor_select_the_service_port_by_name():

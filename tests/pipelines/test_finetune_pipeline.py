@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from shutil import rmtree
 
@@ -26,8 +29,11 @@ from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import Lineage
 from run import main
+from tests.copies import ROOT
+from tests.deploy import kube_api
 from tests.deploy.kube_api import TOKEN
-from tests.runs import MAX_NEW_TOKENS, N_FACTS, finetune, invoke, newest_run
+from tests.helpers import wait_until
+from tests.runs import DEV, MAX_NEW_TOKENS, N_FACTS, finetune, invoke, newest_run
 
 pytestmark = pytest.mark.timeout(900)  # whole runs; a busy machine takes several times as long
 UNCACHED = {"compare", "promote", "deploy", "export_outputs"}
@@ -288,6 +294,37 @@ def test_a_deployment_that_is_rolled_back_fails_the_run_in_one_line_and_is_recor
     [line] = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     for part in ("was not deployed", "image other:2: ErrImagePull", f"rolled back to {cluster.image}"):
         assert part in line
+    newest = Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1).items[0]
+    assert newest.run_metadata["outcome"] == "rolled_back"
+    assert newest.run_metadata["run"] == str(newest_run().id)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_interrupted_during_its_rollout_is_rolled_back_and_recorded(
+    outputs, deployed, cluster, tmp_path, monkeypatch, number
+):
+    monkeypatch.setattr(kube_api, "DEADLINE", 10_000)
+    image = f"waiting:{number.value}"
+    cluster.api.pod_states[image] = "unschedulable"
+    values = [part for value in (*cluster.values, f"deploy.image={image}") for part in ("--set", value)]
+    environment = os.environ | {"GPT2_INSTRUCT_OUTPUTS": str(outputs), "PYTHONPATH": str(ROOT)}
+    environment.pop("ZENML_LOGGING_VERBOSITY")
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        command = [sys.executable, "run.py", "finetune", "--config", DEV, *values]
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: run.poll() is not None or "Insufficient cpu" in log.read_text(), 280, "the rollout")
+            run.send_signal(number)
+            assert run.wait(120) == 1, log.read_text()
+        finally:
+            run.kill()
+    output = log.read_text()
+    assert output.splitlines()[-1].startswith("Error: the run was stopped")
+    assert f"; rolled back to {cluster.image}" in output
+    assert "Traceback" not in output
+    assert cluster.api.running() == [cluster.image] * 2
     newest = Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1).items[0]
     assert newest.run_metadata["outcome"] == "rolled_back"
     assert newest.run_metadata["run"] == str(newest_run().id)

@@ -1,0 +1,114 @@
+"""Adapters that all replicas share: one directory with adapters and `adapters.json`, which every replica follows."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bentos.limits import ADAPTERS_POLL, MAX_ADAPTERS
+from bentos.metrics import render_gauges
+from bentos.schemas import BASE, TUNED, AdapterName, CanaryRequest
+from gpt2core.files import atomic_write, directory_sha256, to_json
+
+MANIFEST = "adapters.json"
+
+logger = logging.getLogger(__name__)
+
+
+class SharedAdapter(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    path: str  # of its directory, from that of the manifest
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """Which adapters every replica serves, by name, and the canary."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapters: Annotated[dict[AdapterName, SharedAdapter], Field(max_length=MAX_ADAPTERS)]
+    canary: CanaryRequest | None = None
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Manifest":
+        if reserved := self.adapters.keys() & {TUNED, BASE}:
+            raise ValueError(f"the name {reserved.pop()} is reserved")
+        if self.canary is not None and self.canary.adapter not in self.adapters:
+            raise ValueError(f"the canary {self.canary.adapter} is not one of the adapters")
+        return self
+
+
+def read(content: bytes | str) -> Manifest:
+    """
+    Raises:
+        ValueError: it is no valid manifest; in one line.
+    """
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise ValueError(f"{MANIFEST}: {place}: {first['msg']}" if place else f"{MANIFEST}: {first['msg']}") from None
+
+
+def publish(directory: Path, adapters: Mapping[str, str], canary: tuple[str, float] | None = None) -> Manifest:
+    """Write the manifest, atomically, with the digests that the adapters have now.
+
+    Args:
+        adapters: name -> directory below `directory`.
+        canary: its name and share.
+
+    Raises:
+        ValueError, OSError: a name or the canary is wrong, or a directory does not exist or is empty.
+    """
+    for path in adapters.values():
+        if not (directory / path).is_dir() or not any((directory / path).iterdir()):
+            raise ValueError(f"{directory / path} is no directory with an adapter")
+    shared = {name: {"path": path, "sha256": directory_sha256(directory / path)} for name, path in adapters.items()}
+    request = None if canary is None else {"adapter": canary[0], "share": canary[1]}
+    content = to_json({"adapters": shared, "canary": request})
+    manifest = read(content)
+    atomic_write(directory / MANIFEST, content)
+    return manifest
+
+
+class Follower:
+    """Applies the manifest of a directory whenever it changes. Polls, because network volumes report no changes.
+
+    Attributes:
+        ready: whether a manifest has been applied. A later one that cannot be applied leaves the service ready.
+        error: why the manifest of now is not applied; "" if it is.
+    """
+
+    def __init__(self, directory: str, apply: Callable[[Manifest], Awaitable[None]]) -> None:
+        """`apply` raises ValueError or OSError if an adapter is not the one of the manifest; it is repeated then."""
+        self.ready, self.error = False, ""
+        self._file, self._apply = Path(directory, MANIFEST), apply
+        self._applied = b""
+
+    def metrics_text(self) -> str:
+        """Whether this replica serves the manifest of now, as a gauge in Prometheus' text format."""
+        return render_gauges({"gpt2_adapters_in_sync": ("1 if adapters.json is applied, else 0", not self.error)})
+
+    async def run(self) -> None:
+        while True:
+            await self.poll()
+            await asyncio.sleep(ADAPTERS_POLL)
+
+    async def poll(self) -> None:
+        try:
+            content = await asyncio.to_thread(self._file.read_bytes)
+            if content != self._applied:
+                manifest = read(content)
+                await self._apply(manifest)
+                self._applied, self.ready = content, True
+                logger.info("%s: serving %s", self._file, ", ".join(manifest.adapters) or "no adapters")
+            self.error = ""
+        except (ValueError, OSError) as error:
+            if str(error) != self.error:
+                logger.warning("%s is not applied, trying again: %s", self._file, error)
+            self.error = str(error)

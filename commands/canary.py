@@ -1,0 +1,117 @@
+"""`python run.py canary`: start, watch and end a canary of a running service, over its admin API."""
+
+import os
+from collections.abc import Mapping
+from math import sqrt
+from statistics import NormalDist
+from typing import Any, Literal
+
+import requests
+from statsmodels.stats.proportion import confint_proportions_2indep
+
+TIMEOUT = 60  # seconds
+MIN_COMPLETIONS = 30  # of each version, before its durations are compared
+Z = NormalDist().inv_cdf(0.975)
+
+Interval = tuple[float, float]
+Verdict = Literal["promote", "abort", "wait"]
+
+
+class CanaryError(RuntimeError):
+    """The service cannot be reached, or refused; the message says why."""
+
+
+class Service:
+    """The admin API of a service. Every method raises CanaryError."""
+
+    def __init__(self, url: str) -> None:
+        """The token is GPT2_ADMIN_TOKEN of the environment."""
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '')}"}
+
+    def start(self, name: str, path: str, share: float) -> dict[str, Any]:
+        """Load the adapter, unless path is "", and send it a share of the requests."""
+        if path:
+            self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        return self._call("POST", "/v1/start_canary", {"adapter": name, "share": share})
+
+    def status(self) -> dict[str, Any]:
+        return self._call("GET", "/v1/canary")
+
+    def promote(self) -> dict[str, Any]:
+        """Send all requests to the canary."""
+        return self._call("POST", "/v1/start_canary", {"adapter": self._canary(), "share": 1})
+
+    def abort(self) -> dict[str, Any]:
+        """Send no more requests to the canary, and unload it."""
+        name = self._canary()
+        status = self._call("POST", "/v1/end_canary")
+        self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        return status
+
+    def _canary(self) -> str:
+        canary = self.status()["canary"]
+        if canary is None:
+            raise CanaryError(f"{self.url} has no canary; start one with `python run.py canary start NAME`")
+        return str(canary["adapter"])
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            response = requests.request(method, self.url + path, json=body, headers=self._headers, timeout=TIMEOUT)
+            content: dict[str, Any] = response.json()
+        except requests.RequestException as error:
+            raise CanaryError(f"{self.url} cannot be reached, or is not this service: {error}") from None
+        if not response.ok:
+            raise CanaryError(f"{self.url}{path}: {content['error']['message']}")
+        return content
+
+
+def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) -> tuple[Verdict, str]:
+    """Abort a canary that is surely worse than allowed, promote one that is surely not, and else wait.
+
+    Args:
+        status: of GET /v1/canary.
+        max_failures: how much larger the share of failed completions may be.
+        max_slowdown: how much longer a completion may take, as a share of the stable version's mean.
+    """
+    if status["canary"] is None:
+        raise CanaryError("there is no canary to decide about")
+    stable, new = status["versions"]
+    if min(arm["completed"] + arm["failed"] for arm in (stable, new)) < 1:
+        return "wait", "one of the versions has had no request yet"
+    measures = [("failures", _failures(stable, new), max_failures)]
+    if min(arm["completed"] for arm in (stable, new)) >= MIN_COMPLETIONS:
+        measures.append(("duration", _slowdown(stable, new), max_slowdown))
+    texts = [f"{name} {low:+.1%} to {high:+.1%} (at most {limit:+.1%})" for name, (low, high), limit in measures]
+    reason = "canary minus stable, 95 % intervals: " + "; ".join(texts)
+    if any(low > limit for _, (low, _), limit in measures):
+        return "abort", reason
+    if len(measures) == 2 and all(high <= limit for _, (_, high), limit in measures):
+        return "promote", reason
+    return "wait", reason
+
+
+def describe(status: Mapping[str, Any]) -> str:
+    if status["canary"] is None:
+        return "no canary"
+    lines = [f"{status['canary']['share']:.0%} of the requests go to {status['canary']['adapter']}"]
+    for arm in status["versions"]:
+        adapter = arm["adapter"]
+        counts = f"{arm['completed']} completed, {arm['failed']} failed, {arm['mean_seconds']:.3f} s on average"
+        lines.append(f"{adapter['name']} ({adapter['sha256'][:16]}): {counts}")
+    return "\n".join(lines)
+
+
+def _failures(stable: Mapping[str, Any], new: Mapping[str, Any]) -> Interval:
+    """The difference of the shares of failed completions, by Newcombe's method."""
+    counts = [(arm["failed"], arm["completed"] + arm["failed"]) for arm in (new, stable)]
+    low, high = confint_proportions_2indep(*counts[0], *counts[1], method="newcomb", compare="diff")
+    return float(low), float(high)
+
+
+def _slowdown(stable: Mapping[str, Any], new: Mapping[str, Any]) -> Interval:
+    """The difference of the mean durations, as a share of the stable version's."""
+    difference = new["mean_seconds"] - stable["mean_seconds"]
+    error = Z * sqrt(sum(arm["variance"] / arm["completed"] for arm in (new, stable)))
+    mean = stable["mean_seconds"]
+    return (difference - error) / mean, (difference + error) / mean

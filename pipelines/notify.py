@@ -1,0 +1,67 @@
+"""Tells a webhook how a run ended, if the environment names one."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import requests
+from zenml.client import Client
+from zenml.enums import ExecutionStatus
+from zenml.models import PipelineRunResponse
+from zenml.utils.dashboard_utils import get_run_url
+
+from pipelines.processes import Process
+
+VARIABLE = "GPT2_INSTRUCT_WEBHOOK"  # not a key of the configuration: such an address is a secret
+TIMEOUT = 10  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def notified(pipeline: str) -> Iterator[None]:
+    """Around a run of this process: post its end to the webhook. An error of the webhook is a warning, no more."""
+    url = os.environ.get(VARIABLE, "")
+    if not url:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        _post(url, pipeline, "failed", str(error) or type(error).__name__)
+        raise
+    _post(url, pipeline, "completed", "")
+
+
+def _post(url: str, pipeline: str, status: str, reason: str) -> None:
+    try:
+        requests.post(url, json=_message(pipeline, status, reason), timeout=TIMEOUT).raise_for_status()
+    except Exception as error:  # also of ZenML's store, which may be why the run failed; no text: it has the address
+        logger.warning("the webhook of %s was not told that the run %s: %s", VARIABLE, status, type(error).__name__)
+
+
+def _message(pipeline: str, status: str, reason: str) -> dict[str, Any]:
+    """`text` is what Slack, Mattermost and others show; the rest is for programs."""
+    run = _run_of_this_process(pipeline)
+    failed = [] if run is None else [name for name, step in run.steps.items() if step.status == ExecutionStatus.FAILED]
+    content = {
+        "pipeline": pipeline,
+        "run": run and run.name,
+        "status": status,
+        "step": failed[0] if failed else None,
+        "reason": reason or None,
+        "link": run and get_run_url(run),
+    }
+    text = f"{run.name if run else pipeline}: {status}"
+    text += f" in step {failed[0]}" if failed else ""
+    text += f": {reason}" if reason else ""
+    return {"text": text} | content
+
+
+def _run_of_this_process(pipeline: str) -> PipelineRunResponse | None:
+    """None if it failed before ZenML recorded it."""
+    ours = Process.current().to_json()
+    runs = Client().list_pipeline_runs(pipeline=pipeline, sort_by="desc:created", size=10, hydrate=True).items
+    return next((run for run in runs if run.config.extra.get("process") == ours), None)

@@ -1,0 +1,80 @@
+"""`python run.py canary` against a running service, its rule, and `python run.py adapters`."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from commands.canary import decide
+from gpt2core.checkpoint import directory_sha256
+from run import main
+from tests.bentos.client import predict, served
+from tests.helpers import build_bento
+
+
+def run(*words: str):
+    return CliRunner().invoke(main, list(words))
+
+
+@pytest.mark.slow
+def test_a_canary_is_started_promoted_and_aborted(base_dir, adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_ADMIN_TOKEN", "admin")
+    shutil.copytree(adapter_dir, tmp_path / "v2")
+    with served(build_bento(base_dir, adapter_dir), GPT2_ADMIN_TOKEN="admin", GPT2_ADAPTERS_DIR=tmp_path) as url:
+
+        def canary(*words: str) -> str:
+            result = run("canary", *words, "--url", url)
+            assert result.exit_code == 0, result.output
+            return result.output
+
+        assert canary("status") == "no canary\n"
+        assert "0% of the requests go to v2" in canary("start", "v2", "--path", "v2", "--share", "0")
+        assert canary("decide").startswith("wait: one of the versions has had no request yet")
+        assert "100% of the requests go to v2" in canary("promote")
+        assert predict(url, instruction="Hello.").json()["adapter"]["name"] == "v2"
+        assert "1 completed, 0 failed" in canary("status")
+        assert canary("abort") == "no canary\n"
+        assert predict(url, instruction="Hello.", adapter="v2").status_code == 404
+        for words, message in [(("promote",), "has no canary"), (("start", "v3"), "'v3' is not loaded")]:
+            result = run("canary", *words, "--url", url)
+            assert result.exit_code == 1
+            assert message in result.output
+            assert len(result.output.splitlines()) == 1
+
+
+def arm(completed: int, failed: int, mean: float = 1.0, variance: float = 0.04) -> dict[str, float]:
+    return {"completed": completed, "failed": failed, "mean_seconds": mean, "variance": variance}
+
+
+@pytest.mark.parametrize(
+    ("stable", "new", "verdict"),
+    [
+        (arm(5000, 0), arm(2000, 0), "promote"),
+        (arm(5000, 0), arm(100, 0), "wait"),  # up to 3.7 % of failures are possible
+        (arm(5000, 0), arm(10, 10), "abort"),
+        (arm(5000, 0), arm(2000, 0, mean=1.5), "abort"),
+        (arm(5000, 0), arm(2000, 0, mean=1.2), "wait"),  # 20 % slower is the limit
+        (arm(5000, 50), arm(2000, 20), "promote"),
+        (arm(29, 0), arm(29, 0), "wait"),
+        (arm(5000, 0), arm(0, 0), "wait"),
+    ],
+)
+def test_the_rule_decides_only_when_the_intervals_are_narrow_enough(stable, new, verdict):
+    status = {"canary": {"adapter": "v2", "share": 0.1}, "versions": [stable, new]}
+    assert decide(status, 0.01, 0.2)[0] == verdict
+
+
+def test_adapters_writes_the_manifest(tmp_path, adapter_dir):
+    shutil.copytree(adapter_dir, tmp_path / "v2")
+    result = run("adapters", str(tmp_path), "formal=v2", "--canary", "formal=0.1")
+    digest = directory_sha256(tmp_path / "v2")
+    assert result.output == f"formal: {digest}\n"
+    assert json.loads((tmp_path / "adapters.json").read_text()) == {
+        "adapters": {"formal": {"path": "v2", "sha256": digest}},
+        "canary": {"adapter": "formal", "share": 0.1},
+    }
+    for words in (["formal=v3"], ["formal"], ["formal=v2", "--canary", "formal=2"], ["formal=v2", "--canary", "x"]):
+        result = run("adapters", str(tmp_path), *words)
+        assert result.exit_code in (1, 2)
+        assert "Traceback" not in result.output
