@@ -102,7 +102,7 @@ class GPT2Instruct:
             lineage().base.sha256,
             settings().accept_other_base,
         )
-        app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn)
+        app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn, log)
         # Exclude everything loaded so far from garbage collection: full collections stay short, so cycles of finished
         # requests are freed often (they do not grow to 100 MB) and no pause is long.
         gc.collect()

@@ -257,6 +257,43 @@ class Lineage(JsonDataclass):
     bento: str = ""  # the Bento's tag; empty until it is built
 
 
+@dataclass(frozen=True)
+class LoggedCompletion(JsonDataclass):
+    """A completion in the service's request log. Texts or their sha256 are there if GPT2_REQUEST_LOG_TEXT says so."""
+
+    time: str  # ISO 8601, UTC
+    milliseconds: float
+    temperature: float
+    request_id: str
+    model: str  # a name of /v1/models
+    adapter_sha256: str | None  # None: the base alone
+    finish_reason: str  # stop, length, cancelled, deadline or error
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_milliseconds: float | None
+    prompt_characters: int
+    answer_characters: int
+    prompt: str | None = None
+    answer: str | None = None
+    prompt_sha256: str | None = None
+    answer_sha256: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        texts = ("prompt", "answer", "prompt_sha256", "answer_sha256")
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in texts}
+
+
+@dataclass(frozen=True)
+class LoggedFeedback(JsonDataclass):
+    """What a user said of a completion, in the same log. A line with `rating` is feedback."""
+
+    time: str  # ISO 8601, UTC
+    request_id: str  # of the completion
+    rating: str  # good or bad
+    correction: str | None = None  # what the answer should have been
+    comment: str | None = None
+
+
 def _read(annotation: Any, value: Any, path: str) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
