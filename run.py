@@ -91,6 +91,23 @@ def export(kind: str, out: str, name: str, quantize: str | None) -> None:
 
 
 @main.command()
+@click.option("--from-feedback", "log", required=True, metavar="LOG", help="GPT2_REQUEST_LOG of the service.")
+@click.option("--out", type=Path, required=True, help="A .jsonl file; records that it has already are kept.")
+def records(log: str, out: Path) -> None:
+    """Turn users' corrections into instruction records, for --set data.source=file."""
+    from commands.records import collect
+    from steps.traffic import summary
+
+    try:
+        collected = collect(log, out)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if collected.problems:
+        click.echo(f"not used:\n{summary(collected.problems)}", err=True)
+    click.echo(f"{out}: {collected.records} records, {collected.changed} of them new or changed")
+
+
+@main.command()
 @click.argument("name")
 @click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True)
 def experiment(name: str, scale: str) -> None:

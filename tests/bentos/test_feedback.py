@@ -10,6 +10,8 @@ from starlette.testclient import TestClient
 
 from bentos.app import app
 from bentos.dependencies import Served
+from commands.records import collect
+from gpt2core.data import read_records
 from tests.bentos.client import error_of, predict, served
 from tests.helpers import make_lineage, wait_until
 
@@ -57,22 +59,26 @@ def test_the_wrong_field_is_named(url, body, param):
     assert error_of(response)["param"] == param
 
 
-def test_a_correction_is_logged_as_sent_and_needs_the_token(bento_tag, tmp_path):
-    log = tmp_path / "requests.jsonl"
+def test_a_correction_needs_the_token_and_becomes_a_record(bento_tag, tmp_path):
+    log, out = tmp_path / "requests.jsonl", tmp_path / "new.jsonl"
+    headers = {"X-Api-Key": "s3cret"}
     with served(bento_tag, GPT2_REQUEST_LOG=log, GPT2_REQUEST_LOG_TEXT="keep", GPT2_API_TOKEN="s3cret") as url:
-        sent = {"request_id": "of-another-replica", "rating": "bad", "correction": "É\u2028\n", "comment": "no accent"}
+        body = {"instruction": "Name the colour.", "input": "snow\n", "max_new_tokens": 2}
+        answer = requests.post(f"{url}/predict", json=body, headers=headers, timeout=60)
+        request_id = answer.headers["X-Request-Id"]
+        sent = {"request_id": request_id, "rating": "bad", "correction": "É\u2028white", "comment": "no accent"}
         assert send(url, **sent).status_code == 401
         assert send(url, "s3cret", **sent).status_code == 200
-        assert send(url, "s3cret", request_id="cmpl-1", rating="bad", correction=None).status_code == 200
-        document = requests.get(f"{url}/docs.json", headers={"X-Api-Key": "s3cret"}, timeout=20).json()
+        assert send(url, "s3cret", request_id="of-another-replica", rating="bad", correction=None).status_code == 200
+        document = requests.get(f"{url}/docs.json", headers=headers, timeout=20).json()
         wait_until(lambda: len(feedback_lines(log)) == 2, 20, "two lines in the request log")
     operation = document["paths"]["/feedback"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["rating"]["enum"] == ["good", "bad"]
     assert "403" in operation["responses"]
-    first, second = feedback_lines(log)
-    assert sent.items() <= first.items()
-    assert second["correction"] is None
+    assert sent.items() <= feedback_lines(log)[0].items()
+    collect(log, out)
+    assert read_records(out) == [{"instruction": "Name the colour.", "input": "snow\n", "output": "É\u2028white"}]
 
 
 def test_without_a_request_log_feedback_is_refused():
