@@ -8,9 +8,7 @@ from gpt2core.data import question, read_records, to_jsonl
 from gpt2core.files import atomic_write
 from gpt2core.prompt import split_prompt
 from gpt2core.types import LoggedFeedback
-from steps.traffic import Traffic, read_traffic
-
-OPENAI_IDS = ("chatcmpl-", "cmpl-")  # what OpenAI's routes put before the request id
+from steps.traffic import Traffic, completion_of, read_traffic
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ def _question(feedback: LoggedFeedback, prompts: dict[str, set[str | None]]) -> 
     Raises:
         ValueError: they are not known.
     """
-    given = feedback.request_id
-    names = [given, *(given.removeprefix(start) for start in OPENAI_IDS if given.startswith(start))]
-    name = next((name for name in names if name in prompts), None)
+    given, name = feedback.request_id, completion_of(feedback, prompts)
     if name is None:
         raise ValueError(f"no completion in the log has the request id {given!r}")
     if len(prompts[name]) > 1:

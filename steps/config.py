@@ -122,3 +122,33 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is monitored, and the limits beyond which traffic counts as drifted. See `steps.adapters.drift`."""
+
+    log: str = "requests.jsonl"  # GPT2_REQUEST_LOG of the service; its rotated files are read too
+    run: str = ""  # name or id of the run whose model is served; "": the run that trained the adapter in the log
+    max_requests: int = 5_000  # the newest of the log that are compared
+    min_requests: int = 50  # with fewer nothing is decided
+    min_ratings: int = 10
+    max_length_change: float = 0.5  # of prompts and answers: distance of the distributions, as share of the mean length
+    max_unknown_words: float = 0.1  # how much larger the share of words that no training prompt has may be
+    max_similarity_loss: float = 0.15  # how much smaller the similarity to the nearest training prompt may be
+    max_unfinished: float = 0.15  # how much larger the share of answers without an end may be
+    max_p95_seconds: float = 10.0  # duration that 95 % of the requests keep
+    max_bad_ratings: float = 0.3  # share of bad ones
+    webhook: str = ""  # receives the alert: an http or https URL, or $NAME of the environment variable with it
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_field(self, "log", bool(self.log), "the file of GPT2_REQUEST_LOG")
+        for name in ("max_requests", "min_requests", "min_ratings"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("max_length_change", "max_p95_seconds"):
+            check_field(self, name, getattr(self, name) > 0, "above 0")
+        for name in ("max_unknown_words", "max_similarity_loss", "max_unfinished", "max_bad_ratings"):
+            check_field(self, name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        known = not self.webhook or bool(re.fullmatch(r"https?://\S+|\$[A-Za-z_]\w*", self.webhook))
+        check_field(self, "webhook", known, "an http or https URL, or $NAME of an environment variable")

@@ -3,10 +3,13 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2core.types import LoggedCompletion, LoggedFeedback
+
+OPENAI_IDS = ("chatcmpl-", "cmpl-")  # what OpenAI's routes put before the request id
 
 
 @dataclass
@@ -53,13 +56,21 @@ def _add(traffic: Traffic, place: str, line: bytes) -> None:
         traffic.problems.append(f"{place}: {error}")
 
 
-def summary(problems: list[str], shown: int = 10) -> str:
+def completion_of(feedback: LoggedFeedback, known: Container[str]) -> str | None:
+    """The request id of the completion that the feedback names, by that id or as OpenAI's routes answer it."""
+    given = feedback.request_id
+    names = (given, *(given.removeprefix(start) for start in OPENAI_IDS if given.startswith(start)))
+    return next((name for name in names if name in known), None)
+
+
+def ratings_of(traffic: Traffic, completions: Sequence[LoggedCompletion]) -> Counter[str]:
+    """The number of these completions' requests by their newest rating."""
+    known = {completion.request_id for completion in completions}
+    newest = {completion_of(feedback, known): feedback.rating for _, feedback in traffic.feedback}
+    return Counter(rating for request_id, rating in newest.items() if request_id is not None)
+
+
+def summary(problems: Sequence[str], shown: int = 10) -> str:
     """The first problems, one per line."""
     rest = len(problems) - shown
     return "\n".join([*problems[:shown], *([f"and {rest} more"] if rest > 0 else [])])
-
-
-def ratings(traffic: Traffic) -> Counter[str]:
-    """The number of completions by their newest rating."""
-    newest = {feedback.request_id: feedback.rating for _, feedback in traffic.feedback}
-    return Counter(newest.values())
