@@ -71,6 +71,8 @@ class Sample(JsonDataclass):
     champion_tokens: int = 1
     champion_confidence: float | None = None
     champion_scores: RecordScores | None = None
+    judge_score: float | None = None  # of the tuned answer, 0 (wrong) to 1 (right); None: not judged
+    judge_reason: str = ""
 
     def answer(self, side: str) -> Answer:
         """The answer of one of `SIDES`.
@@ -97,11 +99,16 @@ class Sample(JsonDataclass):
 
     def without_champion(self) -> Self:
         """The sample as `evaluate` made it."""
-        return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith("champion")})
+        later = ("champion", "judge")
+        return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith(later)})
 
     def to_json(self) -> dict[str, Any]:
-        """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none."""
+        """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none, nor
+        has a judge that was not asked.
+        """
         plain = asdict(self)
+        if self.judge_score is None:
+            plain = {key: value for key, value in plain.items() if not key.startswith("judge")}
         if self.champion is None:
             plain = {key: value for key, value in plain.items() if not key.startswith("champion")}
         sides = {side: plain.pop(f"{side}_scores") for side in SIDES if f"{side}_scores" in plain}
@@ -165,6 +172,21 @@ class Difference(JsonDataclass):
 
 
 @dataclass(frozen=True)
+class Judgement(JsonDataclass):
+    """What a judge says of the tuned answers, and how far it agrees with exact match (judge's score at least 0.5)."""
+
+    model: str
+    score: float | None  # mean over the judged answers; None: none was judged
+    judged: int
+    answers: int
+    note: str = ""  # why answers were not judged
+    agreement: float | None = None  # share of judged answers on which both agree
+    agreement_ci95: list[float] = field(default_factory=list)
+    kappa: float | None = None  # Cohen's; None where both say the same of all answers
+    kappa_ci95: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Comparison(JsonDataclass):
     """The tuned model beside its base and beside the champion, by metric."""
 
@@ -175,6 +197,7 @@ class Comparison(JsonDataclass):
     worst: float | None = None  # bound of the difference to the champion on promote.metric; negative: worse
     champion_scores: Scores | None = None
     champion_intervals: dict[str, list[float]] = field(default_factory=dict)
+    judge: Judgement | None = None  # None: evaluate.judge is off
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,28 @@ def default_learning_rate(base: BaseConfig) -> float:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """A model behind an OpenAI-compatible API that says whether tuned answers are right."""
+
+    url: str = ""  # of the API, like https://host/v1; "": no judge
+    model: str = ""
+    token_env: str = ""  # the environment variable with the API's token, which is stored nowhere; "": no token
+    response_format: Literal["json_schema", "text"] = "json_schema"  # text: for an API without structured output
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        known = not self.url or bool(re.fullmatch(r"https?://[^\s@]+", self.url))
+        check_field(self, "url", known, "an http or https URL without a password")
+        check_field(self, "model", bool(self.model) or not self.url, "the name of a model if there is a url")
+        name = not self.token_env or bool(re.fullmatch(r"[A-Za-z_]\w*", self.token_env))
+        check_field(self, "token_env", name, "the name of an environment variable")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     max_new_tokens: int = 64
     batch_size: int = 16
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -77,6 +77,7 @@ ADAPTERS = {  # the library that each adapter wraps
     "gguf_file": {"gguf", "torch"},
     "hub": {"huggingface_hub"},
     "progress": {"tqdm"},
+    "judge": {"requests", "urllib3"},
     "pages": {"jinja2"},
     "report": {"evidently", "markupsafe", "pandas", "plotly"},
     "rouge": {"rouge_score"},
