@@ -14,7 +14,7 @@ OPENAI_IDS = ("chatcmpl-", "cmpl-")  # what OpenAI's routes put before the reque
 
 @dataclass
 class Traffic:
-    """What a log and its rotated files hold, oldest line first."""
+    """What a log and its rotated files hold, oldest first."""
 
     completions: list[LoggedCompletion] = field(default_factory=list)
     feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its place, like requests.jsonl:7
@@ -39,6 +39,9 @@ def read_traffic(log: str | Path) -> Traffic:
         with file.open("rb") as stream:  # lines end at \n only; text may contain other line separators
             for number, line in enumerate(stream, 1):
                 _add(traffic, f"{file}:{number}", line)
+    # by time: several replicas' logs may have been put into one file
+    traffic.completions.sort(key=lambda completion: completion.time)
+    traffic.feedback.sort(key=lambda placed: placed[1].time)
     return traffic
 
 
@@ -47,11 +50,12 @@ def _add(traffic: Traffic, place: str, line: bytes) -> None:
         value = json.loads(line)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
+        lost = int(value.get("lost_before") or 0)
         if "rating" in value:
             traffic.feedback.append((place, LoggedFeedback.from_json(value)))
         else:
             traffic.completions.append(LoggedCompletion.from_json(value))
-        traffic.lost += int(value.get("lost_before") or 0)
+        traffic.lost += lost
     except (ValueError, TypeError, RecursionError) as error:
         traffic.problems.append(f"{place}: {error}")
 

@@ -1,6 +1,7 @@
 """Corrections in a request log become instruction records."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,18 @@ def test_corrections_become_records_that_the_pipeline_reads(log, tmp_path):
         {"instruction": "What is the capital?", "input": "Canada", "output": "Ottawa"},
         {"instruction": "Name a rivér.", "input": "", "output": "Elbe\u2028Saale"},
     ]
+
+
+def test_the_logs_of_replicas_may_be_put_together_in_any_order(log, tmp_path):
+    answered(log, "a", "Say yes.")
+    for text in ("no", "yes"):
+        log.write_feedback("a", "bad", text, None)
+        time.sleep(0.002)  # the log has milliseconds
+    log.close()
+    file = tmp_path / "all.jsonl"
+    file.write_bytes(b"".join(reversed((tmp_path / "requests.jsonl").read_bytes().splitlines(keepends=True))))
+    collect(file, tmp_path / "new.jsonl")
+    assert read_records(tmp_path / "new.jsonl")[0]["output"] == "yes"
 
 
 def test_records_of_earlier_logs_stay_in_the_file_and_get_newer_corrections(log, tmp_path):
