@@ -32,6 +32,26 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 
 
 @main.command()
+@click.option("--config", default="configs/monitor.yaml", show_default=True, help="A file of configs/.")
+@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="E.g. --set monitor.log=requests.jsonl.")
+def monitor(config: str, values: tuple[str, ...]) -> None:
+    """Compare the service's request log with the run that is served; report and alert if traffic has drifted."""
+    _open_store()
+    from pipelines.errors import ConfigError
+    from pipelines.monitor_pipeline import monitor_pipeline
+    from pipelines.start import RunError, start
+    from steps.monitor import report_directory
+
+    try:
+        run = start(monitor_pipeline, config, values)
+    except (ConfigError, RunError) as error:
+        raise click.ClickException(str(error)) from None
+    if run is not None:
+        drift = run.steps["detect_drift"].outputs["drift"][0].load()
+        click.echo(f"{drift.verdict}\n{report_directory(run.name) / 'drift.html'}")
+
+
+@main.command()
 @click.argument("instruction", required=False)
 @click.option("--input", default="", help="Text that the instruction refers to.")
 @click.option("--file", help="Read instructions (and inputs) from a .jsonl or .json file instead.")
@@ -89,6 +109,23 @@ def export(kind: str, out: str, name: str, quantize: str | None) -> None:
         click.echo("\n".join(map(str, write(kind, Path(out), name, quantize or "f32"))))
     except (ValueError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.option("--from-feedback", "log", required=True, metavar="LOG", help="GPT2_REQUEST_LOG of the service.")
+@click.option("--out", type=Path, required=True, help="A .jsonl file; records that it has already are kept.")
+def records(log: str, out: Path) -> None:
+    """Turn users' corrections into instruction records, for --set data.source=file."""
+    from commands.records import collect
+    from steps.traffic import summary
+
+    try:
+        collected = collect(log, out)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if collected.problems:
+        click.echo(f"not used:\n{summary(collected.problems)}", err=True)
+    click.echo(f"{out}: {collected.records} records, {collected.changed} of them new or changed")
 
 
 @main.command()

@@ -11,6 +11,7 @@ from gpt2core.types import Lineage
 
 if TYPE_CHECKING:
     from bentos.generation import TextGenerator
+    from bentos.request_log import RequestLog
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Served:
     lineage: Lineage
     started: int  # Unix seconds
     multi_turn: MultiTurn
+    request_log: "RequestLog | None" = None  # None: switched off
 
 
 def served(request: Request) -> Served:

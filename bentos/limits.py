@@ -12,6 +12,7 @@ DEADLINE = 55.0  # seconds from a request's head to the end of its response, str
 MAX_STOPS = 16  # stop texts of one request
 MAX_GUIDED_CHOICES = 256  # texts of guided_choice
 MAX_STOP_TOKENS = 64  # stop_token_ids of one request
+MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 
 DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections

@@ -1,4 +1,4 @@
-"""A log of completions for monitoring, one JSON line each. Writing it never delays a response."""
+"""A log of completions and of feedback on them, one JSON line each. Writing it never delays a response."""
 
 import atexit
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 from bentos.completion import CompletionResult
 from bentos.settings import LogText
+from gpt2core.types import LoggedCompletion, LoggedFeedback
 
 MAX_BYTES, BACKUPS = 10_000_000, 5  # of a file before it is rotated; older files that are kept
 MAX_WAITING = 1_000  # lines waiting for a slow disk; further ones are dropped and counted
@@ -37,27 +38,41 @@ class RequestLog:
         self._listener.start()
         atexit.register(self.close)
 
+    @property
+    def keeps_text(self) -> bool:
+        return self._text == "keep"
+
     def write(self, result: CompletionResult, decode: Callable[[list[int]], str]) -> None:
         request, first = result.request, result.time_to_first_token
-        line: dict[str, Any] = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "milliseconds": round(1000 * (result.ended_at - result.submitted_at), 1),
-            "temperature": request.config.temperature,
-            "request_id": request.request_id,
-            "model": request.model,
-            "adapter_sha256": result.adapter and result.adapter.sha256,
-            "finish_reason": result.finish_reason,
-            "prompt_tokens": len(request.prompt),
-            "completion_tokens": len(result.tokens),
-            "first_token_milliseconds": None if first is None else round(1000 * first, 1),
-        }
-        for name, text in (("prompt", decode(request.prompt)), ("answer", decode(result.tokens))):
-            line[f"{name}_characters"] = len(text)
-            if self._text == "keep":
-                line[name] = text
-            elif self._text == "hash":
-                line[f"{name}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        self._enqueue(line)
+        texts = {"prompt": decode(request.prompt), "answer": decode(result.tokens)}
+        logged: dict[str, str] = {}
+        if self._text == "keep":
+            logged = texts
+        elif self._text == "hash":
+            logged = {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        line = LoggedCompletion(
+            time=_now(),
+            milliseconds=round(1000 * (result.ended_at - result.submitted_at), 1),
+            temperature=request.config.temperature,
+            request_id=request.request_id,
+            model=request.model,
+            adapter_sha256=None if result.adapter is None else result.adapter.sha256,
+            finish_reason=result.finish_reason,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=len(result.tokens),
+            first_token_milliseconds=None if first is None else round(1000 * first, 1),
+            prompt_characters=len(texts["prompt"]),
+            answer_characters=len(texts["answer"]),
+            **logged,
+        )
+        self._enqueue(line.to_json())
+
+    def write_feedback(self, request_id: str, rating: str, correction: str | None, comment: str | None) -> bool:
+        """Log feedback on a completion; False if the disk is too slow and the line was dropped.
+
+        The texts are logged as they are: refuse them before unless `keeps_text`.
+        """
+        return self._enqueue(LoggedFeedback(_now(), request_id, rating, correction, comment).to_json())
 
     def close(self) -> None:
         """Write the waiting lines, and stop."""
@@ -66,14 +81,20 @@ class RequestLog:
             self._listener = None
             atexit.unregister(self.close)
 
-    def _enqueue(self, line: dict[str, Any]) -> None:
+    def _enqueue(self, line: dict[str, Any]) -> bool:
         if self._dropped:
             line["lost_before"] = self._dropped
         record = logging.LogRecord(__name__, logging.INFO, "", 0, json.dumps(line, ensure_ascii=False), None, None)
         try:
             self._handler.enqueue(record)
             self._dropped = 0
+            return True
         except Full:
             self._dropped += 1
             if self._dropped == 1:
                 logger.warning("the disk is too slow for the request log; lines are being dropped")
+            return False
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.errors import ServiceError
-from bentos.limits import MAX_GUIDED_CHOICES, MAX_STOP_TOKENS, MAX_STOPS
+from bentos.limits import MAX_COMMENT, MAX_CORRECTION, MAX_GUIDED_CHOICES, MAX_STOP_TOKENS, MAX_STOPS
 from gpt2core.config import GenerationConfig
 
 DEFAULTS = GenerationConfig()
@@ -200,6 +200,24 @@ class CanaryArm(BaseModel):
 class CanaryStatus(BaseModel):
     canary: CanaryRequest | None
     versions: list[CanaryArm] = Field(description="the default model's own, and the canary's")
+
+
+class FeedbackRequest(StrictRequest):
+    """What a user says of a completion."""
+
+    request_id: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]{1,80}$", description="X-Request-Id of the response, or id of an OpenAI response"
+    )
+    rating: Literal["good", "bad"]
+    correction: str | None = Field(
+        None, pattern=r"\S", max_length=MAX_CORRECTION, description="what the answer should have been; not blank"
+    )
+    comment: str | None = Field(None, max_length=MAX_COMMENT)
+
+
+class FeedbackResponse(BaseModel):
+    request_id: str
+    rating: Literal["good", "bad"]
 
 
 class Error(BaseModel):

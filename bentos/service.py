@@ -106,7 +106,7 @@ class GPT2Instruct:
             settings().follow_adapters,
         )
         self.follower = Follower(settings().adapters_dir, self.generator.follow) if settings().follow_adapters else None
-        app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn)
+        app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn, log)
         # Exclude everything loaded so far from garbage collection: full collections stay short, so cycles of finished
         # requests are freed often (they do not grow to 100 MB) and no pause is long.
         gc.collect()

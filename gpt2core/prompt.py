@@ -41,6 +41,20 @@ def format_prompt(instruction: str, input: str = "") -> str:
     return template.format(instruction=instruction, input=input)
 
 
+def split_prompt(prompt: str) -> tuple[str, str] | None:
+    """Instruction and input of a prompt of `format_prompt`; None if it is none.
+
+    An instruction that contains the header of the input is split there: the prompts of both readings are equal.
+    """
+    head, tail = PROMPT_TEMPLATE.without_input.split("{instruction}")
+    between = PROMPT_TEMPLATE.with_input.removeprefix(head).partition("{instruction}")[2].partition("{input}")[0]
+    if len(prompt) < len(head) + len(tail) or not (prompt.startswith(head) and prompt.endswith(tail)):
+        return None
+    inner = prompt[len(head) : -len(tail)]
+    instruction, _, input = inner.partition(between)
+    return (instruction, input) if input else (inner, "")
+
+
 def chat_template() -> str:
     """The template in Jinja, as tokenizer_config.json and GGUF files carry it. As in the service, the last user turn is
     the instruction, and nothing else of the conversation is used; an answer at the end is that of a training example.

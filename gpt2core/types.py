@@ -71,6 +71,8 @@ class Sample(JsonDataclass):
     champion_tokens: int = 1
     champion_confidence: float | None = None
     champion_scores: RecordScores | None = None
+    judge_score: float | None = None  # of the tuned answer, 0 (wrong) to 1 (right); None: not judged
+    judge_reason: str = ""
 
     def answer(self, side: str) -> Answer:
         """The answer of one of `SIDES`.
@@ -97,11 +99,16 @@ class Sample(JsonDataclass):
 
     def without_champion(self) -> Self:
         """The sample as `evaluate` made it."""
-        return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith("champion")})
+        later = ("champion", "judge")
+        return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith(later)})
 
     def to_json(self) -> dict[str, Any]:
-        """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none."""
+        """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none, nor
+        has a judge that was not asked.
+        """
         plain = asdict(self)
+        if self.judge_score is None:
+            plain = {key: value for key, value in plain.items() if not key.startswith("judge")}
         if self.champion is None:
             plain = {key: value for key, value in plain.items() if not key.startswith("champion")}
         sides = {side: plain.pop(f"{side}_scores") for side in SIDES if f"{side}_scores" in plain}
@@ -165,6 +172,21 @@ class Difference(JsonDataclass):
 
 
 @dataclass(frozen=True)
+class Judgement(JsonDataclass):
+    """What a judge says of the tuned answers, and how far it agrees with exact match (judge's score at least 0.5)."""
+
+    model: str
+    score: float | None  # mean over the judged answers; None: none was judged
+    judged: int
+    answers: int
+    note: str = ""  # why answers were not judged
+    agreement: float | None = None  # share of judged answers on which both agree
+    agreement_ci95: list[float] = field(default_factory=list)
+    kappa: float | None = None  # Cohen's; None where both say the same of all answers
+    kappa_ci95: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Comparison(JsonDataclass):
     """The tuned model beside its base and beside the champion, by metric."""
 
@@ -175,6 +197,7 @@ class Comparison(JsonDataclass):
     worst: float | None = None  # bound of the difference to the champion on promote.metric; negative: worse
     champion_scores: Scores | None = None
     champion_intervals: dict[str, list[float]] = field(default_factory=dict)
+    judge: Judgement | None = None  # None: evaluate.judge is off
 
 
 @dataclass(frozen=True)
@@ -255,6 +278,43 @@ class Lineage(JsonDataclass):
     adapter: AdapterRef
     metrics: LineageMetrics
     bento: str = ""  # the Bento's tag; empty until it is built
+
+
+@dataclass(frozen=True)
+class LoggedCompletion(JsonDataclass):
+    """A completion in the service's request log. Texts or their sha256 are there if GPT2_REQUEST_LOG_TEXT says so."""
+
+    time: str  # ISO 8601, UTC
+    milliseconds: float
+    temperature: float
+    request_id: str
+    model: str  # a name of /v1/models
+    adapter_sha256: str | None  # None: the base alone
+    finish_reason: str  # stop, length, cancelled, deadline or error
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_milliseconds: float | None
+    prompt_characters: int
+    answer_characters: int
+    prompt: str | None = None
+    answer: str | None = None
+    prompt_sha256: str | None = None
+    answer_sha256: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        texts = ("prompt", "answer", "prompt_sha256", "answer_sha256")
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in texts}
+
+
+@dataclass(frozen=True)
+class LoggedFeedback(JsonDataclass):
+    """What a user said of a completion, in the same log. A line with `rating` is feedback."""
+
+    time: str  # ISO 8601, UTC
+    request_id: str  # of the completion
+    rating: str  # good or bad
+    correction: str | None = None  # what the answer should have been
+    comment: str | None = None
 
 
 def _read(annotation: Any, value: Any, path: str) -> Any:

@@ -12,6 +12,7 @@ from steps.config import (
     BaseConfig,
     DataConfig,
     EvaluateConfig,
+    JudgeConfig,
     PackageConfig,
     PromoteConfig,
     TrackingConfig,
@@ -58,12 +59,14 @@ def finetune_pipeline(
     adapter, history, train_summary = finetune(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )
-    samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, evaluate)
+    # The judge is asked in `compare`; another one does not evaluate, package and deploy again.
+    unjudged = replace(evaluate, judge=JudgeConfig())
+    samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, unjudged)
     compared, comparison, repeats = compare(samples, test_records, adapter, evaluate, promote)
     page, report_json, curves = report_step(
         compared, metrics, comparison, history, train_records, val_records, test_records
     )
-    bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, evaluate)
+    bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, unjudged)
     # After the service has answered as the evaluated model did.
     promotion = promote_step(comparison, repeats, metrics, promote, after="package")
     deploy_step(bento, lineage, samples, promotion, deploy, package, evaluate)

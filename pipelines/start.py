@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -47,7 +48,7 @@ def start(
     config = read_config(config_file, pipeline)
     if assignments:
         set_values(config, assignments, pipeline)
-    _set_learning_rate(config)
+    _set_learning_rate(config, pipeline)
     check_stack(config, config_file)
     # Recorded here: a step's container has no git.
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}
@@ -70,9 +71,11 @@ def start(
         raise RunError(f"the run failed: {error}") from None
 
 
-def _set_learning_rate(config: dict[str, Any]) -> None:
-    """Set the default that fits the base, which TrainConfig does not know."""
+def _set_learning_rate(config: dict[str, Any], pipeline: Pipeline) -> None:
+    """Set the default that fits the base, which TrainConfig does not know, for a pipeline that finetunes."""
     parameters = config.get("parameters") or {}
+    if "train" not in signature(pipeline.entrypoint).parameters:
+        return
     if "learning_rate" in (parameters.get("train") or {}):
         return
     base = BaseConfig(**{key: value for key, value in (parameters.get("base") or {}).items() if key != "pretrain"})

@@ -19,6 +19,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import Answer, Comparison, Sample
 from steps.adapters.base import open_base, read_base
 from steps.adapters.hub import HubError
+from steps.adapters.judge import judge_answers
 from steps.adapters.progress import counting_progress
 from steps.adapters.rouge import rouge_l
 from steps.adapters.statistics import differences, intervals, worst_difference
@@ -58,6 +59,9 @@ def compare(
         samples, comparison, repeats = _with_champion(
             samples, comparison, version, test_records, adapter, evaluate, promote
         )
+    if evaluate.judge.url:
+        samples, judged = judge_answers(samples, evaluate.judge)
+        comparison = replace(comparison, judge=judged)
     describe("comparison", {"champion": comparison.champion, "note": comparison.note})
     return samples, comparison, repeats
 

@@ -78,9 +78,28 @@ def default_learning_rate(base: BaseConfig) -> float:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """A model behind an OpenAI-compatible API that says whether tuned answers are right."""
+
+    url: str = ""  # of the API, like https://host/v1; "": no judge
+    model: str = ""
+    token_env: str = ""  # the environment variable with the API's token, which is stored nowhere; "": no token
+    response_format: Literal["json_schema", "text"] = "json_schema"  # text: for an API without structured output
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        known = not self.url or bool(re.fullmatch(r"https?://[^\s@]+", self.url))
+        check_field(self, "url", known, "an http or https URL without a password")
+        check_field(self, "model", bool(self.model) or not self.url, "the name of a model if there is a url")
+        name = not self.token_env or bool(re.fullmatch(r"[A-Za-z_]\w*", self.token_env))
+        check_field(self, "token_env", name, "the name of an environment variable")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     max_new_tokens: int = 64
     batch_size: int = 16
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -124,3 +143,33 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is monitored, and the limits beyond which traffic counts as drifted. See `steps.adapters.drift`."""
+
+    log: str = "requests.jsonl"  # GPT2_REQUEST_LOG of the service; its rotated files are read too
+    run: str = ""  # name or id of the run whose model is served; "": the run that trained the adapter in the log
+    max_requests: int = 5_000  # the newest of the log that are compared
+    min_requests: int = 50  # with fewer nothing is decided
+    min_ratings: int = 10
+    max_length_change: float = 0.5  # of prompts and answers: distance of the distributions, as share of the mean length
+    max_unknown_words: float = 0.1  # how much larger the share of words that no training prompt has may be
+    max_similarity_loss: float = 0.15  # how much smaller the similarity to the nearest training prompt may be
+    max_unfinished: float = 0.15  # how much larger the share of answers without an end may be
+    max_p95_seconds: float = 10.0  # duration that 95 % of the requests keep
+    max_bad_ratings: float = 0.3  # share of bad ones
+    webhook: str = ""  # receives the alert: an http or https URL, or $NAME of the environment variable with it
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_field(self, "log", bool(self.log), "the file of GPT2_REQUEST_LOG")
+        for name in ("max_requests", "min_requests", "min_ratings"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("max_length_change", "max_p95_seconds"):
+            check_field(self, name, getattr(self, name) > 0, "above 0")
+        for name in ("max_unknown_words", "max_similarity_loss", "max_unfinished", "max_bad_ratings"):
+            check_field(self, name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        known = not self.webhook or bool(re.fullmatch(r"https?://\S+|\$[A-Za-z_]\w*", self.webhook))
+        check_field(self, "webhook", known, "an http or https URL, or $NAME of an environment variable")

@@ -67,4 +67,5 @@ def _metrics(metrics: Evaluation, comparison: Comparison, promote: PromoteConfig
     return metrics.to_json() | {
         "champion": None if champion is None else asdict(champion),
         "comparison": compared_on(comparison, promote.metric),
+        "judge": None if comparison.judge is None else comparison.judge.to_json(),
     }

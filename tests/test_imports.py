@@ -77,16 +77,19 @@ ADAPTERS = {  # the library that each adapter wraps
     "comparison": {"markupsafe", "plotly"},
     "data_check": {"sklearn"},
     "download": {"requests", "urllib3", "tqdm"},
+    "drift": {"evidently", "numpy", "pandas", "scipy", "sklearn"},
     "gguf_file": {"gguf", "torch"},
     "hub": {"huggingface_hub"},
     "model_card": {"huggingface_hub"},
     "progress": {"tqdm"},
+    "judge": {"requests", "urllib3"},
     "pages": {"jinja2"},
     "report": {"evidently", "markupsafe", "pandas", "plotly"},
     "rouge": {"rouge_score"},
     "statistics": {"numpy", "scipy", "statsmodels"},
     "tables": {"pyarrow"},
     "tracking": {"wandb"},
+    "webhook": {"requests", "urllib3"},
 }
 # Package -> the extras of pyproject.toml that must declare what it imports; the core dependencies count for all.
 EXTRAS = {

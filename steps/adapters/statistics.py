@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.power import tt_solve_power
 from statsmodels.stats.proportion import proportion_confint
 
@@ -107,6 +108,31 @@ def worst_difference(
 
     bounds = _bootstrap(sums, gain, 1 - alpha, "greater")
     return bounds[0] if bounds else None
+
+
+def agreement(judged: Sequence[bool], right: Sequence[bool], groups: Sequence[str]) -> tuple[float, list[float]]:
+    """The share of records on which a judge and exact match agree, with its 95 % interval as in `interval`."""
+    same = np.array([a == b for a, b in zip(judged, right, strict=True)], dtype=float)
+    if not _repeated(groups):
+        low, high = proportion_confint(same.sum(), len(same), method="wilson")
+        return float(same.mean()), [float(low), float(high)]
+    sums = _by_group(np.stack([same, np.ones(len(same))]), groups)
+    ratio = _bootstrap(sums, lambda a, n, axis=-1: a.sum(axis=axis) / n.sum(axis=axis), 0.95, "two-sided")
+    return float(same.mean()), ratio
+
+
+def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, list[float]]:
+    """Cohen's kappa and its 95 % interval (Fleiss, Cohen and Everitt 1969), for independent records.
+
+    None where chance alone agrees on all records: both say the same of each.
+    """
+    table = [[sum(a == x and b == y for a, b in zip(judged, right, strict=True)) for y in (0, 1)] for x in (0, 1)]
+    if sum(sum(row) > 0 for row in table) < 2 and sum(sum(column) > 0 for column in zip(*table, strict=True)) < 2:
+        return None, []
+    with np.errstate(divide="ignore", invalid="ignore"):  # of the z value, which is not used
+        found = cohens_kappa(table)
+    ci95 = [float(found.kappa_low), float(found.kappa_upp)]
+    return float(found.kappa), ci95 if np.isfinite(ci95).all() else []
 
 
 def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluation:

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import cohen_kappa_score
 
 from gpt2core.metrics import METRICS, RecordScores
 from gpt2core.types import Answer
-from steps.adapters.statistics import difference, interval, worst_difference
+from steps.adapters.statistics import agreement, difference, interval, kappa, worst_difference
 
 
 def answers(values, nll=1.0, tokens=4):
@@ -95,3 +96,23 @@ def test_data_that_allow_no_interval(metric):
     if metric == "perplexity":
         assert difference(endless, endless, [""] * 3, metric).ci95 == []
         assert worst_difference(endless, endless, [""] * 3, metric, 0.05) is None
+
+
+@pytest.mark.parametrize("judged", [[1, 1, 0, 0, 1, 0, 1, 1], [1] * 8, [1, 0, 1, 0, 0, 0, 0, 0]])
+def test_kappa_is_that_of_scikit_learn(judged):
+    right = [1, 1, 1, 0, 0, 0, 1, 1]
+    value, ci95 = kappa([bool(each) for each in judged], [bool(each) for each in right])
+    assert value == pytest.approx(cohen_kappa_score(judged, right), abs=1e-12)
+    assert not ci95 or ci95[0] <= value <= ci95[1]
+
+
+def test_kappa_is_unknown_where_both_say_the_same_of_all():
+    assert kappa([True, True], [True, True]) == (None, [])
+
+
+def test_agreement_is_a_share_of_records_and_of_groups():
+    share, alone = agreement([True] * 40, [True] * 30 + [False] * 10, ALONE)
+    _, grouped = agreement([True] * 40, [True] * 30 + [False] * 10, [str(i // 10) for i in range(40)])
+    assert share == 0.75
+    assert alone == interval(answers(BINARY), ALONE, "exact_match")
+    assert grouped[0] < alone[0] < share

@@ -5,14 +5,20 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zenml.pipelines.pipeline_definition import Pipeline
 
 from pipelines.config import check_config, read_config, set_values
 from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
+from pipelines.monitor_pipeline import monitor_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 FREE = {"node_selectors", "limits", "requests"}  # Kubernetes maps with arbitrary keys
+
+
+def pipeline_of(file: Path) -> Pipeline:
+    return monitor_pipeline if file.name == "monitor.yaml" else finetune_pipeline
 
 
 def paths_of(value: object, path: tuple = ()) -> list[tuple]:
@@ -35,7 +41,7 @@ def write_config(tmp_path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_each_config_of_the_project_is_valid(file):
-    read_config(file, finetune_pipeline)
+    read_config(file, pipeline_of(file))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -49,7 +55,7 @@ def test_a_misspelt_key_at_any_level_is_refused_with_the_correct_one(key):
     mapping[f"{path[-1]}x"] = mapping.pop(path[-1])
 
     with pytest.raises(ConfigError) as error:
-        check_config(config, file.name, finetune_pipeline)
+        check_config(config, file.name, pipeline_of(file))
 
     for part in (file.name, f"{path[-1]}x", f"did you mean {path[-1]!r}"):
         assert part in str(error.value)

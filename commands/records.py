@@ -1,0 +1,84 @@
+"""Corrections of users, from the service's request log, as instruction records for the next run."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2core.data import question, read_records, to_jsonl
+from gpt2core.files import atomic_write
+from gpt2core.prompt import split_prompt
+from gpt2core.types import LoggedFeedback
+from steps.traffic import Traffic, completion_of, read_traffic
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What `collect` wrote, and what it could not use."""
+
+    records: int  # in the file
+    changed: int  # of them, new or with another output than before
+    problems: list[str]  # each begins with its place in the log
+
+
+def collect(log: str | Path, out: Path) -> Collected:
+    """Write the corrections in the log as records to a .jsonl file, which `data.source=file` reads.
+
+    Of several corrections of one question (instruction and input), the newest counts. Records that the file has already
+    are kept, with the output of the newest correction. Lines that cannot be used are reported, and the rest is written.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such log, no correction in it can be used, or `out` is not usable.
+    """
+    if out.suffix.lower() != ".jsonl":
+        raise ValueError(f"--out is {out}; it must end in .jsonl")
+    traffic = read_traffic(log)
+    found, problems = _corrections(traffic)
+    if not found:
+        reason = f"; {problems[0]}" if problems else ""
+        raise ValueError(f"{log} has {len(traffic.feedback)} ratings, but no usable correction{reason}")
+    records = {question(record): record for record in (read_records(out) if out.exists() else [])}
+    before = {key: record["output"] for key, record in records.items()}
+    for (instruction, input), output in found.items():
+        texts = {"instruction": instruction, "input": input, "output": output}
+        records[instruction, input] = records.get((instruction, input), {}) | texts
+    atomic_write(out, to_jsonl(list(records.values())))
+    return Collected(len(records), sum(before.get(key) != output for key, output in found.items()), problems)
+
+
+def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """The newest correction of each question; and what could not be used."""
+    prompts: dict[str, set[str | None]] = defaultdict(set)
+    for completion in traffic.completions:
+        prompts[completion.request_id].add(completion.prompt)
+    found: dict[tuple[str, str], str] = {}
+    problems = list(traffic.problems)
+    for place, feedback in traffic.feedback:
+        if feedback.correction is None:
+            continue
+        try:
+            key = _question(feedback, prompts)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        found[key] = feedback.correction.strip()
+    return found, problems
+
+
+def _question(feedback: LoggedFeedback, prompts: dict[str, set[str | None]]) -> tuple[str, str]:
+    """Instruction and input of the completion that the feedback is about.
+
+    Raises:
+        ValueError: they are not known.
+    """
+    given, name = feedback.request_id, completion_of(feedback, prompts)
+    if name is None:
+        raise ValueError(f"no completion in the log has the request id {given!r}")
+    if len(prompts[name]) > 1:
+        raise ValueError(f"{given!r} is the request id of several prompts")
+    [prompt] = prompts[name]
+    if prompt is None:
+        raise ValueError(f"the log has no prompt of {given!r}; GPT2_REQUEST_LOG_TEXT=keep keeps them")
+    parts = split_prompt(prompt)
+    if parts is None or not parts[0].strip():
+        raise ValueError(f"the prompt of {given!r} is not that of an instruction")
+    return parts

@@ -1,0 +1,13 @@
+from zenml import pipeline
+from zenml.enums import ExecutionMode
+
+from steps.config import MonitorConfig
+from steps.monitor import alert as alert_step
+from steps.monitor import detect_drift
+
+
+@pipeline(execution_mode=ExecutionMode.FAIL_FAST)
+def monitor_pipeline(monitor: MonitorConfig = MonitorConfig()) -> None:
+    """The service's request log in; a drift report, and an alert if there is drift, out."""
+    drift, _ = detect_drift(monitor)
+    alert_step(drift, monitor)

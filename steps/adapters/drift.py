@@ -1,0 +1,182 @@
+"""Live traffic beside the run that is served: the signals of drift, and Evidently's report of the distributions.
+
+The reference is the run's own evaluation: the prompts of the test split and the tuned model's answers to them.
+Vocabulary and similarity are measured against the prompts of the training split on both sides, so prompts about new
+things that are as new as the test split's are no drift.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from evidently import DataDefinition, Dataset, Report
+from evidently.metrics import RowCount, ValueDrift
+from evidently.presets import ValueStats
+from scipy.stats import wasserstein_distance
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neighbors import NearestNeighbors
+
+from gpt2core.data import Record
+from gpt2core.prompt import format_prompt, split_prompt
+from gpt2core.types import JsonDataclass, LoggedCompletion, Sample
+from steps.adapters.pages import render
+from steps.config import MonitorConfig
+
+FRAME = len(format_prompt("."))  # characters of a prompt that are not the user's
+NUMBERS = ("prompt_characters", "answer_characters", "unknown_words", "similarity", "seconds")
+
+
+@dataclass(frozen=True)
+class Signal(JsonDataclass):
+    """One comparison of traffic and reference."""
+
+    name: str
+    reference: float | None  # None: the reference has no such value
+    live: float | None  # None: not known, see `note`
+    change: float | None  # what is compared with the limit
+    limit: float
+    drifted: bool
+    note: str  # what `change` is, or why there is none
+
+
+@dataclass(frozen=True)
+class Drift(JsonDataclass):
+    """What monitoring found."""
+
+    drifted: bool
+    verdict: str  # as a sentence
+    run: str
+    adapter_sha256: str
+    requests: int  # that were compared
+    first: str  # ISO 8601 times of the oldest and the newest of them; "" without any
+    last: str
+    signals: list[Signal]
+    finish_reasons: dict[str, int]
+    ratings: dict[str, int]
+    unreadable: int  # lines of the log
+    lost: int  # lines that the service could not write
+
+
+def measure(
+    completions: Sequence[LoggedCompletion],
+    ratings: Counter[str],
+    train: Sequence[Record],
+    samples: Sequence[Sample],
+    config: MonitorConfig,
+) -> tuple[list[Signal], str]:
+    """The signals, and Evidently's page.
+
+    Args:
+        completions: at least two, of the tuned model.
+        ratings: the number of good and bad ones.
+        train, samples: of the run that is served.
+    """
+    known = _Known(train)
+    prompts = [None if each.prompt is None else _question(each.prompt) for each in completions]
+    live = pd.DataFrame(
+        {
+            "prompt_characters": [max(0, each.prompt_characters - FRAME + 1) for each in completions],
+            "answer_characters": [each.answer_characters for each in completions],
+            "finish_reason": [each.finish_reason for each in completions],
+            "seconds": [each.milliseconds / 1000 for each in completions],
+            **known.compare(prompts),
+        }
+    )
+    reference = pd.DataFrame(
+        {
+            "prompt_characters": [len(format_prompt(each.instruction, each.input)) - FRAME + 1 for each in samples],
+            "answer_characters": [len(each.tuned) for each in samples],
+            "finish_reason": ["stop" if each.finished else "length" for each in samples],
+            "seconds": [np.nan] * len(samples),
+            **known.compare([f"{each.instruction}\n{each.input}" for each in samples]),
+        }
+    )
+    return _signals(live, reference, ratings, config), _evidently(live, reference)
+
+
+def write_drift(drift: Drift, evidently: str) -> str:
+    """A page that loads nothing from elsewhere; `evidently` is "" where nothing was compared."""
+    return render("drift.html.j2", drift=drift, evidently=evidently)
+
+
+def _question(prompt: str) -> str:
+    return "\n".join(split_prompt(prompt) or (prompt, ""))
+
+
+class _Known:
+    """The prompts of the training split."""
+
+    def __init__(self, train: Sequence[Record]) -> None:
+        texts = [f"{record['instruction']}\n{record.get('input', '')}" for record in train]
+        self._words = {word for text in texts for word in _words(text)}
+        # As in the report's check of the data: TF-IDF weighted character n-grams, cosine similarity.
+        self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+        known = self._vectorizer.fit_transform(texts)
+        self._nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(known)
+
+    def compare(self, texts: Sequence[str | None]) -> dict[str, list[float]]:
+        """Share of unknown words and similarity to the nearest training prompt, by text; NaN for None."""
+        distinct = list(dict.fromkeys(text for text in texts if text is not None))
+        if not distinct:
+            return {name: [np.nan] * len(texts) for name in ("unknown_words", "similarity")}
+        distances, _ = self._nearest.kneighbors(self._vectorizer.transform(distinct))
+        similarity = dict(zip(distinct, 1 - distances[:, 0], strict=True))
+        unknown = {text: np.mean([word not in self._words for word in _words(text)] or [False]) for text in distinct}
+        return {
+            name: [np.nan if text is None else float(values[text]) for text in texts]
+            for name, values in (("unknown_words", unknown), ("similarity", similarity))
+        }
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _signals(live: pd.DataFrame, reference: pd.DataFrame, ratings: Counter[str], config: MonitorConfig) -> list[Signal]:
+    before, now = reference.mean(numeric_only=True), live.mean(numeric_only=True)
+    rows: list[tuple[str, float | None, float, float, float, str]] = []  # name, reference, live, change, limit, note
+    for name, column in (("prompt length", "prompt_characters"), ("answer length", "answer_characters")):
+        change = wasserstein_distance(reference[column], live[column]) / max(1.0, before[column])
+        note = "characters; the change is the Wasserstein distance of the lengths, as share of their mean"
+        rows.append((name, before[column], now[column], change, config.max_length_change, note))
+    unknown, similarity = "share of words that no training prompt has", "similarity to the nearest training prompt"
+    rise, loss = now["unknown_words"] - before["unknown_words"], before["similarity"] - now["similarity"]
+    rows += [
+        ("unknown words", before["unknown_words"], now["unknown_words"], rise, config.max_unknown_words, unknown),
+        ("similarity", before["similarity"], now["similarity"], loss, config.max_similarity_loss, similarity),
+    ]
+    cut, cut_now = (float((frame["finish_reason"] != "stop").mean()) for frame in (reference, live))
+    note = "share of answers that the model did not end"
+    rows.append(("unfinished answers", cut, cut_now, cut_now - cut, config.max_unfinished, note))
+    p95 = live["seconds"].quantile(0.95)
+    rows.append(("latency", None, p95, p95, config.max_p95_seconds, "seconds in which 95 % of the requests ended"))
+    n = ratings.total()
+    bad = ratings["bad"] / n if n >= config.min_ratings else np.nan
+    rows.append(("ratings", None, bad, bad, config.max_bad_ratings, f"share of bad ones among {n}"))
+    return [_signal(*row) for row in rows]
+
+
+def _signal(name: str, reference: float | None, live: float, change: float, limit: float, note: str) -> Signal:
+    before = None if reference is None else float(reference)
+    if np.isnan(change):
+        why = "too few" if name == "ratings" else "the log has no prompts; GPT2_REQUEST_LOG_TEXT=keep keeps them"
+        return Signal(name, before, None, None, limit, False, f"{note}; not compared: {why}")
+    return Signal(name, before, float(live), float(change), limit, bool(change > limit), note)
+
+
+def _evidently(live: pd.DataFrame, reference: pd.DataFrame) -> str:
+    columns = [name for name in NUMBERS if live[name].notna().any() and reference[name].notna().any()]
+    definition = DataDefinition(numerical_columns=columns, categorical_columns=["finish_reason"])
+    metrics: list[Any] = [RowCount()]
+    for name in (*columns, "finish_reason"):
+        metrics += [ValueDrift(column=name), ValueStats(column=name)]
+    frames = (frame[[*columns, "finish_reason"]].dropna() for frame in (live, reference))
+    current, before = (
+        Dataset.from_pandas(frame.reset_index(drop=True), data_definition=definition) for frame in frames
+    )
+    run = Report(metrics).run(current, before, name="live traffic (current) beside the evaluation (reference)")
+    return str(run.get_html_str(as_iframe=False))

@@ -1,0 +1,43 @@
+"""A JSON message to an HTTP address, by requests: bounded in time, retried, without redirects."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+TIMEOUT = 10  # seconds to connect, and to the response's status
+RETRIES = 2  # after broken connections and the statuses BUSY, with exponential backoff
+BUSY = (429, 500, 502, 503, 504)
+
+
+class WebhookError(RuntimeError):
+    """The message was not accepted. The text names the host only: the path of a webhook is often a secret."""
+
+
+def post(url: str, content: dict[str, Any]) -> None:
+    """
+    Raises:
+        WebhookError: not an http(s) URL, no connection, or a status other than 2xx.
+    """
+    try:
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://{parts.hostname}"
+    except ValueError:
+        parts, shown = urlsplit(""), "the URL"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise WebhookError("the webhook is not an http or https URL")
+    retry = Retry(RETRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=0.5, raise_on_status=False)
+    retry.respect_retry_after_header = False  # which may ask for any time
+    try:
+        with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=retry))
+            # stream: the body, which may have no end, is not read
+            with session.post(url, json=content, timeout=TIMEOUT, allow_redirects=False, stream=True) as response:
+                status = response.status_code
+    except requests.RequestException as error:
+        raise WebhookError(f"{shown} cannot be reached ({type(error).__name__})") from None
+    if not 200 <= status < 300:
+        raise WebhookError(f"{shown} answered {status}")

@@ -1,0 +1,150 @@
+"""The steps of the monitoring pipeline. Both have their cache off: the log changes under its name."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from zenml import get_step_context, step
+from zenml.client import Client
+from zenml.models import PipelineRunResponse
+from zenml.types import HTMLString
+
+from gpt2core.files import atomic_write
+from steps.adapters.drift import Drift, Signal, measure, write_drift
+from steps.adapters.webhook import WebhookError, post
+from steps.config import MonitorConfig
+from steps.metadata import describe
+from steps.outputs import outputs_dir, to_json
+from steps.traffic import Traffic, ratings_of, read_traffic, summary
+
+logger = logging.getLogger(__name__)
+
+TUNED = "gpt2-instruct"  # the name under which the service has the run's own adapter
+
+
+@step(enable_cache=False)
+def detect_drift(
+    monitor: MonitorConfig,
+) -> tuple[Annotated[Drift, "drift"], Annotated[HTMLString, "drift_report"]]:
+    """Compare the request log with the run that is served; also written to outputs/monitoring/<run name>/."""
+    traffic = read_traffic(monitor.log)
+    if traffic.problems:
+        logger.warning("%d lines of the log cannot be read:\n%s", len(traffic.problems), summary(traffic.problems))
+    run = _served_run(traffic, monitor)
+    artifacts = {name: found[0] for each in run.steps.values() for name, found in each.outputs.items() if found}
+    if not {"adapter", "train_records", "samples"} <= artifacts.keys():
+        raise ValueError(f"the run {run.name} did not finish its evaluation; set monitor.run to one that did")
+    digest = str(artifacts["adapter"].run_metadata["sha256"])
+    completions = [each for each in traffic.completions if each.adapter_sha256 == digest][-monitor.max_requests :]
+    ratings = ratings_of(traffic, completions)
+    signals: list[Signal] = []
+    evidently = ""
+    if len(completions) >= monitor.min_requests:
+        train, samples = artifacts["train_records"].load(), artifacts["samples"].load()
+        signals, evidently = measure(completions, ratings, train, samples, monitor)
+    drift = Drift(
+        drifted=any(signal.drifted for signal in signals),
+        verdict=_verdict(run.name, len(completions), signals, monitor),
+        run=run.name,
+        adapter_sha256=digest,
+        requests=len(completions),
+        first=completions[0].time if completions else "",
+        last=completions[-1].time if completions else "",
+        signals=signals,
+        finish_reasons=dict(Counter(each.finish_reason for each in completions).most_common()),
+        ratings=dict(ratings.most_common()),
+        unreadable=len(traffic.problems),
+        lost=traffic.lost,
+    )
+    page = write_drift(drift, evidently)
+    directory = report_directory(get_step_context().pipeline_run.name)
+    atomic_write(directory / "drift.html", page.encode())
+    atomic_write(directory / "drift.json", to_json(drift.to_json()).encode())
+    describe("drift", {"drifted": drift.drifted, "verdict": drift.verdict, "run": run.name, "requests": drift.requests})
+    return drift, HTMLString(page)
+
+
+@step(enable_cache=False)
+def alert(drift: Drift, monitor: MonitorConfig) -> Annotated[list[str], "alerted"]:
+    """Tell the stack's alerter and the webhook about drift; returns whom. The report is stored before.
+
+    Raises:
+        RuntimeError: one of them did not take the message; the other one has it.
+    """
+    if not drift.drifted:
+        return []
+    message = f"{drift.verdict} Report: {report_directory(get_step_context().pipeline_run.name) / 'drift.html'}"
+    alerted, failed = [], []
+    alerter = Client().active_stack.alerter
+    if alerter is not None:
+        try:
+            if not alerter.post(message):
+                raise RuntimeError("it did not post the message")
+            alerted.append(f"alerter {alerter.name}")
+        except Exception as error:  # of whatever library the alerter uses
+            failed.append(f"the alerter {alerter.name} failed: {error}")
+    if monitor.webhook:
+        try:
+            post(_webhook_url(monitor.webhook), {"text": message, "drift": drift.to_json()})
+            alerted.append("webhook")
+        except WebhookError as error:
+            failed.append(str(error))
+    if failed:
+        raise RuntimeError(f"{'; '.join(failed)}. {message}")
+    return alerted
+
+
+def report_directory(run_name: str) -> Path:
+    """Of a monitoring run: drift.html and drift.json."""
+    return outputs_dir() / "monitoring" / run_name
+
+
+def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse:
+    """The run whose traffic it is.
+
+    Raises:
+        ValueError: it cannot be found.
+    """
+    if monitor.run:
+        try:
+            return Client().get_pipeline_run(monitor.run)
+        except KeyError:
+            raise ValueError(f"monitor.run: there is no run {monitor.run!r}") from None
+    served = [each.adapter_sha256 for each in traffic.completions[-monitor.max_requests :] if each.model == TUNED]
+    if not served:
+        raise ValueError(f"{monitor.log} has no completion of the tuned model; set monitor.run to compare with a run")
+    digest = Counter(served).most_common(1)[0][0]
+    trained = Client().list_artifact_versions(
+        artifact="adapter", run_metadata=f"sha256:contains:{digest}", sort_by="desc:created", hydrate=True
+    )
+    runs = [each.producer_pipeline_run_id for each in trained if each.producer_pipeline_run_id is not None]
+    if not runs:
+        raise ValueError(
+            f"{monitor.log} is of the adapter {digest}, which no run of this ZenML store trained; set monitor.run"
+        )
+    return Client().get_pipeline_run(runs[0])
+
+
+def _verdict(run: str, requests: int, signals: Sequence[Signal], monitor: MonitorConfig) -> str:
+    if requests < monitor.min_requests:
+        return f"Not decided: {requests} completions of {run}, and monitor.min_requests is {monitor.min_requests}."
+    drifted = [f"{each.name} ({each.change:.3g}, limit {each.limit:g})" for each in signals if each.drifted]
+    if not drifted:
+        return f"No drift: {requests} completions of {run} are like its evaluation."
+    return f"Drift of {run} in {requests} completions: {', '.join(drifted)}."
+
+
+def _webhook_url(webhook: str) -> str:
+    """
+    Raises:
+        WebhookError: the environment variable is not set.
+    """
+    if not webhook.startswith("$"):
+        return webhook
+    url = os.environ.get(webhook[1:], "")
+    if not url:
+        raise WebhookError(f"monitor.webhook is {webhook}, but that environment variable is not set")
+    return url

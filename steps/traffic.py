@@ -1,0 +1,80 @@
+"""The request log of the service, read back: completions and feedback."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpt2core.types import LoggedCompletion, LoggedFeedback
+
+OPENAI_IDS = ("chatcmpl-", "cmpl-")  # what OpenAI's routes put before the request id
+
+
+@dataclass
+class Traffic:
+    """What a log and its rotated files hold, oldest first."""
+
+    completions: list[LoggedCompletion] = field(default_factory=list)
+    feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its place, like requests.jsonl:7
+    problems: list[str] = field(default_factory=list)  # lines that are neither, with their places
+    lost: int = 0  # lines that the service could not write
+
+
+def read_traffic(log: str | Path) -> Traffic:
+    """Read the log and the files that were rotated away, which are beside it as LOG.1 (the newest) and so on.
+
+    A line that cannot be read, like the last one of a service that was killed, becomes a problem.
+
+    Raises:
+        FileNotFoundError: there is no such log.
+    """
+    log = Path(log)
+    if not log.is_file():
+        raise FileNotFoundError(f"there is no request log {log}; GPT2_REQUEST_LOG makes the service write one")
+    rotated = [file for file in log.parent.iterdir() if re.fullmatch(re.escape(log.name) + r"\.\d+", file.name)]
+    traffic = Traffic()
+    for file in [*sorted(rotated, key=lambda file: -int(file.suffix[1:])), log]:
+        with file.open("rb") as stream:  # lines end at \n only; text may contain other line separators
+            for number, line in enumerate(stream, 1):
+                _add(traffic, f"{file}:{number}", line)
+    # by time: several replicas' logs may have been put into one file
+    traffic.completions.sort(key=lambda completion: completion.time)
+    traffic.feedback.sort(key=lambda placed: placed[1].time)
+    return traffic
+
+
+def _add(traffic: Traffic, place: str, line: bytes) -> None:
+    try:
+        value = json.loads(line)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        lost = int(value.get("lost_before") or 0)
+        if "rating" in value:
+            traffic.feedback.append((place, LoggedFeedback.from_json(value)))
+        else:
+            traffic.completions.append(LoggedCompletion.from_json(value))
+        traffic.lost += lost
+    except (ValueError, TypeError, RecursionError) as error:
+        traffic.problems.append(f"{place}: {error}")
+
+
+def completion_of(feedback: LoggedFeedback, known: Container[str]) -> str | None:
+    """The request id of the completion that the feedback names, by that id or as OpenAI's routes answer it."""
+    given = feedback.request_id
+    names = (given, *(given.removeprefix(start) for start in OPENAI_IDS if given.startswith(start)))
+    return next((name for name in names if name in known), None)
+
+
+def ratings_of(traffic: Traffic, completions: Sequence[LoggedCompletion]) -> Counter[str]:
+    """The number of these completions' requests by their newest rating."""
+    known = {completion.request_id for completion in completions}
+    newest = {completion_of(feedback, known): feedback.rating for _, feedback in traffic.feedback}
+    return Counter(rating for request_id, rating in newest.items() if request_id is not None)
+
+
+def summary(problems: Sequence[str], shown: int = 10) -> str:
+    """The first problems, one per line."""
+    rest = len(problems) - shown
+    return "\n".join([*problems[:shown], *([f"and {rest} more"] if rest > 0 else [])])

@@ -1,0 +1,156 @@
+"""Monitoring of a real service of a real run: traffic like its evaluation and other traffic are told apart."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import requests
+from click.testing import CliRunner
+from zenml.client import Client
+from zenml.enums import StackComponentType
+
+from pipelines.errors import ConfigError
+from pipelines.monitor_pipeline import monitor_pipeline
+from pipelines.start import start
+from run import main
+from tests.adapters.test_webhook import receiver
+from tests.bentos.client import served
+from tests.bentos.test_feedback import feedback_lines, send
+from tests.helpers import wait_until
+from tests.pipelines import file_alerter
+from tests.runs import MAX_NEW_TOKENS, newest_run
+
+pytestmark = pytest.mark.timeout(900)  # a whole run, and a service
+OTHERS = [
+    "Summarise the quarterly financial statement for our shareholders, then propose three follow-up questions.",
+    "Translate into Swahili: the spacecraft re-entered Jupiter's magnetosphere at unprecedented velocity.",
+    "Write a Python function which computes eigenvalues of sparse Hermitian matrices using Lanczos iterations.",
+]
+
+
+@pytest.fixture(scope="module")
+def traffic(dev_run, tmp_path_factory):
+    """A log of the run's test questions, and the same log with other questions and bad ratings after them."""
+    log = tmp_path_factory.mktemp("traffic") / "requests.jsonl"
+    environment = {"GPT2_REQUEST_LOG": log, "GPT2_REQUEST_LOG_TEXT": "keep", "GPT2_WEIGHTS": "fp32"}
+    asked = [{key: sample[key] for key in ("instruction", "input")} for sample in dev_run.samples]
+    others = [{"instruction": f"{text} Draft {i}."} for i in range(20) for text in OTHERS]
+    with served(dev_run.lineage.bento, **environment) as url, requests.Session() as session:
+
+        def ask(question: dict) -> str:
+            body = question | {"max_new_tokens": MAX_NEW_TOKENS}
+            return session.post(f"{url}/predict", json=body, timeout=60).headers["X-Request-Id"]
+
+        for question in asked:
+            ask(question)
+        wait_until(lambda: log.read_bytes().count(b"\n") == len(asked), 20, "the lines of all requests")
+        same = log.with_name("same.jsonl")
+        same.write_bytes(log.read_bytes())
+        ids = [ask(question) for question in others]
+        for request_id in ids[:10]:
+            assert send(url, request_id=request_id, rating="bad").ok
+        wait_until(lambda: len(feedback_lines(log)) == 10, 20, "the lines of all ratings")
+    return SimpleNamespace(same=same, other=log, asked=len(asked), others=len(others))
+
+
+@pytest.fixture
+def monitor(outputs, monkeypatch):
+    """Run `run.py monitor`; returns its result and the directory of its report."""
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(outputs))
+
+    def run(log, *values):
+        arguments = [part for value in (f"monitor.log={log}", *values) for part in ("--set", value)]
+        result = CliRunner().invoke(main, ["monitor", *arguments], catch_exceptions=False)
+        return result, outputs / "monitoring" / newest_run().name
+
+    return run
+
+
+def signals_of(directory) -> dict[str, dict]:
+    return {signal["name"]: signal for signal in json.loads((directory / "drift.json").read_text())["signals"]}
+
+
+def test_traffic_like_the_evaluation_is_no_drift_and_alerts_nobody(monitor, traffic, dev_run):
+    with receiver() as (webhook, received):
+        result, directory = monitor(traffic.same, f"monitor.webhook={webhook}")
+    assert result.exit_code == 0, result.output
+    assert f"No drift: {traffic.asked} completions of {dev_run.record.name}" in result.output
+    assert received == []
+    signals = signals_of(directory)
+    assert not any(signal["drifted"] for signal in signals.values())
+    # the service answers as the evaluated model did
+    for name in ("prompt length", "unknown words", "similarity", "unfinished answers"):
+        assert signals[name]["change"] == pytest.approx(0, abs=1e-9)
+    page = (directory / "drift.html").read_text()
+    assert str(directory / "drift.html") in result.output
+    assert page == newest_run().steps["detect_drift"].outputs["drift_report"][0].load()
+    assert "iframe" in page
+    assert dev_run.samples[0]["instruction"] not in page  # no text of users
+
+
+def test_other_traffic_is_drift_and_the_webhook_is_told(monitor, traffic, dev_run, monkeypatch):
+    with receiver() as (webhook, received):
+        monkeypatch.setenv("ALERTS", webhook)
+        result, directory = monitor(traffic.other, f"monitor.max_requests={traffic.others}", "monitor.webhook=$ALERTS")
+    assert result.exit_code == 0, result.output
+    assert f"Drift of {dev_run.record.name} in {traffic.others} completions: " in result.output
+    signals = signals_of(directory)
+    drifted = {name for name, signal in signals.items() if signal["drifted"]}
+    assert {"prompt length", "unknown words", "similarity", "ratings"} <= drifted
+    assert signals["ratings"]["live"] == 1.0
+    [message] = received
+    assert message["drift"] == json.loads((directory / "drift.json").read_text())
+    assert message["text"].startswith("Drift of ")
+    assert newest_run().steps["alert"].outputs["alerted"][0].load() == ["webhook"]
+
+
+def test_a_failing_webhook_fails_the_run_in_one_line_and_loses_no_report(monitor, traffic):
+    with receiver(status=400) as (webhook, _):
+        secret = f"monitor.webhook={webhook}/T0KEN"
+        result, directory = monitor(traffic.other, f"monitor.max_requests={traffic.others}", secret)
+    assert result.exit_code == 1
+    last = result.output.splitlines()[-1]
+    assert "http://127.0.0.1 answered 400" in last
+    assert str(directory / "drift.html") in last
+    assert "T0KEN" not in last
+    assert json.loads((directory / "drift.json").read_text())["drifted"] is True
+    assert newest_run().steps["detect_drift"].outputs["drift"][0].load().drifted
+
+
+def test_the_alerter_of_the_stack_is_told(monitor, traffic, tmp_path):
+    client, before = Client(), Client().active_stack_model
+    client.create_flavor(f"{file_alerter.__name__}.FileAlerterFlavor", StackComponentType.ALERTER)
+    configuration = {"file": str(tmp_path / "alerts")}
+    alerter = client.create_stack_component("to-file", "file", StackComponentType.ALERTER, configuration)
+    components = {kind: found[0].id for kind, found in before.components.items()}
+    stack = client.create_stack("with-alerter", components | {StackComponentType.ALERTER: alerter.id})
+    client.activate_stack(stack.id)
+    try:
+        result, _ = monitor(traffic.other, f"monitor.max_requests={traffic.others}")
+    finally:
+        client.activate_stack(before.id)
+    assert result.exit_code == 0, result.output
+    assert "Drift of " in (tmp_path / "alerts").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (["monitor.log=none.jsonl"], "there is no request log none.jsonl"),
+        (["monitor.run=nobody"], "there is no run 'nobody'"),
+        (["monitor.min_requests=1000"], "Not decided: "),
+        (["monitor.webhook=ftp://x"], "an http or https URL"),
+        (["monitor.max_bad_rating=0.5"], "did you mean 'max_bad_ratings'?"),
+    ],
+)
+def test_a_mistake_is_one_line(monitor, traffic, values, text):
+    result, _ = monitor(traffic.same, *values)
+    assert text in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_stack_without_what_the_config_needs_is_refused_before_the_run(tmp_path):
+    config = tmp_path / "monitor.yaml"
+    config.write_text("settings: {step_operator.container: {memory: 1g}}\n")
+    with pytest.raises(ConfigError, match="does not have"):
+        start(monitor_pipeline, str(config))
