@@ -109,7 +109,7 @@ def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -
     try:
         lineage, models = bento.lineage(tag), bento.models(tag)
         bento.verify_version(tag)
-    except (bento.BentoError, ValueError, OSError, KeyError) as error:
+    except bento.DAMAGED as error:
         raise VerifyError(f"Bento {tag}: {error}") from None
     lines = [f"code and lineage of the Bento: {tag}"]
     for name, recorded in (("base", lineage.base.sha256), ("adapter", lineage.adapter.sha256)):
