@@ -206,6 +206,6 @@ def _in_store(kind: str, tag: str) -> Path:
 
 def _run(verb: str, *arguments: str, cwd: Path) -> None:
     command = [*bentoml_command(verb), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=bentoml_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=bentoml_environment(), capture_output=True, text=True)  # noqa: S603 (no shell)
     if done.returncode != 0:
         raise BentoError(f"bentoml {verb} failed:\n{log_tail(done.stdout + done.stderr)}")
