@@ -10,7 +10,7 @@ import pytest
 
 # Licences that ask nothing of code that only imports the package.
 PERMISSIVE = re.compile(r"\b(mit|bsd|0bsd|apache|isc|python software foundation|psf|public domain|zlib|cnri-python)\b")
-# Copyleft for the package's own files or library only; each is imported or run unchanged, and not distributed from here.
+# Copyleft for the package's own files or library only; each is used unchanged and not distributed from here.
 ACCEPTED = {"certifi", "chardet", "hypothesis", "orjson", "pathspec", "tqdm"}
 COPYLEFT = re.compile(
     r"gpl|general public|mpl|mozilla|cddl|eupl|epl|sspl|server side|commons clause|busl|business source"
@@ -18,7 +18,7 @@ COPYLEFT = re.compile(
 
 
 def licence(package: Distribution) -> str:
-    """What the metadata of an installed package say: the SPDX expression, else the classifiers, else the text's head."""
+    """The SPDX expression in the metadata of an installed package, else its classifiers, else the head of the text."""
     metadata = package.metadata
     classifiers = [text for text in metadata.get_all("Classifier") or [] if text.startswith("License :: ")]
     named = [text.rpartition(" :: ")[2] for text in classifiers if text != "License :: OSI Approved"]
