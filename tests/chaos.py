@@ -102,7 +102,8 @@ def kill(store: Store, moment: float, adapter: str) -> bool:
     time.sleep(moment)
     process.kill()
     process.communicate(timeout=LIMIT)
-    return _rerun(store, f"kill -9 after {moment:.0f} s", f"exit status {process.returncode}", adapter)
+    observed = "killed" if process.returncode == -signal.SIGKILL else "MISSED: the run had ended before"
+    return _rerun(store, f"kill -9 after {moment:.0f} s", observed, adapter)
 
 
 def _stop(store: Store, moment: float, adapter: str) -> bool:
