@@ -5,7 +5,7 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow chaos lint format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes experiment clean
+.PHONY: install run test test-slow chaos lint audit licences format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes experiment clean
 
 install: .venv/.installed
 
@@ -23,15 +23,22 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
-# Injects faults into runs of configs/dev.yaml and prints what was observed and lost; two runs per fault. KILLS=2 is short.
+# Injects faults into runs of configs/dev.yaml and prints what was observed and lost; two runs per fault, a quarter of an hour. KILLS=1 is short.
 chaos: install
-	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),10)
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),5)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of the pinned dependencies; needs PyPI's advisories, so CI does not depend on it.
+audit: install
+	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+licences: install
+	@$(BIN)/python -m tests.test_licences
 
 format: install
 	$(BIN)/ruff check --fix .

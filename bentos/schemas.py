@@ -24,7 +24,7 @@ WHOLE = BeforeValidator(_whole_number)
 MaxTokens = Annotated[int, Field(ge=1, json_schema_extra={"maximum": "n_positions"}), WHOLE]
 Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-TOKEN_KEY = r"^[0-9]{1,9}$"
+TOKEN_KEY = r"^[0-9]{1,9}$"  # noqa: S105 (of token ids)
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
     WithJsonSchema(

@@ -109,7 +109,7 @@ def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -
     try:
         lineage, models = bento.lineage(tag), bento.models(tag)
         bento.verify_version(tag)
-    except (bento.BentoError, ValueError, OSError, KeyError) as error:
+    except bento.DAMAGED as error:
         raise VerifyError(f"Bento {tag}: {error}") from None
     lines = [f"code and lineage of the Bento: {tag}"]
     for name, recorded in (("base", lineage.base.sha256), ("adapter", lineage.adapter.sha256)):
@@ -139,7 +139,9 @@ def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
     if pod is None:
         raise VerifyError(f"{name} is no directory, no Bento's tag and no pod of the namespace {config.namespace}")
     stated = pod["metadata"].get("annotations", {})
-    tag = stated.get(f"{PREFIX}bento", "")
+    tag = stated.get(f"{PREFIX}bento")
+    if not tag:
+        raise VerifyError(f"the pod {name} has no annotation {PREFIX}bento; this project's deployment sets it")
     lines = _verify_bento(tag, key)  # of this machine's store, which the pod's image was made of
     for annotation, value in annotations(bento.lineage(tag)).items():
         lines.append(_same(f"annotation {annotation}", stated.get(annotation, ""), value))

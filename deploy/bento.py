@@ -36,6 +36,10 @@ class BentoError(RuntimeError):
     """A Bento that could not be built, found, exported or served."""
 
 
+# what reading a Bento whose files are missing or damaged raises
+DAMAGED = (BentoError, ValueError, OSError, KeyError, TypeError, yaml.YAMLError)
+
+
 def describe_adapter(directory: Path) -> AdapterRef:
     """The adapter's sha256 (over its files) and LoRA configuration."""
     lora = json.loads((directory / ADAPTER_CONFIG).read_text())["lora"]
@@ -43,7 +47,7 @@ def describe_adapter(directory: Path) -> AdapterRef:
 
 
 def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "") -> str:
-    """Build a Bento of base, adapter, serving code and lineage, unless the store has it; return its tag.
+    """Build a Bento of base, adapter, serving code and lineage, unless the store has it intact; return its tag.
 
     The Bento's lineage.json is the lineage with this tag in `bento`.
 
@@ -65,12 +69,13 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
         for file in PROXY_FILES:
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             copy2(ROOT / file, context / file)
-        version = _version(directory_sha256(context), models, lineage)
-        tag = f"{NAME}:{version}"
-        if exists(tag):
-            return tag
         if readme:
             (context / "README.md").write_text(readme, encoding="utf-8")
+        version = _version(directory_sha256(context), models, lineage)
+        tag = f"{NAME}:{version}"
+        if is_intact(tag):
+            return tag
+        rmtree(_in_store("bentos", tag), ignore_errors=True)
         (context / "lineage.json").write_text(json.dumps(replace(lineage, bento=tag).to_json(), indent=2))
         arguments = [part for name, model in models.items() for part in ("--arg", f"{name}={model}")]
         _run("build", "--version", version, *arguments, "-f", "bentos/bentofile.yaml", ".", cwd=context)
@@ -84,6 +89,17 @@ def exists(tag: str) -> bool:
         return False
     models = [model for service in yaml.safe_load(bento.read_text())["services"] for model in service["models"]]
     return all((_in_store("models", model["tag"]) / MODEL_FILE).is_file() for model in models)
+
+
+def is_intact(tag: str) -> bool:
+    """Whether the store holds the Bento and its models with the content that their names are digests of."""
+    try:
+        verify_version(tag)
+        for directory in models(tag).values():
+            _verify_model(directory)
+    except DAMAGED:
+        return False
+    return True
 
 
 def lineage(tag: str) -> Lineage:
@@ -104,7 +120,10 @@ def models(tag: str) -> dict[str, Path]:
 
 
 def verify_version(tag: str) -> None:
-    """Raise BentoError unless code, model tags and lineage of a stored Bento give the version in its tag."""
+    """Raise BentoError unless code, model tags and lineage of a stored Bento give the version in its tag.
+
+    Also raises the other errors of DAMAGED if one of its files is missing or damaged.
+    """
     source = _in_store("bentos", tag) / "src"
     stored = {name: f"{path.parent.name}:{path.name}" for name, path in models(tag).items()}
     added = ("lineage.json", "bentofile.yaml")  # by `build`, by BentoML
@@ -169,7 +188,7 @@ def _store_model(name: str, directory: Path) -> str:
     stored = _in_store("models", tag)
     if stored.is_dir():
         try:
-            verify_directory(stored, version, list_files(stored, exclude=[MODEL_FILE]))
+            _verify_model(stored)
         except ValueError as error:
             logger.warning("%s; it is stored again", error)
             rmtree(stored)
@@ -180,6 +199,11 @@ def _store_model(name: str, directory: Path) -> str:
     return tag
 
 
+def _verify_model(stored: Path) -> None:
+    """Raise ValueError unless a directory of the model store has the content that its name is the digest of."""
+    verify_directory(stored, stored.name, list_files(stored, exclude=[MODEL_FILE]))
+
+
 def _in_store(kind: str, tag: str) -> Path:
     name, _, version = tag.partition(":")
     return bentoml_home() / kind / name / version
@@ -187,6 +211,6 @@ def _in_store(kind: str, tag: str) -> Path:
 
 def _run(verb: str, *arguments: str, cwd: Path) -> None:
     command = [*bentoml_command(verb), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=bentoml_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=bentoml_environment(), capture_output=True, text=True)  # noqa: S603 (no shell)
     if done.returncode != 0:
         raise BentoError(f"bentoml {verb} failed:\n{log_tail(done.stdout + done.stderr)}")

@@ -63,7 +63,7 @@ def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
             "GPT2_WEIGHTS": weights,
         }
         with log.open("wb") as stream:
-            server = subprocess.Popen(
+            server = subprocess.Popen(  # noqa: S603 (no shell)
                 [*SUPERVISED, *bentoml_command("serve"), tag, "--host", "127.0.0.1", "--port", str(port)],
                 cwd=folder,
                 env=environment,

@@ -22,7 +22,8 @@ def describe_versions() -> dict[str, str]:
 def _git(*arguments: str) -> str:
     """The output of a git command; "" where there is no git or no checkout, as in a container."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(ROOT), *arguments]  # the user's own git, found in PATH
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)  # noqa: S603 (no shell)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -17,7 +17,7 @@ import psutil
 
 def main(command: list[str]) -> int:
     """The exit code of the command; 128 + n where signal n ended it, as in a shell."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 (no shell)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     Thread(target=_kill_after_parent, daemon=True).start()
     code = child.wait()

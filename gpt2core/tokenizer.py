@@ -134,7 +134,7 @@ def _read_tokenizer(file: Path) -> Vocabulary:
 
 def _pair(parts: Sequence[str]) -> tuple[str, str]:
     """A merge. One that is not of two parts makes a token that the vocabulary lacks, which is reported later."""
-    return parts[0], "".join(parts[1:])
+    return "".join(parts[:1]), "".join(parts[1:])
 
 
 def _as_id(value: Any) -> int:

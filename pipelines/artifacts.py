@@ -2,16 +2,32 @@
 
 from zenml.io import fileio
 from zenml.models import ArtifactVersionResponse
+from zenml.utils import source_utils
 
 from deploy import bento
+from steps.materializers import DirectoryMaterializer
 
 
 def is_intact(name: str, artifact: ArtifactVersionResponse) -> bool:
-    """Whether the store has as many bytes of the artifact as were written; for a Bento, whether its store has it."""
-    if name == "bento" and not bento.exists(str(artifact.run_metadata.get("tag"))):
+    """Whether the store has the artifact as it was written; for a Bento, whether BentoML's store has it, too."""
+    if name == "bento" and not bento.is_intact(str(artifact.run_metadata.get("tag"))):
         return False
     written = artifact.run_metadata.get("storage_size")
-    return written is None or _size(artifact.uri) == written
+    if written is not None and _size(artifact.uri) != written:
+        return False
+    return artifact.content_hash in (None, _content_hash(artifact))
+
+
+def _content_hash(artifact: ArtifactVersionResponse) -> str | None:
+    """The digest of the stored artifact, as ZenML recorded it; "" if it cannot be read."""
+    materializer = source_utils.load(artifact.materializer)(uri=artifact.uri)
+    try:
+        # a directory's digest is of its archive, which need not be unpacked
+        value = None if isinstance(materializer, DirectoryMaterializer) else artifact.load()
+        found: str | None = materializer.compute_content_hash(value)
+    except Exception:  # damaged bytes fail in any way in a decoder
+        return ""
+    return found
 
 
 def _size(uri: str) -> int:

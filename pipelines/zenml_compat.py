@@ -135,7 +135,7 @@ def verified_cache(is_intact: Callable[[str, ArtifactVersionResponse], bool]) ->
         for name, versions in step_run.outputs.items():
             for version in versions:
                 if not is_intact(name, version):
-                    message = "step %s runs again: its cached artifact %s (%s) is missing or incomplete"
+                    message = "step %s runs again: its cached artifact %s (%s) is missing or damaged"
                     logger.warning(message, step_run.name, name, version.uri)
                     return None
         return step_run

@@ -70,6 +70,28 @@ class DirectoryMaterializer(PathMaterializer):
         finally:
             rmtree(data, ignore_errors=True)
 
+    def load(self, data_type: type[Any]) -> Path:
+        """
+        Raises:
+            ValueError: the stored archive is not the one that was written.
+        """
+        found = self.compute_content_hash(None)
+        if self.expected_content_hash not in (None, found):  # None: stored by an older version
+            raise ValueError(
+                f"{self._archive} is damaged: sha256 {found}, but {self.expected_content_hash} was recorded; "
+                "start the run again, which repeats the step that wrote it"
+            )
+        return Path(super().load(data_type))
+
+    def compute_content_hash(self, data: Path | None) -> str:
+        """sha256 of the archive, which ZenML records when it is stored; the directory itself is deleted by then."""
+        with self.artifact_store.open(self._archive, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    @property
+    def _archive(self) -> str:
+        return f"{self.uri}/{self.ARCHIVE_NAME}"
+
 
 def _to_jsonl(samples: list[Sample]) -> bytes:
     return to_jsonl([sample.to_json() for sample in samples])

@@ -121,7 +121,7 @@ class _ServiceGroup:
         self.client = client
         self.config = config
         self.name = f"{bento.NAME}-{config.port}"
-        self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"
+        self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"  # noqa: S104 (compares)
 
     def check_host(self) -> None:
         """A proxy cannot change the address that it listens on, and a second proxy cannot use the same port."""

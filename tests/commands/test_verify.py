@@ -1,16 +1,20 @@
 """`python run.py verify` and `sign`. Each case damages a copy, or restores what it damaged."""
 
 import json
+import re
 from pathlib import Path
 from shutil import copytree
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from deploy import bento
+from deploy.kubernetes.render import PREFIX, annotations
 from run import main
+from tests.deploy.kube_api import TOKEN
 from tests.helpers import build_bento
 
 pytestmark = pytest.mark.timeout(900)
@@ -102,6 +106,60 @@ def test_changed_code_or_lineage_of_a_bento_is_found(tag, file):
     assert result.exit_code == 1
     assert "was changed" in result.output
     assert invoke("verify", tag).exit_code == 0
+
+
+@pytest.fixture
+def pod(tag, cluster, monkeypatch):
+    """Give the test double of the cluster a pod with these annotations; returns its name."""
+    monkeypatch.setenv("KUBECONFIG", cluster.values[1].rpartition("=")[2])
+    cluster.api.namespaces.setdefault("gpt2-instruct", {})
+
+    def add(changed):
+        stated = annotations(bento.lineage(tag)) | {PREFIX + name: value for name, value in changed.items()}
+        metadata = {"name": "served-1", "namespace": "gpt2-instruct", "annotations": stated}
+        body = yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": metadata}).encode()
+        status, _ = cluster.api.handle(
+            "PATCH",
+            "/api/v1/namespaces/gpt2-instruct/pods/served-1?fieldManager=test&force=true",
+            {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/apply-patch+yaml"},
+            body,
+        )
+        assert status in (200, 201)
+        return "served-1"
+
+    yield add
+    cluster.api.objects.pop(("pods", "served-1"), None)
+
+
+def test_a_pod_is_verified_with_the_bento_of_its_annotations(pod, tag):
+    result = invoke("verify", pod({}))
+    assert result.exit_code == 0, result.output
+    for checked in (
+        f"code and lineage of the Bento: {tag}",
+        "base of the Bento: ",
+        f"annotation {PREFIX}base-sha256: ",
+    ):
+        assert checked in result.output
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"base-sha256": "f" * 64}, "annotation .*base-sha256: .* was changed"),
+        ({"bento": "gpt2-instruct:0000000000000000"}, "the Bento gpt2-instruct:0000000000000000 is not in the store"),
+        ({"bento": ""}, "pod served-1 has no annotation .*bento"),
+    ],
+)
+def test_a_pod_that_states_something_else_is_an_error_in_one_line(pod, changed, message):
+    result = invoke("verify", pod(changed))
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert re.search(message, result.output)
+
+
+def test_a_pod_that_does_not_exist_is_an_error_in_one_line(pod):
+    result = invoke("verify", "served-2")
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert "no pod of the namespace gpt2-instruct" in result.output
 
 
 def test_an_unknown_name_is_an_error_in_one_line():

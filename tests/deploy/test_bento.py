@@ -105,6 +105,23 @@ def test_a_bento_exists_while_it_and_its_models_are_in_the_store(base_dir, adapt
     assert not bento.exists(tag)
 
 
+def test_a_damaged_bento_or_model_is_noticed_and_stored_again(tag, base_dir, adapter_dir):
+    models = bento.models(tag).values()
+    for file in (in_store(tag) / "src" / "gpt2core" / "model.py", *(path / bento_file(path) for path in models)):
+        content = bytearray(file.read_bytes())
+        content[-2] ^= 1
+        file.write_bytes(content)
+        assert bento.exists(tag)
+        assert not bento.is_intact(tag)
+        assert build_bento(base_dir, adapter_dir) == tag
+        assert bento.is_intact(tag)
+
+
+def bento_file(model: Path) -> str:
+    [weights] = model.glob("*.safetensors")
+    return weights.name
+
+
 def test_an_adapter_is_described_by_its_digest_and_lora_configuration(adapter_dir):
     about = bento.describe_adapter(adapter_dir)
     assert len(about.sha256) == 64

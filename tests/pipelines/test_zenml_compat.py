@@ -4,8 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from shutil import rmtree
+from typing import Annotated
 
 import click
 import pytest
@@ -17,6 +18,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from pipelines.artifacts import is_intact
 from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.zenml_compat import PipelineSource, short_errors, verified_cache
+from steps.materializers import DirectoryMaterializer, output_directory
 from tests.copies import ROOT
 
 
@@ -43,39 +45,55 @@ def test_importing_the_pipelines_runs_no_git_and_reads_no_configuration(tmp_path
     assert done.stdout.splitlines()[-1:] == ["PipelineSource"], done.stderr
 
 
-@step(enable_cache=True)
-def make_text() -> str:
-    return "some text"
+@step(enable_cache=True, output_materializers={"directory": DirectoryMaterializer})
+def make_values() -> tuple[Annotated[str, "text"], Annotated[Path, "directory"]]:
+    with output_directory("values-") as directory:
+        (directory / "file").write_text("some text")
+    return "some text", directory
 
 
 @step(enable_cache=True)
-def use_text(text: str) -> None:
-    assert text == "some text"
+def use_values(text: str, directory: Path) -> None:
+    assert text == (directory / "file").read_text() == "some text"
 
 
 @pipeline
-def texts() -> None:
-    use_text(make_text())
+def values() -> None:
+    use_values(*make_values())
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_cached_step_runs_again_if_its_artifact_is_damaged(damage, caplog):
-    directory = Path(texts().steps["make_text"].outputs["output"][0].uri)
-    if damage == "missing":
-        rmtree(directory)
-    else:
-        for file in directory.iterdir():
-            file.write_bytes(file.read_bytes()[:-1])
+@pipeline
+def unused() -> None:
+    make_values()
 
-    unchecked = texts()
-    assert unchecked.steps["make_text"].status.value == "cached"  # otherwise the workaround is not needed any more
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("output", ["text", "directory"])
+@pytest.mark.parametrize("damage", [Path.unlink, _cut, _flip])
+def test_a_cached_step_runs_again_if_its_artifact_is_damaged(damage, output, caplog, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for file in Path(values().steps["make_values"].outputs[output][0].uri).iterdir():
+        damage(file)
+
+    unchecked = unused()
+    assert unchecked.steps["make_values"].status.value == "cached"  # otherwise the workaround is not needed any more
     with caplog.at_level(logging.WARNING), verified_cache(is_intact):
-        again = texts()
-        cached = texts()
+        again = values()
+        cached = values()
 
-    assert again.steps["make_text"].status.value == "completed"
-    assert "step make_text runs again: its cached artifact output" in caplog.text
-    assert cached.steps["make_text"].status.value == "cached"
+    assert again.steps["make_values"].status.value == "completed"
+    assert f"step make_values runs again: its cached artifact {output}" in caplog.text
+    assert cached.steps["make_values"].status.value == "cached"
+    assert list(tmp_path.iterdir()) == []
 
 
 @step

@@ -91,6 +91,16 @@ def test_a_directory_is_stored_and_its_temporary_original_is_deleted(tmp_path, m
     assert list(tmp_path.glob("written-*")) == []
 
 
+def test_a_damaged_directory_is_refused_by_the_name_of_its_artifact():
+    [version] = directories().steps["write_directory"].outputs["directory"]
+    [archive] = Path(version.uri).iterdir()
+    content = bytearray(archive.read_bytes())
+    content[4] ^= 1  # the time in gzip's header, which no check sum of its own covers
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{archive} is damaged: sha256 .*, but .* was recorded.* run again"):
+        version.load()
+
+
 def test_the_directory_of_a_failing_step_is_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt), output_directory("written-"):
