@@ -20,6 +20,7 @@ from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2, evaluating
+from gpt2core.resources import ResourceMeter
 from gpt2core.training_state import TrainingState
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -31,7 +32,8 @@ class TrainResult:
 
     history: one entry per logged step and per validation: `step` (optimiser steps done), and of `train/loss`,
         `train/learning_rate`, `train/grad_norm`, `train/tokens_seen`, `train/tokens_per_second` (mean since the
-        previous entry), `val/loss` those known at that step. Losses are nats per token.
+        previous entry), `val/loss` those known at that step, and with them the values of
+        `gpt2core.resources.ResourceMeter.read`. Losses are nats per token.
     best_val_loss: None without validation examples.
     tokens_per_second: tokens without padding, over the time spent in training steps. A prefix that the examples of a
         batch share is computed once and counted for each.
@@ -56,7 +58,8 @@ def finetune(
     model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
     weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
     result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; epochs and
-    max_steps may have grown since. A damaged checkpoint is skipped with a warning.
+    max_steps may have grown since. A damaged checkpoint is skipped with a warning. `log` first gets the entries of the
+    interrupted run.
 
     In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
     takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` counts the
@@ -261,13 +264,19 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     log = log if is_first and log is not None else lambda step, values: None
-    with _training(model, plan.config), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        ResourceMeter(device) as meter,
+        _training(model, plan.config),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
         state = TrainingState(weights, plan.optimisers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
+            for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
+                log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         while state.progress.step < plan.total_steps and not state.progress.is_stuck(plan.patience):
-            values = _step(model, plan, state)
+            values = _step(model, plan, state, meter)
             step = state.progress.step
             if values:
                 log(step, values)
@@ -294,7 +303,7 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
     return weights
 
 
-def _step(model: GPT2, plan: _Plan, state: TrainingState) -> dict[str, float]:
+def _step(model: GPT2, plan: _Plan, state: TrainingState, meter: ResourceMeter) -> dict[str, float]:
     """Take one optimiser step; return the values to log, empty unless a log entry is due."""
     start = perf_counter()
     config, progress, weights = plan.config, state.progress, state.weights
@@ -337,6 +346,7 @@ def _step(model: GPT2, plan: _Plan, state: TrainingState) -> dict[str, float]:
         "train/grad_norm": float(norm),
         "train/tokens_seen": progress.tokens_seen,
         "train/tokens_per_second": progress.tokens / (progress.seconds - progress.logged_seconds),
+        **meter.read(),
     }
     progress.record(values)
     progress.loss, progress.labels, progress.tokens = 0.0, 0, 0
@@ -382,16 +392,18 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
     modes = [(module, module.training) for module in model.modules()]
     frozen = torch.float32 if config.precision == "fp32" else torch.bfloat16
     trained = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
-    checkpointing = model.gradient_checkpointing
+    checkpointing, deterministic = model.gradient_checkpointing, torch.are_deterministic_algorithms_enabled()
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     for parameter, data in before:
         parameter.grad = None
         parameter.data = data.to(trained if parameter.requires_grad else frozen)
     model.train()
     model.gradient_checkpointing = isinstance(config, TrainConfig) and config.gradient_checkpointing
+    torch.use_deterministic_algorithms(deterministic or (isinstance(config, TrainConfig) and config.deterministic))
     try:
         yield
     finally:
+        torch.use_deterministic_algorithms(deterministic)
         model.gradient_checkpointing = checkpointing
         for module, training in modes:
             module.training = training

@@ -9,6 +9,7 @@ from gpt2core.checkpoint import CONFIG, directory_sha256, read_config, save_adap
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
+from gpt2core.resources import mean_utilisation, peak_memory_mib
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import training_steps
 from gpt2core.types import TrainSummary
@@ -61,6 +62,8 @@ def finetune(
         val_loss=result.best_val_loss,
         tokens_seen=last["train/tokens_seen"],
         tokens_per_second=result.tokens_per_second,
+        utilisation=mean_utilisation(result.history),
+        peak_memory_mib=peak_memory_mib(result.history),
     )
     describe("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
     return adapter, result.history, summary
