@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -46,7 +47,8 @@ def start(
     config = read_config(config_file, pipeline)
     if assignments:
         set_values(config, assignments, pipeline)
-    _set_learning_rate(config)
+    if {"base", "train"} <= signature(pipeline.entrypoint).parameters.keys() and _finetunes(config):
+        _set_learning_rate(config)
     check_stack(config, config_file)
     # Recorded here: a step's container has no git.
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}
@@ -59,13 +61,18 @@ def start(
             verified_cache(is_intact),
         ):
             checked = Path(directory) / Path(config_file).name
-            checked.write_text(yaml.safe_dump(config))
+            checked.write_text(yaml.safe_dump(config, sort_keys=False))
             fail_killed_runs(pipeline.name)
             return pipeline.with_options(config_path=str(checked), extra=record, **(options or {}))()
     except INTERRUPTIONS:
         raise RunError("the run was stopped; the same command continues after the last finished step") from None
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         raise RunError(f"the run failed: {error}") from None
+
+
+def _finetunes(config: Mapping[str, Any]) -> bool:
+    """Whether the run trains an adapter; a sweep of another kind does not."""
+    return ((config.get("parameters") or {}).get("sweep") or {}).get("kind", "finetune") == "finetune"
 
 
 def _set_learning_rate(config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "pretrain.yaml"})
 FREE = {"node_selectors", "limits", "requests"}  # Kubernetes maps with arbitrary keys
 
 
