@@ -46,7 +46,8 @@ def finetune(
     run_name = get_step_context().pipeline_run.name
     digests = [base_ref.sha256, records_sha256(train_records), records_sha256(val_records)]
     _, _, total_steps = training_steps(len(examples), train)
-    values = asdict(lora) | asdict(train)
+    data = {"train": digests[1], "val": digests[2], "records": len(train_records)}
+    values = {"lora": asdict(lora), "train": asdict(train), "base": base_ref.to_json(), "data": data}
     with (
         stored_checkpoints([asdict(lora), asdict(train), *digests]) as checkpoints,
         track(tracking, run_name, checkpoints.training_id, values, wandb_directory()) as log,
@@ -64,6 +65,7 @@ def finetune(
         tokens_per_second=result.tokens_per_second,
         utilisation=mean_utilisation(result.history),
         peak_memory_mib=peak_memory_mib(result.history),
+        wandb_run="" if tracking.wandb == "off" else checkpoints.training_id,
     )
     describe("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
     return adapter, result.history, summary

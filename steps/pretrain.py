@@ -65,7 +65,7 @@ def train_base(
 ) -> Pretrained:
     """`pretrain_text` with checkpoints in the artifact store, progress and tracking."""
     config, run_name = model.to_gpt2(), get_step_context().pipeline_run.name
-    values = asdict(model) | asdict(pretrain) | {"seed": seed}
+    values = {"model": asdict(config), "pretrain": asdict(pretrain), "text": asdict(text), "seed": seed}
     with (
         stored_checkpoints([asdict(config), asdict(pretrain), seed, documents, text.val_fraction]) as checkpoints,
         track(tracking, run_name, checkpoints.training_id, values, wandb_directory()) as log,
