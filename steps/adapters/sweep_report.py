@@ -74,6 +74,7 @@ def _plot(trials: Mapping[str, Sequence[Trial]], metric: str) -> str:
     else:
         figure.delaxes(left)
     right.set_yticks(range(len(trials)), list(trials), fontsize="x-small")
+    right.invert_yaxis()  # the first variant on top, as in the table
     right.set_xlabel(metric)
     text = StringIO()
     figure.savefig(text, format="svg")

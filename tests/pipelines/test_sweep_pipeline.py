@@ -116,6 +116,8 @@ def test_a_pretraining_sweep_keeps_a_diverged_training_as_a_result(tmp_path):
 def test_repeated_trainings_are_compared_and_attention_is_measured(tmp_path):
     values = FINETUNE | {"sweep": {"variants": {"plain": {}}, "seeds": [0], "repeats": 2, "metrics": ["same_bytes"]}}
     assert "| plain | 1 ± 0 |" in run_sweep(tmp_path, values).output
+    lineage = CliRunner().invoke(main, ["lineage", newest_run().name], catch_exceptions=False)
+    assert (lineage.exit_code, lineage.output[:7]) == (1, "Error: ")  # lineage is of finetune_pipeline's runs
     attention = {"length": 16, "n_embd": 8, "n_head": 2, "batch_size": 1}
     sweep = {"kind": "attention", "grid": {"attention.attention": list(ATTENTION)}, "seeds": [0]}
     output = run_sweep(tmp_path, {"attention": attention, "sweep": sweep}).output
