@@ -86,7 +86,7 @@ stack-local stack-docker stack-kubernetes: stack-%: install
 
 # NAME is a file of configs/experiments; SCALE=full needs a GPU and the weights of gpt2.
 experiment: install
-	$(BIN)/python run.py experiment $(NAME) --scale $(or $(SCALE),small)
+	$(BIN)/python run.py sweep --config configs/experiments/$(NAME).yaml --set sweep.scale=$(or $(SCALE),small)
 
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

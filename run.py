@@ -2,9 +2,15 @@
 
 import logging
 import re
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from zenml.models import PipelineRunResponse
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -12,43 +18,65 @@ def main() -> None:
     """Instruction data in; an evaluated, served and traceable GPT-2 out."""
 
 
+def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of the commands that run a pipeline."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option("--no-cache", is_flag=True, help="Run every step again, cached or not."),
+            click.option(
+                "--set", "values", multiple=True, metavar="KEY=VALUE", help="E.g. --set seed=1; may be repeated."
+            ),
+            click.option("--config", default=default, show_default=True, help="A file of configs/."),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
 @main.command()
-@click.option("--config", default="configs/local.yaml", show_default=True, help="A file of configs/.")
-@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="E.g. --set lora.rank=16; may be repeated.")
-@click.option("--no-cache", is_flag=True, help="Run every step again, cached or not.")
+@run_options("configs/local.yaml")
 def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     """Split the data, prepare the base, finetune, evaluate, report, promote, package, deploy."""
-    _open_store()
-    from pipelines.errors import ConfigError
-    from pipelines.finetune_pipeline import finetune_pipeline
-    from pipelines.start import RunError, start
-
-    try:
-        run = start(finetune_pipeline, config, values, {"enable_cache": False} if no_cache else {})
-    except (ConfigError, RunError) as error:
-        raise click.ClickException(str(error)) from None
+    run = _start("finetune_pipeline", config, values, no_cache)
     if run is not None:
         click.echo(f"{run.name}: {run.status.value}; results in outputs/latest")
 
 
 @main.command()
-@click.option("--config", default="configs/monitor.yaml", show_default=True, help="A file of configs/.")
-@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="E.g. --set monitor.log=requests.jsonl.")
-def monitor(config: str, values: tuple[str, ...]) -> None:
+@run_options("configs/monitor.yaml")
+def monitor(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     """Compare the service's request log with the run that is served; report and alert if traffic has drifted."""
-    _open_store()
-    from pipelines.errors import ConfigError
-    from pipelines.monitor_pipeline import monitor_pipeline
-    from pipelines.start import RunError, start
-    from steps.monitor import report_directory
-
-    try:
-        run = start(monitor_pipeline, config, values)
-    except (ConfigError, RunError) as error:
-        raise click.ClickException(str(error)) from None
+    run = _start("monitor_pipeline", config, values, no_cache)
     if run is not None:
+        from steps.monitor import report_directory
+
         drift = run.steps["detect_drift"].outputs["drift"][0].load()
         click.echo(f"{drift.verdict}\n{report_directory(run.name) / 'drift.html'}")
+
+
+@main.command()
+@run_options("configs/pretrain.yaml")
+def pretrain(config: str, values: tuple[str, ...], no_cache: bool) -> None:
+    """Pretrain a GPT-2 on a text; the result can be the base of `finetune`."""
+    run = _start("pretrain_pipeline", config, values, no_cache)
+    if run is not None:
+        from steps.outputs import outputs_dir
+
+        base = outputs_dir() / run.name / "base"
+        click.echo(f"{run.name}: {run.status.value}; use it with --set base.source=hub --set base.name={base}")
+
+
+@main.command()
+@run_options("configs/experiments/rank_sweep.yaml")
+def sweep(config: str, values: tuple[str, ...], no_cache: bool) -> None:
+    """Try every variant of `sweep` with every seed, and compare them."""
+    name = Path(config).stem
+    run = _start("sweep_pipeline", config, (f"sweep.name={name!r}", *values), no_cache)
+    if run is not None:
+        [table], [directory] = (run.steps["compare_trials"].outputs[name] for name in ("table", "directory"))
+        click.echo(f"{table.load()}{run.name}: {run.status.value}; results in {directory.load()}")
 
 
 @main.command()
@@ -126,20 +154,6 @@ def records(log: str, out: Path) -> None:
     if collected.problems:
         click.echo(f"not used:\n{summary(collected.problems)}", err=True)
     click.echo(f"{out}: {collected.records} records, {collected.changed} of them new or changed")
-
-
-@main.command()
-@click.argument("name")
-@click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True)
-def experiment(name: str, scale: str) -> None:
-    """Run the experiment NAME of configs/experiments; small ends in minutes on two cores."""
-    from commands.experiment import run_experiment
-
-    try:
-        directory = run_experiment(name, "full" if scale == "full" else "small", click.echo)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(f"{(directory / 'table.md').read_text()}results in {directory}")
 
 
 @main.command()
@@ -307,6 +321,19 @@ def image(which: str) -> None:
     sbom = outputs_dir() / "images" / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)
     click.echo(f"SBOM: {sbom}\n{built.reference}")
+
+
+def _start(name: str, config: str, values: tuple[str, ...], no_cache: bool) -> "PipelineRunResponse | None":
+    """Run the pipeline of this name in pipelines/; errors in one line."""
+    _open_store()
+    from pipelines.errors import ConfigError
+    from pipelines.start import RunError, start
+
+    pipeline = getattr(import_module(f"pipelines.{name}"), name)
+    try:
+        return start(pipeline, config, values, {"enable_cache": False} if no_cache else {})
+    except (ConfigError, RunError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _open_store() -> None:

@@ -40,6 +40,7 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT
 MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old checkpoints
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION_CONFIG = "generation_config.json"
+POST_NORM = "gpt2-post-norm"
 # GPT2Config's fields that are not the architecture
 _SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
 
@@ -96,13 +97,14 @@ def load_pretrained(
 def save_pretrained(model: GPT2, directory: str | Path) -> Path:
     """Write config.json, model.safetensors and, if the model came with one, generation_config.json for transformers.
 
+    A model with norm_position "post" gets another model_type, which only this project reads: transformers would load
+    its weights as those of a GPT-2 and compute something else.
+
     Raises:
-        ValueError: the model has LoRA layers that are not merged, weights that are not finite, or norm_position "post".
+        ValueError: the model has LoRA layers that are not merged, or weights that are not finite.
     """
     if any(not layer.merged for _, layer in lora_layers(model)):
         raise ValueError("the model has LoRA layers that are not merged; merge_lora(model) or remove_lora(model) first")
-    if model.config.norm_position != "pre":
-        raise ValueError("norm_position is 'post'; Hugging Face's GPT-2 has only 'pre', so it cannot be saved as one")
     state = {}
     for name, tensor in model.state_dict().items():
         if "lora_" in name:
@@ -114,7 +116,7 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
     last_id = config.token_count - 1  # GPT-2 numbers <|endoftext|> last, and so does the nano tokenizer
     description = {
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        "model_type": "gpt2" if config.norm_position == "pre" else POST_NORM,
         "tie_word_embeddings": True,
         "bos_token_id": last_id if config.bos_token_id is None else config.bos_token_id,
         "eos_token_id": last_id if config.eos_token_id is None else config.eos_token_id,
@@ -136,8 +138,10 @@ def read_config(file: Path) -> GPT2Config:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
     values = read_json(file)
+    norm_position = "post" if values.get("model_type") == POST_NORM else "pre"
+    model_type = POST_NORM if norm_position == "post" else "gpt2"
     supported = {
-        "model_type": "gpt2",
+        "model_type": model_type,
         "tie_word_embeddings": True,
         "add_cross_attention": False,
         "quantization_config": None,
@@ -147,6 +151,7 @@ def read_config(file: Path) -> GPT2Config:
             raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported")
     known = {field.name for field in fields(GPT2Config)} - {"generation_config"}
     described: dict[str, Any] = {key: value for key, value in values.items() if key in known}
+    described["norm_position"] = norm_position
     generation_config = file.parent / GENERATION_CONFIG
     if generation_config.is_file():
         read_json(generation_config)  # refuses a damaged one

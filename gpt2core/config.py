@@ -42,7 +42,7 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    # post: LN(x + f(x)) (arXiv:1706.03762); only for experiments: checkpoints and the engine know GPT-2's pre alone
+    # post: LN(x + f(x)) (arXiv:1706.03762); only for experiments: the engine, and transformers, know GPT-2's pre alone
     norm_position: Literal["pre", "post"] = "pre"
     layer_init: Literal["fresh", "clone"] = "fresh"  # clone: all blocks start as copies of the first
     bos_token_id: int | None = None  # None: not known; these two and generation_config are kept for others
@@ -136,6 +136,7 @@ class TrainConfig:
     limit_val_batches: int | None = None
     patience: int | None = None  # stop after this many validations in a row without a new best loss; null: never
     gradient_checkpointing: bool = False  # recompute each block's activations in the backward pass: slower, less memory
+    deterministic: bool = False  # refuse kernels whose result may change from call to call
 
     def __post_init__(self) -> None:
         _check_training(self)
@@ -175,6 +176,23 @@ class PretrainConfig:
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
         check_field(self, "adamw_learning_rate", self.adamw_learning_rate > 0, "above 0")
         check_field(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer whose memory and time are measured; see `gpt2core.trials.ATTENTION`."""
+
+    attention: Literal["loop", "fused", "sdpa"] = "sdpa"
+    length: int = 1024  # tokens
+    batch_size: int = 4
+    n_head: int = 12
+    n_embd: int = 768
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("length", "batch_size", "n_head", "n_embd"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        check_field(self, "n_embd", self.n_embd % self.n_head == 0, f"divisible by n_head={self.n_head}")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tiktoken
+import torch
+import torch.nn.functional as F
 
 from gpt2core.config import GenerationConfig
 from gpt2core.data import Example, Record, encode_records
 from gpt2core.generate import generate
-from gpt2core.metrics import Scores, aggregate, mean, score_record
+from gpt2core.metrics import Scores, aggregate, exact_match, mean, score_record
 from gpt2core.model import GPT2
 from gpt2core.prompt import parse_reply
 from gpt2core.train import token_losses
@@ -82,6 +84,54 @@ def answer_text(completion: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
     if tokenizer.eot_token in tokens:
         tokens = tokens[: tokens.index(tokenizer.eot_token)]
     return parse_reply(tokenizer.decode(tokens))
+
+
+def sample_answers(
+    model: GPT2,
+    tokenizer: tiktoken.Encoding,
+    records: Sequence[Record],
+    config: GenerationConfig,
+    n_samples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Exact match over `n_samples` answers to each record, and how many of them differ in the mean."""
+    examples = encode_records(records, tokenizer, model.config.n_positions)
+    prompts = [example.input_ids[: example.prompt_length] for example in examples]
+    correct, answers = 0.0, [set[str]() for _ in records]
+    for sample in range(n_samples):
+        own = replace(config, eos_id=tokenizer.eot_token, seed=1000 * seed + sample)
+        for i, completion in enumerate(generate(model, prompts, own)):
+            answer = answer_text(completion, tokenizer)
+            correct += exact_match(records[i]["output"], answer)
+            answers[i].add(answer)
+    return correct / len(records) / n_samples, sum(map(len, answers)) / len(records)
+
+
+@torch.inference_mode()
+def text_loss(model: GPT2, tokens: torch.Tensor) -> float:
+    """Mean loss, nats per token, of a text (N,) cut into windows of the context; the rest at its end is left out.
+
+    Raises:
+        ValueError: fewer than two tokens.
+    """
+    T = min(model.config.n_positions, len(tokens) - 1)
+    if T < 1:
+        raise ValueError(f"the held-out text has {len(tokens)} tokens, but a loss needs two; hold out more of the text")
+    n = (len(tokens) - 1) // T
+    rows = zip(tokens[: n * T].view(n, T).split(8), tokens[1 : n * T + 1].view(n, T).split(8), strict=True)
+    device = model.wte.weight.device
+    sums = [
+        F.cross_entropy(model(ids.to(device)).flatten(0, 1).float(), labels.to(device).flatten(), reduction="sum")
+        for ids, labels in rows
+    ]
+    return float(sum(map(float, sums))) / (n * T)
+
+
+def complete(model: GPT2, tokenizer: tiktoken.Encoding, prompts: Sequence[str]) -> list[str]:
+    """Each prompt with its greedy continuation."""
+    ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    continuations = generate(model, ids, GenerationConfig())
+    return [prompt + tokenizer.decode(tokens) for prompt, tokens in zip(prompts, continuations, strict=True)]
 
 
 def compare_answers(

@@ -21,6 +21,7 @@ from gpt2core.data import Example
 from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2, Sequences, evaluating
+from gpt2core.resources import ResourceMeter
 from gpt2core.training_state import Progress, TrainingState
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -32,7 +33,8 @@ class TrainResult:
 
     history: one entry per logged step and per validation: `step` (optimiser steps done), and of `train/loss`,
         `train/learning_rate`, `train/grad_norm`, `train/tokens_seen`, `train/tokens_per_second` (mean since the
-        previous entry), `val/loss` those known at that step. Losses are nats per token.
+        previous entry), `val/loss` those known at that step, and with them the values of
+        `gpt2core.resources.ResourceMeter.read`. Losses are nats per token.
     best_val_loss: None without validation examples.
     tokens_per_second: tokens without padding, over the time spent in training steps. A prefix that the examples of a
         batch share is computed once and counted for each.
@@ -58,7 +60,8 @@ def finetune(
     weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
     result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; on a GPU up
     to rounding, since its attention adds gradients in no fixed order. epochs and max_steps may have grown since. A
-    damaged checkpoint is skipped with a warning.
+    damaged checkpoint is skipped with a warning. `log` first gets the entries of the
+    interrupted run.
 
     In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
     takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` counts the
@@ -266,14 +269,20 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     log = log if is_first and log is not None else lambda step, values: None
-    with _training(model, plan.config), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        ResourceMeter(device) as meter,
+        _training(model, plan.config),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
         state = TrainingState(weights, plan.optimisers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
+            for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
+                log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read
         while state.progress.step < plan.total_steps and not state.progress.is_stuck(plan.patience):
-            values = _step(model, plan, state, losses)
+            values = _step(model, plan, state, losses, meter)
             step = state.progress.step
             if values:
                 log(step, values)
@@ -300,7 +309,9 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
     return weights
 
 
-def _step(model: GPT2, plan: _Plan, state: TrainingState, losses: list[Tensor]) -> dict[str, float]:
+def _step(
+    model: GPT2, plan: _Plan, state: TrainingState, losses: list[Tensor], meter: ResourceMeter
+) -> dict[str, float]:
     """Take one optimiser step; return the values to log, empty unless a log entry is due.
 
     A GPU computes while the host prepares the next steps, so nothing is read back from it unless something is due.
@@ -346,6 +357,7 @@ def _step(model: GPT2, plan: _Plan, state: TrainingState, losses: list[Tensor]) 
         "train/grad_norm": float(norm),
         "train/tokens_seen": progress.tokens_seen,
         "train/tokens_per_second": progress.tokens / (progress.seconds - progress.logged_seconds),
+        **meter.read(),
     }
     progress.record(values)
     progress.loss, progress.labels, progress.tokens = 0.0, 0, 0
@@ -412,16 +424,18 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
     modes = [(module, module.training) for module in model.modules()]
     frozen = torch.float32 if config.precision == "fp32" else torch.bfloat16
     trained = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
-    checkpointing = model.gradient_checkpointing
+    checkpointing, deterministic = model.gradient_checkpointing, torch.are_deterministic_algorithms_enabled()
     before = [(parameter, parameter.data) for parameter in model.parameters()]
     for parameter, data in before:
         parameter.grad = None
         parameter.data = data.to(trained if parameter.requires_grad else frozen)
     model.train()
     model.gradient_checkpointing = isinstance(config, TrainConfig) and config.gradient_checkpointing
+    torch.use_deterministic_algorithms(deterministic or (isinstance(config, TrainConfig) and config.deterministic))
     try:
         yield
     finally:
+        torch.use_deterministic_algorithms(deterministic)
         model.gradient_checkpointing = checkpointing
         for module, training in modes:
             module.training = training

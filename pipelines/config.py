@@ -21,7 +21,7 @@ from pipelines.platform_settings import KUBERNETES, SETTINGS, check_pod_settings
 from pipelines.yaml_files import load_yaml
 
 # Set from `seed`, the source of all randomness of a run.
-DERIVED = {"train.seed": "seed", "base.pretrain.seed": "seed"}
+DERIVED = {"train.seed": "seed", "pretrain.seed": "seed", "base.pretrain.seed": "seed"}
 
 
 def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def finetune_pipeline(
     samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, unjudged)
     compared, comparison, repeats = compare(samples, test_records, adapter, evaluate, promote)
     page, report_json, curves = report_step(
-        compared, metrics, comparison, history, train_records, val_records, test_records
+        compared, metrics, comparison, history, train_records, val_records, test_records, tracking
     )
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, unjudged)
     # After the service has answered as the evaluated model did.

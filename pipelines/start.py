@@ -48,7 +48,8 @@ def start(
     config = read_config(config_file, pipeline)
     if assignments:
         set_values(config, assignments, pipeline)
-    _set_learning_rate(config, pipeline)
+    if {"base", "train"} <= signature(pipeline.entrypoint).parameters.keys() and _finetunes(config):
+        _set_learning_rate(config)
     check_stack(config, config_file)
     # Recorded here: a step's container has no git.
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}
@@ -62,7 +63,7 @@ def start(
             notified(pipeline.name),
         ):
             checked = Path(directory) / Path(config_file).name
-            checked.write_text(yaml.safe_dump(config))
+            checked.write_text(yaml.safe_dump(config, sort_keys=False))
             fail_killed_runs(pipeline.name)
             return pipeline.with_options(config_path=str(checked), extra=record, **(options or {}))()
     except INTERRUPTIONS:
@@ -71,11 +72,14 @@ def start(
         raise RunError(f"the run failed: {error}") from None
 
 
-def _set_learning_rate(config: dict[str, Any], pipeline: Pipeline) -> None:
-    """Set the default that fits the base, which TrainConfig does not know, for a pipeline that finetunes."""
+def _finetunes(config: Mapping[str, Any]) -> bool:
+    """Whether the run trains an adapter; a sweep of another kind does not."""
+    return ((config.get("parameters") or {}).get("sweep") or {}).get("kind", "finetune") == "finetune"
+
+
+def _set_learning_rate(config: dict[str, Any]) -> None:
+    """Set the default that fits the base, which TrainConfig does not know."""
     parameters = config.get("parameters") or {}
-    if "train" not in signature(pipeline.entrypoint).parameters:
-        return
     if "learning_rate" in (parameters.get("train") or {}):
         return
     base = BaseConfig(**{key: value for key, value in (parameters.get("base") or {}).items() if key != "pretrain"})

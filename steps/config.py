@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
-from gpt2core.config import PRESETS, PretrainConfig, TooLong, TrainConfig, check_field, check_types
+from gpt2core.config import PRESETS, GPT2Config, PretrainConfig, TooLong, TrainConfig, check_field, check_types
 from gpt2core.metrics import METRICS
 from gpt2core.record_formats import COLUMNS
 
@@ -70,6 +70,129 @@ class BaseConfig:
         check_types(self)
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text that a base is pretrained on."""
+
+    source: Literal["bundled", "url", "file"] = "bundled"  # bundled: the prose of the demo world
+    url: str = ""
+    sha256: str = ""  # of the file at `url`
+    path: str = ""  # with source: file; plain text in UTF-8
+    max_bytes: int = 2**28  # of the file
+    n_facts: int | None = None  # of the bundled world; null: all of them
+    val_fraction: float = 0.1  # at the end of the text, held out for the loss
+    prompts: tuple[str, ...] = ()  # whose greedy continuations are kept with the results
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(self.prompts) if isinstance(self.prompts, list) else self.prompts)
+        check_types(self)
+        for name in ("path", "url"):
+            wanted = self.source == {"path": "file", "url": "url"}[name]
+            rule = (
+                "the place of the text"
+                if wanted
+                else f"empty unless text.source is {'file' if name == 'path' else name}"
+            )
+            check_field(self, name, bool(getattr(self, name)) == wanted, rule)
+        digest = bool(re.fullmatch("[0-9a-fA-F]{64}", self.sha256)) or self.source != "url"
+        check_field(self, "sha256", digest, "the 64 hexadecimal digits of the file's sha256")
+        check_field(self, "max_bytes", self.max_bytes >= 1, "at least 1")
+        check_field(
+            self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
+        )
+        check_field(self, "val_fraction", 0 < self.val_fraction < 0.5, "between 0 and 0.5")
+        check_field(self, "prompts", all(self.prompts), "texts of at least one character")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT-2 to pretrain: a preset, and what differs from it (null: as in the preset)."""
+
+    preset: str = "gpt2-nano"
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    n_positions: int | None = None
+    vocab_size: int | None = None  # at most: the tokenizer is trained on the text
+    norm_position: Literal["pre", "post"] = "pre"
+    layer_init: Literal["fresh", "clone"] = "fresh"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_field(self, "preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
+        check_field(self, "vocab_size", self.vocab_size is None or self.vocab_size >= 300, "at least 300, or null")
+        self.to_gpt2()
+
+    def to_gpt2(self) -> GPT2Config:
+        own = {key: value for key, value in asdict(self).items() if key != "preset" and value is not None}
+        return replace(GPT2Config.preset(self.preset), **own)
+
+
+# Kind of trial -> the metrics that it measures. Losses are nats per token; shares are in [0, 1].
+TRIAL_METRICS: Mapping[str, Mapping[str, str]] = {
+    "finetune": {
+        "val_loss": "loss on the responses of the validation records",
+        "exact_match": "share of sampled answers to the test records that are right",
+        "train_loss": "last logged training loss",
+        "parameters": "trainable weights",
+        "seconds": "time of the training steps",
+        "tokens_per_second": "throughput of the training steps",
+        "utilisation": "share of the GPU's time, or without a GPU of all CPUs, that training used",
+        "peak_mib": "largest memory, of the GPU or without one of the process",
+        "same_bytes": "1 if repeated trainings gave the same adapter",
+        "distinct": "different answers to a test record",
+    },
+    "pretrain": {
+        "val_loss": "loss on the held-out text",
+        "train_loss": "last logged training loss",
+        "seconds": "time of the training",
+    },
+    "attention": {
+        "kept_mib": "memory kept for the backward pass; on a GPU the peak",
+        "forward_ms": "time of the forward pass",
+        "backward_ms": "time of the backward pass",
+    },
+}
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Variants of a run's parameters; each is tried with every seed."""
+
+    kind: Literal["finetune", "pretrain", "attention"] = "finetune"  # what is tried
+    question: str = ""
+    variable: str = "variant"  # what the variants differ in: the heading of the first column
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> parameters that differ
+    grid: Mapping[str, Any] = field(default_factory=dict)  # a.b -> list of values; each combination is a variant too
+    metrics: tuple[str, ...] = ()  # the columns, of `TRIAL_METRICS`; empty: the first three of the kind
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training; data, split and base have the run's seed
+    samples: int = 1  # answers to each test record
+    repeats: int = 1  # trainings per seed, whose adapters are compared
+    name: str = "sweep"  # of the directory in outputs/experiments; run.py sets the name of the configuration's file
+    scale: Literal["small", "full"] = "small"
+    full: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # with scale: full, in place of the parameters
+
+    def __post_init__(self) -> None:
+        for name in ("metrics", "seeds"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        if not self.metrics and self.kind in TRIAL_METRICS:
+            object.__setattr__(self, "metrics", tuple(TRIAL_METRICS[self.kind])[:3])
+        check_types(self)
+        known = TRIAL_METRICS[self.kind]
+        check_field(self, "metrics", set(self.metrics) <= known.keys(), f"some of {', '.join(known)}")
+        distinct = bool(self.seeds) and len(set(self.seeds)) == len(self.seeds)
+        check_field(self, "seeds", distinct and min(self.seeds) >= 0, "at least one seed of 0 or more, each once")
+        for name in ("samples", "repeats"):
+            check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        lists = all(isinstance(values, list | tuple) and values for values in self.grid.values())
+        check_field(self, "grid", lists, "a mapping of keys like lora.rank to lists of values")
+        check_field(self, "variants", bool(self.variants or self.grid), "at least one variant, or set sweep.grid")
+        check_field(
+            self, "name", bool(re.fullmatch(r"\w[\w.-]*", self.name)), "letters, digits, dots, dashes and underscores"
+        )
 
 
 def default_learning_rate(base: BaseConfig) -> float:

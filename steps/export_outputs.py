@@ -50,8 +50,8 @@ def export_outputs(
     else:
         texts[REFERENCE] = (base / REFERENCE).read_text()
         links["base"] = open_base(base)
-    stages = [promotion.stage] if promotion.promoted else []
-    directory = write_outputs(get_step_context().pipeline_run.name, texts, folders, links, stages)
+    pointers = ["latest", *([promotion.stage] if promotion.promoted else [])]
+    directory = write_outputs(get_step_context().pipeline_run.name, texts, folders, links, pointers)
     for name, metric in METRICS.items():
         base_score, tuned_score = getattr(metrics.base, name), getattr(metrics.tuned, name)
         champion = comparison.champion_scores

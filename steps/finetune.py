@@ -10,6 +10,7 @@ from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
 from gpt2core.files import atomic_write
+from gpt2core.resources import mean_utilisation, peak_memory_mib
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import training_steps
 from gpt2core.types import SplitPart, TrainSummary
@@ -50,7 +51,8 @@ def finetune(
     )
     digests = [base_ref.sha256, train_part.sha256, val_part.sha256]
     _, _, total_steps = training_steps(len(examples), train)
-    values = asdict(lora) | asdict(train)
+    data = {"train": digests[1], "val": digests[2], "records": len(train_records)}
+    values = {"lora": asdict(lora), "train": asdict(train), "base": base_ref.to_json(), "data": data}
     with (
         stored_checkpoints([asdict(lora), asdict(train), *digests]) as checkpoints,
         track(tracking, run_name, checkpoints.training_id, values, wandb_directory()) as log,
@@ -64,6 +66,9 @@ def finetune(
         val_loss=result.best_val_loss,
         tokens_seen=last["train/tokens_seen"],
         tokens_per_second=result.tokens_per_second,
+        utilisation=mean_utilisation(result.history),
+        peak_memory_mib=peak_memory_mib(result.history),
+        wandb_run="" if tracking.wandb == "off" else checkpoints.training_id,
     )
     card = adapter_card(base_ref, lora, train, train_part, val_part, summary)
     with output_directory("adapter-") as adapter:

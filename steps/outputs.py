@@ -25,14 +25,14 @@ def write_outputs(
     texts: Mapping[str, str | bytes],
     folders: Mapping[str, Path],
     links: Mapping[str, Path] = MappingProxyType({}),
-    stages: Sequence[str] = (),
+    pointers: Sequence[str] = ("latest",),
 ) -> Path:
-    """Write a run's files, copies of directories and links to directories; then point outputs/latest at the run.
+    """Write a run's files, copies of directories and links to directories; then point outputs/<pointer> at the run.
 
     The directory appears when it is complete.
 
     Args:
-        stages: outputs/<stage> is pointed at the run too.
+        pointers: names of links in outputs/.
     """
     directory, partial = outputs_dir() / run_name, outputs_dir() / f".{run_name}"
     try:
@@ -42,7 +42,7 @@ def write_outputs(
     except BaseException:
         rmtree(partial, ignore_errors=True)
         raise
-    for name in ("latest", *stages):
+    for name in pointers:
         _link(outputs_dir() / name, Path(run_name))
     return directory
 

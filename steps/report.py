@@ -9,8 +9,11 @@ from gpt2core.data import Record
 from gpt2core.types import Comparison, Evaluation, Sample
 from steps.adapters.data_check import check_data
 from steps.adapters.report import write_curves, write_report
+from steps.adapters.tracking import track_results
 from steps.cache import code_of
+from steps.config import TrackingConfig
 from steps.metadata import describe
+from steps.outputs import wandb_directory
 
 
 @step(cache_policy=code_of(__name__))
@@ -22,12 +25,19 @@ def report(
     train_records: list[Record],
     val_records: list[Record],
     test_records: list[Record],
+    tracking: TrackingConfig,
 ) -> tuple[Annotated[HTMLString, "report"], Annotated[str, "report_json"], Annotated[HTMLString, "curves"]]:
     """Base against tuned model as a page and as JSON text, and the training curves as a page."""
     data = check_data(train_records, val_records, test_records)
     describe("report", {"same_record": data.same_record, "same_question": data.same_question, "near": data.near})
-    run_name = get_step_context().pipeline_run.name
+    context = get_step_context()
+    run_name = context.pipeline_run.name
     with TemporaryDirectory() as directory:
         page, report_data = write_report(samples, metrics, comparison, data, Path(directory), title=run_name)
         curves = write_curves(history, Path(directory), title=run_name)
-        return HTMLString(page.read_text()), report_data.read_text(), HTMLString(curves.read_text())
+        texts = [file.read_text() for file in (page, report_data, curves)]
+    if metrics.train.wandb_run:
+        address, last_step = context.get_output_artifact_uri("report"), int(history[-1]["step"])
+        place = run_name, metrics.train.wandb_run
+        track_results(tracking, *place, samples, metrics, address, last_step, wandb_directory())
+    return HTMLString(texts[0]), texts[1], HTMLString(texts[2])

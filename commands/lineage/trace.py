@@ -9,6 +9,8 @@ from commands.lineage.names import resolve
 from commands.lineage.runs import TracedRun
 from commands.lineage.tree import data_node, draw
 
+FINETUNINGS = {"pipeline": "finetune_pipeline", "sort_by": "desc:created"}  # a sweep has many adapters and no Bento
+
 
 def trace(name: str) -> str:
     """The trees of all runs that the name stands for, one tree per data split.
@@ -19,7 +21,7 @@ def trace(name: str) -> str:
     Raises:
         LineageError: no run or several runs match; lists candidates.
     """
-    runs = [TracedRun(run) for run in depaginate(Client().list_pipeline_runs, sort_by="desc:created")]
+    runs = [TracedRun(run) for run in depaginate(Client().list_pipeline_runs, **FINETUNINGS)]
     runs = [run for run in runs if run.names]
     resolved = resolve(name, runs)
     deployments = list(depaginate(Client().list_artifact_versions, artifact="deployment", hydrate=True))

@@ -1,8 +1,8 @@
-"""The nano base: a BPE tokenizer and a GPT-2 pretrained on the prose of the demo world and nothing else."""
+"""Bases that are pretrained here: a BPE tokenizer and a GPT-2, trained on a text; for the nano base, the demo's."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tiktoken
@@ -22,7 +22,7 @@ from gpt2core.generate import generate
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
-from gpt2core.train import Log, pretrain
+from gpt2core.train import Log, TrainResult, pretrain
 
 
 def make_base(
@@ -43,29 +43,72 @@ def make_base(
     """
     world = make_world(seed, n_facts)
     documents = write_prose(world, seed)
-    config = GPT2Config.preset(preset)
-    tokenizer = train_tokenizer(documents, config.vocab_size, directory)
-    # a small world has fewer words than the preset's vocabulary: every id must be a token
-    config = replace(config, vocab_size=tokenizer.n_vocab)
-    tokens = encode_documents(documents, tokenizer)
-    model = GPT2(config, torch.Generator().manual_seed(seed))
+    base = pretrain_text(documents, GPT2Config.preset(preset), pretrain_config, seed, directory, log, checkpoint_dir)
     description: dict[str, str | int | float] = {
         "name": preset,
         "revision": "",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "corpus_tokens": len(tokens),
+        "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+        "corpus_tokens": base.n_tokens,
     }
-    if pretrain_config is not None:
-        result = pretrain(model, tokens, replace(pretrain_config, seed=seed), log, checkpoint_dir)
+    if base.result is not None:
         description |= {
-            "train_loss": result.history[-1]["train/loss"],
-            "tokens_seen": int(result.history[-1]["train/tokens_seen"]),
-            "tokens_per_second": round(result.tokens_per_second),
+            "train_loss": base.result.history[-1]["train/loss"],
+            "tokens_seen": int(base.result.history[-1]["train/tokens_seen"]),
+            "tokens_per_second": round(base.result.tokens_per_second),
         }
     questions = cloze_questions(world, seed, 200)
-    description["cloze_accuracy"] = cloze_accuracy(model, tokenizer, questions)
-    save_pretrained(model.eval(), directory)
+    description["cloze_accuracy"] = cloze_accuracy(base.model, base.tokenizer, questions)
+    save_pretrained(base.model, directory)
     return description | {"sha256": directory_sha256(directory)}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model of `pretrain_text`."""
+
+    model: GPT2  # in eval mode
+    tokenizer: tiktoken.Encoding
+    result: TrainResult | None  # None: not trained
+    n_tokens: int  # of the text, the held-out part included
+
+
+def pretrain_text(
+    documents: Sequence[str],
+    config: GPT2Config,
+    pretrain_config: PretrainConfig | None,
+    seed: int,
+    directory: Path,
+    log: Log | None = None,
+    checkpoint_dir: Path | None = None,
+    val_fraction: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """Train a tokenizer of at most `config.vocab_size` tokens and a GPT-2 of this config on the documents.
+
+    Args:
+        pretrain_config: None keeps the random weights.
+        seed: of the weights and the training, in place of the config's.
+        directory: where the tokenizer's files are written.
+        val_fraction: see `split_tokens`; the tokenizer sees all of the text.
+
+    Raises:
+        ValueError, FloatingPointError: as `gpt2core.train.pretrain`.
+    """
+    tokenizer = train_tokenizer(documents, config.vocab_size, directory)
+    # a small text has fewer words than the vocabulary may have: every id must be a token
+    model = GPT2(replace(config, vocab_size=tokenizer.n_vocab), torch.Generator().manual_seed(seed)).to(device)
+    tokens = encode_documents(documents, tokenizer)
+    result = None
+    if pretrain_config is not None:
+        train, _ = split_tokens(tokens, val_fraction)
+        result = pretrain(model, train, replace(pretrain_config, seed=seed), log, checkpoint_dir)
+    return Pretrained(model.eval(), tokenizer, result, len(tokens))
+
+
+def split_tokens(tokens: torch.Tensor, val_fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The text (N,) without and with only its last part, which is held out."""
+    n_train = int(len(tokens) * (1 - val_fraction))
+    return tokens[:n_train], tokens[n_train:]
 
 
 def make_tokenizer(preset: str, seed: int, n_facts: int | None, directory: Path) -> tiktoken.Encoding:

@@ -40,6 +40,7 @@ def fetch(
     retries: int = 4,
     max_seconds: float = 1800,
     max_wait: float = 60,
+    setting: str = "data",
 ) -> Path:
     """Download the file unless `destination` already has this sha256; return `destination`.
 
@@ -50,6 +51,7 @@ def fetch(
         retries: after broken connections, incomplete bodies and the statuses `BUSY`, with exponential backoff.
         max_seconds: for all attempts and the waits between them.
         max_wait: seconds before the next attempt, also if the server's Retry-After is longer.
+        setting: the mapping of the configuration that the file is for, for messages.
 
     Raises:
         DownloadError: nothing is written, and an existing file is kept.
@@ -66,7 +68,7 @@ def fetch(
     try:
         for attempt in range(retries + 1):
             try:
-                found = _download(url, temporary, max_bytes, timeout, deadline)
+                found = _download(url, temporary, max_bytes, timeout, deadline, setting)
                 break
             except (*TRANSIENT, requests.HTTPError) as error:
                 busy = not isinstance(error, requests.HTTPError) or error.response.status_code in BUSY
@@ -88,7 +90,7 @@ def fetch(
         # the library's message may contain the URL with its password
         raise DownloadError(
             f"{shown} could not be downloaded ({type(error).__name__}); check that the network allows it, or download "
-            "the file elsewhere and set data.source=file and data.path"
+            f"the file elsewhere and set {setting}.source=file and {setting}.path"
         ) from None
     finally:
         with suppress(FileNotFoundError):
@@ -112,7 +114,7 @@ class _Session(requests.Session):
         return target
 
 
-def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: float) -> str:
+def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: float, setting: str) -> str:
     """Write the response body to the file; return its sha256."""
     digest, size = hashlib.sha256(), 0
     with (
@@ -124,7 +126,7 @@ def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: fl
         response.raise_for_status()
         total = _content_length(response)
         if total is not None and total > max_bytes:
-            raise _LimitError(f"has {total:,} bytes, more than data.max_bytes={max_bytes}")
+            raise _LimitError(f"has {total:,} bytes, more than {setting}.max_bytes={max_bytes}")
         # disable=None: only on a terminal
         with tqdm(total=total, desc=file.name.split(".")[1], unit="B", unit_scale=True, disable=None) as bar:
             # read1 returns what has arrived. read and iter_content wait for a whole chunk: without end, if a byte
@@ -132,7 +134,7 @@ def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: fl
             while chunk := response.raw.read1(CHUNK, decode_content=True):
                 size += len(chunk)
                 if size > max_bytes:
-                    raise _LimitError(f"has more bytes than data.max_bytes={max_bytes}")
+                    raise _LimitError(f"has more bytes than {setting}.max_bytes={max_bytes}")
                 if time.monotonic() > deadline:
                     raise _LimitError(f"took too long: {size:,} bytes arrived within the time limit")
                 stream.write(chunk)

@@ -44,9 +44,13 @@ def fetch_base(base: BaseRef) -> Fetched:
     if missing := _missing(files):
         raise HubError(f"{base.name} has no {missing}; use a GPT-2 checkpoint that has it")
     try:
-        read_config(path / "config.json")
+        config = read_config(path / "config.json")
     except ValueError as error:
         raise HubError(f"{base.name} is not a GPT-2 that this project can load: {error}") from None
+    if config.norm_position != "pre":
+        raise HubError(
+            f"{base.name} has norm_position {config.norm_position!r}, which the service cannot decode; use 'pre'"
+        )
     found = directory_sha256(path, files)
     if base.sha256 and found != base.sha256:
         raise HubError(

@@ -31,6 +31,18 @@ SCORES = tuple(score.name for score in fields(RecordScores))  # of each sample
 DESCRIPTORS = ("characters", "words", "prompt_leaked", "repeats_itself")  # of each answer
 REPEATS = r"(?s)\b(\w+)\b(?:\W+\1\b){3}"  # a word four times in a row
 N_EXAMPLES = 5
+# The panels of curves.html: heading -> key of the training history -> name of the line
+CURVES = {
+    "loss, nats per token": {"train/loss": "training loss", "val/loss": "validation loss"},
+    "learning rate": {"train/learning_rate": "learning rate"},
+    "gradient norm": {"train/grad_norm": "gradient norm"},
+    "tokens/s": {"train/tokens_per_second": "tokens/s"},
+    "utilisation, share of all CPUs or of the GPU's time": {
+        "system/cpu_utilisation": "CPU utilisation",
+        "system/gpu_utilisation": "GPU utilisation",
+    },
+    "memory, MiB": {"system/memory_mib": "memory of the process", "system/gpu_memory_mib": "GPU memory"},
+}
 
 
 def write_report(
@@ -200,19 +212,25 @@ def _finite(value: Any) -> Any:
 
 
 def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title: str) -> Path:
-    """Write curves.html, self-contained: losses, learning rate, gradient norm and throughput by optimiser step."""
+    """Write curves.html, self-contained: losses, optimisation, throughput and use of the machine by optimiser step.
+
+    The legend has the lines of the panels with several; of the others, the heading says what the line is.
+    """
+    logged = {key for entry in history for key in entry}
     panels = {
-        "loss, nats per token": {"train/loss": "training loss", "val/loss": "validation loss"},
-        "learning rate": {"train/learning_rate": "learning rate"},
-        "gradient norm": {"train/grad_norm": "gradient norm"},
-        "tokens/s": {"train/tokens_per_second": "tokens/s"},
+        heading: names
+        for heading, names in CURVES.items()
+        if names.keys() & logged or not any(key.startswith("system/") for key in names)
     }
-    figure = make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.05, subplot_titles=list(panels))
+    figure = make_subplots(rows=len(panels), shared_xaxes=True, vertical_spacing=0.04, subplot_titles=list(panels))
     for row, names in enumerate(panels.values(), start=1):
         for key, name in names.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if not points and key.startswith("system/"):
+                continue  # no GPU
             steps, values = zip(*points, strict=True) if points else ((), ())
-            figure.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines+markers"), row=row, col=1)
+            line = go.Scatter(x=steps, y=values, name=name, mode="lines+markers", showlegend=len(names) > 1)
+            figure.add_trace(line, row=row, col=1)
     validated = [entry for entry in history if math.isfinite(entry.get("val/loss", math.nan))]
     if validated:
         best = min(validated, key=lambda entry: entry["val/loss"])
@@ -225,7 +243,7 @@ def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title:
             col=1,
         )
     figure.update_xaxes(title_text="optimiser step", row=len(panels))
-    figure.update_layout(title_text=escape(title), height=1000, legend_orientation="h")
+    figure.update_layout(title_text=escape(title), height=240 * len(panels), legend_orientation="h")
     file = directory / "curves.html"
     atomic_write(file, figure.to_html(include_plotlyjs=True).encode())
     return file

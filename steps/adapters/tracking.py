@@ -1,12 +1,18 @@
-"""Experiment tracking by wandb. A failure of wandb is logged as a warning and training continues."""
+"""Experiment tracking by wandb. A failure of wandb is logged as a warning and the step continues.
+
+A training is one wandb run, whose id stays the same when the training is resumed and when its results are added.
+"""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from gpt2core.train import Log
+from gpt2core.types import Evaluation, Sample
 from steps.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -19,25 +25,72 @@ def track(
 ) -> Iterator[Log]:
     """A training callback that logs to wandb: "off" does nothing, "offline" writes files below the directory.
 
+    A resumed training logs its whole history again (`gpt2core.train`). Online, wandb keeps the steps that it has.
+    Offline, the files of the interrupted attempt are removed, because the new ones have every step.
+
     Args:
         run_id: of the wandb run; a resumed training continues the run with its id.
         values: the configuration that wandb shows.
     """
-    run = None if tracking.wandb == "off" else _start(tracking, run_name, run_id, dict(values), directory)
+    if tracking.wandb == "offline":
+        for attempt in directory.glob(f"wandb/offline-run-*-{run_id}"):
+            rmtree(attempt, ignore_errors=True)
+    with _run(tracking, run_name, run_id, directory, values) as run:
+        failed = False
 
-    def log(step: int, values: Mapping[str, float]) -> None:
-        nonlocal run
+        def log(step: int, values: Mapping[str, float]) -> None:
+            nonlocal failed
+            if run is None or failed or step < run.step:
+                return
+            try:
+                run.log(dict(values), step=step)
+            except Exception as error:
+                logger.warning("wandb failed, no further metrics of this run are tracked: %s", error)
+                failed = True
+
+        yield log
+
+
+def track_results(
+    tracking: TrackingConfig,
+    run_name: str,
+    run_id: str,
+    samples: Sequence[Sample],
+    evaluation: Evaluation,
+    report: str,
+    step: int,
+    directory: Path,
+) -> None:
+    """Add the scores, a table of all answers and the report's address to the wandb run of the training.
+
+    Args:
+        report: path or URI of the report.
+        step: the last one of the training.
+    """
+    with _run(tracking, run_name, run_id, directory) as run:
         if run is None:
             return
         try:
-            run.log(dict(values), step=step)
-        except Exception as error:
-            logger.warning("wandb failed, no further metrics of this run are tracked: %s", error)
-            run = None
+            import wandb
 
+            columns: list[str | int] = ["instruction", "input", "output", "base", "tuned", "exact_match"]
+            rows = [[s.instruction, s.input, s.output, s.base, s.tuned, s.tuned_scores.exact_match] for s in samples]
+            run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=max(step + 1, run.step))
+            scores = {"base": asdict(evaluation.base), "tuned": asdict(evaluation.tuned)}
+            run.summary.update({"report": report, **scores})
+        except Exception as error:
+            logger.warning("wandb failed, the results are not tracked: %s", error)
+
+
+@contextmanager
+def _run(
+    tracking: TrackingConfig, run_name: str, run_id: str, directory: Path, values: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """The wandb run with this id, None if it is off or did not start; finished as failed if the block raises."""
+    run = None if tracking.wandb == "off" else _start(tracking, run_name, run_id, directory, values)
     exit_code = 1
     try:
-        yield log
+        yield run
         exit_code = 0
     finally:
         if run is not None:
@@ -47,7 +100,9 @@ def track(
                 logger.warning("wandb could not finish the run: %s", error)
 
 
-def _start(tracking: TrackingConfig, run_name: str, run_id: str, values: dict[str, Any], directory: Path) -> Any:
+def _start(
+    tracking: TrackingConfig, run_name: str, run_id: str, directory: Path, values: Mapping[str, Any] | None
+) -> Any:
     try:
         import wandb  # slow to import; only tracked runs need it
 
@@ -63,9 +118,10 @@ def _start(tracking: TrackingConfig, run_name: str, run_id: str, values: dict[st
         return wandb.init(
             project=tracking.project,
             name=run_name,
+            group=run_name,
             id=run_id,
             resume="allow",
-            config=values,
+            config=None if values is None else dict(values),
             dir=str(directory),
             mode=tracking.wandb,  # type: ignore[arg-type]  # not "off"
             settings=settings,

@@ -1,13 +1,17 @@
 import logging
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import wandb
 
-from steps.adapters.tracking import track
+from gpt2core.metrics import RecordScores, Scores
+from gpt2core.types import Evaluation, Sample, TrainSummary
+from steps.adapters.tracking import track, track_results
 from steps.config import TrackingConfig
+from tests.wandb_file import config, read_records, rows, summary
 
 OFFLINE = TrackingConfig("offline", "project")
 IMPORT = "import pathlib\nfrom steps.adapters.tracking import track\nfrom steps.config import TrackingConfig\n"
@@ -27,25 +31,67 @@ def test_off_does_not_import_wandb():
     assert subprocess.run([sys.executable, "-c", IMPORT + code]).returncode == 0
 
 
-def run_offline(directory, step: int, run_id: str = "3d5a") -> None:
-    arguments = f"TrackingConfig('offline'), 'run', {run_id!r}, {{'rank': 8}}, pathlib.Path({str(directory)!r})"
-    code = f"with track({arguments}) as log:\n    log({step}, {{'train/loss': 2.0}})"
-    done = subprocess.run([sys.executable, "-c", IMPORT + code], capture_output=True, text=True, timeout=120)
+TRAIN = """
+import os, signal
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.data import Example
+from gpt2core.lora import add_lora
+from gpt2core.train import finetune
+
+examples = [Example([1, 2, 3, 4 + i], 2) for i in range(4)]
+model = add_lora(load_pretrained({base!r}), LoraConfig(rank=1), seed=0)
+config = TrainConfig(epochs=6, batch_size=2, log_every_steps=1, checkpoint_every_epochs=2)  # 12 steps
+with track(TrackingConfig("offline"), "run", "3d5a", {{"lora": {{"rank": 8}}}}, pathlib.Path({directory!r})) as log:
+    def log_until(step, values):
+        log(step, values)
+        if step == {kill_at} and "val/loss" in values:
+            os.kill(os.getpid(), signal.SIGKILL)
+    finetune(model, examples, examples[:1], config, log_until, {checkpoints!r})
+"""
+
+
+def train_offline(base_dir, directory, kill_at: int):
+    """A tracked training in a process of its own, killed after the validation of step `kill_at`."""
+    places = {"base": str(base_dir), "directory": str(directory), "checkpoints": str(directory / "checkpoints")}
+    code = IMPORT + TRAIN.format(kill_at=kill_at, **places)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_offline_files_have_every_step_once_after_a_kill(base_dir, tmp_path):
+    assert os.environ["WANDB_MODE"] == "disabled"  # the configuration decides, not the environment
+    assert train_offline(base_dir, tmp_path, kill_at=10).returncode == -signal.SIGKILL
+    done = train_offline(base_dir, tmp_path, kill_at=0)
     assert (done.returncode, done.stderr) == (0, "")
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.stem == "run-3d5a"
+    logged = rows(file)
+    assert [row["_step"] for row in logged] == list(range(1, 13))
+    assert [row["_step"] for row in logged if "val/loss" in row] == [2, 4, 6, 8, 10, 12]
+    assert all({"train/loss", "system/cpu_utilisation", "system/memory_mib"} <= row.keys() for row in logged)
+    assert config(file)["lora"] == {"rank": 8}
+    kinds = {record.WhichOneof("record_type") for record in read_records(file)}
+    assert {"stats", "exit"} <= kinds  # system statistics; finished
 
 
-def test_offline_writes_a_run_regardless_of_the_environment(tmp_path):
-    assert os.environ["WANDB_MODE"] == "disabled"
-    run_offline(tmp_path, 5)
-    [file] = tmp_path.rglob("*.wandb")  # complete only after the process has ended
-    assert b"train/loss" in file.read_bytes()
-    assert b"rank" in file.read_bytes()
-
-
-def test_a_resumed_training_continues_the_run_with_its_id(tmp_path):
-    run_offline(tmp_path, 5)
-    run_offline(tmp_path, 10)
-    assert {file.stem for file in tmp_path.rglob("*.wandb")} == {"run-3d5a"}
+def test_results_are_added_to_the_run_of_the_training(tmp_path):
+    scores, record = Scores(0.5, 0.5, 0.5, 2.0, 1.0), RecordScores(1.0, 1.0, 1.0, 0.1)
+    sample = Sample("Say 1.", "", "1", "base's", "1", True, "", record, record)
+    evaluation = Evaluation(scores, scores, {}, TrainSummary(1.0, 1.0, 9.0, 9.0))
+    place = ("run", "3d5a", [sample], evaluation, "store/report.html", 12, tmp_path)
+    track_results(TrackingConfig(), *place)
+    assert list(tmp_path.iterdir()) == []
+    track_results(OFFLINE, *place)
+    wandb.teardown()  # the file is complete when wandb's service has ended
+    [file] = tmp_path.glob("wandb/offline-run-*/run-3d5a.wandb")
+    found = summary(file)
+    assert found["report"] == "store/report.html"
+    assert found["tuned"]["exact_match"] == 0.5
+    [row] = rows(file)
+    assert row["_step"] == 13
+    table = (file.parent / "files" / row["samples/path"]).read_text()
+    assert "Say 1." in table
 
 
 def test_a_missing_login_or_network_is_a_warning_and_training_continues(tmp_path, caplog, monkeypatch):

@@ -7,10 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig, PretrainConfig, TrainConfig, check_choices
+from gpt2core.config import (
+    AttentionConfig,
+    GenerationConfig,
+    GPT2Config,
+    LoraConfig,
+    PretrainConfig,
+    TrainConfig,
+    check_choices,
+)
 
 NAN, INF = float("nan"), float("inf")
-CONFIGS = [GPT2Config, LoraConfig, TrainConfig, PretrainConfig, GenerationConfig]
+CONFIGS = [GPT2Config, LoraConfig, TrainConfig, PretrainConfig, GenerationConfig, AttentionConfig]
 OUT_OF_RANGE = {
     GPT2Config: {"vocab_size": 0, "n_positions": 0, "n_embd": 0, "n_layer": 0, "n_head": 0, "n_inner": 0}
     | {
@@ -29,6 +37,7 @@ OUT_OF_RANGE = {
     PretrainConfig: {"max_steps": 0, "checkpoint_every_steps": 0, "adamw_learning_rate": 0.0, "momentum": 1.0}
     | {"optimizer": "sgd"},
     GenerationConfig: {"max_new_tokens": 0, "temperature": -0.1, "top_k": 0, "top_p": 0.0, "stop": [[]], "seed": 2**63},
+    AttentionConfig: {"attention": "flash", "length": 0, "batch_size": 0, "n_head": 0, "n_embd": 7},
 }
 
 

@@ -1,6 +1,7 @@
 """The nano base: a checkpoint for transformers, reproducible from its seed."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_without_pretraining_only_the_weights_differ(base, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
-def test_interrupted_pretraining_continues_from_its_checkpoint(base, tmp_path):
+def test_interrupted_pretraining_continues_from_its_checkpoint(base, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "gpt2core.training_state")
     config = PretrainConfig(max_steps=3, batch_size=2, checkpoint_every_steps=1, log_every_steps=1)
 
     def stop(step, values):
@@ -80,7 +82,8 @@ def test_interrupted_pretraining_continues_from_its_checkpoint(base, tmp_path):
         make_base("gpt2-nano", config, 0, 60, tmp_path / "a", stop, tmp_path / "checkpoints")
     steps: list[int] = []
     make_base("gpt2-nano", config, 0, 60, tmp_path / "b", lambda step, _: steps.append(step), tmp_path / "checkpoints")
-    assert steps == [3]
+    assert "resuming from step 2" in caplog.text
+    assert steps == [1, 2, 3]
     assert directory_sha256(tmp_path / "b") == base[1]["sha256"]
 
 

@@ -1,5 +1,6 @@
 """GPT2 against transformers with the same random weights, and against itself with padding and cache."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -305,13 +306,14 @@ def test_evaluating_restores_every_modules_mode_after_an_exception(model):
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_post_norm_normalises_after_each_addition_and_is_neither_saved_nor_served(tiny_config, tmp_path):
+def test_post_norm_normalises_after_each_addition_is_saved_under_another_type_and_not_served(tiny_config, tmp_path):
     model = GPT2(replace(tiny_config, norm_position="post"), torch.Generator().manual_seed(0)).eval()
     block, x = model.h[0], torch.randn(2, 5, tiny_config.n_embd, generator=torch.Generator().manual_seed(1))
     y = block.ln_1(x + block.attn(x, None, None))
     assert torch.equal(block(x, None, None), block.ln_2(y + block.mlp(y)))
-    with pytest.raises(ValueError, match="norm_position is 'post'"):
-        save_pretrained(model, tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load_pretrained(save_pretrained(model, tmp_path))(ids), model(ids))
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2-post-norm"
     with pytest.raises(ValueError, match="norm_position is 'post'"):
         Engine(model)
 

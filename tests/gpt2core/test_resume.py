@@ -64,7 +64,8 @@ def pretrained(tiny_config):
 
 def summary(model, result):
     weights = {name: parameter.detach().numpy().tobytes() for name, parameter in model.named_parameters()}
-    without_times = [{k: v for k, v in entry.items() if k != "train/tokens_per_second"} for entry in result.history]
+    measured = ("system/", "train/tokens_per_second")
+    without_times = [{k: v for k, v in entry.items() if not k.startswith(measured)} for entry in result.history]
     return weights, without_times, result.best_val_loss
 
 
@@ -133,9 +134,25 @@ def test_a_run_may_be_extended(tune, tmp_path):
     assert tune(tmp_path, config=constant) == tune(None, config=constant)
 
 
-def test_a_finished_run_is_not_trained_further(tune, tmp_path):
+def test_a_finished_run_is_not_trained_further(tune, tmp_path, monkeypatch):
     done = tune(tmp_path)
-    assert tune(tmp_path, stop=1) == done
+    monkeypatch.setattr("gpt2core.train._step", None)
+    assert tune(tmp_path) == done
+
+
+def test_a_resumed_run_logs_every_entry_of_its_history_once(tiny_gpt2_dir, tmp_path):
+    model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=2), seed=0)
+    with pytest.raises(Stop):
+        finetune(model, EXAMPLES, EXAMPLES[:3], CONFIG, stop_at(7), tmp_path)
+    logged: dict[int, dict[str, float]] = {}
+
+    def log(step, values):
+        assert not logged.setdefault(step, {}).keys() & values.keys()
+        logged[step].update(values)
+
+    model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=2), seed=0)
+    result = finetune(model, EXAMPLES, EXAMPLES[:3], CONFIG, log, tmp_path)
+    assert [{"step": step, **values} for step, values in logged.items()] == result.history
 
 
 @pytest.fixture(autouse=True)

@@ -270,7 +270,10 @@ def test_the_history_has_the_metrics_of_each_logged_step(model):
     assert list(merged.values()) == result.history
 
 
-TRAIN = {f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")}
+TRAIN = {
+    *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")),
+    *("system/cpu_utilisation", "system/memory_mib"),
+}
 
 
 def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_one(model):

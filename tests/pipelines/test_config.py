@@ -13,7 +13,7 @@ from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.monitor_pipeline import monitor_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "pretrain.yaml"})
 FREE = {"node_selectors", "limits", "requests"}  # Kubernetes maps with arbitrary keys
 
 

@@ -45,7 +45,7 @@ def test_json_is_indented_and_readable():
 
 
 def test_a_stage_keeps_pointing_at_the_promoted_run(folder):
-    outputs.write_outputs("run-1", {"name.txt": "1"}, {}, stages=["staging"])
+    outputs.write_outputs("run-1", {"name.txt": "1"}, {}, pointers=["latest", "staging"])
     outputs.write_outputs("run-2", {"name.txt": "2"}, {})
     assert (folder / "staging" / "name.txt").read_text() == "1"
     assert (folder / "latest" / "name.txt").read_text() == "2"

@@ -1,0 +1,26 @@
+from zenml import pipeline
+from zenml.enums import ExecutionMode
+
+from gpt2core.config import PretrainConfig
+from pipelines.finetune_pipeline import Seed
+from steps.config import ModelConfig, TextConfig, TrackingConfig
+from steps.evaluate_text import evaluate_text
+from steps.export_base import export_base
+from steps.fetch_text import fetch_text
+from steps.pretrain import pretrain as pretrain_step
+
+
+@pipeline(execution_mode=ExecutionMode.FAIL_FAST)
+def pretrain_pipeline(
+    seed: Seed = 0,
+    text: TextConfig = TextConfig(),
+    model: ModelConfig = ModelConfig(),
+    pretrain: PretrainConfig = PretrainConfig(),
+    tracking: TrackingConfig = TrackingConfig(),
+) -> None:
+    """A text in; a GPT-2 pretrained on it out, which `finetune_pipeline` takes as its base."""
+    fetch = fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
+    documents = fetch(text, seed)
+    base, history, summary = pretrain_step(documents, text, model, pretrain, seed, tracking)
+    metrics = evaluate_text(documents, base, summary, text)
+    export_base(base, history, metrics)

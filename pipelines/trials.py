@@ -1,0 +1,128 @@
+"""The steps of one trial of a sweep, by its kind. Trials share the steps whose inputs are equal."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pipelines.variants import Parameters
+from steps.attention_trial import attention_trial
+from steps.config import SweepConfig, TrackingConfig
+from steps.fetch_data import fetch_data
+from steps.fetch_text import fetch_text
+from steps.finetune import finetune
+from steps.finetune_trial import finetune_trial
+from steps.prepare_base import prepare_base
+from steps.pretrain_trial import pretrain_trial
+from steps.split_data import split_data
+
+# label, the variant's parameters, seed of the trial -> the artifact of its Trial
+Try = Callable[[str, Parameters, int], Any]
+
+
+def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
+    """Data, split and base by the run's seed; adapters by the trial's. Variants that only decode share an adapter."""
+    shared = _Shared()
+
+    def prepare(data: Any, base: Any) -> Any:
+        fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
+        records = fetch(data, base, seed, id=shared.name("fetch_data"))
+        return split_data(records, data, seed, id=shared.name("split_data"))
+
+    def train_adapters(parts: Any, base: Any, lora: Any, train: Any) -> list[Any]:
+        runs: list[Any] = []
+        for _ in range(sweep.repeats):
+            # a repeated training is compared with the first one, so it must not be taken from the cache
+            step = finetune.with_options(enable_cache=False) if runs else finetune
+            name = shared.name(f"finetune_seed_{train.seed}")
+            after = [shared.last] if runs else []  # trainings with equal inputs share a checkpoint
+            runs.append(step(parts[0], parts[1], base, lora, train, tracking, id=name, after=after))
+            shared.last = name
+        return runs
+
+    def run(label: str, parameters: Parameters, trial_seed: int) -> Any:
+        data, base, lora, generation = (parameters[name] for name in ("data", "base", "lora", "generation"))
+        train = replace(parameters["train"], seed=trial_seed)
+        parts = shared.get("data", (data, base), lambda: prepare(data, base))
+        base_dir = shared.get(
+            "base",
+            (base, data.n_facts),
+            lambda: prepare_base(base, data.n_facts, seed, id=shared.name("prepare_base")),
+        )
+        adapters = shared.get(
+            "adapters", (data, base, lora, train), lambda: train_adapters(parts, base_dir, lora, train)
+        )
+        _, history, summary = adapters[0]
+        _, val, test, _ = parts
+        return finetune_trial(
+            label,
+            trial_seed,
+            base_dir,
+            [adapter for adapter, _, _ in adapters],
+            val,
+            test,
+            history,
+            summary,
+            generation,
+            sweep.samples,
+            id=shared.name(f"trial_{label}_seed_{trial_seed}"),
+        )
+
+    return run
+
+
+def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
+    """The text by the run's seed; weights and training by the trial's."""
+    shared = _Shared()
+
+    def fetch(text: Any) -> Any:
+        step = fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
+        return step(text, seed, id=shared.name("fetch_text"))
+
+    def run(label: str, parameters: Parameters, trial_seed: int) -> Any:
+        text, model, pretrain = (parameters[name] for name in ("text", "model", "pretrain"))
+        documents = shared.get("text", text, lambda: fetch(text))
+        name = shared.name(f"trial_{label}_seed_{trial_seed}")
+        return pretrain_trial(label, trial_seed, documents, text, model, pretrain, tracking, id=name)
+
+    return run
+
+
+def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
+    shared = _Shared()
+    return lambda label, parameters, trial_seed: attention_trial(
+        label, trial_seed, parameters["attention"], id=shared.name(f"trial_{label}_seed_{trial_seed}")
+    )
+
+
+class _Shared:
+    """The steps that a pipeline has so far: their names, and the outputs of those that several trials use."""
+
+    def __init__(self) -> None:
+        self.last = ""  # name of the training added last
+        self._names: set[str] = set()
+        self._outputs: dict[str, Any] = {}
+
+    def get(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned for an equal key."""
+        text = f"{kind} {key!r}"  # the dataclasses' repr has all their values
+        if text not in self._outputs:
+            self._outputs[text] = make()
+        return self._outputs[text]
+
+    def name(self, text: str) -> str:
+        """A name that no step has yet, of letters, digits and underscores."""
+        plain = re.sub(r"\W+", "_", text).strip("_")
+        name, number = plain, 1
+        while name in self._names:
+            number += 1
+            name = f"{plain}_{number}"
+        self._names.add(name)
+        return name
+
+
+TRIALS: Mapping[str, Callable[[SweepConfig, int, TrackingConfig], Try]] = {
+    "finetune": finetune_trials,
+    "pretrain": pretrain_trials,
+    "attention": attention_trials,
+}

@@ -1,0 +1,75 @@
+"""The variants of a sweep: its parameters with the changes of each variant, checked before anything runs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from itertools import product
+from typing import Any
+
+from pipelines.config import DERIVED
+from pipelines.errors import ConfigError, check_names
+from steps.config import SweepConfig
+
+# Kind of sweep -> the parameters of a run that it has, and that a variant may change
+NAMES = {
+    "finetune": ("data", "base", "lora", "train", "generation"),
+    "pretrain": ("text", "model", "pretrain"),
+    "attention": ("attention",),
+}
+Parameters = dict[str, Any]  # name -> a dataclass of steps/config.py or gpt2core/config.py
+
+
+def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
+    """Each variant's parameters, by its label.
+
+    Args:
+        given: the parameters of the run, of all kinds.
+
+    Raises:
+        ConfigError: a variant has an unknown key or a value that is not allowed, or parameters are of another kind.
+    """
+    common = {name: given[name] for name in NAMES[sweep.kind]}
+    for name, value in given.items():
+        if name not in common and value != type(value)():
+            raise ConfigError(f"parameters.{name} has no effect with sweep.kind: {sweep.kind}; remove it")
+    if sweep.scale == "full":
+        if not sweep.full:
+            raise ConfigError("sweep.scale is full, but sweep.full has no parameters")
+        defaults = {name: type(value)() for name, value in common.items()}
+        common = _merge(defaults, sweep.full, "sweep.full")
+    labelled = {**sweep.variants, **dict(_combinations(sweep.grid))}
+    return {label: _merge(common, changes, f"sweep.variants.{label}") for label, changes in labelled.items()}
+
+
+def _combinations(grid: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The variants of a grid: `lora.rank: [8, 16]` gives "lora.rank 8" and "lora.rank 16"."""
+    for values in product(*grid.values()) if grid else ():
+        changes: dict[str, Any] = {}
+        for path, value in zip(grid, values, strict=True):
+            *parents, last = path.split(".")
+            inner = changes
+            for name in parents:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+        yield ", ".join(f"{path} {value}" for path, value in zip(grid, values, strict=True)), changes
+
+
+def _merge(parameters: Parameters, changes: Mapping[str, Any], source: str) -> Parameters:
+    check_names(changes, list(parameters), "", source)
+    return {name: _changed(value, changes.get(name, {}), name, source) for name, value in parameters.items()}
+
+
+def _changed(config: Any, changes: Any, path: str, source: str) -> Any:
+    """The dataclass with the changes, in its nested dataclasses too."""
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"{source}: {path} is {changes!r}; it must be a mapping of keys to values")
+    known = {field.name: getattr(config, field.name) for field in fields(config)}
+    check_names(changes, list(known), path, source)
+    values = {}
+    for name, new in changes.items():
+        if f"{path}.{name}" in DERIVED:
+            raise ConfigError(f"{source}: {path}.{name} is the seed of the trial; set sweep.seeds")
+        values[name] = _changed(known[name], new, f"{path}.{name}", source) if is_dataclass(known[name]) else new
+    try:
+        return replace(config, **values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from None

@@ -1,0 +1,81 @@
+"""What a sweep gave: results.json, a Markdown table, a plot by matplotlib, and a page with all of them."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import date
+from io import StringIO
+from pathlib import Path
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from gpt2core.files import atomic_write, to_json
+from gpt2core.trials import Trial
+from steps.adapters.pages import render
+from steps.config import TRIAL_METRICS, SweepConfig
+
+
+def write_sweep(trials: Sequence[Trial], sweep: SweepConfig, directory: Path) -> None:
+    """Write results.json (every trial), table.md, plot.svg and report.html, which loads nothing from elsewhere."""
+    by_label: dict[str, list[Trial]] = {}
+    for trial in trials:
+        by_label.setdefault(trial.label, []).append(trial)
+    rows = {label: [_spread(found, metric) for metric in sweep.metrics] for label, found in by_label.items()}
+    plot = _plot(by_label, sweep.metrics[0])
+    machines = sorted({trial.machine for trial in trials})
+    about = {"date": date.today().isoformat(), "machine": ", ".join(machines), **asdict(sweep)}
+    results = {label: [trial.to_json() for trial in found] for label, found in by_label.items()}
+    page = render(
+        "sweep.html.j2",
+        sweep=sweep,
+        rows=rows,
+        meanings=TRIAL_METRICS[sweep.kind],
+        plot=Markup(plot[plot.index("<svg") :]),  # noqa: S704 - drawn by matplotlib, which escapes its texts
+        samples=[trial for trial in trials if trial.sample],
+        machines=machines,
+    )
+    atomic_write(directory / "results.json", to_json({**about, "results": results}))
+    atomic_write(directory / "table.md", _table(sweep, rows).encode())
+    atomic_write(directory / "plot.svg", plot.encode())
+    atomic_write(directory / "report.html", page.encode())
+
+
+def _spread(trials: Sequence[Trial], metric: str) -> str:
+    """Mean ± standard deviation over the seeds."""
+    measured = [value for trial in trials if (value := trial.metrics[metric]) is not None]
+    if not measured:
+        return "none"
+    spread = statistics.stdev(measured) if len(measured) > 1 else 0.0
+    missing = f" ({len(trials) - len(measured)} of {len(trials)} without)" if len(measured) < len(trials) else ""
+    return f"{statistics.mean(measured):.4g} ± {spread:.2g}{missing}"
+
+
+def _table(sweep: SweepConfig, rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [f"| {sweep.variable} | {' | '.join(sweep.metrics)} |", "|---" * (len(sweep.metrics) + 1) + "|"]
+    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(trials: Mapping[str, Sequence[Trial]], metric: str) -> str:
+    """SVG: losses by step, one line per seed, if there are any; and the metric by variant, one point per seed."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (label, found) in enumerate(trials.items()):
+        for j, trial in enumerate(found):
+            if trial.curve:
+                steps, losses = zip(*trial.curve, strict=True)
+                left.plot(steps, losses, color=f"C{i % 10}", label=None if j else label, linewidth=1)
+            if (value := trial.metrics[metric]) is not None:
+                right.plot(value, i, "o", color=f"C{i % 10}", alpha=0.6)
+    if left.lines:
+        left.legend(fontsize="x-small")
+        left.set(xlabel="step", ylabel="loss (nats per token)")
+    else:
+        figure.delaxes(left)
+    right.set_yticks(range(len(trials)), list(trials), fontsize="x-small")
+    right.invert_yaxis()  # the first variant on top, as in the table
+    right.set_xlabel(metric)
+    text = StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue()

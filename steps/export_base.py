@@ -1,0 +1,23 @@
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+from zenml import get_step_context, step
+
+from steps.adapters.report import write_curves
+from steps.evaluate_text import TextScores
+from steps.outputs import to_json, write_outputs
+
+
+@step(enable_cache=False)
+def export_base(base: Path, history: list[dict[str, float]], metrics: TextScores) -> Annotated[str, "outputs"]:
+    """Write the base and its results below outputs/. outputs/latest stays a finetuning."""
+    run_name = get_step_context().pipeline_run.name
+    with TemporaryDirectory() as directory:
+        curves = write_curves(history, Path(directory), title=run_name).read_text()
+    texts = {
+        "metrics.json": to_json(metrics.to_json()),
+        "samples.txt": "".join(f"{sample}\n\n" for sample in metrics.samples),
+        "curves.html": curves,
+    }
+    return str(write_outputs(run_name, texts, {"base": base}, pointers=()))

@@ -1,0 +1,39 @@
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+from zenml import step
+
+from gpt2core.demo.prose import write_prose
+from gpt2core.demo.world import make_world
+from gpt2core.files import check_exists, file_sha256, read_text
+from steps.adapters.download import fetch, without_secrets
+from steps.cache import code_of
+from steps.config import TextConfig
+from steps.metadata import describe
+
+
+@step(cache_policy=code_of(__name__))
+def fetch_text(text: TextConfig, seed: int) -> Annotated[list[str], "documents"]:
+    """The documents to pretrain on: the demo world's prose, or the text of a file or of a URL with a known sha256."""
+    if text.source == "bundled":
+        documents, origin = write_prose(make_world(seed, text.n_facts), seed), {"location": "bundled prose"}
+    elif text.source == "url":
+        with TemporaryDirectory() as directory:
+            file = fetch(text.url, Path(directory) / "text", text.sha256, text.max_bytes, setting="text")
+            documents, origin = _read(file), {"location": without_secrets(text.url), "file_sha256": text.sha256}
+    else:
+        file = Path(text.path)
+        check_exists(file)
+        if (size := file.stat().st_size) > text.max_bytes:
+            raise ValueError(f"{file} has {size:,} bytes, more than text.max_bytes={text.max_bytes}")
+        documents, origin = _read(file), {"location": text.path, "file_sha256": file_sha256(file)}
+    describe("documents", {"documents": len(documents), "characters": sum(map(len, documents)), **origin})
+    return documents
+
+
+def _read(file: Path) -> list[str]:
+    content = read_text(file)
+    if not content.strip():
+        raise ValueError(f"{file} has no text")
+    return [content]
