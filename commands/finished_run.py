@@ -1,13 +1,14 @@
 """The model of a finished run in outputs/, or a run with another adapter."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2core.adapter_files import load_adapter
-from gpt2core.checkpoint import load_pretrained
+from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2, best_device
-from gpt2core.types import BaseRef
+from gpt2core.types import BaseRef, Lineage
 from steps.adapters.base import REFERENCE, open_base, read_base
 from steps.outputs import outputs_dir
 
@@ -41,7 +42,7 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
     Raises:
         FileNotFoundError: there is no such run or adapter.
         HubError: the base comes from the hub and cannot be downloaded.
-        ValueError: the base is not the recorded one.
+        ValueError: the base or the run's adapter is not the recorded one.
     """
     directory = outputs_dir() / name
     if not (directory / "adapter").is_dir():
@@ -50,4 +51,16 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
         raise FileNotFoundError(f"--adapter {adapter} is not a directory")
     reference = directory if (directory / REFERENCE).is_file() else directory / "base"
     own = directory / "adapter" if adapter is None else Path(adapter)
+    if adapter is None:
+        _check_recorded(own, directory / "lineage.json")
     return FinishedRun(open_base(reference), read_base(reference), own, directory)
+
+
+def _check_recorded(adapter: Path, lineage: Path) -> None:
+    """Refuse an adapter that differs from the run's lineage, which a changed alpha does without changing weights."""
+    recorded = Lineage.from_json(json.loads(lineage.read_text(encoding="utf-8"))).adapter.sha256
+    if (found := directory_sha256(adapter)) != recorded:
+        raise ValueError(
+            f"{adapter} has sha256 {found}, but {lineage.name} beside it records {recorded}: it changed after the run; "
+            "run the pipeline again, or name it with --adapter to use it as it is"
+        )

@@ -6,6 +6,7 @@ from shutil import copytree
 import pytest
 from click.testing import CliRunner
 
+from deploy.bento import describe_adapter
 from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.evaluate import answer_text
@@ -16,6 +17,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from run import main
 from steps.adapters.base import write_base
+from tests.helpers import make_lineage
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,8 @@ def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
     base = copytree(base_dir, tmp_path / "latest" / "base")
     write_base(base, BaseRef("gpt2-nano", "", directory_sha256(base, checkpoint_files(base))), {})
     copytree(adapter_dir, tmp_path / "latest" / "adapter")
+    lineage = make_lineage(adapter=describe_adapter(adapter_dir))
+    (tmp_path / "latest" / "lineage.json").write_text(json.dumps(lineage.to_json()))
     return tmp_path
 
 
@@ -102,3 +106,14 @@ def test_a_question_that_is_too_long_is_reported_before_the_first_answer(tmp_pat
     assert done.exit_code == 1
     assert done.stdout == ""
     assert "question 40" in done.stderr
+
+
+def test_an_adapter_that_changed_after_the_run_is_refused(outputs):
+    file = outputs / "latest" / "adapter" / "adapter.json"
+    content = json.loads(file.read_text())
+    content["lora"]["alpha"] *= 2
+    file.write_text(json.dumps(content))
+    done = run("Name a river.")
+    assert done.exit_code == 1
+    assert "it changed after the run" in done.output
+    assert run("Name a river.", "--adapter", str(file.parent)).exit_code == 0

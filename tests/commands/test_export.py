@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy.bento import describe_adapter
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.files import checkpoint_files, directory_sha256
@@ -33,7 +34,7 @@ def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
     copytree(adapter_dir, run / "adapter")
     write_base(run, BaseRef(str(base_dir), "", directory_sha256(base_dir, checkpoint_files(base_dir))), {})
     (run / "base").symlink_to(base_dir)
-    lineage = make_lineage()
+    lineage = make_lineage(adapter=describe_adapter(adapter_dir))
     evaluation = Evaluation(lineage.metrics.base, lineage.metrics.tuned, {}, lineage.metrics.train)
     split = SplitSummary(*(SplitPart(sha256, 10) for sha256 in lineage.data.values()))
     for name, content in (("lineage", lineage), ("metrics", evaluation), ("split", split)):
