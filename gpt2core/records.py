@@ -213,7 +213,7 @@ def _decode(content: bytes, file: Path) -> str:
 def _csv_rows(text: str, file: Path) -> Iterator[Row]:
     """The rows of a CSV file as objects; the separator is the one of , ; and tab that the header has most often."""
     lines = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), delimiter=_separator(text, file), strict=True)
-    csv.field_size_limit(len(text) + 1)  # the default refuses cells above 128 KiB
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the process; the default refuses 128 KiB
     header: list[str] = []
     number, start = 0, 1
     try:

@@ -50,6 +50,7 @@ def test_a_graph_that_cannot_be_captured_is_logged_and_decoding_continues_withou
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(RowDecoder, "_capture", fail)
+    caplog.set_level("WARNING")
     prompts, configs = random_prompts(6), mixed_configs(6)
     with Engine(model, 4, "fp32", static_cache=True) as engine:
         engine._runner._decoder.uses_graphs = True
