@@ -98,12 +98,12 @@ def prompt_of(
     instruction, earlier = instruction_of(messages, multi_turn)
     prompt, n_used = generator.encode_instruction(instruction), 0
     if multi_turn == "history":
-        room = generator.n_positions - min(max_new_tokens, generator.n_positions // 2)
+        max_prompt_tokens = generator.n_positions - min(max_new_tokens, generator.n_positions // 2)
         turns = [(message.role, message.text) for message in earlier if message.role in ("user", "assistant")]
         written = [(role, text) for role, text in turns if text is not None and text.strip()]
         for n in range(1, len(written) + 1):
             longer = generator.encode_instruction(instruction, format_turns(written[-n:]))
-            if len(longer) > room:
+            if len(longer) > max_prompt_tokens:
                 break
             prompt, n_used = longer, n
     n_others = sum(message.text is None or bool(message.text.strip()) for message in messages) - 1

@@ -85,7 +85,7 @@ def test_with_multi_turn_history_earlier_turns_are_the_input_as_in_training(toke
     turns = [Message(**message) for message in messages]
     generator = Encoder(tokenizer, n_positions=1000)
     assert prompt_of(turns, generator, "history", 8) == (expected, 3)  # the tool's two messages and the system's
-    short = Encoder(tokenizer, n_positions=len(expected) + 7)  # no room for the oldest turn
+    short = Encoder(tokenizer, n_positions=len(expected) + 7)  # the oldest turn does not fit
     prompt, n_ignored = prompt_of(turns, short, "history", 8)
     assert n_ignored == 4
     assert tokenizer.decode(prompt) == format_prompt("Say hello.", "Assistant: 42")
