@@ -9,7 +9,8 @@ FROM ${BUILD_IMAGE} AS requirements
 COPY pyproject.toml /
 RUN python3 -c "import tomllib; project = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
 extras = project['optional-dependencies']; names = ('pipeline', 'serve', 'deploy'); \
-print(*project['dependencies'], *sorted({line for name in names for line in extras[name]}), sep='\n')" > /requirements.txt
+print(*project['dependencies'], *sorted({line for name in names for line in extras[name]}), sep='\n')" > /requirements.txt \
+ && python3 -c "import tomllib; print(*tomllib.load(open('/pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > /compiler.txt
 
 FROM ${BUILD_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -19,6 +20,13 @@ COPY constraints.txt /build/
 # torch's "+cpu" (or "+cu130") counts as newer than the same version of the package index
 RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/pip install --quiet ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c /build/constraints.txt -r /build/requirements.txt
+# the int8 kernels, which `package` copies into the Bento
+COPY --from=requirements /compiler.txt /build/
+COPY setup.py /build/kernels/
+COPY gpt2core/inference/native.c /build/kernels/gpt2core/inference/
+RUN python3 -m venv /build/compiler \
+ && /build/compiler/bin/pip install --quiet -r /build/compiler.txt \
+ && cd /build/kernels && /build/compiler/bin/python setup.py --quiet build_ext --build-lib /opt/venv/lib
 RUN python3 -m venv /build/sbom \
  && /build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0 \
  && /build/sbom/bin/cyclonedx-py environment --output-reproducible --output-file /opt/venv/sbom.cdx.json /opt/venv

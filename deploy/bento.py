@@ -21,6 +21,8 @@ import yaml
 from deploy.source import ROOT
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
 from gpt2core.files import checkpoint_files, list_files, verify_directory
+from gpt2core.inference.native import NAME as NATIVE_LIBRARY
+from gpt2core.inference.native import library_file
 from gpt2core.types import AdapterRef, Lineage
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
         context = Path(temporary)
         copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns("__pycache__"))
         copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns("__pycache__", "demo"))
+        if kernels := library_file():
+            copy2(kernels, context / NATIVE_LIBRARY)
         for file in PROXY_FILES:
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             copy2(ROOT / file, context / file)

@@ -16,7 +16,7 @@ from gpt2core.checkpoint import read_adapter
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.generate import check_prompt
 from gpt2core.inference.adapters import Adapter, make_adapter
-from gpt2core.inference.kernels import release_openmp_workers
+from gpt2core.inference.kernels import limit_openmp_threads, release_openmp_workers
 from gpt2core.inference.quantized import QuantizedModel, WeightFormat, quantize_fastest
 from gpt2core.inference.request import EngineClosed, Request
 from gpt2core.inference.runner import ModelRunner
@@ -205,6 +205,8 @@ class Engine:
         self._changed.notify_all()
 
     def _run(self) -> None:
+        if self._model.is_native:
+            limit_openmp_threads()
         with torch.inference_mode():
             while self._prepare_step():
                 try:

@@ -101,7 +101,12 @@ EXTRAS = {
     "benchmarks": ("bench", "deploy", "engines"),
 }
 # The modules that may use names which a library does not promise to keep.
-COMPAT = {"gpt2core/inference/kernels.py", "bentos/compat.py", "pipelines/zenml_compat.py"}
+COMPAT = {
+    "gpt2core/inference/kernels.py",
+    "gpt2core/inference/native.py",
+    "bentos/compat.py",
+    "pipelines/zenml_compat.py",
+}
 PRIVATE = re.compile(r"(^|\.)_(?!_)")
 FILES = [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
 

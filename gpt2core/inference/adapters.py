@@ -8,11 +8,13 @@ Shape letters: N rows (tokens) of a step; R ranks of all adapters of a step toge
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gpt2core.config import GPT2Config, LoraConfig
+from gpt2core.inference.native import Deltas
 from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS
 from gpt2core.tensors import is_finite, to_device
@@ -74,8 +76,16 @@ class AdapterStack:
     per layer, at a cost that grows with the sum of the ranks.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device, is_native: bool = False
+    ) -> None:
+        """`is_native`: computed by native.py, row by row with the row's own adapter alone."""
         self.adapters, self.dtype, self.device = tuple(adapters), dtype, device
+        self.deltas: dict[tuple[int, str], Deltas] | None = None
+        if is_native:
+            keys = {key for adapter in adapters for key in adapter.matrices}
+            self.deltas = {key: Deltas([adapter.matrices.get(key) for adapter in adapters]) for key in keys}
+            return
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self.owner: dict[str, Tensor] = {}  # path -> (R), the index of the adapter that each rank belongs to
         for path in sorted({path for adapter in adapters for _, path in adapter.matrices}):
@@ -96,7 +106,7 @@ class AdapterStack:
 
     def for_rows(self, adapters: Sequence[Adapter | None]) -> "RowAdapters":
         """For a step whose rows use these adapters of the stack; None is the base model."""
-        if len(self.adapters) == 1 and None not in adapters:
+        if len(self.adapters) == 1 and None not in adapters and self.deltas is None:
             return RowAdapters(self, None)
         return RowAdapters(self, to_device(torch.tensor(self.indices(adapters)), self.device))
 
@@ -106,13 +116,17 @@ class RowAdapters:
 
     def __init__(self, stack: AdapterStack, rows: Tensor | None) -> None:
         """`rows` (N): index in the stack of each row's adapter, -1 for the base model; None: all use the only one."""
-        self._stack, self._others = stack, dict[str, Tensor]()  # path -> (N, R), True for ranks of other adapters
-        if rows is not None:
+        self._stack, self._rows = stack, rows
+        self._others = dict[str, Tensor]()  # path -> (N, R), True for ranks of other adapters
+        if rows is not None and stack.deltas is None:
             self._others = {path: rows[:, None] != owner for path, owner in stack.owner.items()}
 
     def add_delta_(self, y: Tensor, layer: int, path: str, x: Tensor) -> None:
         """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""
-        if path in self._stack.owner:
+        if self._stack.deltas is not None:
+            if delta := self._stack.deltas.get((layer, path)):
+                delta.add_(y, x, cast(Tensor, self._rows))
+        elif path in self._stack.owner:
             a, b = self._stack.matrices[layer, path]
             low = linear(x, a)  # (N, R)
             y.add_(linear(low.masked_fill_(self._others[path], 0.0) if self._others else low, b))

@@ -30,6 +30,11 @@ def has_int8(device: torch.device) -> bool:
     return device.type == "cpu" and "onednn" in torch.backends.quantized.supported_engines
 
 
+def has_vnni() -> bool:
+    """Whether the processor multiplies int8 in AVX-512 registers. Private because torch has no public test for it."""
+    return cast(bool, torch.cpu._is_vnni_supported())
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN for x (..., in) and W (out, in), plain or from `prepack`.
 
@@ -136,6 +141,16 @@ def release_openmp_workers() -> None:
     """
     if (openmp := _openmp()) is not None:
         openmp.omp_pause_resource_all(1)  # omp_pause_soft: OpenMP 5.0, section 3.2.44
+
+
+def limit_openmp_threads() -> None:
+    """Make torch compute with one thread in the calling thread, where native.py has threads of its own.
+
+    OpenMP's workers keep their core for a while after each operation. Private because `torch.set_num_threads` also sets
+    the number for threads that start later.
+    """
+    if (openmp := _openmp()) is not None:
+        openmp.omp_set_num_threads(1)
 
 
 @cache

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpt2core.config import GPT2Config
 from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.kernels import lazy_zeros
+from gpt2core.inference.native import Span
 from gpt2core.inference.request import Request
 
 BLOCK = 16  # tokens; prompts share cached prefixes in blocks of this size
@@ -49,6 +50,11 @@ class PrefillCache:
             q[None], k[None], v[None], attn_mask=mask, is_causal=S == 0 and T > 1, scale=scale
         )
         return y[0].transpose(0, 1).flatten(1)
+
+    def span(self, n: int) -> Span:
+        """For native attention of the next n tokens."""
+        keys, values = self.kv[0, :, 0]
+        return Span(keys.data_ptr(), values.data_ptr(), self.kv.stride(0), self.kv.stride(2), self.length, n)
 
     def advance(self, n: int) -> None:
         """Count n more tokens as read, after the last layer."""
@@ -95,10 +101,7 @@ class RowCache:
 
     def begin_step(self) -> None:
         """Reserve a column for the next token of each row and compute which columns each row attends to."""
-        if not self.requests:
-            return
-        if self.end == self.kv.shape[4]:
-            self._move(max(self.lengths))
+        self._reserve_column()
         n, longest = len(self.requests), max(self.lengths)
         window = self.kv[:, :n, :, :, self.end - longest : self.end + 1]  # (n_layer, B, 2, H, W, D)
         self._new, self._k, self._v = window[..., -1, :].unbind(), window[:, :, 0].unbind(), window[:, :, 1].unbind()
@@ -107,6 +110,21 @@ class RowCache:
             lengths = torch.tensor(self.lengths, device=self.kv.device)[:, None]
             distance = torch.arange(longest, -1, -1, device=self.kv.device)  # of each column to the new one
             self._mask = (distance <= lengths)[:, None, None]  # (B, 1, 1, W)
+
+    def begin_native_step(self) -> list[Span]:
+        """Reserve a column for the next token of each row: for native attention, in place of `begin_step`."""
+        self._reserve_column()
+        layer, row, key, head, token, _ = self.kv.stride()
+        start, size = self.kv.data_ptr(), self.kv.element_size()
+        spans = []
+        for i, length in enumerate(self.lengths):
+            k = start + size * (i * row + (self.end - length) * token)
+            spans.append(Span(k, k + size * key, layer, head, length, 1))
+        return spans
+
+    def _reserve_column(self) -> None:
+        if self.end == self.kv.shape[4]:
+            self._move(max(self.lengths))
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         """Attention (B, C) of one new token per row, given qkv (B, 3, H, D); stores their keys and values."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2core.inference import native
 from gpt2core.inference.adapters import RowAdapters
 from gpt2core.inference.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
@@ -26,6 +27,7 @@ Attention = Callable[[int, Tensor], Tensor]  # (layer, qkv (N, 3, H, D)) -> (N, 
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
+SMALL = 2**22  # weights; a smaller model stays in fp32, as it was evaluated: it fits into a processor's caches
 LARGE = 2**18  # weights; a smaller fp32 matrix is multiplied too quickly to be worth the call overhead of oneDNN
 
 
@@ -47,45 +49,86 @@ class QuantizedModel:
         if weights == "int8" and weights not in supported_formats(self.device):
             raise ValueError("weights is 'int8', but this device or processor has no int8 kernel; use bf16 or fp32")
         self.config, self.weights = model.config, weights
-        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # of activations and of the KV cache
+        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # of activations
+        self._scratch = None  # of native.py, where that computes the layers
+        if weights == "int8" and native.is_available(model.config):
+            self._scratch = native.Scratch(max(model.config.n_embd, model.config.mlp_width))
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), _Norm(model.ln_f)
-        self.head = _projection(self.wte[: self.config.token_count], None, weights)
-        self.blocks = [_Block(cast(Block, block), weights) for block in list(model.h)[:n_layer]]
+        self.head = _projection(self.wte[: self.config.token_count], None, weights, self._scratch)
+        self.blocks = [_Block(cast(Block, block), weights, self._scratch) for block in list(model.h)[:n_layer]]
+
+    @property
+    def is_native(self) -> bool:
+        """Whether native.py computes the layers, and reads the caches."""
+        return self._scratch is not None
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return native.CACHE_DTYPE if self.is_native else self.dtype
 
     def hidden(
         self, input_ids: Tensor, positions: Tensor, attention: Attention, adapters: RowAdapters | None = None
     ) -> Tensor:
         """The last layer's normalised hidden states (N, C) of tokens (N); `attention` owns the KV cache."""
+        x = (F.embedding(input_ids, self.wte) + F.embedding(positions, self.wpe)).float()  # (N, C)
+        layers = self._plain_layers if self._scratch is None else self._native_layers
+        return layers(x, attention, adapters)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (N, token_count), fp32, of hidden states (N, C): none for rows of the embedding without a token."""
+        return self.head(hidden).float()
+
+    def _plain_layers(self, x: Tensor, attention: Attention, adapters: RowAdapters | None) -> Tensor:
         def project(matrix: Projection, path: str, x: Tensor) -> Tensor:
             y = matrix(x)
             if adapters is not None:
                 adapters.add_delta_(y, layer, path, x)
             return y
 
-        x = (F.embedding(input_ids, self.wte) + F.embedding(positions, self.wpe)).float()  # (N, C)
         for layer, block in enumerate(self.blocks):
-            qkv = project(block.c_attn, "attn.c_attn", block.ln_1(x).to(self.dtype))  # (N, 3 * C)
+            c_attn, attn_proj, c_fc, mlp_proj = block.projections
+            qkv = project(c_attn, "attn.c_attn", block.ln_1(x).to(self.dtype))  # (N, 3 * C)
             y = attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1)))
-            x = x + project(block.attn_proj, "attn.c_proj", y)
-            a = project(block.c_fc, "mlp.c_fc", block.ln_2(x).to(self.dtype))
-            x = x + project(block.mlp_proj, "mlp.c_proj", block.activation(a))
+            x = x + project(attn_proj, "attn.c_proj", y)
+            a = project(c_fc, "mlp.c_fc", block.ln_2(x).to(self.dtype))
+            x = x + project(mlp_proj, "mlp.c_proj", block.activation(a))
         return self.ln_f(x).to(self.dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, token_count), fp32, of hidden states (N, C): none for rows of the embedding without a token."""
-        return self.head(hidden).float()
+    def _native_layers(self, x: Tensor, attention: Attention, adapters: RowAdapters | None) -> Tensor:
+        def add_delta(y: Tensor, path: str, x: Tensor) -> None:
+            if adapters is not None:
+                adapters.add_delta_(y, layer, path, x)
+
+        scratch = cast(native.Scratch, self._scratch)
+        for layer, block in enumerate(self.blocks):
+            c_attn, attn_proj, c_fc, mlp_proj = cast(list[native.Int8Linear], block.projections)
+            qkv = c_attn(x, norm=block.ln_1)  # (N, 3 * C)
+            add_delta(qkv, "attn.c_attn", scratch.normed(*x.shape))
+            y = attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1)))
+            attn_proj(y, add_to=x)
+            add_delta(x, "attn.c_proj", y)
+            a = c_fc(x, norm=block.ln_2, gelu=adapters is None)
+            if adapters is not None:
+                add_delta(a, "mlp.c_fc", scratch.normed(*x.shape))
+                native.gelu_(a)
+            mlp_proj(a, add_to=x)
+            add_delta(x, "mlp.c_proj", a)
+        return self.ln_f(x)
 
 
 def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
     """The model in the format that is fastest here without predicting worse than fp32, measured on its own weights.
 
     Measures a step of one row and one of `max_batch` rows on two blocks. Rejects a format that raises the model's
-    perplexity by more than MAX_PERPLEXITY_COST, estimated as exp(KL divergence) - 1 on random tokens. On a GPU: bf16.
+    perplexity by more than MAX_PERPLEXITY_COST, estimated as exp(KL divergence) - 1 on random tokens. On a GPU: bf16. A
+    model of less than SMALL weights: fp32.
     """
     device = model.wte.weight.device
     if device.type != "cpu":
         return QuantizedModel(model, "bf16")
+    if sum(weight.numel() for weight in model.parameters()) < SMALL:
+        return QuantizedModel(model, "fp32")
     candidates = supported_formats(device)
     seconds = {weights: _step_seconds(QuantizedModel(model, weights, n_layer=2), max_batch) for weights in candidates}
     faster = [weights for weights in candidates if seconds[weights] * MIN_SPEEDUP < seconds["fp32"]]
@@ -152,24 +195,27 @@ class _Norm:
 
 
 class _Block:
-    def __init__(self, block: Block, weights: WeightFormat) -> None:
+    def __init__(self, block: Block, weights: WeightFormat, scratch: native.Scratch | None) -> None:
         def projection(path: str) -> Projection:
             layer = block.get_submodule(path)
             linear = cast(nn.Linear, layer.linear if isinstance(layer, LoraLinear) else layer)
             weight = linear.weight.detach()
             if isinstance(layer, LoraLinear) and not layer.merged:
                 weight = weight.float() + layer.delta_weight().detach()
-            return _projection(weight, linear.bias.detach(), weights)
+            return _projection(weight, linear.bias.detach(), weights, scratch)
 
         self.ln_1, self.ln_2 = _Norm(block.ln_1), _Norm(block.ln_2)
-        self.c_attn, self.attn_proj = projection("attn.c_attn"), projection("attn.c_proj")
-        self.c_fc, self.mlp_proj = projection("mlp.c_fc"), projection("mlp.c_proj")
+        self.projections = [projection(path) for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
         self.scale = block.attn.scale
         self.activation = block.mlp.activate
 
 
-def _projection(weight: Tensor, bias: Tensor | None, weights: WeightFormat) -> Projection:
+def _projection(
+    weight: Tensor, bias: Tensor | None, weights: WeightFormat, scratch: native.Scratch | None = None
+) -> Projection:
     """x W^T + b for x (N, in), from W (out, in)."""
+    if scratch is not None:
+        return native.Int8Linear(weight.float(), bias, scratch)
     if weights == "int8":
         return _int8_projection(weight.float(), None if bias is None else bias.float())
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32

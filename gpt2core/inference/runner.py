@@ -10,7 +10,8 @@ from torch import Tensor
 from gpt2core.inference.adapters import Adapter, AdapterStack
 from gpt2core.inference.graphs import RowDecoder
 from gpt2core.inference.kv_cache import RowCache, StaticRowCache
-from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.inference.native import CachedAttention
+from gpt2core.inference.quantized import Attention, QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
 from gpt2core.sampling import NonFiniteLogits, choose, most_likely
@@ -66,6 +67,21 @@ class ModelRunner:
             ids += chunk.request.input_ids[chunk.positions.start : chunk.positions.stop]
             positions += chunk.positions
             adapters += [chunk.request.adapter] * chunk.n
+        used = self._stack is not None and any(adapter is not None for adapter in adapters)
+        hidden = self._model.hidden(
+            to_device(torch.tensor(ids), device),
+            to_device(torch.tensor(positions), device),
+            self._native_attention(step) if self._model.is_native else self._attention(step),
+            self._stack.for_rows(adapters) if used and self._stack is not None else None,
+        )
+        if n_rows:
+            rows.end_step()
+        for chunk in step.chunks:
+            chunk.prefill.advance(chunk.n)
+        return hidden
+
+    def _attention(self, step: Step) -> Attention:
+        rows, n_rows = self._row_cache, len(step.rows)
         if n_rows:
             rows.begin_step()
 
@@ -78,18 +94,12 @@ class ModelRunner:
                 start += chunk.n
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        used = self._stack is not None and any(adapter is not None for adapter in adapters)
-        hidden = self._model.hidden(
-            to_device(torch.tensor(ids), device),
-            to_device(torch.tensor(positions), device),
-            attention,
-            self._stack.for_rows(adapters) if used and self._stack is not None else None,
-        )
-        if n_rows:
-            rows.end_step()
-        for chunk in step.chunks:
-            chunk.prefill.advance(chunk.n)
-        return hidden
+        return attention
+
+    def _native_attention(self, step: Step) -> Attention:
+        spans = self._row_cache.begin_native_step() if step.rows else []
+        spans += [chunk.prefill.span(chunk.n) for chunk in step.chunks]
+        return CachedAttention(spans, [block.scale for block in self._model.blocks])
 
     def _update_stack(self, step: Step) -> None:
         """Make the stack hold the adapters of the step. With graphs others stay in it: a new stack needs new graphs."""
@@ -99,7 +109,9 @@ class ModelRunner:
         if self._decoder is not None:
             used |= held
         if used and used != held:
-            self._set_stack(AdapterStack(sorted(used, key=id), self._model.dtype, self._model.device))
+            self._set_stack(
+                AdapterStack(sorted(used, key=id), self._model.dtype, self._model.device, self._model.is_native)
+            )
 
     def _set_stack(self, stack: AdapterStack | None) -> None:
         self._stack = stack

@@ -58,7 +58,9 @@ class Scheduler:
         """`static_cache`: rows at fixed addresses, as CUDA graphs need them; None: on a GPU."""
         on_gpu = model.device.type == "cuda"
         cache = StaticRowCache if static_cache or (static_cache is None and on_gpu) else RowCache
-        self.row_cache = cache(model.config, model.dtype, model.device, max_batch)
+        if cache is StaticRowCache and model.is_native:
+            raise ValueError("a static cache is not implemented for weights 'int8'; use bf16 or fp32")
+        self.row_cache = cache(model.config, model.cache_dtype, model.device, max_batch)
         self._model, self._max_batch = model, max_batch
         self._waiting: deque[Request] = deque()
         self._prefills: list[PrefillCache] = []
@@ -102,7 +104,7 @@ class Scheduler:
             # a cached token has no hidden state to compute its successor's log probability from
             find = not request.has_prompt_logprobs
             prefix = self._prefix_cache.find(request.adapter, request.input_ids) if find else []
-            self._prefills.append(PrefillCache(request, model.config, model.dtype, model.device, prefix))
+            self._prefills.append(PrefillCache(request, model.config, model.cache_dtype, model.device, prefix))
 
     def next_step(self) -> Step | None:
         """The next step; None if nothing is running."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2core.checkpoint import load_pretrained
-from gpt2core.config import GPT2Config
+from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.data import Example
 from gpt2core.engine import Engine
 from gpt2core.inference import quantized
@@ -31,6 +31,25 @@ def logits_of(model: GPT2, weights: str, ids: torch.Tensor) -> torch.Tensor:
     whole = QuantizedModel(model, weights)
     with torch.inference_mode():
         return whole.logits(whole.hidden(ids, torch.arange(len(ids)), causal_attention(whole)))
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As where the native kernels are not compiled, or do not run."""
+    monkeypatch.setattr(quantized.native, "is_available", lambda config: False)
+
+
+@needs_int8
+def test_without_the_kernels_int8_is_computed_by_torch(without_kernels, model):
+    test_logits_are_those_of_the_model(model, "int8")
+    test_perplexity_is_within_one_percent_of_the_model(model, "int8")
+    config = GenerationConfig(max_new_tokens=6)
+    prompts = [[1, 2, 3], [4] * 9, [5]]
+    with Engine(model, 1, "int8") as engine:
+        alone = [engine.submit(prompt, config).result() for prompt in prompts]
+    with Engine(model, 3, "int8") as engine:
+        requests = [engine.submit(prompt, config) for prompt in prompts]
+        assert [request.result() for request in requests] == alone
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -67,6 +86,7 @@ def test_int8_rows_of_zeros_and_with_an_outlier_do_not_affect_each_other():
 def test_auto_takes_the_fastest_format_that_keeps_perplexity(model, monkeypatch, caplog):
     seconds = {"fp32": 3.0, "bf16": 2.0, "int8": 1.0}
     cost = {"bf16": 0.001, "int8": 0.002}
+    monkeypatch.setattr(quantized, "SMALL", 0)
     monkeypatch.setattr(quantized, "_step_seconds", lambda whole, n: seconds[whole.weights])
     monkeypatch.setattr(quantized, "_perplexity_cost", lambda model, whole: cost[whole.weights])
     assert quantize_fastest(model, 16).weights == "int8"
@@ -75,6 +95,11 @@ def test_auto_takes_the_fastest_format_that_keeps_perplexity(model, monkeypatch,
         assert quantize_fastest(model, 16).weights == "bf16"
     assert "weights int8 rejected: faster, but perplexity rises by 20.0 %" in caplog.text
     seconds |= {"bf16": 2.9, "int8": 2.9}  # not fast enough to be worth it
+    assert quantize_fastest(model, 16).weights == "fp32"
+
+
+def test_auto_serves_a_small_model_in_fp32_as_it_was_evaluated(model, monkeypatch):
+    monkeypatch.setattr(quantized, "_step_seconds", lambda whole, n: pytest.fail("measured"))
     assert quantize_fastest(model, 16).weights == "fp32"
 
 

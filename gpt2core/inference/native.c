@@ -1,0 +1,371 @@
+// int8 inference on x86 processors with AVX-512 VNNI: matrix products fused with what surrounds them, and attention.
+// native.py loads it and documents the layouts. Each row of a result is computed by the same instructions in the same
+// order whatever other rows there are, so a completion does not depend on the batch.
+
+#include <float.h>
+#include <immintrin.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define LANES 16           // floats in a register
+#define COLUMNS 4          // registers of outputs that a tile has
+#define TILE (LANES * COLUMNS)
+#define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
+#define INLINE static inline __attribute__((always_inline))
+#define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
+
+// ---- threads ---------------------------------------------------------------------------------------------------------
+// A pool of its own, not OpenMP's, because that waits at the end of each region until all of its threads have been there:
+// on a machine with other work, until the one that lost its core gets it back. Here the caller waits for no thread that
+// has not begun a job.
+
+#define SPINS 2000  // of a waiting thread before it sleeps or yields: some tens of microseconds
+
+typedef struct {
+    void (*work)(void *, int64_t);
+    void *arguments;
+    int64_t count;
+    atomic_long next;
+} Jobs;
+
+static _Atomic(Jobs *) current;
+static atomic_int n_inside, n_asleep, is_busy, n_workers;
+static atomic_uint generation;  // counts the values of `current`
+
+static void take_jobs(Jobs *jobs) {
+    for (int64_t i; (i = atomic_fetch_add(&jobs->next, 1)) < jobs->count;) jobs->work(jobs->arguments, i);
+}
+
+static void *worker(void *unused) {
+    (void)unused;
+    for (unsigned seen = 0;;) {
+        for (int i = 0; i < SPINS && atomic_load(&generation) == seen; i++) _mm_pause();
+        if (atomic_load(&generation) == seen) {
+            atomic_fetch_add(&n_asleep, 1);
+            syscall(SYS_futex, &generation, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+            atomic_fetch_sub(&n_asleep, 1);
+        }
+        seen = atomic_load(&generation);
+        atomic_fetch_add(&n_inside, 1);  // before `current` is read: from here, its owner waits
+        Jobs *jobs = atomic_load(&current);
+        if (jobs) take_jobs(jobs);
+        atomic_fetch_sub(&n_inside, 1);
+    }
+    return NULL;
+}
+
+static void for_each(int64_t count, void (*work)(void *, int64_t), void *arguments, int is_small) {
+    Jobs jobs = {work, arguments, count, 0};
+    int shares = !is_small && count > 1 && !atomic_exchange(&is_busy, 1);  // another thread has the pool: do without
+    if (shares) {
+        atomic_store(&current, &jobs);
+        atomic_fetch_add(&generation, 1);
+        if (atomic_load(&n_asleep)) syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    }
+    take_jobs(&jobs);
+    if (shares) {
+        atomic_store(&current, NULL);
+        for (int i = 0; atomic_load(&n_inside); i++)
+            if (i < SPINS) _mm_pause();
+            else sched_yield();
+        atomic_store(&is_busy, 0);
+    }
+}
+
+// Use n threads, the caller's included.
+void set_threads(int n) {
+    pthread_t thread;
+    while (atomic_load(&n_workers) < n - 1) {
+        if (pthread_create(&thread, NULL, worker, NULL)) return;
+        pthread_detach(thread);
+        atomic_fetch_add(&n_workers, 1);
+    }
+}
+
+// ---- functions of vectors --------------------------------------------------------------------------------------------
+
+// min and max return their second operand if either is NaN: in this order, a NaN stays one.
+INLINE __m512 clamp(__m512 x, float low, float high) {
+    return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), x));
+}
+
+// exp(x) within 2 units in the last place; Cephes' polynomial (S. Moshier, expf).
+INLINE __m512 exponential(__m512 x) {
+    x = clamp(x, -87.0f, 88.0f);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
+    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(1.3981999507e-3f));
+    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(8.3334519073e-3f));
+    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(4.1665795894e-2f));
+    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(1.6666665459e-1f));
+    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(5.0000001201e-1f));
+    y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, n);
+}
+
+// GELU by its tanh form: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+INLINE __m512 gelu(__m512 x) {
+    __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
+    __m512 e = exponential(_mm512_mul_ps(_mm512_mul_ps(x, inner), _mm512_set1_ps(-1.5957691216f)));
+    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.0f)));
+}
+
+ALONE void normalise_row(const float *x, const float *weight, const float *bias, float eps, float *y, int64_t width) {
+    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += LANES) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
+    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512 d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
+        squares = _mm512_fmadd_ps(d, d, squares);
+    }
+    __m512 variance = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / width + eps);
+    __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(variance));
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), inverse);
+        _mm512_storeu_ps(y + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(weight + i), _mm512_loadu_ps(bias + i)));
+    }
+}
+
+// x = step * (q - zero) with q from 0 to 255: from the row's smallest to its largest value, 0 included. A row that is not
+// finite gets the step NaN, so that its results are NaN too.
+ALONE void quantize_row(const float *x, uint8_t *q, float *step, int32_t *zero, int64_t width) {
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    __mmask16 is_bad = 0;
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        low = _mm512_min_ps(low, v);
+        high = _mm512_max_ps(high, v);
+        is_bad |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN or infinite
+    }
+    float least = _mm512_reduce_min_ps(low);
+    float range = _mm512_reduce_max_ps(high) - least;
+    if (is_bad || range > FLT_MAX) {
+        *step = __builtin_nanf("");
+        *zero = 0;
+        memset(q, 0, width);
+        return;
+    }
+    *step = range / 255 > 1e-30f ? range / 255 : 1e-30f;
+    *zero = (int32_t)(-least / *step + 0.5f);
+    __m512 inverse = _mm512_set1_ps(1 / *step), origin = _mm512_set1_ps((float)*zero);
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512i v = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), inverse, origin));
+        v = _mm512_max_epi32(v, _mm512_setzero_si512());
+        _mm_storeu_si128((__m128i *)(q + i), _mm512_cvtusepi32_epi8(v));
+    }
+}
+
+// ---- y = f(x) W^T + b ------------------------------------------------------------------------------------------------
+
+typedef struct {
+    const int8_t *weights;  // [out / TILE][in / 4][TILE][4]; out is padded to whole tiles, here and below
+    const float *scale, *bias;
+    const int32_t *sums;  // of each row of W
+    int64_t in, out, n_tiles;
+} Matrix;
+
+typedef struct {
+    const Matrix *matrix;
+    const float *x;  // (n, in)
+    const float *norm_weight, *norm_bias;  // of a layer norm before the product; or NULL
+    float eps;
+    int32_t applies_gelu, adds;  // adds: y += instead of y =
+    int64_t n;
+    float *y;  // (n, out)
+    float *normed;  // (n, in), if there is a norm
+    uint8_t *q;  // (n, in)
+    float *step;  // (n)
+    int32_t *zero;  // (n)
+} Product;
+
+static void prepare_row(void *pointer, int64_t n) {
+    const Product *p = pointer;
+    int64_t in = p->matrix->in;
+    const float *x = p->x + n * in;
+    if (p->norm_weight) {
+        normalise_row(x, p->norm_weight, p->norm_bias, p->eps, p->normed + n * in, in);
+        x = p->normed + n * in;
+    }
+    quantize_row(x, p->q + n * in, p->step + n, p->zero + n, in);
+}
+
+ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t tile) {
+    const Matrix *m = p->matrix;
+    __m512 step = _mm512_set1_ps(p->step[n]);
+    __m512i zero = _mm512_set1_epi32(p->zero[n]);
+    for (int64_t o = tile * TILE; o < (tile + 1) * TILE && o < m->out; o += LANES, sums++) {
+        __mmask16 mask = m->out - o < LANES ? (1u << (m->out - o)) - 1 : 0xffff;
+        __m512i whole = _mm512_sub_epi32(*sums, _mm512_mullo_epi32(zero, _mm512_loadu_si512(m->sums + o)));
+        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(step, _mm512_loadu_ps(m->scale + o)));
+        y = _mm512_add_ps(y, _mm512_loadu_ps(m->bias + o));
+        if (p->applies_gelu) y = gelu(y);
+        float *out = p->y + n * m->out + o;
+        if (p->adds) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, out));
+        _mm512_mask_storeu_ps(out, mask, y);
+    }
+}
+
+INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows) {
+    int64_t in = p->matrix->in;
+    const int8_t *w = p->matrix->weights + tile * TILE * in;
+    const uint8_t *q = p->q + n * in;
+    __m512i sums[ROWS][COLUMNS];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < in; k += 4, w += TILE * 4) {
+        __m512i weights[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) {
+            weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
+            _mm_prefetch(w + 4096 + c * LANES * 4, _MM_HINT_T0);
+        }
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, q + r * in + k, 4);
+            __m512i x = _mm512_set1_epi32(four);
+            for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], x, weights[c]);
+        }
+    }
+    for (int r = 0; r < rows; r++) finish_row(p, sums[r], n + r, tile);
+}
+
+static void compute_tile(void *pointer, int64_t tile) {
+    const Product *p = pointer;
+    int64_t n = 0;
+    for (; n + ROWS <= p->n; n += ROWS) tile_rows(p, tile, n, ROWS);
+    switch (p->n - n) {
+        case 5: tile_rows(p, tile, n, 5); break;
+        case 4: tile_rows(p, tile, n, 4); break;
+        case 3: tile_rows(p, tile, n, 3); break;
+        case 2: tile_rows(p, tile, n, 2); break;
+        case 1: tile_rows(p, tile, n, 1); break;
+    }
+}
+
+void product(Product *p) {
+    for_each(p->n, prepare_row, p, p->n < 8);
+    for_each(p->matrix->n_tiles, compute_tile, p, 0);
+}
+
+// ---- adapters --------------------------------------------------------------------------------------------------------
+
+void gelu_rows(float *x, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) _mm512_storeu_ps(x + i, gelu(_mm512_loadu_ps(x + i)));
+}
+
+typedef struct {
+    const float *a, *b;  // (rank, in), (rank, out)
+    int64_t rank;  // 0: this adapter does not change this layer
+} LowRank;
+
+typedef struct {
+    const float *x;  // (n, in)
+    float *y;  // (n, out)
+    const LowRank *adapters;
+    const int64_t *rows;  // (n): the adapter of each row; -1: none
+    int64_t n, in, out;
+} Delta;
+
+static void add_delta(void *pointer, int64_t n) {
+    const Delta *d = pointer;
+    if (d->rows[n] < 0 || !d->adapters[d->rows[n]].rank) return;
+    const LowRank *l = d->adapters + d->rows[n];
+    const float *x = d->x + n * d->in;
+    float *y = d->y + n * d->out, low[l->rank];
+    for (int64_t r = 0; r < l->rank; r++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < d->in; i += LANES)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(l->a + r * d->in + i), sum);
+        low[r] = _mm512_reduce_add_ps(sum);
+    }
+    for (int64_t o = 0; o < d->out; o += LANES) {
+        __m512 sum = _mm512_loadu_ps(y + o);
+        for (int64_t r = 0; r < l->rank; r++)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(low[r]), _mm512_loadu_ps(l->b + r * d->out + o), sum);
+        _mm512_storeu_ps(y + o, sum);
+    }
+}
+
+void add_deltas(Delta *d) { for_each(d->n, add_delta, d, d->n < 4); }
+
+// ---- attention -------------------------------------------------------------------------------------------------------
+
+typedef uint16_t half;
+
+typedef struct {
+    half *k, *v;  // of the sequence's first token in the first layer and head
+    int64_t layer_stride, head_stride;  // in elements
+    int64_t past, n;  // tokens in the cache, and new ones behind them
+    int64_t row;  // of the first new token
+} Sequence;
+
+typedef struct {
+    const float *qkv;  // (rows, 3, heads, width)
+    float *y;  // (rows, heads, width)
+    const Sequence *sequences;
+    int64_t n_sequences, heads, width, layer;
+    float scale;
+} Attention;
+
+INLINE __m512 load_half(const half *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+
+INLINE void store_half(half *y, const float *x, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512 v = clamp(_mm512_loadu_ps(x + i), -65504.0f, 65504.0f);
+        _mm256_storeu_si256((__m256i *)(y + i), _mm512_cvtps_ph(v, 0));
+    }
+}
+
+INLINE void attend_query(const float *q, const half *k, const half *v, float *y, int64_t length, float scale, const int width) {
+    float p[(length + LANES - 1) / LANES * LANES];
+    __m512 query[width / LANES], total = _mm512_setzero_ps();
+    for (int d = 0; d < width / LANES; d++) query[d] = _mm512_mul_ps(_mm512_loadu_ps(q + d * LANES), _mm512_set1_ps(scale));
+    float most = -FLT_MAX;
+    for (int64_t i = 0; i < length; i++) {
+        __m512 product = _mm512_setzero_ps();
+        for (int d = 0; d < width / LANES; d++) product = _mm512_fmadd_ps(query[d], load_half(k + i * width + d * LANES), product);
+        p[i] = _mm512_reduce_add_ps(product);
+        if (p[i] > most) most = p[i];
+    }
+    for (int64_t i = length; i % LANES; i++) p[i] = -FLT_MAX;
+    for (int64_t i = 0; i < length; i += LANES) {
+        __m512 e = exponential(_mm512_sub_ps(_mm512_loadu_ps(p + i), _mm512_set1_ps(most)));
+        if (length - i < LANES) e = _mm512_maskz_mov_ps((1u << (length - i)) - 1, e);
+        total = _mm512_add_ps(total, e);
+        _mm512_storeu_ps(p + i, e);
+    }
+    __m512 sums[width / LANES], inverse = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
+    for (int d = 0; d < width / LANES; d++) sums[d] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < length; i++)
+        for (int d = 0; d < width / LANES; d++)
+            sums[d] = _mm512_fmadd_ps(_mm512_set1_ps(p[i]), load_half(v + i * width + d * LANES), sums[d]);
+    for (int d = 0; d < width / LANES; d++) _mm512_storeu_ps(y + d * LANES, _mm512_mul_ps(sums[d], inverse));
+}
+
+static void attend_head(void *pointer, int64_t job) {
+    const Attention *a = pointer;
+    const Sequence *s = a->sequences + job / a->heads;
+    int64_t head = job % a->heads, width = a->width, row_width = a->heads * width;
+    int64_t offset = a->layer * s->layer_stride + head * s->head_stride;
+    half *k = s->k + offset, *v = s->v + offset;
+    for (int64_t i = 0; i < s->n; i++) {
+        const float *qkv = a->qkv + (s->row + i) * 3 * row_width + head * width;
+        int64_t at = (s->past + i) * width;
+        store_half(k + at, qkv + row_width, width);
+        store_half(v + at, qkv + 2 * row_width, width);
+        float *y = a->y + (s->row + i) * row_width + head * width;
+        if (width == 64) attend_query(qkv, k, v, y, s->past + i + 1, a->scale, 64);
+        else if (width == 32) attend_query(qkv, k, v, y, s->past + i + 1, a->scale, 32);
+        else attend_query(qkv, k, v, y, s->past + i + 1, a->scale, 16);
+    }
+}
+
+void attend(Attention *a) { for_each(a->n_sequences * a->heads, attend_head, a, 0); }
