@@ -152,7 +152,7 @@ class Int8Linear:
             gelu: applied to the result, by its tanh form.
             add_to: (N, out), contiguous, to which the result is added in place.
         """
-        x, n, call, scratch = x.contiguous(), len(x), self._call, self._scratch
+        x, n, call, scratch = x.contiguous(), x.size(0), self._call, self._scratch
         scratch.reserve(n)
         y = torch.empty(n, self.shape[0]) if add_to is None else add_to
         call.x, call.y, call.n, call.applies_gelu, call.adds = x.data_ptr(), y.data_ptr(), n, gelu, add_to is not None

@@ -96,24 +96,23 @@ class QuantizedModel:
         return self.ln_f(x).to(self.dtype)
 
     def _native_layers(self, x: Tensor, attention: Attention, adapters: RowAdapters | None) -> Tensor:
-        def add_delta(y: Tensor, path: str, x: Tensor) -> None:
-            if adapters is not None:
-                adapters.add_delta_(y, layer, path, x)
-
         scratch = cast(native.Scratch, self._scratch)
         for layer, block in enumerate(self.blocks):
             c_attn, attn_proj, c_fc, mlp_proj = cast(list[native.Int8Linear], block.projections)
             qkv = c_attn(x, norm=block.ln_1)  # (N, 3 * C)
-            add_delta(qkv, "attn.c_attn", scratch.normed(*x.shape))
+            if adapters is not None:
+                adapters.add_delta_(qkv, layer, "attn.c_attn", scratch.normed(*x.shape))
             y = attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1)))
             attn_proj(y, add_to=x)
-            add_delta(x, "attn.c_proj", y)
+            if adapters is not None:
+                adapters.add_delta_(x, layer, "attn.c_proj", y)
             a = c_fc(x, norm=block.ln_2, gelu=adapters is None)
             if adapters is not None:
-                add_delta(a, "mlp.c_fc", scratch.normed(*x.shape))
+                adapters.add_delta_(a, layer, "mlp.c_fc", scratch.normed(*x.shape))
                 native.gelu_(a)
             mlp_proj(a, add_to=x)
-            add_delta(x, "mlp.c_proj", a)
+            if adapters is not None:
+                adapters.add_delta_(x, layer, "mlp.c_proj", a)
         return self.ln_f(x)
 
 
