@@ -21,8 +21,9 @@ from gpt2core.data import Example
 from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2, Sequences, evaluating
-from gpt2core.resources import ResourceMeter
+from gpt2core.resources import ResourceMeter, mean_utilisation, peak_memory_mib
 from gpt2core.training_state import Progress, TrainingState
+from gpt2core.types import TrainSummary
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -43,6 +44,23 @@ class TrainResult:
     history: list[dict[str, float]]
     best_val_loss: float | None
     tokens_per_second: float
+
+    def summary(self, wandb_run: str = "") -> TrainSummary:
+        """The last logged values, and the means and peaks of the history.
+
+        Args:
+            wandb_run: id of the training's run in wandb; "": not tracked.
+        """
+        last = {name: value for entry in self.history for name, value in entry.items()}
+        return TrainSummary(
+            loss=last["train/loss"],
+            val_loss=self.best_val_loss,
+            tokens_seen=last["train/tokens_seen"],
+            tokens_per_second=self.tokens_per_second,
+            utilisation=mean_utilisation(self.history),
+            peak_memory_mib=peak_memory_mib(self.history),
+            wandb_run=wandb_run,
+        )
 
 
 def finetune(
