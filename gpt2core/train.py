@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2core.batching import Batch, attention_mask, pack
+from gpt2core.batching import Batch, pack
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
-from gpt2core.model import GPT2, Sequences, evaluating
+from gpt2core.losses import batch_losses, token_losses
+from gpt2core.model import GPT2
+from gpt2core.optimizers import finetuning_optimizers, learning_rate_factor, pretraining_optimizers
 from gpt2core.resources import ResourceMeter, mean_utilisation, peak_memory_mib
 from gpt2core.training_state import Progress, TrainingState
 from gpt2core.types import TrainSummary
@@ -100,27 +101,6 @@ def finetune(
     head_width = model.config.n_embd // model.config.n_head
     as_sequences = config.precision != "fp32" and has_varlen_attention(device, head_width)
 
-    def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
-        if lora is not None and lora.b_lr_ratio != 1:  # as PEFT's optimiser, DoRA's magnitudes go with lora_B
-            first = [name for name in weights if not name.endswith(("lora_B", "lora_magnitude"))]
-            groups = [
-                {"params": [weights[name] for name in first]},
-                {
-                    "params": [weight for name, weight in weights.items() if name not in first],
-                    "lr": config.learning_rate * lora.b_lr_ratio,
-                },
-            ]
-        return [
-            torch.optim.AdamW(
-                groups,
-                lr=config.learning_rate,
-                betas=config.betas,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-        ]
-
     def indices_of(step: int) -> list[list[int]]:
         epoch, place = divmod(step, steps_per_epoch)
         order = torch.randperm(len(train), generator=_generator(config.seed, epoch)).tolist()
@@ -144,7 +124,7 @@ def finetune(
 
     plan = _Plan(
         config=config,
-        optimisers=optimisers,
+        optimizers=lambda weights: finetuning_optimizers(weights, config, lora),
         batches_of=batches_of,
         describe=describe,
         total_steps=total_steps,
@@ -193,20 +173,6 @@ def pretrain(
             f"{len(tokens)} tokens are too few for a step of {per_step} sequences of {T}; lower batch_size"
         )
 
-    def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        matrices = [weight for name, weight in weights.items() if name.startswith("h.") and weight.dim() == 2]
-        others = [weight for name, weight in weights.items() if not (name.startswith("h.") and weight.dim() == 2)]
-        groups = [{"params": others, "weight_decay": 0.0}]
-        if config.optimizer == "adamw":
-            groups.append({"params": matrices, "weight_decay": config.weight_decay})
-        adamw = torch.optim.AdamW(groups, lr=config.adamw_learning_rate, betas=config.betas, fused=True)
-        if config.optimizer == "adamw":
-            return [adamw]
-        muon = torch.optim.Muon(
-            matrices, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-        return [muon, adamw]
-
     def batches_of(step: int) -> list[Batch]:
         this_pass, place = divmod(step, steps_per_pass)
         generator = _generator(config.seed, this_pass)
@@ -218,7 +184,7 @@ def pretrain(
 
     plan = _Plan(
         config=config,
-        optimisers=optimisers,
+        optimizers=lambda weights: pretraining_optimizers(weights, config),
         batches_of=batches_of,
         describe=lambda step: f"pass {step // steps_per_pass + 1} over the text",
         total_steps=config.max_steps,
@@ -231,43 +197,12 @@ def pretrain(
     return _run(model, plan, log, checkpoint_dir)
 
 
-@torch.no_grad()
-def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss_on: str) -> list[tuple[float, int]]:
-    """(Summed negative log-likelihood in nats, number of tokens it counts) of each example, without dropout."""
-    device = model.wte.weight.device
-    sums: list[tuple[float, int]] = []
-    with evaluating(model):
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            batch = pack(part, loss_on, device)
-            losses = _losses(model, batch)
-            assert batch.example is not None
-            rows = batch.example.flatten()[batch.labelled]  # index of the example that each loss belongs to
-            per_row = torch.zeros(len(part), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
-            sums += zip(per_row.tolist(), rows.bincount(minlength=len(part)).tolist(), strict=True)
-    return sums
-
-
-def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:
-    """Warm-up, plateau, decay (arXiv:2404.06395): the share of the learning rate at step 0, 1, …
-
-    The decay is linear, half a cosine (arXiv:1608.03983), or none (`constant`).
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    decay_steps = config.decay_fraction * total_steps if config.schedule != "constant" else 0
-    left = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
-    if config.schedule == "cosine":
-        left = (1 - math.cos(math.pi * left)) / 2
-    return config.final_lr_ratio + (1 - config.final_lr_ratio) * left
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What a run does: all that does not change while it trains."""
 
     config: TrainConfig | PretrainConfig
-    optimisers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
+    optimizers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
     batches_of: Callable[[int], list[Batch]]  # the batches of an optimiser step
     describe: Callable[[int], str]  # the data of an optimiser step, for messages
     total_steps: int
@@ -293,13 +228,13 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
-        state = TrainingState(weights, plan.optimisers(weights), device)
+        state = TrainingState(weights, plan.optimizers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
             for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read
-        while state.progress.step < plan.total_steps and not state.progress.is_stuck(plan.patience):
+        while state.progress.step < plan.total_steps and not state.progress.should_stop_early(plan.patience):
             values = _step(model, plan, state, losses, meter)
             step = state.progress.step
             if values:
@@ -347,14 +282,14 @@ def _step(
     step_loss = torch.zeros((), device=state.device)
     for part in parts:
         with autocast:
-            loss = _losses(model, part).sum()
+            loss = batch_losses(model, part).sum()
         (loss / n_labels).backward()
         step_loss += loss.detach()
     _sum_gradients([*weights.values()])
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf)
-    for optimiser in state.optimisers:
-        optimiser.step()
-        optimiser.zero_grad()
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
     losses.append(step_loss)
     progress.step += 1
@@ -398,18 +333,6 @@ def _read_losses(losses: list[Tensor], plan: _Plan, progress: Progress) -> None:
                 f"lower learning_rate={plan.config.learning_rate}, raise warmup_steps, or use another precision"
             )
     losses.clear()
-
-
-def _losses(model: GPT2, batch: Batch) -> Tensor:
-    """Cross-entropy (N) at the N labelled positions, in fp32. The head sees only them."""
-    mask: Tensor | Sequences | None = batch.sequences
-    if mask is None and batch.positions is not None and batch.example is not None:
-        mask = attention_mask(batch.example)
-    hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)  # (G * T, C)
-    labels = batch.labels.flatten()
-    if batch.labelled is not None:
-        hidden, labels = hidden[batch.labelled], labels[batch.labelled]
-    return F.cross_entropy(model.head(hidden).float(), labels, reduction="none")
 
 
 def _summed(*values: float) -> list[float]:

@@ -38,7 +38,7 @@ class Progress:
     tokens: int = 0
     logged_seconds: float = 0.0
 
-    def is_stuck(self, patience: int | None) -> bool:
+    def should_stop_early(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no new best loss; never with None."""
         return patience is not None and self.validations_since_best >= patience
 
@@ -52,10 +52,10 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Trainable weights, optimisers, torch's random state and progress: what a run is resumed from."""
+    """Trainable weights, optimizers, torch's random state and progress: what a run is resumed from."""
 
     weights: Mapping[str, nn.Parameter]
-    optimisers: Sequence[torch.optim.Optimizer]
+    optimizers: Sequence[torch.optim.Optimizer]
     device: torch.device
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the best validation loss
@@ -109,8 +109,8 @@ class TrainingState:
         """
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for i, optimiser in enumerate(self.optimisers):
-            for j, state in optimiser.state_dict()["state"].items():
+        for i, optimizer in enumerate(self.optimizers):
+            for j, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimiser.{i}.{j}.{key}": value for key, value in state.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -153,19 +153,19 @@ class TrainingState:
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weight.{name}"])
         self.best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
-        for i, optimiser in enumerate(self.optimisers):
+        for i, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Any]] = {}
             for key, value in tensors.items():
                 if key.startswith(f"optimiser.{i}."):
                     _, _, j, name = key.split(".")
                     state.setdefault(int(j), {})[name] = value
-            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,10 +15,10 @@ from gpt2core.config import AttentionConfig, GenerationConfig
 from gpt2core.data import Record, encode_records
 from gpt2core.evaluate import sample_answers
 from gpt2core.lora import merge_lora
+from gpt2core.losses import token_losses
 from gpt2core.model import best_device
 from gpt2core.resources import machine
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.train import token_losses
 from gpt2core.types import JsonDataclass, TrainSummary
 
 
