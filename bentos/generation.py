@@ -235,7 +235,7 @@ class TextGenerator:
         stats = self.engine.stats()
         running, waiting = self.engine.adapters_in_use()
         model = {"model_name": TUNED}
-        # the whole context of every place in the batch: caches grow on demand and have no limit of their own
+        # relative to the whole context of every slot in the batch: caches grow on demand and have no limit of their own
         kv_usage = stats["cached_tokens"] / (MAX_BATCH * self.n_positions)
         adapters = {
             "max_lora": str(MAX_ADAPTERS + 1),
@@ -243,14 +243,14 @@ class TextGenerator:
             "waiting_lora_adapters": ",".join(waiting),
         }
         gauges: dict[str, Gauge] = {
-            "gpt2_queue_depth": ("Requests waiting for a place in the batch", stats["waiting"]),
+            "gpt2_queue_depth": ("Requests waiting for a slot in the batch", stats["waiting"]),
             "gpt2_running_requests": ("Requests in the running batch, in prefill or decode", stats["running"]),
             "gpt2_cached_tokens": ("Tokens of running requests in the KV cache", stats["cached_tokens"]),
             "gpt2_cached_prefix_tokens": ("Tokens in the prefix cache", stats["cached_prefix_tokens"]),
             "gpt2_adapters": ("Loaded adapters", len(self._adapters)),
             # vLLM's names, which dashboards and the Gateway API inference extension (proposal 003) read
             "vllm:num_requests_running": ("Requests in the running batch", stats["running"], model),
-            "vllm:num_requests_waiting": ("Requests waiting for a place in the batch", stats["waiting"], model),
+            "vllm:num_requests_waiting": ("Requests waiting for a slot in the batch", stats["waiting"], model),
             "vllm:kv_cache_usage_perc": ("Used share of the KV cache, 1 is full", kv_usage, model),
             "vllm:gpu_cache_usage_perc": ("The same, by its older name", kv_usage, model),
             "vllm:lora_requests_info": ("Adapters of requests; the value is the time", time(), adapters),

@@ -51,8 +51,8 @@ def read(content: bytes | str) -> Manifest:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        raise ValueError(f"{MANIFEST}: {place}: {first['msg']}" if place else f"{MANIFEST}: {first['msg']}") from None
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise ValueError(f"{MANIFEST}: {key}: {first['msg']}" if key else f"{MANIFEST}: {first['msg']}") from None
 
 
 def publish(directory: Path, adapters: Mapping[str, str], canary: tuple[str, float] | None = None) -> Manifest:

@@ -17,7 +17,7 @@ class Collected:
 
     records: int  # in the file
     changed: int  # of them, new or with another output than before
-    problems: list[str]  # each begins with its place in the log
+    problems: list[str]  # each begins with its location in the log
 
 
 def collect(log: str | Path, out: Path) -> Collected:
@@ -52,13 +52,13 @@ def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str
         prompts[completion.request_id].add(completion.prompt)
     found: dict[tuple[str, str], str] = {}
     problems = list(traffic.problems)
-    for place, feedback in traffic.feedback:
+    for location, feedback in traffic.feedback:
         if feedback.correction is None:
             continue
         try:
             key = _question(feedback, prompts)
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
             continue
         found[key] = feedback.correction.strip()
     return found, problems

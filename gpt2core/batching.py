@@ -78,11 +78,11 @@ def pack(
     for row, members in enumerate(rows):
         start = shared
         for i in members:
-            ids, place = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
-            input_ids[row, place], example[row, place] = ids[:-1], i
-            positions[row, place] = torch.arange(shared, shared + lengths[i])
-            labels[row, start + first[i] - 1 - shared : place.stop] = ids[first[i] - shared :]
-            start = place.stop
+            ids, span = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
+            input_ids[row, span], example[row, span] = ids[:-1], i
+            positions[row, span] = torch.arange(shared, shared + lengths[i])
+            labels[row, start + first[i] - 1 - shared : span.stop] = ids[first[i] - shared :]
+            start = span.stop
     n_tokens = sum(lengths) + shared * len(examples)
     one_example_per_row = n_rows == len(examples)
     labelled = (labels != IGNORED).flatten().nonzero()[:, 0]

@@ -102,9 +102,9 @@ def finetune(
     as_sequences = config.precision != "fp32" and has_varlen_attention(device, head_width)
 
     def indices_of(step: int) -> list[list[int]]:
-        epoch, place = divmod(step, steps_per_epoch)
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
         order = torch.randperm(len(train), generator=_generator(config.seed, epoch)).tolist()
-        first = place * config.gradient_accumulation_steps
+        first = step_in_epoch * config.gradient_accumulation_steps
         parts = range(first, min(first + config.gradient_accumulation_steps, n_batches))
         return [order[part * config.batch_size : (part + 1) * config.batch_size] for part in parts]
 
@@ -174,11 +174,11 @@ def pretrain(
         )
 
     def batches_of(step: int) -> list[Batch]:
-        this_pass, place = divmod(step, steps_per_pass)
+        this_pass, step_in_pass = divmod(step, steps_per_pass)
         generator = _generator(config.seed, this_pass)
         offset = int(torch.randint(T, (1,), generator=generator))
         order = torch.randperm((len(tokens) - offset - 1) // T, generator=generator)
-        parts = order[place * per_step : (place + 1) * per_step].split(config.batch_size)
+        parts = order[step_in_pass * per_step : (step_in_pass + 1) * per_step].split(config.batch_size)
         index = [offset + part[:, None] * T + torch.arange(T + 1) for part in parts]  # each (B, T + 1)
         return [Batch(tokens[i[:, :-1]], tokens[i[:, 1:]], i[:, 1:].numel()).to(device) for i in index]
 

@@ -33,7 +33,7 @@ DONE = {"error": "refused", "drop": "dropped", "truncate": "truncated"}
 def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[Record], "records"]:
     """Instruction records: bundled, from a URL with a known sha256, or from a file.
 
-    Reports everything that is wrong with them, because later steps do not know the place in the user's file. The
+    Reports everything that is wrong with them, because later steps do not know the location in the user's file. The
     base's tokenizer is cheap, its pretraining is not.
     """
     records, origin = read_source(data, seed)
@@ -67,8 +67,8 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
     if too_long:
         what = f"have more tokens than the context of {context_length} and were {DONE[data.too_long]}"
-        places = _first([record.place for record in too_long])
-        logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, places)
+        locations = _first([record.location for record in too_long])
+        logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, locations)
     describe("records", {"source": data.source, **origin, **about})
     return kept
 
@@ -125,5 +125,5 @@ def _tokenizer(base: BaseConfig, n_facts: int | None, seed: int) -> tuple[Encodi
     return tokenizer, GPT2Config.preset(base.name).n_positions
 
 
-def _first(places: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(places[:shown]) + (f" and {len(places) - shown} more" if len(places) > shown else "")
+def _first(locations: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(locations[:shown]) + (f" and {len(locations) - shown} more" if len(locations) > shown else "")

@@ -38,6 +38,6 @@ def report(
         texts = [file.read_text() for file in (page, report_data, curves)]
     if metrics.train.wandb_run:
         address, last_step = context.get_output_artifact_uri("report"), int(history[-1]["step"])
-        place = run_name, metrics.train.wandb_run
-        track_results(tracking, *place, samples, metrics, address, last_step, wandb_directory())
+        wandb_run = metrics.train.wandb_run
+        track_results(tracking, run_name, wandb_run, samples, metrics, address, last_step, wandb_directory())
     return HTMLString(texts[0]), texts[1], HTMLString(texts[2])

@@ -17,8 +17,8 @@ class Traffic:
     """What a log and its rotated files hold, oldest first."""
 
     completions: list[LoggedCompletion] = field(default_factory=list)
-    feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its place, like requests.jsonl:7
-    problems: list[str] = field(default_factory=list)  # lines that are neither, with their places
+    feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its location, like requests.jsonl:7
+    problems: list[str] = field(default_factory=list)  # lines that are neither, with their locations
     lost: int = 0  # lines that the service could not write
 
 
@@ -45,19 +45,19 @@ def read_traffic(log: str | Path) -> Traffic:
     return traffic
 
 
-def _add(traffic: Traffic, place: str, line: bytes) -> None:
+def _add(traffic: Traffic, location: str, line: bytes) -> None:
     try:
         value = json.loads(line)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         lost = int(value.get("lost_before") or 0)
         if "rating" in value:
-            traffic.feedback.append((place, LoggedFeedback.from_json(value)))
+            traffic.feedback.append((location, LoggedFeedback.from_json(value)))
         else:
             traffic.completions.append(LoggedCompletion.from_json(value))
         traffic.lost += lost
     except (ValueError, TypeError, RecursionError) as error:
-        traffic.problems.append(f"{place}: {error}")
+        traffic.problems.append(f"{location}: {error}")
 
 
 def completion_of(feedback: LoggedFeedback, known: Container[str]) -> str | None:
