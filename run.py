@@ -230,10 +230,10 @@ def sign(directory: Path, key: Path) -> None:
 @main.command()
 def rollback() -> None:
     """Roll back the last deployment to the version before it."""
-    from steps.deploy import rollback as bring_back
+    from steps.deploy import rollback as roll_back
 
     try:
-        outcome = bring_back()
+        outcome = roll_back()
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
     click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))

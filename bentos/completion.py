@@ -65,7 +65,7 @@ class CompletionResult:
         return self.token_times[0] - self.submitted_at if self.token_times else None
 
 
-class Progress:
+class TokenNotifier:
     """Wakes a coroutine when the engine's thread has new tokens for it."""
 
     def __init__(self, every_token: bool) -> None:
@@ -91,14 +91,14 @@ class Completion:
         request: GenerationRequest,
         adapter: AdapterVersion | None,
         running: "EngineRequest",
-        progress: Progress,
+        notifier: TokenNotifier,
         detokenizer: "Detokenizer",
         on_end: Sequence[Callable[[CompletionResult], None]],
     ) -> None:
         self.request, self.adapter = request, adapter
         self.n_tokens = 0
         self.finish_reason: FinishReason | None = None  # set before the last chunk is yielded
-        self._running, self._progress, self._detokenizer = running, progress, detokenizer
+        self._running, self._notifier, self._detokenizer = running, notifier, detokenizer
         self._on_end, self._ended = on_end, False
 
     async def chunks(self) -> AsyncIterator[Chunk]:
@@ -111,7 +111,7 @@ class Completion:
         sent = 0  # tokens of earlier chunks; further ones may be read, but their text held back
         try:
             while self.finish_reason is None:
-                await self._progress.wait()
+                await self._notifier.wait()
                 reason = running.finish_reason  # read before the tokens, so that none is missed when it is set
                 text = self._read_tokens()
                 if self.request.prompt_only and reason == "stop":

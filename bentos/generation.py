@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 
 from bentos import canary
 from bentos.compat import MODEL_FILE
-from bentos.completion import Completion, CompletionResult, GenerationRequest, Progress
+from bentos.completion import Completion, CompletionResult, GenerationRequest, TokenNotifier
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
 from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
@@ -277,13 +277,13 @@ class TextGenerator:
             raise ServiceError("forbidden", message)
 
     def _submit(self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]) -> Completion:
-        progress = Progress(every_token=request.stream or bool(request.stop))
+        notifier = TokenNotifier(every_token=request.stream or bool(request.stop))
         running = self.engine.submit(
             request.prompt,
             request.config,
             adapter=None if request.model == BASE else request.model,
             deadline=request.deadline,
-            on_progress=progress.notify,
+            on_progress=notifier.notify,
             logprobs=request.logprobs,
             grammar=request.grammar,
             prompt_logprobs=request.echo is not None and request.logprobs is not None,
@@ -291,7 +291,7 @@ class TextGenerator:
         detokenizer = Detokenizer(
             self.tokenizer, request.stop, request.clean, request.config.stop_token_ids, request.config.min_tokens
         )
-        return Completion(request, self.models[request.model], running, progress, detokenizer, on_end)
+        return Completion(request, self.models[request.model], running, notifier, detokenizer, on_end)
 
     def _refused(self, error: Exception, param: str) -> ServiceError:
         if isinstance(error, EngineFull):

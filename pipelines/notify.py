@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def notified(pipeline: str) -> Iterator[None]:
+def notifying_webhook(pipeline: str) -> Iterator[None]:
     """Around a run of this process: post its end to the webhook. An error of the webhook is a warning, no more."""
     url = os.environ.get(VARIABLE, "")
     if not url:

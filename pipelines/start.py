@@ -17,7 +17,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from deploy.source import describe_commit
 from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
-from pipelines.notify import notified
+from pipelines.notify import notifying_webhook
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.stack import check_stack
 from pipelines.zenml_compat import INTERRUPTIONS, short_errors, short_store_errors, verified_cache
@@ -60,7 +60,7 @@ def start(
             short_errors(),
             short_store_errors(),
             verified_cache(is_intact),
-            notified(pipeline.name),
+            notifying_webhook(pipeline.name),
         ):
             checked = Path(directory) / Path(config_file).name
             checked.write_text(yaml.safe_dump(config, sort_keys=False))

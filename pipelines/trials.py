@@ -17,12 +17,12 @@ from steps.pretrain_trial import pretrain_trial
 from steps.split_data import split_data
 
 # label, the variant's parameters, seed of the trial -> the artifact of its Trial
-Try = Callable[[str, Parameters, int], Any]
+AddTrial = Callable[[str, Parameters, int], Any]
 
 
-def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
+def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
     """Data, split and base by the run's seed; adapters by the trial's. Variants that only decode share an adapter."""
-    shared = _Shared()
+    shared = _SharedSteps()
 
     def prepare(data: Any, base: Any) -> Any:
         fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
@@ -71,9 +71,9 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     return run
 
 
-def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
+def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
     """The text by the run's seed; weights and training by the trial's."""
-    shared = _Shared()
+    shared = _SharedSteps()
 
     def fetch(text: Any) -> Any:
         step = fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
@@ -88,14 +88,14 @@ def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     return run
 
 
-def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
-    shared = _Shared()
+def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
+    shared = _SharedSteps()
     return lambda label, parameters, trial_seed: attention_trial(
         label, trial_seed, parameters["attention"], id=shared.name(f"trial_{label}_seed_{trial_seed}")
     )
 
 
-class _Shared:
+class _SharedSteps:
     """The steps that a pipeline has so far: their names, and the outputs of those that several trials use."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class _Shared:
         return name
 
 
-TRIALS: Mapping[str, Callable[[SweepConfig, int, TrackingConfig], Try]] = {
+TRIALS: Mapping[str, Callable[[SweepConfig, int, TrackingConfig], AddTrial]] = {
     "finetune": finetune_trials,
     "pretrain": pretrain_trials,
     "attention": attention_trials,

@@ -25,7 +25,7 @@ from steps.adapters.rouge import rouge_l
 from steps.adapters.statistics import differences, intervals, worst_difference
 from steps.config import EvaluateConfig, PromoteConfig
 from steps.materializers import SampleListMaterializer
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def compare(
     if evaluate.judge.url:
         samples, judged = judge_answers(samples, evaluate.judge)
         comparison = replace(comparison, judge=judged)
-    describe("comparison", {"champion": comparison.champion, "note": comparison.note})
+    attach_metadata("comparison", {"champion": comparison.champion, "note": comparison.note})
     return samples, comparison, repeats
 
 
@@ -131,8 +131,8 @@ def _earlier(
     return samples, replace(comparison, note=f"the champion {comparison.champion} has the same adapter")
 
 
-def _answers_of(samples: Sequence[Sample], *sides: str) -> list[list[Answer]]:
-    return [[sample.answer(side) for sample in samples] for side in sides]
+def _answers_of(samples: Sequence[Sample], *models: str) -> list[list[Answer]]:
+    return [[sample.answer(model) for sample in samples] for model in models]
 
 
 def _load(version: ModelVersionResponse) -> Champion:

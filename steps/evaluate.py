@@ -19,7 +19,7 @@ from steps.adapters.statistics import with_intervals
 from steps.cache import code_of
 from steps.config import EvaluateConfig
 from steps.materializers import SampleListMaterializer
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__), output_materializers={"samples": SampleListMaterializer})
@@ -37,5 +37,5 @@ def evaluate(
         after = evaluate_model(model, tokenizer, test_records, *limits, show)
     samples, evaluation = compare_answers(test_records, before, after, train_summary)
     evaluation = with_intervals(samples, replace(evaluation, device=device.type))
-    describe("metrics", evaluation.to_json())
+    attach_metadata("metrics", evaluation.to_json())
     return samples, evaluation

@@ -23,10 +23,10 @@ from steps.adapters.hub import fetch_base, fetch_dataset
 from steps.adapters.tables import is_table, read_rows, text_files
 from steps.cache import code_of
 from steps.config import BaseConfig, DataConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 logger = logging.getLogger(__name__)
-DONE = {"error": "refused", "drop": "dropped", "truncate": "truncated"}
+PAST_PARTICIPLES = {"error": "refused", "drop": "dropped", "truncate": "truncated"}
 
 
 @step(cache_policy=code_of(__name__))
@@ -66,10 +66,10 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
         what = "contain a section header of the prompt, at which answers are cut"
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
     if too_long:
-        what = f"have more tokens than the context of {context_length} and were {DONE[data.too_long]}"
+        what = f"have more tokens than the context of {context_length} and were {PAST_PARTICIPLES[data.too_long]}"
         locations = _first([record.location for record in too_long])
         logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, locations)
-    describe("records", {"source": data.source, **origin, **about})
+    attach_metadata("records", {"source": data.source, **origin, **about})
     return kept
 
 

@@ -18,7 +18,7 @@ from steps.adapters.model_card import CARD, adapter_card
 from steps.cache import code_of
 from steps.config import TrackingConfig
 from steps.materializers import DirectoryMaterializer, output_directory
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 from steps.training import resumable_training
 
 
@@ -56,5 +56,5 @@ def finetune(
     with output_directory("adapter-") as adapter:
         save_adapter(model, adapter, base=base_ref.to_json())
         atomic_write(adapter / CARD, card.encode())
-    describe("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
+    attach_metadata("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
     return adapter, result.history, summary

@@ -16,7 +16,7 @@ from gpt2core.files import atomic_write
 from steps.adapters.drift import Drift, Signal, measure, write_drift
 from steps.adapters.webhook import WebhookError, post
 from steps.config import MonitorConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 from steps.outputs import outputs_dir, to_json
 from steps.traffic import Traffic, ratings_of, read_traffic, summary
 
@@ -63,7 +63,9 @@ def detect_drift(
     directory = report_directory(get_step_context().pipeline_run.name)
     atomic_write(directory / "drift.html", page.encode())
     atomic_write(directory / "drift.json", to_json(drift.to_json()).encode())
-    describe("drift", {"drifted": drift.drifted, "verdict": drift.verdict, "run": run.name, "requests": drift.requests})
+    attach_metadata(
+        "drift", {"drifted": drift.drifted, "verdict": drift.verdict, "run": run.name, "requests": drift.requests}
+    )
     return drift, HTMLString(page)
 
 

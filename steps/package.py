@@ -12,7 +12,7 @@ from steps.adapters.base import open_base, read_base
 from steps.adapters.model_card import evaluated_card
 from steps.cache import code_of
 from steps.config import EvaluateConfig, PackageConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__, "bentos.service", "deploy.containers.proxy", folder="bentos"))
@@ -43,7 +43,7 @@ def package(
     tag = bento.build(open_base(base), adapter, lineage, card)
     verified = samples[: package.smoke_prompts]
     verify_bento(tag, verified, evaluate.max_new_tokens, metrics.device)
-    describe("bento", {"tag": tag, "smoke_prompts": len(verified)})
+    attach_metadata("bento", {"tag": tag, "smoke_prompts": len(verified)})
     return tag, replace(lineage, bento=tag)
 
 

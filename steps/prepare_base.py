@@ -14,7 +14,7 @@ from steps.cache import code_of
 from steps.checkpoints import stored_checkpoints
 from steps.config import BaseConfig
 from steps.materializers import DirectoryMaterializer, output_directory
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__), output_materializers={"base": DirectoryMaterializer})
@@ -31,7 +31,7 @@ def prepare_base(
             figures = _make(base, n_facts, seed, directory)
             ref = BaseRef.from_json(figures)
         write_base(directory, ref, figures)
-    describe("base", {"source": base.source, **figures, **ref.to_json()})
+    attach_metadata("base", {"source": base.source, **figures, **ref.to_json()})
     return directory
 
 

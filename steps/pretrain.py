@@ -14,7 +14,7 @@ from gpt2core.types import TrainSummary
 from steps.cache import code_of
 from steps.config import ModelConfig, TextConfig, TrackingConfig
 from steps.materializers import DirectoryMaterializer, output_directory
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 from steps.training import resumable_training
 
 
@@ -38,7 +38,9 @@ def pretrain(
     assert base.result is not None
     summary = base.result.summary()
     about = {"sha256": directory_sha256(directory), "corpus_tokens": base.n_tokens}
-    describe("base", {**about, "parameters": sum(p.numel() for p in base.model.parameters()), **summary.to_json()})
+    attach_metadata(
+        "base", {**about, "parameters": sum(p.numel() for p in base.model.parameters()), **summary.to_json()}
+    )
     return directory, base.result.history, summary
 
 

@@ -7,7 +7,7 @@ from zenml.client import Client
 from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Difference, Evaluation, JsonDataclass
 from steps.config import PromoteConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def promote(
         reason=reason,
         champion=repeats,
     )
-    describe("promotion", promotion.to_json())
+    attach_metadata("promotion", promotion.to_json())
     scores = metrics.to_json()
     evidence = {"promotion": promotion.to_json(), "comparison": compared_on(comparison, promote.metric)}
     log_metadata(metadata={model: scores[model] for model in ("base", "tuned")} | evidence, infer_model=True)

@@ -12,7 +12,7 @@ from steps.adapters.report import write_curves, write_report
 from steps.adapters.tracking import track_results
 from steps.cache import code_of
 from steps.config import TrackingConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 from steps.outputs import wandb_directory
 
 
@@ -29,7 +29,7 @@ def report(
 ) -> tuple[Annotated[HTMLString, "report"], Annotated[str, "report_json"], Annotated[HTMLString, "curves"]]:
     """Base against tuned model as a page and as JSON text, and the training curves as a page."""
     data = check_data(train_records, val_records, test_records)
-    describe("report", {"same_record": data.same_record, "same_question": data.same_question, "near": data.near})
+    attach_metadata("report", {"same_record": data.same_record, "same_question": data.same_question, "near": data.near})
     context = get_step_context()
     run_name = context.pipeline_run.name
     with TemporaryDirectory() as directory:

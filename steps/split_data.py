@@ -6,7 +6,7 @@ from gpt2core.data import Record, Split, records_sha256, split_records
 from gpt2core.types import SplitPart, SplitSummary
 from steps.cache import code_of
 from steps.config import DataConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__))
@@ -24,5 +24,5 @@ def split_data(
         name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)
     }
     for name, about in summary.items():
-        describe(f"{name}_records", about.to_json())
+        attach_metadata(f"{name}_records", about.to_json())
     return parts.train, parts.val, parts.test, SplitSummary(**summary)

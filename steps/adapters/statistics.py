@@ -137,14 +137,14 @@ def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, 
 def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluation:
     """The evaluation with the 95 % interval of each score of base and tuned model, over all records and by family."""
     groups = [sample.group for sample in samples]
-    sides = {side: [sample.answer(side) for sample in samples] for side in ("base", "tuned")}
+    answers_of = {model: [sample.answer(model) for sample in samples] for model in ("base", "tuned")}
     families = {}
     for family, scores in evaluation.by_family.items():
         members = [i for i, sample in enumerate(samples) if sample.family == family]
         of = [groups[i] for i in members]
-        base, tuned = (interval([answers[i] for i in members], of, "exact_match") for answers in sides.values())
+        base, tuned = (interval([answers[i] for i in members], of, "exact_match") for answers in answers_of.values())
         families[family] = replace(scores, base_ci95=base, tuned_ci95=tuned)
-    overall = {side: intervals(answers, groups) for side, answers in sides.items()}
+    overall = {model: intervals(answers, groups) for model, answers in answers_of.items()}
     return replace(evaluation, intervals=overall, by_family=families)
 
 

@@ -18,7 +18,7 @@ SCRIPT = """
 import sys
 from zenml import pipeline, step
 from zenml.enums import ExecutionMode
-from pipelines.notify import notified
+from pipelines.notify import notifying_webhook
 from pipelines.processes import Process
 @step(enable_cache=False)
 def work(fails: bool) -> None:
@@ -28,7 +28,7 @@ def work(fails: bool) -> None:
 def told(fails: bool) -> None:
     work(fails)
 if __name__ == "__main__":
-    with notified("told"):
+    with notifying_webhook("told"):
         told(len(sys.argv) > 1)
 """
 
