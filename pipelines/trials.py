@@ -16,12 +16,12 @@ from steps.prepare_base import prepare_base
 from steps.pretrain_trial import pretrain_trial
 from steps.split_data import split_data
 
-# label, the variant's parameters, seed of the trial -> the artifact of its Trial
+# Adds the steps of a trial: (label, the variant's parameters, seed of the trial) -> the artifact with its Trial
 AddTrial = Callable[[str, Parameters, int], Any]
 
 
 def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
-    """Data, split and base by the run's seed; adapters by the trial's. Variants that only decode share an adapter."""
+    """Data, split and base use the run's seed, adapters the trial's. Variants that only decode share an adapter."""
     shared = _SharedSteps()
 
     def prepare(data: Any, base: Any) -> Any:
@@ -32,7 +32,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     def train_adapters(parts: Any, base: Any, lora: Any, train: Any) -> list[Any]:
         runs: list[Any] = []
         for _ in range(sweep.repeats):
-            # a repeated training is compared with the first one, so it must not be taken from the cache
+            # a repeated training is compared with the first one, so it must not come from the cache
             step = finetune.with_options(enable_cache=False) if runs else finetune
             name = shared.name(f"finetune_seed_{train.seed}")
             after = [shared.last] if runs else []  # trainings with equal inputs share a checkpoint
@@ -72,7 +72,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
 
 
 def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
-    """The text by the run's seed; weights and training by the trial's."""
+    """The text uses the run's seed, weights and training the trial's."""
     shared = _SharedSteps()
 
     def fetch(text: Any) -> Any:
@@ -96,7 +96,7 @@ def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) ->
 
 
 class _SharedSteps:
-    """The steps that a pipeline has so far: their names, and the outputs of those that several trials use."""
+    """The steps that a pipeline has so far: their names, and the outputs that several trials use."""
 
     def __init__(self) -> None:
         self.last = ""  # name of the training added last

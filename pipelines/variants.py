@@ -9,7 +9,7 @@ from pipelines.config import DERIVED
 from pipelines.errors import ConfigError, check_names
 from steps.config import SweepConfig
 
-# Kind of sweep -> the parameters of a run that it has, and that a variant may change
+# Kind of sweep -> the parameters that its trials use and a variant may change
 PARAMETERS_OF_KIND = {
     "finetune": ("data", "base", "lora", "train", "generation"),
     "pretrain": ("text", "model", "pretrain"),

@@ -44,10 +44,10 @@ class Champion:
 def compare(
     samples: list[Sample], test_records: list[Record], adapter: Path, evaluate: EvaluateConfig, promote: PromoteConfig
 ) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"], Annotated[str, "repeats"]]:
-    """The tuned model beside its base, and beside the champion on the test records that the champion has not seen.
+    """Compare the tuned model with its base, and with the champion on test records that it was not trained on.
 
-    `repeats` is the champion's model version if this run's adapter is the champion's, which is then compared as when it
-    was promoted; otherwise "".
+    `repeats` is "" unless this run's adapter is the champion's; then it is the champion's model version, and the
+    comparison is that of the run that was promoted.
     """
     tuned, base = _answers_of(samples, "tuned", "base")
     against_base = differences(tuned, base, [sample.group for sample in samples])
@@ -122,7 +122,7 @@ def _with_champion(
 def _earlier(
     samples: list[Sample], comparison: Comparison, version: ModelVersionResponse
 ) -> tuple[list[Sample], Comparison]:
-    """What the champion's own run compared, if its answers are these."""
+    """The comparison of the champion's own run, if its answers are the same."""
     stored = [found for name in ("compared_samples", "comparison") if (found := version.get_artifact(name)) is not None]
     if len(stored) == 2:
         compared, earlier = (artifact.load() for artifact in stored)

@@ -31,10 +31,10 @@ PAST_PARTICIPLES = {"error": "refused", "drop": "dropped", "truncate": "truncate
 
 @step(cache_policy=code_of(__name__))
 def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[Record], "records"]:
-    """Instruction records: bundled, from a URL with a known sha256, or from a file.
+    """Instruction records: bundled, from a URL with a known sha256, from a dataset of the hub, or from a file.
 
-    Reports everything that is wrong with them, because later steps do not know the location in the user's file. The
-    base's tokenizer is cheap, its pretraining is not.
+    All problems of the records are reported here, before the base is pretrained: later steps do not know the location
+    in the user's file.
     """
     records, origin = read_source(data, seed)
     tokenizer, context_length = _tokenizer(base, data.n_facts, seed)

@@ -35,7 +35,7 @@ def finetune(
     Annotated[list[dict[str, float]], "history"],
     Annotated[TrainSummary, "train_summary"],
 ]:
-    """Train a LoRA adapter on the train split: its directory, the logged values by step, and the final figures."""
+    """Train a LoRA adapter on the train split; returns its directory, the logged values by step, and a summary."""
     base_dir, base_ref = open_base(base), read_base(base)
     tokenizer, n_positions = load_tokenizer(base_dir), read_config(base_dir / CONFIG).n_positions
     examples, val_examples = (

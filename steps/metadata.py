@@ -7,7 +7,7 @@ from zenml import log_metadata, save_artifact
 
 
 def attach_metadata(artifact: str, about: Mapping[str, Any]) -> None:
-    """Attach the values that are not None to the running step's output of this name."""
+    """Attach the values that are not None to the output `artifact` of the running step."""
     known = {key: value for key, value in about.items() if value is not None}
     log_metadata(metadata=known, artifact_name=artifact, infer_artifact=True)
 

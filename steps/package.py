@@ -25,7 +25,7 @@ def package(
     package: PackageConfig,
     evaluate: EvaluateConfig,
 ) -> tuple[Annotated[str, "bento"], Annotated[Lineage, "lineage"]]:
-    """Build the Bento, serve it and compare its answers with those of `evaluate`. Returns its tag and lineage."""
+    """Build the Bento, serve it and compare its answers with those of `evaluate`; returns its tag and lineage."""
     context = get_step_context()
     lineage = Lineage(
         run=RunRef(str(context.pipeline_run.id), context.pipeline_run.name),

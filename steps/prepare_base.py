@@ -21,7 +21,7 @@ from steps.metadata import attach_metadata
 def prepare_base(
     base: BaseConfig, n_facts: int | None, seed: int
 ) -> Annotated[Path, ArtifactConfig(name="base", artifact_type=ArtifactType.MODEL)]:
-    """A directory with the base: the nano model, pretrained here, or a reference to a model of the hub."""
+    """The base: a directory with the nano model, pretrained here, or with a reference to a model of the hub."""
     with output_directory("base-") as directory:
         figures: Figures
         if base.source == "hub":

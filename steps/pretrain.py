@@ -31,7 +31,7 @@ def pretrain(
     Annotated[list[dict[str, float]], "history"],
     Annotated[TrainSummary, "train_summary"],
 ]:
-    """A tokenizer and a GPT-2 trained on the documents: the checkpoint, the logged values by step, and a summary."""
+    """Train a tokenizer and a GPT-2 on the documents; returns checkpoint, logged values by step, and a summary."""
     with output_directory("base-") as directory:
         base = train_base(documents, text, model, pretrain, seed, tracking, directory)
         save_pretrained(base.model, directory)

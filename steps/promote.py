@@ -51,7 +51,7 @@ def promote(
 
 
 def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
-    """Whether the tuned model is to be promoted, and the reason as a sentence.
+    """Decide whether to promote the tuned model; returns the decision and its reason as a sentence.
 
     It must be better than its base (p below alpha) and, where there is a champion, shown to be not worse than it by
     more than the margin, at the one-sided level alpha.

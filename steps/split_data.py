@@ -18,7 +18,7 @@ def split_data(
     Annotated[list[Record], "test_records"],
     Annotated[SplitSummary, "split"],
 ]:
-    """Train, validation and test records, each group in one part only; and the size and sha256 of each part."""
+    """Split into train, validation and test records with whole groups; also returns size and sha256 of each part."""
     parts = split_records(records, seed if data.order == "seed" else None, data.val_fraction, data.test_fraction)
     summary = {
         name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)

@@ -1,8 +1,8 @@
-"""Live traffic beside the run that is served: the signals of drift, and Evidently's report of the distributions.
+"""Drift of live traffic relative to the served run: the signals, and Evidently's report of the distributions.
 
 The reference is the run's own evaluation: the prompts of the test split and the tuned model's answers to them.
-Vocabulary and similarity are measured against the prompts of the training split on both sides, so prompts about new
-things that are as new as the test split's are no drift.
+Vocabulary and similarity are measured against the training prompts for both traffic and reference. New subjects alone
+are therefore no drift: those of the test split are not in the training prompts either.
 """
 
 import re

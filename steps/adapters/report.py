@@ -1,4 +1,4 @@
-"""The report page: a summary of ours (jinja2, autoescaped), Evidently's report, and the training curves."""
+"""The report page: a summary from report.html.j2 (autoescaped), Evidently's report, and the training curves."""
 
 import itertools
 import json
@@ -104,7 +104,7 @@ def word_diff(reference: str, answer: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some of the records: how many base and tuned model answer rightly, with 95 % intervals."""
+    """A subset of the records: the shares that base and tuned model answer correctly, with 95 % intervals."""
 
     name: str
     records: int
@@ -115,7 +115,7 @@ class _Slice:
 
 
 def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
-    """Exact match for short, middle and long reference answers, a third of the records each."""
+    """Exact match for short, medium and long reference answers, a third of the records each."""
     order = sorted(samples, key=lambda sample: len(sample.output))
     slices = []
     for part in (order[i * len(order) // 3 : (i + 1) * len(order) // 3] for i in range(3)):
@@ -130,7 +130,7 @@ def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
 
 
 def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Samples whose answer became right or wrong, by heading."""
+    """Samples whose answer became correct or wrong, by heading."""
 
     def changed(side: str, was: float) -> list[Sample]:
         answered = [sample for sample in samples if getattr(sample, f"{side}_scores") is not None]
@@ -145,7 +145,7 @@ def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _calibration(samples: Sequence[Sample]) -> list[tuple[str, int, float, float]]:
-    """Of tuned answers by confidence: range, number, mean confidence, share that is right."""
+    """Tuned answers by confidence: range, number, mean confidence, share that is correct."""
     rows = []
     for low, high in itertools.pairwise((0.0, 0.5, 0.8, 0.9, 0.95, 1.0)):
         part = [s for s in samples if s.tuned_confidence is not None and low <= s.tuned_confidence < high + (high == 1)]

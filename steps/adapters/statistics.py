@@ -95,7 +95,7 @@ def worst_difference(
     """The one-sided bound at 1 - alpha of how much worse the new model may be; negative: worse. None: no bound.
 
     For shares, one record won and one lost are added (A. Agresti and Y. Min, Statistics in Medicine 24, 2005): without
-    them a bootstrap of few changed answers is too sure.
+    them a bootstrap of few changed answers gives too narrow an interval.
     """
     sums = _by_group(_paired(new, old, metric), groups)
     if METRICS[metric].is_share:

@@ -79,5 +79,5 @@ def test_a_webhook_is_told_of_success_and_failure(tmp_path, webhook):
 def test_a_webhook_that_cannot_be_reached_is_a_warning_without_its_address(tmp_path):
     done = run(tmp_path, "http://127.0.0.1:9/secret")
     assert done.returncode == 0, done.stderr
-    assert "the webhook of GPT2_INSTRUCT_WEBHOOK was not told that the run completed" in done.stderr + done.stdout
+    assert "the webhook in GPT2_INSTRUCT_WEBHOOK was not notified that the run completed" in done.stderr + done.stdout
     assert "secret" not in done.stderr + done.stdout
