@@ -1,4 +1,4 @@
-"""From instruction records to training examples: splitting, length limits, encoding. Downloads nothing."""
+"""From instruction records to training examples: splitting, length limits, encoding. No network access."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from gpt2core.config import TooLong
 from gpt2core.prompt import MARKERS, format_prompt
-from gpt2core.records import (  # the public path of these names
+from gpt2core.records import (  # re-exported: the public path of these names
     REQUIRED,
     TEXTS,
     Record,
@@ -70,7 +70,7 @@ class LongRecord:
 
 
 def count_duplicates(records: Sequence[Record]) -> int:
-    """Number of records equal to an earlier one. They are kept: repeating a record is a choice of the data's author."""
+    """Number of records equal to an earlier one. They are kept, since the author may have repeated them on purpose."""
     return len(records) - len({(*question(record), record["output"]) for record in records})
 
 
@@ -101,7 +101,7 @@ def count_leaks(records: Sequence[Record]) -> int:
 def split_records(
     records: Sequence[Record], seed: int | None, val_fraction: float = 0.05, test_fraction: float = 0.1
 ) -> Split:
-    """Split by the records' own `part`, as far as they have one; a part that none has is taken from the train records.
+    """Split by the records' own `part`. A part that no record has is split off from the train records.
 
     Raises:
         ValueError: as `split_evenly`.
@@ -155,7 +155,7 @@ def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: floa
 
 
 def question(record: Record) -> tuple[str, str]:
-    """Instruction and input: records with the same ones ask the same."""
+    """The question of a record: its instruction and input."""
     return record["instruction"], record.get("input", "")
 
 

@@ -91,7 +91,7 @@ def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int
 
 
 def normalise(answer: str) -> str:
-    """The form in which answers are compared: letter case, runs of whitespace and a final period do not count."""
+    """Normalise an answer for comparison: letter case, runs of whitespace and a final period do not count."""
     return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
 
 

@@ -8,8 +8,7 @@
 | ShareGPT | conversations: a list of {"from", "value"} |
 
 A conversation becomes one record for each answer of the assistant: its instruction is the user's turn before it, and
-its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is left out, as
-the service leaves it out.
+its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is dropped, as in the service.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Instruction records: reading files of them, checking them, writing them. Errors name the location in the user's file.
+"""Reads, validates and writes files of instruction records. Errors have the location in the user's file.
 
 The formats that a record may have are in `gpt2core/record_formats.py`.
 """
@@ -55,7 +55,7 @@ class FileRecord(dict[str, str]):
 
 
 def location_of(records: Sequence[Record], i: int) -> str:
-    """Where the record is in its file, as the user counts; for records made in memory, its number in the list."""
+    """The record's location in its file, counted from 1; for records made in memory, its number in the list."""
     return getattr(records[i], "location", "") or f"record {i + 1}"
 
 

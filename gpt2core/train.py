@@ -1,4 +1,4 @@
-"""Finetuning and pretraining: one loop, which resumes an interrupted run byte for byte. Metrics go to a callback."""
+"""The training loop of finetuning and pretraining. It resumes an interrupted run with byte-identical results."""
 
 import hashlib
 import json
@@ -74,17 +74,18 @@ def finetune(
 ) -> TrainResult:
     """Train the weights that require gradients (after `add_lora`, the adapter alone), in place, with AdamW.
 
-    With `patience`, training stops early once that many validations in a row brought no new best loss. At the end the
-    model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
-    weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
-    result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; on a GPU up
-    to rounding, since its attention adds gradients in no fixed order. epochs and max_steps may have grown since. A
-    damaged checkpoint is skipped with a warning. `log` first gets the entries of the
-    interrupted run.
+    With `patience`, training stops early after that many validations in a row without a new best loss. At the end the
+    model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen weights are
+    unchanged, whatever the precision.
+
+    Training resumes from a checkpoint in `checkpoint_dir`. The result has the same bytes as that of an uninterrupted
+    run, on the same kind of machine with the same number of threads; on a GPU it is equal up to rounding, since
+    attention's backward pass adds in no fixed order. epochs and max_steps may be larger than before. A damaged
+    checkpoint is skipped with a warning. `log` first gets the entries of the interrupted run.
 
     In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
-    takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` counts the
-    records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
+    takes its share of every batch, gradients are summed, and all processes get the same weights; `batch_size` counts
+    the records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
 
     Raises:
         ValueError: no examples, nothing to train, a merged adapter, or a checkpoint of other data or another config.
@@ -96,7 +97,7 @@ def finetune(
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lora = next((layer.config for _, layer in lora_layers(model)), None)
-    # dropout draws separately for each example, so a shared prefix could not be computed once for all
+    # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
     head_width = model.config.n_embd // model.config.n_head
     as_sequences = config.precision != "fp32" and has_varlen_attention(device, head_width)
@@ -199,7 +200,7 @@ def pretrain(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a run does: all that does not change while it trains."""
+    """What stays constant during a training."""
 
     config: TrainConfig | PretrainConfig
     optimizers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
@@ -276,7 +277,7 @@ def _step(
     parts = plan.batches_of(progress.step)
     own_labels, own_tokens = sum(part.n_labels for part in parts), sum(part.n_tokens for part in parts)
     n_labels, n_tokens = map(int, _summed(own_labels, own_tokens))
-    # an adapter casts its own inputs; autocast is for training the fp32 weights of the base itself
+    # an adapter casts its own inputs; autocast is for training the fp32 weights of the base
     full = any("lora_" not in name for name in weights)
     autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=full and config.precision == "bf16-mixed")
     step_loss = torch.zeros((), device=state.device)
@@ -386,16 +387,16 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    """One per epoch, so that a step's data depends on nothing but its number."""
+    """One generator per epoch, so that the data of a step depends only on its number."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def _fingerprint(config: TrainConfig | PretrainConfig, data: Sequence[Any], lora: LoraConfig | None = None) -> str:
-    """Digest of what a resumed run must share with the interrupted one; `_MAY_DIFFER` need not be the same."""
+    """Digest of everything that a resumed run must have in common with the interrupted one, except `_MAY_DIFFER`."""
     values = {key: value for key, value in asdict(config).items() if key not in _MAY_DIFFER}
     return hashlib.sha256(json.dumps([values, data, lora and asdict(lora)]).encode()).hexdigest()
 
 
-# length, devices, and what changes no number of a step
+# fields that a resumed run may change: they affect the length of the training, but not the result of a step
 _MAY_DIFFER = ("epochs", "max_steps", "patience", "devices", "gradient_checkpointing")

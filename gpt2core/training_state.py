@@ -1,4 +1,4 @@
-"""What changes while a model trains, and its checkpoint file."""
+"""The state of a training, and its checkpoint file."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensor
 
 @dataclass
 class Progress:
-    """What changes from step to step, besides tensors."""
+    """The part of the state that is not tensors."""
 
     step: int = 0
     tokens_seen: int = 0
@@ -32,14 +32,14 @@ class Progress:
     best_val_loss: float | None = None
     validations_since_best: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # as in `gpt2core.train.TrainResult`
-    # since the last entry of the history
+    # sums since the last entry of the history
     loss: float = 0.0
     labels: int = 0
     tokens: int = 0
     logged_seconds: float = 0.0
 
     def should_stop_early(self, patience: int | None) -> bool:
-        """Whether the last `patience` validations brought no new best loss; never with None."""
+        """Early stopping: whether the last `patience` validations had no new best loss; False if it is None."""
         return patience is not None and self.validations_since_best >= patience
 
     def record(self, values: Mapping[str, float]) -> None:
@@ -102,7 +102,7 @@ class TrainingState:
                 )
 
     def save(self, directory: Path, fingerprint: str) -> None:
-        """Write a checkpoint; the one before is kept beside it until the next call.
+        """Write a checkpoint; the previous one is kept until the next call.
 
         Args:
             fingerprint: identifies the run's data and config; `resume` accepts only the same one.

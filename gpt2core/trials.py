@@ -1,4 +1,4 @@
-"""Trials of a sweep: what is measured of one variant with one seed."""
+"""Trials of a sweep: the measurements of one variant with one seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from gpt2core.types import JsonDataclass, TrainSummary
 
 @dataclass(frozen=True)
 class Trial(JsonDataclass):
-    """What one variant gave with one seed."""
+    """The results of one variant with one seed."""
 
     label: str
     seed: int

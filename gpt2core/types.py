@@ -1,4 +1,4 @@
-"""Typed data that crosses package borders. Each type has `to_json` and `from_json`; files and HTTP carry that form.
+"""Typed data that crosses package boundaries. `to_json` and `from_json` convert it for files and HTTP.
 
 Scores are in `gpt2core/metrics.py`, a deployment's outcome in `deploy/target.py`.
 """
@@ -172,12 +172,12 @@ class Difference(JsonDataclass):
     p_value: float  # two-sided, of no difference
     n: int
     test: str  # that gave the p-value
-    detectable: float | None = None  # the smallest true difference that n records show with a power of 0.8
+    detectable: float | None = None  # the smallest true difference that a test with n records detects with power 0.8
 
 
 @dataclass(frozen=True)
 class Judgement(JsonDataclass):
-    """What a judge says of the tuned answers, and how far it agrees with exact match (judge's score at least 0.5)."""
+    """A judge's mean score of the tuned answers, and its agreement with exact match (0.5 or more is correct)."""
 
     model: str
     score: float | None  # mean over the judged answers; None: none was judged
@@ -312,7 +312,7 @@ class LoggedCompletion(JsonDataclass):
 
 @dataclass(frozen=True)
 class LoggedFeedback(JsonDataclass):
-    """What a user said of a completion, in the same log. A line with `rating` is feedback."""
+    """A user's feedback on a completion, in the same log. A line with `rating` is feedback."""
 
     time: str  # ISO 8601, UTC
     request_id: str  # of the completion
