@@ -13,7 +13,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[M]) -> M:
-    """The body as `model`. Read as JSON whatever Content-Type says, since a bare `curl -d` calls it a form.
+    """The body as `model`. It is parsed as JSON whatever Content-Type says, since a bare `curl -d` declares a form.
 
     Raises:
         ServiceError: naming the field that is wrong; or the body is too large, or not complete by the deadline.

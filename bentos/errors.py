@@ -1,4 +1,4 @@
-"""Errors of the service and their HTTP form: a status and {"error": {"type", "message", "param", "code"}}."""
+"""Errors of the service and their HTTP responses: a status and {"error": {"type", "message", "param", "code"}}."""
 
 import json
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ class ServiceError(Exception):
 
 
 def error_content(type: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """The body of every error. `code` is the type again: it is where clients of OpenAI look for it."""
+    """The body of every error. `code` repeats the type, because OpenAI's clients read it there."""
     return {"error": {"type": type, "message": message, "param": param, "code": type.replace(" ", "_")}}
 
 

@@ -1,4 +1,4 @@
-"""The engine and its adapters, behind the routes. No HTTP in here: errors carry a code that `bentos/errors.py` maps.
+"""The engine and its adapters. No HTTP in this module: errors have a type that `bentos/errors.py` maps to a status.
 
 The only module of this package that imports torch and gpt2core's engine.
 """
@@ -37,7 +37,7 @@ __all__ = ["Detokenizer", "EngineRequest", "Grammar", "TextGenerator", "TokenLog
 
 
 class TextGenerator:
-    """Generates completions with the base model and its adapters. Not thread-safe: belongs to one event loop."""
+    """Generates completions with the base model and its adapters. Not thread-safe: use it from one event loop."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class TextGenerator:
         """Load base and adapter, and start the engine.
 
         Args:
-            weights: the engine's; only fp32 generates exactly the evaluated completions.
+            weights: format of the engine's weights; only fp32 generates exactly the evaluated completions.
             adapters_dir: other adapters may be loaded from below this directory; "": none.
             base_sha256, accept_other_base: an adapter that names another base is refused, or accepted with a warning.
-            follow_adapters: adapters and canary are those of a manifest, by `follow`; other changes are refused.
+            follow_adapters: adapters and canary are set by `follow` from a manifest; other changes are refused.
         """
         check_choice("weights", weights, get_args(Weights))
         self.tokenizer = load_tokenizer(base_dir)
@@ -86,7 +86,7 @@ class TextGenerator:
 
     @property
     def models(self) -> dict[str, AdapterVersion | None]:
-        """Names that requests may use: the base with the run's adapter, the base alone, loaded adapters."""
+        """Names that requests may use: the base with the run's adapter, the base alone, and loaded adapters."""
         return {TUNED: self._adapters[TUNED], BASE: None, **self._adapters}
 
     def check_model(self, name: str, param: str | None) -> None:
@@ -134,7 +134,7 @@ class TextGenerator:
         param: str,
         on_end: Callable[[CompletionResult], None] | None = None,
     ) -> list[Completion]:
-        """Queue the requests, all or none.
+        """Queue all requests, or none if one is refused.
 
         Args:
             param: the field that holds the prompt, for errors.
@@ -214,8 +214,9 @@ class TextGenerator:
         return CanaryStatus(canary=self._canary, versions=list(self._arms.values()))
 
     async def follow(self, manifest: Manifest) -> None:
-        """Serve the adapters and the canary of the manifest. No request is lost: an adapter is loaded before requests
-        go to it, and unloaded after they have stopped to.
+        """Serve the adapters and the canary of the manifest.
+
+        No request is lost: an adapter is loaded before requests are routed to it, and unloaded afterwards.
 
         Raises:
             ValueError, OSError: an adapter is missing, or is not the one of the manifest. Those that were loaded before
@@ -258,7 +259,7 @@ class TextGenerator:
         return render_gauges(gauges)
 
     def _route(self, request: GenerationRequest) -> GenerationRequest:
-        """At the time of the submission, so that the canary is still loaded."""
+        """Apply the canary. Called at submission, when the canary is certainly loaded."""
         if self._canary is None or request.model != TUNED:
             return request
         chosen = canary.takes(self._canary, request.route_key or request.request_id)

@@ -25,7 +25,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     shared = _SharedSteps()
 
     def prepare(data: Any, base: Any) -> Any:
-        fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
+        fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
         records = fetch(data, base, seed, id=shared.name("fetch_data"))
         return split_data(records, data, seed, id=shared.name("split_data"))
 

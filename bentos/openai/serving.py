@@ -1,4 +1,4 @@
-"""What /v1/completions and /v1/chat/completions share: from a parsed request to the response, whole or streamed."""
+"""Shared by /v1/completions and /v1/chat/completions: from a parsed request to the response, whole or streamed."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Route(ABC):
-    """One request to one of the routes: how its fields are read and its choices are written."""
+    """One request to one of the routes: reads its fields and builds its choices."""
 
     object: str  # of the response
     chunk_object: str  # of a streamed event
@@ -111,7 +111,7 @@ def generation_requests(
 
 
 class _ResponseBuilder:
-    """Completions in the form of OpenAI's responses and events."""
+    """Builds OpenAI's responses and events from completions."""
 
     def __init__(self, route: Route, completions: Sequence[Completion], request_id: str, bento: str) -> None:
         self.route, self.completions = route, completions
