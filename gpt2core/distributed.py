@@ -1,4 +1,4 @@
-"""Finetuning on several devices of one machine: this process is rank 0 and starts one process for each other device."""
+"""Finetuning on several devices of one machine: this process is rank 0 and starts one process per other device."""
 
 import os
 import socket
