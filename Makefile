@@ -23,7 +23,7 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
-# Injects faults into runs of configs/dev.yaml and prints what was observed and lost; two runs per fault, a quarter of an hour. KILLS=1 is short.
+# Inject faults into runs of configs/dev.yaml, and print what was observed and lost; KILLS=1 is the short form (docs/reliability.md).
 chaos: install
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),5)
 
@@ -33,7 +33,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Known vulnerabilities of the pinned dependencies; needs PyPI's advisories, so CI does not depend on it.
+# Check the pinned dependencies for known vulnerabilities; needs PyPI's advisories, so CI does not depend on it.
 audit: install
 	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
@@ -57,7 +57,7 @@ report:
 dashboard: install
 	$(BIN)/zenml login --local
 
-# ONLY=train,decode measures those groups only. Use an idle machine.
+# Compare with other implementations. Use an idle machine. ONLY=train,decode measures those groups only.
 # Peers that cannot be installed here are left out, and their rows say so.
 bench: install
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2
@@ -67,7 +67,7 @@ bench: install
 bench-growth: install
 	$(BIN)/python -m benchmarks.growth
 
-# Tests and measurements on a CUDA device, under 8 minutes. Installs nothing: PYTHON must have torch, transformers, peft,
+# Test and measure on a CUDA device, in under 8 minutes. Installs nothing: PYTHON must have torch, transformers, peft,
 # tiktoken, safetensors and pytest. DEVICE=cpu is a dry run at the smallest size; ONLY=tests,training runs those stages.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs: zenml takes seconds, and --help should not."""
+"""The command line. Each command imports what it needs, so that --help does not wait seconds for zenml."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Instruction data in; an evaluated, served and traceable GPT-2 out."""
+    """Finetune GPT-2 on instruction data; evaluate, package, deploy and monitor the result."""
 
 
 def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -23,11 +23,11 @@ def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., N
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         for option in (
-            click.option("--no-cache", is_flag=True, help="Run every step again, cached or not."),
+            click.option("--no-cache", is_flag=True, help="Run every step, also those in ZenML's cache."),
             click.option(
-                "--set", "values", multiple=True, metavar="KEY=VALUE", help="E.g. --set seed=1; may be repeated."
+                "--set", "values", multiple=True, metavar="KEY=VALUE", help="Set a parameter, e.g. seed=1; repeatable."
             ),
-            click.option("--config", default=default, show_default=True, help="A file of configs/."),
+            click.option("--config", default=default, show_default=True, help="A run configuration (YAML)."),
         ):
             command = option(command)
         return command
@@ -71,7 +71,7 @@ def pretrain(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 @main.command()
 @run_options("configs/experiments/rank_sweep.yaml")
 def sweep(config: str, values: tuple[str, ...], no_cache: bool) -> None:
-    """Try every variant of `sweep` with every seed, and compare them."""
+    """Train and score every variant of the sweep with every seed, and compare them."""
     name = Path(config).stem
     run = _start("sweep_pipeline", config, (f"sweep.name={name!r}", *values), no_cache)
     if run is not None:
@@ -83,8 +83,8 @@ def sweep(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 @click.argument("instruction", required=False)
 @click.option("--input", default="", help="Text that the instruction refers to.")
 @click.option("--file", help="Read instructions (and inputs) from a .jsonl or .json file instead.")
-@click.option("--run", "name", default="latest", show_default=True, help="A run in outputs/, or staging.")
-@click.option("--adapter", help="A directory with another adapter, this project's or PEFT's, for the run's base.")
+@click.option("--run", "name", default="latest", show_default=True, help="A run's name, latest, staging or production.")
+@click.option("--adapter", help="Directory of another adapter (this project's or PEFT's format) for the run's base.")
 @click.option("--accept-other-base", is_flag=True, help="Use the adapter although it was trained on another base.")
 @click.option("--max-new-tokens", type=int, help="Maximum length of an answer.")
 @click.option("--temperature", type=float, help="0 (default): greedy.")
@@ -100,7 +100,7 @@ def ask(
 ) -> None:
     """Answer INSTRUCTION, or a file of instructions, with the model of a finished run; no server needed."""
     if (instruction is None) == (file is None):
-        raise click.UsageError("give either INSTRUCTION or --file")
+        raise click.UsageError("pass either INSTRUCTION or --file")
     if file is not None and input:
         raise click.UsageError("--input goes with INSTRUCTION; in a file, each record has its own")
     from commands.ask import TunedModel, read_questions
@@ -119,15 +119,15 @@ def ask(
 
 
 @main.command()
-@click.option("--format", "kind", type=click.Choice(["peft", "hf", "gguf"]), required=True, help="For whom.")
+@click.option("--format", "kind", type=click.Choice(["peft", "hf", "gguf"]), required=True, help="Format of the files.")
 @click.option("--out", required=True, help="A new or empty directory.")
-@click.option("--run", "name", default="latest", show_default=True, help="A run in outputs/, or staging.")
-@click.option("--quantize", type=click.Choice(["f16", "q8_0"]), help="Of the matrices in a GGUF file; f32 without it.")
+@click.option("--run", "name", default="latest", show_default=True, help="A run's name, latest, staging or production.")
+@click.option("--quantize", type=click.Choice(["f16", "q8_0"]), help="Type of matrices in a GGUF file; default f32.")
 def export(kind: str, out: str, name: str, quantize: str | None) -> None:
-    """Write the model of a finished run for other programs.
+    """Export the model of a finished run.
 
-    peft: the adapter for PEFT. hf: adapter and base merged, with the tokenizer, for transformers, vLLM and others.
-    gguf: the same as one file for llama.cpp, and the adapter as another.
+    peft: the adapter, for PEFT. hf: the base with the adapter merged, and the tokenizer, for transformers, vLLM and
+    others. gguf: the merged model as one file for llama.cpp, and the adapter as another.
     """
     if quantize is not None and kind != "gguf":
         raise click.UsageError("--quantize goes with --format gguf")
@@ -140,8 +140,8 @@ def export(kind: str, out: str, name: str, quantize: str | None) -> None:
 
 
 @main.command()
-@click.option("--from-feedback", "log", required=True, metavar="LOG", help="GPT2_REQUEST_LOG of the service.")
-@click.option("--out", type=Path, required=True, help="A .jsonl file; records that it has already are kept.")
+@click.option("--from-feedback", "log", required=True, metavar="LOG", help="The request log (GPT2_REQUEST_LOG).")
+@click.option("--out", type=Path, required=True, help="A .jsonl file; its existing records are kept.")
 def records(log: str, out: Path) -> None:
     """Turn users' corrections into instruction records, for --set data.source=file."""
     from commands.records import collect
@@ -179,10 +179,10 @@ def lineage(name: str) -> None:
 def compare(names: tuple[str, ...]) -> None:
     """Compare two or more finished runs: configuration, scores with intervals, changed answers, curves.
 
-    NAMES are names or ids of runs, latest, staging or production; differences are to the first.
+    NAMES are names or ids of runs, latest, staging or production. Differences are relative to the first run.
     """
     if len(names) < 2:
-        raise click.UsageError("give at least two runs; `ls outputs` shows their names")
+        raise click.UsageError("pass at least two runs; `ls outputs` shows their names")
     _open_store()
     from commands.compare import CompareError
     from commands.compare import compare as compare_runs
@@ -198,7 +198,7 @@ def compare(names: tuple[str, ...]) -> None:
 @click.argument("name")
 @click.option("--key", type=Path, help="A public key (PEM, Ed25519): also require a signature by `run.py sign`.")
 def verify(name: str, key: Path | None) -> None:
-    """Compare NAME with all recorded digests, back to the data.
+    """Verify NAME against all recorded digests, back to the data.
 
     NAME is a directory of outputs/, a Bento's tag, or a pod of the current context's namespace gpt2-instruct.
     """
@@ -230,10 +230,10 @@ def sign(directory: Path, key: Path) -> None:
 @main.command()
 def rollback() -> None:
     """Roll back the last deployment to the version before it."""
-    from steps.deploy import rollback as bring_back
+    from steps.deploy import rollback as roll_back
 
     try:
-        outcome = bring_back()
+        outcome = roll_back()
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
     click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))
@@ -242,9 +242,9 @@ def rollback() -> None:
 @main.command()
 @click.argument("action", type=click.Choice(["start", "status", "promote", "abort", "decide"]))
 @click.argument("name", required=False)
-@click.option("--url", default="http://localhost:3000", show_default=True, help="Of one running service.")
-@click.option("--path", default="", help="start: load the adapter from this directory below GPT2_ADAPTERS_DIR first.")
-@click.option("--share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="start: of the requests.")
+@click.option("--url", default="http://localhost:3000", show_default=True, help="URL of one running service.")
+@click.option("--path", default="", help="start: directory of the adapter to load, below GPT2_ADAPTERS_DIR.")
+@click.option("--share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="start: share of requests.")
 @click.option("--max-failures", default=0.01, show_default=True, help="decide: allowed increase of failed completions.")
 @click.option("--max-slowdown", default=0.2, show_default=True, help="decide: allowed increase of the mean duration.")
 def canary(
@@ -252,11 +252,11 @@ def canary(
 ) -> None:
     """Send a share of a service's requests to another adapter; GPT2_ADMIN_TOKEN must be set.
 
-    start NAME loads the adapter and begins, or changes the share. promote sends it all requests, abort none. decide
-    does either if the completions so far are enough to say so.
+    start NAME starts the canary, or changes its share. promote sends all requests to it; abort sends none. decide
+    promotes or aborts if the completions so far are sufficient evidence, and otherwise does nothing.
     """
     if (action == "start") == (name is None):
-        raise click.UsageError("NAME, the name of the adapter, goes with start")
+        raise click.UsageError("start needs NAME, the name of the adapter; the other actions take none")
     from commands.canary import CanaryError, Service, decide, describe
 
     service = Service(url)
@@ -280,14 +280,14 @@ def canary(
 def adapters(directory: Path, names: tuple[str, ...], canary: str | None) -> None:
     """Write DIRECTORY/adapters.json: the adapters that services with GPT2_FOLLOW_ADAPTERS=true serve.
 
-    Each PATH is a directory below DIRECTORY. The file has the digests that they have now.
+    Each PATH is a directory below DIRECTORY. The file contains their current digests.
     """
     from bentos.shared_adapters import publish
 
     pairs = dict(each.split("=", 1) for each in names if re.fullmatch("[^=]+=.+", each))
     share = re.fullmatch(r"([^=]+)=(\d*\.?\d+)", canary or "")
     if len(pairs) < len(names) or (canary and share is None):
-        raise click.UsageError("adapters are NAME=PATH with different names, the canary is NAME=SHARE, a number")
+        raise click.UsageError("pass adapters as NAME=PATH with distinct names, and the canary as NAME=SHARE")
     try:
         manifest = publish(directory, pairs, None if share is None else (share[1], float(share[2])))
     except (ValueError, OSError) as error:
@@ -324,7 +324,7 @@ def image(which: str) -> None:
 
 
 def _start(name: str, config: str, values: tuple[str, ...], no_cache: bool) -> "PipelineRunResponse | None":
-    """Run the pipeline of this name in pipelines/; errors in one line."""
+    """Run the pipeline with this name; report errors in one line."""
     _open_store()
     from pipelines.errors import ConfigError
     from pipelines.start import RunError, start
@@ -337,7 +337,7 @@ def _start(name: str, config: str, values: tuple[str, ...], no_cache: bool) -> "
 
 
 def _open_store() -> None:
-    """Before steps are imported, which opens ZenML's store too but prints its errors with hundreds of lines."""
+    """Open ZenML's store before steps are imported: that opens it too, but reports errors in hundreds of lines."""
     from pipelines.zenml_compat import StoreError, open_store
 
     try:

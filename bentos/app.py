@@ -1,7 +1,7 @@
 """The FastAPI app: its routers, and how errors become responses.
 
-FastAPI's routes, not BentoML's: those of BentoML 1.4 ignore unknown fields, parse a bare `curl -d` as a form, and hide
-the message of most errors. `app.state.served` is set by `bentos/service.py` when the service starts.
+The routes are FastAPI's, since those of BentoML 1.4 ignore unknown fields, parse a bare `curl -d` as a form, and hide
+the message of most errors. `bentos/service.py` sets `app.state.served` when the service starts.
 """
 
 from fastapi import FastAPI
@@ -24,5 +24,5 @@ async def respond_with_error(request: Request, error: ServiceError) -> Response:
 
 @app.exception_handler(ClientDisconnect)
 async def respond_to_nobody(request: Request, error: ClientDisconnect) -> Response:
-    """For the access log and the metrics; no client reads it."""
+    """A response for the access log and the metrics; no client receives it."""
     return error_response(ServiceError("client_closed_request", "the client has closed the connection"))

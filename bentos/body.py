@@ -13,7 +13,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[M]) -> M:
-    """The body as `model`. Read as JSON whatever Content-Type says, since a bare `curl -d` calls it a form.
+    """The body as `model`. It is parsed as JSON whatever Content-Type says, since a bare `curl -d` declares a form.
 
     Raises:
         ServiceError: naming the field that is wrong; or the body is too large, or not complete by the deadline.
@@ -37,7 +37,7 @@ async def read_body(request: Request, model: type[M]) -> M:
         location = first["loc"]
         param = str(location[0]) if location else None
         in_list = len(location) > 1 and isinstance(location[1], int)  # else the rest names types of a union
-        place = ".".join(map(str, location)) if in_list else param
+        name = ".".join(map(str, location)) if in_list else param
         reason = first["msg"].removeprefix("Value error, ")
-        message = f"{place}: {reason}" if place else reason
+        message = f"{name}: {reason}" if name else reason
         raise ServiceError("invalid_request", message, param) from None

@@ -1,4 +1,4 @@
-"""Everything that uses names of BentoML 1.4.39 which are not part of its public API, each with the reason.
+"""Workarounds that use private names of BentoML 1.4.39, each with the reason.
 
 tests/bentos/test_compat.py fails when BentoML no longer needs one of them.
 """
@@ -49,15 +49,15 @@ class WrappableService(Service[Any]):
 
 
 def remove_timeout(app: Starlette) -> None:
-    """Remove BentoML's timeout: its timer lives on after the response, 1 KB for 60 s (93 MB in a minute of load).
+    """Remove BentoML's timeout: its timer outlives the response, 1 KB for 60 s each (93 MB in a minute of load).
 
-    The routes have a deadline of their own, which also ends the work.
+    The routes have their own deadline, which also stops decoding.
     """
     _remove(app, TimeoutMiddleware)
 
 
 def remove_tracing(app: Starlette) -> None:
-    """Remove BentoML's tracing, which records a span per message even without an exporter: 20 % of HTTP's cost."""
+    """Remove BentoML's tracing: it records a span per message even without an exporter, 20 % of the HTTP overhead."""
     _remove(app, OpenTelemetryMiddleware)
 
 

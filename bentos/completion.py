@@ -26,21 +26,21 @@ class GenerationRequest:
     prompt: list[int]
     config: GenerationConfig
     model: str  # a name of /v1/models
-    deadline: float  # by `time.monotonic`, waiting included
+    deadline: float  # of `time.monotonic`; includes queueing
     request_id: str
-    route_key: str = ""  # requests of one key go to the same version while there is a canary; "": the request id
+    route_key: str = ""  # requests with the same key go to the same version during a canary; "": the request id
     stop: Sequence[str] = ()
-    clean: bool = True  # cut the answer out of the text, as for an instruction; False: the text as generated
+    clean: bool = True  # extract the answer from the text, for an instruction; False: the text as generated
     logprobs: int | None = None  # most likely tokens to report beside each token; None: no logprobs
     stream: bool = False
     grammar: "Grammar | None" = None  # what the text must match
-    prompt_only: bool = False  # no token is part of the completion; `config` generates one, which is dropped
-    echo: str | None = None  # the prompt's text, to be part of the completion's; with logprobs, those of its tokens too
+    prompt_only: bool = False  # max_tokens 0: the one token that `config` generates is dropped
+    echo: str | None = None  # the prompt's text, to prepend to the completion's; logprobs then include the prompt
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """New text of a completion that no later token can change, and the tokens since the previous chunk."""
+    """New final text of a completion, which later tokens cannot change, and the tokens since the previous chunk."""
 
     text: str
     tokens: list[int]
@@ -54,22 +54,22 @@ class CompletionResult:
     request: GenerationRequest
     adapter: AdapterVersion | None
     finish_reason: str  # a FinishReason, "cancelled", "deadline" or "error"
-    tokens: list[int]  # of the completion, as far as its text was taken
+    tokens: list[int]  # of the completion, up to those whose text was read
     token_times: list[float]  # of all tokens that the engine generated
     submitted_at: float
     ended_at: float
 
     @property
     def time_to_first_token(self) -> float | None:
-        """In seconds, waiting included."""
+        """In seconds, including queueing."""
         return self.token_times[0] - self.submitted_at if self.token_times else None
 
 
-class Progress:
+class TokenNotifier:
     """Wakes a coroutine when the engine's thread has new tokens for it."""
 
     def __init__(self, every_token: bool) -> None:
-        """`every_token`: False wakes it only at the end, which leaves the core to the engine."""
+        """`every_token`: False wakes it only at the end, so that it takes no CPU time from the engine."""
         self._every_token = every_token
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
@@ -91,14 +91,14 @@ class Completion:
         request: GenerationRequest,
         adapter: AdapterVersion | None,
         running: "EngineRequest",
-        progress: Progress,
+        notifier: TokenNotifier,
         detokenizer: "Detokenizer",
         on_end: Sequence[Callable[[CompletionResult], None]],
     ) -> None:
         self.request, self.adapter = request, adapter
         self.n_tokens = 0
         self.finish_reason: FinishReason | None = None  # set before the last chunk is yielded
-        self._running, self._progress, self._detokenizer = running, progress, detokenizer
+        self._running, self._notifier, self._detokenizer = running, notifier, detokenizer
         self._on_end, self._ended = on_end, False
 
     async def chunks(self) -> AsyncIterator[Chunk]:
@@ -108,10 +108,10 @@ class Completion:
         """
         running, ended_by = self._running, "cancelled"
         is_echoed = self.request.echo is None
-        sent = 0  # tokens of earlier chunks; further ones may be read, but their text held back
+        sent = 0  # tokens of earlier chunks; the text of further ones may be held back
         try:
             while self.finish_reason is None:
-                await self._progress.wait()
+                await self._notifier.wait()
                 reason = running.finish_reason  # read before the tokens, so that none is missed when it is set
                 text = self._read_tokens()
                 if self.request.prompt_only and reason == "stop":
@@ -141,7 +141,7 @@ class Completion:
             self._end(ended_by)
 
     async def whole(self) -> Chunk:
-        """All of it as one chunk, once it has ended."""
+        """The whole completion as one chunk, once it has ended."""
         chunks = [chunk async for chunk in self.chunks()]
         return Chunk(
             "".join(chunk.text for chunk in chunks),

@@ -1,4 +1,4 @@
-"""What route handlers use, typed: the served model, and the records of the current request."""
+"""Typed dependencies of route handlers: the served model, and the state of the current request."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ def record(request: Request) -> RequestRecord:
 
 
 def route_key(request: Request) -> str:
-    """The client's key, which keeps its requests at one version; the request's id without one."""
+    """The client's X-Canary-Key, which keeps its requests at one version; without one the request id."""
     return request.headers.get("x-canary-key") or request_id(request)
 
 

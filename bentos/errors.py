@@ -1,5 +1,6 @@
-"""Errors of the service and their HTTP form: a status and {"error": {"type", "message", "param", "code"}}."""
+"""Errors of the service and their HTTP responses: a status and {"error": {"type", "message", "param", "code"}}."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,17 @@ class ServiceError(Exception):
 
 
 def error_content(type: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """The body of every error. `code` is the type again: it is where clients of OpenAI look for it."""
+    """The body of every error. `code` repeats the type, because OpenAI's clients read it there."""
     return {"error": {"type": type, "message": message, "param": param, "code": type.replace(" ", "_")}}
+
+
+def is_error(body: bytes | bytearray) -> bool:
+    """Whether a body has the form of `error_content`, or is /predict's envelope (`bentos.schemas.Envelope`) of one."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and (isinstance(content.get("error"), dict) or "statusCode" in content)
 
 
 def error_response(error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""POST /feedback: what a user says of a completion, for the request log."""
+"""POST /feedback: a user's rating or correction of a completion, for the request log."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -19,7 +19,7 @@ router = APIRouter()
 async def feedback(request: Request) -> JSONResponse:
     """Log whether an answer was good, and what it should have been.
 
-    Every well-formed request id is accepted: the completion may have been another replica's, or long ago.
+    Every well-formed request id is accepted: another replica or an earlier process may have generated the completion.
     """
     body = await read_body(request, FeedbackRequest)
     log = served(request).request_log

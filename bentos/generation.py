@@ -1,4 +1,4 @@
-"""The engine and its adapters, behind the routes. No HTTP in here: errors carry a code that `bentos/errors.py` maps.
+"""The engine and its adapters. No HTTP in this module: errors have a type that `bentos/errors.py` maps to a status.
 
 The only module of this package that imports torch and gpt2core's engine.
 """
@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 
 from bentos import canary
 from bentos.compat import MODEL_FILE
-from bentos.completion import Completion, CompletionResult, GenerationRequest, Progress
+from bentos.completion import Completion, CompletionResult, GenerationRequest, TokenNotifier
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
 from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
@@ -37,7 +37,7 @@ __all__ = ["Detokenizer", "EngineRequest", "Grammar", "TextGenerator", "TokenLog
 
 
 class TextGenerator:
-    """Generates completions with the base model and its adapters. Not thread-safe: belongs to one event loop."""
+    """Generates completions with the base model and its adapters. Not thread-safe: use it from one event loop."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class TextGenerator:
         """Load base and adapter, and start the engine.
 
         Args:
-            weights: the engine's; only fp32 generates exactly the evaluated completions.
+            weights: format of the engine's weights; only fp32 generates exactly the evaluated completions.
             adapters_dir: other adapters may be loaded from below this directory; "": none.
             base_sha256, accept_other_base: an adapter that names another base is refused, or accepted with a warning.
-            follow_adapters: adapters and canary are those of a manifest, by `follow`; other changes are refused.
+            follow_adapters: adapters and canary are set by `follow` from a manifest; other changes are refused.
         """
         check_choice("weights", weights, get_args(Weights))
         self.tokenizer = load_tokenizer(base_dir)
@@ -86,7 +86,7 @@ class TextGenerator:
 
     @property
     def models(self) -> dict[str, AdapterVersion | None]:
-        """Names that requests may use: the base with the run's adapter, the base alone, loaded adapters."""
+        """Names that requests may use: the base with the run's adapter, the base alone, and loaded adapters."""
         return {TUNED: self._adapters[TUNED], BASE: None, **self._adapters}
 
     def check_model(self, name: str, param: str | None) -> None:
@@ -134,7 +134,7 @@ class TextGenerator:
         param: str,
         on_end: Callable[[CompletionResult], None] | None = None,
     ) -> list[Completion]:
-        """Queue the requests, all or none.
+        """Queue all requests, or none if one is refused.
 
         Args:
             param: the field that holds the prompt, for errors.
@@ -214,8 +214,9 @@ class TextGenerator:
         return CanaryStatus(canary=self._canary, versions=list(self._arms.values()))
 
     async def follow(self, manifest: Manifest) -> None:
-        """Serve the adapters and the canary of the manifest. No request is lost: an adapter is loaded before requests
-        go to it, and unloaded after they have stopped to.
+        """Serve the adapters and the canary of the manifest.
+
+        No request is lost: an adapter is loaded before requests are routed to it, and unloaded afterwards.
 
         Raises:
             ValueError, OSError: an adapter is missing, or is not the one of the manifest. Those that were loaded before
@@ -235,7 +236,7 @@ class TextGenerator:
         stats = self.engine.stats()
         running, waiting = self.engine.adapters_in_use()
         model = {"model_name": TUNED}
-        # the whole context of every place in the batch: caches grow on demand and have no limit of their own
+        # relative to the whole context of every slot in the batch: caches grow on demand and have no limit of their own
         kv_usage = stats["cached_tokens"] / (MAX_BATCH * self.n_positions)
         adapters = {
             "max_lora": str(MAX_ADAPTERS + 1),
@@ -243,14 +244,14 @@ class TextGenerator:
             "waiting_lora_adapters": ",".join(waiting),
         }
         gauges: dict[str, Gauge] = {
-            "gpt2_queue_depth": ("Requests waiting for a place in the batch", stats["waiting"]),
+            "gpt2_queue_depth": ("Requests waiting for a slot in the batch", stats["waiting"]),
             "gpt2_running_requests": ("Requests in the running batch, in prefill or decode", stats["running"]),
             "gpt2_cached_tokens": ("Tokens of running requests in the KV cache", stats["cached_tokens"]),
             "gpt2_cached_prefix_tokens": ("Tokens in the prefix cache", stats["cached_prefix_tokens"]),
             "gpt2_adapters": ("Loaded adapters", len(self._adapters)),
             # vLLM's names, which dashboards and the Gateway API inference extension (proposal 003) read
             "vllm:num_requests_running": ("Requests in the running batch", stats["running"], model),
-            "vllm:num_requests_waiting": ("Requests waiting for a place in the batch", stats["waiting"], model),
+            "vllm:num_requests_waiting": ("Requests waiting for a slot in the batch", stats["waiting"], model),
             "vllm:kv_cache_usage_perc": ("Used share of the KV cache, 1 is full", kv_usage, model),
             "vllm:gpu_cache_usage_perc": ("The same, by its older name", kv_usage, model),
             "vllm:lora_requests_info": ("Adapters of requests; the value is the time", time(), adapters),
@@ -258,7 +259,7 @@ class TextGenerator:
         return render_gauges(gauges)
 
     def _route(self, request: GenerationRequest) -> GenerationRequest:
-        """At the time of the submission, so that the canary is still loaded."""
+        """Apply the canary. Called at submission, when the canary is certainly loaded."""
         if self._canary is None or request.model != TUNED:
             return request
         chosen = canary.takes(self._canary, request.route_key or request.request_id)
@@ -277,13 +278,13 @@ class TextGenerator:
             raise ServiceError("forbidden", message)
 
     def _submit(self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]) -> Completion:
-        progress = Progress(every_token=request.stream or bool(request.stop))
+        notifier = TokenNotifier(every_token=request.stream or bool(request.stop))
         running = self.engine.submit(
             request.prompt,
             request.config,
             adapter=None if request.model == BASE else request.model,
             deadline=request.deadline,
-            on_progress=progress.notify,
+            on_progress=notifier.notify,
             logprobs=request.logprobs,
             grammar=request.grammar,
             prompt_logprobs=request.echo is not None and request.logprobs is not None,
@@ -291,7 +292,7 @@ class TextGenerator:
         detokenizer = Detokenizer(
             self.tokenizer, request.stop, request.clean, request.config.stop_token_ids, request.config.min_tokens
         )
-        return Completion(request, self.models[request.model], running, progress, detokenizer, on_end)
+        return Completion(request, self.models[request.model], running, notifier, detokenizer, on_end)
 
     def _refused(self, error: Exception, param: str) -> ServiceError:
         if isinstance(error, EngineFull):

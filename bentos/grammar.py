@@ -1,4 +1,4 @@
-"""Structured output: which tokens may follow in a completion that must match a JSON schema, a regex or a choice.
+"""Structured output: masks of the allowed next tokens, so that a completion matches a JSON schema, regex or choice.
 
 llguidance computes the masks in a thread of its own, while the engine's thread computes the logits of the next step.
 """
@@ -71,7 +71,7 @@ def _source(structure: Structure) -> str:
         schema = structure.value
         if isinstance(schema, str):
             schema = json.loads(schema)
-        # White space as Python's json writes it: a small model that may choose fills the token limit with line breaks.
+        # Fixed white space, as json.dumps writes it: otherwise a small model fills the token limit with line breaks.
         return llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         )

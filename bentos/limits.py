@@ -1,10 +1,10 @@
 """Limits of the service, in one place. docs/serving.md and the manifests rely on them."""
 
 MAX_BATCH = 16  # completions decoded at the same time
-MAX_QUEUE = 64  # requests waiting for a place in the batch; further ones get a 429
+MAX_QUEUE = 64  # requests waiting for a slot in the batch; further ones get a 429
 RETRY_AFTER = 1  # seconds; the Retry-After header of a 429
 MAX_ADAPTERS = 32  # loaded beside the run's own
-ADAPTERS_POLL = 2.0  # seconds between two looks at the manifest of shared adapters
+ADAPTERS_POLL = 2.0  # seconds between two reads of the manifest of shared adapters
 
 MAX_BODY = 1_000_000  # bytes of a request's body
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included

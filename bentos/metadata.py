@@ -1,4 +1,4 @@
-"""GET /metadata: the lineage of what is served."""
+"""GET /metadata: the lineage of the served model."""
 
 from fastapi import APIRouter
 from starlette.requests import Request

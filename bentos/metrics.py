@@ -28,7 +28,7 @@ class Metrics:
         self._prompt_tokens = counter("gpt2_prompt_tokens", "Tokens of prompts", "adapter")
         self._completion_tokens = counter("gpt2_completion_tokens", "Generated tokens", "adapter")
         self._time_to_first_token = histogram(
-            "gpt2_time_to_first_token_seconds", "Time to first token, waiting included"
+            "gpt2_time_to_first_token_seconds", "Time to first token, queueing included"
         )
         self._inter_token = histogram("gpt2_inter_token_seconds", "Time between two tokens of a completion")
         self.refused = counter("gpt2_refused_requests", "Requests refused because the queue was full")
@@ -58,7 +58,7 @@ class Metrics:
 def render_gauges(gauges: Mapping[str, Gauge]) -> str:
     """`{name: (help, value, labels)}` in Prometheus' text format.
 
-    Not `Gauge`s: in prometheus_client's multiprocess mode, which BentoML uses, those of a dead worker would remain.
+    Not prometheus_client's `Gauge`s: in its multiprocess mode, which BentoML uses, those of a dead worker would remain.
     """
 
     class Now:

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says about bodies that FastAPI does not read itself, and about this model's limits."""
+"""OpenAPI schemas of bodies that FastAPI does not parse itself, and the limits of the served model in them."""
 
 from typing import Any
 

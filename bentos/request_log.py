@@ -1,4 +1,4 @@
-"""A log of completions and of feedback on them, one JSON line each. Writing it never delays a response."""
+"""The request log: one JSON line per completion and per feedback. Writing it never delays a response."""
 
 import atexit
 import hashlib

@@ -1,4 +1,4 @@
-"""Bodies of requests and responses, except OpenAI's (`openai/protocol.py`). Names and defaults are gpt2core's."""
+"""Schemas of requests and responses, except OpenAI's (`openai/protocol.py`). Names and defaults are gpt2core's."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ BASE = "base"
 
 
 def _whole_number(value: Any) -> Any:
-    """JSON has one kind of number, so 3.0 is an integer too."""
+    """Accept 3.0 as an integer: JSON has only one type of numbers."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -68,7 +68,7 @@ class Sampling(BaseModel):
 
 @dataclass(frozen=True)
 class Structure:
-    """What a completion must match, and the field of the request that says so."""
+    """The structure that a completion must match, and the field of the request that defines it."""
 
     kind: Literal["json", "regex", "choice"]
     value: Any  # a JSON schema or its text; a regex; a list of texts
@@ -203,7 +203,7 @@ class CanaryStatus(BaseModel):
 
 
 class FeedbackRequest(StrictRequest):
-    """What a user says of a completion."""
+    """A user's feedback on a completion."""
 
     request_id: str = Field(
         pattern=r"^[A-Za-z0-9_.-]{1,80}$", description="X-Request-Id of the response, or id of an OpenAI response"

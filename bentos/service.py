@@ -1,4 +1,4 @@
-"""The BentoML service: models, settings, middleware and the engine around `bentos/app.py`. Built by `deploy/bento.py`.
+"""The BentoML service: models, settings, middleware and engine for `bentos/app.py`. Built by `deploy/bento.py`.
 
 BentoML's parent process imports this module too, so nothing here imports torch before a worker starts the service.
 """
@@ -48,7 +48,7 @@ models = bentoml.use_arguments(Models)
 
 
 class GPT2Service(compat.WrappableService):
-    """BentoML's app, with this project's middleware outside of it. Requests pass from the last to the first."""
+    """BentoML's app inside this project's middleware. Requests pass the middleware in reverse order of wrapping."""
 
     def wrap(self, app: Starlette) -> ASGIApp:
         compat.remove_timeout(app)

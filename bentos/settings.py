@@ -21,7 +21,7 @@ class Settings:
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
     multi_turn: MultiTurn = "last"  # answer the last user turn alone; with earlier turns as its input; or refuse them
     accept_other_base: bool = False  # load adapters that name another base too, with a warning
-    tracing: bool = False  # BentoML's OpenTelemetry spans; not a GPT2_ variable: OTEL_SDK_DISABLED=false sets it
+    tracing: bool = False  # BentoML's OpenTelemetry spans; set by OTEL_SDK_DISABLED=false, not by a GPT2_ variable
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":

@@ -51,8 +51,8 @@ def read(content: bytes | str) -> Manifest:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        raise ValueError(f"{MANIFEST}: {place}: {first['msg']}" if place else f"{MANIFEST}: {first['msg']}") from None
+        key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise ValueError(f"{MANIFEST}: {key}: {first['msg']}" if key else f"{MANIFEST}: {first['msg']}") from None
 
 
 def publish(directory: Path, adapters: Mapping[str, str], canary: tuple[str, float] | None = None) -> Manifest:
@@ -77,21 +77,21 @@ def publish(directory: Path, adapters: Mapping[str, str], canary: tuple[str, flo
 
 
 class Follower:
-    """Applies the manifest of a directory whenever it changes. Polls, because network volumes report no changes.
+    """Applies the manifest of a directory whenever it changes. Polls, because network volumes send no change events.
 
     Attributes:
         ready: whether a manifest has been applied. A later one that cannot be applied leaves the service ready.
-        error: why the manifest of now is not applied; "" if it is.
+        error: why the current manifest is not applied; "" if it is.
     """
 
     def __init__(self, directory: str, apply: Callable[[Manifest], Awaitable[None]]) -> None:
-        """`apply` raises ValueError or OSError if an adapter is not the one of the manifest; it is repeated then."""
+        """`apply` raises ValueError or OSError if an adapter differs from the manifest; it is retried then."""
         self.ready, self.error = False, ""
         self._file, self._apply = Path(directory, MANIFEST), apply
         self._applied = b""
 
     def metrics_text(self) -> str:
-        """Whether this replica serves the manifest of now, as a gauge in Prometheus' text format."""
+        """Whether this replica serves the current manifest, as a gauge in Prometheus' text format."""
         return render_gauges({"gpt2_adapters_in_sync": ("1 if adapters.json is applied, else 0", not self.error)})
 
     async def run(self) -> None:

@@ -1,4 +1,4 @@
-"""Sends responses while clients may disconnect: whole ones, and server-sent events."""
+"""Whole responses and server-sent events, whose completions are cancelled when the client disconnects."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T], co
 async def event_stream(
     request: Request, events: AsyncIterator[dict[str, Any]], completions: Sequence[Completion]
 ) -> Response:
-    """Server-sent events, then [DONE]. Waits for the first event: errors before it still have a status."""
+    """Server-sent events, then [DONE]. Waits for the first event, so that an error before it has an HTTP status."""
 
     async def next_event() -> dict[str, Any]:
         return await anext(events)

@@ -1,4 +1,4 @@
-"""`python run.py ask`: answers by the model of a finished run, without a server."""
+"""`python run.py ask`: answers from the model of a finished run, without a server."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -19,7 +19,7 @@ class CompareError(ValueError):
 
 
 def compare(names: Sequence[str]) -> tuple[str, Path]:
-    """A table for the terminal, and the file compare.html in outputs/.
+    """Compare runs: returns a table for the terminal, and the path of outputs/compare.html.
 
     Args:
         names: two or more of: a run's name or id, latest, staging, production.
@@ -102,4 +102,4 @@ def _table(compared: Compared) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     n = len(compared.runs[0].samples)
     changed = len(compared.changed_answers)
-    return "\n".join([*lines, "", f"{n} test records in common; {changed} are right in one run and wrong in another"])
+    return "\n".join([*lines, "", f"{n} test records in common; {changed} are correct in one run and wrong in another"])

@@ -1,4 +1,4 @@
-"""`python run.py export`: the model of a finished run as other programs read it."""
+"""`python run.py export`: the model of a finished run in the formats of other programs."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from gpt2core.types import Evaluation, Lineage, SplitSummary
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from steps.adapters.model_card import CARD, evaluated_card
 
-FORMATS = {  # the library that loads it, and what the directory holds
+FORMATS = {  # name -> the library that loads it, and the description in its model card
     "peft": ("peft", "The adapter in PEFT's format."),
     "hf": ("transformers", "The base with the adapter merged into its weights, for transformers."),
     "gguf": ("", "For llama.cpp: `model.gguf` is the base with the adapter merged, `adapter.gguf` the adapter alone."),

@@ -15,7 +15,7 @@ from steps.outputs import outputs_dir
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """Its directories; the base is on this machine."""
+    """The directories of a run's model; the base is on this machine."""
 
     base_dir: Path
     base: BaseRef
@@ -57,10 +57,10 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
 
 
 def _check_recorded(adapter: Path, lineage: Path) -> None:
-    """Refuse an adapter that differs from the run's lineage, which a changed alpha does without changing weights."""
+    """Refuse an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
     recorded = Lineage.from_json(json.loads(lineage.read_text(encoding="utf-8"))).adapter.sha256
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(
             f"{adapter} has sha256 {found}, but {lineage.name} beside it records {recorded}: it changed after the run; "
-            "run the pipeline again, or name it with --adapter to use it as it is"
+            "run the pipeline again, or pass its directory to --adapter to use it nevertheless"
         )

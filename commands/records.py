@@ -13,11 +13,11 @@ from steps.traffic import Traffic, completion_of, read_traffic
 
 @dataclass(frozen=True)
 class Collected:
-    """What `collect` wrote, and what it could not use."""
+    """The result of `collect`."""
 
     records: int  # in the file
     changed: int  # of them, new or with another output than before
-    problems: list[str]  # each begins with its place in the log
+    problems: list[str]  # of unusable lines; each begins with its location in the log
 
 
 def collect(log: str | Path, out: Path) -> Collected:
@@ -46,19 +46,19 @@ def collect(log: str | Path, out: Path) -> Collected:
 
 
 def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """The newest correction of each question; and what could not be used."""
+    """The newest correction of each question, and the problems of unusable lines."""
     prompts: dict[str, set[str | None]] = defaultdict(set)
     for completion in traffic.completions:
         prompts[completion.request_id].add(completion.prompt)
     found: dict[tuple[str, str], str] = {}
     problems = list(traffic.problems)
-    for place, feedback in traffic.feedback:
+    for location, feedback in traffic.feedback:
         if feedback.correction is None:
             continue
         try:
             key = _question(feedback, prompts)
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
             continue
         found[key] = feedback.correction.strip()
     return found, problems

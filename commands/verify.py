@@ -1,4 +1,4 @@
-"""`python run.py verify`: compare digests, and a signature, from a served Bento or its directory back to the data.
+"""`python run.py verify` and `sign`: check the digests of a Bento, a directory or a pod, back to the data.
 
 The signature is an in-toto statement (https://github.com/in-toto/attestation) in a DSSE envelope, signed with Ed25519.
 Its subjects are the lineage and the directories and records whose digests the lineage states.
@@ -39,11 +39,11 @@ LINEAGE, SIGNATURE = "lineage.json", "lineage.sig.json"
 
 
 class VerifyError(ValueError):
-    """Something that differs from its recorded digest or signature, or that cannot be found."""
+    """Something differs from its recorded digest or signature, or cannot be found."""
 
 
 def verify(name: str, key: Path | None = None, config: DeployConfig | None = None) -> list[str]:
-    """Compare everything that NAME is made of with the digests in its lineage; one line per check.
+    """Compare every part of NAME with the digests in its lineage; returns one line per check.
 
     Args:
         name: a directory of outputs/ (or any with its files), a Bento's tag, or a pod.
@@ -89,7 +89,7 @@ def _verify_directory(directory: Path, key: Path | None) -> list[str]:
     if (directory / "adapter").is_dir():
         lines.append(_same("adapter", directory_sha256(directory / "adapter"), lineage.adapter.sha256))
     else:
-        raise VerifyError(f"{directory} has no adapter/; give a directory of outputs/")
+        raise VerifyError(f"{directory} has no adapter/; pass a directory of outputs/")
     if (directory / "base").is_dir():
         base = directory / "base"
         lines.append(_same("base", directory_sha256(base, checkpoint_files(base)), lineage.base.sha256))
@@ -135,14 +135,14 @@ def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
     try:
         pod = Cluster(config).get("Pod", name)
     except KubeError as error:
-        raise VerifyError(f"{name} is no directory and no Bento's tag, and no pod can be asked: {error}") from None
+        raise VerifyError(f"{name} is no directory and no Bento's tag, and no pod can be read: {error}") from None
     if pod is None:
         raise VerifyError(f"{name} is no directory, no Bento's tag and no pod of the namespace {config.namespace}")
     stated = pod["metadata"].get("annotations", {})
     tag = stated.get(f"{PREFIX}bento")
     if not tag:
         raise VerifyError(f"the pod {name} has no annotation {PREFIX}bento; this project's deployment sets it")
-    lines = _verify_bento(tag, key)  # of this machine's store, which the pod's image was made of
+    lines = _verify_bento(tag, key)  # the one in this machine's store, of which the pod's image was built
     for annotation, value in annotations(bento.lineage(tag)).items():
         lines.append(_same(f"annotation {annotation}", stated.get(annotation, ""), value))
     return lines

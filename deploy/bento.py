@@ -38,7 +38,7 @@ class BentoError(RuntimeError):
     """A Bento that could not be built, found, exported or served."""
 
 
-# what reading a Bento whose files are missing or damaged raises
+# exceptions from reading a Bento whose files are missing or damaged
 DAMAGED = (BentoError, ValueError, OSError, KeyError, TypeError, yaml.YAMLError)
 
 
@@ -96,7 +96,7 @@ def exists(tag: str) -> bool:
 
 
 def is_intact(tag: str) -> bool:
-    """Whether the store holds the Bento and its models with the content that their names are digests of."""
+    """Whether the store holds the Bento and its models, and their content has the digests in their names."""
     try:
         verify_version(tag)
         for directory in models(tag).values():
@@ -124,7 +124,7 @@ def models(tag: str) -> dict[str, Path]:
 
 
 def verify_version(tag: str) -> None:
-    """Raise BentoError unless code, model tags and lineage of a stored Bento give the version in its tag.
+    """Raise BentoError unless a stored Bento's code, model tags and lineage have the digest in its tag.
 
     Also raises the other errors of DAMAGED if one of its files is missing or damaged.
     """
@@ -135,7 +135,7 @@ def verify_version(tag: str) -> None:
     code = directory_sha256(source, files)
     version = _version(code, stored, replace(lineage(tag), bento=""))
     if f"{NAME}:{version}" != tag:
-        raise BentoError(f"its code or lineage was changed: they give the version {version}")
+        raise BentoError(f"its code or lineage was changed: their digest is {version}")
 
 
 def _version(code_sha256: str, models: Mapping[str, str], lineage: Lineage) -> str:
@@ -157,8 +157,7 @@ def bentoml_command(verb: str) -> list[str]:
 
 
 def bentoml_environment() -> dict[str, str]:
-    """This process's environment without the variables that would put this checkout's code before the Bento's or
-    change the server's port."""
+    """This process's environment, without variables that would import this checkout's code or change the port."""
     removed = ("PYTHONPATH", "PORT", "BENTOML_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
     return kept | {"BENTOML_DO_NOT_TRACK": "true"}
@@ -181,11 +180,11 @@ def _verify_models(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> None:
 
 
 def _store_model(name: str, directory: Path) -> str:
-    """Copy a directory into BentoML's model store unless it is there; return its tag, which its content gives.
+    """Copy a directory into BentoML's model store unless it is there; return its tag, a digest of its content.
 
     A stored copy that is damaged is replaced.
     """
-    import bentoml  # a second; cached runs do without
+    import bentoml  # takes a second, which cached runs save
 
     version = directory_sha256(directory)[:16]
     tag = f"{name}:{version}"
@@ -204,7 +203,7 @@ def _store_model(name: str, directory: Path) -> str:
 
 
 def _verify_model(stored: Path) -> None:
-    """Raise ValueError unless a directory of the model store has the content that its name is the digest of."""
+    """Raise ValueError unless the content of a directory of the model store has the digest in its name."""
     verify_directory(stored, stored.name, list_files(stored, exclude=[MODEL_FILE]))
 
 

@@ -10,7 +10,7 @@ from gpt2core.config import check_choices, check_field
 
 @dataclass(frozen=True)
 class DeployConfig:
-    """Where the Bento serves users: nowhere yet, in a container of this machine's engine, or in a cluster."""
+    """The deploy target: none, a container of this machine's engine, or a Kubernetes cluster."""
 
     target: Literal["none", "docker", "kubernetes"] = "none"
     require_stage: Literal["", "staging", "production"] = ""  # of the model version; "": any

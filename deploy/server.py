@@ -1,4 +1,4 @@
-"""A Bento served by a child process of this one, and the environment of a served Bento."""
+"""Serves a Bento in a child process; also the environment variables that a deployed service gets."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ from gpt2core.types import Sample
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
 STOP_TIMEOUT = 20  # seconds for a graceful shutdown
 SUPERVISED = (sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")))  # the server ends with this process
-# Variables of this process's environment that a deployed service gets: the tokens that it requires, its weights format.
+# Variables of this process's environment that a deployed service gets: the tokens it requires, its weights format.
 SERVICE_VARIABLES = ("GPT2_API_TOKEN", "GPT2_ADMIN_TOKEN", "GPT2_WEIGHTS")
 
 
@@ -43,7 +43,7 @@ def verify_bento(tag: str, samples: Sequence[Sample], max_new_tokens: int, devic
 
 @contextmanager
 def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
-    """Serve a Bento on a free port of this machine; gives its URL once it is ready.
+    """Serve a Bento on a free port of this machine; yields its URL once it is ready.
 
     Args:
         weights: format of the served weights. An exported GPT2_WEIGHTS has no effect: fp32 is what was evaluated.

@@ -1,8 +1,8 @@
-"""Run a command that must not outlive the process that started it: `python supervisor.py COMMAND ARGUMENT...`.
+"""Run a command that ends with the process that started it: `python supervisor.py COMMAND ARGUMENT...`.
 
 Standard input is a pipe from that process. SIGTERM is forwarded to the command. When the pipe is closed, because the
-parent has closed it or has died, the command and all its descendants are killed. Descendants and not a process group:
-BentoML 1.4 starts each worker in a session of its own.
+parent closed it or died, the command and all its descendants are killed. A process group would not be enough, because
+BentoML 1.4 starts each worker in its own session.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The protocol of a deploy target, the outcome that every target reports, and the choice of a target by configuration.
+"""The protocol of a deploy target, the outcome that every target returns, and the factory `open_target`.
 
 To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it from `open_target`.
 """
@@ -12,7 +12,7 @@ from gpt2core.types import JsonDataclass, Lineage, Sample
 
 
 class DeployError(RuntimeError):
-    """A deployment or rollback that failed; the message says what to do. What served before keeps serving."""
+    """A deployment or rollback that failed; the message says what to do. The previous version keeps serving."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ class DeployInterrupted(DeployError):
 
 
 class Target(Protocol):
-    """Where a Bento serves users. Implementations verify the responses of a new version before users reach only it."""
+    """Where a Bento is deployed to. Implementations verify a new version, and keep the previous one if it fails."""
 
     def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> Deployment:
         """Serve the Bento that the lineage names; safe to repeat.
 
         Args:
-            samples: test records whose `tuned` answers the service must repeat (`deploy.verify`).
+            samples: test records whose `tuned` answers the service must reproduce (`deploy.verify`).
 
         Raises:
             DeployError: nothing was changed.
-            DeployInterrupted: it was stopped, and what served before serves again if its outcome says so.
+            DeployInterrupted: it was stopped; its outcome says whether the previous version serves again.
         """
 
     def rollback(self) -> Deployment:
-        """Serve the version before the current one again.
+        """Serve the previous version again.
 
         Raises:
             DeployError: there is no such version, or it did not become ready.
         """
 
     def describe(self) -> Version | None:
-        """The version that currently serves users; None where there is none."""
+        """The version that currently serves users; None if there is none."""
 
 
 def open_target(config: DeployConfig) -> Target | None:

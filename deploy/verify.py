@@ -1,4 +1,4 @@
-"""The one definition of "the service answers as the model did when it was evaluated".
+"""Verifies that a service answers as the evaluated model did: the only definition of that.
 
 `package` (a Bento served by a child process) and every deploy target use it.
 """
@@ -11,14 +11,14 @@ import requests
 from deploy.target import DeployError
 from gpt2core.types import Sample
 
-# Required share of equal answers where the service computes with other weights or on another device than `evaluate`
-# did: int8, bf16 or a GPU may decide a near tie differently. Another model or adapter agrees on hardly any.
+# Required share of equal answers if the service has another weight format or device than `evaluate` had: int8, bf16 or
+# a GPU may resolve a near tie differently. Another model or adapter gives hardly any equal answer.
 MIN_AGREEMENT = 0.5
 RESPONSE_TIMEOUT = 120  # seconds
 
 
 class VerificationError(DeployError):
-    """A service that does not answer, or not as the evaluated model did."""
+    """A service does not answer, or its answers differ from those of the evaluated model."""
 
 
 def verify_answers(

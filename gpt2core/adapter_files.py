@@ -1,4 +1,4 @@
-"""Adapter directories: adapter.safetensors and adapter.json. `read_adapter` reads those of PEFT, too."""
+"""Adapter directories: adapter.safetensors and adapter.json. `read_adapter` also reads PEFT's format."""
 
 import hashlib
 import logging
@@ -150,7 +150,7 @@ def _check_base(file: Path, base: Any, sha256: str | None, accept_other: bool) -
     )
     if not accept_other:
         raise ValueError(f"{problem}; load that base, or accept another one explicitly")
-    logger.warning("%s; loading it all the same", problem)
+    logger.warning("%s; loading it nevertheless", problem)
 
 
 def _adapter_state(model: GPT2) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Examples as tensors, packed into rows with next to no padding."""
+"""Training batches: examples as tensors, packed into rows to avoid padding."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +11,8 @@ from gpt2core.data import Example
 from gpt2core.model import Sequences
 from gpt2core.tensors import to_device
 
-IGNORED = -100  # the label of a token that does not count in the loss
-SHARED, PADDING = -1, -2  # in place of an example's index
+IGNORED = -100  # the label of a token that does not count in the loss, as in torch's cross_entropy
+SHARED, PADDING = -1, -2  # instead of an example's index: a token of the shared prefix, and padding
 ROW_TOKENS = 512  # approximate length of a packed row: attention's cost grows with its square
 
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     labelled: Tensor | None = None  # (N) indices of the labels that count in the flattened rows; None: all of them
     positions: Tensor | None = None  # (G, T) within the example; None: each row is one text from position 0
     example: Tensor | None = None  # (G, T) index of the token's example, SHARED or PADDING; None: rows have no examples
-    sequences: Sequences | None = None  # in place of an attention mask
+    sequences: Sequences | None = None  # for variable-length attention, instead of an attention mask
 
     @property
     def n_labels(self) -> int:
@@ -56,7 +56,7 @@ def pack(
     Args:
         share_prefix: compute the tokens that all examples start with (every prompt has the same preamble) once per row.
             That changes no loss and no gradient, and applies only to tokens whose successor is not a label.
-        as_sequences: describe them for `varlen_attention` too, where this device has it.
+        as_sequences: also describe the examples for `varlen_attention`, on devices that have it.
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
@@ -78,11 +78,11 @@ def pack(
     for row, members in enumerate(rows):
         start = shared
         for i in members:
-            ids, place = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
-            input_ids[row, place], example[row, place] = ids[:-1], i
-            positions[row, place] = torch.arange(shared, shared + lengths[i])
-            labels[row, start + first[i] - 1 - shared : place.stop] = ids[first[i] - shared :]
-            start = place.stop
+            ids, span = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
+            input_ids[row, span], example[row, span] = ids[:-1], i
+            positions[row, span] = torch.arange(shared, shared + lengths[i])
+            labels[row, start + first[i] - 1 - shared : span.stop] = ids[first[i] - shared :]
+            start = span.stop
     n_tokens = sum(lengths) + shared * len(examples)
     one_example_per_row = n_rows == len(examples)
     labelled = (labels != IGNORED).flatten().nonzero()[:, 0]

@@ -1,6 +1,6 @@
-"""GPT-2 checkpoints in Hugging Face's format; also the public path of adapters and digests.
+"""GPT-2 checkpoints in Hugging Face's format; also re-exports the public functions for adapters and digests.
 
-It reads and writes only safetensors and JSON: nothing that is loaded can run code.
+Only safetensors and JSON are read and written, so a file cannot execute code when it is loaded.
 """
 
 from dataclasses import asdict, fields

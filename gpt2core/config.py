@@ -29,7 +29,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The architecture, with the field names of Hugging Face's config.json."""
+    """The model's architecture, with the field names of Hugging Face's config.json."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -42,10 +42,10 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    # post: LN(x + f(x)) (arXiv:1706.03762); only for experiments: the engine, and transformers, know GPT-2's pre alone
+    # post: LN(x + f(x)) (arXiv:1706.03762); for experiments only: the engine and transformers support pre alone
     norm_position: Literal["pre", "post"] = "pre"
     layer_init: Literal["fresh", "clone"] = "fresh"  # clone: all blocks start as copies of the first
-    bos_token_id: int | None = None  # None: not known; these two and generation_config are kept for others
+    bos_token_id: int | None = None  # None: not known; these two and generation_config are kept for other programs
     eos_token_id: int | tuple[int, ...] | None = None
     n_tokens: int | None = None  # ids that the tokenizer has, if fewer than vocab_size: the rows beyond are padding
     generation_config: str | None = None  # text of generation_config.json
@@ -126,7 +126,7 @@ class TrainConfig:
     final_lr_ratio: float = 0.0  # learning rate at the end of that decay, as a share of learning_rate
     max_grad_norm: float | None = 1.0
     precision: Precision = "fp32"
-    devices: int = 1  # processes on one machine that share each batch: one GPU each, or a share of the cores
+    devices: int = 1  # processes on one machine that split each batch, with one GPU or a share of the cores each
     loss_on: LossOn = "response"
     seed: int = 0
     log_every_steps: int = 5
@@ -213,7 +213,7 @@ class GenerationConfig:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); a mapping is accepted too
     stop_token_ids: tuple[int, ...] = ()  # further tokens that end a completion
     ignore_eos: bool = False  # eos_id does not end a completion
-    min_tokens: int = 0  # before that many, nothing but the context's end ends a completion
+    min_tokens: int = 0  # with fewer tokens, only the end of the context ends a completion
 
     def __post_init__(self) -> None:
         if isinstance(self.logit_bias, Mapping):
@@ -264,7 +264,7 @@ def _is_seed(value: int) -> bool:
 
 
 def _lists_to_tuples(config: Any, name: str) -> None:
-    """YAML and JSON have lists where the configs have tuples; the type check follows."""
+    """Convert the lists of YAML and JSON; types are checked afterwards."""
     object.__setattr__(config, name, _as_tuple(getattr(config, name)))
 
 

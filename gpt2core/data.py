@@ -1,4 +1,4 @@
-"""From instruction records to training examples: splitting, length limits, encoding. Downloads nothing."""
+"""From instruction records to training examples: splitting, length limits, encoding. No network access."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ import torch
 
 from gpt2core.config import TooLong
 from gpt2core.prompt import MARKERS, format_prompt
-from gpt2core.records import (  # the public path of these names
+from gpt2core.records import (  # re-exported: the public path of these names
     REQUIRED,
     TEXTS,
     Record,
     check_records,
-    place_of,
+    location_of,
     read_records,
     records_sha256,
     to_jsonl,
@@ -35,7 +35,7 @@ __all__ = [
     "find_markers",
     "find_too_long",
     "limit_lengths",
-    "place_of",
+    "location_of",
     "question",
     "read_records",
     "records_sha256",
@@ -43,7 +43,7 @@ __all__ = [
     "to_jsonl",
 ]
 
-SHOWN_RECORDS = 10  # places named in one message
+SHOWN_RECORDS = 10  # locations named in one message
 
 
 class Split(NamedTuple):
@@ -65,12 +65,12 @@ class LongRecord:
     """A record with more tokens than the context."""
 
     index: int
-    place: str  # in the user's file, or number in the list, from 1
+    location: str  # in the user's file, or number in the list, from 1
     tokens: int  # prompt, response and end of text
 
 
 def count_duplicates(records: Sequence[Record]) -> int:
-    """Number of records equal to an earlier one. They are kept: repeating a record is a choice of the data's author."""
+    """Number of records equal to an earlier one. They are kept, since the author may have repeated them on purpose."""
     return len(records) - len({(*question(record), record["output"]) for record in records})
 
 
@@ -86,7 +86,7 @@ def find_markers(records: Sequence[Record]) -> list[str]:
     output never scores as correct.
     """
     return [
-        place_of(records, i)
+        location_of(records, i)
         for i, record in enumerate(records)
         if any(marker in record.get(key, "") for key in TEXTS for marker in MARKERS)
     ]
@@ -101,7 +101,7 @@ def count_leaks(records: Sequence[Record]) -> int:
 def split_records(
     records: Sequence[Record], seed: int | None, val_fraction: float = 0.05, test_fraction: float = 0.1
 ) -> Split:
-    """Split by the records' own `part`, as far as they have one; a part that none has is taken from the train records.
+    """Split by the records' own `part`. A part that no record has is split off from the train records.
 
     Raises:
         ValueError: as `split_evenly`.
@@ -155,7 +155,7 @@ def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: floa
 
 
 def question(record: Record) -> tuple[str, str]:
-    """Instruction and input: records with the same ones ask the same."""
+    """The question of a record: its instruction and input."""
     return record["instruction"], record.get("input", "")
 
 
@@ -168,12 +168,13 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     families = Counter(records[group[0]].get("family", "") for group in groups)
     rank: Counter[str] = Counter()
-    place = {}
+    position = {}
     for group in groups:
         family = records[group[0]].get("family", "")
-        place[group[0]] = (rank[family] + 0.5) / families[family]
+        position[group[0]] = (rank[family] + 0.5) / families[family]
         rank[family] += 1
-    return sorted(groups, key=lambda group: place[group[0]])  # stable: groups of one family keep their shuffled order
+    # stable: groups of one family keep their shuffled order
+    return sorted(groups, key=lambda group: position[group[0]])
 
 
 def _groups(records: Sequence[Record]) -> list[list[int]]:
@@ -222,7 +223,7 @@ def limit_lengths(
     """The records that fit into the context, and those that were dropped or whose output was truncated.
 
     Raises:
-        ValueError: naming all places, if too_long is "error" and a record does not fit, or if it is "truncate" and a
+        ValueError: naming all locations, if too_long is "error" and a record does not fit, or if it is "truncate" and a
             prompt leaves no room for an output; or no record is left.
     """
     found = find_too_long(records, tokenizer, context_length)
@@ -239,7 +240,7 @@ def limit_lengths(
     if without_room:
         raise ValueError(
             f"{len(without_room)} prompts leave no room for an output in a context of {context_length} tokens: "
-            f"{_places(without_room)}; set too_long to drop, or use a base with a longer context"
+            f"{_locations(without_room)}; set too_long to drop, or use a base with a longer context"
         )
     if not limited:
         raise ValueError(f"all {len(records)} records have more tokens than the context of {context_length}")
@@ -281,7 +282,7 @@ def _truncate(record: Record, tokenizer: tiktoken.Encoding, context_length: int)
 
 def _too_long(records: Sequence[Record], examples: Sequence[Example], context_length: int) -> list[LongRecord]:
     return [
-        LongRecord(i, place_of(records, i), len(example.input_ids))
+        LongRecord(i, location_of(records, i), len(example.input_ids))
         for i, example in enumerate(examples)
         if len(example.input_ids) > context_length
     ]
@@ -289,12 +290,12 @@ def _too_long(records: Sequence[Record], examples: Sequence[Example], context_le
 
 def _too_long_error(found: Sequence[LongRecord], n: int, context_length: int) -> ValueError:
     return ValueError(
-        f"{len(found)} of {n} records have more tokens than the context of {context_length}: {_places(found)}; shorten "
-        "them, set too_long to drop or truncate, or use a base with a longer context"
+        f"{len(found)} of {n} records have more tokens than the context of {context_length}: {_locations(found)}; "
+        "shorten them, set too_long to drop or truncate, or use a base with a longer context"
     )
 
 
-def _places(found: Sequence[LongRecord]) -> str:
-    shown = ", ".join(f"{record.place} has {record.tokens} tokens" for record in found[:SHOWN_RECORDS])
+def _locations(found: Sequence[LongRecord]) -> str:
+    shown = ", ".join(f"{record.location} has {record.tokens} tokens" for record in found[:SHOWN_RECORDS])
     rest = len(found) - SHOWN_RECORDS
     return f"{shown}{f' and {rest} more' if rest > 0 else ''}"

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from gpt2core.config import GenerationConfig
 from gpt2core.data import Example, Record, encode_records
 from gpt2core.generate import generate
+from gpt2core.losses import token_losses
 from gpt2core.metrics import Scores, aggregate, exact_match, mean, score_record
 from gpt2core.model import GPT2
 from gpt2core.prompt import parse_reply
-from gpt2core.train import token_losses
 from gpt2core.types import Answer, Evaluation, FamilyScores, Sample, TrainSummary
 
 

@@ -1,7 +1,7 @@
-"""LoRA (arXiv:2106.09685): one wrapper around the linear layers that a target names. Independent of file formats.
+"""LoRA (arXiv:2106.09685): a wrapper around the linear layers of a target. Independent of file formats.
 
-q, k and v share one fused matrix, `c_attn`; adapting some of them adds to only those thirds of its output. rsLoRA is
-another `LoraConfig.scaling`, LoRA+ another learning rate (`gpt2core.train`), DoRA the branch of `LoraLinear` below.
+q, k and v share one fused matrix, `c_attn`; adapting some of them changes only those thirds of its output. rsLoRA is
+another `LoraConfig.scaling`, LoRA+ another learning rate (`gpt2core.optimizers`), DoRA a branch in `LoraLinear`.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def add_lora(model: GPT2, config: LoraConfig, seed: int | None = None) -> GPT2:
 
 
 def merge_lora(model: GPT2) -> GPT2:
-    """Add every adapter to its weight, so that it costs nothing at inference. Merging twice has no further effect.
+    """Add every adapter to its weight, so that inference needs no extra computation. Merging twice has no effect.
 
     Raises:
         ValueError: the adapter has NaN or infinite values; no weight is changed then.

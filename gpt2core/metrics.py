@@ -1,7 +1,7 @@
 """Metrics of generated answers, defined once: evaluation, report, promotion gate and dashboard metadata read `METRICS`.
 
-To add a metric, add a field to `Scores` (and to `RecordScores`, if it has a value per record), with its heading and
-direction, and compute it in `score_record` and `aggregate`.
+To add a metric, add a field with its `Metric` to `Scores` (and to `RecordScores`, if it has a value per record), and
+compute it in `score_record` and `aggregate`.
 """
 
 import math
@@ -19,21 +19,22 @@ class Metric:
     heading: str
     description: str
     higher_is_better: bool = True
+    is_share: bool = False  # 0 or 1 for each record: Wilson's interval and McNemar's test apply
 
 
-def _metric(*values: Any) -> Any:
-    return field(metadata={"metric": Metric(*values)})
+def _metric(heading: str, description: str, **options: bool) -> Any:
+    return field(metadata={"metric": Metric(heading, description, **options)})
 
 
 @dataclass(frozen=True)
 class Scores:
     """One model's scores on a set of records: means over the records, except perplexity (over all reference tokens)."""
 
-    exact_match: float = _metric("Exact match", "share of answers equal to the reference")
+    exact_match: float = _metric("Exact match", "share of answers equal to the reference", is_share=True)
     token_f1: float = _metric("Token F1", "words in common with the reference, mean")
     rouge_l: float = _metric("ROUGE-L", "longest common subsequence with the reference, mean")
-    perplexity: float = _metric("Perplexity", "of the reference answers, per token", False)
-    finished: float = _metric("Finished", "share ended by end of text")
+    perplexity: float = _metric("Perplexity", "of the reference answers, per token", higher_is_better=False)
+    finished: float = _metric("Finished", "share ended by end of text", is_share=True)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int
 
 
 def normalise(answer: str) -> str:
-    """The form in which answers are compared: letter case, runs of whitespace and a final period do not count."""
+    """Normalise an answer for comparison: letter case, runs of whitespace and a final period do not count."""
     return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
 
 

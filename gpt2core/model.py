@@ -26,7 +26,7 @@ def best_device() -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode; afterwards, also after an exception, every module has its own mode again."""
+    """Run the block in eval mode, and restore every module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -192,7 +192,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The examples of a batch as sequences for `varlen_attention`, over the N tokens of its rows behind each other."""
+    """The examples of a batch as sequences for `varlen_attention`, over the N tokens of its concatenated rows."""
 
     keys: Tensor | None  # (M) which token each key is of: a shared prefix is a key of each example; None: all, in order
     ends_q: Tensor  # as `varlen_attention` takes them

@@ -1,4 +1,4 @@
-"""The prompt template, and the answer parsed out of a completion: one place for training, evaluation and serving."""
+"""The prompt template and the parsing of answers, shared by training, evaluation and serving."""
 
 import hashlib
 import json
@@ -42,9 +42,9 @@ def format_prompt(instruction: str, input: str = "") -> str:
 
 
 def split_prompt(prompt: str) -> tuple[str, str] | None:
-    """Instruction and input of a prompt of `format_prompt`; None if it is none.
+    """Instruction and input of a prompt made by `format_prompt`; None for any other text.
 
-    An instruction that contains the header of the input is split there: the prompts of both readings are equal.
+    An instruction that contains the input's header is split there, since both readings have the same prompt.
     """
     head, tail = PROMPT_TEMPLATE.without_input.split("{instruction}")
     between = PROMPT_TEMPLATE.with_input.removeprefix(head).partition("{instruction}")[2].partition("{input}")[0]
@@ -56,8 +56,10 @@ def split_prompt(prompt: str) -> tuple[str, str] | None:
 
 
 def chat_template() -> str:
-    """The template in Jinja, as tokenizer_config.json and GGUF files carry it. As in the service, the last user turn is
-    the instruction, and nothing else of the conversation is used; an answer at the end is that of a training example.
+    """The template in Jinja for tokenizer_config.json and GGUF files.
+
+    As in the service, the last user turn is the instruction, and other turns are not used. A final assistant turn is
+    formatted as in a training example.
     """
     before, after = (json.dumps(text) for text in PROMPT_TEMPLATE.without_input.split("{instruction}"))
     return (
@@ -70,12 +72,12 @@ def chat_template() -> str:
 
 
 def format_turns(turns: Sequence[tuple[str, str]]) -> str:
-    """Earlier turns of a conversation, (role, text) each, as the input of the turn that follows; "" without any."""
+    """Earlier turns of a conversation, (role, text) each, as the input of the next instruction; "" if none."""
     return "\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
 
 
 def parse_reply(raw: str) -> str:
-    """The clean answer in a raw completion: without prompt, header, end of text, and whatever the model adds after it.
+    """The answer in a raw completion: without prompt, header, end of text, and any text after it.
 
     `raw` is the completion alone, or prompt and completion.
     """

@@ -1,6 +1,6 @@
-"""The shapes in which people keep instruction data, each turned into this project's records.
+"""Formats of instruction records, each converted to this project's records.
 
-| shape | keys |
+| format | keys |
 |---|---|
 | Alpaca | instruction, output; input, group and family where known |
 | prompt and completion | prompt, completion |
@@ -8,8 +8,7 @@
 | ShareGPT | conversations: a list of {"from", "value"} |
 
 A conversation becomes one record for each answer of the assistant: its instruction is the user's turn before it, and
-its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is left out, as
-the service leaves it out.
+its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is dropped, as in the service.
 """
 
 import json
@@ -30,13 +29,13 @@ _ROLES = {
 }
 
 
-def shape_of(value: Any, columns: Mapping[str, str]) -> str:
-    """The name of the record's shape, for people; "" if it is none of the known ones."""
-    return _shape(_rename(value, _applying(value, columns))) if isinstance(value, dict) else ""
+def format_of(value: Any, columns: Mapping[str, str]) -> str:
+    """The name of the record's format, for messages; "" if it is unknown."""
+    return _format(_rename(value, _applying(value, columns))) if isinstance(value, dict) else ""
 
 
 def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The records in a value of any shape, not yet checked further; one, except for conversations.
+    """The records in a value of any format, not yet checked further; one, except for conversations.
 
     Args:
         columns: this project's key -> the name it has in the value; not used where none of the names occurs.
@@ -51,10 +50,10 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
         if own not in value and (key in required or key not in (*TEXTS, *LABELS)):
             raise ValueError(f"no {own!r}, which data.columns gives as {key!r}, in {shorten(value)}")
     value = _rename(value, columns)
-    shape = _shape(value)
-    if shape in CHATS:
-        return _conversation(value, shape, required)
-    if shape == "prompt/completion":
+    kind = _format(value)
+    if kind in CHATS:
+        return _conversation(value, kind, required)
+    if kind == "prompt/completion":
         if "completion" not in value and "output" in required:
             raise ValueError(f"no 'completion' in {shorten(value)}")
         renamed = {key: value[key] for key in LABELS if key in value} | {"instruction": value["prompt"]}
@@ -72,7 +71,7 @@ def _rename(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
     return {named.get(key, key): inner for key, inner in value.items() if key not in columns or key in named}
 
 
-def _shape(value: Mapping[str, Any]) -> str:
+def _format(value: Mapping[str, Any]) -> str:
     if "instruction" in value:
         return "instruction/output"
     if "prompt" in value:
@@ -105,21 +104,21 @@ def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -
     return [labels | record for record in found]
 
 
-def _turn(message: Any, place: str) -> tuple[str, str]:
+def _turn(message: Any, location: str) -> tuple[str, str]:
     """Role (user, assistant or system) and text."""
     if not isinstance(message, dict):
-        raise ValueError(f"{place} is {shorten(message)}; it must be an object with 'role' and 'content'")
+        raise ValueError(f"{location} is {shorten(message)}; it must be an object with 'role' and 'content'")
     role, content = (next((message[k] for k in keys if k in message), None) for keys in (_ROLE_KEYS, _CONTENT_KEYS))
     if role not in _ROLES:
-        raise ValueError(f"{place}: the role is {shorten(role)}; it must be one of {', '.join(_ROLES)}")
+        raise ValueError(f"{location}: the role is {shorten(role)}; it must be one of {', '.join(_ROLES)}")
     if isinstance(content, list):  # OpenAI's content parts
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else content
     if not isinstance(content, str):
-        raise ValueError(f"{place}: the content is {shorten(content)}; it must be text")
+        raise ValueError(f"{location}: the content is {shorten(content)}; it must be text")
     if _ROLES[role] != "system" and not content.strip():
-        raise ValueError(f"{place}: the content is empty")
+        raise ValueError(f"{location}: the content is empty")
     return _ROLES[role], content
 
 

@@ -1,6 +1,6 @@
-"""Instruction records: reading files of them, checking them, writing them. Errors name the place in the user's file.
+"""Reads, validates and writes files of instruction records. Errors have the location in the user's file.
 
-The shapes that a record may have are in `gpt2core/record_formats.py`.
+The formats that a record may have are in `gpt2core/record_formats.py`.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from gpt2core.record_formats import CHATS, LABELS, REQUIRED, TEXTS, shape_of, shorten, to_records
+from gpt2core.record_formats import CHATS, LABELS, REQUIRED, TEXTS, format_of, shorten, to_records
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +43,20 @@ _ENCODINGS = (
 class Row(NamedTuple):
     """A value of a file, before it is known whether it is a record."""
 
-    place: str  # like "record 3 (line 7)", counted from 1
+    location: str  # like "record 3 (line 7)", counted from 1
     value: Any
     part: str = ""  # of the split, where the file says so: a key of PARTS
 
 
 class FileRecord(dict[str, str]):
-    """A record that knows where it was read. Equal to a plain dict of the same values; JSON does not keep the place."""
+    """A record that knows where it was read. Equal to a plain dict of the same values; JSON drops the location."""
 
-    place: str = ""  # like "record 3 (line 7)", counted from 1
+    location: str = ""  # like "record 3 (line 7)", counted from 1
 
 
-def place_of(records: Sequence[Record], i: int) -> str:
-    """Where the record is in its file, as the user counts; for records made in memory, its number in the list."""
-    return getattr(records[i], "place", "") or f"record {i + 1}"
+def location_of(records: Sequence[Record], i: int) -> str:
+    """The record's location in its file, counted from 1; for records made in memory, its number in the list."""
+    return getattr(records[i], "location", "") or f"record {i + 1}"
 
 
 def read_records(
@@ -90,38 +90,38 @@ def read_records(
 def make_records(
     rows: Iterable[Row], source: str, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
 ) -> list[Record]:
-    """The records in the rows, which may have any of the known shapes. Logs which ones they have.
+    """The records in the rows, which may have any of the known formats. Logs the formats found.
 
     Records of one conversation get a `group` of their own, so that a split keeps them together.
 
     Raises:
-        ValueError: there are no rows, or naming the source and the places of faulty ones.
+        ValueError: there are no rows, or naming the source and the locations of faulty ones.
     """
     records: list[Record] = []
     problems: list[str] = []
-    shapes: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
         found: list[Record | str]
         try:
             found = [_record(value, required) for value in to_records(row.value, required, columns)]
         except ValueError as error:
             found = [str(error)]
-        shapes[shape_of(row.value, columns)] += 1
+        formats[format_of(row.value, columns)] += 1
         for answer, record in enumerate(found, 1):
-            place = row.place if len(found) == 1 else f"{row.place}, answer {answer}"
+            location = row.location if len(found) == 1 else f"{row.location}, answer {answer}"
             if isinstance(record, str):
-                problems.append(f"{place}: {record}")
+                problems.append(f"{location}: {record}")
                 continue
             if len(found) > 1:
                 record.setdefault("group", f"conversation {number}")
-            records.append(_placed(record | ({"part": PARTS[row.part]} if row.part else {}), place))
+            records.append(_with_location(record | ({"part": PARTS[row.part]} if row.part else {}), location))
     if not records and not problems:
         raise ValueError(f"{source}: the list of records is empty")
-    if problems and (shapes[""] or any(": no '" in problem for problem in problems)):
+    if problems and (formats[""] or any(": no '" in problem for problem in problems)):
         known = "instruction and output, prompt and completion, messages, or conversations"
         problems[min(len(problems), SHOWN_PROBLEMS) - 1] += f" (a record has {known}; data.columns maps other names)"
     _refuse(problems, source)
-    read_as = ", ".join(f"{count} as {shape}" for shape, count in shapes.items())
+    read_as = ", ".join(f"{count} as {name}" for name, count in formats.items())
     logger.info("%s: %d records, read %s", source, len(records), read_as)
     return records
 
@@ -151,11 +151,11 @@ def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _placed(record: Record | str, place: str) -> Record:
+def _with_location(record: Record | str, location: str) -> Record:
     assert not isinstance(record, str)
-    placed = FileRecord(record)
-    placed.place = place
-    return placed
+    located = FileRecord(record)
+    located.location = location
+    return located
 
 
 def _refuse(problems: Sequence[str], source: str) -> None:
@@ -218,22 +218,22 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
     number, start = 0, 1
     try:
         for cells in lines:
-            place, start = f"line {start}", lines.line_num + 1
+            location, start = f"line {start}", lines.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if not header:
                 header = [name.strip() for name in cells]
                 twice = next((name for name in header if header.count(name) > 1), None)
                 if twice is not None:
-                    raise ValueError(f"{file}, {place}: the column {twice!r} occurs twice in the header")
+                    raise ValueError(f"{file}, {location}: the column {twice!r} occurs twice in the header")
                 continue
             number += 1
             if len(cells) != len(header):
                 raise ValueError(
-                    f"{file}, {place} (record {number}): {len(cells)} cells, but the header has {len(header)} columns: "
-                    f"{shorten(cells)}; a cell with a separator or a line break must be in double quotes"
+                    f"{file}, {location} (record {number}): {len(cells)} cells, but the header has {len(header)} "
+                    f"columns: {shorten(cells)}; a cell with a separator or a line break must be in double quotes"
                 )
-            yield Row(f"record {number} ({place})", dict(zip(header, cells, strict=True)))
+            yield Row(f"record {number} ({location})", dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise ValueError(f"{file}, line {start} (record {number + 1}): {error}") from None
 
@@ -255,8 +255,8 @@ class _Forbidden(ValueError):
     def position(self, text: str, start: int) -> int:
         """Where it is: json's hooks are not told. Strings are skipped unless they are what is searched for."""
         matches = re.compile(rf'({self.pattern})|"(?:[^"\\]|\\.)*"', re.DOTALL).finditer(text, start)
-        places = [match.start() for match in matches if match[1]]
-        return places[min(self.occurrence, len(places)) - 1] if places else start
+        locations = [match.start() for match in matches if match[1]]
+        return locations[min(self.occurrence, len(locations)) - 1] if locations else start
 
 
 class _Parser:
@@ -299,19 +299,19 @@ class _Parser:
             if text[position] == "[":
                 position = yield from self._list(text, position, offset)
                 continue
-            place, value, end = self._value(text, position, offset)
+            location, value, end = self._value(text, position, offset)
             if self._has_parts(value):
                 yield from self._parts(text, position, offset, list(value))
             else:
-                yield Row(place, value)
+                yield Row(location, value)
             position = _skip(text, end)
 
     def _list(self, text: str, position: int, offset: int, part: str = "") -> Generator[Row, None, int]:
         """The records of the list that starts at the position; returns the position of what follows it."""
         position = _skip(text, position + 1)
         while not text.startswith("]", position):
-            place, value, position = self._value(text, position, offset)
-            yield Row(f"{part} {place}".lstrip(), value, part)
+            location, value, position = self._value(text, position, offset)
+            yield Row(f"{part} {location}".lstrip(), value, part)
             comma = position = _skip(text, position)
             if text.startswith(",", position):
                 position = _skip(text, position + 1)
@@ -344,7 +344,7 @@ class _Parser:
     def _value(self, text: str, position: int, offset: int) -> tuple[str, Any, int]:
         self.number += 1
         self._locate(offset + position)
-        place = f"record {self.number} (line {self.line})"
+        location = f"record {self.number} (line {self.line})"
         try:
             value, end = self.decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
@@ -358,7 +358,7 @@ class _Parser:
             self._fail("the value is nested too deeply", offset + position)
         except ValueError as error:  # an integer of thousands of digits
             self._fail(str(error).partition(";")[0], offset + position)
-        return place, value, end
+        return location, value, end
 
     def _locate(self, position: int) -> None:
         """Set `line` and `line_start` to those of the position; positions grow, so each character is counted once."""

@@ -1,4 +1,4 @@
-"""Use of processor and memory while training, measured without a library and without waiting for the GPU."""
+"""CPU, GPU and memory utilisation during training, measured without synchronising with the GPU."""
 
 import os
 import platform
@@ -19,8 +19,8 @@ _STATM = Path("/proc/self/statm")
 class ResourceMeter:
     """Measures this process, and its GPU if it has one, between two calls of `read`. Use it as a context manager.
 
-    A thread takes samples of what changes faster than it is read. A sample takes microseconds on a CPU, and up to a
-    millisecond of another thread for the GPU's driver.
+    A thread samples memory and GPU utilisation between reads. A sample takes microseconds on a CPU, and up to a
+    millisecond with a GPU, whose driver is queried.
     """
 
     def __init__(self, device: torch.device) -> None:

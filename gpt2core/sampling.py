@@ -1,4 +1,4 @@
-"""Chooses the tokens of a completion: the one place that applies the controls of `GenerationConfig`.
+"""Sampling: chooses the tokens of a completion, with all controls of `GenerationConfig`.
 
 `generate` and the engine both use it, so they generate the same tokens. Shape letters: B rows, V tokens.
 """
@@ -23,9 +23,9 @@ class NonFiniteLogits(RuntimeError):
 
 
 class Grammar(Protocol):
-    """What a completion must match, and how much of it is read. Belongs to one completion."""
+    """A grammar that one completion must match, and its state after the tokens accepted so far."""
 
-    complete: bool  # nothing more may follow
+    complete: bool  # no further token is allowed
 
     def allowed(self) -> bytes:
         """Which tokens may follow, at least one: bit i % 8, the lowest first, of byte i // 8 is that of token i."""
@@ -109,9 +109,9 @@ class Sampler:
 def choose(
     samplers: Sequence[Sampler | None], logits: Tensor, best: Tensor, completions: Sequence[Sequence[int]]
 ) -> list[int | Exception]:
-    """The token that follows each completion, from logits (B, V); what went wrong instead: that concerns its row alone.
+    """The next token of each completion, from logits (B, V); for a row that failed, its exception instead.
 
-    The host waits for the device once, apart from what controls need.
+    The host synchronises with the device once, apart from what controls need.
 
     Args:
         samplers: None for a row to ignore.
@@ -171,7 +171,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
-    """What a token is drawn from, for each row of logits (B, V): fp64 and not normalised, at temperatures above 0."""
+    """The distribution to sample from, for each row of logits (B, V): fp64, not normalised, temperature above 0."""
     V = logits.shape[1]
     top_k, top_p = [min(c.top_k or V, V) for c in configs], [inf if c.top_p is None else c.top_p for c in configs]
     settings = [(c.temperature, k, p, c.min_p or 0.0) for c, k, p in zip(configs, top_k, top_p, strict=True)]
@@ -198,8 +198,8 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
 def draw(probabilities: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
     """A token (B) per row of probabilities (B, V), each with its own random generator.
 
-    As `torch.multinomial` draws one sample: the first of V exponential clocks to ring. That function takes one
-    generator for all rows, and waits for a GPU.
+    The method of `torch.multinomial` for one sample: the largest of V quotients of probability and exponential random
+    variable. That function takes one generator for all rows, and synchronises with a GPU.
     """
     clocks = torch.empty_like(probabilities)
     for row, generator in zip(clocks, generators, strict=True):

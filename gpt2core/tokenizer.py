@@ -60,7 +60,7 @@ def count_tokens(directory: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE as its files have it."""
+    """The content of a byte-level BPE's files."""
 
     source: str  # names the files, for messages
     ids: Mapping[str, int]  # of ordinary tokens, in GPT-2's spelling
@@ -74,7 +74,7 @@ class Vocabulary:
 
 
 def read_vocabulary(directory: Path) -> Vocabulary:
-    """What the tokenizer files of a directory say, unchecked.
+    """The vocabulary in the tokenizer files of a directory, not validated.
 
     Raises:
         FileNotFoundError, ValueError: as `load_tokenizer`.
@@ -164,7 +164,7 @@ def _to_bytes(token: str) -> bytes:
 
 @lru_cache
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2 spells each byte as one visible character: its own in Latin-1 if visible, else one from U+0100 on."""
+    """GPT-2's spelling of bytes: the byte's Latin-1 character if that is visible, otherwise one from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

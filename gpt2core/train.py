@@ -1,4 +1,4 @@
-"""Finetuning and pretraining: one loop, which resumes an interrupted run byte for byte. Metrics go to a callback."""
+"""The training loop of finetuning and pretraining. It resumes an interrupted run with byte-identical results."""
 
 import hashlib
 import json
@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2core.batching import Batch, attention_mask, pack
+from gpt2core.batching import Batch, pack
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
-from gpt2core.model import GPT2, Sequences, evaluating
-from gpt2core.resources import ResourceMeter
+from gpt2core.losses import batch_losses, token_losses
+from gpt2core.model import GPT2
+from gpt2core.optimizers import finetuning_optimizers, learning_rate_factor, pretraining_optimizers
+from gpt2core.resources import ResourceMeter, mean_utilisation, peak_memory_mib
 from gpt2core.training_state import Progress, TrainingState
+from gpt2core.types import TrainSummary
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -44,6 +46,23 @@ class TrainResult:
     best_val_loss: float | None
     tokens_per_second: float
 
+    def summary(self, wandb_run: str = "") -> TrainSummary:
+        """The last logged values, and the means and peaks of the history.
+
+        Args:
+            wandb_run: id of the training's run in wandb; "": not tracked.
+        """
+        last = {name: value for entry in self.history for name, value in entry.items()}
+        return TrainSummary(
+            loss=last["train/loss"],
+            val_loss=self.best_val_loss,
+            tokens_seen=last["train/tokens_seen"],
+            tokens_per_second=self.tokens_per_second,
+            utilisation=mean_utilisation(self.history),
+            peak_memory_mib=peak_memory_mib(self.history),
+            wandb_run=wandb_run,
+        )
+
 
 def finetune(
     model: GPT2,
@@ -55,17 +74,18 @@ def finetune(
 ) -> TrainResult:
     """Train the weights that require gradients (after `add_lora`, the adapter alone), in place, with AdamW.
 
-    With `patience`, training stops early once that many validations in a row brought no new best loss. At the end the
-    model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen
-    weights end as they began, whatever the precision. A checkpoint found in `checkpoint_dir` is resumed from, and the
-    result is byte for byte that of an uninterrupted run, on the same kind of machine with as many threads; on a GPU up
-    to rounding, since its attention adds gradients in no fixed order. epochs and max_steps may have grown since. A
-    damaged checkpoint is skipped with a warning. `log` first gets the entries of the
-    interrupted run.
+    With `patience`, training stops early after that many validations in a row without a new best loss. At the end the
+    model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen weights are
+    unchanged, whatever the precision.
+
+    Training resumes from a checkpoint in `checkpoint_dir`. The result has the same bytes as that of an uninterrupted
+    run, on the same kind of machine with the same number of threads; on a GPU it is equal up to rounding, since
+    attention's backward pass adds in no fixed order. epochs and max_steps may be larger than before. A damaged
+    checkpoint is skipped with a warning. `log` first gets the entries of the interrupted run.
 
     In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
-    takes its share of every batch, gradients are summed, and all end with the same weights; `batch_size` counts the
-    records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
+    takes its share of every batch, gradients are summed, and all processes get the same weights; `batch_size` counts
+    the records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
 
     Raises:
         ValueError: no examples, nothing to train, a merged adapter, or a checkpoint of other data or another config.
@@ -77,36 +97,15 @@ def finetune(
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     lora = next((layer.config for _, layer in lora_layers(model)), None)
-    # dropout draws separately for each example, so a shared prefix could not be computed once for all
+    # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
     head_width = model.config.n_embd // model.config.n_head
     as_sequences = config.precision != "fp32" and has_varlen_attention(device, head_width)
 
-    def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
-        if lora is not None and lora.b_lr_ratio != 1:  # as PEFT's optimiser, DoRA's magnitudes go with lora_B
-            first = [name for name in weights if not name.endswith(("lora_B", "lora_magnitude"))]
-            groups = [
-                {"params": [weights[name] for name in first]},
-                {
-                    "params": [weight for name, weight in weights.items() if name not in first],
-                    "lr": config.learning_rate * lora.b_lr_ratio,
-                },
-            ]
-        return [
-            torch.optim.AdamW(
-                groups,
-                lr=config.learning_rate,
-                betas=config.betas,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-        ]
-
     def indices_of(step: int) -> list[list[int]]:
-        epoch, place = divmod(step, steps_per_epoch)
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
         order = torch.randperm(len(train), generator=_generator(config.seed, epoch)).tolist()
-        first = place * config.gradient_accumulation_steps
+        first = step_in_epoch * config.gradient_accumulation_steps
         parts = range(first, min(first + config.gradient_accumulation_steps, n_batches))
         return [order[part * config.batch_size : (part + 1) * config.batch_size] for part in parts]
 
@@ -126,7 +125,7 @@ def finetune(
 
     plan = _Plan(
         config=config,
-        optimisers=optimisers,
+        optimizers=lambda weights: finetuning_optimizers(weights, config, lora),
         batches_of=batches_of,
         describe=describe,
         total_steps=total_steps,
@@ -175,32 +174,18 @@ def pretrain(
             f"{len(tokens)} tokens are too few for a step of {per_step} sequences of {T}; lower batch_size"
         )
 
-    def optimisers(weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        matrices = [weight for name, weight in weights.items() if name.startswith("h.") and weight.dim() == 2]
-        others = [weight for name, weight in weights.items() if not (name.startswith("h.") and weight.dim() == 2)]
-        groups = [{"params": others, "weight_decay": 0.0}]
-        if config.optimizer == "adamw":
-            groups.append({"params": matrices, "weight_decay": config.weight_decay})
-        adamw = torch.optim.AdamW(groups, lr=config.adamw_learning_rate, betas=config.betas, fused=True)
-        if config.optimizer == "adamw":
-            return [adamw]
-        muon = torch.optim.Muon(
-            matrices, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-        return [muon, adamw]
-
     def batches_of(step: int) -> list[Batch]:
-        this_pass, place = divmod(step, steps_per_pass)
+        this_pass, step_in_pass = divmod(step, steps_per_pass)
         generator = _generator(config.seed, this_pass)
         offset = int(torch.randint(T, (1,), generator=generator))
         order = torch.randperm((len(tokens) - offset - 1) // T, generator=generator)
-        parts = order[place * per_step : (place + 1) * per_step].split(config.batch_size)
+        parts = order[step_in_pass * per_step : (step_in_pass + 1) * per_step].split(config.batch_size)
         index = [offset + part[:, None] * T + torch.arange(T + 1) for part in parts]  # each (B, T + 1)
         return [Batch(tokens[i[:, :-1]], tokens[i[:, 1:]], i[:, 1:].numel()).to(device) for i in index]
 
     plan = _Plan(
         config=config,
-        optimisers=optimisers,
+        optimizers=lambda weights: pretraining_optimizers(weights, config),
         batches_of=batches_of,
         describe=lambda step: f"pass {step // steps_per_pass + 1} over the text",
         total_steps=config.max_steps,
@@ -213,43 +198,12 @@ def pretrain(
     return _run(model, plan, log, checkpoint_dir)
 
 
-@torch.no_grad()
-def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss_on: str) -> list[tuple[float, int]]:
-    """(Summed negative log-likelihood in nats, number of tokens it counts) of each example, without dropout."""
-    device = model.wte.weight.device
-    sums: list[tuple[float, int]] = []
-    with evaluating(model):
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            batch = pack(part, loss_on, device)
-            losses = _losses(model, batch)
-            assert batch.example is not None
-            rows = batch.example.flatten()[batch.labelled]  # index of the example that each loss belongs to
-            per_row = torch.zeros(len(part), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
-            sums += zip(per_row.tolist(), rows.bincount(minlength=len(part)).tolist(), strict=True)
-    return sums
-
-
-def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:
-    """Warm-up, plateau, decay (arXiv:2404.06395): the share of the learning rate at step 0, 1, …
-
-    The decay is linear, half a cosine (arXiv:1608.03983), or none (`constant`).
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    decay_steps = config.decay_fraction * total_steps if config.schedule != "constant" else 0
-    left = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
-    if config.schedule == "cosine":
-        left = (1 - math.cos(math.pi * left)) / 2
-    return config.final_lr_ratio + (1 - config.final_lr_ratio) * left
-
-
 @dataclass(frozen=True)
 class _Plan:
-    """What a run does: all that does not change while it trains."""
+    """What stays constant during a training."""
 
     config: TrainConfig | PretrainConfig
-    optimisers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
+    optimizers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
     batches_of: Callable[[int], list[Batch]]  # the batches of an optimiser step
     describe: Callable[[int], str]  # the data of an optimiser step, for messages
     total_steps: int
@@ -275,13 +229,13 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
-        state = TrainingState(weights, plan.optimisers(weights), device)
+        state = TrainingState(weights, plan.optimizers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
             for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read
-        while state.progress.step < plan.total_steps and not state.progress.is_stuck(plan.patience):
+        while state.progress.step < plan.total_steps and not state.progress.should_stop_early(plan.patience):
             values = _step(model, plan, state, losses, meter)
             step = state.progress.step
             if values:
@@ -323,20 +277,20 @@ def _step(
     parts = plan.batches_of(progress.step)
     own_labels, own_tokens = sum(part.n_labels for part in parts), sum(part.n_tokens for part in parts)
     n_labels, n_tokens = map(int, _summed(own_labels, own_tokens))
-    # an adapter casts its own inputs; autocast is for training the fp32 weights of the base itself
+    # an adapter casts its own inputs; autocast is for training the fp32 weights of the base
     full = any("lora_" not in name for name in weights)
     autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=full and config.precision == "bf16-mixed")
     step_loss = torch.zeros((), device=state.device)
     for part in parts:
         with autocast:
-            loss = _losses(model, part).sum()
+            loss = batch_losses(model, part).sum()
         (loss / n_labels).backward()
         step_loss += loss.detach()
     _sum_gradients([*weights.values()])
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf)
-    for optimiser in state.optimisers:
-        optimiser.step()
-        optimiser.zero_grad()
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
     losses.append(step_loss)
     progress.step += 1
@@ -380,18 +334,6 @@ def _read_losses(losses: list[Tensor], plan: _Plan, progress: Progress) -> None:
                 f"lower learning_rate={plan.config.learning_rate}, raise warmup_steps, or use another precision"
             )
     losses.clear()
-
-
-def _losses(model: GPT2, batch: Batch) -> Tensor:
-    """Cross-entropy (N) at the N labelled positions, in fp32. The head sees only them."""
-    mask: Tensor | Sequences | None = batch.sequences
-    if mask is None and batch.positions is not None and batch.example is not None:
-        mask = attention_mask(batch.example)
-    hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)  # (G * T, C)
-    labels = batch.labels.flatten()
-    if batch.labelled is not None:
-        hidden, labels = hidden[batch.labelled], labels[batch.labelled]
-    return F.cross_entropy(model.head(hidden).float(), labels, reduction="none")
 
 
 def _summed(*values: float) -> list[float]:
@@ -445,16 +387,16 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    """One per epoch, so that a step's data depends on nothing but its number."""
+    """One generator per epoch, so that the data of a step depends only on its number."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def _fingerprint(config: TrainConfig | PretrainConfig, data: Sequence[Any], lora: LoraConfig | None = None) -> str:
-    """Digest of what a resumed run must share with the interrupted one; `_MAY_DIFFER` need not be the same."""
+    """Digest of everything that a resumed run must have in common with the interrupted one, except `_MAY_DIFFER`."""
     values = {key: value for key, value in asdict(config).items() if key not in _MAY_DIFFER}
     return hashlib.sha256(json.dumps([values, data, lora and asdict(lora)]).encode()).hexdigest()
 
 
-# length, devices, and what changes no number of a step
+# fields that a resumed run may change: they affect the length of the training, but not the result of a step
 _MAY_DIFFER = ("epochs", "max_steps", "patience", "devices", "gradient_checkpointing")

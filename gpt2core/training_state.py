@@ -1,4 +1,4 @@
-"""What changes while a model trains, and its checkpoint file."""
+"""The state of a training, and its checkpoint file."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensor
 
 @dataclass
 class Progress:
-    """What changes from step to step, besides tensors."""
+    """The part of the state that is not tensors."""
 
     step: int = 0
     tokens_seen: int = 0
@@ -32,14 +32,14 @@ class Progress:
     best_val_loss: float | None = None
     validations_since_best: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # as in `gpt2core.train.TrainResult`
-    # since the last entry of the history
+    # sums since the last entry of the history
     loss: float = 0.0
     labels: int = 0
     tokens: int = 0
     logged_seconds: float = 0.0
 
-    def is_stuck(self, patience: int | None) -> bool:
-        """Whether the last `patience` validations brought no new best loss; never with None."""
+    def should_stop_early(self, patience: int | None) -> bool:
+        """Early stopping: whether the last `patience` validations had no new best loss; False if it is None."""
         return patience is not None and self.validations_since_best >= patience
 
     def record(self, values: Mapping[str, float]) -> None:
@@ -52,10 +52,10 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Trainable weights, optimisers, torch's random state and progress: what a run is resumed from."""
+    """Trainable weights, optimizers, torch's random state and progress: what a run is resumed from."""
 
     weights: Mapping[str, nn.Parameter]
-    optimisers: Sequence[torch.optim.Optimizer]
+    optimizers: Sequence[torch.optim.Optimizer]
     device: torch.device
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the best validation loss
@@ -102,15 +102,15 @@ class TrainingState:
                 )
 
     def save(self, directory: Path, fingerprint: str) -> None:
-        """Write a checkpoint; the one before is kept beside it until the next call.
+        """Write a checkpoint; the previous one is kept until the next call.
 
         Args:
             fingerprint: identifies the run's data and config; `resume` accepts only the same one.
         """
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for i, optimiser in enumerate(self.optimisers):
-            for j, state in optimiser.state_dict()["state"].items():
+        for i, optimizer in enumerate(self.optimizers):
+            for j, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimiser.{i}.{j}.{key}": value for key, value in state.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -153,19 +153,19 @@ class TrainingState:
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weight.{name}"])
         self.best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
-        for i, optimiser in enumerate(self.optimisers):
+        for i, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Any]] = {}
             for key, value in tensors.items():
                 if key.startswith(f"optimiser.{i}."):
                     _, _, j, name = key.split(".")
                     state.setdefault(int(j), {})[name] = value
-            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Trials of a sweep: what is measured of one variant with one seed."""
+"""Trials of a sweep: the measurements of one variant with one seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ from gpt2core.config import AttentionConfig, GenerationConfig
 from gpt2core.data import Record, encode_records
 from gpt2core.evaluate import sample_answers
 from gpt2core.lora import merge_lora
+from gpt2core.losses import token_losses
 from gpt2core.model import best_device
 from gpt2core.resources import machine
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.train import token_losses
 from gpt2core.types import JsonDataclass, TrainSummary
 
 
 @dataclass(frozen=True)
 class Trial(JsonDataclass):
-    """What one variant gave with one seed."""
+    """The results of one variant with one seed."""
 
     label: str
     seed: int

@@ -1,4 +1,4 @@
-"""Typed data that crosses package borders. Each type has `to_json` and `from_json`; files and HTTP carry that form.
+"""Typed data that crosses package boundaries. `to_json` and `from_json` convert it for files and HTTP.
 
 Scores are in `gpt2core/metrics.py`, a deployment's outcome in `deploy/target.py`.
 """
@@ -29,7 +29,7 @@ class JsonDataclass:
         return value
 
 
-SIDES = ("base", "tuned", "champion")  # the models that answer a test record
+MODELS = ("base", "tuned", "champion")  # the models that answer a test record
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class Sample(JsonDataclass):
     judge_score: float | None = None  # of the tuned answer, 0 (wrong) to 1 (right); None: not judged
     judge_reason: str = ""
 
-    def answer(self, side: str) -> Answer:
-        """The answer of one of `SIDES`.
+    def answer(self, model: str) -> Answer:
+        """The answer of one of `MODELS`.
 
         Raises:
             ValueError: the champion did not answer this record.
         """
-        text, scores = getattr(self, side), getattr(self, f"{side}_scores")
+        text, scores = getattr(self, model), getattr(self, f"{model}_scores")
         if text is None or scores is None:
-            raise ValueError(f"the {side} has no answer to {self.instruction!r}")
-        finished = self.finished if side == "tuned" else getattr(self, f"{side}_finished")
-        return Answer(text, finished, scores, getattr(self, f"{side}_tokens"), getattr(self, f"{side}_confidence"))
+            raise ValueError(f"the {model} has no answer to {self.instruction!r}")
+        finished = self.finished if model == "tuned" else getattr(self, f"{model}_finished")
+        return Answer(text, finished, scores, getattr(self, f"{model}_tokens"), getattr(self, f"{model}_confidence"))
 
     def with_champion(self, answer: Answer) -> Self:
         """The sample with the champion's answer."""
@@ -111,16 +111,17 @@ class Sample(JsonDataclass):
             plain = {key: value for key, value in plain.items() if not key.startswith("judge")}
         if self.champion is None:
             plain = {key: value for key, value in plain.items() if not key.startswith("champion")}
-        sides = {side: plain.pop(f"{side}_scores") for side in SIDES if f"{side}_scores" in plain}
-        return plain | {f"{side}_{name}": value for side, scores in sides.items() for name, value in scores.items()}
+        scores_of = {model: plain.pop(f"{model}_scores") for model in MODELS if f"{model}_scores" in plain}
+        flat = {f"{model}_{name}": value for model, scores in scores_of.items() for name, value in scores.items()}
+        return plain | flat
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         names = [score.name for score in fields(RecordScores)]
         nested = {
-            f"{side}_scores": {name: data[f"{side}_{name}"] for name in names if f"{side}_{name}" in data}
-            for side in SIDES
-            if side != "champion" or data.get("champion") is not None
+            f"{model}_scores": {name: data[f"{model}_{name}"] for name in names if f"{model}_{name}" in data}
+            for model in MODELS
+            if model != "champion" or data.get("champion") is not None
         }
         return super().from_json({**data, **nested})
 
@@ -171,12 +172,12 @@ class Difference(JsonDataclass):
     p_value: float  # two-sided, of no difference
     n: int
     test: str  # that gave the p-value
-    detectable: float | None = None  # the smallest true difference that n records show with a power of 0.8
+    detectable: float | None = None  # the smallest true difference that a test with n records detects with power 0.8
 
 
 @dataclass(frozen=True)
 class Judgement(JsonDataclass):
-    """What a judge says of the tuned answers, and how far it agrees with exact match (judge's score at least 0.5)."""
+    """A judge's mean score of the tuned answers, and its agreement with exact match (0.5 or more is correct)."""
 
     model: str
     score: float | None  # mean over the judged answers; None: none was judged
@@ -311,7 +312,7 @@ class LoggedCompletion(JsonDataclass):
 
 @dataclass(frozen=True)
 class LoggedFeedback(JsonDataclass):
-    """What a user said of a completion, in the same log. A line with `rating` is feedback."""
+    """A user's feedback on a completion, in the same log. A line with `rating` is feedback."""
 
     time: str  # ISO 8601, UTC
     request_id: str  # of the completion

@@ -1,4 +1,4 @@
-"""Whether what earlier runs stored is still there."""
+"""Checks that the artifacts of cached steps are still stored and unchanged."""
 
 from zenml.io import fileio
 from zenml.models import ArtifactVersionResponse

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class ConfigError(Exception):
-    """A run configuration that is not usable. The message has the file, the key and the remedy."""
+    """An invalid run configuration. The message has the file, the key and what to change."""
 
 
 def check_names(names: Iterable[Any], known: Sequence[str], path: str, source: str) -> None:

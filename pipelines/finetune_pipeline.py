@@ -47,10 +47,10 @@ def finetune_pipeline(
     deploy: DeployConfig = DeployConfig(),
     tracking: TrackingConfig = TrackingConfig(),
 ) -> None:
-    """Instruction data in; an evaluated, packaged and traceable adapter out."""
+    """Finetune an adapter on instruction data; evaluate, package, promote and deploy it."""
     if lora.dora:  # the service applies adapters unmerged, which the engine cannot do with DoRA
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
-    # What is on this machine may change under its name. The steps after it are cached by the records.
+    # Files on this machine may change without changing their name. Later steps are cached by the records.
     fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
     records = fetch(data, base, seed)
     train_records, val_records, test_records, split = split_data(records, data, seed)

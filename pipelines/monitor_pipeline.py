@@ -8,6 +8,6 @@ from steps.monitor import detect_drift
 
 @pipeline(execution_mode=ExecutionMode.FAIL_FAST)
 def monitor_pipeline(monitor: MonitorConfig = MonitorConfig()) -> None:
-    """The service's request log in; a drift report, and an alert if there is drift, out."""
+    """Compare the service's request log with the served run: a drift report, and an alert if there is drift."""
     drift, _ = detect_drift(monitor)
     alert_step(drift, monitor)

@@ -1,4 +1,4 @@
-"""Tells a webhook how a run ended, if the environment names one."""
+"""Posts the end of a run to a webhook, if GPT2_INSTRUCT_WEBHOOK is set."""
 
 import logging
 import os
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def notified(pipeline: str) -> Iterator[None]:
-    """Around a run of this process: post its end to the webhook. An error of the webhook is a warning, no more."""
+def notifying_webhook(pipeline: str) -> Iterator[None]:
+    """Post how the run in the block ended to the webhook. An error of the webhook is logged as a warning."""
     url = os.environ.get(VARIABLE, "")
     if not url:
         yield
@@ -39,7 +39,7 @@ def _post(url: str, pipeline: str, status: str, reason: str) -> None:
     try:
         requests.post(url, json=_message(pipeline, status, reason), timeout=TIMEOUT).raise_for_status()
     except Exception as error:  # also of ZenML's store, which may be why the run failed; no text: it has the address
-        logger.warning("the webhook of %s was not told that the run %s: %s", VARIABLE, status, type(error).__name__)
+        logger.warning("the webhook in %s was not notified that the run %s: %s", VARIABLE, status, type(error).__name__)
 
 
 def _message(pipeline: str, status: str, reason: str) -> dict[str, Any]:

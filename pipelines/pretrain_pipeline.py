@@ -18,7 +18,7 @@ def pretrain_pipeline(
     pretrain: PretrainConfig = PretrainConfig(),
     tracking: TrackingConfig = TrackingConfig(),
 ) -> None:
-    """A text in; a GPT-2 pretrained on it out, which `finetune_pipeline` takes as its base."""
+    """Pretrain a GPT-2 on a text; `finetune_pipeline` can use it as its base."""
     fetch = fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
     documents = fetch(text, seed)
     base, history, summary = pretrain_step(documents, text, model, pretrain, seed, tracking)

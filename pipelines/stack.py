@@ -12,7 +12,7 @@ from stacks.containers import FLAVOR
 
 
 def check_stack(config: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError if a component, an image, a secret or a reachable store is missing.
+    """Raise ConfigError if a component, an image or a secret is missing, or if pods cannot reach the store.
 
     Args:
         source: where the configuration comes from, for the message.

@@ -1,4 +1,4 @@
-"""The start of a run: everything that is known before the first step is checked and recorded here."""
+"""Starts a run, after checking everything that can be checked before the first step."""
 
 import logging
 import signal
@@ -17,7 +17,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from deploy.source import describe_commit
 from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
-from pipelines.notify import notified
+from pipelines.notify import notifying_webhook
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.stack import check_stack
 from pipelines.zenml_compat import INTERRUPTIONS, short_errors, short_store_errors, verified_cache
@@ -42,7 +42,7 @@ def start(
 
     Raises:
         ConfigError: the configuration or the active stack is not usable; nothing has run.
-        RunError: ZenML's database failed, a step failed (its traceback is in ZenML's logs of the step), or the run was
+        RunError: ZenML's database failed, a step failed (ZenML's log of the step has the traceback), or the run was
             stopped.
     """
     config = read_config(config_file, pipeline)
@@ -60,7 +60,7 @@ def start(
             short_errors(),
             short_store_errors(),
             verified_cache(is_intact),
-            notified(pipeline.name),
+            notifying_webhook(pipeline.name),
         ):
             checked = Path(directory) / Path(config_file).name
             checked.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -73,12 +73,12 @@ def start(
 
 
 def _finetunes(config: Mapping[str, Any]) -> bool:
-    """Whether the run trains an adapter; a sweep of another kind does not."""
+    """Whether the run trains an adapter, which a sweep need not do."""
     return ((config.get("parameters") or {}).get("sweep") or {}).get("kind", "finetune") == "finetune"
 
 
 def _set_learning_rate(config: dict[str, Any]) -> None:
-    """Set the default that fits the base, which TrainConfig does not know."""
+    """Set the default of train.learning_rate, which depends on the base."""
     parameters = config.get("parameters") or {}
     if "learning_rate" in (parameters.get("train") or {}):
         return

@@ -16,23 +16,23 @@ from steps.prepare_base import prepare_base
 from steps.pretrain_trial import pretrain_trial
 from steps.split_data import split_data
 
-# label, the variant's parameters, seed of the trial -> the artifact of its Trial
-Try = Callable[[str, Parameters, int], Any]
+# Adds the steps of a trial: (label, the variant's parameters, seed of the trial) -> the artifact with its Trial
+AddTrial = Callable[[str, Parameters, int], Any]
 
 
-def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
-    """Data, split and base by the run's seed; adapters by the trial's. Variants that only decode share an adapter."""
-    shared = _Shared()
+def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
+    """Data, split and base use the run's seed, adapters the trial's. Variants that only decode share an adapter."""
+    shared = _SharedSteps()
 
     def prepare(data: Any, base: Any) -> Any:
-        fetch = fetch_data.with_options(enable_cache=False) if data.source == "file" else fetch_data
+        fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
         records = fetch(data, base, seed, id=shared.name("fetch_data"))
         return split_data(records, data, seed, id=shared.name("split_data"))
 
     def train_adapters(parts: Any, base: Any, lora: Any, train: Any) -> list[Any]:
         runs: list[Any] = []
         for _ in range(sweep.repeats):
-            # a repeated training is compared with the first one, so it must not be taken from the cache
+            # a repeated training is compared with the first one, so it must not come from the cache
             step = finetune.with_options(enable_cache=False) if runs else finetune
             name = shared.name(f"finetune_seed_{train.seed}")
             after = [shared.last] if runs else []  # trainings with equal inputs share a checkpoint
@@ -71,9 +71,9 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     return run
 
 
-def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
-    """The text by the run's seed; weights and training by the trial's."""
-    shared = _Shared()
+def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
+    """The text uses the run's seed, weights and training the trial's."""
+    shared = _SharedSteps()
 
     def fetch(text: Any) -> Any:
         step = fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
@@ -88,15 +88,15 @@ def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     return run
 
 
-def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> Try:
-    shared = _Shared()
+def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
+    shared = _SharedSteps()
     return lambda label, parameters, trial_seed: attention_trial(
         label, trial_seed, parameters["attention"], id=shared.name(f"trial_{label}_seed_{trial_seed}")
     )
 
 
-class _Shared:
-    """The steps that a pipeline has so far: their names, and the outputs of those that several trials use."""
+class _SharedSteps:
+    """The steps that a pipeline has so far: their names, and the outputs that several trials use."""
 
     def __init__(self) -> None:
         self.last = ""  # name of the training added last
@@ -121,7 +121,7 @@ class _Shared:
         return name
 
 
-TRIALS: Mapping[str, Callable[[SweepConfig, int, TrackingConfig], Try]] = {
+TRIALS: Mapping[str, Callable[[SweepConfig, int, TrackingConfig], AddTrial]] = {
     "finetune": finetune_trials,
     "pretrain": pretrain_trials,
     "attention": attention_trials,

@@ -9,8 +9,8 @@ from pipelines.config import DERIVED
 from pipelines.errors import ConfigError, check_names
 from steps.config import SweepConfig
 
-# Kind of sweep -> the parameters of a run that it has, and that a variant may change
-NAMES = {
+# Kind of sweep -> the parameters that its trials use and a variant may change
+PARAMETERS_OF_KIND = {
     "finetune": ("data", "base", "lora", "train", "generation"),
     "pretrain": ("text", "model", "pretrain"),
     "attention": ("attention",),
@@ -27,7 +27,7 @@ def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
     Raises:
         ConfigError: a variant has an unknown key or a value that is not allowed, or parameters are of another kind.
     """
-    common = {name: given[name] for name in NAMES[sweep.kind]}
+    common = {name: given[name] for name in PARAMETERS_OF_KIND[sweep.kind]}
     for name, value in given.items():
         if name not in common and value != type(value)():
             raise ConfigError(f"parameters.{name} has no effect with sweep.kind: {sweep.kind}; remove it")

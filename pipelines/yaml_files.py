@@ -1,11 +1,11 @@
-"""Reading YAML strictly: YAML 1.2's booleans, no key twice in one mapping, and a bound on what aliases expand to."""
+"""Strict YAML: booleans of YAML 1.2, no duplicate keys in a mapping, and a limit on the size of expanded aliases."""
 
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
-MAX_NODES = 100_000  # with every alias expanded; the configs of this project have about a hundred
+MAX_NODES = 100_000  # values, with every alias expanded; the configs of this project have about a hundred
 
 
 def load_yaml(text: str) -> Any:

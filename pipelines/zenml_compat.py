@@ -35,7 +35,7 @@ class StoreError(RuntimeError):
 
 @contextmanager
 def short_store_errors() -> Iterator[None]:
-    """Turn errors of ZenML's database, which print a hundred lines of SQL and traceback, into StoreError."""
+    """Convert errors of ZenML's database, which print a hundred lines of SQL and traceback, to StoreError."""
     try:
         yield
     except SQLAlchemyError as error:
@@ -47,9 +47,9 @@ def short_store_errors() -> Iterator[None]:
 
 
 def open_store() -> None:
-    """Open ZenML's store, which makes its database at the first use, in one process at a time.
+    """Open ZenML's store, which creates its database at first use, in one process at a time.
 
-    Two first runs at once would make the same tables: one of them fails with "The database has never been migrated".
+    Two processes that create the same tables fail: one of them with "The database has never been migrated".
 
     Raises:
         StoreError: the database is damaged or locked.

@@ -100,7 +100,7 @@ def _register_component(client: Any, kind: str, name: str, flavor: str, configur
     except KeyError:
         existing = None
     if existing is not None and existing.flavor_name != flavor:
-        raise StackError(f"another {kind} {name} exists, of flavor {existing.flavor_name}; rename or delete it")
+        raise StackError(f"the {kind} {name} of flavor {existing.flavor_name} exists already; rename or delete it")
     try:
         if existing is None:
             existing = client.create_stack_component(name, flavor, component_type, configuration)

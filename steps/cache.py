@@ -1,4 +1,4 @@
-"""Cache keys that include this repository's code. ZenML's own key covers only the step function."""
+"""Cache keys that include this repository's code. ZenML's own key covers the step function only."""
 
 import ast
 from pathlib import Path

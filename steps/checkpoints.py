@@ -52,20 +52,20 @@ def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
         key: JSON data that identifies the training; its digest names the directory in the store.
     """
     store = Client().active_stack.artifact_store
-    place = f"{store.path}/checkpoints/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    training_id = _training_id(place)
+    uri = f"{store.path}/checkpoints/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    training_id = _training_id(uri)
     if store.config.is_local:
-        yield Checkpoints(Path(place), training_id, upload=lambda: None)
+        yield Checkpoints(Path(uri), training_id, upload=lambda: None)
     else:
-        with TemporaryDirectory(prefix="checkpoints-") as directory, _copied(place, Path(directory)) as upload:
+        with TemporaryDirectory(prefix="checkpoints-") as directory, _copied(uri, Path(directory)) as upload:
             yield Checkpoints(Path(directory), training_id, upload)
-    fileio.rmtree(place)
+    fileio.rmtree(uri)
 
 
-def _training_id(place: str) -> str:
-    file = f"{place}/{TRAINING_ID}"
+def _training_id(uri: str) -> str:
+    file = f"{uri}/{TRAINING_ID}"
     if not fileio.exists(file):
-        fileio.makedirs(place)
+        fileio.makedirs(uri)
         with fileio.open(file, "w") as stream:
             stream.write(uuid4().hex)
     with fileio.open(file, "r") as stream:
@@ -73,8 +73,8 @@ def _training_id(place: str) -> str:
 
 
 @contextmanager
-def _copied(place: str, directory: Path) -> Iterator[Callable[[], None]]:
-    file, stored = directory / CHECKPOINT, f"{place}/{CHECKPOINT}"
+def _copied(uri: str, directory: Path) -> Iterator[Callable[[], None]]:
+    file, stored = directory / CHECKPOINT, f"{uri}/{CHECKPOINT}"
     if fileio.exists(stored):
         fileio.copy(stored, str(file))
     uploaded = _modified(file)

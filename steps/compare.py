@@ -25,7 +25,7 @@ from steps.adapters.rouge import rouge_l
 from steps.adapters.statistics import differences, intervals, worst_difference
 from steps.config import EvaluateConfig, PromoteConfig
 from steps.materializers import SampleListMaterializer
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ class Champion:
 def compare(
     samples: list[Sample], test_records: list[Record], adapter: Path, evaluate: EvaluateConfig, promote: PromoteConfig
 ) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"], Annotated[str, "repeats"]]:
-    """The tuned model beside its base, and beside the champion on the test records that the champion has not seen.
+    """Compare the tuned model with its base, and with the champion on test records that it was not trained on.
 
-    `repeats` is the champion's model version if this run's adapter is the champion's, which is then compared as when it
-    was promoted; otherwise "".
+    `repeats` is "" unless this run's adapter is the champion's; then it is the champion's model version, and the
+    comparison is that of the run that was promoted.
     """
     tuned, base = _answers_of(samples, "tuned", "base")
     against_base = differences(tuned, base, [sample.group for sample in samples])
@@ -62,7 +62,7 @@ def compare(
     if evaluate.judge.url:
         samples, judged = judge_answers(samples, evaluate.judge)
         comparison = replace(comparison, judge=judged)
-    describe("comparison", {"champion": comparison.champion, "note": comparison.note})
+    attach_metadata("comparison", {"champion": comparison.champion, "note": comparison.note})
     return samples, comparison, repeats
 
 
@@ -122,7 +122,7 @@ def _with_champion(
 def _earlier(
     samples: list[Sample], comparison: Comparison, version: ModelVersionResponse
 ) -> tuple[list[Sample], Comparison]:
-    """What the champion's own run compared, if its answers are these."""
+    """The comparison of the champion's own run, if its answers are the same."""
     stored = [found for name in ("compared_samples", "comparison") if (found := version.get_artifact(name)) is not None]
     if len(stored) == 2:
         compared, earlier = (artifact.load() for artifact in stored)
@@ -131,8 +131,8 @@ def _earlier(
     return samples, replace(comparison, note=f"the champion {comparison.champion} has the same adapter")
 
 
-def _answers_of(samples: Sequence[Sample], *sides: str) -> list[list[Answer]]:
-    return [[sample.answer(side) for sample in samples] for side in sides]
+def _answers_of(samples: Sequence[Sample], *models: str) -> list[list[Answer]]:
+    return [[sample.answer(model) for sample in samples] for model in models]
 
 
 def _load(version: ModelVersionResponse) -> Champion:

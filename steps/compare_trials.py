@@ -13,7 +13,7 @@ from steps.outputs import outputs_dir
 def compare_trials(
     trials: list[Trial], sweep: SweepConfig
 ) -> tuple[Annotated[HTMLString, "sweep_report"], Annotated[str, "table"], Annotated[str, "directory"]]:
-    """All trials side by side, as a page and as a table; also below outputs/experiments/."""
+    """Compare all trials, as a page and as a table; also written below outputs/experiments/."""
     directory = outputs_dir() / "experiments" / (sweep.name if sweep.scale == "small" else f"{sweep.name}-full")
     write_sweep(trials, sweep, directory)
     return HTMLString((directory / "report.html").read_text()), (directory / "table.md").read_text(), str(directory)

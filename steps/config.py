@@ -91,7 +91,7 @@ class TextConfig:
         for name in ("path", "url"):
             wanted = self.source == {"path": "file", "url": "url"}[name]
             rule = (
-                "the place of the text"
+                "the location of the text"
                 if wanted
                 else f"empty unless text.source is {'file' if name == 'path' else name}"
             )

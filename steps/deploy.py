@@ -9,7 +9,7 @@ from deploy.config import DeployConfig
 from deploy.target import DeployError, DeployInterrupted, Deployment, open_target
 from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
-from steps.metadata import describe, keep
+from steps.metadata import attach_metadata, save_extra_artifact
 from steps.promote import Promotion, check_stage
 
 
@@ -37,11 +37,11 @@ def deploy(
             deployment, interrupt = error.deployment, error.__cause__
     content = _artifact(deployment, deploy) | {"run": str(get_step_context().pipeline_run.id)}
     if deployment.outcome in ("rolled_back", "failed"):
-        keep("deployment", content)  # a step that fails has no outputs
+        save_extra_artifact("deployment", content)  # a step that fails has no outputs
         if interrupt is not None:
             raise interrupt
         raise RuntimeError(f"{bento} was not deployed: {deployment.reason}")
-    describe("deployment", content)
+    attach_metadata("deployment", content)
     return content
 
 
@@ -56,7 +56,7 @@ def rollback() -> Deployment:
         target = open_target(config)
         if target is not None:
             deployment = target.rollback()
-            keep("deployment", _artifact(deployment, config))
+            save_extra_artifact("deployment", _artifact(deployment, config))
             return deployment
     raise DeployError("no run has deployed anything yet; deploy.target selects where to deploy")
 

@@ -19,14 +19,14 @@ from steps.adapters.statistics import with_intervals
 from steps.cache import code_of
 from steps.config import EvaluateConfig
 from steps.materializers import SampleListMaterializer
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__), output_materializers={"samples": SampleListMaterializer})
 def evaluate(
     test_records: list[Record], base: Path, adapter: Path, train_summary: TrainSummary, evaluate: EvaluateConfig
 ) -> tuple[Annotated[list[Sample], "samples"], Annotated[Evaluation, "metrics"]]:
-    """Greedy answers of the base and of the tuned model to the test split, and their scores."""
+    """Generate greedy answers of base and tuned model to the test split, and score them."""
     base_dir, device = open_base(base), best_device()
     tokenizer, model = load_tokenizer(base_dir), load_pretrained(base_dir, device=device)
     limits = (evaluate.max_new_tokens, evaluate.batch_size, rouge_l)
@@ -37,5 +37,5 @@ def evaluate(
         after = evaluate_model(model, tokenizer, test_records, *limits, show)
     samples, evaluation = compare_answers(test_records, before, after, train_summary)
     evaluation = with_intervals(samples, replace(evaluation, device=device.type))
-    describe("metrics", evaluation.to_json())
+    attach_metadata("metrics", evaluation.to_json())
     return samples, evaluation

@@ -13,7 +13,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import JsonDataclass, TrainSummary
 from steps.cache import code_of
 from steps.config import TextConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,5 @@ def evaluate_text(
     loss = text_loss(model, held_out)
     samples = complete(model, tokenizer, text.prompts)
     scores = TextScores(loss, math.exp(loss), len(held_out), samples, train_summary)
-    describe("metrics", {key: value for key, value in scores.to_json().items() if key != "samples"})
+    attach_metadata("metrics", {key: value for key, value in scores.to_json().items() if key != "samples"})
     return scores

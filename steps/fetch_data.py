@@ -23,18 +23,18 @@ from steps.adapters.hub import fetch_base, fetch_dataset
 from steps.adapters.tables import is_table, read_rows, text_files
 from steps.cache import code_of
 from steps.config import BaseConfig, DataConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 logger = logging.getLogger(__name__)
-DONE = {"error": "refused", "drop": "dropped", "truncate": "truncated"}
+PAST_PARTICIPLES = {"error": "refused", "drop": "dropped", "truncate": "truncated"}
 
 
 @step(cache_policy=code_of(__name__))
 def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[Record], "records"]:
-    """Instruction records: bundled, from a URL with a known sha256, or from a file.
+    """Instruction records: bundled, from a URL with a known sha256, from a dataset of the hub, or from a file.
 
-    Reports everything that is wrong with them, because later steps do not know the place in the user's file. The
-    base's tokenizer is cheap, its pretraining is not.
+    All problems of the records are reported here, before the base is pretrained: later steps do not know the location
+    in the user's file.
     """
     records, origin = read_source(data, seed)
     tokenizer, context_length = _tokenizer(base, data.n_facts, seed)
@@ -66,10 +66,10 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
         what = "contain a section header of the prompt, at which answers are cut"
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
     if too_long:
-        what = f"have more tokens than the context of {context_length} and were {DONE[data.too_long]}"
-        places = _first([record.place for record in too_long])
-        logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, places)
-    describe("records", {"source": data.source, **origin, **about})
+        what = f"have more tokens than the context of {context_length} and were {PAST_PARTICIPLES[data.too_long]}"
+        locations = _first([record.location for record in too_long])
+        logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, locations)
+    attach_metadata("records", {"source": data.source, **origin, **about})
     return kept
 
 
@@ -125,5 +125,5 @@ def _tokenizer(base: BaseConfig, n_facts: int | None, seed: int) -> tuple[Encodi
     return tokenizer, GPT2Config.preset(base.name).n_positions
 
 
-def _first(places: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(places[:shown]) + (f" and {len(places) - shown} more" if len(places) > shown else "")
+def _first(locations: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(locations[:shown]) + (f" and {len(locations) - shown} more" if len(locations) > shown else "")

@@ -10,7 +10,7 @@ from gpt2core.files import check_exists, file_sha256, read_text
 from steps.adapters.download import fetch, without_secrets
 from steps.cache import code_of
 from steps.config import TextConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__))
@@ -28,7 +28,7 @@ def fetch_text(text: TextConfig, seed: int) -> Annotated[list[str], "documents"]
         if (size := file.stat().st_size) > text.max_bytes:
             raise ValueError(f"{file} has {size:,} bytes, more than text.max_bytes={text.max_bytes}")
         documents, origin = _read(file), {"location": text.path, "file_sha256": file_sha256(file)}
-    describe("documents", {"documents": len(documents), "characters": sum(map(len, documents)), **origin})
+    attach_metadata("documents", {"documents": len(documents), "characters": sum(map(len, documents)), **origin})
     return documents
 
 

@@ -2,7 +2,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from zenml import ArtifactConfig, get_step_context, step
+from zenml import ArtifactConfig, step
 from zenml.enums import ArtifactType
 
 from gpt2core.checkpoint import CONFIG, directory_sha256, read_config, save_adapter
@@ -10,20 +10,16 @@ from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
 from gpt2core.files import atomic_write
-from gpt2core.resources import mean_utilisation, peak_memory_mib
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import training_steps
 from gpt2core.types import SplitPart, TrainSummary
 from steps.adapters.base import open_base, read_base
 from steps.adapters.model_card import CARD, adapter_card
-from steps.adapters.progress import training_progress
-from steps.adapters.tracking import track
 from steps.cache import code_of
-from steps.checkpoints import stored_checkpoints
 from steps.config import TrackingConfig
 from steps.materializers import DirectoryMaterializer, output_directory
-from steps.metadata import describe
-from steps.outputs import wandb_directory
+from steps.metadata import attach_metadata
+from steps.training import resumable_training
 
 
 @step(cache_policy=code_of(__name__), output_materializers={"adapter": DirectoryMaterializer})
@@ -39,13 +35,12 @@ def finetune(
     Annotated[list[dict[str, float]], "history"],
     Annotated[TrainSummary, "train_summary"],
 ]:
-    """Train a LoRA adapter on the train split: its directory, the logged values by step, and the final figures."""
+    """Train a LoRA adapter on the train split; returns its directory, the logged values by step, and a summary."""
     base_dir, base_ref = open_base(base), read_base(base)
     tokenizer, n_positions = load_tokenizer(base_dir), read_config(base_dir / CONFIG).n_positions
     examples, val_examples = (
         encode_records(records, tokenizer, n_positions) for records in (train_records, val_records)
     )
-    run_name = get_step_context().pipeline_run.name
     train_part, val_part = (
         SplitPart(records_sha256(records), len(records)) for records in (train_records, val_records)
     )
@@ -53,26 +48,13 @@ def finetune(
     _, _, total_steps = training_steps(len(examples), train)
     data = {"train": digests[1], "val": digests[2], "records": len(train_records)}
     values = {"lora": asdict(lora), "train": asdict(train), "base": base_ref.to_json(), "data": data}
-    with (
-        stored_checkpoints([asdict(lora), asdict(train), *digests]) as checkpoints,
-        track(tracking, run_name, checkpoints.training_id, values, wandb_directory()) as log,
-        training_progress("finetune", total_steps, log) as log,
-    ):
-        log = checkpoints.after(log)
+    key = [asdict(lora), asdict(train), *digests]
+    with resumable_training("finetune", total_steps, key, values, tracking) as (log, checkpoints):
         model, result = finetune_adapter(base_dir, lora, examples, val_examples, train, log, checkpoints.directory)
-    last = {name: value for entry in result.history for name, value in entry.items()}
-    summary = TrainSummary(
-        loss=last["train/loss"],
-        val_loss=result.best_val_loss,
-        tokens_seen=last["train/tokens_seen"],
-        tokens_per_second=result.tokens_per_second,
-        utilisation=mean_utilisation(result.history),
-        peak_memory_mib=peak_memory_mib(result.history),
-        wandb_run="" if tracking.wandb == "off" else checkpoints.training_id,
-    )
+    summary = result.summary(wandb_run="" if tracking.wandb == "off" else checkpoints.training_id)
     card = adapter_card(base_ref, lora, train, train_part, val_part, summary)
     with output_directory("adapter-") as adapter:
         save_adapter(model, adapter, base=base_ref.to_json())
         atomic_write(adapter / CARD, card.encode())
-    describe("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
+    attach_metadata("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
     return adapter, result.history, summary

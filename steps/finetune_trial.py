@@ -24,7 +24,7 @@ def finetune_trial(
     generation: GenerationConfig,
     samples: int,
 ) -> Annotated[Trial, "trial"]:
-    """The scores of the adapter that a step `finetune` trained, and whether repeated trainings gave the same bytes."""
+    """Score an adapter of the step `finetune`, and compare the bytes of repeated trainings."""
     return score_adapters(
         label,
         seed,

@@ -1,4 +1,4 @@
-"""How typed lists and directories are stored as artifacts.
+"""Materializers: how typed lists and directories are stored as artifacts.
 
 ZenML 0.98 stores a dataclass as JSON by itself (its `DataclassMaterializer`: JSON in the dashboard, cached by content),
 but a `list` of dataclasses as one directory per element.

@@ -6,12 +6,12 @@ from typing import Any
 from zenml import log_metadata, save_artifact
 
 
-def describe(artifact: str, about: Mapping[str, Any]) -> None:
-    """Attach the values that are not None to the running step's output of this name."""
+def attach_metadata(artifact: str, about: Mapping[str, Any]) -> None:
+    """Attach the values that are not None to the output `artifact` of the running step."""
     known = {key: value for key, value in about.items() if value is not None}
     log_metadata(metadata=known, artifact_name=artifact, infer_artifact=True)
 
 
-def keep(artifact: str, content: dict[str, Any]) -> None:
-    """Save an artifact with its content as metadata from outside a step's outputs: a failing step returns none."""
+def save_extra_artifact(artifact: str, content: dict[str, Any]) -> None:
+    """Save an artifact that is no output of the step, with its content as metadata: a failed step has no outputs."""
     save_artifact(content, artifact, user_metadata={key: value for key, value in content.items() if value is not None})

@@ -1,4 +1,4 @@
-"""The steps of the monitoring pipeline. Both have their cache off: the log changes under its name."""
+"""The steps of the monitoring pipeline. Neither is cached: the log's content changes, its name does not."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from gpt2core.files import atomic_write
 from steps.adapters.drift import Drift, Signal, measure, write_drift
 from steps.adapters.webhook import WebhookError, post
 from steps.config import MonitorConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 from steps.outputs import outputs_dir, to_json
 from steps.traffic import Traffic, ratings_of, read_traffic, summary
 
@@ -29,7 +29,7 @@ TUNED = "gpt2-instruct"  # the name under which the service has the run's own ad
 def detect_drift(
     monitor: MonitorConfig,
 ) -> tuple[Annotated[Drift, "drift"], Annotated[HTMLString, "drift_report"]]:
-    """Compare the request log with the run that is served; also written to outputs/monitoring/<run name>/."""
+    """Compare the request log with the served run; also written to outputs/monitoring/<run name>/."""
     traffic = read_traffic(monitor.log)
     if traffic.problems:
         logger.warning("%d lines of the log cannot be read:\n%s", len(traffic.problems), summary(traffic.problems))
@@ -63,16 +63,18 @@ def detect_drift(
     directory = report_directory(get_step_context().pipeline_run.name)
     atomic_write(directory / "drift.html", page.encode())
     atomic_write(directory / "drift.json", to_json(drift.to_json()).encode())
-    describe("drift", {"drifted": drift.drifted, "verdict": drift.verdict, "run": run.name, "requests": drift.requests})
+    attach_metadata(
+        "drift", {"drifted": drift.drifted, "verdict": drift.verdict, "run": run.name, "requests": drift.requests}
+    )
     return drift, HTMLString(page)
 
 
 @step(enable_cache=False)
 def alert(drift: Drift, monitor: MonitorConfig) -> Annotated[list[str], "alerted"]:
-    """Tell the stack's alerter and the webhook about drift; returns whom. The report is stored before.
+    """Notify the stack's alerter and the webhook of drift; returns which of them. The report is stored first.
 
     Raises:
-        RuntimeError: one of them did not take the message; the other one has it.
+        RuntimeError: one of them failed; the message was sent to the other one.
     """
     if not drift.drifted:
         return []
@@ -103,7 +105,7 @@ def report_directory(run_name: str) -> Path:
 
 
 def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse:
-    """The run whose traffic it is.
+    """The run that served this traffic.
 
     Raises:
         ValueError: it cannot be found.
@@ -133,7 +135,7 @@ def _verdict(run: str, requests: int, signals: Sequence[Signal], monitor: Monito
         return f"Not decided: {requests} completions of {run}, and monitor.min_requests is {monitor.min_requests}."
     drifted = [f"{each.name} ({each.change:.3g}, limit {each.limit:g})" for each in signals if each.drifted]
     if not drifted:
-        return f"No drift: {requests} completions of {run} are like its evaluation."
+        return f"No drift: {requests} completions of {run} resemble its evaluation."
     return f"Drift of {run} in {requests} completions: {', '.join(drifted)}."
 
 

@@ -12,7 +12,7 @@ from steps.adapters.base import open_base, read_base
 from steps.adapters.model_card import evaluated_card
 from steps.cache import code_of
 from steps.config import EvaluateConfig, PackageConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__, "bentos.service", "deploy.containers.proxy", folder="bentos"))
@@ -25,7 +25,7 @@ def package(
     package: PackageConfig,
     evaluate: EvaluateConfig,
 ) -> tuple[Annotated[str, "bento"], Annotated[Lineage, "lineage"]]:
-    """Build the Bento, serve it and compare its answers with those of `evaluate`. Returns its tag and lineage."""
+    """Build the Bento, serve it and compare its answers with those of `evaluate`; returns its tag and lineage."""
     context = get_step_context()
     lineage = Lineage(
         run=RunRef(str(context.pipeline_run.id), context.pipeline_run.name),
@@ -43,7 +43,7 @@ def package(
     tag = bento.build(open_base(base), adapter, lineage, card)
     verified = samples[: package.smoke_prompts]
     verify_bento(tag, verified, evaluate.max_new_tokens, metrics.device)
-    describe("bento", {"tag": tag, "smoke_prompts": len(verified)})
+    attach_metadata("bento", {"tag": tag, "smoke_prompts": len(verified)})
     return tag, replace(lineage, bento=tag)
 
 

@@ -14,14 +14,14 @@ from steps.cache import code_of
 from steps.checkpoints import stored_checkpoints
 from steps.config import BaseConfig
 from steps.materializers import DirectoryMaterializer, output_directory
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__), output_materializers={"base": DirectoryMaterializer})
 def prepare_base(
     base: BaseConfig, n_facts: int | None, seed: int
 ) -> Annotated[Path, ArtifactConfig(name="base", artifact_type=ArtifactType.MODEL)]:
-    """A directory with the base: the nano model, pretrained here, or a reference to a model of the hub."""
+    """The base: a directory with the nano model, pretrained here, or with a reference to a model of the hub."""
     with output_directory("base-") as directory:
         figures: Figures
         if base.source == "hub":
@@ -31,7 +31,7 @@ def prepare_base(
             figures = _make(base, n_facts, seed, directory)
             ref = BaseRef.from_json(figures)
         write_base(directory, ref, figures)
-    describe("base", {"source": base.source, **figures, **ref.to_json()})
+    attach_metadata("base", {"source": base.source, **figures, **ref.to_json()})
     return directory
 
 

@@ -2,7 +2,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from zenml import ArtifactConfig, get_step_context, step
+from zenml import ArtifactConfig, step
 from zenml.enums import ArtifactType
 
 from gpt2core.checkpoint import save_pretrained
@@ -10,16 +10,12 @@ from gpt2core.config import PretrainConfig
 from gpt2core.demo.base import Pretrained, pretrain_text
 from gpt2core.files import directory_sha256
 from gpt2core.model import best_device
-from gpt2core.resources import mean_utilisation, peak_memory_mib
 from gpt2core.types import TrainSummary
-from steps.adapters.progress import training_progress
-from steps.adapters.tracking import track
 from steps.cache import code_of
-from steps.checkpoints import stored_checkpoints
 from steps.config import ModelConfig, TextConfig, TrackingConfig
 from steps.materializers import DirectoryMaterializer, output_directory
-from steps.metadata import describe
-from steps.outputs import wandb_directory
+from steps.metadata import attach_metadata
+from steps.training import resumable_training
 
 
 @step(cache_policy=code_of(__name__), output_materializers={"base": DirectoryMaterializer})
@@ -35,23 +31,17 @@ def pretrain(
     Annotated[list[dict[str, float]], "history"],
     Annotated[TrainSummary, "train_summary"],
 ]:
-    """A tokenizer and a GPT-2 trained on the documents: the checkpoint, the logged values by step, and a summary."""
+    """Train a tokenizer and a GPT-2 on the documents; returns checkpoint, logged values by step, and a summary."""
     with output_directory("base-") as directory:
         base = train_base(documents, text, model, pretrain, seed, tracking, directory)
         save_pretrained(base.model, directory)
     assert base.result is not None
-    history = base.result.history
-    summary = TrainSummary(
-        loss=history[-1]["train/loss"],
-        val_loss=None,
-        tokens_seen=history[-1]["train/tokens_seen"],
-        tokens_per_second=base.result.tokens_per_second,
-        utilisation=mean_utilisation(history),
-        peak_memory_mib=peak_memory_mib(history),
-    )
+    summary = base.result.summary()
     about = {"sha256": directory_sha256(directory), "corpus_tokens": base.n_tokens}
-    describe("base", {**about, "parameters": sum(p.numel() for p in base.model.parameters()), **summary.to_json()})
-    return directory, history, summary
+    attach_metadata(
+        "base", {**about, "parameters": sum(p.numel() for p in base.model.parameters()), **summary.to_json()}
+    )
+    return directory, base.result.history, summary
 
 
 def train_base(
@@ -64,13 +54,9 @@ def train_base(
     directory: Path,
 ) -> Pretrained:
     """`pretrain_text` with checkpoints in the artifact store, progress and tracking."""
-    config, run_name = model.to_gpt2(), get_step_context().pipeline_run.name
+    config = model.to_gpt2()
     values = {"model": asdict(config), "pretrain": asdict(pretrain), "text": asdict(text), "seed": seed}
-    with (
-        stored_checkpoints([asdict(config), asdict(pretrain), seed, documents, text.val_fraction]) as checkpoints,
-        track(tracking, run_name, checkpoints.training_id, values, wandb_directory()) as log,
-        training_progress("pretrain", pretrain.max_steps, log) as log,
-    ):
-        log = checkpoints.after(log)
-        place, fraction = checkpoints.directory, text.val_fraction
-        return pretrain_text(documents, config, pretrain, seed, directory, log, place, fraction, best_device())
+    key = [asdict(config), asdict(pretrain), seed, documents, text.val_fraction]
+    with resumable_training("pretrain", pretrain.max_steps, key, values, tracking) as (log, checkpoints):
+        fraction, device = text.val_fraction, best_device()
+        return pretrain_text(documents, config, pretrain, seed, directory, log, checkpoints.directory, fraction, device)

@@ -7,7 +7,7 @@ from zenml.client import Client
 from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Difference, Evaluation, JsonDataclass
 from steps.config import PromoteConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def promote(
         reason=reason,
         champion=repeats,
     )
-    describe("promotion", promotion.to_json())
+    attach_metadata("promotion", promotion.to_json())
     scores = metrics.to_json()
     evidence = {"promotion": promotion.to_json(), "comparison": compared_on(comparison, promote.metric)}
     log_metadata(metadata={model: scores[model] for model in ("base", "tuned")} | evidence, infer_model=True)
@@ -51,7 +51,7 @@ def promote(
 
 
 def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
-    """Whether the tuned model is to be promoted, and the reason as a sentence.
+    """Decide whether to promote the tuned model; returns the decision and its reason as a sentence.
 
     It must be better than its base (p below alpha) and, where there is a champion, shown to be not worse than it by
     more than the margin, at the one-sided level alpha.

@@ -12,7 +12,7 @@ from steps.adapters.report import write_curves, write_report
 from steps.adapters.tracking import track_results
 from steps.cache import code_of
 from steps.config import TrackingConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 from steps.outputs import wandb_directory
 
 
@@ -27,9 +27,9 @@ def report(
     test_records: list[Record],
     tracking: TrackingConfig,
 ) -> tuple[Annotated[HTMLString, "report"], Annotated[str, "report_json"], Annotated[HTMLString, "curves"]]:
-    """Base against tuned model as a page and as JSON text, and the training curves as a page."""
+    """The report as an HTML page and as JSON, and the training curves as an HTML page."""
     data = check_data(train_records, val_records, test_records)
-    describe("report", {"same_record": data.same_record, "same_question": data.same_question, "near": data.near})
+    attach_metadata("report", {"same_record": data.same_record, "same_question": data.same_question, "near": data.near})
     context = get_step_context()
     run_name = context.pipeline_run.name
     with TemporaryDirectory() as directory:
@@ -38,6 +38,6 @@ def report(
         texts = [file.read_text() for file in (page, report_data, curves)]
     if metrics.train.wandb_run:
         address, last_step = context.get_output_artifact_uri("report"), int(history[-1]["step"])
-        place = run_name, metrics.train.wandb_run
-        track_results(tracking, *place, samples, metrics, address, last_step, wandb_directory())
+        wandb_run = metrics.train.wandb_run
+        track_results(tracking, run_name, wandb_run, samples, metrics, address, last_step, wandb_directory())
     return HTMLString(texts[0]), texts[1], HTMLString(texts[2])

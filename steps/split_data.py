@@ -6,7 +6,7 @@ from gpt2core.data import Record, Split, records_sha256, split_records
 from gpt2core.types import SplitPart, SplitSummary
 from steps.cache import code_of
 from steps.config import DataConfig
-from steps.metadata import describe
+from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__))
@@ -18,11 +18,11 @@ def split_data(
     Annotated[list[Record], "test_records"],
     Annotated[SplitSummary, "split"],
 ]:
-    """Train, validation and test records, each group in one part only; and the size and sha256 of each part."""
+    """Split into train, validation and test records with whole groups; also returns size and sha256 of each part."""
     parts = split_records(records, seed if data.order == "seed" else None, data.val_fraction, data.test_fraction)
     summary = {
         name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)
     }
     for name, about in summary.items():
-        describe(f"{name}_records", about.to_json())
+        attach_metadata(f"{name}_records", about.to_json())
     return parts.train, parts.val, parts.test, SplitSummary(**summary)

@@ -1,4 +1,4 @@
-"""The request log of the service, read back: completions and feedback."""
+"""Reads the service's request log: completions and feedback."""
 
 import json
 import re
@@ -14,18 +14,18 @@ OPENAI_IDS = ("chatcmpl-", "cmpl-")  # what OpenAI's routes put before the reque
 
 @dataclass
 class Traffic:
-    """What a log and its rotated files hold, oldest first."""
+    """The content of a log and its rotated files, oldest first."""
 
     completions: list[LoggedCompletion] = field(default_factory=list)
-    feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its place, like requests.jsonl:7
-    problems: list[str] = field(default_factory=list)  # lines that are neither, with their places
+    feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its location, like requests.jsonl:7
+    problems: list[str] = field(default_factory=list)  # lines that are neither, with their locations
     lost: int = 0  # lines that the service could not write
 
 
 def read_traffic(log: str | Path) -> Traffic:
-    """Read the log and the files that were rotated away, which are beside it as LOG.1 (the newest) and so on.
+    """Read the log and its rotated files LOG.1 (the newest), LOG.2 and so on.
 
-    A line that cannot be read, like the last one of a service that was killed, becomes a problem.
+    A line that cannot be read, like the last one of a killed service, is added to `problems`.
 
     Raises:
         FileNotFoundError: there is no such log.
@@ -45,30 +45,30 @@ def read_traffic(log: str | Path) -> Traffic:
     return traffic
 
 
-def _add(traffic: Traffic, place: str, line: bytes) -> None:
+def _add(traffic: Traffic, location: str, line: bytes) -> None:
     try:
         value = json.loads(line)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         lost = int(value.get("lost_before") or 0)
         if "rating" in value:
-            traffic.feedback.append((place, LoggedFeedback.from_json(value)))
+            traffic.feedback.append((location, LoggedFeedback.from_json(value)))
         else:
             traffic.completions.append(LoggedCompletion.from_json(value))
         traffic.lost += lost
     except (ValueError, TypeError, RecursionError) as error:
-        traffic.problems.append(f"{place}: {error}")
+        traffic.problems.append(f"{location}: {error}")
 
 
 def completion_of(feedback: LoggedFeedback, known: Container[str]) -> str | None:
-    """The request id of the completion that the feedback names, by that id or as OpenAI's routes answer it."""
+    """The request id of the completion that the feedback names, by that id or by the `id` of an OpenAI response."""
     given = feedback.request_id
     names = (given, *(given.removeprefix(start) for start in OPENAI_IDS if given.startswith(start)))
     return next((name for name in names if name in known), None)
 
 
 def ratings_of(traffic: Traffic, completions: Sequence[LoggedCompletion]) -> Counter[str]:
-    """The number of these completions' requests by their newest rating."""
+    """How many requests of these completions have each rating, by their newest one."""
     known = {completion.request_id for completion in completions}
     newest = {completion_of(feedback, known): feedback.rating for _, feedback in traffic.feedback}
     return Counter(rating for request_id, rating in newest.items() if request_id is not None)

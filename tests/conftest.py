@@ -90,7 +90,7 @@ def cached_run(outputs, dev_run):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """A test double of a cluster's API, and the values that deploy to it."""
-    from deploy.kubernetes import progress
+    from deploy.kubernetes import wait
     from tests.deploy.kube_api import KubeApi
 
     directory = tmp_path_factory.mktemp("cluster")
@@ -98,7 +98,7 @@ def cluster(tmp_path_factory):
     kubeconfig = directory / "kubeconfig"
     kubeconfig.write_text(json.dumps(api.kubeconfig()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "POLL", 0.05)
+        patch.setattr(wait, "POLL", 0.05)
         yield SimpleNamespace(
             api=api,
             image="registry.example/gpt2-instruct:1",

@@ -13,7 +13,7 @@ from bentos.completion import CompletionResult
 
 
 class RequestRecord:
-    """What one request generated. A route gives `add` to the generator, the access log writes `fields`."""
+    """The completions of one request. A route passes `add` to the generator; the access log writes `fields`."""
 
     def __init__(self) -> None:
         self._results: list[CompletionResult] = []
@@ -42,7 +42,7 @@ class AccessLogMiddleware:
     """Needs RequestIdMiddleware outside of it; handlers find the record in `request.state.record`."""
 
     def __init__(self, app: ASGIApp, skip_paths: Collection[str]) -> None:
-        """`skip_paths`: probes and metrics, which would fill the log."""
+        """`skip_paths`: paths that are not logged, such as probes and metrics."""
         self.app, self.skip_paths = app, skip_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

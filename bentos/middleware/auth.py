@@ -1,4 +1,4 @@
-"""Tokens: one for all routes, and one for changing adapters."""
+"""Authentication by bearer tokens: one for all routes, and one for the routes that change adapters."""
 
 import base64
 import hmac

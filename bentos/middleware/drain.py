@@ -1,4 +1,4 @@
-"""Graceful shutdown: after SIGTERM the service reports not ready, still answers for a while, and then stops.
+"""Graceful shutdown: after SIGTERM the service reports not ready, still accepts requests for a while, and then stops.
 
 In this order: /readyz fails, and every response closes its connection; the port is closed; connections that were
 accepted before may still send a request; the server finishes the requests in flight, and ends.

@@ -1,4 +1,4 @@
-"""Gives errors of BentoML and of the router (unknown route, wrong method, a fault) the shape of all other errors."""
+"""Gives errors of BentoML and the router (unknown route, wrong method, unhandled exception) the shape of all others."""
 
 import json
 from http import HTTPStatus
@@ -6,7 +6,7 @@ from http import HTTPStatus
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bentos.errors import error_content
+from bentos.errors import error_content, is_error
 
 
 class ErrorShapeMiddleware:
@@ -29,21 +29,13 @@ class ErrorShapeMiddleware:
             else:
                 body.extend(message.get("body", b""))
                 if not message.get("more_body", False):
-                    content = bytes(body) if _has_shape(body) else _shape(start["status"], scope)
+                    content = bytes(body) if is_error(body) else _shape(start["status"], scope)
                     headers = MutableHeaders(scope=start)
                     headers["Content-Type"], headers["Content-Length"] = "application/json", str(len(content))
                     await send(start)
                     await send({"type": "http.response.body", "body": content})
 
         await self.app(scope, receive, shaped)
-
-
-def _has_shape(body: bytes | bytearray) -> bool:
-    try:
-        content = json.loads(body)
-    except ValueError:
-        return False
-    return isinstance(content, dict) and (isinstance(content.get("error"), dict) or "statusCode" in content)
 
 
 def _shape(status: int, scope: Scope) -> bytes:

@@ -4,7 +4,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class HeadMiddleware:
-    """The app sees GET; the server, which knows the request's method, does not send the body."""
+    """Passes HEAD to the app as GET; the server knows the original method and does not send the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

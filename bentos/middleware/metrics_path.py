@@ -1,4 +1,4 @@
-"""The path under which a request is counted: the route's template, so that the number of series is bounded."""
+"""The path label of HTTP metrics: the route's template, so that the number of time series is bounded."""
 
 import re
 from collections.abc import Callable, Collection

@@ -87,10 +87,10 @@ def prompt_of(
 ) -> tuple[list[int], int]:
     """The prompt of a conversation, and how many of its messages with content are not in it.
 
-    The last user turn is the instruction. A system message has no place in the prompt, and in the instruction's place
-    it changes the answer. With `multi_turn` "history", earlier turns of user and assistant are the input, as in
-    training on conversations: the newest that the context holds beside `max_new_tokens`, or in half of it if that is
-    more.
+    The last user turn is the instruction. A system message is ignored: the prompt template has no field for it, and as
+    part of the instruction it would change the answer. With `multi_turn` "history", earlier turns of user and assistant
+    are the input, as in training on conversations: the newest ones that fit into the context beside `max_new_tokens`,
+    or into half of the context if that is more.
 
     Raises:
         ServiceError: as `instruction_of`.

@@ -1,4 +1,4 @@
-"""POST /v1/completions: continues a text, or several, as they are."""
+"""POST /v1/completions: continues one or several texts, without a prompt template."""
 
 from collections.abc import Sequence
 from time import monotonic
@@ -33,7 +33,7 @@ router = APIRouter()
     openapi_extra=operation(CompletionRequest, stream=True),
 )
 async def completions(request: Request) -> Response:
-    """Continue a text, or several, as OpenAI's route of that name does."""
+    """Continue one or several texts, as OpenAI's route of that name does."""
     deadline = monotonic() + DEADLINE
     body = await read_body(request, CompletionRequest)
     return await respond(request, CompletionRoute(body, served(request).generator.tokenizer), deadline)
@@ -76,7 +76,7 @@ class CompletionRoute(Route):
         return self.choice(index, chunk, finish_reason, offsets)
 
     def _tokens(self, text: str) -> list[int]:
-        """Without a text, end of text: the model then begins a text of its own."""
+        """The tokens of a text; for an empty one end of text, after which the model begins a new text."""
         return self.tokenizer.encode_ordinary(text) or [self.tokenizer.eot_token]
 
     def _text(self, token: int) -> str:

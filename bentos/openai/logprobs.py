@@ -1,4 +1,4 @@
-"""Texts and places of tokens, for the log-probabilities of both routes."""
+"""Texts and offsets of tokens, for the logprobs of both routes."""
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class TextOffsets:
         self._n_characters = 0
 
     def next(self, tokens: Sequence[int]) -> list[int]:
-        """Of the tokens that follow those of earlier calls. The tokens of one character have the same offset."""
+        """Offsets of the next tokens, after those of earlier calls. Tokens of one character have the same offset."""
         offsets = []
         for token in tokens:
             offsets.append(self._n_characters)

@@ -1,4 +1,4 @@
-"""What /v1/completions and /v1/chat/completions share: from a parsed request to the response, whole or streamed."""
+"""Shared by /v1/completions and /v1/chat/completions: from a parsed request to the response, whole or streamed."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Route(ABC):
-    """One request to one of the routes: how its fields are read and its choices are written."""
+    """One request to one of the routes: reads its fields and builds its choices."""
 
     object: str  # of the response
     chunk_object: str  # of a streamed event
@@ -60,18 +60,18 @@ async def respond(request: Request, route: Route, deadline: float) -> Response:
     grammars = await generator.grammars(body.structure(), len(route.prompts) * (body.n or 1))
     generation = generation_requests(route, generator, grammars, deadline, request)
     completions = generator.submit(generation, route.prompt_field, record(request).add)
-    form = _Form(route, completions, request_id(request), served(request).lineage.bento)
+    builder = _ResponseBuilder(route, completions, request_id(request), served(request).lineage.bento)
     if not route.body.stream:
 
         async def whole() -> dict[str, Any]:
-            return form.whole(await asyncio.gather(*(completion.whole() for completion in completions)))
+            return builder.whole(await asyncio.gather(*(completion.whole() for completion in completions)))
 
         return JSONResponse(await unless_disconnected(request, whole(), completions))
 
     async def events() -> AsyncIterator[dict[str, Any]]:
         async for i, chunk, finish_reason in merge(completions):
-            yield form.event(i, chunk, finish_reason)
-        if (last := form.usage_event()) is not None:
+            yield builder.event(i, chunk, finish_reason)
+        if (last := builder.usage_event()) is not None:
             yield last
 
     return await event_stream(request, events(), completions)
@@ -110,8 +110,8 @@ def generation_requests(
     return [one(prompt, choice, grammar) for (prompt, choice), grammar in zip(each, grammars, strict=True)]
 
 
-class _Form:
-    """Completions in the form of OpenAI's responses and events."""
+class _ResponseBuilder:
+    """Builds OpenAI's responses and events from completions."""
 
     def __init__(self, route: Route, completions: Sequence[Completion], request_id: str, bento: str) -> None:
         self.route, self.completions = route, completions

@@ -1,4 +1,4 @@
-"""From a name that a user types, possibly abbreviated, to the full name."""
+"""Resolves a name that a user types, possibly abbreviated, to the full name."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches

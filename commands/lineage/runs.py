@@ -44,7 +44,7 @@ class TracedRun:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Every name that stands for this run, with its kind; empty if the run split no data."""
+        """Every name that refers to this run, with its kind; empty if the run split no data."""
         digests = dict(zip(self.data, Split._fields, strict=True))
         if not any(digests):
             return {}

@@ -1,4 +1,4 @@
-"""`python run.py lineage NAME`: from any name to data, run, artifacts, model version, Bento and deployments."""
+"""`python run.py lineage NAME`: the tree of data, run, artifacts, model version, Bento and deployments for any name."""
 
 from collections import defaultdict
 
@@ -13,7 +13,7 @@ FINETUNINGS = {"pipeline": "finetune_pipeline", "sort_by": "desc:created"}  # a 
 
 
 def trace(name: str) -> str:
-    """The trees of all runs that the name stands for, one tree per data split.
+    """The trees of all runs that the name refers to, one tree per data split.
 
     Args:
         name: of a run, its id, a model version, a Bento's tag, or the start of the sha256 of a data part or adapter.

@@ -23,7 +23,7 @@ from gpt2core.types import Commit
 logger = logging.getLogger(__name__)
 
 STEPS_FILES = ("Dockerfile", "pyproject.toml", "constraints.txt")
-# Environment variables that describe the building machine; no run configuration sets them.
+# Environment variables that describe the build machine; they are not part of a run configuration.
 BUILD_ARGS = ("BASE_IMAGE", "BUILD_IMAGE", "TORCH_INDEX")
 BUILD_NETWORK = "BUILD_NETWORK"
 BUILD_TIMEOUT = 1800  # seconds without a byte from the engine; it is silent while pip installs

@@ -1,8 +1,8 @@
 """Reverse proxy of a deployment on one machine: listens on its port and forwards each request to the current service.
 
-Services are replaced behind it without a failed request: each request uses one connection of its own, to the service
-that is current when it begins. `service.py` runs the proxy in a container of the service's image, to which
-`deploy/bento.py` copies this file, and writes the file that names the current service.
+A service is replaced without a failed request: each request uses its own connection to the service that is current
+when it begins. `service.py` runs the proxy in a container of the service's image, to which `deploy/bento.py` copies
+this file, and writes the file with the current service's address.
 """
 
 import logging
@@ -31,7 +31,7 @@ def make_app(address: Path = ADDRESS) -> web.Application:
     app[CURRENT] = []
 
     async def session(app: web.Application) -> AsyncIterator[None]:
-        # One connection per request: a service could close a kept one just when it is used again.
+        # One connection per request: a service could close an idle connection in the moment it is reused.
         connector = TCPConnector(limit=0, force_close=True, ttl_dns_cache=1)
         timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
         async with ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as app[SESSION]:

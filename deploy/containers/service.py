@@ -1,8 +1,8 @@
 """The docker target: a service in a container of this machine, behind a reverse proxy that holds the port.
 
 The port identifies a deployment: gpt2-instruct-3000 is the name of its proxy (`proxy.py`), of the network that proxy
-and services share, and of the volume with the file that names the current service. The service before the current one
-is kept, stopped, for `rollback`.
+and services share, and of the volume with the file with the current service's address. The previous service is kept
+stopped for `rollback`.
 """
 
 import time
@@ -31,7 +31,7 @@ BENTO_LABEL = "gpt2-instruct.bento"
 DEPLOYMENT_LABEL = "gpt2-instruct.deployment"
 PORT = "3000/tcp"  # of the image
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
-CONNECT_TIME = 2  # seconds in which a request that the proxy has read still connects to the previous service
+CONNECT_TIME = 2  # seconds until requests that the proxy received before the switch have connected
 STOP_TIMEOUT = 75  # seconds; longer than the service's time limit for a request
 POLL = 0.1  # seconds
 RESTART = {"Name": "unless-stopped"}
@@ -71,7 +71,7 @@ class DockerTarget:
             except BaseException:
                 candidate.remove(force=True)
                 raise
-            # a service of the same image is not a version to roll back to
+            # a service with the same image is no version to roll back to
             if current is not None and current.image.id != candidate.image.id:
                 previous = current
             else:
@@ -80,7 +80,7 @@ class DockerTarget:
             return group.outcome("deployed", candidate, previous)
 
     def rollback(self) -> Deployment:
-        """Start the kept service, switch the proxy to it, and keep the current one: two rollbacks change nothing.
+        """Start the kept service, switch the proxy to it, and keep the current one, so a second rollback undoes this.
 
         Raises:
             DeployError: there is no kept service, it is not ready in time, or the engine fails.

@@ -28,7 +28,7 @@ LAST_LINES = 30  # of a failed container's log, in its error
 
 @dataclass(frozen=True)
 class StepContainer:
-    """The container of one step of a pipeline run: what it executes and what of this machine it can see.
+    """The container of one step of a pipeline run: its command, and the parts of this machine that it can access.
 
     writable, readable: absolute paths of this machine, mounted at the same path.
     memory: limit, e.g. "8g"; /tmp and /app are in memory and count. None: no limit.

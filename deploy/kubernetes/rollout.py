@@ -9,11 +9,11 @@ from typing import Any
 from deploy.bento import NAME
 from deploy.config import DeployConfig
 from deploy.containers.images import pinned
-from deploy.kubernetes import progress
+from deploy.kubernetes import wait
 from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
-from deploy.kubernetes.progress import wait_for_rollout
 from deploy.kubernetes.render import render, render_revision, version_of
+from deploy.kubernetes.wait import wait_for_rollout
 from deploy.target import DeployError, DeployInterrupted, Deployment, Version
 from deploy.verify import verify_answers
 from gpt2core.types import Lineage, Sample
@@ -140,7 +140,7 @@ def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: f
             error = failure
         if time.monotonic() > deadline:
             raise error
-        time.sleep(progress.POLL)
+        time.sleep(wait.POLL)
 
 
 def _running_image(cluster: Cluster, deployment: Manifest) -> str:

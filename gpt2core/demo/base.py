@@ -1,4 +1,4 @@
-"""Bases that are pretrained here: a BPE tokenizer and a GPT-2, trained on a text; for the nano base, the demo's."""
+"""Pretraining of bases: a BPE tokenizer and a GPT-2 trained on a text, which for gpt2-nano is the demo's prose."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def make_base(
     """Write a Hugging Face checkpoint directory, tokenizer included; return a description of it.
 
     Args:
-        pretrain_config: None keeps the random weights: the base of an ablation.
+        pretrain_config: None: keep the random weights, for an ablation.
         n_facts: number of facts in the prose; None: the whole world.
         checkpoint_dir: where pretraining writes its checkpoint, from which an interrupted run resumes.
     """
@@ -106,7 +106,7 @@ def pretrain_text(
 
 
 def split_tokens(tokens: torch.Tensor, val_fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The text (N,) without and with only its last part, which is held out."""
+    """The text (N,) without its last part, and that part, which is held out."""
     n_train = int(len(tokens) * (1 - val_fraction))
     return tokens[:n_train], tokens[n_train:]
 

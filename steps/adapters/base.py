@@ -17,7 +17,7 @@ Figures = Mapping[str, str | int | float]
 
 
 def write_base(directory: Path, base: BaseRef, figures: Figures) -> None:
-    """Write base.json: the reference, and figures about the base (parameters, losses, ...) for the reader."""
+    """Write base.json: the reference, and figures about the base (parameters, losses, ...) for people."""
     content = base.to_json() | dict(figures)
     atomic_write(directory / REFERENCE, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -1,4 +1,4 @@
-"""The page that shows runs side by side (jinja2, autoescaped, with plotly's curves)."""
+"""The HTML page that compares runs (jinja2, autoescaped, with plotly's curves)."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a reader of scores must know about the data: sizes, duplicates, and test records like those of the training."""
+"""Data quality for the report: sizes, duplicates, and test records that also occur in training, exactly or nearly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

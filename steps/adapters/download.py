@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # bytes
 BUSY = (429, 500, 502, 503, 504)
-# What a further attempt may avoid: refused and broken connections, timeouts, a body that ends too early.
+# Errors that are retried: refused and broken connections, timeouts, a body that ends too early.
 TRANSIENT = (
     *(requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError),
     *(urllib3.exceptions.ProtocolError, urllib3.exceptions.TimeoutError),
@@ -129,8 +129,8 @@ def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: fl
             raise _LimitError(f"has {total:,} bytes, more than {setting}.max_bytes={max_bytes}")
         # disable=None: only on a terminal
         with tqdm(total=total, desc=file.name.split(".")[1], unit="B", unit_scale=True, disable=None) as bar:
-            # read1 returns what has arrived. read and iter_content wait for a whole chunk: without end, if a byte
-            # arrives now and then.
+            # read1 returns the bytes that have arrived. read and iter_content wait for a whole chunk, which a server
+            # that sends single bytes can delay forever.
             while chunk := response.raw.read1(CHUNK, decode_content=True):
                 size += len(chunk)
                 if size > max_bytes:
@@ -161,7 +161,7 @@ def _wait(error: Exception, shown: str, seconds: float, max_wait: float, deadlin
     wait = min(seconds, max_wait)
     if time.monotonic() + wait > deadline:
         raise error
-    wish = f" (the server asked for more: Retry-After: {header[:40]})" if header and wait < seconds else ""
+    wish = f" (the server requested longer: Retry-After: {header[:40]})" if header and wait < seconds else ""
     logger.warning("%s: %s; next attempt in %.1f s%s", shown, reason, wait, wish)
     time.sleep(wait)
 

@@ -1,8 +1,8 @@
-"""Live traffic beside the run that is served: the signals of drift, and Evidently's report of the distributions.
+"""Drift of live traffic relative to the served run: the signals, and Evidently's report of the distributions.
 
 The reference is the run's own evaluation: the prompts of the test split and the tuned model's answers to them.
-Vocabulary and similarity are measured against the prompts of the training split on both sides, so prompts about new
-things that are as new as the test split's are no drift.
+Vocabulary and similarity are measured against the training prompts for both traffic and reference. New subjects alone
+are therefore no drift: those of the test split are not in the training prompts either.
 """
 
 import re
@@ -26,7 +26,7 @@ from gpt2core.types import JsonDataclass, LoggedCompletion, Sample
 from steps.adapters.pages import render
 from steps.config import MonitorConfig
 
-FRAME = len(format_prompt("."))  # characters of a prompt that are not the user's
+TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # characters of a prompt that are not the user's
 NUMBERS = ("prompt_characters", "answer_characters", "unknown_words", "similarity", "seconds")
 
 
@@ -75,24 +75,26 @@ def measure(
         ratings: the number of good and bad ones.
         train, samples: of the run that is served.
     """
-    known = _Known(train)
+    training_prompts = _TrainingPrompts(train)
     prompts = [None if each.prompt is None else _question(each.prompt) for each in completions]
     live = pd.DataFrame(
         {
-            "prompt_characters": [max(0, each.prompt_characters - FRAME + 1) for each in completions],
+            "prompt_characters": [max(0, each.prompt_characters - TEMPLATE_CHARACTERS) for each in completions],
             "answer_characters": [each.answer_characters for each in completions],
             "finish_reason": [each.finish_reason for each in completions],
             "seconds": [each.milliseconds / 1000 for each in completions],
-            **known.compare(prompts),
+            **training_prompts.compare(prompts),
         }
     )
     reference = pd.DataFrame(
         {
-            "prompt_characters": [len(format_prompt(each.instruction, each.input)) - FRAME + 1 for each in samples],
+            "prompt_characters": [
+                len(format_prompt(each.instruction, each.input)) - TEMPLATE_CHARACTERS for each in samples
+            ],
             "answer_characters": [len(each.tuned) for each in samples],
             "finish_reason": ["stop" if each.finished else "length" for each in samples],
             "seconds": [np.nan] * len(samples),
-            **known.compare([f"{each.instruction}\n{each.input}" for each in samples]),
+            **training_prompts.compare([f"{each.instruction}\n{each.input}" for each in samples]),
         }
     )
     return _signals(live, reference, ratings, config), _evidently(live, reference)
@@ -107,7 +109,7 @@ def _question(prompt: str) -> str:
     return "\n".join(split_prompt(prompt) or (prompt, ""))
 
 
-class _Known:
+class _TrainingPrompts:
     """The prompts of the training split."""
 
     def __init__(self, train: Sequence[Record]) -> None:
@@ -115,8 +117,8 @@ class _Known:
         self._words = {word for text in texts for word in _words(text)}
         # As in the report's check of the data: TF-IDF weighted character n-grams, cosine similarity.
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
-        known = self._vectorizer.fit_transform(texts)
-        self._nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(known)
+        training_prompts = self._vectorizer.fit_transform(texts)
+        self._nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(training_prompts)
 
     def compare(self, texts: Sequence[str | None]) -> dict[str, list[float]]:
         """Share of unknown words and similarity to the nearest training prompt, by text; NaN for None."""

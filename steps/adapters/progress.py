@@ -1,4 +1,4 @@
-"""Progress of long work: a bar by tqdm on a terminal, a log line every few seconds elsewhere."""
+"""Progress of long computations: a tqdm bar on a terminal, otherwise a log line every few seconds."""
 
 import logging
 import sys

@@ -1,11 +1,11 @@
-"""The report page: a summary of ours (jinja2, autoescaped), Evidently's report, and the training curves."""
+"""The report page: a summary from report.html.j2 (autoescaped), Evidently's report, and the training curves."""
 
 import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,13 @@ from markupsafe import Markup, escape
 from plotly.subplots import make_subplots
 
 from gpt2core.checkpoint import atomic_write
-from gpt2core.metrics import METRICS, RecordScores, mean
+from gpt2core.metrics import METRICS, RECORD_METRICS, mean
 from gpt2core.prompt import RESPONSE
 from gpt2core.types import Comparison, Evaluation, Sample
 from steps.adapters.data_check import DataCheck
 from steps.adapters.pages import render
 from steps.adapters.statistics import interval
 
-SCORES = tuple(score.name for score in fields(RecordScores))  # of each sample
 DESCRIPTORS = ("characters", "words", "prompt_leaked", "repeats_itself")  # of each answer
 REPEATS = r"(?s)\b(\w+)\b(?:\W+\1\b){3}"  # a word four times in a row
 N_EXAMPLES = 5
@@ -105,7 +104,7 @@ def word_diff(reference: str, answer: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some of the records: how many base and tuned model answer rightly, with 95 % intervals."""
+    """A subset of the records: the shares that base and tuned model answer correctly, with 95 % intervals."""
 
     name: str
     records: int
@@ -116,7 +115,7 @@ class _Slice:
 
 
 def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
-    """Exact match for short, middle and long reference answers, a third of the records each."""
+    """Exact match for short, medium and long reference answers, a third of the records each."""
     order = sorted(samples, key=lambda sample: len(sample.output))
     slices = []
     for part in (order[i * len(order) // 3 : (i + 1) * len(order) // 3] for i in range(3)):
@@ -131,7 +130,7 @@ def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
 
 
 def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Samples whose answer became right or wrong, by heading."""
+    """Samples whose answer became correct or wrong, by heading."""
 
     def changed(side: str, was: float) -> list[Sample]:
         answered = [sample for sample in samples if getattr(sample, f"{side}_scores") is not None]
@@ -146,7 +145,7 @@ def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _calibration(samples: Sequence[Sample]) -> list[tuple[str, int, float, float]]:
-    """Of tuned answers by confidence: range, number, mean confidence, share that is right."""
+    """Tuned answers by confidence: range, number, mean confidence, share that is correct."""
     rows = []
     for low, high in itertools.pairwise((0.0, 0.5, 0.8, 0.9, 0.95, 1.0)):
         part = [s for s in samples if s.tuned_confidence is not None and low <= s.tuned_confidence < high + (high == 1)]
@@ -179,7 +178,7 @@ def _problems(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
 
 def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
     """Evidently's page and data: distributions of scores and lengths, tuned (current) against base (reference)."""
-    definition = DataDefinition(numerical_columns=list(SCORES), text_columns=["answer"])
+    definition = DataDefinition(numerical_columns=list(RECORD_METRICS), text_columns=["answer"])
     descriptors = [
         TextLength("answer", alias="characters"),
         WordCount("answer", alias="words"),
@@ -190,7 +189,7 @@ def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
         Dataset.from_pandas(frame, data_definition=definition, descriptors=descriptors)
         for frame in (_frame(samples, "tuned"), _frame(samples, "base"))
     )
-    report = Report([RowCount(), *(ValueStats(column=name) for name in (*SCORES, *DESCRIPTORS))])
+    report = Report([RowCount(), *(ValueStats(column=name) for name in (*RECORD_METRICS, *DESCRIPTORS))])
     run = report.run(tuned, base, name="tuned (current) beside base (reference)")
     return run.get_html_str(as_iframe=False), json.loads(run.json())
 
@@ -198,7 +197,8 @@ def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
 def _frame(samples: Sequence[Sample], model: Literal["base", "tuned"]) -> pd.DataFrame:
     answers = [sample.base if model == "base" else sample.tuned for sample in samples]
     scores = [sample.base_scores if model == "base" else sample.tuned_scores for sample in samples]
-    frame = pd.DataFrame({"answer": answers, **{name: [getattr(each, name) for each in scores] for name in SCORES}})
+    columns = {name: [getattr(each, name) for each in scores] for name in RECORD_METRICS}
+    frame = pd.DataFrame({"answer": answers, **columns})
     return frame.replace([math.inf, -math.inf], math.nan)
 
 

@@ -20,7 +20,6 @@ from gpt2core.types import Answer, Difference, Evaluation, Sample
 
 N_RESAMPLES = 9999
 POWER = 0.8  # with which the smallest detectable difference is found
-SHARES = ("exact_match", "finished")  # 0 or 1 for each record
 _BATCH = 2**21  # values that one batch of resamples may hold
 Values = NDArray[np.float64]
 
@@ -40,7 +39,7 @@ def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> l
         metric: a name of `gpt2core.metrics.METRICS`.
     """
     values, weights = _values(answers, metric)
-    if metric in SHARES and not _repeated(groups):
+    if METRICS[metric].is_share and not _repeated(groups):
         low, high = proportion_confint(values.sum(), len(values), method="wilson")
         return [float(low), float(high)]
     sums = _by_group(np.stack([values, weights]), groups)
@@ -66,7 +65,7 @@ def difference(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[st
     def statistic(a: Values, n: Values, b: Values, m: Values, axis: int = -1) -> Values:
         return _score(metric, a, n, axis) - _score(metric, b, m, axis)
 
-    if metric in SHARES and not _repeated(groups):
+    if METRICS[metric].is_share and not _repeated(groups):
         table = [[np.sum((records[0] == x) & (records[2] == y)) for y in (1, 0)] for x in (1, 0)]
         p_value, test = float(mcnemar(table, exact=True).pvalue), "exact McNemar"
     else:
@@ -96,10 +95,10 @@ def worst_difference(
     """The one-sided bound at 1 - alpha of how much worse the new model may be; negative: worse. None: no bound.
 
     For shares, one record won and one lost are added (A. Agresti and Y. Min, Statistics in Medicine 24, 2005): without
-    them a bootstrap of few changed answers is too sure.
+    them a bootstrap of few changed answers gives too narrow an interval.
     """
     sums = _by_group(_paired(new, old, metric), groups)
-    if metric in SHARES:
+    if METRICS[metric].is_share:
         sums = np.concatenate([sums, [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]], axis=1)
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
 
@@ -138,14 +137,14 @@ def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, 
 def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluation:
     """The evaluation with the 95 % interval of each score of base and tuned model, over all records and by family."""
     groups = [sample.group for sample in samples]
-    sides = {side: [sample.answer(side) for sample in samples] for side in ("base", "tuned")}
+    answers_of = {model: [sample.answer(model) for sample in samples] for model in ("base", "tuned")}
     families = {}
     for family, scores in evaluation.by_family.items():
         members = [i for i, sample in enumerate(samples) if sample.family == family]
         of = [groups[i] for i in members]
-        base, tuned = (interval([answers[i] for i in members], of, "exact_match") for answers in sides.values())
+        base, tuned = (interval([answers[i] for i in members], of, "exact_match") for answers in answers_of.values())
         families[family] = replace(scores, base_ci95=base, tuned_ci95=tuned)
-    overall = {side: intervals(answers, groups) for side, answers in sides.items()}
+    overall = {model: intervals(answers, groups) for model, answers in answers_of.items()}
     return replace(evaluation, intervals=overall, by_family=families)
 
 

@@ -1,4 +1,4 @@
-"""What a sweep gave: results.json, a Markdown table, a plot by matplotlib, and a page with all of them."""
+"""Results of a sweep: results.json, a Markdown table, a plot by matplotlib, and a page with all of them."""
 
 import statistics
 from collections.abc import Mapping, Sequence

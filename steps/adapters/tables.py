@@ -47,7 +47,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def text_files(path: Path) -> list[tuple[Path, str]]:
-    """The JSON and CSV files of a directory without tables, each with the part of the split that it is ("": of none).
+    """The JSON and CSV files of a directory without tables, each with its part of the split ("": none).
 
     [] for a file, and for a directory that `read_rows` reads.
 

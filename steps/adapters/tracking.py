@@ -25,7 +25,7 @@ def track(
 ) -> Iterator[Log]:
     """A training callback that logs to wandb: "off" does nothing, "offline" writes files below the directory.
 
-    A resumed training logs its whole history again (`gpt2core.train`). Online, wandb keeps the steps that it has.
+    A resumed training logs its whole history again (`gpt2core.train`). Online, wandb ignores steps that it already has.
     Offline, the files of the interrupted attempt are removed, because the new ones have every step.
 
     Args:

@@ -29,7 +29,7 @@ def post(url: str, content: dict[str, Any]) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise WebhookError("the webhook is not an http or https URL")
     retry = Retry(RETRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=0.5, raise_on_status=False)
-    retry.respect_retry_after_header = False  # which may ask for any time
+    retry.respect_retry_after_header = False  # it may demand a wait of any length
     try:
         with requests.Session() as session:
             for scheme in ("http://", "https://"):

@@ -133,7 +133,7 @@ def test_a_busy_server_and_an_incomplete_body_are_retried(server, tmp_path, path
 def test_a_long_retry_after_is_capped_and_logged(server, tmp_path, caplog):
     caplog.set_level(logging.WARNING, download.__name__)
     assert fetch(server.url + "/busy-for-a-day", tmp_path / "data.json", SHA256).read_bytes() == BODY
-    assert "next attempt in 0.1 s (the server asked for more: Retry-After: 86400)" in caplog.text
+    assert "next attempt in 0.1 s (the server requested longer: Retry-After: 86400)" in caplog.text
 
 
 def test_a_compressed_body_and_a_digest_in_capitals_are_accepted(server, tmp_path):

@@ -60,7 +60,7 @@ def test_answers_get_a_score_and_a_reason(judge):
         ({}, "", "JUDGE_TOKEN is not set"),
         ({"model": "gpt-5"}, TOKEN, "answered 404"),
         ({"url": f"http://127.0.0.1:{free_port()}/v1"}, TOKEN, "cannot be reached (ConnectionError)"),
-        ({"response_format": "text"}, TOKEN, "is not as asked for"),
+        ({"response_format": "text"}, TOKEN, "does not have the requested format"),
     ],
 )
 def test_a_judge_that_fails_leaves_the_answers_as_they_are(judge, monkeypatch, changes, token, note):

@@ -69,8 +69,8 @@ def test_a_file_is_answered_line_by_line_in_order(base_dir, adapter_dir, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give either INSTRUCTION or --file"),
-        (["Hello", "--file", "x"], "give either INSTRUCTION or --file"),
+        ([], "pass either INSTRUCTION or --file"),
+        (["Hello", "--file", "x"], "pass either INSTRUCTION or --file"),
         (["--file", "x", "--input", "y"], "--input goes with INSTRUCTION"),
         ([" "], "'instruction' is empty"),
         (["word " * 200], "n_positions is 128"),

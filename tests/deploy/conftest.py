@@ -12,7 +12,7 @@ from deploy import bento
 from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect
 from deploy.containers.images import Image, build_service
-from deploy.kubernetes import progress, rollout
+from deploy.kubernetes import rollout, wait
 from deploy.server import serve
 from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
@@ -27,8 +27,8 @@ OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@s
 
 @pytest.fixture
 def fast_polling(monkeypatch):
-    monkeypatch.setattr(progress, "POLL", 0.01)
-    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 0.0)
+    monkeypatch.setattr(wait, "POLL", 0.01)
+    monkeypatch.setattr(wait, "IMAGE_PULL_TIMEOUT", 0.0)
     monkeypatch.setattr(rollout, "SETTLE_TIMEOUT", 0.1)
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from zenml.exceptions import RunInterruptedException
 
-from deploy.kubernetes import progress
+from deploy.kubernetes import wait
 from deploy.kubernetes.client import DEPLOYER, Cluster
 from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import MANIFESTS
@@ -123,13 +123,13 @@ def test_a_version_that_does_not_become_ready_is_rolled_back_with_the_reason(api
 
 
 def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkeypatch):
-    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 60.0)
+    monkeypatch.setattr(wait, "IMAGE_PULL_TIMEOUT", 60.0)
     api.pod_states[NEW], api.recoveries[NEW] = "ErrImagePull", 2
     assert deploy_next(config).outcome == "deployed"
 
 
 def test_an_image_pull_that_fails_until_the_deadline_is_named(api, config, first, monkeypatch):
-    monkeypatch.setattr(progress, "IMAGE_PULL_TIMEOUT", 60.0)
+    monkeypatch.setattr(wait, "IMAGE_PULL_TIMEOUT", 60.0)
     api.pod_states[NEW] = "ImagePullBackOff"
     assert "ImagePullBackOff (about" in deploy_next(config).reason
 
@@ -244,7 +244,7 @@ def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, 
         for each in interrupts:
             raise each
 
-    monkeypatch.setattr(progress.time, "sleep", sleep)
+    monkeypatch.setattr(wait.time, "sleep", sleep)
     with pytest.raises(DeployInterrupted) as interrupted:
         deploy_next(config)
     assert isinstance(interrupted.value.__cause__, interrupt)

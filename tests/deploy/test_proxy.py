@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from bentos.errors import error_content
 from tests.helpers import free_port, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,7 +122,7 @@ def blue(address):
 def test_without_a_service_the_response_is_a_503_in_the_shape_of_every_error(proxy):
     response = requests.get(f"{proxy}/predict", timeout=TIMEOUT)
     assert response.status_code == 503
-    assert response.json()["error"].keys() == {"type", "message", "param", "code"}
+    assert response.json() == error_content("unavailable", response.json()["error"]["message"])
     assert response.headers["Retry-After"]
 
 

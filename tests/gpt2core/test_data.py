@@ -168,7 +168,7 @@ def test_long_records_are_dropped_or_truncated_on_request(tokenizer, lengths):
     context = lengths[0] + 5
     kept, found = limit_lengths(LONG, tokenizer, context, "drop")
     assert kept == [GOOD]
-    assert [long.place for long in found] == ["record 2", "record 3"]
+    assert [long.location for long in found] == ["record 2", "record 3"]
     kept, found = limit_lengths(LONG, tokenizer, context, "truncate")
     assert len(found) == 2
     assert [record["instruction"] for record in kept] == ["Say é."] * 3

@@ -21,8 +21,9 @@ from gpt2core.engine import Engine
 from gpt2core.generate import generate
 from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import add_lora, lora_layers, merge_lora, unmerge_lora
+from gpt2core.losses import token_losses
 from gpt2core.model import GPT2, KVCache
-from gpt2core.train import finetune, token_losses
+from gpt2core.train import finetune
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
 from tests.helpers import randomise_lora, same_state, snapshot
 

@@ -14,9 +14,9 @@ from gpt2core.engine import Engine
 from gpt2core.inference import quantized
 from gpt2core.inference.kernels import has_int8
 from gpt2core.inference.quantized import QuantizedModel, causal_attention, quantize_fastest, supported_formats
+from gpt2core.losses import token_losses
 from gpt2core.metrics import perplexity
 from gpt2core.model import GPT2
-from gpt2core.train import token_losses
 
 FORMATS = supported_formats(torch.device("cpu"))
 needs_int8 = pytest.mark.skipif(not has_int8(torch.device("cpu")), reason="no int8 kernel on this processor")

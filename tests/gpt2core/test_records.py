@@ -1,4 +1,4 @@
-"""Files of records: every layout people bring, and errors that point at the place in the file."""
+"""Files of records: every layout people bring, and errors that point at the location in the file."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gpt2core.data import (
     check_records,
     count_leaks,
-    place_of,
+    location_of,
     read_records,
     records_sha256,
     split_records,
@@ -104,7 +104,7 @@ def test_a_conversation_becomes_one_record_for_each_answer_with_the_earlier_turn
             "group": "conversation 1",
         },
     ]
-    assert place_of(records, 1) == "record 1 (line 1), answer 2"
+    assert location_of(records, 1) == "record 1 (line 1), answer 2"
     [question] = read_records(file, ("instruction",))
     assert (question["instruction"], question["output"]) == ("Bye.", "")
 
@@ -114,7 +114,7 @@ def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
     text = json.dumps({"train": rows[:3], "validation": rows[3:4], "test": rows[4:]}, indent=1)
     records = read_records(write("a.json", text))
     assert [record["part"] for record in records] == ["train"] * 3 + ["val"] + ["test"] * 2
-    assert place_of(records, 5) == "test record 2 (line 32)"
+    assert location_of(records, 5) == "test record 2 (line 32)"
     assert [len(part) for part in split_records(records, 0)] == [3, 1, 2]
     assert split_records(records, 0).test == rows[4:]
     assert count_leaks(records) == 3
@@ -143,10 +143,10 @@ def test_written_records_are_read_back_whatever_characters_they_have(tmp_path_fa
 
 def test_records_know_their_place_in_the_file(write):
     records = read_records(write("a.jsonl", f"{LINE}\n\n\n{LINE}\n"))
-    assert [place_of(records, i) for i in range(2)] == ["record 1 (line 1)", "record 2 (line 4)"]
+    assert [location_of(records, i) for i in range(2)] == ["record 1 (line 1)", "record 2 (line 4)"]
     records = read_records(write("a.json", json.dumps([GOOD, GOOD], indent=1)))
-    assert [place_of(records, i) for i in range(2)] == ["record 1 (line 2)", "record 2 (line 7)"]
-    assert place_of([GOOD, GOOD], 1) == "record 2"
+    assert [location_of(records, i) for i in range(2)] == ["record 1 (line 2)", "record 2 (line 7)"]
+    assert location_of([GOOD, GOOD], 1) == "record 2"
 
 
 BROKEN = '{"instruction": "Quote the "sign".", "output": "x"}'
@@ -259,7 +259,7 @@ def test_the_digest_depends_on_the_records_and_their_order_not_on_their_file(wri
 
 def test_a_large_file_is_read_in_linear_time(write):
     records = read_records(write("a.jsonl", f"{LINE}\n" * 20_000))
-    assert place_of(records, 19_999) == "record 20000 (line 20000)"
+    assert location_of(records, 19_999) == "record 20000 (line 20000)"
 
 
 def test_the_1100_records_of_mariovas3_llms_are_read():

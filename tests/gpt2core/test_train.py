@@ -16,8 +16,10 @@ from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.lora import add_lora, lora_layers, merge_lora
+from gpt2core.losses import token_losses
 from gpt2core.model import GPT2
-from gpt2core.train import finetune, learning_rate_factor, pretrain, token_losses, training_steps
+from gpt2core.optimizers import learning_rate_factor
+from gpt2core.train import finetune, pretrain, training_steps
 from tests.helpers import randomise_lora, same_state, snapshot
 
 MAGNITUDE = "lora_magnitude_vector.default.weight"

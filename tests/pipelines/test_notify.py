@@ -18,7 +18,7 @@ SCRIPT = """
 import sys
 from zenml import pipeline, step
 from zenml.enums import ExecutionMode
-from pipelines.notify import notified
+from pipelines.notify import notifying_webhook
 from pipelines.processes import Process
 @step(enable_cache=False)
 def work(fails: bool) -> None:
@@ -28,7 +28,7 @@ def work(fails: bool) -> None:
 def told(fails: bool) -> None:
     work(fails)
 if __name__ == "__main__":
-    with notified("told"):
+    with notifying_webhook("told"):
         told(len(sys.argv) > 1)
 """
 
@@ -79,5 +79,5 @@ def test_a_webhook_is_told_of_success_and_failure(tmp_path, webhook):
 def test_a_webhook_that_cannot_be_reached_is_a_warning_without_its_address(tmp_path):
     done = run(tmp_path, "http://127.0.0.1:9/secret")
     assert done.returncode == 0, done.stderr
-    assert "the webhook of GPT2_INSTRUCT_WEBHOOK was not told that the run completed" in done.stderr + done.stdout
+    assert "the webhook in GPT2_INSTRUCT_WEBHOOK was not notified that the run completed" in done.stderr + done.stdout
     assert "secret" not in done.stderr + done.stdout

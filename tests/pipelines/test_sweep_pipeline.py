@@ -18,7 +18,7 @@ from gpt2core.model import GPT2
 from gpt2core.trials import ATTENTION
 from pipelines.config import read_config
 from pipelines.sweep_pipeline import sweep_pipeline
-from pipelines.variants import NAMES, variants_of
+from pipelines.variants import PARAMETERS_OF_KIND, variants_of
 from run import main
 from steps.config import SweepConfig
 from tests.runs import newest_run
@@ -51,7 +51,7 @@ def test_every_experiment_is_valid_at_both_sizes_with_three_seeds(file, scale):
     parameters = read_config(file, sweep_pipeline)["parameters"]
     sweep = SweepConfig(**parameters["sweep"] | {"scale": scale})
     types = get_type_hints(sweep_pipeline.entrypoint)
-    names = [name for kind in NAMES.values() for name in kind]
+    names = [name for kind in PARAMETERS_OF_KIND.values() for name in kind]
     given = {name: TypeAdapter(types[name]).validate_python(parameters.get(name, {})) for name in names}
     variants = variants_of(sweep, given)
     assert list(variants) == list(parameters["sweep"]["variants"])

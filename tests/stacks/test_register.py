@@ -56,7 +56,7 @@ def test_a_changed_value_updates_the_existing_component(monkeypatch):
 def test_a_component_of_another_flavor_with_the_same_name_is_not_changed():
     client = Client()
     taken = client.create_stack_component("taken", "local", StackComponentType.IMAGE_BUILDER, {})
-    with pytest.raises(StackError, match="another image_builder taken exists, of flavor local; rename or delete it"):
+    with pytest.raises(StackError, match="the image_builder taken of flavor local exists already; rename or delete it"):
         register._register_component(client, "image_builder", "taken", "kaniko", {})
     assert client.get_stack_component(StackComponentType.IMAGE_BUILDER, "taken").id == taken.id
 

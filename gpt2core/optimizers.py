@@ -1,0 +1,61 @@
+"""The optimizers of finetuning and pretraining, and the schedule of their learning rates."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
+
+
+def finetuning_optimizers(
+    weights: Mapping[str, nn.Parameter], config: TrainConfig, lora: LoraConfig | None
+) -> list[torch.optim.Optimizer]:
+    """AdamW; with `b_lr_ratio` (LoRA+, arXiv:2402.12354) another learning rate for lora_B."""
+    groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
+    if lora is not None and lora.b_lr_ratio != 1:  # as PEFT's optimizer, DoRA's magnitudes go with lora_B
+        first = [name for name in weights if not name.endswith(("lora_B", "lora_magnitude"))]
+        groups = [
+            {"params": [weights[name] for name in first]},
+            {
+                "params": [weight for name, weight in weights.items() if name not in first],
+                "lr": config.learning_rate * lora.b_lr_ratio,
+            },
+        ]
+    return [
+        torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+    ]
+
+
+def pretraining_optimizers(weights: Mapping[str, nn.Parameter], config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices within the blocks and AdamW for the rest; with `optimizer: adamw` AdamW alone."""
+    matrices = [weight for name, weight in weights.items() if name.startswith("h.") and weight.dim() == 2]
+    others = [weight for name, weight in weights.items() if not (name.startswith("h.") and weight.dim() == 2)]
+    groups = [{"params": others, "weight_decay": 0.0}]
+    if config.optimizer == "adamw":
+        groups.append({"params": matrices, "weight_decay": config.weight_decay})
+    adamw = torch.optim.AdamW(groups, lr=config.adamw_learning_rate, betas=config.betas, fused=True)
+    if config.optimizer == "adamw":
+        return [adamw]
+    muon = torch.optim.Muon(
+        matrices, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    return [muon, adamw]
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:
+    """Warm-up, plateau, decay (arXiv:2404.06395): the share of the learning rate at step 0, 1, …
+
+    The decay is linear, half a cosine (arXiv:1608.03983), or none (`constant`).
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    decay_steps = config.decay_fraction * total_steps if config.schedule != "constant" else 0
+    left = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
+    if config.schedule == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * left
