@@ -223,10 +223,7 @@ INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows)
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
     for (int64_t k = 0; k < in; k += 4, w += TILE * 4) {
         __m512i weights[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) {
-            weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
-            _mm_prefetch(w + 4096 + c * LANES * 4, _MM_HINT_T0);
-        }
+        for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, q + r * in + k, 4);

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GPT2Config
-from gpt2core.inference.kernels import has_vnni
+from gpt2core.inference.kernels import has_vnni, on_huge_pages
 
 NAME = "gpt2core/inference/_native.abi3.so"
 CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
@@ -136,7 +136,7 @@ class Int8Linear:
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # (out)
         whole = F.pad((weight / scale[:, None]).round().to(torch.int8), (0, 0, 0, padding))
         self._tensors = (
-            whole.view(-1, TILE, n_in // 4, 4).transpose(1, 2).contiguous(),
+            on_huge_pages(whole.view(-1, TILE, n_in // 4, 4).transpose(1, 2)),
             F.pad(scale, (0, padding)),
             F.pad(weight.new_zeros(n_out) if bias is None else bias.float(), (0, padding)),
             whole.sum(1, dtype=torch.int32),
