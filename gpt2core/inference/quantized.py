@@ -6,7 +6,7 @@ Shape letters: N tokens of a step, of any request; C, H, D and V as in model.py.
 import logging
 from collections.abc import Callable
 from math import expm1
-from statistics import geometric_mean
+from statistics import geometric_mean, mean
 from time import perf_counter
 from typing import Literal, cast, get_args
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2core.config import GenerationConfig
+from gpt2core.generate import generate
 from gpt2core.inference import native
 from gpt2core.inference.adapters import RowAdapters
 from gpt2core.inference.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
@@ -27,6 +29,7 @@ Attention = Callable[[int, Tensor], Tensor]  # (layer, qkv (N, 3, H, D)) -> (N, 
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
+SAMPLES, SAMPLE_TOKENS = 4, 64  # of the text on which that is measured
 SMALL = 2**22  # weights; a smaller model stays in fp32, as it was evaluated: it fits into a processor's caches
 LARGE = 2**18  # weights; a smaller fp32 matrix is multiplied too quickly to be worth the call overhead of oneDNN
 
@@ -120,8 +123,8 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
     """The model in the format that is fastest here without predicting worse than fp32, measured on its own weights.
 
     Measures a step of one row and one of `max_batch` rows on two blocks. Rejects a format that raises the model's
-    perplexity by more than MAX_PERPLEXITY_COST, estimated as exp(KL divergence) - 1 on random tokens. On a GPU: bf16. A
-    model of less than SMALL weights: fp32.
+    perplexity by more than MAX_PERPLEXITY_COST on text that the model generates. A model of less than SMALL weights
+    stays in fp32. On a GPU: bf16.
     """
     device = model.wte.weight.device
     if device.type != "cpu":
@@ -133,11 +136,15 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
     faster = [weights for weights in candidates if seconds[weights] * MIN_SPEEDUP < seconds["fp32"]]
     for weights in [*sorted(faster, key=seconds.__getitem__), *candidates[:1]]:
         quantized = QuantizedModel(model, weights)
-        if weights == "fp32" or (cost := _perplexity_cost(model, quantized)) <= MAX_PERPLEXITY_COST:
+        cost = 0.0 if weights == "fp32" else _perplexity_cost(model, quantized)
+        if cost <= MAX_PERPLEXITY_COST:
             break
         logger.warning("weights %s rejected: faster, but perplexity rises by %.1f %%", weights, 100 * cost)
     measured = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
-    logger.info("weights: %s (two blocks and the head, mean of 1 row and %d rows: %s)", weights, max_batch, measured)
+    logger.info(
+        "weights: %s, perplexity %+.2f %% (two blocks and the head, mean of 1 row and %d rows: %s)",
+        *(weights, 100 * cost, max_batch, measured),
+    )
     return quantized
 
 
@@ -174,15 +181,23 @@ def _step_seconds(model: QuantizedModel, max_batch: int) -> float:
 
 @torch.inference_mode()
 def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
-    """Relative increase of perplexity on text drawn from the model itself: exp(KL divergence) - 1."""
-    T = min(64, model.config.n_positions)
-    generator = torch.Generator().manual_seed(0)
-    n_tokens = model.config.token_count
-    ids, positions = torch.randint(n_tokens, (T,), generator=generator), torch.arange(T)
-    with evaluating(model):
-        expected = model(ids[None])[0, :, :n_tokens].float().log_softmax(-1)  # (T, token_count)
-    found = quantized.logits(quantized.hidden(ids, positions, causal_attention(quantized))).log_softmax(-1)
-    return expm1(min(float(F.kl_div(found, expected, log_target=True, reduction="batchmean")), 700.0))
+    """Relative increase of perplexity on text that the model itself generates: exp(KL divergence) - 1.
+
+    For a trained model that is natural text, and its own predictions are the distribution that the divergence needs.
+    """
+    config, n_tokens = model.config, model.config.token_count
+    bos = config.bos_token_id
+    start = [bos if bos is not None and bos < n_tokens else n_tokens - 1]  # GPT-2's end of text is its last token
+    drawing = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, temperature=1.0, seed=0)
+    attention = causal_attention(quantized)
+    divergences = []
+    for tokens in generate(model, [start] * SAMPLES, drawing):
+        ids = torch.tensor(start + tokens)[: config.n_positions]
+        with evaluating(model):
+            expected = model(ids[None])[0, :, :n_tokens].float().log_softmax(-1)  # (T, token_count)
+        found = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)), attention)).log_softmax(-1)
+        divergences.append(float(F.kl_div(found, expected, log_target=True, reduction="batchmean")))
+    return expm1(min(mean(divergences), 700.0))
 
 
 class _Norm:
