@@ -3,6 +3,7 @@
 import gc
 import logging
 import re
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -350,5 +351,7 @@ def _open_store() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except MemoryError:
+        sys.exit("Error: there is not enough memory")
     finally:
         gc.freeze()  # Python's last garbage collection takes 3 s with torch and ZenML loaded

@@ -66,6 +66,8 @@ def start(
             return pipeline.with_options(config_path=str(checked), extra=record, **(options or {}))()
     except INTERRUPTIONS:
         raise RunError("the run was stopped; the same command continues after the last finished step") from None
+    except MemoryError as error:
+        raise RunError(f"the run failed: {error}" if str(error) else "there is not enough memory for the run") from None
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         raise RunError(f"the run failed: {error}") from None
 
