@@ -5,7 +5,7 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow chaos lint audit licences format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes experiment clean
+.PHONY: install run test test-slow chaos lint audit hashes licences format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes experiment clean
 
 install: .venv/.installed
 
@@ -36,6 +36,12 @@ lint: install
 # Check the pinned dependencies for known vulnerabilities; needs PyPI's advisories, so CI does not depend on it.
 audit: install
 	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+# After a change of bentos/requirements.txt: the hashes of what the index has for it, on every platform. Without torch, whose
+# wheels come from TORCH_INDEX.
+hashes: install
+	grep == bentos/requirements.txt | grep -v ^torch== | $(BIN)/uv pip compile - --quiet --generate-hashes --no-deps \
+		--no-header --no-annotate --no-emit-index-url --python-version 3.11 -o bentos/requirements-hashed.txt
 
 licences: install
 	@$(BIN)/python -m tests.test_licences

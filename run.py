@@ -1,7 +1,9 @@
 """The command line. Each command imports what it needs, so that --help does not wait seconds for zenml."""
 
+import gc
 import logging
 import re
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -347,4 +349,9 @@ def _open_store() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MemoryError:
+        sys.exit("Error: there is not enough memory")
+    finally:
+        gc.freeze()  # Python's last garbage collection takes 3 s with torch and ZenML loaded

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from gpt2core.checkpoint import load_adapter, load_pretrained
-from gpt2core.config import GenerationConfig
+from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.data import Example, encode_records
 from gpt2core.engine import Engine
-from gpt2core.inference.quantized import QuantizedModel, WeightFormat, causal_attention
+from gpt2core.inference.quantized import QuantizedModel, causal_attention
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer

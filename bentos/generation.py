@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import time
-from typing import Any, cast, get_args
+from typing import Any
 
 from bentos import canary
 from bentos.compat import MODEL_FILE
@@ -19,11 +19,10 @@ from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
 from bentos.metrics import Gauge, Metrics, render_gauges
 from bentos.request_log import RequestLog
 from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, Structure
-from bentos.settings import check_choice
 from bentos.shared_adapters import MANIFEST, Manifest
 from gpt2core.checkpoint import directory_sha256, load_pretrained
-from gpt2core.config import GenerationConfig
-from gpt2core.engine import Engine, EngineFull, Weights
+from gpt2core.config import GenerationConfig, Weights
+from gpt2core.engine import Engine, EngineFull
 from gpt2core.files import list_files
 from gpt2core.inference.detokenizer import IncrementalDetokenizer as Detokenizer
 from gpt2core.inference.request import EngineClosed, TokenLogprobs
@@ -43,7 +42,7 @@ class TextGenerator:
         self,
         base_dir: str | Path,
         adapter_dir: str | Path,
-        weights: str = "auto",
+        weights: Weights = "auto",
         adapters_dir: str = "",
         metrics: Metrics | None = None,
         request_log: RequestLog | None = None,
@@ -59,7 +58,6 @@ class TextGenerator:
             base_sha256, accept_other_base: an adapter that names another base is refused, or accepted with a warning.
             follow_adapters: adapters and canary are set by `follow` from a manifest; other changes are refused.
         """
-        check_choice("weights", weights, get_args(Weights))
         self.tokenizer = load_tokenizer(base_dir)
         self._grammars = GrammarCompiler(self.tokenizer)
         self._metrics, self._request_log = metrics, request_log
@@ -69,7 +67,7 @@ class TextGenerator:
         self._arms: dict[str, CanaryArm] = {}
         self._changing = asyncio.Lock()
         model = load_pretrained(base_dir, device=best_device())
-        self.engine = Engine(model, MAX_BATCH, cast(Weights, weights), MAX_QUEUE, base_sha256, accept_other_base)
+        self.engine = Engine(model, MAX_BATCH, weights, MAX_QUEUE, base_sha256, accept_other_base)
         self._load(TUNED, Path(adapter_dir))
         self.engine.start()
 

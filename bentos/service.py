@@ -5,7 +5,6 @@ BentoML's parent process imports this module too, so nothing here imports torch 
 
 import asyncio
 import gc
-import json
 import os
 from functools import cache
 from pathlib import Path
@@ -29,7 +28,7 @@ from bentos.middleware.metrics_path import path_label
 from bentos.middleware.request_id import RequestIdMiddleware
 from bentos.openapi import set_limits
 from bentos.settings import Settings
-from gpt2core.files import list_files, verify_directory
+from gpt2core.files import list_files, read_json, verify_directory
 from gpt2core.types import Lineage
 
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
@@ -64,7 +63,7 @@ class GPT2Service(compat.WrappableService):
 
     def complete_spec(self, paths: dict[str, Any]) -> None:
         """Put this model's limits into the schemas."""
-        config = json.loads(Path(bentoml.models.get(models.base).path, "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(bentoml.models.get(models.base).path, "config.json"))
         for path in paths.values():
             if isinstance(path.post, dict):
                 set_limits(path.post, config["n_positions"], config["vocab_size"])
@@ -88,11 +87,7 @@ class GPT2Instruct:
         from bentos.request_log import RequestLog
         from bentos.shared_adapters import Follower
 
-        for tag, model in ((models.base, self.base), (models.adapter, self.adapter)):
-            stored = list_files(model.path, exclude=[compat.MODEL_FILE])
-            verify_directory(
-                model.path, tag.partition(":")[2], stored
-            )  # a version is the start of the content's sha256
+        verify_models()
         log = RequestLog(settings().request_log, settings().request_log_text) if settings().request_log else None
         self.generator = TextGenerator(
             self.base.path,
@@ -111,6 +106,18 @@ class GPT2Instruct:
         # requests are freed often (they do not grow to 100 MB) and no pause is long.
         gc.collect()
         gc.freeze()
+
+    @bentoml.on_deployment
+    @staticmethod
+    def check() -> None:
+        """Refuse in BentoML's parent process what no worker could start with: it would start workers for ever."""
+        try:
+            if log := settings().request_log:
+                _check_writable("GPT2_REQUEST_LOG", Path(log))
+            lineage()
+            verify_models()
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"Error: {error}") from None
 
     @bentoml.on_startup
     async def follow_adapters(self) -> None:
@@ -131,6 +138,26 @@ class GPT2Instruct:
         return text + self.generator.metrics_text() + following
 
 
+def verify_models() -> None:
+    """Compare base and adapter with their tags, whose versions are the start of the content's sha256.
+
+    Raises:
+        ValueError: naming the model's directory, its files and both digests.
+    """
+    for tag in (models.base, models.adapter):
+        directory = bentoml.models.get(tag).path
+        verify_directory(directory, tag.partition(":")[2], list_files(directory, exclude=[compat.MODEL_FILE]))
+
+
+def _check_writable(name: str, file: Path) -> None:
+    """Create the file that a setting names, unless it is there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ValueError(f"{name} is {str(file)!r}, which cannot be written: {error.strerror}") from None
+
+
 @cache
 def settings() -> Settings:
     """Of this process; read once."""
@@ -139,7 +166,7 @@ def settings() -> Settings:
 
 @cache
 def lineage() -> Lineage:
-    return Lineage.from_json(json.loads(LINEAGE.read_text(encoding="utf-8")))
+    return Lineage.from_json(read_json(LINEAGE))
 
 
 def _paths() -> list[str]:

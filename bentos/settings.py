@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from gpt2core.config import Weights
+
 LogText = Literal["hash", "keep", "drop"]
 MultiTurn = Literal["last", "history", "refuse"]
 
@@ -16,7 +18,7 @@ class Settings:
     admin_token: str = ""  # required to load and unload adapters; "": both routes are disabled
     adapters_dir: str = ""  # adapters are loaded from below this directory; "": none are
     follow_adapters: bool = False  # serve the adapters of adapters.json in that directory, and follow its changes
-    weights: str = "auto"  # one of gpt2core.engine.Weights
+    weights: Weights = "auto"
     request_log: str = ""  # file for one JSON line per completion; "": no log
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
     multi_turn: MultiTurn = "last"  # answer the last user turn alone; with earlier turns as its input; or refuse them

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Literal
 
-from gpt2core.config import check_choices, check_field
+from gpt2core.config import check_field, check_types
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DeployConfig:
     force: bool = False  # kubernetes: take over fields that another field manager set
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         check_field(self, "host", _is_ipv4(self.host), "an IPv4 address of this machine, or 0.0.0.0 for all of them")
         check_field(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
         memory = re.fullmatch(r"[1-9]\d*[mg]", self.memory) is not None

@@ -12,6 +12,8 @@ TooLong = Literal["error", "drop", "truncate"]  # what happens to records longer
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
 LoraTarget = Literal["q", "k", "v", "o", "fc", "proj"]
 Schedule = Literal["linear", "cosine", "constant"]
+WeightFormat = Literal["fp32", "bf16", "int8"]  # of the weights that the engine decodes with
+Weights = Literal["auto", WeightFormat]  # auto: the fastest on this machine
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)

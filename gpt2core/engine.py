@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Condition, Thread
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import torch
 
 from gpt2core.checkpoint import read_adapter
-from gpt2core.config import GenerationConfig, GPT2Config
+from gpt2core.config import GenerationConfig, GPT2Config, WeightFormat, Weights
 from gpt2core.generate import check_prompt
 from gpt2core.inference.adapters import Adapter, make_adapter
 from gpt2core.inference.kernels import limit_openmp_threads, release_openmp_workers
-from gpt2core.inference.quantized import QuantizedModel, WeightFormat, quantize_fastest
+from gpt2core.inference.quantized import QuantizedModel, quantize_fastest
 from gpt2core.inference.request import EngineClosed, Request
 from gpt2core.inference.runner import ModelRunner
 from gpt2core.inference.scheduler import Scheduler
@@ -27,8 +27,6 @@ from gpt2core.sampling import Grammar, NonFiniteLogits, Sampler, check_tokens
 __all__ = ["Engine", "EngineClosed", "EngineFull", "NonFiniteLogits", "Weights"]
 
 logger = logging.getLogger(__name__)
-
-Weights = Literal["auto", WeightFormat]
 
 
 class EngineFull(RuntimeError):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -236,7 +237,8 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read
         while state.progress.step < plan.total_steps and not state.progress.should_stop_early(plan.patience):
-            values = _step(model, plan, state, losses, meter)
+            with _naming_batch(plan, state):
+                values = _step(model, plan, state, losses, meter)
             step = state.progress.step
             if values:
                 log(step, values)
@@ -252,6 +254,21 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
     progress = state.progress
     speed = progress.tokens_seen / progress.seconds if progress.seconds else 0.0
     return TrainResult(progress.history, progress.best_val_loss, speed)
+
+
+@contextmanager
+def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
+    """Say which batch did not fit into memory; the message of an allocator has no more than its size."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        named = re.search("out of memory|allocate memory|could not create a", str(error))  # CUDA, CPU, oneDNN
+        if isinstance(error, RuntimeError) and not named:
+            raise
+        raise MemoryError(
+            f"not enough memory for step {state.progress.step + 1} ({plan.describe(state.progress.step)}); lower "
+            f"batch_size={plan.config.batch_size}, and raise gradient_accumulation_steps by as much"
+        ) from None
 
 
 def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:

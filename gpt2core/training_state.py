@@ -125,28 +125,32 @@ class TrainingState:
         logger.debug("checkpoint of step %d in %s", self.progress.step, file)
 
     def resume(self, directory: Path, fingerprint: str) -> None:
-        """Continue from the newest checkpoint in the directory that is not damaged, if there is one.
+        """Continue from the newest checkpoint in the directory that is this run's and not damaged, if there is one.
 
         Raises:
-            ValueError: the checkpoint is of a run with other data, another config or other trainable weights.
+            ValueError: all undamaged ones are of runs with other data, another config or other trainable weights.
         """
+        foreign = None
         files = [file for file in (directory / CHECKPOINT, directory / PREVIOUS) if file.is_file()]
         for i, file in enumerate(files):
             fallback = f"from {files[i + 1].name}" if i + 1 < len(files) else "from the beginning"
             try:
                 tensors, metadata = _read(file)
-            except ValueError as error:
+                progress = Progress(**json.loads(metadata["progress"]))
+            except (ValueError, TypeError) as error:  # TypeError: the progress has other fields
                 logger.warning("%s is damaged (%s); starting %s", file, error, fallback)
                 continue
-            expected = {f"weight.{name}" for name in self.weights}
-            if metadata["fingerprint"] != fingerprint or expected - tensors.keys():
-                raise ValueError(
-                    f"{file} belongs to a run with other data, another config or other trainable weights; "
-                    "pass another checkpoint_dir, or delete it to start from the beginning"
-                )
-            self._restore(tensors, Progress(**json.loads(metadata["progress"])))
-            logger.info("resuming from step %d, %s", self.progress.step, file)
-            return
+            shapes = {key: tensor.shape for key, tensor in tensors.items()}
+            fits = all(shapes.get(f"weight.{name}") == weight.shape for name, weight in self.weights.items())
+            if metadata["fingerprint"] == fingerprint and fits:
+                self._restore(tensors, progress)
+                logger.info("resuming from step %d, %s", progress.step, file)
+                return
+            foreign = f"{file} belongs to a run with other data, another config or other trainable weights"
+            if i + 1 < len(files):
+                logger.warning("%s; starting %s", foreign, fallback)
+        if foreign is not None:
+            raise ValueError(f"{foreign}; pass another checkpoint_dir, or delete it to start from the beginning")
 
     def _restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         self.progress = progress

@@ -56,6 +56,9 @@ def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
         source: where the configuration comes from, for the message.
     """
     _check_keys(config, PipelineRunConfiguration, "", source)
+    for name in ("parameters", "steps", "model"):
+        if not isinstance(config.get(name), Mapping | None):
+            raise _no_mapping(config[name], name, source)
     steps = {step.name for step in getmodule(pipeline.entrypoint).__dict__.values() if isinstance(step, BaseStep)}
     check_names(config.get("steps") or {}, sorted(steps), "steps", source)
     parameters = config.get("parameters") or {}
@@ -108,19 +111,31 @@ def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
             return
         if not isinstance(value, Mapping):
             if is_dataclass(annotation) or not path:
-                raise ConfigError(
-                    f"{source}: {path or 'the file'} is {_shorten(value)}; it must be a mapping of keys to values"
-                )
+                raise _no_mapping(value, path or "the file", source)
             return  # a ZenML type with a short form
         check_names(value, list(types), path, source)
         for key, inner in value.items():
             full = f"{path}.{key}".removeprefix("parameters.")
             if is_dataclass(annotation) and full in DERIVED:
                 raise ConfigError(f"{source}: {path}.{key} is derived from parameters.{DERIVED[full]}; set that")
+            if is_dataclass(annotation):
+                _check_bool(inner, types[key], f"{path}.{key}", source)
             _check_keys(inner, types[key], f"{path}.{key}".lstrip("."), source)
     elif get_origin(annotation) in (dict, Mapping) and isinstance(value, Mapping):
         for key, inner in value.items():
             _check_keys(inner, get_args(annotation)[1], f"{path}.{key}", source)
+
+
+def _no_mapping(value: Any, path: str, source: str) -> ConfigError:
+    return ConfigError(f"{source}: {path} is {_shorten(value)}; it must be a mapping of keys to values")
+
+
+def _check_bool(value: Any, annotation: Any, path: str, source: str) -> None:
+    """Refuse a bool for a number and a number for a bool, which pydantic converts: `epochs: true` would be 1."""
+    if annotation is bool and isinstance(value, int) and not isinstance(value, bool):
+        raise ConfigError(f"{source}: {path} is {_shorten(value)}; it must be true or false")
+    if annotation is not bool and isinstance(value, bool):
+        raise ConfigError(f"{source}: {path} is {value}; it must not be true or false")
 
 
 def _field_types(annotation: Any) -> dict[str, Any] | None:
@@ -135,6 +150,8 @@ def _field_types(annotation: Any) -> dict[str, Any] | None:
 
 def _check_settings(value: Any, path: str, source: str) -> None:
     """Check the settings of ZenML and of the components in stacks/, which are keyed by type and flavor."""
+    if not isinstance(value, Mapping | None):
+        raise _no_mapping(value, path, source)
     check_names(value or {}, SETTINGS, path, source)
     for key, inner in (value or {}).items():
         _check_keys(inner, settings_class(key), f"{path}.{key}", source)
@@ -148,6 +165,8 @@ def _check_value(value: Any, annotation: Any, path: str, source: str) -> None:
         TypeAdapter(annotation, config=strict).validate_python(value)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first(error, path)}") from None
+    except TypeError:  # of ZenML's models, for anything but a mapping
+        raise _no_mapping(value, path, source) from None
 
 
 def _shorten(value: Any) -> str:

@@ -1,13 +1,10 @@
 """Starts a run, after checking everything that can be checked before the first step."""
 
 import logging
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -17,6 +14,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from deploy.source import describe_commit
 from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
+from pipelines.interrupts import interruptible
 from pipelines.notify import notifying_webhook
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.stack import check_stack
@@ -56,7 +54,7 @@ def start(
     try:
         with (
             TemporaryDirectory() as directory,
-            _sigterm_interrupts(),
+            interruptible(),
             short_errors(),
             short_store_errors(),
             verified_cache(is_intact),
@@ -68,6 +66,8 @@ def start(
             return pipeline.with_options(config_path=str(checked), extra=record, **(options or {}))()
     except INTERRUPTIONS:
         raise RunError("the run was stopped; the same command continues after the last finished step") from None
+    except MemoryError as error:
+        raise RunError(f"the run failed: {error}" if str(error) else "there is not enough memory for the run") from None
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         raise RunError(f"the run failed: {error}") from None
 
@@ -86,21 +86,3 @@ def _set_learning_rate(config: dict[str, Any]) -> None:
     rate = default_learning_rate(base)
     logger.info("train.learning_rate: %g, the default for a base with source %s", rate, base.source)
     config["parameters"] = parameters | {"train": (parameters.get("train") or {}) | {"learning_rate": rate}}
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM like ctrl-C. Only the main thread can set a signal handler; elsewhere this does nothing."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -49,6 +49,8 @@ def _combinations(grid: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
             inner = changes
             for name in parents:
                 inner = inner.setdefault(name, {})
+                if not isinstance(inner, dict):
+                    raise ConfigError(f"sweep.grid: {path} is below another key of the grid, which sets {name}")
             inner[last] = value
         yield ", ".join(f"{path} {value}" for path, value in zip(grid, values, strict=True)), changes
 

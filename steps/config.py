@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from typing import Any, Literal
 
 from gpt2core.config import PRESETS, GPT2Config, PretrainConfig, TooLong, TrainConfig, check_field, check_types
@@ -189,6 +190,7 @@ class SweepConfig:
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
         lists = all(isinstance(values, list | tuple) and values for values in self.grid.values())
         check_field(self, "grid", lists, "a mapping of keys like lora.rank to lists of values")
+        check_field(self, "grid", prod(map(len, self.grid.values())) <= 1000, "at most 1000 combinations")
         check_field(self, "variants", bool(self.variants or self.grid), "at least one variant, or set sweep.grid")
         check_field(
             self, "name", bool(re.fullmatch(r"\w[\w.-]*", self.name)), "letters, digits, dots, dashes and underscores"

@@ -234,3 +234,17 @@ def test_the_requirements_of_the_served_image_are_the_tested_versions():
     pinned = {line for line in (ROOT / "bentos" / "requirements.txt").read_text().splitlines() if "==" in line}
     assert len(pinned) >= 8
     assert pinned <= tested
+
+
+def test_the_hashes_of_the_served_image_are_those_of_its_requirements():
+    wanted = (ROOT / "bentos" / "requirements.txt").read_text().splitlines()
+    pinned = {canonical(line) for line in wanted if "==" in line and not line.startswith("torch==")}
+    blocks = (ROOT / "bentos" / "requirements-hashed.txt").read_text().replace(" \\\n", " ").splitlines()
+    hashed = {canonical(block.split()[0]): block.split()[1:] for block in blocks}
+    assert hashed.keys() == pinned, "run `make hashes`"
+    assert all(re.fullmatch(r"(--hash=sha256:[0-9a-f]{64} ?)+", " ".join(hashes)) for hashes in hashed.values())
+
+
+def canonical(pin: str) -> str:
+    name, _, version = pin.partition("==")
+    return f"{canonicalize_name(name)}=={version}"

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from math import expm1
 from statistics import geometric_mean, mean
 from time import perf_counter
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2core.config import GenerationConfig
+from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.generate import generate
 from gpt2core.inference import native
 from gpt2core.inference.adapters import RowAdapters
@@ -24,7 +24,6 @@ from gpt2core.model import GPT2, Block, evaluating
 
 logger = logging.getLogger(__name__)
 
-WeightFormat = Literal["fp32", "bf16", "int8"]
 Attention = Callable[[int, Tensor], Tensor]  # (layer, qkv (N, 3, H, D)) -> (N, C)
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.

@@ -133,11 +133,6 @@ def test_end_of_text_finishes_a_completion_and_is_not_part_of_its_text(generator
     assert usage([completion]).completion_tokens == 2
 
 
-def test_unknown_weights_are_refused(base_dir, adapter_dir):
-    with pytest.raises(ValueError, match="GPT2_WEIGHTS is 'int4'; it must be one of auto, fp32, bf16, int8"):
-        TextGenerator(base_dir, adapter_dir, "int4")
-
-
 def test_the_record_of_a_request_sums_tokens_over_all_completions(generator):
     record = RequestRecord()
     results: list[CompletionResult] = []

@@ -15,9 +15,20 @@ def test_another_base_is_accepted_only_on_request():
         Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "yes"})
 
 
-def test_an_unknown_value_is_refused_with_the_allowed_ones():
-    with pytest.raises(ValueError, match="GPT2_REQUEST_LOG_TEXT is 'all'; it must be one of hash, keep, drop"):
-        Settings.from_environment({"GPT2_REQUEST_LOG_TEXT": "all"})
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("WEIGHTS", "auto, fp32, bf16, int8"),
+        ("REQUEST_LOG_TEXT", "hash, keep, drop"),
+        ("MULTI_TURN", "last, history, refuse"),
+        ("FOLLOW_ADAPTERS", "true, false"),
+        ("ACCEPT_OTHER_BASE", "true, false"),
+    ],
+)
+def test_an_unknown_value_is_refused_with_the_allowed_ones(name, choices):
+    for value in ("x", "0", "-1", "nan", "[]", "True", str(2**70), " "):
+        with pytest.raises(ValueError, match=f"^GPT2_{name} is .*; it must be one of {choices}$"):
+            Settings.from_environment({f"GPT2_{name}": value})
 
 
 @pytest.mark.parametrize(("value", "tracing"), [(None, False), ("true", False), ("false", True)])

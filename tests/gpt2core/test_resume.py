@@ -202,6 +202,15 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(tune,
     assert re.search(rf"{CHECKPOINT} is damaged \(.*\); starting from {PREVIOUS}", caplog.text)
 
 
+def test_a_checkpoint_of_another_run_is_skipped_for_the_one_before(tune, tmp_path, caplog):
+    with pytest.raises(Stop):
+        tune(tmp_path / "this", stop=13)
+    tune(tmp_path / "other", config=replace(CONFIG, seed=5))
+    (tmp_path / "other" / CHECKPOINT).replace(tmp_path / "this" / CHECKPOINT)
+    assert tune(tmp_path / "this") == tune(None)
+    assert re.search(rf"{CHECKPOINT} belongs to a run with other data.*; starting from {PREVIOUS}", caplog.text)
+
+
 def test_without_an_undamaged_checkpoint_training_starts_from_the_beginning(tune, tmp_path, caplog):
     tune(tmp_path)
     for name in (CHECKPOINT, PREVIOUS):

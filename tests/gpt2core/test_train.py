@@ -1,6 +1,9 @@
 """Training against PEFT and a loop written by hand; precision, logging, schedule, pretraining."""
 
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from gpt2core.losses import token_losses
 from gpt2core.model import GPT2
 from gpt2core.optimizers import learning_rate_factor
 from gpt2core.train import finetune, pretrain, training_steps
+from tests.copies import ROOT
 from tests.helpers import randomise_lora, same_state, snapshot
 
 MAGNITUDE = "lora_magnitude_vector.default.weight"
@@ -40,6 +44,27 @@ def config(**values) -> TrainConfig:
 @pytest.fixture
 def model(tiny_gpt2_dir):
     return add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=6.0), seed=0)
+
+
+def test_a_batch_beyond_the_memory_is_named_with_what_to_change():
+    code = """
+import psutil, resource, torch
+from gpt2core.config import GPT2Config, LoraConfig, TrainConfig
+from gpt2core.data import Example
+from gpt2core.lora import add_lora
+from gpt2core.model import GPT2
+from gpt2core.train import finetune
+examples = [Example(tokens, 4) for tokens in torch.randint(2048, (3000, 12)).tolist()]
+model = add_lora(GPT2(GPT2Config.preset("gpt2-nano")), LoraConfig())
+size = psutil.Process().memory_info().vms + 300_000_000
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+try:
+    finetune(model, examples, [], TrainConfig(batch_size=3000))
+except MemoryError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert re.match(r"not enough memory for step 1 \(.*\); lower batch_size=3000, and raise grad", done.stdout), done
 
 
 def adapter(weights: dict) -> dict:

@@ -1,5 +1,10 @@
 import copy
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from math import inf, nan
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -7,10 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zenml.pipelines.pipeline_definition import Pipeline
 
+from gpt2core.config import AttentionConfig
 from pipelines.config import check_config, read_config, set_values
 from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.monitor_pipeline import monitor_pipeline
+from pipelines.pretrain_pipeline import pretrain_pipeline
+from pipelines.sweep_pipeline import sweep_pipeline
+from pipelines.variants import variants_of
+from steps.config import SweepConfig
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "pretrain.yaml"})
@@ -148,3 +158,60 @@ def test_values_that_depend_on_each_other_are_checked_together():
     config: dict = {}
     set_values(config, ["data.source=file", "data.path=mine.json"], finetune_pipeline)
     assert config["parameters"]["data"] == {"source": "file", "path": "mine.json"}
+
+
+OF_ZENML = ("parameters", "settings", "steps", "model", "retry", "schedule", "enable_cache", "settings.docker", "extra")
+WRONG = ([], [[]], {"x": 1}, "x", "", True, None, nan, inf, -1, 0, 3.5, 2**70, 10**400, [None])
+
+
+def keys_of(annotation: type, path: str, seen: set[type]) -> Iterator[tuple[str, type]]:
+    """Each key and its type; a dataclass that several pipelines have is entered once."""
+    yield path, annotation
+    if is_dataclass(annotation) and annotation not in seen:
+        seen.add(annotation)
+        types = get_type_hints(annotation)
+        for field in fields(annotation):
+            yield from keys_of(types[field.name], f"{path}.{field.name}", seen)
+
+
+def every_key() -> Iterator[tuple[Pipeline, str, type | None]]:
+    seen: set[type] = set()
+    for pipeline in (finetune_pipeline, monitor_pipeline, pretrain_pipeline, sweep_pipeline):
+        types = get_type_hints(pipeline.entrypoint)
+        for name in signature(pipeline.entrypoint).parameters:
+            for path, annotation in keys_of(types[name], f"parameters.{name}", seen):
+                yield pipeline, path, annotation
+    yield from ((finetune_pipeline, path, None) for path in OF_ZENML)
+
+
+def test_any_value_of_any_key_is_accepted_or_refused_in_one_line_that_names_the_key():
+    tried = refused = 0
+    for pipeline, path, annotation in every_key():
+        *parents, last = path.split(".")
+        for value in WRONG:
+            config = copy.deepcopy({"parameters": {"sweep": {"grid": {"lora.rank": [2]}}}} if "sweep" in path else {})
+            mapping = config
+            for key in parents:
+                mapping = mapping.setdefault(key, {})
+            mapping[last] = value
+            tried += 1
+            try:
+                check_config(config, "mine.yaml", pipeline)
+            except ConfigError as error:
+                message, refused = str(error), refused + 1
+                assert last in message, (path, value)
+                assert "\n" not in message
+                assert len(message) < 1000
+            else:
+                numbers = isinstance(value, bool) and annotation in (int, float, int | None, float | None)
+                assert not numbers, f"{path}: {value} was taken for a number"
+    assert tried > 2000
+    assert refused > tried / 2
+
+
+def test_a_grid_whose_keys_contradict_each_other_or_that_is_too_large_is_refused():
+    grid = {"attention.length": [1], "attention.length.x": [2]}
+    with pytest.raises(ConfigError, match=r"attention\.length\.x is below another key"):
+        variants_of(SweepConfig(kind="attention", grid=grid), {"attention": AttentionConfig()})
+    with pytest.raises(ValueError, match="1000 combinations"):
+        SweepConfig(grid={f"lora.{i}": [*range(100)] for i in range(50)})

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import yaml
 from zenml.client import Client
 
 from pipelines.finetune_pipeline import finetune_pipeline
+from pipelines.interrupts import SECONDS, interruptible
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.start import start
 from tests.copies import ROOT
@@ -96,6 +98,34 @@ def test_a_run_whose_process_was_killed_is_marked_as_failed(tmp_path):
     assert run.status.value == "failed"
     assert {step.status.value for step in run.steps.values()} == {"failed"}
     assert run.config.extra["process"]["host"] == socket.gethostname()
+
+
+class InterruptedDestructor:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_is_lost_in_a_destructor_comes_again():
+    def lose_a_signal():
+        InterruptedDestructor()
+        for _ in range(300):
+            time.sleep(0.1)
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        lose_a_signal()
+
+
+def test_an_interruption_does_not_interrupt_what_cleans_up_after_it():
+    def be_stopped():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            time.sleep(SECONDS + 1)
+            raise KeyError
+
+    with pytest.raises(KeyError), interruptible():
+        be_stopped()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
