@@ -1,5 +1,6 @@
 """The manifests of k8s/: valid, and consistent with each other and with the service."""
 
+import copy
 import json
 import re
 import shutil
@@ -16,6 +17,8 @@ from bentos.app import app
 from bentos.limits import DEADLINE, DRAIN_MAX, LAST_REQUESTS
 from bentos.settings import Settings
 from deploy import bento
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.train_job import Job
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "k8s").glob("*.yaml"))}
@@ -27,6 +30,7 @@ CRDS = {  # API group -> npm package with types and validators generated from th
     "argoproj.io": "argo-rollouts@0.3.2",
     "monitoring.coreos.com": "prometheus-operator@6.0.0",
 }
+TRAINER = "trainer.kubeflow.org"  # no package has its types
 OPTIONAL = {
     path.stem: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "k8s" / "optional").glob("*.yaml")
 }
@@ -72,10 +76,36 @@ def test_all_objects_share_one_name_and_namespace():
 
 
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
-@pytest.mark.parametrize("name", ["deployer", "ingress"])
+@pytest.mark.parametrize("name", OPTIONAL)
 def test_each_optional_manifest_of_a_builtin_kind_is_strictly_valid(name, version):
     for manifest in OPTIONAL[name]:
-        kubernetes_validate.validate(manifest, version, strict=True)
+        if manifest["apiVersion"].partition("/")[0] not in (*CRDS, TRAINER):
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.mark.parametrize("version", ["1.25", latest_version()])
+def test_the_pods_of_the_train_job_are_strictly_valid_and_read_a_valid_job(version):
+    claim, config, runtime, job = OPTIONAL["trainjob"]
+    [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    template = copy.deepcopy(node["template"]["spec"]["template"])
+    [container] = template["spec"]["containers"]
+    container |= {"resources": job["spec"]["trainer"]["resourcesPerNode"], "command": job["spec"]["trainer"]["command"]}
+    template["spec"]["restartPolicy"] = "Never"  # JobSet's default
+    metadata = {"name": "gpt2-instruct-node-0"}
+    pods = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": {"template": template}}
+    kubernetes_validate.validate(pods, version, strict=True)
+    assert (node["name"], container["name"]) == ("node", "node")  # the names that Trainer knows
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    assert volumes["training"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert volumes["job"]["configMap"]["name"] == config["metadata"]["name"]
+    file = Path(container["command"][-1])
+    content = Job(**json.loads(config["data"][file.name]))
+    assert str(file.parent) == mounts["job"]
+    assert all(path.startswith(f"{mounts['training']}/") for path in (content.base, content.records, content.out))
+    assert LoraConfig(**content.lora)
+    assert TrainConfig(**content.train, seed=content.seed)
 
 
 def merged(value, patch):
