@@ -46,7 +46,8 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 
 @main.command()
 @run_options("configs/monitor.yaml")
-def monitor(config: str, values: tuple[str, ...], no_cache: bool) -> None:
+@click.option("--exit-code", is_flag=True, help="Exit with 3 if traffic has drifted, for scripts.")
+def monitor(config: str, values: tuple[str, ...], no_cache: bool, exit_code: bool) -> None:
     """Compare the service's request log with the run that is served; report and alert if traffic has drifted."""
     run = _start("monitor_pipeline", config, values, no_cache)
     if run is not None:
@@ -54,6 +55,8 @@ def monitor(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 
         drift = run.steps["detect_drift"].outputs["drift"][0].load()
         click.echo(f"{drift.verdict}\n{report_directory(run.name) / 'drift.html'}")
+        if exit_code and drift.drifted:
+            raise SystemExit(3)
 
 
 @main.command()
