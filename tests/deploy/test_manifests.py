@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -384,6 +385,31 @@ def test_the_documented_kubectl_commands_name_the_objects_of_the_manifests(deplo
     assert command.endswith(f"-n {deployment['metadata']['namespace']}")
 
 
+DOCUMENTED = sorted(
+    {
+        line.strip().partition("#")[0].strip()
+        for page in ("kubernetes", "kubeflow", "serving", "monitoring")
+        for line in (ROOT / "docs" / f"{page}.md").read_text().replace("\\\n", "").splitlines()
+        if re.match(r"\s*kubectl (apply|create secret) ", line)
+    }
+)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_documented_command_that_needs_no_cluster_to_be_checked_is_right(command):
+    words = shlex.split(command)
+    if words[1] == "create":
+        subprocess.run([*words, "--dry-run=client", "--output=yaml"], check=True, stdout=subprocess.DEVNULL)
+    elif "-k" in words:
+        assert kustomize(Path(words[-1]).name)
+    else:
+        path = ROOT / words[words.index("-f") + 1]
+        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]  # as kubectl reads a folder
+        assert all(each["apiVersion"] and each["metadata"]["name"] for file in files for each in read_all(file))
+        assert files
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_kubectl_set_image_changes_the_image_of_the_manifest():
     command = ["kubectl", "set", "image", "--local", "-f", str(ROOT / "k8s" / "30-deployment.yaml"), "-o", "yaml"]
@@ -408,6 +434,7 @@ def test_no_manifest_is_a_secret():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_checkov_reports_only_the_explained_skips(tmp_path):
     """In an environment of its own: 290 MB, with version bounds that conflict with this project's."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "checkov"], check=True)
@@ -415,9 +442,14 @@ def test_checkov_reports_only_the_explained_skips(tmp_path):
     done = subprocess.run([tmp_path / "checkov" / "bin" / "python", *install], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"checkov cannot be installed: {done.stderr[-300:]}")
+    rendered = tmp_path / "rendered"
+    rendered.mkdir()
+    for overlay in OVERLAY_NAMES:
+        (rendered / f"{overlay}.yaml").write_text(yaml.safe_dump_all(kustomize(overlay)))
     command = [tmp_path / "checkov" / "bin" / "checkov", "--skip-download", "--compact", "--quiet", "--output", "json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    summary = json.loads(done.stdout)["summary"]
-    assert summary["passed"] > 100
-    assert summary["failed"] == 0, done.stdout
-    assert done.returncode == 0
+    for folder in (ROOT / "k8s", rendered):  # with k8s/optional
+        done = subprocess.run([*command, "--directory", folder], cwd=ROOT, capture_output=True, text=True)
+        summary = json.loads(done.stdout)["summary"]
+        assert summary["passed"] > 100
+        assert summary["failed"] == 0, done.stdout
+        assert done.returncode == 0
