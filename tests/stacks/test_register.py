@@ -13,7 +13,8 @@ CLUSTER = {
     "ARTIFACT_STORE": "s3://bucket/zenml",
     "REGISTRY": "registry.example.com/team",
     "KUBERNETES_CONTEXT": "gpus",
-} | {"KUBEFLOW_HOST": "http://kubeflow.example.com"}
+    "KUBEFLOW_HOST": "http://kubeflow.example.com",
+}
 
 
 @pytest.fixture(autouse=True)
