@@ -5,7 +5,7 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow chaos lint audit hashes licences format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes experiment clean
+.PHONY: install run test test-slow chaos lint audit hashes licences format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
 
 install: .venv/.installed
 
@@ -86,8 +86,8 @@ image-train: install
 	@$(BIN)/python run.py image steps
 
 # Register a stack of stacks/ and make it the active one; safe to repeat. stack-kubernetes reads ARTIFACT_STORE, REGISTRY
-# and KUBERNETES_CONTEXT from the environment.
-stack-local stack-docker stack-kubernetes: stack-%: install
+# and KUBERNETES_CONTEXT from the environment, stack-kubeflow KUBEFLOW_HOST instead of the last one.
+stack-local stack-docker stack-kubernetes stack-kubeflow: stack-%: install
 	$(BIN)/python -m stacks.register $*
 
 # NAME is a file of configs/experiments; SCALE=full needs a GPU and the weights of gpt2.

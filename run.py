@@ -48,7 +48,8 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 
 @main.command()
 @run_options("configs/monitor.yaml")
-def monitor(config: str, values: tuple[str, ...], no_cache: bool) -> None:
+@click.option("--exit-code", is_flag=True, help="Exit with 3 if traffic has drifted, for scripts.")
+def monitor(config: str, values: tuple[str, ...], no_cache: bool, exit_code: bool) -> None:
     """Compare the service's request log with the run that is served; report and alert if traffic has drifted."""
     run = _start("monitor_pipeline", config, values, no_cache)
     if run is not None:
@@ -56,6 +57,8 @@ def monitor(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 
         drift = run.steps["detect_drift"].outputs["drift"][0].load()
         click.echo(f"{drift.verdict}\n{report_directory(run.name) / 'drift.html'}")
+        if exit_code and drift.drifted:
+            raise SystemExit(3)
 
 
 @main.command()
@@ -247,10 +250,18 @@ def rollback() -> None:
 @click.option("--url", default="http://localhost:3000", show_default=True, help="URL of one running service.")
 @click.option("--path", default="", help="start: directory of the adapter to load, below GPT2_ADAPTERS_DIR.")
 @click.option("--share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="start: share of requests.")
+@click.option("--shadow", is_flag=True, help="start: the canary answers in addition; clients do not see its answers.")
 @click.option("--max-failures", default=0.01, show_default=True, help="decide: allowed increase of failed completions.")
 @click.option("--max-slowdown", default=0.2, show_default=True, help="decide: allowed increase of the mean duration.")
 def canary(
-    action: str, name: str | None, url: str, path: str, share: float, max_failures: float, max_slowdown: float
+    action: str,
+    name: str | None,
+    url: str,
+    path: str,
+    share: float,
+    shadow: bool,
+    max_failures: float,
+    max_slowdown: float,
 ) -> None:
     """Send a share of a service's requests to another adapter; GPT2_ADMIN_TOKEN must be set.
 
@@ -267,7 +278,7 @@ def canary(
             action, reason = decide(service.status(), max_failures, max_slowdown)
             click.echo(f"{action}: {reason}")
         if action == "start":
-            status = service.start(name or "", path, share)
+            status = service.start(name or "", path, share, shadow)
         else:
             status = {"promote": service.promote, "abort": service.abort}.get(action, service.status)()
     except CanaryError as error:
@@ -279,7 +290,8 @@ def canary(
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("names", nargs=-1, metavar="NAME=PATH...")
 @click.option("--canary", metavar="NAME=SHARE", help="Send this share of the requests for gpt2-instruct to NAME.")
-def adapters(directory: Path, names: tuple[str, ...], canary: str | None) -> None:
+@click.option("--shadow", is_flag=True, help="The canary answers them again; clients do not see its answers.")
+def adapters(directory: Path, names: tuple[str, ...], canary: str | None, shadow: bool) -> None:
     """Write DIRECTORY/adapters.json: the adapters that services with GPT2_FOLLOW_ADAPTERS=true serve.
 
     Each PATH is a directory below DIRECTORY. The file contains their current digests.
@@ -291,7 +303,7 @@ def adapters(directory: Path, names: tuple[str, ...], canary: str | None) -> Non
     if len(pairs) < len(names) or (canary and share is None):
         raise click.UsageError("pass adapters as NAME=PATH with distinct names, and the canary as NAME=SHARE")
     try:
-        manifest = publish(directory, pairs, None if share is None else (share[1], float(share[2])))
+        manifest = publish(directory, pairs, None if share is None else (share[1], float(share[2])), shadow)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
     for name, adapter in manifest.adapters.items():

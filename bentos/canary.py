@@ -10,10 +10,11 @@ from starlette.responses import JSONResponse
 from bentos.body import read_body
 from bentos.dependencies import served
 from bentos.openapi import ADMIN_ERRORS, operation
-from bentos.schemas import CanaryArm, CanaryRequest, CanaryStatus
+from bentos.schemas import CanaryArm, CanaryRequest, CanaryStatus, ShadowStatus
 
 if TYPE_CHECKING:
     from bentos.completion import CompletionResult
+    from bentos.shadow import Comparison
 
 FAILED = ("error", "deadline")  # finish reasons; a cancelled completion says nothing about its adapter
 
@@ -37,6 +38,14 @@ def observe(arm: CanaryArm, result: "CompletionResult") -> None:
         arm.variance += (change * change * (1 - 1 / arm.completed) - arm.variance) / arm.completed  # Welford
 
 
+def observe_shadow(status: ShadowStatus, comparison: "Comparison") -> None:
+    """Count a completed answer of a canary in shadow mode, in place."""
+    status.compared += 1
+    status.agreed += comparison.agreed
+    status.mean_token_f1 += (comparison.token_f1 - status.mean_token_f1) / status.compared
+    status.mean_logprob += ((comparison.mean_logprob or 0.0) - status.mean_logprob) / status.compared
+
+
 @router.get("/v1/canary", response_model=CanaryStatus, responses=ADMIN_ERRORS)
 async def canary_status(request: Request) -> JSONResponse:
     """The canary, and the completions of both versions since it started."""
@@ -47,7 +56,10 @@ async def canary_status(request: Request) -> JSONResponse:
     "/v1/start_canary", response_model=CanaryStatus, responses=ADMIN_ERRORS, openapi_extra=operation(CanaryRequest)
 )
 async def start_canary(request: Request) -> JSONResponse:
-    """Send a share of the requests for the default model to a loaded adapter; or change the share."""
+    """Send a share of the requests for the default model to a loaded adapter; or change the share.
+
+    In shadow mode the adapter answers them again, and clients get the default model's answer.
+    """
     body = await read_body(request, CanaryRequest)
     await served(request).generator.set_canary(body)
     return JSONResponse(served(request).generator.canary_status().model_dump())

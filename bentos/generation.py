@@ -7,18 +7,19 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import time
-from typing import Any
+from time import monotonic, time
+from typing import Any, get_args
 
 from bentos import canary
 from bentos.compat import MODEL_FILE
-from bentos.completion import Completion, CompletionResult, GenerationRequest, TokenNotifier
+from bentos.completion import Completion, CompletionResult, FinishReason, GenerationRequest, TokenNotifier
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
-from bentos.limits import MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
+from bentos.limits import DEADLINE, MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
 from bentos.metrics import Gauge, Metrics, render_gauges
 from bentos.request_log import RequestLog
-from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, Structure
+from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, ShadowStatus, Structure
+from bentos.shadow import Comparison, Shadows
 from bentos.shared_adapters import MANIFEST, Manifest
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig, Weights
@@ -27,6 +28,7 @@ from gpt2core.files import list_files
 from gpt2core.inference.detokenizer import IncrementalDetokenizer as Detokenizer
 from gpt2core.inference.request import EngineClosed, TokenLogprobs
 from gpt2core.inference.request import Request as EngineRequest
+from gpt2core.metrics import exact_match, token_f1
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
 from gpt2core.sampling import Grammar, check_tokens
@@ -65,6 +67,8 @@ class TextGenerator:
         self._adapters: dict[str, AdapterVersion] = {}
         self._canary: CanaryRequest | None = None
         self._arms: dict[str, CanaryArm] = {}
+        self._shadows = Shadows(self._submit_shadow, self._compare_shadow, self._drop_shadow)
+        self._shadow_status = ShadowStatus()
         self._changing = asyncio.Lock()
         model = load_pretrained(base_dir, device=best_device())
         self.engine = Engine(model, MAX_BATCH, weights, MAX_QUEUE, base_sha256, accept_other_base)
@@ -73,6 +77,7 @@ class TextGenerator:
 
     def close(self) -> None:
         """Stop the engine; unfinished completions are lost."""
+        self._shadows.clear()
         self.engine.close()
         self._grammars.close()
         if self._request_log is not None:
@@ -147,9 +152,11 @@ class TextGenerator:
             raise ServiceError("context_length_exceeded", message, param)
         requests = [self._route(request) for request in requests]
         completions: list[Completion] = []
+        self._shadows.interrupt()
         try:
             for request in requests:
                 completions.append(self._submit(request, [self._observe, *([on_end] if on_end else [])]))
+                self._shadows.request_started()
         except (EngineFull, EngineClosed, ValueError) as error:
             for completion in completions:
                 completion.cancel()
@@ -209,7 +216,8 @@ class TextGenerator:
             self._set_canary(request)
 
     def canary_status(self) -> CanaryStatus:
-        return CanaryStatus(canary=self._canary, versions=list(self._arms.values()))
+        shadow = self._shadow_status if self._canary is not None and self._canary.shadow else None
+        return CanaryStatus(canary=self._canary, versions=list(self._arms.values()), shadow=shadow)
 
     async def follow(self, manifest: Manifest) -> None:
         """Serve the adapters and the canary of the manifest.
@@ -258,16 +266,22 @@ class TextGenerator:
 
     def _route(self, request: GenerationRequest) -> GenerationRequest:
         """Apply the canary. Called at submission, when the canary is certainly loaded."""
-        if self._canary is None or request.model != TUNED:
+        if self._canary is None or self._canary.shadow or not self._is_chosen(request):
             return request
-        chosen = canary.takes(self._canary, request.route_key or request.request_id)
-        return replace(request, model=self._canary.adapter) if chosen else request
+        return replace(request, model=self._canary.adapter)
+
+    def _is_chosen(self, request: GenerationRequest) -> bool:
+        key = request.route_key or request.request_id
+        return self._canary is not None and request.model == TUNED and canary.takes(self._canary, key)
 
     def _set_canary(self, request: CanaryRequest | None) -> None:
         names = [] if request is None else [TUNED, request.adapter]
         versions = [self._adapters[name] for name in names]
-        if versions != [arm.adapter for arm in self._arms.values()]:
+        was_shadow, is_shadow = (one is not None and one.shadow for one in (self._canary, request))
+        if versions != [arm.adapter for arm in self._arms.values()] or was_shadow != is_shadow:
             self._arms = {version.name: CanaryArm(adapter=version) for version in versions}
+            self._shadow_status = ShadowStatus()
+            self._shadows.clear()
         self._canary = request
 
     def _check_not_following(self) -> None:
@@ -336,3 +350,40 @@ class TextGenerator:
         arm = self._arms.get(result.request.model)
         if arm is not None and arm.adapter == result.adapter:
             canary.observe(arm, result)
+        self._shadows.request_ended(result if self._is_shadowed(result) else None)
+
+    def _is_shadowed(self, result: CompletionResult) -> bool:
+        """Greedy completions only, because others differ by chance; a grammar belongs to one completion."""
+        request, is_shadow = result.request, self._canary is not None and self._canary.shadow
+        is_comparable = request.config.temperature == 0 and request.grammar is None and not request.prompt_only
+        is_finished = result.finish_reason in get_args(FinishReason)
+        return is_shadow and is_comparable and is_finished and self._is_chosen(request)
+
+    def _submit_shadow(
+        self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]
+    ) -> Completion:
+        assert self._canary is not None  # requests that wait are forgotten when it ends
+        again = replace(request, model=self._canary.adapter, logprobs=0, stream=False, echo=None)
+        try:
+            return self._submit(replace(again, deadline=monotonic() + DEADLINE), on_end)
+        except (EngineFull, EngineClosed, ValueError) as error:
+            raise self._refused(error, "prompt") from None
+
+    def _compare_shadow(self, answered: CompletionResult, shadow: CompletionResult, logprob: float | None) -> None:
+        arm = self._arms.get(shadow.request.model)
+        if arm is None or arm.adapter != shadow.adapter:
+            return  # of a version that has been replaced
+        canary.observe(arm, shadow)
+        texts = [self.tokenizer.decode(result.tokens) for result in (answered, shadow)]
+        comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
+        if shadow.finish_reason not in canary.FAILED:
+            canary.observe_shadow(self._shadow_status, comparison)
+        if self._metrics is not None:
+            self._metrics.observe_shadow(comparison)
+        if self._request_log is not None:
+            self._request_log.write_shadow(comparison, texts[1])
+
+    def _drop_shadow(self) -> None:
+        self._shadow_status.dropped += 1
+        if self._metrics is not None:
+            self._metrics.dropped_shadows.inc()

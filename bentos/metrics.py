@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from threading import Lock
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Summary, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
+from bentos.canary import FAILED
 from bentos.completion import CompletionResult
+from bentos.shadow import Comparison
 
 Gauge = tuple[str, float] | tuple[str, float, dict[str, str]]  # help, value, labels
 MAX_LABELS = 32  # adapter names with series of their own; later names share "other"
@@ -32,6 +34,12 @@ class Metrics:
         )
         self._inter_token = histogram("gpt2_inter_token_seconds", "Time between two tokens of a completion")
         self.refused = counter("gpt2_refused_requests", "Requests refused because the queue was full")
+        self._shadows = counter("gpt2_shadow_requests", "Answers of a canary in shadow mode", "adapter", "outcome")
+        self._shadow_seconds = histogram("gpt2_shadow_seconds", "Duration of these answers")
+        self._shadow_f1 = Summary(
+            "gpt2_shadow_token_f1", "Words in common with the client's answer", ["adapter"], registry=registry
+        )
+        self.dropped_shadows = counter("gpt2_shadow_dropped", "Requests that a canary in shadow mode did not answer")
         self._labels: set[str] = set()
         self._lock = Lock()
 
@@ -46,6 +54,16 @@ class Metrics:
         gaps = self._inter_token.labels(label)
         for before, after in pairwise(result.token_times):
             gaps.observe(after - before)
+
+    def observe_shadow(self, comparison: Comparison) -> None:
+        """Count an answer of a canary in shadow mode; not among the completions of clients."""
+        shadow = comparison.shadow
+        label, failed = self._label(shadow.request.model), shadow.finish_reason in FAILED
+        outcome = "failed" if failed else "agreed" if comparison.agreed else "differed"
+        self._shadows.labels(label, outcome).inc()
+        if not failed:
+            self._shadow_seconds.labels(label).observe(shadow.ended_at - shadow.submitted_at)
+            self._shadow_f1.labels(label).observe(comparison.token_f1)
 
     def _label(self, adapter: str) -> str:
         with self._lock:

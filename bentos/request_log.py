@@ -4,7 +4,7 @@ import atexit
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 
 from bentos.completion import CompletionResult
 from bentos.settings import LogText
-from gpt2core.types import LoggedCompletion, LoggedFeedback
+from bentos.shadow import Comparison
+from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
 MAX_BYTES, BACKUPS = 10_000_000, 5  # of a file before it is rotated; older files that are kept
 MAX_WAITING = 1_000  # lines waiting for a slow disk; further ones are dropped and counted
@@ -45,11 +46,6 @@ class RequestLog:
     def write(self, result: CompletionResult, decode: Callable[[list[int]], str]) -> None:
         request, first = result.request, result.time_to_first_token
         texts = {"prompt": decode(request.prompt), "answer": decode(result.tokens)}
-        logged: dict[str, str] = {}
-        if self._text == "keep":
-            logged = texts
-        elif self._text == "hash":
-            logged = {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
         line = LoggedCompletion(
             time=_now(),
             milliseconds=round(1000 * (result.ended_at - result.submitted_at), 1),
@@ -63,7 +59,24 @@ class RequestLog:
             first_token_milliseconds=None if first is None else round(1000 * first, 1),
             prompt_characters=len(texts["prompt"]),
             answer_characters=len(texts["answer"]),
-            **logged,
+            **self._logged(texts),
+        )
+        self._enqueue(line.to_json())
+
+    def write_shadow(self, comparison: Comparison, answer: str) -> None:
+        shadow, logprob = comparison.shadow, comparison.mean_logprob
+        line = LoggedShadow(
+            time=_now(),
+            request_id=shadow.request.request_id,
+            shadow=shadow.request.model,
+            adapter_sha256=None if shadow.adapter is None else shadow.adapter.sha256,
+            finish_reason=shadow.finish_reason,
+            milliseconds=round(1000 * (shadow.ended_at - shadow.submitted_at), 1),
+            completion_tokens=len(shadow.tokens),
+            agreed=comparison.agreed,
+            token_f1=round(comparison.token_f1, 4),
+            mean_logprob=None if logprob is None else round(logprob, 4),
+            **self._logged({"answer": answer}),
         )
         self._enqueue(line.to_json())
 
@@ -80,6 +93,13 @@ class RequestLog:
             self._listener.stop()
             self._listener = None
             atexit.unregister(self.close)
+
+    def _logged(self, texts: Mapping[str, str]) -> dict[str, str]:
+        if self._text == "keep":
+            return dict(texts)
+        if self._text == "drop":
+            return {}
+        return {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
     def _enqueue(self, line: dict[str, Any]) -> bool:
         if self._dropped:

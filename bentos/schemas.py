@@ -185,6 +185,7 @@ class UnloadAdapterRequest(StrictRequest):
 class CanaryRequest(StrictRequest):
     adapter: AdapterName
     share: float = Field(ge=0, le=1, description="of the requests for the default model; 1: all of them")
+    shadow: bool = Field(False, description="the canary answers them again, and clients get the default model's answer")
 
 
 class CanaryArm(BaseModel):
@@ -197,9 +198,20 @@ class CanaryArm(BaseModel):
     variance: Annotated[float, Field(description="of these durations, in seconds squared")] = 0.0
 
 
+class ShadowStatus(BaseModel):
+    """The canary's answers beside those that clients got, since it started in shadow mode."""
+
+    compared: int = 0
+    agreed: Annotated[int, Field(description="same answer, but for case, white space and a final period")] = 0
+    mean_token_f1: float = 0.0
+    mean_logprob: Annotated[float, Field(description="of the canary's tokens, in nats, mean over its answers")] = 0.0
+    dropped: Annotated[int, Field(description="not answered again, because too many waited")] = 0
+
+
 class CanaryStatus(BaseModel):
     canary: CanaryRequest | None
     versions: list[CanaryArm] = Field(description="the default model's own, and the canary's")
+    shadow: ShadowStatus | None = Field(description="null: not in shadow mode")
 
 
 class FeedbackRequest(StrictRequest):

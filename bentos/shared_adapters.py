@@ -55,12 +55,15 @@ def read(content: bytes | str) -> Manifest:
         raise ValueError(f"{MANIFEST}: {key}: {first['msg']}" if key else f"{MANIFEST}: {first['msg']}") from None
 
 
-def publish(directory: Path, adapters: Mapping[str, str], canary: tuple[str, float] | None = None) -> Manifest:
+def publish(
+    directory: Path, adapters: Mapping[str, str], canary: tuple[str, float] | None = None, shadow: bool = False
+) -> Manifest:
     """Write the manifest, atomically, with the digests that the adapters have now.
 
     Args:
         adapters: name -> directory below `directory`.
         canary: its name and share.
+        shadow: it answers without its answers being used.
 
     Raises:
         ValueError, OSError: a name or the canary is wrong, or a directory does not exist or is empty.
@@ -69,7 +72,7 @@ def publish(directory: Path, adapters: Mapping[str, str], canary: tuple[str, flo
         if not (directory / path).is_dir() or not any((directory / path).iterdir()):
             raise ValueError(f"{directory / path} is no directory with an adapter")
     shared = {name: {"path": path, "sha256": directory_sha256(directory / path)} for name, path in adapters.items()}
-    request = None if canary is None else {"adapter": canary[0], "share": canary[1]}
+    request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
     content = to_json({"adapters": shared, "canary": request})
     manifest = read(content)
     atomic_write(directory / MANIFEST, content)

@@ -29,11 +29,11 @@ class Service:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '')}"}
 
-    def start(self, name: str, path: str, share: float) -> dict[str, Any]:
-        """Load the adapter, unless path is "", and send it a share of the requests."""
+    def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
+        """Load the adapter, unless path is "", and send it a share of the requests, or a copy of them."""
         if path:
             self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-        return self._call("POST", "/v1/start_canary", {"adapter": name, "share": share})
+        return self._call("POST", "/v1/start_canary", {"adapter": name, "share": share, "shadow": shadow})
 
     def status(self) -> dict[str, Any]:
         return self._call("GET", "/v1/canary")
@@ -76,6 +76,8 @@ def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) 
     """
     if status["canary"] is None:
         raise CanaryError("there is no canary to decide about")
+    if status["shadow"] is not None:
+        raise CanaryError("the canary is in shadow mode, where `status` compares answers; start it without --shadow")
     stable, new = status["versions"]
     if min(arm["completed"] + arm["failed"] for arm in (stable, new)) < 1:
         return "wait", "one of the versions has had no request yet"
@@ -94,11 +96,17 @@ def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) 
 def describe(status: Mapping[str, Any]) -> str:
     if status["canary"] is None:
         return "no canary"
-    lines = [f"{status['canary']['share']:.0%} of the requests go to {status['canary']['adapter']}"]
+    share, name, shadow = f"{status['canary']['share']:.0%}", status["canary"]["adapter"], status["shadow"]
+    lines = [f"{share} of the requests go to {name}" + (" too, in shadow mode" if shadow else "")]
     for arm in status["versions"]:
         adapter = arm["adapter"]
         counts = f"{arm['completed']} completed, {arm['failed']} failed, {arm['mean_seconds']:.3f} s on average"
         lines.append(f"{adapter['name']} ({adapter['sha256'][:16]}): {counts}")
+    if shadow:
+        lines.append(
+            f"{shadow['compared']} answers compared: {shadow['agreed']} agree, token F1 {shadow['mean_token_f1']:.3f}, "
+            f"log probability per token of {name} {shadow['mean_logprob']:.3f}; {shadow['dropped']} requests dropped"
+        )
     return "\n".join(lines)
 
 

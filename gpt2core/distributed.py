@@ -1,4 +1,7 @@
-"""Finetuning on several devices of one machine: this process is rank 0 and starts one process per other device."""
+"""Finetuning on several devices: this process is rank 0 and starts one process per other device of this machine.
+
+Under torchrun, which starts the processes itself, on several machines too, it joins them instead.
+"""
 
 import os
 import socket
@@ -29,13 +32,25 @@ def finetune_adapter(
 ) -> tuple[GPT2, TrainResult]:
     """Load the base and finetune an adapter on it with `gpt2core.train.finetune`, on `config.devices` devices.
 
+    Under torchrun every process calls this, and all end with the same adapter.
+
     Raises:
-        ValueError: more devices than GPUs; otherwise as `finetune`.
+        ValueError: more devices than GPUs, or several under torchrun; otherwise as `finetune`.
         RuntimeError: another process ended early.
     """
     with _process_group(config.devices, base_dir, lora, train, val, config, checkpoint_dir):
-        model = _model(0, base_dir, lora, config)
+        model = _model(local_rank(), base_dir, lora, config)
         return model, finetune(model, train, val, config, log, checkpoint_dir)
+
+
+def rank() -> int:
+    """Of this process under torchrun; 0 without it."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def local_rank() -> int:
+    """Among the processes on this machine."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
 
 
 def _model(rank: int, base_dir: str | Path, lora: LoraConfig, config: TrainConfig) -> GPT2:
@@ -45,6 +60,10 @@ def _model(rank: int, base_dir: str | Path, lora: LoraConfig, config: TrainConfi
 
 @contextmanager
 def _process_group(devices: int, *arguments: object) -> Iterator[None]:
+    if dist.is_torchelastic_launched():
+        with _torchrun_group(devices):
+            yield
+        return
     if devices == 1:
         yield
         return
@@ -67,6 +86,20 @@ def _process_group(devices: int, *arguments: object) -> Iterator[None]:
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _torchrun_group(devices: int) -> Iterator[None]:
+    if devices != 1:
+        raise ValueError(f"train.devices is {devices}; leave it at 1, since torchrun starts the processes")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")  # from torchrun's environment variables
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def _join(rank: int, address: str, devices: int) -> None:

@@ -306,8 +306,28 @@ class LoggedCompletion(JsonDataclass):
     answer_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        texts = ("prompt", "answer", "prompt_sha256", "answer_sha256")
-        return {key: value for key, value in asdict(self).items() if value is not None or key not in texts}
+        return _without_absent_texts(asdict(self))
+
+
+@dataclass(frozen=True)
+class LoggedShadow(JsonDataclass):
+    """What a canary in shadow mode answered to a request that another version had answered, in the same log."""
+
+    time: str  # ISO 8601, UTC
+    request_id: str  # of the completion that the client got
+    shadow: str  # the canary's name
+    adapter_sha256: str | None
+    finish_reason: str  # stop, length, deadline or error
+    milliseconds: float  # of the canary's answer alone
+    completion_tokens: int
+    agreed: bool  # with the client's answer, but for case, white space and a final period
+    token_f1: float  # with the client's answer as reference
+    mean_logprob: float | None  # of the canary's tokens, in nats; None: it generated none
+    answer: str | None = None
+    answer_sha256: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return _without_absent_texts(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -319,6 +339,11 @@ class LoggedFeedback(JsonDataclass):
     rating: str  # good or bad
     correction: str | None = None  # what the answer should have been
     comment: str | None = None
+
+
+def _without_absent_texts(line: dict[str, Any]) -> dict[str, Any]:
+    texts = ("prompt", "answer", "prompt_sha256", "answer_sha256")
+    return {key: value for key, value in line.items() if value is not None or key not in texts}
 
 
 def _read(annotation: Any, value: Any, path: str) -> Any:

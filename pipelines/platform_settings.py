@@ -1,16 +1,17 @@
 """Keys of `settings` in a run configuration: ZenML's own, those of stacks/, and the pod of a Kubernetes step."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 from zenml.config import DockerSettings, ResourceSettings
 
 from pipelines.errors import check_names
 from stacks.containers import FLAVOR, ContainerSettings
 
-KUBERNETES = "step_operator.kubernetes"
-SETTINGS = ["docker", "resources", f"orchestrator.{FLAVOR}", f"step_operator.{FLAVOR}", KUBERNETES]
+KUBERNETES, KUBEFLOW = "step_operator.kubernetes", "orchestrator.kubeflow_gpu"
+SETTINGS = ["docker", "resources", f"orchestrator.{FLAVOR}", f"step_operator.{FLAVOR}", KUBERNETES, KUBEFLOW]
 POD_TYPES = {  # key of pod_settings -> its type in Kubernetes
     "affinity": "V1Affinity",
     "tolerations": "list[V1Toleration]",
@@ -30,8 +31,27 @@ def settings_class(key: str) -> type[BaseModel]:
         from zenml.integrations.kubernetes.flavors.kubernetes_step_operator_flavor import KubernetesStepOperatorSettings
 
         return KubernetesStepOperatorSettings
+    if key == KUBEFLOW:
+        return _kubeflow_settings()
     general: dict[str, type[BaseModel]] = {"docker": DockerSettings, "resources": ResourceSettings}
     return general.get(key, ContainerSettings)
+
+
+@cache
+def _kubeflow_settings() -> type[BaseModel]:
+    from zenml.integrations.kubeflow.flavors.kubeflow_orchestrator_flavor import KubeflowOrchestratorSettings
+
+    class KubeflowSettings(KubeflowOrchestratorSettings):
+        """Without pod_settings, which ZenML 0.98.0 replaces by its own."""
+
+        @model_validator(mode="before")
+        @classmethod
+        def _refuse_pod_settings(cls, data: Any) -> Any:
+            if isinstance(data, Mapping) and "pod_settings" in data:
+                raise ValueError("ZenML ignores pod_settings on Kubeflow; remove them")
+            return data
+
+    return KubeflowSettings
 
 
 def check_pod_settings(value: Mapping[str, Any], path: str, source: str) -> None:

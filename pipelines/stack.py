@@ -1,6 +1,7 @@
 """Check that the active stack and this machine provide what a run configuration uses, before anything runs."""
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from zenml.client import Client
@@ -39,12 +40,19 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
     used_flavors = {flavors.get(component, component[1]) for component in used}
     if FLAVOR in used_flavors:
         _check_images(config, source)
-    if "kubernetes" in used_flavors and Client().zen_store.is_local_store():
+    if "kubeflow_gpu" in used_flavors and find_spec("kfp") is None:
+        raise ConfigError(f"{source} runs on Kubeflow, which needs kfp: install the extra kubeflow (docs/kubeflow.md)")
+    if used_flavors & {"kubernetes", "kubeflow_gpu"} and not is_reachable_by_pods():
         raise ConfigError(
             f"{source} runs steps as pods, which cannot reach ZenML's store on this machine; `zenml login` to a server "
             "that they can reach (docs/kubernetes.md)"
         )
     _check_secrets(config, source)
+
+
+def is_reachable_by_pods() -> bool:
+    """Whether ZenML's store is a server, and not a database on this machine."""
+    return not Client().zen_store.is_local_store()
 
 
 def _check_images(config: Mapping[str, Any], source: str) -> None:

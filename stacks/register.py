@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -58,7 +59,7 @@ def register(name: str) -> str:
     from zenml.client import Client  # zenml takes seconds to import
 
     stack, client = read(name), Client()
-    _register_flavors(client)
+    _register_flavors(client, {declared["flavor"] for declared in stack["components"].values()})
     components = {kind: _register_component(client, kind, **declared) for kind, declared in stack["components"].items()}
     try:
         client.get_stack(name, allow_name_prefix_match=False)
@@ -74,13 +75,20 @@ def _text(name: str) -> str:
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _register_flavors(client: Any) -> None:
-    from stacks.containers import FLAVOR, ContainerOrchestratorFlavor, ContainerStepOperatorFlavor
+def _register_flavors(client: Any, used: set[str]) -> None:
+    from stacks.containers import ContainerOrchestratorFlavor, ContainerStepOperatorFlavor
 
-    for flavor in (ContainerOrchestratorFlavor, ContainerStepOperatorFlavor):
-        kind = flavor().type
+    flavors: list[Any] = [ContainerOrchestratorFlavor, ContainerStepOperatorFlavor]
+    if "kubeflow_gpu" in used:
+        if find_spec("kfp") is None:
+            raise StackError("the stack kubeflow needs kfp: install the extra kubeflow, as docs/kubeflow.md says")
+        from stacks.kubeflow import KubeflowGpuOrchestratorFlavor  # imports the whole Kubernetes client
+
+        flavors.append(KubeflowGpuOrchestratorFlavor)
+    for flavor in flavors:
+        name, kind = flavor().name, flavor().type
         try:
-            client.get_flavor_by_name_and_type(FLAVOR, kind)
+            client.get_flavor_by_name_and_type(name, kind)
         except KeyError:
             client.create_flavor(f"{flavor.__module__}.{flavor.__name__}", kind)
 

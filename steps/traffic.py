@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpt2core.types import LoggedCompletion, LoggedFeedback
+from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
 OPENAI_IDS = ("chatcmpl-", "cmpl-")  # what OpenAI's routes put before the request id
 
@@ -53,6 +53,8 @@ def _add(traffic: Traffic, location: str, line: bytes) -> None:
         lost = int(value.get("lost_before") or 0)
         if "rating" in value:
             traffic.feedback.append((location, LoggedFeedback.from_json(value)))
+        elif "shadow" in value:
+            LoggedShadow.from_json(value)  # no client saw it: not traffic
         else:
             traffic.completions.append(LoggedCompletion.from_json(value))
         traffic.lost += lost

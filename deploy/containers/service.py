@@ -5,11 +5,14 @@ and services share, and of the volume with the file with the current service's a
 stopped for `rollback`.
 """
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 import requests
 from docker import DockerClient
@@ -154,6 +157,7 @@ class _ServiceGroup:
         """Start a service that only the proxy's network and this machine can reach."""
         if not [network for network in self.client.networks.list(names=[self.name]) if network.name == self.name]:
             self.client.networks.create(self.name)
+        environment = service_environment()
         return self.client.containers.run(
             image,
             name=f"{self.name}-{token_hex(4)}",
@@ -161,8 +165,9 @@ class _ServiceGroup:
             network=self.name,
             ports={PORT: ("127.0.0.1",)},
             mem_limit=self.config.memory,
-            environment=service_environment(),
+            environment=environment,
             detach=True,
+            **_files(environment),
             **HARDENING,
         )
 
@@ -266,6 +271,19 @@ class _ServiceGroup:
             return self.client.containers.get(name)
         except NotFound:
             return None
+
+
+def _files(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Options of a service's container: its adapters and its log are at the same paths as on this machine."""
+    volumes: dict[str, dict[str, str]] = {}
+    if adapters := environment.get("GPT2_ADAPTERS_DIR"):
+        volumes[adapters] = {"bind": adapters, "mode": "ro"}
+    if log := environment.get("GPT2_REQUEST_LOG"):
+        folder = Path(log).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        volumes[str(folder)] = {"bind": str(folder), "mode": "rw"}
+    # the user of this process, to whom these files belong, instead of the image's
+    return {"volumes": volumes, "user": f"{os.getuid()}:{os.getgid()}"} if volumes else {}
 
 
 def _set_current(proxy: Container, service: Container) -> None:

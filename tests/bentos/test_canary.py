@@ -1,18 +1,26 @@
 """A canary in a running service: requests move to another adapter by share and key, and none is lost."""
 
+import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
+from time import monotonic, sleep
 
 import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bentos import shadow
 from bentos.canary import takes
-from bentos.schemas import CanaryRequest
+from bentos.completion import GenerationRequest
+from bentos.generation import TextGenerator
+from bentos.schemas import TUNED, CanaryRequest
 from gpt2core.checkpoint import directory_sha256
-from tests.bentos.client import admin, error_of, metric
+from steps.traffic import read_traffic
+from tests.bentos.client import admin, error_of, metric, predict
+from tests.helpers import wait_until
 
 HEADERS = {"Authorization": "Bearer admin"}
 
@@ -73,11 +81,11 @@ def test_starting_shifting_and_ending_a_canary_loses_no_request(url, adapters):
         assert admin(url, "load", lora_name="next", lora_path="good").ok
         seen: list[list[str]] = []
         for share in (0.0, 0.5, 1.0):
-            assert start(url, adapter="next", share=share).json()["canary"] == {"adapter": "next", "share": share}
+            assert start(url, adapter="next", share=share).json()["canary"]["share"] == share
             seen.append([adapter_of(url, key) for key in keys])
         assert error_of(admin(url, "unload", lora_name="next"))["param"] == "lora_name"
         status = requests.get(f"{url}/v1/canary", headers=HEADERS, timeout=60).json()
-        assert end(url).json() == {"canary": None, "versions": []}
+        assert end(url).json() == {"canary": None, "versions": [], "shadow": None}
         assert admin(url, "unload", lora_name="next").ok
         assert {adapter_of(url, key) for key in keys} == {"gpt2-instruct"}
     assert {response.status_code for response in responses} == {200}
@@ -118,3 +126,106 @@ def test_a_wrong_canary_is_refused(url, body, status):
 
 def test_a_canary_requires_the_admin_token(url):
     assert requests.get(f"{url}/v1/canary", timeout=10).status_code == 401
+
+
+def test_a_shadow_answers_again_and_no_client_sees_it(url, adapters, request_log):
+    admin(url, "load", lora_name="next", lora_path="good")
+    status = start(url, adapter="next", share=1, shadow=True).json()
+    assert status["shadow"]["compared"] == 0
+    series = 'gpt2_shadow_requests_total{adapter="next",outcome="agreed"'
+    counted, ended, traffic = metric(url, series), metric(url, 'gpt2_requests_total{adapter="next"'), read(request_log)
+    responses = [predict(url, instruction=f"Say {i}.") for i in range(3)]
+    sampled = predict(url, instruction="Say hello.", temperature=1.0)
+
+    def canary() -> dict:
+        return requests.get(f"{url}/v1/canary", headers=HEADERS, timeout=60).json()
+
+    wait_until(lambda: canary()["shadow"]["compared"] == 3, 60, "three comparisons")
+    status = canary()
+    assert {each.json()["adapter"]["name"] for each in (*responses, sampled)} == {"gpt2-instruct"}
+    expected = {"agreed": 3, "mean_token_f1": 1.0, "dropped": 0}  # both adapters have the same weights
+    assert {name: status["shadow"][name] for name in expected} == expected
+    assert status["shadow"]["mean_logprob"] < 0
+    assert [arm["completed"] for arm in status["versions"]] == [4, 3]
+    assert metric(url, series) - counted == 3
+    assert metric(url, 'gpt2_requests_total{adapter="next"') == ended  # of clients
+    wait_until(lambda: len(read(request_log)) == len(traffic) + 7, 20, "the lines in the log")
+    lines = [line for line in read(request_log)[len(traffic) :] if "shadow" in line]
+    assert [line["request_id"] for line in lines] == [each.headers["X-Request-Id"] for each in responses]
+    assert all(line["agreed"] and line["shadow"] == "next" and "answer_sha256" in line for line in lines)
+    read_back = read_traffic(request_log)
+    assert not read_back.problems
+    assert "next" not in {one.model for one in read_back.completions[-4:]}
+    assert end(url).json()["shadow"] is None
+    assert admin(url, "unload", lora_name="next").ok
+
+
+def read(log) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.fixture
+def shadowing(base_dir, adapter_dir, adapters):
+    """Calls a coroutine function with a slow engine that has a canary in shadow mode and records its requests."""
+    generator = TextGenerator(base_dir, adapter_dir, "fp32", str(adapters))
+    step, running = generator.engine._step, []
+
+    def slow_step() -> None:
+        sleep(0.01)
+        running.append(generator.engine._scheduler.n_running)
+        step()
+
+    generator.engine._step = slow_step
+
+    async def run(scenario):
+        await generator.load("next", "good")
+        await generator.set_canary(CanaryRequest(adapter="next", share=1, shadow=True))
+        return await scenario(generator)
+
+    yield lambda scenario: asyncio.run(run(scenario)), running
+    generator.close()
+
+
+def ask(generator: TextGenerator, n: int = 1, max_new_tokens: int = 8):
+    prompt, config = generator.encode_instruction("Hello."), generator.config(max_new_tokens, {"ignore_eos": True})
+    request = GenerationRequest(prompt, config, TUNED, monotonic() + 60, "id-1")
+    return asyncio.gather(*(each.whole() for each in generator.submit([request] * n, "instruction")))
+
+
+async def until(is_true) -> None:
+    async with asyncio.timeout(60):
+        while not is_true():
+            await asyncio.sleep(0.005)
+
+
+def test_a_request_interrupts_a_shadow_which_begins_again_later(shadowing):
+    run, running = shadowing
+
+    async def scenario(generator: TextGenerator):
+        await ask(generator)
+        await until(lambda: generator.engine.stats()["running"] == 1)  # the shadow
+        await ask(generator)
+        between = generator.canary_status().shadow.compared
+        await until(lambda: generator.canary_status().shadow.compared == 2)
+        return between
+
+    assert run(scenario) == 0
+    assert max(running) == 1  # never beside a request
+
+
+def test_shadows_are_dropped_when_many_wait_and_forgotten_at_the_end(shadowing, monkeypatch):
+    monkeypatch.setattr(shadow, "MAX_SHADOWS", 1)
+
+    async def scenario(generator: TextGenerator):
+        await ask(generator, n=3)
+        await until(lambda: generator.canary_status().shadow.compared == 1)
+        dropped = generator.canary_status().shadow.dropped
+        await ask(generator, max_new_tokens=60)
+        await until(lambda: generator.engine.stats()["running"] == 1)
+        generator.close()
+        await asyncio.sleep(0)
+        return dropped, generator.canary_status().shadow.compared, asyncio.all_tasks() - {asyncio.current_task()}
+
+    dropped, compared, tasks = shadowing[0](scenario)
+    assert (dropped, compared) == (2, 1)
+    assert all(task.done() for task in tasks)

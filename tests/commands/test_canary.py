@@ -10,7 +10,7 @@ from commands.canary import decide
 from gpt2core.checkpoint import directory_sha256
 from run import main
 from tests.bentos.client import predict, served
-from tests.helpers import build_bento
+from tests.helpers import build_bento, wait_until
 
 
 def run(*words: str):
@@ -30,6 +30,11 @@ def test_a_canary_is_started_promoted_and_aborted(base_dir, adapter_dir, tmp_pat
 
         assert canary("status") == "no canary\n"
         assert "0% of the requests go to v2" in canary("start", "v2", "--path", "v2", "--share", "0")
+        assert "in shadow mode" in canary("start", "v2", "--share", "1", "--shadow")
+        assert predict(url, instruction="Hello.").json()["adapter"]["name"] == "gpt2-instruct"
+        wait_until(lambda: "1 answers compared: 1 agree, token F1 1.000" in canary("status"), 60, "a comparison")
+        assert "start it without --shadow" in run("canary", "decide", "--url", url).output
+        assert "0% of the requests go to v2\n" in canary("start", "v2", "--share", "0")
         assert canary("decide").startswith("wait: one of the versions has had no request yet")
         assert "100% of the requests go to v2" in canary("promote")
         assert predict(url, instruction="Hello.").json()["adapter"]["name"] == "v2"
@@ -61,7 +66,7 @@ def arm(completed: int, failed: int, mean: float = 1.0, variance: float = 0.04) 
     ],
 )
 def test_the_rule_decides_only_when_the_intervals_are_narrow_enough(stable, new, verdict):
-    status = {"canary": {"adapter": "v2", "share": 0.1}, "versions": [stable, new]}
+    status = {"canary": {"adapter": "v2", "share": 0.1}, "versions": [stable, new], "shadow": None}
     assert decide(status, 0.01, 0.2)[0] == verdict
 
 
@@ -72,7 +77,7 @@ def test_adapters_writes_the_manifest(tmp_path, adapter_dir):
     assert result.output == f"formal: {digest}\n"
     assert json.loads((tmp_path / "adapters.json").read_text()) == {
         "adapters": {"formal": {"path": "v2", "sha256": digest}},
-        "canary": {"adapter": "formal", "share": 0.1},
+        "canary": {"adapter": "formal", "share": 0.1, "shadow": False},
     }
     for words in (["formal=v3"], ["formal"], ["formal=v2", "--canary", "formal=2"], ["formal=v2", "--canary", "x"]):
         result = run("adapters", str(tmp_path), *words)

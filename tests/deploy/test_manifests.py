@@ -1,7 +1,9 @@
 """The manifests of k8s/: valid, and consistent with each other and with the service."""
 
+import copy
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from bentos.app import app
 from bentos.limits import DEADLINE, DRAIN_MAX, LAST_REQUESTS
 from bentos.settings import Settings
 from deploy import bento
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.train_job import Job
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "k8s").glob("*.yaml"))}
@@ -27,6 +31,7 @@ CRDS = {  # API group -> npm package with types and validators generated from th
     "argoproj.io": "argo-rollouts@0.3.2",
     "monitoring.coreos.com": "prometheus-operator@6.0.0",
 }
+TRAINER = "trainer.kubeflow.org"  # no package has its types
 OPTIONAL = {
     path.stem: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "k8s" / "optional").glob("*.yaml")
 }
@@ -72,10 +77,36 @@ def test_all_objects_share_one_name_and_namespace():
 
 
 @pytest.mark.parametrize("version", ["1.25", latest_version()])
-@pytest.mark.parametrize("name", ["deployer", "ingress"])
+@pytest.mark.parametrize("name", OPTIONAL)
 def test_each_optional_manifest_of_a_builtin_kind_is_strictly_valid(name, version):
     for manifest in OPTIONAL[name]:
-        kubernetes_validate.validate(manifest, version, strict=True)
+        if manifest["apiVersion"].partition("/")[0] not in (*CRDS, TRAINER):
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.mark.parametrize("version", ["1.25", latest_version()])
+def test_the_pods_of_the_train_job_are_strictly_valid_and_read_a_valid_job(version):
+    claim, config, runtime, job = OPTIONAL["trainjob"]
+    [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    template = copy.deepcopy(node["template"]["spec"]["template"])
+    [container] = template["spec"]["containers"]
+    container |= {"resources": job["spec"]["trainer"]["resourcesPerNode"], "command": job["spec"]["trainer"]["command"]}
+    template["spec"]["restartPolicy"] = "Never"  # JobSet's default
+    metadata = {"name": "gpt2-instruct-node-0"}
+    pods = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": {"template": template}}
+    kubernetes_validate.validate(pods, version, strict=True)
+    assert (node["name"], container["name"]) == ("node", "node")  # the names that Trainer knows
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    assert volumes["training"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert volumes["job"]["configMap"]["name"] == config["metadata"]["name"]
+    file = Path(container["command"][-1])
+    content = Job(**json.loads(config["data"][file.name]))
+    assert str(file.parent) == mounts["job"]
+    assert all(path.startswith(f"{mounts['training']}/") for path in (content.base, content.records, content.out))
+    assert LoraConfig(**content.lora)
+    assert TrainConfig(**content.train, seed=content.seed)
 
 
 def merged(value, patch):
@@ -354,6 +385,31 @@ def test_the_documented_kubectl_commands_name_the_objects_of_the_manifests(deplo
     assert command.endswith(f"-n {deployment['metadata']['namespace']}")
 
 
+DOCUMENTED = sorted(
+    {
+        line.strip().partition("#")[0].strip()
+        for page in ("kubernetes", "kubeflow", "serving", "monitoring")
+        for line in (ROOT / "docs" / f"{page}.md").read_text().replace("\\\n", "").splitlines()
+        if re.match(r"\s*kubectl (apply|create secret) ", line)
+    }
+)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_documented_command_that_needs_no_cluster_to_be_checked_is_right(command):
+    words = shlex.split(command)
+    if words[1] == "create":
+        subprocess.run([*words, "--dry-run=client", "--output=yaml"], check=True, stdout=subprocess.DEVNULL)
+    elif "-k" in words:
+        assert kustomize(Path(words[-1]).name)
+    else:
+        path = ROOT / words[words.index("-f") + 1]
+        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]  # as kubectl reads a folder
+        assert all(each["apiVersion"] and each["metadata"]["name"] for file in files for each in read_all(file))
+        assert files
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_kubectl_set_image_changes_the_image_of_the_manifest():
     command = ["kubectl", "set", "image", "--local", "-f", str(ROOT / "k8s" / "30-deployment.yaml"), "-o", "yaml"]
@@ -378,6 +434,7 @@ def test_no_manifest_is_a_secret():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_checkov_reports_only_the_explained_skips(tmp_path):
     """In an environment of its own: 290 MB, with version bounds that conflict with this project's."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "checkov"], check=True)
@@ -385,9 +442,14 @@ def test_checkov_reports_only_the_explained_skips(tmp_path):
     done = subprocess.run([tmp_path / "checkov" / "bin" / "python", *install], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"checkov cannot be installed: {done.stderr[-300:]}")
+    rendered = tmp_path / "rendered"
+    rendered.mkdir()
+    for overlay in OVERLAY_NAMES:
+        (rendered / f"{overlay}.yaml").write_text(yaml.safe_dump_all(kustomize(overlay)))
     command = [tmp_path / "checkov" / "bin" / "checkov", "--skip-download", "--compact", "--quiet", "--output", "json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    summary = json.loads(done.stdout)["summary"]
-    assert summary["passed"] > 100
-    assert summary["failed"] == 0, done.stdout
-    assert done.returncode == 0
+    for folder in (ROOT / "k8s", rendered):  # with k8s/optional
+        done = subprocess.run([*command, "--directory", folder], cwd=ROOT, capture_output=True, text=True)
+        summary = json.loads(done.stdout)["summary"]
+        assert summary["passed"] > 100
+        assert summary["failed"] == 0, done.stdout
+        assert done.returncode == 0

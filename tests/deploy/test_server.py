@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
 
+from bentos.settings import Settings
 from deploy import bento, server
 from deploy.bento import BentoError
 from deploy.server import serve, service_environment, verify_bento
@@ -146,7 +147,14 @@ def test_the_service_environment_has_the_variables_that_are_set(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GPT2_API_TOKEN", "s3cret")
     monkeypatch.setenv("GPT2_ADMIN_TOKEN", "")
-    assert service_environment() == {"GPT2_API_TOKEN": "s3cret"}
+    monkeypatch.setenv("GPT2_REQUEST_LOG", "logs/requests.jsonl")
+    log = str(Path("logs/requests.jsonl").absolute())
+    assert service_environment() == {"GPT2_API_TOKEN": "s3cret", "GPT2_REQUEST_LOG": log}
+
+
+def test_a_deployed_service_gets_every_setting():
+    settings = {f"GPT2_{field.name.upper()}" for field in fields(Settings)} - {"GPT2_TRACING"} | {"OTEL_SDK_DISABLED"}
+    assert set(server.SERVICE_VARIABLES) == settings
 
 
 def test_an_error_response_of_the_service_is_reported(url):

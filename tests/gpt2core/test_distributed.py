@@ -1,6 +1,12 @@
 """Two real processes that share each batch over gloo, compared with one process."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +84,37 @@ def test_a_failing_process_raises_here_and_leaves_no_process_behind(tiny_gpt2_di
 def test_one_device_needs_no_process_group(tiny_gpt2_dir, alone):
     base = load_pretrained(tiny_gpt2_dir)
     assert torch.equal(alone[0].wte.weight, base.wte.weight)
+
+
+def train_job(directory: Path, out: str, base: Path, *nodes: dict[str, str]) -> list[dict[str, float]]:
+    """The history of a job, as one process per node under torchrun with these variables; without nodes one process."""
+    records = [{"instruction": f"Count to {i}.", "input": "", "output": "one " * (1 + i % 5)} for i in range(16)]
+    train = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "log_every_steps": 1}
+    job = {"base": str(base), "records": str(directory / "records.json"), "out": str(directory / out)}
+    (directory / "records.json").write_text(json.dumps(records))
+    (directory / "job.json").write_text(json.dumps(job | {"lora": {"rank": 3}, "train": train}))
+    launcher = ["-m", "torch.distributed.run"] if nodes else []
+    command = [sys.executable, *launcher, "-m", "gpt2core.train_job", str(directory / "job.json")]
+    common = {"cwd": Path(__file__).parent.parent.parent, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, env=os.environ | node, **common) for node in nodes or ({},)]
+    errors = [process.communicate(timeout=200)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    return json.loads((directory / out / "history.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_machines_under_kubeflows_trainer_train_like_one_process(base_dir, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    # what Trainer v2 sets in the pods of a TrainJob with two nodes and one process each
+    trainer = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    alone = train_job(tmp_path, "alone", base_dir)
+    together = train_job(tmp_path, "together", base_dir, *(trainer | {"PET_NODE_RANK": rank} for rank in "01"))
+    for key in ("train/loss", "val/loss", "train/grad_norm"):
+        ours, theirs = ([entry[key] for entry in history if key in entry] for history in (together, alone))
+        assert theirs
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert {path.name for path in (tmp_path / "together" / "adapter").iterdir()} == {
+        path.name for path in (tmp_path / "alone" / "adapter").iterdir()
+    }

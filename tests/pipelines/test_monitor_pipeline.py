@@ -1,14 +1,21 @@
 """Monitoring of a real service of a real run: traffic like its evaluation and other traffic are told apart."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
+import yaml
 from click.testing import CliRunner
 from zenml.client import Client
 from zenml.enums import StackComponentType
 
+from gpt2core.records import to_jsonl
+from gpt2core.types import LoggedFeedback
 from pipelines.errors import ConfigError
 from pipelines.monitor_pipeline import monitor_pipeline
 from pipelines.start import start
@@ -16,9 +23,10 @@ from run import main
 from tests.adapters.test_webhook import receiver
 from tests.bentos.client import served
 from tests.bentos.test_feedback import feedback_lines, send
+from tests.copies import ROOT
 from tests.helpers import wait_until
 from tests.pipelines import file_alerter
-from tests.runs import MAX_NEW_TOKENS, newest_run
+from tests.runs import DEV, MAX_NEW_TOKENS, newest_run
 
 pytestmark = pytest.mark.timeout(900)  # a whole run, and a service
 OTHERS = [
@@ -131,6 +139,40 @@ def test_the_alerter_of_the_stack_is_told(monitor, traffic, tmp_path):
         client.activate_stack(before.id)
     assert result.exit_code == 0, result.output
     assert "Drift of " in (tmp_path / "alerts").read_text()
+
+
+@pytest.mark.slow
+def test_the_cron_job_retrains_on_drift_and_only_then(traffic, dev_run, outputs, tmp_path):
+    [_, cron_job] = yaml.safe_load_all((ROOT / "k8s" / "optional" / "retrain.yaml").read_text())
+    [container] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    log, records = tmp_path / "log" / "pod.jsonl", tmp_path / "records.jsonl"
+    records.write_bytes(to_jsonl(dev_run.record.steps["fetch_data"].outputs["records"][0].load()))
+    n_records = records.read_bytes().count(b"\n")
+    log.parent.mkdir()
+    settings = {"LOGS": log.parent, "RECORDS": records, "CONFIG": DEV, "GPT2_INSTRUCT_OUTPUTS": outputs}
+    settings |= {"TMPDIR": tmp_path, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    assert {each["name"] for each in container["env"]} > settings.keys() - {"TMPDIR", "PATH"}
+
+    def run_script() -> tuple[str, int]:
+        environment = os.environ | {name: str(value) for name, value in settings.items()}
+        done = subprocess.run(container["command"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout, Client().list_pipeline_runs(pipeline="finetune_pipeline").total
+
+    n_runs = Client().list_pipeline_runs(pipeline="finetune_pipeline").total
+    log.write_bytes(traffic.same.read_bytes())
+    output, total = run_script()
+    assert "No drift" in output
+    assert total == n_runs
+    first = json.loads(traffic.other.read_bytes().splitlines()[0])["request_id"]
+    correction = LoggedFeedback("2026-01-01T00:00:00+00:00", first, "bad", "Ottawa")
+    log.write_bytes(traffic.other.read_bytes() + to_jsonl([correction.to_json()]))
+    output, total = run_script()
+    assert "Drift of " in output
+    assert total == n_runs + 1
+    assert newest_run().status == "completed"
+    assert len(newest_run().steps["fetch_data"].outputs["records"][0].load()) == n_records
+    assert '"Ottawa"' in records.read_text()  # instead of the record of the same question
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def config(name: str) -> dict:
         ("docker.yaml", "orchestrator 'container'", "`make stack-docker`"),
         ("docker_gpu_step.yaml", "step operator 'container'", "`make stack-local`"),
         ("kubernetes.yaml", "step operator 'kubernetes'", "`make stack-kubernetes`"),
+        ("kubeflow.yaml", "orchestrator 'kubeflow_gpu'", "`make stack-kubeflow`"),
     ],
 )
 def test_a_component_missing_in_the_active_stack_is_reported_with_the_command_that_registers_it(name, component, verb):

@@ -1,5 +1,7 @@
 """Registration of stack files in a real ZenML store."""
 
+from importlib.util import find_spec
+
 import pytest
 from zenml.client import Client
 from zenml.enums import StackComponentType
@@ -7,7 +9,12 @@ from zenml.enums import StackComponentType
 from stacks import register
 from stacks.register import StackError
 
-CLUSTER = {"ARTIFACT_STORE": "s3://bucket/zenml", "REGISTRY": "registry.example.com/team", "KUBERNETES_CONTEXT": "gpus"}
+CLUSTER = {
+    "ARTIFACT_STORE": "s3://bucket/zenml",
+    "REGISTRY": "registry.example.com/team",
+    "KUBERNETES_CONTEXT": "gpus",
+    "KUBEFLOW_HOST": "http://kubeflow.example.com",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +29,12 @@ def components(name: str) -> dict[str, tuple[str, str]]:
     return {kind.value: (found.name, found.flavor_name) for kind, [found] in stack.components.items()}
 
 
-@pytest.mark.parametrize("name", register.names())
+needs_kfp = pytest.mark.skipif(find_spec("kfp") is None, reason="needs kfp (docs/kubeflow.md)")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_kfp] * (name == "kubeflow")) for name in register.names()]
+)
 def test_a_registered_stack_equals_its_file_and_is_active(name, monkeypatch):
     for variable, value in CLUSTER.items():
         monkeypatch.setenv(variable, value)
@@ -61,8 +73,16 @@ def test_a_component_of_another_flavor_with_the_same_name_is_not_changed():
     assert client.get_stack_component(StackComponentType.IMAGE_BUILDER, "taken").id == taken.id
 
 
+@pytest.mark.skipif(find_spec("kfp") is not None, reason="kfp is installed")
+def test_a_stack_on_kubeflow_names_the_extra_that_it_needs(monkeypatch):
+    for variable, value in CLUSTER.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(StackError, match=r"the stack kubeflow needs kfp: install the extra kubeflow"):
+        register.register("kubeflow")
+
+
 def test_an_unknown_stack_is_named_with_the_available_ones():
-    with pytest.raises(StackError, match="no stack 'dockr'; available are docker, kubernetes, local"):
+    with pytest.raises(StackError, match="no stack 'dockr'; available are docker, kubeflow, kubernetes, local"):
         register.register("dockr")
 
 

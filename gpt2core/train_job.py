@@ -1,0 +1,65 @@
+"""Finetuning without a pipeline, on one machine or on several: `torchrun -m gpt2core.train_job JOB.json`.
+
+The job is `{"base": DIR, "records": FILE, "out": DIR, "seed": 0, "lora": {…}, "train": {…}}`. torchrun takes the number
+of machines and its own place from its options or from the variables PET_* that Kubeflow's Trainer sets. All processes
+see the same directories. Without torchrun it is one process, with the same losses.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt2core.checkpoint import read_config, save_adapter
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.data import encode_records, split_records
+from gpt2core.distributed import finetune_adapter, rank
+from gpt2core.files import atomic_write, to_json
+from gpt2core.records import read_records
+from gpt2core.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    base: str  # a checkpoint directory in Hugging Face's format, with its tokenizer
+    records: str  # JSON or JSONL
+    out: str  # gets adapter/, history.json, and checkpoints of an interrupted job
+    seed: int = 0
+    lora: dict[str, Any] = field(default_factory=dict)  # keywords of LoraConfig
+    train: dict[str, Any] = field(default_factory=dict)  # keywords of TrainConfig
+
+
+def main(file: str) -> None:
+    try:
+        run(Job(**json.loads(Path(file).read_text(encoding="utf-8"))))
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"{file}: {' '.join(str(error).split())}")
+
+
+def run(job: Job) -> None:
+    """
+    Raises:
+        ValueError, TypeError, OSError: as the functions that it calls, for wrong values, keys and files.
+    """
+    tokenizer, n_positions = load_tokenizer(job.base), read_config(Path(job.base, "config.json")).n_positions
+    split = split_records(read_records(job.records), job.seed)
+    train, val = (encode_records(records, tokenizer, n_positions) for records in (split.train, split.val))
+    lora, config = LoraConfig(**job.lora), TrainConfig(**job.train, seed=job.seed)
+    out = Path(job.out)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        print(json.dumps({"step": step, **values}), flush=True)
+
+    model, result = finetune_adapter(job.base, lora, train, val, config, log, out / "checkpoints")
+    if rank() == 0:
+        save_adapter(model, out / "adapter")
+        atomic_write(out / "history.json", to_json(result.history))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m gpt2core.train_job JOB.json, also under torchrun")
+    main(sys.argv[1])

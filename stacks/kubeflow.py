@@ -1,0 +1,44 @@
+"""ZenML's Kubeflow orchestrator with limits of memory and GPUs, which that of ZenML 0.98.0 cannot set.
+
+It passes memory as a number, which kfp refuses, and GPUs only with a node selector that it drops from all settings.
+"""
+
+from functools import cache
+from typing import Any
+
+from zenml.config import ResourceSettings
+from zenml.integrations.kubeflow.flavors import KubeflowOrchestratorFlavor
+
+FLAVOR = "kubeflow_gpu"
+GPU = "nvidia.com/gpu"  # the resource that `gpu_count` counts
+
+
+class KubeflowGpuOrchestratorFlavor(KubeflowOrchestratorFlavor):
+    @property
+    def name(self) -> str:
+        return FLAVOR
+
+    @property
+    def implementation_class(self) -> type[Any]:
+        return _orchestrator()
+
+
+@cache
+def _orchestrator() -> type[Any]:
+    """Imports kfp, which is in an extra of its own."""
+    from zenml.integrations.kubeflow.orchestrators import KubeflowOrchestrator
+
+    class KubeflowGpuOrchestrator(KubeflowOrchestrator):
+        def _configure_container_resources(
+            self, dynamic_component: Any, resource_settings: ResourceSettings, node_selector_constraint: Any = None
+        ) -> Any:
+            task = dynamic_component
+            if resource_settings.cpu_count:
+                task = task.set_cpu_limit(str(resource_settings.cpu_count))
+            if resource_settings.memory:
+                task = task.set_memory_limit(resource_settings.memory.removesuffix("B"))  # 12GB, and Kubernetes' 12G
+            if resource_settings.gpu_count:
+                task = task.set_accelerator_type(GPU).set_accelerator_limit(resource_settings.gpu_count)
+            return task
+
+    return KubeflowGpuOrchestrator
