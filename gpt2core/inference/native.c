@@ -328,7 +328,10 @@ INLINE void attend_query(const float *q, const half *k, const half *v, float *y,
     float most = -FLT_MAX;
     for (int64_t i = 0; i < length; i++) {
         __m512 product = _mm512_setzero_ps();
-        for (int d = 0; d < width / LANES; d++) product = _mm512_fmadd_ps(query[d], load_half(k + i * width + d * LANES), product);
+        for (int d = 0; d < width / LANES; d++) {
+            product = _mm512_fmadd_ps(query[d], load_half(k + i * width + d * LANES), product);
+            if (d % 2 == 0) _mm_prefetch(v + i * width + d * LANES, _MM_HINT_T0);  // a line is 32 elements
+        }
         p[i] = _mm512_reduce_add_ps(product);
         if (p[i] > most) most = p[i];
     }
@@ -366,3 +369,33 @@ static void attend_head(void *pointer, int64_t job) {
 }
 
 void attend(Attention *a) { for_each(a->n_sequences * a->heads, attend_head, a, 0); }
+
+// ---- the most likely tokens ------------------------------------------------------------------------------------------
+
+typedef struct {
+    const float *logits;  // (n, width)
+    int64_t n, width;
+    int64_t *tokens;  // (n)
+} Logits;
+
+static void find_largest(void *pointer, int64_t n) {
+    const Logits *l = pointer;
+    const float *x = l->logits + n * l->width;
+    __m512 most = _mm512_set1_ps(-__builtin_inff());
+    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), at = index;
+    __mmask16 is_bad = 0;
+    for (int64_t i = 0; i < l->width; i += LANES) {
+        __mmask16 mask = l->width - i < LANES ? (1u << (l->width - i)) - 1 : 0xffff;
+        __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), mask, x + i);
+        __mmask16 is_larger = _mm512_cmp_ps_mask(v, most, _CMP_GT_OQ);
+        is_bad |= _mm512_fpclass_ps_mask(v, 0x89);  // NaN or +infinite
+        most = _mm512_mask_mov_ps(most, is_larger, v);
+        at = _mm512_mask_mov_epi32(at, is_larger, index);
+        index = _mm512_add_epi32(index, _mm512_set1_epi32(LANES));
+    }
+    float largest = _mm512_reduce_max_ps(most);
+    __mmask16 is_largest = _mm512_cmp_ps_mask(most, _mm512_set1_ps(largest), _CMP_EQ_OQ);
+    l->tokens[n] = is_bad || largest < -FLT_MAX ? -1 : _mm512_mask_reduce_min_epi32(is_largest, at);
+}
+
+void most_likely(Logits *l) { for_each(l->n, find_largest, l, l->n < 2); }

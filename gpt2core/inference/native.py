@@ -97,6 +97,15 @@ class _LowRank(ctypes.Structure):
     _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64))
 
 
+class _Logits(ctypes.Structure):
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+    )
+
+
 class _Delta(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y", "adapters", "rows")),
@@ -109,6 +118,7 @@ class Scratch:
 
     def __init__(self, widest: int) -> None:
         """`widest`: inputs of a product at most."""
+        _functions()  # in the thread that makes the model: the engine's has one thread of torch's
         self._widest, self._n = widest, 0
         self.reserve(1)
 
@@ -162,6 +172,14 @@ class Int8Linear:
         call.normed, call.q, call.step, call.zero = scratch.addresses
         _functions().product(ctypes.byref(call))
         return y
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """`gpt2core.sampling.most_likely` for contiguous logits (N, V) in fp32; of several, the first."""
+    tokens = torch.empty(len(logits), dtype=torch.long)
+    call = _Logits(logits.data_ptr(), *logits.shape, tokens.data_ptr())
+    _functions().most_likely(ctypes.byref(call))
+    return tokens
 
 
 def gelu_(x: Tensor) -> None:

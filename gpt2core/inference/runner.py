@@ -7,10 +7,10 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack
 from gpt2core.inference.graphs import RowDecoder
 from gpt2core.inference.kv_cache import RowCache, StaticRowCache
-from gpt2core.inference.native import CachedAttention
 from gpt2core.inference.quantized import Attention, QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
@@ -99,7 +99,7 @@ class ModelRunner:
     def _native_attention(self, step: Step) -> Attention:
         spans = self._row_cache.begin_native_step() if step.rows else []
         spans += [chunk.prefill.span(chunk.n) for chunk in step.chunks]
-        return CachedAttention(spans, [block.scale for block in self._model.blocks])
+        return native.CachedAttention(spans, [block.scale for block in self._model.blocks])
 
     def _update_stack(self, step: Step) -> None:
         """Make the stack hold the adapters of the step. With graphs others stay in it: a new stack needs new graphs."""
@@ -125,10 +125,12 @@ class ModelRunner:
         """
         if not requests:
             return []
+        if best is None:
+            best = native.most_likely(logits) if self._model.is_native else most_likely(logits)
         outputs = choose(
             [None if request is None else request.sampler for request in requests],
             logits,
-            most_likely(logits) if best is None else best,
+            best,
             [[] if request is None else request.tokens for request in requests],
         )
         for i, request in enumerate(requests):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2core import sampling
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine
 from gpt2core.inference import kv_cache, native, scheduler
@@ -119,6 +120,18 @@ def test_a_delta_is_the_low_rank_product_of_the_rows_own_adapter():
     for i, pair in enumerate(pairs[a] if a >= 0 else None for a in rows.tolist()):
         row = expected[i] if pair is None else expected[i] + pair[1] @ (pair[0] @ x[i])
         torch.testing.assert_close(y[i].nan_to_num(), row.nan_to_num(), rtol=1e-4, atol=1e-4)
+
+
+@needs_vnni
+def test_the_most_likely_tokens_are_those_of_torch():
+    logits = random(9, 1003)
+    logits[1, 40], logits[2, 1002], logits[3, 7], logits[4, 0] = float("nan"), 99.0, float("inf"), -float("inf")
+    logits[5] = -float("inf")
+    logits[6, [3, 500]] = 50.0
+    expected = sampling.most_likely(logits)
+    assert expected[[1, 3, 5]].tolist() == [-1] * 3
+    expected[6] = 3
+    assert torch.equal(native.most_likely(logits), expected)
 
 
 @needs_vnni
