@@ -162,7 +162,8 @@ PACKAGES = ("bentos", "deploy", "gpt2core", "pipelines", "stacks", "steps")
 def test_the_steps_image_runs_the_pipelines_code_as_any_user_on_a_read_only_root(engine, make_image):
     built = build_steps()
     assert json.loads(built.sbom)["bomFormat"] == "CycloneDX"
-    code = "import zenml, bentoml, evidently, steps.finetune, pipelines.finetune_pipeline; print('imported')"
+    code = "import zenml, bentoml, evidently, steps.finetune, pipelines.finetune_pipeline; print('imported')\n"
+    code += "import ctypes, sys; from gpt2core.inference.native import NAME; ctypes.CDLL(f'{sys.prefix}/lib/{NAME}')"
     output = engine.containers.run(
         built.reference,
         ["python", "-c", code],
