@@ -22,4 +22,5 @@ kernels = Extension(
 can_compile = (platform.system(), platform.machine()) == ("Linux", "x86_64") and find_spec("ziglang") is not None
 if can_compile:
     os.environ["CC"] = f"{sys.executable} -m ziglang cc -target x86_64-linux-gnu.2.28"
+    os.environ["LDSHARED"] = f"{os.environ['CC']} -shared"  # Debian's Python adds options that this linker lacks
 setup(ext_modules=[kernels] if can_compile else [])

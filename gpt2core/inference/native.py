@@ -11,6 +11,7 @@ Shape letters: N rows (tokens) of a step; H, D as in model.py.
 """
 
 import ctypes
+import logging
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from gpt2core.config import GPT2Config
 from gpt2core.inference.kernels import has_vnni, on_huge_pages
+
+logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
 CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
@@ -39,7 +42,17 @@ def is_available(config: GPT2Config) -> bool:
         and config.n_embd // config.n_head in HEAD_WIDTHS
         and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
     )
-    return suits and library_file() is not None and has_vnni()
+    return suits and has_vnni() and _is_compiled()
+
+
+@cache
+def _is_compiled() -> bool:
+    if library_file() is not None:
+        return True
+    logger.warning(
+        "int8 is computed without its kernels, at half the speed: `python setup.py build_ext --inplace` builds them"
+    )
+    return False
 
 
 def library_file() -> Path | None:
