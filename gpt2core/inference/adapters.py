@@ -121,6 +121,10 @@ class RowAdapters:
         if rows is not None and stack.deltas is None:
             self._others = {path: rows[:, None] != owner for path, owner in stack.owner.items()}
 
+    def changes(self, layer: int, path: str) -> bool:
+        """Whether an adapter of the step may change the results of this matrix."""
+        return (layer, path) in (self._stack.matrices if self._stack.deltas is None else self._stack.deltas)
+
     def add_delta_(self, y: Tensor, layer: int, path: str, x: Tensor) -> None:
         """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""
         if self._stack.deltas is not None:

@@ -108,8 +108,9 @@ class QuantizedModel:
             attn_proj(y, add_to=x)
             if adapters is not None:
                 adapters.add_delta_(x, layer, "attn.c_proj", y)
-            a = c_fc(x, norm=block.ln_2, gelu=adapters is None)
-            if adapters is not None:
+            changes_fc = adapters is not None and adapters.changes(layer, "mlp.c_fc")
+            a = c_fc(x, norm=block.ln_2, gelu=not changes_fc)
+            if adapters is not None and changes_fc:
                 adapters.add_delta_(a, layer, "mlp.c_fc", scratch.normed(*x.shape))
                 native.gelu_(a)
             mlp_proj(a, add_to=x)

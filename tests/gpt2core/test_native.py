@@ -137,15 +137,17 @@ def test_the_most_likely_tokens_are_those_of_torch():
 @needs_vnni
 def test_completions_are_the_same_alone_together_in_chunks_and_from_two_engines(tmp_path, monkeypatch):
     model = GPT2(CONFIG, torch.Generator().manual_seed(0)).eval()
-    adapter = save_random_adapter(GPT2(CONFIG), LoraConfig(), 1, tmp_path / "adapter")
+    targets = (LoraConfig().targets, ("fc",))  # with and without GELU behind an adapter's product
+    adapters = [save_random_adapter(GPT2(CONFIG), LoraConfig(targets=each), 1, tmp_path / each[0]) for each in targets]
     prompts = [*random_prompts(7), [5] * 40, [5] * 40]
     configs = mixed_configs(len(prompts))
 
     def complete(max_batch):
         with Engine(model, max_batch, "int8") as engine:
             assert engine._model.is_native
-            engine.load_adapter("a", adapter)
-            names = ["a" if i % 3 == 1 else None for i in range(len(prompts))]
+            for i, adapter in enumerate(adapters):
+                engine.load_adapter(str(i), adapter)
+            names = [[None, "0", "1"][i % 3] for i in range(len(prompts))]
             requests = [engine.submit(*one) for one in zip(prompts, configs, names, strict=True)]
             return [request.result() for request in requests]
 
