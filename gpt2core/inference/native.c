@@ -14,12 +14,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define INTERFACE 1        // of native.py; raised with every change of a structure or a function that it uses
 #define LANES 16           // floats in a register
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
 #define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
+
+int interface(void) { return INTERFACE; }
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
 // A pool of its own, not OpenMP's, because that waits at the end of each region until all of its threads have been there:

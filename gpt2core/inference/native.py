@@ -29,6 +29,7 @@ from gpt2core.inference.kernels import has_vnni, on_huge_pages
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
+INTERFACE = 1  # as in native.c: a library that was compiled from another version is not used
 CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
 TILE = 64  # rows of W that are stored together
@@ -47,10 +48,11 @@ def is_available(config: GPT2Config) -> bool:
 
 @cache
 def _is_compiled() -> bool:
-    if library_file() is not None:
+    file = library_file()
+    if file is not None and getattr(ctypes.CDLL(str(file)), "interface", int)() == INTERFACE:
         return True
     logger.warning(
-        "int8 is computed without its kernels, at half the speed: `python setup.py build_ext --inplace` builds them"
+        "int8 without its kernels, which are missing or old, is half as fast: `pip install -e .` builds them"
     )
     return False
 

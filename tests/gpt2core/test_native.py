@@ -30,7 +30,7 @@ needs_vnni = pytest.mark.skipif(not has_vnni(), reason="this processor has no AV
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the kernels are for Linux on x86-64"
 )
 def test_the_installation_compiled_the_kernels():
-    assert native.library_file() is not None, "python setup.py build_ext --inplace shows why"
+    assert native.library_file() is not None, "pip install --verbose -e . shows why"
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
