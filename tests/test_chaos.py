@@ -21,7 +21,7 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "canary-of-the-artifact-store",
     "GPT2_API_TOKEN": TOKEN,
     "GPT2_ADMIN_TOKEN": "canary-of-the-administrator",
-    "GPT2_INSTRUCT_WEBHOOK": "http://127.0.0.1:9/canary-of-the-webhook",  # nobody listens: the run logs that
+    "GPT2_INSTRUCT_WEBHOOK": "http://127.0.0.1:9/canary-of-the-webhook",  # no server listens there: the run logs that
 }
 
 

@@ -138,7 +138,7 @@ class Scratch:
         self.reserve(1)
 
     def reserve(self, n: int) -> None:
-        """Make room for n rows."""
+        """Allocate memory for n rows, unless there is as much."""
         if n > self._n:
             self._n, size = n, n * self._widest
             self._tensors = (

@@ -6,7 +6,7 @@ Shape letters: N tokens of a step, of any request; C, H, D and V as in model.py.
 import logging
 from collections.abc import Callable
 from math import expm1
-from statistics import geometric_mean, mean
+from statistics import geometric_mean
 from time import perf_counter
 from typing import cast, get_args
 
@@ -28,7 +28,7 @@ Attention = Callable[[int, Tensor], Tensor]  # (layer, qkv (N, 3, H, D)) -> (N, 
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
-SAMPLES, SAMPLE_TOKENS = 4, 64  # of the text on which that is measured
+SAMPLE_TOKENS = 64  # of the text on which that is measured
 SMALL = 2**22  # weights; a smaller model stays in fp32, as it was evaluated: it fits into a processor's caches
 LARGE = 2**18  # weights; a smaller fp32 matrix is multiplied too quickly to be worth the call overhead of oneDNN
 
@@ -190,14 +190,12 @@ def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
     start = [bos if bos is not None and bos < n_tokens else n_tokens - 1]  # GPT-2's end of text is its last token
     drawing = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, temperature=1.0, seed=0)
     attention = causal_attention(quantized)
-    divergences = []
-    for tokens in generate(model, [start] * SAMPLES, drawing):
-        ids = torch.tensor(start + tokens)[: config.n_positions]
-        with evaluating(model):
-            expected = model(ids[None])[0, :, :n_tokens].float().log_softmax(-1)  # (T, token_count)
-        found = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)), attention)).log_softmax(-1)
-        divergences.append(float(F.kl_div(found, expected, log_target=True, reduction="batchmean")))
-    return expm1(min(mean(divergences), 700.0))
+    [tokens] = generate(model, [start], drawing)
+    ids = torch.tensor(start + tokens)  # (T)
+    with evaluating(model):
+        expected = model(ids[None])[0, :, :n_tokens].float().log_softmax(-1)  # (T, token_count)
+    found = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)), attention)).log_softmax(-1)
+    return expm1(min(float(F.kl_div(found, expected, log_target=True, reduction="batchmean")), 700.0))
 
 
 class _Norm:
