@@ -17,7 +17,7 @@ from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.data import Example, encode_records
 from gpt2core.engine import Engine
-from gpt2core.inference.quantized import QuantizedModel, causal_attention
+from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ class Quality:
         quantized, loss, count = QuantizedModel(self.model, weights), 0.0, 0
         for example in self.examples:
             ids = torch.tensor(example.input_ids[:-1])
-            logits = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)), causal_attention(quantized)))
+            logits = quantized.logits(quantized.hidden(ids, torch.arange(len(ids))))
             first = example.prompt_length - 1
             labels = torch.tensor(example.input_ids[example.prompt_length :])
             loss += float(F.cross_entropy(logits[first:], labels, reduction="sum"))

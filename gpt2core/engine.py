@@ -160,7 +160,7 @@ class Engine:
         """
         base = (self._base_sha256, self._accept_other_base)
         lora, state = read_adapter(directory, self.config, self._model.device, *base)
-        adapter = make_adapter(self.config, lora, state, self._model.dtype, self._model.device)
+        adapter = make_adapter(self.config, lora, state, self._model.adapter_dtype, self._model.device)
         release_openmp_workers()
         with self._changed:
             if name in self._adapters:

@@ -1,20 +1,19 @@
 """Multi-LoRA: each row of a step goes through its own adapter, or none.
 
-Rows are isolated by selection, not by multiplication with 0, since 0 * NaN is NaN: a row's products with the first
-matrices of other adapters are replaced by 0, whatever they are, and the second matrices are checked to be finite.
+Rows are isolated by selection, not by multiplication with 0, since 0 * NaN is NaN: a row never reads what another
+adapter gives it, whatever that is, and all weights are checked to be finite.
 
 Shape letters: N rows (tokens) of a step; R ranks of all adapters of a step together.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.inference.native import Deltas
+from gpt2core.inference import native
 from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS
 from gpt2core.tensors import is_finite, to_device
@@ -24,13 +23,13 @@ from gpt2core.tensors import is_finite, to_device
 class Adapter:
     """A loaded adapter. Compared by identity: loading the same files twice gives two adapters."""
 
-    matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, path) -> A (rank, in) and scaled B (out, rank)
+    matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, target) -> A (rank, in), scaled B (width, rank)
 
 
 def make_adapter(
     config: GPT2Config, lora: LoraConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Adapter:
-    """Prepare an adapter, as `gpt2core.checkpoint.read_adapter` returns it, for an `AdapterStack`.
+    """Prepare an adapter, as `gpt2core.checkpoint.read_adapter` returns it, for a stack.
 
     Raises:
         ValueError: the adapter uses DoRA, or a weight is NaN or infinite, before or after scaling and conversion to
@@ -41,74 +40,71 @@ def make_adapter(
             "the adapter uses DoRA, which is only served merged: merge_lora(model), save_pretrained(model, directory) "
             "and serve that directory, or train with lora.dora: false"
         )
-    matrices = {}
+    matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     for path in {TARGET_LAYERS[target][0] for target in lora.targets}:
-        targets = [
-            target for target, (layer, _, _) in TARGET_LAYERS.items() if layer == path and target in lora.targets
-        ]
+        targets = [target for target, (own, _, _) in TARGET_LAYERS.items() if own == path and target in lora.targets]
         for layer in range(config.n_layer):
             name = f"h.{layer}.{path}"
-            a, b = _dense(lora, state[f"{name}.lora_A"], state[f"{name}.lora_B"], targets)
-            pair = a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()
-            if not all(map(is_finite, pair)):
+            a, b = state[f"{name}.lora_A"].to(device, dtype), (lora.scaling * state[f"{name}.lora_B"]).to(device, dtype)
+            if not (is_finite(a) and is_finite(b)):
                 raise ValueError(
                     f"the adapter has NaN or infinite values in {name}, scaled by {lora.scaling} as "
                     f"{str(dtype).removeprefix('torch.')}; the training that made it diverged"
                 )
-            matrices[layer, path] = pair
+            matrices |= {(layer, target): (a[i], b[i]) for i, target in enumerate(targets)}
     return Adapter(matrices)
 
 
-def _dense(lora: LoraConfig, a: Tensor, b: Tensor, targets: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """A (n * rank, in) and scaled B (out, n * rank) of one layer; B is zero outside the adapted blocks of `out`."""
-    n, width, rank = b.shape
-    n_blocks = TARGET_LAYERS[targets[0]][2]
-    dense = b.new_zeros(n, rank, n_blocks, width)
-    for pair, target in enumerate(targets):
-        dense[pair, :, TARGET_LAYERS[target][1]] = lora.scaling * b[pair].T
-    return a.flatten(0, 1), dense.flatten(2).flatten(0, 1).T
-
-
 class AdapterStack:
-    """Adapters side by side: per layer one matrix A (R, in) and one B (out, R), in which each adapter owns some ranks.
+    """Adapters side by side: per matrix of the model one A (R, in) and one B (out, R), where each adapter owns ranks.
 
     All rows of a step are multiplied with all of its adapters and keep the products of their own: two matrix products
-    per layer, at a cost that grows with the sum of the ranks.
+    per layer, at a cost that grows with the sum of the ranks. B is zero outside the outputs that a target changes.
     """
 
-    def __init__(
-        self, adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.device, is_native: bool = False
-    ) -> None:
-        """`is_native`: computed by native.py, row by row with the row's own adapter alone."""
-        self.adapters, self.dtype, self.device = tuple(adapters), dtype, device
-        self.deltas: dict[tuple[int, str], Deltas] | None = None
-        if is_native:
-            keys = {key for adapter in adapters for key in adapter.matrices}
-            self.deltas = {key: Deltas([adapter.matrices.get(key) for adapter in adapters]) for key in keys}
-            return
+    def __init__(self, adapters: Sequence[Adapter], device: torch.device) -> None:
+        self.adapters, self.device = tuple(adapters), device
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self.owner: dict[str, Tensor] = {}  # path -> (R), the index of the adapter that each rank belongs to
-        for path in sorted({path for adapter in adapters for _, path in adapter.matrices}):
-            ranks = [len(one.matrices[0, path][0]) if (0, path) in one.matrices else 0 for one in adapters]
-            self.owner[path] = torch.arange(len(adapters), device=device).repeat_interleave(
-                torch.tensor(ranks, device=device)
-            )
-        for layer, path in sorted({key for adapter in adapters for key in adapter.matrices}):
-            parts = [one.matrices[layer, path] for one in adapters if (layer, path) in one.matrices]
-            self.matrices[layer, path] = (
-                parts[0] if len(parts) == 1 else (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1))
-            )
+        n_layer = 1 + max(layer for adapter in adapters for layer, _ in adapter.matrices)
+        for path in {path for path, _, _ in TARGET_LAYERS.values()}:
+            own = [
+                (i, target)
+                for i, adapter in enumerate(adapters)
+                for target in TARGET_LAYERS
+                if TARGET_LAYERS[target][0] == path and (0, target) in adapter.matrices
+            ]
+            if not own:
+                continue
+            ranks = torch.tensor([len(adapters[i].matrices[0, target][0]) for i, target in own], device=device)
+            self.owner[path] = torch.tensor([i for i, _ in own], device=device).repeat_interleave(ranks)
+            for layer in range(n_layer):
+                pairs = [(target, *adapters[i].matrices[layer, target]) for i, target in own]
+                wide = [_widen(b, target) for target, _, b in pairs]
+                self.matrices[layer, path] = torch.cat([a for _, a, _ in pairs]), torch.cat(wide, 1)
 
     def indices(self, adapters: Sequence[Adapter | None]) -> list[int]:
         """The index in this stack of the adapter of each row; -1 is the base model."""
-        index = {adapter: i for i, adapter in enumerate(self.adapters)}
-        return [-1 if adapter is None else index[adapter] for adapter in adapters]
+        return _indices(self.adapters, adapters)
 
     def for_rows(self, adapters: Sequence[Adapter | None]) -> "RowAdapters":
         """For a step whose rows use these adapters of the stack; None is the base model."""
-        if len(self.adapters) == 1 and None not in adapters and self.deltas is None:
+        if len(self.adapters) == 1 and None not in adapters:
             return RowAdapters(self, None)
         return RowAdapters(self, to_device(torch.tensor(self.indices(adapters)), self.device))
+
+
+def _widen(b: Tensor, target: str) -> Tensor:
+    """B (out, rank) with zeros outside the target's block of outputs, from B (width, rank)."""
+    _, block, n_blocks = TARGET_LAYERS[target]
+    wide = b.new_zeros(n_blocks, *b.shape)
+    wide[block] = b
+    return wide.flatten(0, 1)
+
+
+def _indices(held: Sequence[Adapter], adapters: Sequence[Adapter | None]) -> list[int]:
+    index: dict[Adapter | None, int] = {None: -1} | {adapter: i for i, adapter in enumerate(held)}
+    return [index[adapter] for adapter in adapters]
 
 
 class RowAdapters:
@@ -116,21 +112,26 @@ class RowAdapters:
 
     def __init__(self, stack: AdapterStack, rows: Tensor | None) -> None:
         """`rows` (N): index in the stack of each row's adapter, -1 for the base model; None: all use the only one."""
-        self._stack, self._rows = stack, rows
+        self._stack = stack
         self._others = dict[str, Tensor]()  # path -> (N, R), True for ranks of other adapters
-        if rows is not None and stack.deltas is None:
+        if rows is not None:
             self._others = {path: rows[:, None] != owner for path, owner in stack.owner.items()}
-
-    def changes(self, layer: int, path: str) -> bool:
-        """Whether an adapter of the step may change the results of this matrix."""
-        return (layer, path) in (self._stack.matrices if self._stack.deltas is None else self._stack.deltas)
 
     def add_delta_(self, y: Tensor, layer: int, path: str, x: Tensor) -> None:
         """Add each row's own low-rank product to y (N, out), in place; x is (N, in)."""
-        if self._stack.deltas is not None:
-            if delta := self._stack.deltas.get((layer, path)):
-                delta.add_(y, x, cast(Tensor, self._rows))
-        elif path in self._stack.owner:
+        if path in self._stack.owner:
             a, b = self._stack.matrices[layer, path]
             low = linear(x, a)  # (N, R)
             y.add_(linear(low.masked_fill_(self._others[path], 0.0) if self._others else low, b))
+
+
+class NativeAdapterStack:
+    """Adapters for native.py, which computes each row's own products alone."""
+
+    def __init__(self, adapters: Sequence[Adapter], n_layer: int) -> None:
+        self.adapters = tuple(adapters)
+        self._table = native.AdapterTable([adapter.matrices for adapter in adapters], n_layer)
+
+    def for_rows(self, adapters: Sequence[Adapter | None]) -> native.RowAdapters:
+        """For a step whose rows use these adapters of the stack; None is the base model."""
+        return native.RowAdapters(self._table, torch.tensor(_indices(self.adapters, adapters)))

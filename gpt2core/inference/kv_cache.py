@@ -51,11 +51,6 @@ class PrefillCache:
         )
         return y[0].transpose(0, 1).flatten(1)
 
-    def span(self, n: int) -> Span:
-        """For native attention of the next n tokens."""
-        keys, values = self.kv[0, :, 0]
-        return Span(keys.data_ptr(), values.data_ptr(), self.kv.stride(0), self.kv.stride(2), self.length, n)
-
     def advance(self, n: int) -> None:
         """Count n more tokens as read, after the last layer."""
         self.length += n

@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 1        // of native.py; raised with every change of a structure or a function that it uses
+#define INTERFACE 2        // of native.py; raised with every change of a structure or a function that it uses
 #define LANES 16           // floats in a register
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
@@ -177,17 +177,21 @@ typedef struct {
 } Matrix;
 
 typedef struct {
-    const Matrix *matrix;
-    const float *x;  // (n, in)
-    const float *norm_weight, *norm_bias;  // of a layer norm before the product; or NULL
-    float eps;
-    int32_t applies_gelu, adds;  // adds: y += instead of y =
-    int64_t n;
-    float *y;  // (n, out)
     float *normed;  // (n, in), if there is a norm
     uint8_t *q;  // (n, in)
     float *step;  // (n)
     int32_t *zero;  // (n)
+} Scratch;
+
+typedef struct {
+    const Matrix *matrix;
+    const float *x;  // (n, in)
+    const float *norm_weight, *norm_bias;  // of a layer norm before the product; or NULL
+    float *y;  // (n, out)
+    Scratch scratch;
+    int64_t n;
+    float eps;
+    int32_t applies_gelu, adds;  // adds: y += instead of y =
 } Product;
 
 static void prepare_row(void *pointer, int64_t n) {
@@ -195,16 +199,16 @@ static void prepare_row(void *pointer, int64_t n) {
     int64_t in = p->matrix->in;
     const float *x = p->x + n * in;
     if (p->norm_weight) {
-        normalise_row(x, p->norm_weight, p->norm_bias, p->eps, p->normed + n * in, in);
-        x = p->normed + n * in;
+        normalise_row(x, p->norm_weight, p->norm_bias, p->eps, p->scratch.normed + n * in, in);
+        x = p->scratch.normed + n * in;
     }
-    quantize_row(x, p->q + n * in, p->step + n, p->zero + n, in);
+    quantize_row(x, p->scratch.q + n * in, p->scratch.step + n, p->scratch.zero + n, in);
 }
 
 ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t tile) {
     const Matrix *m = p->matrix;
-    __m512 step = _mm512_set1_ps(p->step[n]);
-    __m512i zero = _mm512_set1_epi32(p->zero[n]);
+    __m512 step = _mm512_set1_ps(p->scratch.step[n]);
+    __m512i zero = _mm512_set1_epi32(p->scratch.zero[n]);
     for (int64_t o = tile * TILE; o < (tile + 1) * TILE && o < m->out; o += LANES, sums++) {
         __mmask16 mask = m->out - o < LANES ? (1u << (m->out - o)) - 1 : 0xffff;
         __m512i whole = _mm512_sub_epi32(*sums, _mm512_mullo_epi32(zero, _mm512_loadu_si512(m->sums + o)));
@@ -220,7 +224,7 @@ ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t 
 INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows) {
     int64_t in = p->matrix->in;
     const int8_t *w = p->matrix->weights + tile * TILE * in;
-    const uint8_t *q = p->q + n * in;
+    const uint8_t *q = p->scratch.q + n * in;
     __m512i sums[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
@@ -254,47 +258,6 @@ void product(Product *p) {
     for_each(p->n, prepare_row, p, p->n < 8);
     for_each(p->matrix->n_tiles, compute_tile, p, 0);
 }
-
-// ---- adapters --------------------------------------------------------------------------------------------------------
-
-void gelu_rows(float *x, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) _mm512_storeu_ps(x + i, gelu(_mm512_loadu_ps(x + i)));
-}
-
-typedef struct {
-    const float *a, *b;  // (rank, in), (rank, out)
-    int64_t rank;  // 0: this adapter does not change this layer
-} LowRank;
-
-typedef struct {
-    const float *x;  // (n, in)
-    float *y;  // (n, out)
-    const LowRank *adapters;
-    const int64_t *rows;  // (n): the adapter of each row; -1: none
-    int64_t n, in, out;
-} Delta;
-
-static void add_delta(void *pointer, int64_t n) {
-    const Delta *d = pointer;
-    if (d->rows[n] < 0 || !d->adapters[d->rows[n]].rank) return;
-    const LowRank *l = d->adapters + d->rows[n];
-    const float *x = d->x + n * d->in;
-    float *y = d->y + n * d->out, low[l->rank];
-    for (int64_t r = 0; r < l->rank; r++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < d->in; i += LANES)
-            sum = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(l->a + r * d->in + i), sum);
-        low[r] = _mm512_reduce_add_ps(sum);
-    }
-    for (int64_t o = 0; o < d->out; o += LANES) {
-        __m512 sum = _mm512_loadu_ps(y + o);
-        for (int64_t r = 0; r < l->rank; r++)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(low[r]), _mm512_loadu_ps(l->b + r * d->out + o), sum);
-        _mm512_storeu_ps(y + o, sum);
-    }
-}
-
-void add_deltas(Delta *d) { for_each(d->n, add_delta, d, d->n < 4); }
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -371,7 +334,99 @@ static void attend_head(void *pointer, int64_t job) {
     }
 }
 
-void attend(Attention *a) { for_each(a->n_sequences * a->heads, attend_head, a, 0); }
+// ---- the layers of a step --------------------------------------------------------------------------------------------
+
+#define RANKS 4    // computed at once: the rank of an adapter is padded to a multiple of it
+#define BLOCKS 3   // of a matrix's outputs, which adapters change independently: q, k and v
+enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MATRICES };
+
+typedef struct {
+    const uint16_t *a, *b;  // A (rank, in) and the transpose of B (rank, width), in bf16
+    int64_t rank, first, width;  // of outputs first to first + width; rank 0: this adapter does not change them
+} LowRank;
+
+typedef struct {
+    const Matrix *matrices[MATRICES];
+    const float *norms[4];  // weight and bias of the first and of the second
+    float scale;  // of attention
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const Sequence *sequences;
+    const LowRank *adapters;  // [n_layers][MATRICES][n_adapters][BLOCKS]; or NULL
+    const int64_t *rows;  // (n): the adapter of each row; -1: none
+    float *x, *qkv, *y, *a;  // (n, C) the tokens, before and after; (n, 3 * C); (n, C); (n, width of the MLP)
+    Scratch scratch;
+    int64_t n, n_layers, n_sequences, n_adapters, heads, width;
+    float eps;
+} Step;
+
+typedef struct {
+    const LowRank *adapters;  // [n_adapters][BLOCKS]
+    const int64_t *rows;
+    const float *x;
+    float *y;
+    int64_t in, out;
+    int applies_gelu;
+} Deltas;
+
+INLINE __m512 load_bf16(const uint16_t *x) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+static void add_delta(void *pointer, int64_t n) {
+    const Deltas *d = pointer;
+    const float *x = d->x + n * d->in;
+    float *row = d->y + n * d->out;
+    for (int block = 0; d->rows[n] >= 0 && block < BLOCKS; block++) {
+        const LowRank *l = d->adapters + d->rows[n] * BLOCKS + block;
+        if (!l->rank) continue;
+        float low[l->rank], *y = row + l->first;
+        for (int64_t r = 0; r < l->rank; r += RANKS) {
+            __m512 sums[RANKS];
+            for (int j = 0; j < RANKS; j++) sums[j] = _mm512_setzero_ps();
+            for (int64_t i = 0; i < d->in; i += LANES)
+                for (int j = 0; j < RANKS; j++)
+                    sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), load_bf16(l->a + (r + j) * d->in + i), sums[j]);
+            for (int j = 0; j < RANKS; j++) low[r + j] = _mm512_reduce_add_ps(sums[j]);
+        }
+        for (int64_t o = 0; o < l->width; o += LANES) {
+            __m512 sum = _mm512_loadu_ps(y + o);
+            for (int64_t r = 0; r < l->rank; r++)
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(low[r]), load_bf16(l->b + r * l->width + o), sum);
+            _mm512_storeu_ps(y + o, sum);
+        }
+    }
+    for (int64_t o = 0; d->applies_gelu && o < d->out; o += LANES)
+        _mm512_storeu_ps(row + o, gelu(_mm512_loadu_ps(row + o)));
+}
+
+// y (+)= f(x) W^T + b, and each row's own low-rank product.
+static void project(const Step *s, int64_t layer, int index, const float *x, float *y) {
+    const Layer *l = s->layers + layer;
+    const Matrix *m = l->matrices[index];
+    const float *const *norm = l->norms + (index == MLP_IN ? 2 : 0);
+    int has_norm = index == ATTENTION_IN || index == MLP_IN, is_changed = 0;
+    const LowRank *adapters = s->adapters + (layer * MATRICES + index) * s->n_adapters * BLOCKS;
+    for (int64_t i = 0; s->adapters && i < s->n_adapters * BLOCKS; i++) is_changed |= adapters[i].rank > 0;
+    Product p = {m, x, has_norm ? norm[0] : NULL, norm[1], y, s->scratch, s->n, s->eps, index == MLP_IN && !is_changed, !has_norm};
+    product(&p);
+    Deltas d = {adapters, s->rows, has_norm ? s->scratch.normed : x, y, m->in, m->out, index == MLP_IN};
+    if (is_changed) for_each(s->n, add_delta, &d, s->n < 4);
+}
+
+void step(Step *s) {
+    for (int64_t layer = 0; layer < s->n_layers; layer++) {
+        project(s, layer, ATTENTION_IN, s->x, s->qkv);
+        Attention a = {s->qkv, s->y, s->sequences, s->n_sequences, s->heads, s->width, layer, s->layers[layer].scale};
+        for_each(a.n_sequences * a.heads, attend_head, &a, 0);
+        project(s, layer, ATTENTION_OUT, s->y, s->x);
+        project(s, layer, MLP_IN, s->x, s->a);
+        project(s, layer, MLP_OUT, s->a, s->x);
+    }
+}
 
 // ---- the most likely tokens ------------------------------------------------------------------------------------------
 

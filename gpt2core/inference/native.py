@@ -1,4 +1,4 @@
-"""int8 decoding by native.c: matrix products fused with what surrounds them, low-rank deltas, attention.
+"""int8 decoding by native.c: all layers of a step in one call, with attention and the low-rank products of adapters.
 
 The library is compiled when the project or the image of the steps is built (setup.py), and is copied into each Bento.
 Where it is missing, or the processor or the shape of the model does not suit it, `quantized` computes with torch alone.
@@ -7,13 +7,13 @@ Weights have one scale per row of W; activations one scale and zero point per ro
 stay independent. The integer sums are exact, and all else of a row is computed by the same instructions in the same
 order whatever other rows there are: results do not depend on the batch, to the bit.
 
-Shape letters: N rows (tokens) of a step; H, D as in model.py.
+Shape letters: N rows (tokens) of a step; C, H, D as in model.py.
 """
 
 import ctypes
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -25,14 +25,17 @@ from torch import Tensor
 
 from gpt2core.config import GPT2Config
 from gpt2core.inference.kernels import has_vnni, on_huge_pages
+from gpt2core.lora import TARGET_LAYERS
 
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 1  # as in native.c: a library that was compiled from another version is not used
+INTERFACE = 2  # as in native.c: a library that was compiled from another version is not used
 CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
+ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below that of int8 weights
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
 TILE = 64  # rows of W that are stored together
+RANKS = 4  # low ranks are padded to a multiple of it
 
 
 def is_available(config: GPT2Config) -> bool:
@@ -78,78 +81,86 @@ class Norm(Protocol):
     eps: float
 
 
+class Block(Protocol):
+    """A layer of the model."""
+
+    ln_1: Norm
+    ln_2: Norm
+    scale: float  # of attention
+
+    @property
+    def projections(self) -> "Sequence[Int8Linear]":
+        """Of attention (in and out) and of the MLP (in and out)."""
+
+
+def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names]
+
+
 class _Matrix(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weights", "scale", "bias", "sums")),
-        *((name, ctypes.c_int64) for name in ("n_in", "n_out", "n_tiles")),
-    )
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "weights", "scale", "bias", "sums"),
+        *_fields(ctypes.c_int64, "n_in", "n_out", "n_tiles"),
+    ]
+
+
+class _Scratch(ctypes.Structure):
+    _fields_ = _fields(ctypes.c_void_p, "normed", "q", "step", "zero")
 
 
 class _Product(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("matrix", "x", "norm_weight", "norm_bias")),
-        *(("eps", ctypes.c_float), ("applies_gelu", ctypes.c_int32), ("adds", ctypes.c_int32), ("n", ctypes.c_int64)),
-        *((name, ctypes.c_void_p) for name in ("y", "normed", "q", "step", "zero")),
-    )
-
-
-class _Sequence(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("k", "v")),
-        *((name, ctypes.c_int64) for name in ("layer_stride", "head_stride", "past", "n", "row")),
-    )
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "y", "sequences")),
-        *((name, ctypes.c_int64) for name in ("n_sequences", "n_heads", "width", "layer")),
-        ("scale", ctypes.c_float),
-    )
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "matrix", "x", "norm_weight", "norm_bias", "y"),
+        ("scratch", _Scratch),
+        ("n", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        *_fields(ctypes.c_int32, "applies_gelu", "adds"),
+    ]
 
 
 class _LowRank(ctypes.Structure):
-    _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64))
+    _fields_ = [*_fields(ctypes.c_void_p, "a", "b"), *_fields(ctypes.c_int64, "rank", "first", "width")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [("matrices", ctypes.c_void_p * 4), ("norms", ctypes.c_void_p * 4), ("scale", ctypes.c_float)]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "layers", "sequences", "adapters", "rows", "x", "qkv", "y", "a"),
+        ("scratch", _Scratch),
+        *_fields(ctypes.c_int64, "n", "n_layers", "n_sequences", "n_adapters", "n_heads", "width"),
+        ("eps", ctypes.c_float),
+    ]
 
 
 class _Logits(ctypes.Structure):
-    _fields_ = (
+    _fields_ = [
         ("logits", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("width", ctypes.c_int64),
+        *_fields(ctypes.c_int64, "n", "width"),
         ("tokens", ctypes.c_void_p),
-    )
-
-
-class _Delta(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "adapters", "rows")),
-        *((name, ctypes.c_int64) for name in ("n", "n_in", "n_out")),
-    )
+    ]
 
 
 class Scratch:
     """Memory that the products of one model share. One step at a time may use it."""
 
-    def __init__(self, widest: int) -> None:
-        """`widest`: inputs of a product at most."""
+    def __init__(self, width: int, mlp_width: int) -> None:
+        """Both of the model."""
         _functions()  # in the thread that makes the model: the engine's has one thread of torch's
-        self._widest, self._n = widest, 0
+        self._width, self._mlp_width, self._n = width, mlp_width, 0
         self.reserve(1)
 
     def reserve(self, n: int) -> None:
         """Allocate memory for n rows, unless there is as much."""
         if n > self._n:
-            self._n, size = n, n * self._widest
-            self._tensors = (
-                *(torch.empty(size), torch.empty(size, dtype=torch.uint8)),
-                *(torch.empty(n), torch.empty(n, dtype=torch.int32)),
-            )
-            self.addresses = tuple(one.data_ptr() for one in self._tensors)
-
-    def normed(self, n: int, width: int) -> Tensor:
-        """(n, width), what the last product's norm returned."""
-        return self._tensors[0][: n * width].view(n, width)
+            self._n, widest = n, max(self._width, self._mlp_width)
+            quantized = torch.empty(n, widest, dtype=torch.uint8), torch.empty(n), torch.empty(n, dtype=torch.int32)
+            self._for_products = torch.empty(n, self._width), *quantized
+            self._for_layers = tuple(torch.empty(n, k) for k in (3 * self._width, self._width, self._mlp_width))
+            self.of_product = _Scratch(*(one.data_ptr() for one in self._for_products))
+            self.of_layers = [one.data_ptr() for one in self._for_layers]
 
 
 class Int8Linear:
@@ -167,24 +178,17 @@ class Int8Linear:
             whole.sum(1, dtype=torch.int32),
         )
         self._matrix = _Matrix(*(one.data_ptr() for one in self._tensors), n_in, n_out, len(self._tensors[0]))
-        self._call, self._scratch = _Product(ctypes.addressof(self._matrix)), scratch
+        self.address = ctypes.addressof(self._matrix)
+        self._scratch = scratch
 
-    def __call__(self, x: Tensor, norm: Norm | None = None, gelu: bool = False, add_to: Tensor | None = None) -> Tensor:
-        """(N, out) for x (N, in), all in fp32.
-
-        Args:
-            norm: applied to x first.
-            gelu: applied to the result, by its tanh form.
-            add_to: (N, out), contiguous, to which the result is added in place.
-        """
-        x, n, call, scratch = x.contiguous(), x.size(0), self._call, self._scratch
-        scratch.reserve(n)
-        y = torch.empty(n, self.shape[0]) if add_to is None else add_to
-        call.x, call.y, call.n, call.applies_gelu, call.adds = x.data_ptr(), y.data_ptr(), n, gelu, add_to is not None
-        call.norm_weight = None if norm is None else norm.weight.data_ptr()
+    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """(N, out) for x (N, in), both in fp32; `norm` is applied to x first."""
+        x, n = x.contiguous(), len(x)
+        y = torch.empty(n, self.shape[0])
+        self._scratch.reserve(n)
+        call = _Product(self.address, x.data_ptr(), y=y.data_ptr(), scratch=self._scratch.of_product, n=n)
         if norm is not None:
-            call.norm_bias, call.eps = norm.bias.data_ptr(), norm.eps
-        call.normed, call.q, call.step, call.zero = scratch.addresses
+            call.norm_weight, call.norm_bias, call.eps = norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps
         _functions().product(ctypes.byref(call))
         return y
 
@@ -195,11 +199,6 @@ def most_likely(logits: Tensor) -> Tensor:
     call = _Logits(logits.data_ptr(), *logits.shape, tokens.data_ptr())
     _functions().most_likely(ctypes.byref(call))
     return tokens
-
-
-def gelu_(x: Tensor) -> None:
-    """Apply GELU by its tanh form to contiguous x in place, rounded as `Int8Linear` rounds it."""
-    _functions().gelu_rows(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()))
 
 
 class Span(NamedTuple):
@@ -213,43 +212,67 @@ class Span(NamedTuple):
     n: int  # new tokens, which are written behind them
 
 
-class CachedAttention:
-    """Causal attention of a step's new tokens to what the caches hold of their sequences, and to each other."""
+def span(kv: Tensor, past: int, n: int) -> Span:
+    """Of a cache (n_layer, 2, H, T, D) that holds one sequence."""
+    keys, values = kv[0, :, 0]
+    return Span(keys.data_ptr(), values.data_ptr(), kv.stride(0), kv.stride(2), past, n)
 
-    def __init__(self, spans: Sequence[Span], scales: Sequence[float]) -> None:
-        """`spans`: in the order of the step's tokens. `scales`: of each layer."""
-        rows = accumulate((span.n for span in spans), initial=0)
-        self._sequences = (_Sequence * len(spans))(
-            *(_Sequence(*span, row) for span, row in zip(spans, rows, strict=False))
+
+class AdapterTable:
+    """The low-rank matrices of several adapters."""
+
+    def __init__(self, adapters: Sequence[Mapping[tuple[int, str], tuple[Tensor, Tensor]]], n_layer: int) -> None:
+        """`adapters`: per layer and target A (rank, in) and B (width, rank), in ADAPTER_DTYPE."""
+        paths = list(dict.fromkeys(path for path, _, _ in TARGET_LAYERS.values()))
+        most_blocks = max(n for _, _, n in TARGET_LAYERS.values())
+        self.n_adapters, self._kept = len(adapters), list[Tensor]()
+        self._table = (_LowRank * (n_layer * len(paths) * len(adapters) * most_blocks))()
+        for i, adapter in enumerate(adapters):
+            for (layer, target), (a, b) in adapter.items():
+                path, block, _ = TARGET_LAYERS[target]
+                padding = (0, 0, 0, -len(a) % RANKS)
+                pair = F.pad(a, padding), F.pad(b.T, padding).contiguous()
+                self._kept += pair
+                slot = ((layer * len(paths) + paths.index(path)) * len(adapters) + i) * most_blocks + block
+                self._table[slot] = _LowRank(*(one.data_ptr() for one in pair), len(pair[0]), block * len(b), len(b))
+        self.address = ctypes.addressof(self._table)
+
+
+class RowAdapters(NamedTuple):
+    """Which adapter each row of a step uses."""
+
+    table: AdapterTable
+    rows: Tensor  # (N) int64, -1: none
+
+
+class Layers:
+    """The layers of a model."""
+
+    def __init__(self, blocks: Sequence[Block], n_head: int, scratch: Scratch) -> None:
+        self._kept, self._scratch, self._n_head = blocks, scratch, n_head
+        self._layers = (_Layer * len(blocks))()
+        for layer, block in zip(self._layers, blocks, strict=True):
+            layer.matrices[:] = [matrix.address for matrix in block.projections]
+            layer.norms[:] = [one.data_ptr() for norm in (block.ln_1, block.ln_2) for one in (norm.weight, norm.bias)]
+            layer.scale = block.scale
+
+    def __call__(self, x: Tensor, spans: Sequence[Span], adapters: RowAdapters | None = None) -> Tensor:
+        """Hidden states (N, C) of the tokens x (N, C), which are overwritten, in fp32 and contiguous.
+
+        `spans`: of the sequences that the tokens belong to, in their order; get the tokens' keys and values.
+        """
+        n, C = x.shape
+        self._scratch.reserve(n)
+        starts = accumulate((one.n for one in spans), initial=0)
+        numbers = [number for one, start in zip(spans, starts, strict=False) for number in (*one, start)]
+        sequences = (ctypes.c_int64 * len(numbers))(*numbers)
+        call = _Step(
+            *(ctypes.addressof(self._layers), ctypes.addressof(sequences)),
+            *((None, None) if adapters is None else (adapters.table.address, adapters.rows.data_ptr())),
+            *(x.data_ptr(), *self._scratch.of_layers),
+            self._scratch.of_product,
+            *(n, len(self._layers), len(spans), 0 if adapters is None else adapters.table.n_adapters),
+            *(self._n_head, C // self._n_head, self._kept[0].ln_1.eps),
         )
-        self._scales = scales
-        self._call = _Attention(sequences=ctypes.addressof(self._sequences), n_sequences=len(spans))
-
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """(N, C) for contiguous qkv (N, 3, H, D); the caches of `layer` get the new keys and values."""
-        n, _, n_heads, width = qkv.shape
-        y, call = torch.empty(n, n_heads * width), self._call
-        call.qkv, call.y, call.n_heads, call.width = qkv.data_ptr(), y.data_ptr(), n_heads, width
-        call.layer, call.scale = layer, self._scales[layer]
-        _functions().attend(ctypes.byref(call))
-        return y
-
-
-class Deltas:
-    """The low-rank products of several adapters with one layer."""
-
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> None:
-        """Per adapter: A (rank, in) and B (out, rank), contiguous; None: it does not change this layer."""
-        self._kept = [None if pair is None else (pair[0], pair[1].T.contiguous()) for pair in pairs]
-        self._table = (_LowRank * len(pairs))(
-            *(
-                _LowRank() if pair is None else _LowRank(*(one.data_ptr() for one in pair), len(pair[0]))
-                for pair in self._kept
-            )
-        )
-
-    def add_(self, y: Tensor, x: Tensor, rows: Tensor) -> None:
-        """Add each row's own product to y (N, out); x is (N, in), rows (N) int64: its adapter, or -1 for none."""
-        call = _Delta(x.data_ptr(), y.data_ptr(), ctypes.addressof(self._table), rows.data_ptr())
-        call.n, call.n_in, call.n_out = len(x), x.shape[1], y.shape[1]
-        _functions().add_deltas(ctypes.byref(call))
+        _functions().step(ctypes.byref(call))
+        return x

@@ -4,7 +4,7 @@ Shape letters: N tokens of a step, of any request; C, H, D and V as in model.py.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import expm1
 from statistics import geometric_mean
 from time import perf_counter
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.generate import generate
 from gpt2core.inference import native
-from gpt2core.inference.adapters import RowAdapters
+from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
 from gpt2core.inference.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
 from gpt2core.model import GPT2, Block, evaluating
 
 logger = logging.getLogger(__name__)
 
-Attention = Callable[[int, Tensor], Tensor]  # (layer, qkv (N, 3, H, D)) -> (N, C)
+# Of a step's tokens to what the caches hold of their sequences: (layer, qkv (N, 3, H, D)) -> (N, C). Where native.py
+# computes the layers: the caches.
+Attention = Callable[[int, Tensor], Tensor] | Sequence[native.Span]
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
@@ -52,36 +54,78 @@ class QuantizedModel:
             raise ValueError("weights is 'int8', but this device or processor has no int8 kernel; use bf16 or fp32")
         self.config, self.weights = model.config, weights
         self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # of activations
-        self._scratch = None  # of native.py, where that computes the layers
+        scratch = None  # of native.py, where that computes the layers
         if weights == "int8" and native.is_available(model.config):
-            self._scratch = native.Scratch(max(model.config.n_embd, model.config.mlp_width))
+            scratch = native.Scratch(model.config.n_embd, model.config.mlp_width)
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), _Norm(model.ln_f)
-        self.head = _projection(self.wte[: self.config.token_count], None, weights, self._scratch)
-        self.blocks = [_Block(cast(Block, block), weights, self._scratch) for block in list(model.h)[:n_layer]]
+        self.head = _projection(self.wte[: self.config.token_count], None, weights, scratch)
+        self.blocks = [_Block(cast(Block, block), weights, scratch) for block in list(model.h)[:n_layer]]
+        self._native_layers = None
+        if scratch is not None:
+            self._native_layers = native.Layers(cast(list[native.Block], self.blocks), model.config.n_head, scratch)
 
     @property
     def is_native(self) -> bool:
         """Whether native.py computes the layers, and reads the caches."""
-        return self._scratch is not None
+        return self._native_layers is not None
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Of adapters."""
+        return native.ADAPTER_DTYPE if self.is_native else self.dtype
 
     @property
     def cache_dtype(self) -> torch.dtype:
         """Of keys and values."""
         return native.CACHE_DTYPE if self.is_native else self.dtype
 
+    def stack(self, adapters: Sequence[Adapter]) -> AdapterStack | NativeAdapterStack:
+        """The adapters, for the rows of a step to choose from."""
+        if self.is_native:
+            return NativeAdapterStack(adapters, len(self.blocks))
+        return AdapterStack(adapters, self.device)
+
     def hidden(
-        self, input_ids: Tensor, positions: Tensor, attention: Attention, adapters: RowAdapters | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attention: Attention | None = None,
+        adapters: RowAdapters | native.RowAdapters | None = None,
     ) -> Tensor:
-        """The last layer's normalised hidden states (N, C) of tokens (N); `attention` owns the KV cache."""
+        """The last layer's hidden states (N, C) of tokens (N).
+
+        Args:
+            attention: by the owner of the KV caches; None: the tokens are one sequence that no cache keeps.
+            adapters: as the model's `stack` returns them.
+        """
         x = (F.embedding(input_ids, self.wte) + F.embedding(positions, self.wpe)).float()  # (N, C)
-        layers = self._plain_layers if self._scratch is None else self._native_layers
-        return layers(x, attention, adapters)
+        if self._native_layers is None:
+            attend = cast(Callable[[int, Tensor], Tensor], attention or self._attend_to_itself)
+            return self._plain_layers(x, attend, cast(RowAdapters | None, adapters))
+        kv = None if attention else self._new_cache(len(x))
+        spans = attention or [native.span(cast(Tensor, kv), 0, len(x))]
+        return self._native_layers(x, cast(Sequence[native.Span], spans), cast(native.RowAdapters | None, adapters))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, token_count), fp32, of hidden states (N, C): none for rows of the embedding without a token."""
-        return self.head(hidden).float()
+        if isinstance(self.head, native.Int8Linear):
+            return self.head(hidden, self.ln_f)
+        return self.head(self.ln_f(hidden).to(self.dtype)).float()
 
-    def _plain_layers(self, x: Tensor, attention: Attention, adapters: RowAdapters | None) -> Tensor:
+    def _new_cache(self, n: int) -> Tensor:
+        """Keys and values (n_layer, 2, H, n, D) of one sequence."""
+        H = self.config.n_head
+        shape = (len(self.blocks), 2, H, n, self.config.n_embd // H)
+        return torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+
+    def _attend_to_itself(self, layer: int, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(1, 2, 0, 3)  # three of (H, N, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.blocks[layer].scale)
+        return y.transpose(0, 1).flatten(1)
+
+    def _plain_layers(
+        self, x: Tensor, attention: Callable[[int, Tensor], Tensor], adapters: RowAdapters | None
+    ) -> Tensor:
         def project(matrix: Projection, path: str, x: Tensor) -> Tensor:
             y = matrix(x)
             if adapters is not None:
@@ -95,28 +139,7 @@ class QuantizedModel:
             x = x + project(attn_proj, "attn.c_proj", y)
             a = project(c_fc, "mlp.c_fc", block.ln_2(x).to(self.dtype))
             x = x + project(mlp_proj, "mlp.c_proj", block.activation(a))
-        return self.ln_f(x).to(self.dtype)
-
-    def _native_layers(self, x: Tensor, attention: Attention, adapters: RowAdapters | None) -> Tensor:
-        scratch = cast(native.Scratch, self._scratch)
-        for layer, block in enumerate(self.blocks):
-            c_attn, attn_proj, c_fc, mlp_proj = cast(list[native.Int8Linear], block.projections)
-            qkv = c_attn(x, norm=block.ln_1)  # (N, 3 * C)
-            if adapters is not None:
-                adapters.add_delta_(qkv, layer, "attn.c_attn", scratch.normed(*x.shape))
-            y = attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1)))
-            attn_proj(y, add_to=x)
-            if adapters is not None:
-                adapters.add_delta_(x, layer, "attn.c_proj", y)
-            changes_fc = adapters is not None and adapters.changes(layer, "mlp.c_fc")
-            a = c_fc(x, norm=block.ln_2, gelu=not changes_fc)
-            if adapters is not None and changes_fc:
-                adapters.add_delta_(a, layer, "mlp.c_fc", scratch.normed(*x.shape))
-                native.gelu_(a)
-            mlp_proj(a, add_to=x)
-            if adapters is not None:
-                adapters.add_delta_(x, layer, "mlp.c_proj", a)
-        return self.ln_f(x)
+        return x
 
 
 def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
@@ -153,27 +176,16 @@ def supported_formats(device: torch.device) -> list[WeightFormat]:
     return [weights for weights in get_args(WeightFormat) if weights != "int8" or has_int8(device)]
 
 
-def causal_attention(model: QuantizedModel) -> Attention:
-    """Attention within one sequence, without a cache."""
-
-    def attention(layer: int, qkv: Tensor) -> Tensor:
-        q, k, v = qkv.permute(1, 2, 0, 3)  # three of (H, N, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=model.blocks[layer].scale)
-        return y.transpose(0, 1).flatten(1)
-
-    return attention
-
-
 @torch.inference_mode()
 def _step_seconds(model: QuantizedModel, max_batch: int) -> float:
-    """Geometric mean of the shortest times of a step with one row and with `max_batch`, without attention."""
+    """Geometric mean of the shortest times of a step with one row and with `max_batch`, of one sequence."""
     best = []
     for n in (1, max_batch):
         ids = torch.zeros(n, dtype=torch.long)
         times = []
         for _ in range(8):
             start = perf_counter()
-            model.logits(model.hidden(ids, ids, lambda layer, qkv: qkv[:, 2].flatten(1)))
+            model.logits(model.hidden(ids, ids))
             times.append(perf_counter() - start)
         best.append(min(times))
     return geometric_mean(best)
@@ -189,12 +201,11 @@ def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
     bos = config.bos_token_id
     start = [bos if bos is not None and bos < n_tokens else n_tokens - 1]  # GPT-2's end of text is its last token
     drawing = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, temperature=1.0, seed=0)
-    attention = causal_attention(quantized)
     [tokens] = generate(model, [start], drawing)
     ids = torch.tensor(start + tokens)  # (T)
     with evaluating(model):
         expected = model(ids[None])[0, :, :n_tokens].float().log_softmax(-1)  # (T, token_count)
-    found = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)), attention)).log_softmax(-1)
+    found = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)))).log_softmax(-1)
     return expm1(min(float(F.kl_div(found, expected, log_target=True, reduction="batchmean")), 700.0))
 
 

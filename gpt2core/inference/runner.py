@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Sequence
 from math import isfinite
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gpt2core.inference import native
-from gpt2core.inference.adapters import Adapter, AdapterStack
+from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack
 from gpt2core.inference.graphs import RowDecoder
 from gpt2core.inference.kv_cache import RowCache, StaticRowCache
+from gpt2core.inference.native import Span
 from gpt2core.inference.quantized import Attention, QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     def __init__(self, model: QuantizedModel, row_cache: RowCache) -> None:
         self._model, self._row_cache = model, row_cache
-        self._stack: AdapterStack | None = None  # of the last step with adapters; most steps use the same ones
+        # of the last step with adapters; most steps use the same ones
+        self._stack: AdapterStack | NativeAdapterStack | None = None
         self._decoder = RowDecoder(model, row_cache) if isinstance(row_cache, StaticRowCache) else None
 
     def run(self, step: Step) -> list[Output]:
@@ -32,7 +35,7 @@ class ModelRunner:
         if self._decoder is None or not step.rows:
             return self._sample(self._logits(step), step.sampled)
         uses_adapters = any(request is not None and request.adapter is not None for request in step.rows)
-        logits, best = self._decoder.run(self._stack if uses_adapters else None)
+        logits, best = self._decoder.run(cast(AdapterStack, self._stack) if uses_adapters else None)
         if not step.chunks:
             return self._sample(logits, step.sampled, best)
         return self._sample(torch.cat([logits, self._logits(Step([], step.chunks))]), step.sampled)
@@ -71,7 +74,7 @@ class ModelRunner:
         hidden = self._model.hidden(
             to_device(torch.tensor(ids), device),
             to_device(torch.tensor(positions), device),
-            self._native_attention(step) if self._model.is_native else self._attention(step),
+            self._spans(step) if self._model.is_native else self._attention(step),
             self._stack.for_rows(adapters) if used and self._stack is not None else None,
         )
         if n_rows:
@@ -96,10 +99,9 @@ class ModelRunner:
 
         return attention
 
-    def _native_attention(self, step: Step) -> Attention:
+    def _spans(self, step: Step) -> list[Span]:
         spans = self._row_cache.begin_native_step() if step.rows else []
-        spans += [chunk.prefill.span(chunk.n) for chunk in step.chunks]
-        return native.CachedAttention(spans, [block.scale for block in self._model.blocks])
+        return spans + [native.span(chunk.prefill.kv, chunk.prefill.length, chunk.n) for chunk in step.chunks]
 
     def _update_stack(self, step: Step) -> None:
         """Make the stack hold the adapters of the step. With graphs others stay in it: a new stack needs new graphs."""
@@ -109,11 +111,9 @@ class ModelRunner:
         if self._decoder is not None:
             used |= held
         if used and used != held:
-            self._set_stack(
-                AdapterStack(sorted(used, key=id), self._model.dtype, self._model.device, self._model.is_native)
-            )
+            self._set_stack(self._model.stack(sorted(used, key=id)))
 
-    def _set_stack(self, stack: AdapterStack | None) -> None:
+    def _set_stack(self, stack: AdapterStack | NativeAdapterStack | None) -> None:
         self._stack = stack
         if self._decoder is not None:
             self._decoder.forget_stack()

@@ -17,7 +17,7 @@ from gpt2core.inference import kv_cache
 from gpt2core.inference.adapters import AdapterStack, make_adapter
 from gpt2core.inference.kernels import has_int8
 from gpt2core.inference.kv_cache import PrefillCache, RowCache, StaticRowCache
-from gpt2core.inference.quantized import QuantizedModel, causal_attention, supported_formats
+from gpt2core.inference.quantized import QuantizedModel, supported_formats
 from gpt2core.inference.request import Request
 from gpt2core.lora import add_lora, lora_layers
 from gpt2core.model import GPT2
@@ -120,7 +120,7 @@ def test_a_row_is_the_same_beside_rows_of_an_overflowing_adapter(model, good, ov
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
 
     def products(other):
-        rows = AdapterStack([own, other], torch.float32, CPU).for_rows([own, other, None, own, other, None])
+        rows = AdapterStack([own, other], CPU).for_rows([own, other, None, own, other, None])
         y = torch.zeros(6, 96)
         rows.add_delta_(y, 0, "attn.c_attn", x)
         return y
@@ -135,7 +135,7 @@ def test_a_row_is_the_same_beside_rows_of_an_overflowing_adapter(model, good, ov
 def test_a_non_finite_row_of_activations_changes_no_other_row(model, weights, value):
     whole = QuantizedModel(model, weights)
     ids = torch.arange(5)
-    hidden = whole.hidden(ids, ids, causal_attention(whole)).detach()
+    hidden = whole.hidden(ids, ids).detach()
     expected = whole.logits(hidden)
     hidden[2] = value
     kept = torch.tensor([0, 1, 3, 4])

@@ -13,7 +13,7 @@ from gpt2core.data import Example
 from gpt2core.engine import Engine
 from gpt2core.inference import quantized
 from gpt2core.inference.kernels import has_int8
-from gpt2core.inference.quantized import QuantizedModel, causal_attention, quantize_fastest, supported_formats
+from gpt2core.inference.quantized import QuantizedModel, quantize_fastest, supported_formats
 from gpt2core.losses import token_losses
 from gpt2core.metrics import perplexity
 from gpt2core.model import GPT2
@@ -30,7 +30,7 @@ def model(tiny_gpt2_dir):
 def logits_of(model: GPT2, weights: str, ids: torch.Tensor) -> torch.Tensor:
     whole = QuantizedModel(model, weights)
     with torch.inference_mode():
-        return whole.logits(whole.hidden(ids, torch.arange(len(ids)), causal_attention(whole)))
+        return whole.logits(whole.hidden(ids, torch.arange(len(ids))))
 
 
 @pytest.fixture
