@@ -237,8 +237,7 @@ def _flop(model: GPT2, examples: Sequence[Example], batch_size: int) -> float:
     blocks, total = matrix_weights(model) - head, 0.0
     for start in range(0, len(examples), batch_size):
         batch = pack(examples[start : start + batch_size], "response")
-        assert batch.example is not None
-        n_tokens, n_labels = int((batch.example != -2).sum()), int((batch.labels >= 0).sum())
+        n_tokens, n_labels = batch.input_ids.numel(), len(batch.labels)
         total += 4.0 * (blocks * n_tokens + head * n_labels)
     return total
 

@@ -1,46 +1,34 @@
-"""Training batches: examples as tensors, packed into rows to avoid padding."""
+"""Training batches: examples as tensors, one after the other in a row, so that none is padded."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt2core.data import Example
-from gpt2core.model import Sequences
+from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
 from gpt2core.tensors import to_device
-
-IGNORED = -100  # the label of a token that does not count in the loss, as in torch's cross_entropy
-SHARED, PADDING = -1, -2  # instead of an example's index: a token of the shared prefix, and padding
-ROW_TOKENS = 512  # approximate length of a packed row: attention's cost grows with its square
 
 
 class Batch(NamedTuple):
-    """Examples in G rows of T tokens; no example attends to another, and a shared prefix is stored once per row."""
+    """Texts in B rows of T tokens. Examples are one row, in which what all of them begin with is there once."""
 
-    input_ids: Tensor  # (G, T), padded on the right
-    labels: Tensor  # (G, T): the next token, IGNORED where it does not count in the loss
-    n_tokens: int  # without padding; a shared prefix counts once per example
-    labelled: Tensor | None = None  # (N) indices of the labels that count in the flattened rows; None: all of them
-    positions: Tensor | None = None  # (G, T) within the example; None: each row is one text from position 0
-    example: Tensor | None = None  # (G, T) index of the token's example, SHARED or PADDING; None: rows have no examples
-    sequences: Sequences | None = None  # for variable-length attention, instead of an attention mask
-
-    @property
-    def n_labels(self) -> int:
-        """Labels that count in the loss: known on the host, whatever device the tensors are on."""
-        return self.labels.numel() if self.labelled is None else len(self.labelled)
+    input_ids: Tensor  # (B, T)
+    labels: Tensor  # (n): the next tokens that count in the loss
+    n_tokens: int  # a shared prefix counts once per example
+    labelled: Tensor | None = None  # (n) the tokens of the flattened rows that they follow; None: all of them
+    owners: Tensor | None = None  # (n) the index of each label's example
+    positions: Tensor | None = None  # (B, T) within the example; None: each row is one text
+    sequences: Sequences | None = None  # which tokens of the row attend to which
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
-        tensors = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        moved: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in tensors.items()}
-        if self.sequences is not None:
-            own = self.sequences
-            keys = None if own.keys is None else to_device(own.keys, device)
-            ends_q, ends_k = to_device(own.ends_q, device), to_device(own.ends_k, device)
-            moved["sequences"] = replace(own, keys=keys, ends_q=ends_q, ends_k=ends_k)
+        moved: dict[str, Any] = {
+            name: part.to(device) if isinstance(part, Sequences) else to_device(part, device)
+            for name, part in self._asdict().items()
+            if isinstance(part, Tensor | Sequences)
+        }
         return self._replace(**moved)
 
 
@@ -49,82 +37,38 @@ def pack(
     loss_on: str,
     device: torch.device | str = "cpu",
     share_prefix: bool = True,
-    as_sequences: bool = False,
+    use_varlen: bool = False,
 ) -> Batch:
-    """Pack the examples into rows of about ROW_TOKENS.
+    """Put the examples into one row, the longest first.
 
     Args:
-        share_prefix: compute the tokens that all examples start with (every prompt has the same preamble) once per row.
-            That changes no loss and no gradient, and applies only to tokens whose successor is not a label.
-        as_sequences: also describe the examples for `varlen_attention`, on devices that have it.
+        share_prefix: compute the tokens that all examples start with (every prompt has the same preamble) once. That
+            changes no loss and no gradient, and applies only to tokens whose successor is not a label.
+        use_varlen: for `varlen_attention`, on devices that have it.
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
     lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is only ever a label
-    n_rows = min(-(-sum(lengths) // max(ROW_TOKENS - shared, 1)), len(examples))
-    rows: list[list[int]] = [[] for _ in range(n_rows)]
-    loads = [0] * len(rows)
-    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):  # longest first, into the least loaded row
-        row = loads.index(min(loads))
-        rows[row].append(i)
-        loads[row] += lengths[i]
-
-    shape = len(rows), shared + max(loads)
-    input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels, example = torch.full(shape, IGNORED), torch.full(shape, PADDING)
-    input_ids[:, :shared] = torch.tensor(examples[0].input_ids[:shared], dtype=torch.long)
-    positions[:, :shared] = torch.arange(shared)
-    example[:, :shared] = SHARED
-    for row, members in enumerate(rows):
-        start = shared
-        for i in members:
-            ids, span = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
-            input_ids[row, span], example[row, span] = ids[:-1], i
-            positions[row, span] = torch.arange(shared, shared + lengths[i])
-            labels[row, start + first[i] - 1 - shared : span.stop] = ids[first[i] - shared :]
-            start = span.stop
-    n_tokens = sum(lengths) + shared * len(examples)
-    one_example_per_row = n_rows == len(examples)
-    labelled = (labels != IGNORED).flatten().nonzero()[:, 0]
+    input_ids, positions = [*examples[0].input_ids[:shared]], list(range(shared))
+    labels, labelled, owners = list[int](), list[int](), list[int]()
+    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    for i in order:
+        ids, start = examples[i].input_ids, len(input_ids) - shared  # where the example would begin without sharing
+        input_ids += ids[shared:-1]
+        positions += range(shared, len(ids) - 1)
+        labels += ids[first[i] :]
+        labelled += range(start + first[i] - 1, start + len(ids) - 1)
+        owners += [i] * (len(ids) - first[i])
+    kind = VarlenSequences if use_varlen else PaddedSequences
     return Batch(
-        input_ids,
-        labels,
-        n_tokens,
-        labelled,
-        None if one_example_per_row else positions,
-        example,
-        _sequences(rows, lengths, shared) if as_sequences and not one_example_per_row else None,
+        torch.tensor([input_ids]),
+        torch.tensor(labels, dtype=torch.long),
+        sum(lengths) + shared * len(examples),
+        torch.tensor(labelled, dtype=torch.long),
+        torch.tensor(owners, dtype=torch.long),
+        torch.tensor([positions]),
+        kind.make(shared, [lengths[i] for i in order]),
     ).to(device)
-
-
-def _sequences(rows: Sequence[Sequence[int]], lengths: Sequence[int], shared: int) -> Sequences:
-    """For rows of examples with these lengths after the shared prefix. Prefix and padding of a row are sequences too.
-
-    The queries of all of them are the flattened rows in order.
-    """
-    T = shared + max(sum(lengths[i] for i in members) for members in rows)
-    n_queries, keys = [0], list[list[int]]()
-    for row, members in enumerate(rows):
-        prefix, start, end = [*range(row * T, row * T + shared)], row * T + shared, (row + 1) * T
-        n_queries.append(shared)
-        keys.append(prefix)
-        for i in members:
-            n_queries.append(lengths[i])
-            keys.append([*prefix, *range(start, start + lengths[i])])
-            start += lengths[i]
-        n_queries.append(end - start)
-        keys.append([*range(start, end)])
-    n_keys = [0, *map(len, keys)]
-    ends_q, ends_k = (torch.tensor(n).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
-    index = torch.tensor([token for own in keys for token in own]) if shared else None
-    return Sequences(index, ends_q, ends_k, max(n_queries), max(n_keys))
-
-
-def attention_mask(example: Tensor) -> Tensor:
-    """True where a token may attend, (G, T, T): to earlier tokens of its own example and of the shared prefix."""
-    T = example.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=example.device).tril()
-    return causal & ((example[:, :, None] == example[:, None]) | (example[:, None] == SHARED))
 
 
 def _common_prefix(examples: Sequence[Example], at_most: int) -> int:

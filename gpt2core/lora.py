@@ -4,12 +4,14 @@ q, k and v share one fused matrix, `c_attn`; adapting some of them changes only 
 another `LoraConfig.scaling`, LoRA+ another learning rate (`gpt2core.optimizers`), DoRA a branch in `LoraLinear`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import sqrt
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gpt2core.config import LoraConfig
 from gpt2core.model import GPT2
@@ -129,21 +131,27 @@ class LoraLinear(nn.Module):
         return self.unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)  # (B, T, out)
         if self.merged:
-            return y
-        a, b = self.lora_A.to(x.dtype), (self.lora_B * self.config.scaling).to(x.dtype)
-        low = F.linear(F.dropout(x, self.config.dropout, self.training), a.flatten(0, 1))  # (B, T, n * R)
+            return cast(Tensor, self.linear(x))
+        inputs = x.flatten(0, -2)  # (N, in)
+        y = self.linear(inputs)  # (N, out)
+        a, b = self.lora_A.to(y.dtype), (self.lora_B * self.config.scaling).to(y.dtype)
+        dropped = F.dropout(inputs, self.config.dropout, self.training).to(y.dtype)
+        if self.config.dora:
+            y = self._scale_rows(y, dropped, a, b)
+        else:
+            y = cast(Tensor, _AddLowRank.apply(y, dropped, a, b, self.blocks))
+        return y.unflatten(0, x.shape[:-1])
+
+    def _scale_rows(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """DoRA's (N, out), from W x + bias (N, out), x (N, in), lora_A, and the scaled lora_B."""
+        low = F.linear(x, a.flatten(0, 1))  # (N, n * R)
         deltas = [F.linear(part, weight) for part, weight in zip(low.chunk(len(a), -1), b, strict=True)]
         parts = list(y.chunk(self.n_blocks, -1))
-        if self.config.dora:
-            factors = self._row_factors().to(x.dtype)  # (n, out / blocks)
-            biases = self.linear.bias.chunk(self.n_blocks)
-            for block, delta, factor in zip(self.blocks, deltas, factors, strict=True):
-                parts[block] = (parts[block] - biases[block] + delta) * factor + biases[block]
-        else:
-            for block, delta in zip(self.blocks, deltas, strict=True):
-                parts[block] = parts[block] + delta
+        factors = self._row_factors().to(y.dtype)  # (n, out / blocks)
+        biases = self.linear.bias.chunk(self.n_blocks)
+        for block, delta, factor in zip(self.blocks, deltas, factors, strict=True):
+            parts[block] = (parts[block] - biases[block] + delta) * factor + biases[block]
         return parts[0] if self.n_blocks == 1 else torch.cat(parts, -1)
 
     def base_blocks(self) -> Tensor:
@@ -183,3 +191,32 @@ class LoraLinear(nn.Module):
         if self.unmerged_weight is not None:
             self.linear.weight.data = self.unmerged_weight
             self.unmerged_weight = None
+
+
+class _AddLowRank(torch.autograd.Function):
+    """Adds x A^T B^T to slices of y (N, out) in place. As separate operators, the sum and the slices are copies of y.
+
+    x (N, in), a (n, R, in), b (n, width of a slice, R), and the n slices that are changed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, blocks: Sequence[int]) -> Tensor:
+        low = x @ a.flatten(0, 1).T  # (N, n * R)
+        slices = y.unflatten(1, (-1, b.shape[1]))
+        for block, part, weight in zip(blocks, low.chunk(len(a), 1), b, strict=True):
+            slices[:, block].addmm_(part, weight.T)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.mark_dirty(y)
+        ctx.blocks = blocks
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, low = ctx.saved_tensors
+        slices = grad.unflatten(1, (-1, b.shape[1]))
+        grads = [slices[:, block] for block in ctx.blocks]  # n of (N, width)
+        low_grad = torch.cat([own @ weight for own, weight in zip(grads, b, strict=True)], 1)  # (N, n * R)
+        b_grad = torch.stack([own.T @ part for own, part in zip(grads, low.chunk(len(a), 1), strict=True)])
+        x_grad = low_grad @ a.flatten(0, 1) if ctx.needs_input_grad[1] else None
+        return grad, x_grad, (low_grad.T @ x).view_as(a), b_grad, None

@@ -6,35 +6,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core.batching import Batch, attention_mask, pack
+from gpt2core.batching import Batch, pack
 from gpt2core.data import Example
-from gpt2core.model import GPT2, Sequences, evaluating
+from gpt2core.inference.kernels import has_varlen_attention
+from gpt2core.model import GPT2, evaluating
 
 
 def batch_losses(model: GPT2, batch: Batch) -> Tensor:
-    """Cross-entropy (N) at the N labelled positions, in fp32. The head sees only them."""
-    mask: Tensor | Sequences | None = batch.sequences
-    if mask is None and batch.positions is not None and batch.example is not None:
-        mask = attention_mask(batch.example)
-    hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)  # (G * T, C)
-    labels = batch.labels.flatten()
-    if batch.labelled is not None:
-        hidden, labels = hidden[batch.labelled], labels[batch.labelled]
-    return F.cross_entropy(model.head(hidden).float(), labels, reduction="none")
+    """Cross-entropy (n) of the n labels, in fp32. The head, and the MLP of the last layer, see only their tokens."""
+    hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labelled)
+    logits = model.head(hidden.flatten(0, -2)).float()
+    return F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
 
 
 @torch.no_grad()
 def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss_on: str) -> list[tuple[float, int]]:
     """(Summed negative log-likelihood in nats, number of tokens it counts) of each example, without dropout."""
-    device = model.wte.weight.device
+    weight = model.wte.weight
+    head_width = model.config.n_embd // model.config.n_head
+    use_varlen = weight.dtype == torch.bfloat16 and has_varlen_attention(weight.device, head_width)
     sums: list[tuple[float, int]] = []
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
-            batch = pack(part, loss_on, device)
+            batch = pack(part, loss_on, weight.device, use_varlen=use_varlen)
             losses = batch_losses(model, batch)
-            assert batch.example is not None
-            rows = batch.example.flatten()[batch.labelled]  # index of the example that each loss belongs to
-            per_row = torch.zeros(len(part), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
-            sums += zip(per_row.tolist(), rows.bincount(minlength=len(part)).tolist(), strict=True)
+            assert batch.owners is not None
+            totals = torch.zeros(len(part), dtype=torch.float64, device=weight.device)
+            totals.index_add_(0, batch.owners, losses.double())
+            sums += zip(totals.tolist(), batch.owners.bincount(minlength=len(part)).tolist(), strict=True)
     return sums

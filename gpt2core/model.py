@@ -5,7 +5,6 @@ Shape letters: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from math import sqrt
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2core.config import GPT2Config
-from gpt2core.inference.kernels import varlen_attention
 from gpt2core.linear import Linear, linear
+from gpt2core.sequences import Sequences
 
 
 def best_device() -> torch.device:
@@ -68,15 +67,18 @@ class GPT2(nn.Module):
     def hidden(
         self,
         input_ids: Tensor,
-        attention_mask: "Tensor | Sequences | None" = None,
+        attention_mask: Tensor | Sequences | None = None,
         cache: "KVCache | None" = None,
         positions: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """The last layer's normalised hidden states (B, T, C): `forward` without the head.
 
         Args:
-            attention_mask: as in `forward`; or (B, T, S + T), True where a token may attend, with `positions` (B, T);
-                or with them the sequences that the tokens belong to.
+            attention_mask: as in `forward`; or, with `positions` (B, T) below n_positions, the sequences that the
+                tokens belong to.
+            keep: (n) indices of the B * T tokens whose hidden states are returned, (n, C): the last layer computes
+                only keys and values of the others.
         """
         T = input_ids.shape[1]
         S = 0 if cache is None else cache.length
@@ -84,24 +86,24 @@ class GPT2(nn.Module):
             raise ValueError(
                 f"{S + T} tokens are more than the cache's capacity of {cache.capacity}; make a larger one"
             )
-        if positions is None and isinstance(attention_mask, Tensor):
-            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
-        elif positions is None:
+        mask = attention_mask
+        if not isinstance(mask, Sequences):
             positions = torch.arange(S, S + T, device=input_ids.device)  # (T)
-        if S + T > self.config.n_positions and int(positions.max()) >= self.config.n_positions:
-            raise ValueError(f"{S + T} tokens are more than n_positions={self.config.n_positions}; shorten the input")
-        mask = (
-            attention_mask
-            if isinstance(attention_mask, Sequences)
-            else _attention_mask(attention_mask, T, S, input_ids.device)
-        )
+            if mask is not None:
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
+            if S + T > self.config.n_positions and int(positions.max()) >= self.config.n_positions:
+                raise ValueError(
+                    f"{S + T} tokens are more than n_positions={self.config.n_positions}; shorten the input"
+                )
+            mask = _attention_mask(mask, T, S, input_ids.device)
 
         x = self.wte(input_ids) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
+            kept = keep if layer + 1 == len(self.h) else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, None, use_reentrant=False)
+                x = checkpoint(block, x, mask, None, kept, use_reentrant=False)
             else:
-                x = block(x, mask, None if cache is None else (cache, layer))
+                x = block(x, mask, None if cache is None else (cache, layer), kept)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -120,11 +122,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.post_norm = config.norm_position == "post"
 
-    def forward(self, x: Tensor, mask: "Tensor | Sequences | None", cache: "tuple[KVCache, int] | None") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Sequences | None,
+        cache: "tuple[KVCache, int] | None",
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        attended = self.attn(x if self.post_norm else self.ln_1(x), mask, cache, keep)
+        x = _keep(x, keep) + attended
         if self.post_norm:
-            x = self.ln_1(x + self.attn(x, mask, cache))
+            x = self.ln_1(x)
             return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -138,17 +147,23 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: "Tensor | Sequences | None", cache: "tuple[KVCache, int] | None") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Sequences | None,
+        cache: "tuple[KVCache, int] | None",
+        keep: Tensor | None = None,
+    ) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         if isinstance(mask, Sequences):
-            return self.c_proj(mask.attend(qkv, self.scale))
+            return self.c_proj(_keep(mask.attend(qkv, self.scale), keep))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
         if cache is not None:
             store, layer = cache
             k, v = store.append(layer, k, v)  # two of (B, H, S + T, D)
         is_causal = mask is None and q.shape[2] > 1  # a single new token attends to everything before it
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)
-        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        return self.c_proj(_keep(y.transpose(1, 2).flatten(2), keep))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -190,31 +205,15 @@ class KVCache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """The examples of a batch as sequences for `varlen_attention`, over the N tokens of its concatenated rows."""
-
-    keys: Tensor | None  # (M) which token each key is of: a shared prefix is a key of each example; None: all, in order
-    ends_q: Tensor  # as `varlen_attention` takes them
-    ends_k: Tensor
-    max_q: int
-    max_k: int
-
-    def attend(self, qkv: Tensor, scale: float) -> Tensor:
-        """Attention (G, T, C) for qkv (G, T, 3, H, D)."""
-        flat = qkv.flatten(0, 1)  # (N, 3, H, D)
-        kv = flat[:, 1:] if self.keys is None else flat[:, 1:][self.keys]  # (M, 2, H, D)
-        limits = (self.ends_q, self.ends_k, self.max_q, self.max_k)
-        y = varlen_attention(flat[:, 0], kv[:, 0], kv[:, 1], *limits, scale)  # (N, H, D)
-        return y.flatten(1).unflatten(0, qkv.shape[:2])
+def _keep(x: Tensor, keep: Tensor | None) -> Tensor:
+    """The rows (n, C) of x (B, T, C) with these indices; None: x."""
+    return x if keep is None else x.flatten(0, 1).index_select(0, keep)
 
 
 def _attention_mask(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
     """True where a query may attend, (B, 1, T, S + T) or (T, S + T); None if plain causal attention is equivalent."""
     if attention_mask is None and (S == 0 or T == 1):
         return None
-    if attention_mask is not None and attention_mask.dim() == 3:
-        return attention_mask[:, None]
     causal = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
     if attention_mask is None:
         return causal

@@ -101,7 +101,7 @@ def finetune(
     # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
     head_width = model.config.n_embd // model.config.n_head
-    as_sequences = config.precision != "fp32" and has_varlen_attention(device, head_width)
+    use_varlen = config.precision != "fp32" and has_varlen_attention(device, head_width)
 
     def indices_of(step: int) -> list[list[int]]:
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
@@ -112,7 +112,7 @@ def finetune(
 
     def batches_of(step: int) -> list[Batch]:
         shares = [part[rank::world_size] for part in indices_of(step)]
-        options = config.loss_on, device, share_prefix, as_sequences
+        options = config.loss_on, device, share_prefix, use_varlen
         return [pack([train[i] for i in own], *options) for own in shares if own]
 
     def describe(step: int) -> str:
@@ -292,7 +292,7 @@ def _step(
     config, progress, weights = plan.config, state.progress, state.weights
     learning_rate = state.scale_learning_rates(learning_rate_factor(progress.step, plan.total_steps, config))
     parts = plan.batches_of(progress.step)
-    own_labels, own_tokens = sum(part.n_labels for part in parts), sum(part.n_tokens for part in parts)
+    own_labels, own_tokens = sum(part.labels.numel() for part in parts), sum(part.n_tokens for part in parts)
     n_labels, n_tokens = map(int, _summed(own_labels, own_tokens))
     # an adapter casts its own inputs; autocast is for training the fp32 weights of the base
     full = any("lora_" not in name for name in weights)

@@ -1,12 +1,11 @@
-"""Packing of examples into rows."""
+"""Packing of examples into a row, and attention within it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2core import batching
-from gpt2core import model as model_module
-from gpt2core.batching import IGNORED, PADDING, SHARED, pack
+from gpt2core import sequences
+from gpt2core.batching import pack
 from gpt2core.data import Example
 from gpt2core.model import GPT2
 
@@ -16,49 +15,33 @@ LONG, SHORT = Example([1, 2, 3, 4, 5], 3), Example([1, 2, 8], 2)
 def test_examples_follow_each_other_and_labels_are_the_next_tokens_of_the_response():
     batch = pack([SHORT, LONG], "response", share_prefix=False)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 1, 2]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, IGNORED, 8]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert batch.example.tolist() == [[1, 1, 1, 1, 0, 0]]
+    assert batch.labels.tolist() == [4, 5, 8]
+    assert batch.labelled.tolist() == [2, 3, 5]
+    assert batch.owners.tolist() == [1, 1, 0]
     assert batch.n_tokens == 6
 
 
 def test_a_shared_prefix_is_stored_once_and_counted_for_each_example():
     batch = pack([SHORT, LONG], "response")  # they share 1 and 2, but the token after 2 is a label
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5, 8]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 1]]
-    assert batch.example.tolist() == [[SHARED, 1, 1, 1, 0]]
+    assert batch.labels.tolist() == [4, 5, 8]
+    assert batch.labelled.tolist() == [2, 3, 4]
     assert batch.n_tokens == 6
 
 
 def test_with_loss_on_all_tokens_nothing_is_shared():
     batch = pack([SHORT, LONG], "all")
-    assert batch.labels.tolist() == [[2, 3, 4, 5, 2, 8]]
-    assert SHARED not in batch.example
+    assert batch.labels.tolist() == [2, 3, 4, 5, 2, 8]
+    assert batch.labelled.tolist() == [*range(6)]
 
 
-def test_many_examples_fill_several_rows_evenly(monkeypatch):
-    monkeypatch.setattr(batching, "ROW_TOKENS", 20)
-    examples = [Example([7, 7, *range(n)], 2) for n in range(1, 12)]
-    batch = pack(examples, "response")
-    assert sorted(set(batch.example[batch.example >= 0].tolist())) == list(range(11))
-    assert len(batch.input_ids) > 3
-    filled = (batch.example != PADDING).float().mean()
-    assert filled > 0.85
-    for i, example in enumerate(examples):  # complete, in one row, in order
-        row = int(torch.where(batch.example == i)[0][0])
-        own = batch.example[row] == i
-        own[: int((batch.example[row] == SHARED).sum())] = True
-        assert batch.input_ids[row][own].tolist() == example.input_ids[:-1]
-        assert batch.positions[row][own].tolist() == list(range(len(example.input_ids) - 1))
-
-
-def test_one_example_per_row_needs_no_mask(monkeypatch):
-    monkeypatch.setattr(batching, "ROW_TOKENS", 3)
-    batch = pack([LONG, SHORT], "response")
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 4, 5], [IGNORED, 8, IGNORED, IGNORED]]
-    assert batch.positions is None
+def test_texts_of_very_different_lengths_are_not_padded_to_the_longest():
+    lengths = [40, 39, 21, 20, 9, 8, 1, 1]
+    groups = sequences.PaddedSequences.make(3, lengths).groups
+    assert sum(map(len, groups)) == len(lengths)
+    assert sum(index.numel() for index in groups) < 2 * sum(lengths)
 
 
 def attention_by_sequence(q, k, v, ends_q, ends_k, max_q, max_k, scale):
@@ -75,17 +58,24 @@ def attention_by_sequence(q, k, v, ends_q, ends_k, max_q, max_k, scale):
 
 
 @pytest.mark.parametrize("loss_on", ["response", "all"])  # with and without a shared prefix
-@pytest.mark.parametrize("row_tokens", [16, 512])
-def test_sequences_give_the_hidden_states_and_gradients_of_the_mask(monkeypatch, tiny_config, loss_on, row_tokens):
-    monkeypatch.setattr(batching, "ROW_TOKENS", row_tokens)
-    monkeypatch.setattr(model_module, "varlen_attention", attention_by_sequence)
-    examples = [Example([7, 7, 7, *range(n)], 3) for n in range(2, 9)]
-    batch = pack(examples, loss_on, as_sequences=True)
+@pytest.mark.parametrize(("dense", "use_varlen"), [(256, False), (0, False), (256, True)])
+def test_hidden_states_and_gradients_are_those_of_each_example_alone(
+    monkeypatch, tiny_config, loss_on, dense, use_varlen
+):
+    monkeypatch.setattr(sequences, "DENSE", dense)
+    monkeypatch.setattr(sequences, "varlen_attention", attention_by_sequence)
+    examples = [Example([7, 7, 7, *range(n)], 3) for n in (2, 20, 9, 8, 3, 30)]
     model, found = GPT2(tiny_config, torch.Generator().manual_seed(0)), []
-    for mask in (batch.sequences, batching.attention_mask(batch.example)):
+
+    def add(hidden):
         model.zero_grad()
-        hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)[batch.labelled]
         hidden.pow(3).sum().backward()
         found.append([hidden, *(weight.grad for weight in model.parameters())])
+
+    batch = pack(examples, loss_on, use_varlen=use_varlen)
+    add(model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labelled))
+    order = [examples[i] for i in dict.fromkeys(batch.owners.tolist())]
+    first = [example.prompt_length - 1 if loss_on == "response" else 0 for example in order]
+    add(torch.cat([model.hidden(torch.tensor([e.input_ids[:-1]]))[0, n:] for e, n in zip(order, first, strict=True)]))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))

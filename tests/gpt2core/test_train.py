@@ -13,7 +13,6 @@ from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from transformers import GPT2LMHeadModel
 
-from gpt2core import batching
 from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
@@ -71,10 +70,8 @@ def adapter(weights: dict) -> dict:
     return {name: tensor for name, tensor in weights.items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("row_tokens", [1, 512])  # one example per row, and all in one row
 @pytest.mark.parametrize("loss_on", ["response", "all"])
-def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, loss_on, row_tokens, monkeypatch):
-    monkeypatch.setattr(batching, "ROW_TOKENS", row_tokens)
+def test_the_losses_of_examples_are_those_of_transformers(model, tiny_gpt2_dir, loss_on):
     reference = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
     for example, (loss, count) in zip(examples(), token_losses(model, examples(), 3, loss_on), strict=True):
         ids = torch.tensor([example.input_ids])
