@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (G, T), padded on the right
     labels: Tensor  # (G, T): the next token, IGNORED where it does not count in the loss
     n_tokens: int  # without padding; a shared prefix counts once per example
-    labelled: Tensor | None = None  # (N) indices of the labels that count in the flattened rows; None: all of them
+    labeled: Tensor | None = None  # (N) indices of the labels that count in the flattened rows; None: all of them
     positions: Tensor | None = None  # (G, T) within the example; None: each row is one text from position 0
     example: Tensor | None = None  # (G, T) index of the token's example, SHARED or PADDING; None: rows have no examples
     sequences: Sequences | None = None  # for variable-length attention, instead of an attention mask
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     @property
     def n_labels(self) -> int:
         """Labels that count in the loss: known on the host, whatever device the tensors are on."""
-        return self.labels.numel() if self.labelled is None else len(self.labelled)
+        return self.labels.numel() if self.labeled is None else len(self.labeled)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
@@ -85,12 +85,12 @@ def pack(
             start = span.stop
     n_tokens = sum(lengths) + shared * len(examples)
     one_example_per_row = n_rows == len(examples)
-    labelled = (labels != IGNORED).flatten().nonzero()[:, 0]
+    labeled = (labels != IGNORED).flatten().nonzero()[:, 0]
     return Batch(
         input_ids,
         labels,
         n_tokens,
-        labelled,
+        labeled,
         None if one_example_per_row else positions,
         example,
         _sequences(rows, lengths, shared) if as_sequences and not one_example_per_row else None,

@@ -1,4 +1,4 @@
-"""Cross-entropy of the labelled tokens of packed examples: for training, validation and evaluation."""
+"""Cross-entropy of the labeled tokens of packed examples: for training, validation and evaluation."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from gpt2core.model import GPT2, Sequences, evaluating
 
 
 def batch_losses(model: GPT2, batch: Batch) -> Tensor:
-    """Cross-entropy (N) at the N labelled positions, in fp32. The head sees only them."""
+    """Cross-entropy (N) at the N labeled positions, in fp32. The head sees only them."""
     mask: Tensor | Sequences | None = batch.sequences
     if mask is None and batch.positions is not None and batch.example is not None:
         mask = attention_mask(batch.example)
     hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)  # (G * T, C)
     labels = batch.labels.flatten()
-    if batch.labelled is not None:
-        hidden, labels = hidden[batch.labelled], labels[batch.labelled]
+    if batch.labeled is not None:
+        hidden, labels = hidden[batch.labeled], labels[batch.labeled]
     return F.cross_entropy(model.head(hidden).float(), labels, reduction="none")
 
 
@@ -34,7 +34,7 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
             batch = pack(part, loss_on, device)
             losses = batch_losses(model, batch)
             assert batch.example is not None
-            rows = batch.example.flatten()[batch.labelled]  # index of the example that each loss belongs to
+            rows = batch.example.flatten()[batch.labeled]  # index of the example that each loss belongs to
             per_row = torch.zeros(len(part), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
             sums += zip(per_row.tolist(), rows.bincount(minlength=len(part)).tolist(), strict=True)
     return sums

@@ -72,7 +72,7 @@ class GPT2(nn.Module):
         cache: "KVCache | None" = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's normalised hidden states (B, T, C): `forward` without the head.
+        """The last layer's normalized hidden states (B, T, C): `forward` without the head.
 
         Args:
             attention_mask: as in `forward`; or (B, T, S + T), True where a token may attend, with `positions` (B, T);

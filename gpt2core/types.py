@@ -145,7 +145,7 @@ class TrainSummary(JsonDataclass):
     val_loss: float | None  # the best; None without validation records
     tokens_seen: float
     tokens_per_second: float
-    utilisation: float | None = None  # mean share of the GPU's time, or without one of all CPUs, that training used
+    utilization: float | None = None  # mean share of the GPU's time, or without one of all CPUs, that training used
     peak_memory_mib: float | None = None  # on the GPU, or without one of the process
     wandb_run: str = ""  # id of the training's run in wandb; empty: not tracked
 

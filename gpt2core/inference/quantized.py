@@ -72,7 +72,7 @@ class QuantizedModel:
     def hidden(
         self, input_ids: Tensor, positions: Tensor, attention: Attention, adapters: RowAdapters | None = None
     ) -> Tensor:
-        """The last layer's normalised hidden states (N, C) of tokens (N); `attention` owns the KV cache."""
+        """The last layer's normalized hidden states (N, C) of tokens (N); `attention` owns the KV cache."""
         x = (F.embedding(input_ids, self.wte) + F.embedding(positions, self.wpe)).float()  # (N, C)
         layers = self._plain_layers if self._scratch is None else self._native_layers
         return layers(x, attention, adapters)

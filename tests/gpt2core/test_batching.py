@@ -84,7 +84,7 @@ def test_sequences_give_the_hidden_states_and_gradients_of_the_mask(monkeypatch,
     model, found = GPT2(tiny_config, torch.Generator().manual_seed(0)), []
     for mask in (batch.sequences, batching.attention_mask(batch.example)):
         model.zero_grad()
-        hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)[batch.labelled]
+        hidden = model.hidden(batch.input_ids, mask, positions=batch.positions).flatten(0, 1)[batch.labeled]
         hidden.pow(3).sum().backward()
         found.append([hidden, *(weight.grad for weight in model.parameters())])
     for one, other in zip(*found, strict=True):
