@@ -59,7 +59,8 @@ class Metrics:
         shadow = comparison.shadow
         label = self._label(shadow.request.model)
         outcome = "failed" if shadow.failed else "agreed" if comparison.agreed else "differed"
-        self._shadows.labels(label, outcome).inc()
+        for each in ("agreed", "differed", "failed"):  # from 0, so that shares can be computed from the first answer
+            self._shadows.labels(label, each).inc(each == outcome)
         if not shadow.failed:
             self._shadow_seconds.labels(label).observe(shadow.ended_at - shadow.submitted_at)
             self._shadow_f1.labels(label).observe(comparison.token_f1)
