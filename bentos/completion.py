@@ -33,7 +33,7 @@ class GenerationRequest:
     route_key: str = ""  # requests with the same key go to the same version during a canary; "": the request id
     stop: Sequence[str] = ()
     clean: bool = True  # extract the answer from the text, for an instruction; False: the text as generated
-    logprobs: int | None = None  # most likely tokens to report beside each token; None: no logprobs
+    logprobs: int | None = None  # most likely tokens to report with each token; None: no logprobs
     stream: bool = False
     grammar: "Grammar | None" = None  # what the text must match
     prompt_only: bool = False  # max_tokens 0: the one token that `config` generates is dropped

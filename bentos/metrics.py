@@ -1,4 +1,4 @@
-"""Prometheus metrics beside BentoML's own: tokens and latencies by adapter, and the engine's state."""
+"""Prometheus metrics in addition to BentoML's own: tokens and latencies by adapter, and the engine's state."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise

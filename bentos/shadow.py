@@ -22,7 +22,7 @@ Submit = Callable[[GenerationRequest, Sequence[Callable[[CompletionResult], None
 
 @dataclass(frozen=True)
 class Comparison:
-    """A canary's answer beside the one that the client got."""
+    """A canary's answer compared with the one that the client got."""
 
     shadow: CompletionResult
     agreed: bool  # equal after `gpt2core.metrics.normalize`

@@ -192,7 +192,7 @@ class Judgement(JsonDataclass):
 
 @dataclass(frozen=True)
 class Comparison(JsonDataclass):
-    """The tuned model beside its base and beside the champion, by metric."""
+    """The tuned model compared with its base and with the champion, by metric."""
 
     tuned_vs_base: dict[str, Difference]
     champion: str  # the model version in the target stage; "" if there is none

@@ -25,7 +25,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Compared:
-    """The first run beside the others."""
+    """The first run compared with the others."""
 
     runs: list[ComparedRun]
     changed_values: dict[str, list[str]]  # keys in which the runs differ: the value of each

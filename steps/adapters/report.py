@@ -190,7 +190,7 @@ def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
         for frame in (_frame(samples, "tuned"), _frame(samples, "base"))
     )
     report = Report([RowCount(), *(ValueStats(column=name) for name in (*RECORD_METRICS, *DESCRIPTORS))])
-    run = report.run(tuned, base, name="tuned (current) beside base (reference)")
+    run = report.run(tuned, base, name="tuned (current) vs. base (reference)")
     return run.get_html_str(as_iframe=False), json.loads(run.json())
 
 
