@@ -5,7 +5,7 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow chaos lint audit hashes licences format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
+.PHONY: install run test test-slow chaos lint audit hashes licenses format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
 
 install: .venv/.installed
 
@@ -43,8 +43,8 @@ hashes: install
 	grep == bentos/requirements.txt | grep -v ^torch== | $(BIN)/uv pip compile - --quiet --generate-hashes --no-deps \
 		--no-header --no-annotate --no-emit-index-url --python-version 3.11 -o bentos/requirements-hashed.txt
 
-licences: install
-	@$(BIN)/python -m tests.test_licences
+licenses: install
+	@$(BIN)/python -m tests.test_licenses
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -44,7 +44,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import finetune
 
 ROOT = Path(__file__).resolve().parent.parent
-# the public instruction records and GPT-2's tokenizer, where they lie in the checkout or beside it
+# the public instruction records and GPT-2's tokenizer, in the checkout or next to it
 SHARED = next((d for d in (ROOT / "shared/data", ROOT.parent / "shared/data") if d.is_dir()), ROOT)
 TOTAL_SECONDS = 470  # of all stages
 TAIL = 3000  # characters of a stage's output that are kept if it fails
@@ -123,7 +123,7 @@ class Stage:
 
 
 def training(stage: Stage) -> None:
-    """The older system's run (gpt2-medium, 48 epochs, batches of 128, bf16) beside transformers with PEFT."""
+    """The older system's run (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers with PEFT."""
     sizes, first = stage.sizes, stage.sizes.train[0]
     for preset in sizes.train:
         examples, base = stage.examples(preset), stage.base(preset, lambda c: GPT2(c, torch.Generator().manual_seed(0)))
@@ -164,7 +164,7 @@ def training(stage: Stage) -> None:
 
 
 def decoding(stage: Stage) -> None:
-    """Concurrent requests in one engine beside `generate` of transformers in one padded batch. Greedy."""
+    """Concurrent requests in one engine, compared with `generate` of transformers in one padded batch. Greedy."""
     sizes, base, prompts = stage.sizes, stage.base(stage.sizes.decode), _prompts(stage)
     engine = Ours(base, "bf16", max(sizes.n_requests))
     for n in sizes.n_requests:
@@ -184,7 +184,7 @@ def decoding(stage: Stage) -> None:
 
 
 def adapters(stage: Stage) -> None:
-    """Requests that use eight adapters in turn beside requests without an adapter, in the same engine."""
+    """Requests that use eight adapters in turn, compared with requests without an adapter, in the same engine."""
     sizes, base, prompts = stage.sizes, stage.base(stage.sizes.decode), _prompts(stage)
     model = load_pretrained(base)
     directories = [random_adapter(model, stage.scratch / f"adapter-{i}", i) for i in range(sizes.n_adapters)]

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.engines import CTranslate2, LlamaCpp, find_version
-from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth
+from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth, request_count
 from benchmarks.models import matrix_weights, random_adapter, random_model, with_random_adapter
 from benchmarks.peer import Decoder, Trainer, best_trainer
 from benchmarks.pipeline import WORK, Quality, run_cold
@@ -169,7 +169,7 @@ def batch(setting: Setting) -> list[Row]:
 
 
 def engines(setting: Setting) -> list[Row]:
-    """Concurrent requests beside the engines of others; one that is not installed has a row that says so."""
+    """Concurrent requests, compared with the engines of others; one that is not installed has a row that says so."""
     rows = []
     base = _with_tokenizer(setting)
     peers: list[tuple[str, str, Callable[[int], Side]]] = [
@@ -188,7 +188,7 @@ def engines(setting: Setting) -> list[Row]:
             for name, package, _ in peers:
                 found = find_version(package)
                 note = f"weights {ours.weights()}; {package} {found or 'is not installed, so there is no peer'}"
-                label = f"{n} request{'s' if n > 1 else ''}, beside {name}"
+                label = f"{request_count(n)} vs. {name}"
                 rows.append(make_row(label, "tokens/s", values["ours"], values.get(name), setting.command, note=note))
     return rows
 
@@ -275,7 +275,7 @@ def serve(setting: Setting) -> list[Row]:
             "peer": partial(_http_rate, clients, plain.url(), setting, 16),
         }
         values = interleave(sides, setting.runs)
-        name, note = "HTTP, 16 clients, beside FastAPI", "peer: FastAPI with generate, one request at a time"
+        name, note = "HTTP, 16 clients, vs. FastAPI", "peer: FastAPI with generate, one request at a time"
         rows.append(make_row(name, "tokens/s", values["ours"], values["peer"], setting.command, note=note))
         # a string of any letters and spaces: every token is masked, and no completion ends before the limit
         masked = {"guided_regex": "[A-Za-z ]{1000}"}

@@ -14,7 +14,7 @@ import click
 import jinja2
 import matplotlib
 
-from benchmarks.measure import machine, versions, watch_machine
+from benchmarks.measure import machine, request_count, versions, watch_machine
 from benchmarks.models import random_adapter, random_model
 from benchmarks.run import ROOT, idle
 from benchmarks.sides import Ours, Side
@@ -110,7 +110,7 @@ def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most
     for n in (1, min(16, most)):
         with _engine(bases[preset], n) as ours:
             points = [(length, _decoding(ours, n, length - N_NEW)) for length in lengths]
-        yield Curve(f"decoding, {n} requests", "tokens of prompt and completion", points)
+        yield Curve(f"decoding, {request_count(n)}", "tokens of prompt and completion", points)
     with _engine(bases[preset], most) as ours:
         yield Curve("decoding, prompts of 64", "requests at once", [(n, _decoding(ours, n)) for n in counts])
     for n in (1, min(16, most)):
@@ -118,12 +118,12 @@ def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most
         for size in sizes:
             with _engine(bases[size], n) as ours:
                 points.append((size, _decoding(ours, n)))
-        yield Curve(f"decoding, {n} requests, prompts of 64", "model", points)
+        yield Curve(f"decoding, {request_count(n)}, prompts of 64", "model", points)
     n, model = most // 2, load_pretrained(bases[preset])
     directories = [random_adapter(model, scratch / f"adapter-{i}", i) for i in range(n)]
     with _engine(bases[preset], n, directories) as ours:
         points = [(k, _decoding(ours, n, n_adapters=k)) for k in (0, *counts) if k <= n]
-    yield Curve(f"decoding, {n} requests, prompts of 64", "distinct adapters", points)
+    yield Curve(f"decoding, {request_count(n)}, prompts of 64", "distinct adapters", points)
 
 
 @contextmanager

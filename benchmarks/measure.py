@@ -73,6 +73,10 @@ def make_row(
     return Row(name, unit, middle, peers, len(ours), spread, command, limit, less_is_better, note)
 
 
+def request_count(n: int) -> str:
+    return f"{n} request{'s' if n > 1 else ''}"
+
+
 def best_seconds(work: Callable[[], object], times: int = 5) -> float:
     work()
     seconds = []

@@ -10,7 +10,7 @@ from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.lora import add_lora, lora_layers, remove_lora
 from gpt2core.model import GPT2
 
-# Randomly initialised blocks change the residual stream little, and the tied head then repeats the last token forever.
+# Randomly initialized blocks change the residual stream little, and the tied head then repeats the last token forever.
 PERTURBATION = 4.0
 
 

@@ -67,7 +67,7 @@ class Trainer:
         )
         self.model, self.autocast = get_peft_model(base, lora).train(), autocast
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=1e-3)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
 
     def train(self, examples: Sequence[Example], batch_size: int) -> float:
         """Throughput in tokens/s over all batches, padding not counted."""
@@ -84,8 +84,8 @@ class Trainer:
                 loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         if self.device == "cuda":
             torch.cuda.synchronize()
         return n_tokens / (perf_counter() - start)

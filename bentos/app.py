@@ -8,12 +8,12 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from bentos import canary, feedback, metadata, page, predict
+from bentos import admin, feedback, metadata, page, predict
 from bentos.errors import ServiceError, error_response
-from bentos.openai import adapters, chat, completions, models, tokenize
+from bentos.openai import chat, completions, models, tokenize
 
 app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None, openapi_url=None)
-for module in (page, predict, completions, chat, models, adapters, canary, tokenize, feedback, metadata):
+for module in (page, predict, completions, chat, models, admin, tokenize, feedback, metadata):
     app.include_router(module.router)
 
 

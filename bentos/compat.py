@@ -27,7 +27,7 @@ class WrappableService(Service[Any]):
     """A service whose ASGI app and OpenAPI document a subclass may change; passed as `service_class`.
 
     `Service.add_asgi_middleware` is public, but what it adds runs inside BentoML's metrics middleware, so responses
-    that it sends itself have no request id, and it cannot change the path that the metrics are labelled with.
+    that it sends itself have no request id, and it cannot change the path that the metrics are labeled with.
     """
 
     def wrap(self, app: Starlette) -> ASGIApp:

@@ -14,7 +14,9 @@ from bentos.schemas import AdapterVersion, Usage
 from gpt2core.config import GenerationConfig
 
 if TYPE_CHECKING:
-    from bentos.generation import Detokenizer, EngineRequest, Grammar, TokenLogprobs
+    from gpt2core.inference.detokenizer import IncrementalDetokenizer
+    from gpt2core.inference.request import Request, TokenLogprobs
+    from gpt2core.sampling import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -31,7 +33,7 @@ class GenerationRequest:
     route_key: str = ""  # requests with the same key go to the same version during a canary; "": the request id
     stop: Sequence[str] = ()
     clean: bool = True  # extract the answer from the text, for an instruction; False: the text as generated
-    logprobs: int | None = None  # most likely tokens to report beside each token; None: no logprobs
+    logprobs: int | None = None  # most likely tokens to report with each token; None: no logprobs
     stream: bool = False
     grammar: "Grammar | None" = None  # what the text must match
     prompt_only: bool = False  # max_tokens 0: the one token that `config` generates is dropped
@@ -60,6 +62,11 @@ class CompletionResult:
     ended_at: float
 
     @property
+    def failed(self) -> bool:
+        """Whether it ended without an answer; a cancelled completion says nothing about its adapter."""
+        return self.finish_reason in ("error", "deadline")
+
+    @property
     def time_to_first_token(self) -> float | None:
         """In seconds, including queueing."""
         return self.token_times[0] - self.submitted_at if self.token_times else None
@@ -73,7 +80,7 @@ class TokenNotifier:
         self._every_token = every_token
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
-    def notify(self, running: "EngineRequest") -> None:
+    def notify(self, running: "Request") -> None:
         """Called by the engine's thread."""
         if self._every_token or running.finish_reason is not None:
             self._loop.call_soon_threadsafe(self._event.set)
@@ -90,9 +97,9 @@ class Completion:
         self,
         request: GenerationRequest,
         adapter: AdapterVersion | None,
-        running: "EngineRequest",
+        running: "Request",
         notifier: TokenNotifier,
-        detokenizer: "Detokenizer",
+        detokenizer: "IncrementalDetokenizer",
         on_end: Sequence[Callable[[CompletionResult], None]],
     ) -> None:
         self.request, self.adapter = request, adapter

@@ -1,6 +1,6 @@
 """The engine and its adapters. No HTTP in this module: errors have a type that `bentos/errors.py` maps to a status.
 
-The only module of this package that imports torch and gpt2core's engine.
+The only module of this package that imports torch and gpt2core's engine; others import their types for mypy alone.
 """
 
 import asyncio
@@ -25,16 +25,13 @@ from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig, Weights
 from gpt2core.engine import Engine, EngineFull
 from gpt2core.files import list_files
-from gpt2core.inference.detokenizer import IncrementalDetokenizer as Detokenizer
-from gpt2core.inference.request import EngineClosed, TokenLogprobs
-from gpt2core.inference.request import Request as EngineRequest
+from gpt2core.inference.detokenizer import IncrementalDetokenizer
+from gpt2core.inference.request import EngineClosed
 from gpt2core.metrics import exact_match, token_f1
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
 from gpt2core.sampling import Grammar, check_tokens
 from gpt2core.tokenizer import load_tokenizer
-
-__all__ = ["Detokenizer", "EngineRequest", "Grammar", "TextGenerator", "TokenLogprobs"]
 
 
 class TextGenerator:
@@ -301,7 +298,7 @@ class TextGenerator:
             grammar=request.grammar,
             prompt_logprobs=request.echo is not None and request.logprobs is not None,
         )
-        detokenizer = Detokenizer(
+        detokenizer = IncrementalDetokenizer(
             self.tokenizer, request.stop, request.clean, request.config.stop_token_ids, request.config.min_tokens
         )
         return Completion(request, self.models[request.model], running, notifier, detokenizer, on_end)
@@ -376,7 +373,7 @@ class TextGenerator:
         canary.observe(arm, shadow)
         texts = [self.tokenizer.decode(result.tokens) for result in (answered, shadow)]
         comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
-        if shadow.finish_reason not in canary.FAILED:
+        if not shadow.failed:
             canary.observe_shadow(self._shadow_status, comparison)
         if self._metrics is not None:
             self._metrics.observe_shadow(comparison)

@@ -4,7 +4,7 @@ MAX_BATCH = 16  # completions decoded at the same time
 MAX_QUEUE = 64  # requests waiting for a slot in the batch; further ones get a 429
 RETRY_AFTER = 1  # seconds; the Retry-After header of a 429
 MAX_SHADOWS = 64  # answered requests waiting for a canary in shadow mode; further ones are dropped
-MAX_ADAPTERS = 32  # loaded beside the run's own
+MAX_ADAPTERS = 32  # loaded in addition to the run's own
 ADAPTERS_POLL = 2.0  # seconds between two reads of the manifest of shared adapters
 
 MAX_BODY = 1_000_000  # bytes of a request's body

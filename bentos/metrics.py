@@ -1,4 +1,4 @@
-"""Prometheus metrics beside BentoML's own: tokens and latencies by adapter, and the engine's state."""
+"""Prometheus metrics in addition to BentoML's own: tokens and latencies by adapter, and the engine's state."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -7,7 +7,6 @@ from threading import Lock
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Summary, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from bentos.canary import FAILED
 from bentos.completion import CompletionResult
 from bentos.shadow import Comparison
 
@@ -58,10 +57,11 @@ class Metrics:
     def observe_shadow(self, comparison: Comparison) -> None:
         """Count an answer of a canary in shadow mode; not among the completions of clients."""
         shadow = comparison.shadow
-        label, failed = self._label(shadow.request.model), shadow.finish_reason in FAILED
-        outcome = "failed" if failed else "agreed" if comparison.agreed else "differed"
-        self._shadows.labels(label, outcome).inc()
-        if not failed:
+        label = self._label(shadow.request.model)
+        outcome = "failed" if shadow.failed else "agreed" if comparison.agreed else "differed"
+        for each in ("agreed", "differed", "failed"):  # from 0, so that shares can be computed from the first answer
+            self._shadows.labels(label, each).inc(each == outcome)
+        if not shadow.failed:
             self._shadow_seconds.labels(label).observe(shadow.ended_at - shadow.submitted_at)
             self._shadow_f1.labels(label).observe(comparison.token_f1)
 

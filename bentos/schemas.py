@@ -199,7 +199,7 @@ class CanaryArm(BaseModel):
 
 
 class ShadowStatus(BaseModel):
-    """The canary's answers beside those that clients got, since it started in shadow mode."""
+    """The canary's answers compared with those that clients got, since it started in shadow mode."""
 
     compared: int = 0
     agreed: Annotated[int, Field(description="same answer, but for case, white space and a final period")] = 0

@@ -110,7 +110,7 @@ class GPT2Instruct:
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Refuse in BentoML's parent process what no worker could start with: it would start workers for ever."""
+        """Refuse in BentoML's parent process what no worker could start with: it would restart workers forever."""
         try:
             if log := settings().request_log:
                 _check_writable("GPT2_REQUEST_LOG", Path(log))

@@ -22,10 +22,10 @@ Submit = Callable[[GenerationRequest, Sequence[Callable[[CompletionResult], None
 
 @dataclass(frozen=True)
 class Comparison:
-    """A canary's answer beside the one that the client got."""
+    """A canary's answer compared with the one that the client got."""
 
     shadow: CompletionResult
-    agreed: bool  # equal after `gpt2core.metrics.normalise`
+    agreed: bool  # equal after `gpt2core.metrics.normalize`
     token_f1: float  # with the client's as reference
     mean_logprob: float | None  # of the canary's tokens, in nats; None: it generated none
 

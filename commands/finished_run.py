@@ -23,7 +23,7 @@ class FinishedRun:
     directory: Path  # of outputs/
 
     def load(self, merge: bool, accept_other_base: bool = False) -> GPT2:
-        """The base with the adapter, merged into its weights or beside them.
+        """The base with the adapter, merged into its weights or not.
 
         Raises:
             FileNotFoundError, ValueError: as `load_pretrained` and `load_adapter`.
@@ -61,6 +61,6 @@ def _check_recorded(adapter: Path, lineage: Path) -> None:
     recorded = Lineage.from_json(json.loads(lineage.read_text(encoding="utf-8"))).adapter.sha256
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(
-            f"{adapter} has sha256 {found}, but {lineage.name} beside it records {recorded}: it changed after the run; "
+            f"{adapter} has sha256 {found}, but the run's {lineage.name} records {recorded}: it changed after the run; "
             "run the pipeline again, or pass its directory to --adapter to use it nevertheless"
         )

@@ -70,7 +70,7 @@ def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
         log = Path(folder, "log")
         environment = bentoml_environment() | {
             "BENTOML_HOME": home,
-            "BENTOML_CONTAINERIZED": "true",  # a worker that fails ends the server instead of being restarted for ever
+            "BENTOML_CONTAINERIZED": "true",  # a worker that fails ends the server instead of being restarted forever
             "GPT2_WEIGHTS": weights,
         }
         with log.open("wb") as stream:

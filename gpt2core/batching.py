@@ -17,7 +17,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (n): the next tokens that count in the loss
     n_tokens: int  # a shared prefix counts once per example
-    labelled: Tensor | None = None  # (n) the tokens of the flattened rows that they follow; None: all of them
+    labeled: Tensor | None = None  # (n) the tokens of the flattened rows that they follow; None: all of them
     owners: Tensor | None = None  # (n) the index of each label's example
     positions: Tensor | None = None  # (B, T) within the example; None: each row is one text
     sequences: Sequences | None = None  # which tokens of the row attend to which
@@ -50,21 +50,21 @@ def pack(
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
     lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is only ever a label
     input_ids, positions = [*examples[0].input_ids[:shared]], list(range(shared))
-    labels, labelled, owners = list[int](), list[int](), list[int]()
+    labels, labeled, owners = list[int](), list[int](), list[int]()
     order = sorted(range(len(examples)), key=lambda i: -lengths[i])
     for i in order:
         ids, start = examples[i].input_ids, len(input_ids) - shared  # where the example would begin without sharing
         input_ids += ids[shared:-1]
         positions += range(shared, len(ids) - 1)
         labels += ids[first[i] :]
-        labelled += range(start + first[i] - 1, start + len(ids) - 1)
+        labeled += range(start + first[i] - 1, start + len(ids) - 1)
         owners += [i] * (len(ids) - first[i])
     kind = VarlenSequences if use_varlen else PaddedSequences
     return Batch(
         torch.tensor([input_ids]),
         torch.tensor(labels, dtype=torch.long),
         sum(lengths) + shared * len(examples),
-        torch.tensor(labelled, dtype=torch.long),
+        torch.tensor(labeled, dtype=torch.long),
         torch.tensor(owners, dtype=torch.long),
         torch.tensor([positions]),
         kind.make(shared, [lengths[i] for i in order]),

@@ -113,12 +113,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Finetuning. Lengths are in optimiser steps unless the name says epochs or batches."""
+    """Finetuning. Lengths are in optimizer steps unless the name says epochs or batches."""
 
     epochs: int = 12
     max_steps: int | None = None  # stops training before `epochs` are done
     batch_size: int = 16  # records per forward pass
-    gradient_accumulation_steps: int = 1  # forward passes per optimiser step
+    gradient_accumulation_steps: int = 1  # forward passes per optimizer step
     learning_rate: float = 6e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)

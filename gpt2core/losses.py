@@ -1,4 +1,4 @@
-"""Cross-entropy of the labelled tokens of packed examples: for training, validation and evaluation."""
+"""Cross-entropy of the labeled tokens of packed examples: for training, validation and evaluation."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from gpt2core.model import GPT2, evaluating
 
 def batch_losses(model: GPT2, batch: Batch) -> Tensor:
     """Cross-entropy (n) of the n labels, in fp32. The head, and the MLP of the last layer, see only their tokens."""
-    hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labelled)
+    hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labeled)
     logits = model.head(hidden.flatten(0, -2)).float()
     return F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
 

@@ -90,19 +90,19 @@ def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int
     )
 
 
-def normalise(answer: str) -> str:
-    """Normalise an answer for comparison: letter case, runs of whitespace and a final period do not count."""
+def normalize(answer: str) -> str:
+    """Normalize an answer for comparison: letter case, runs of whitespace and a final period do not count."""
     return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
 
 
 def exact_match(reference: str, answer: str) -> float:
-    """1.0 if both are equal after `normalise`, else 0.0."""
-    return float(normalise(reference) == normalise(answer))
+    """1.0 if both are equal after `normalize`, else 0.0."""
+    return float(normalize(reference) == normalize(answer))
 
 
 def token_f1(reference: str, answer: str) -> float:
     """Harmonic mean of precision and recall over words, with multiplicity (SQuAD, arXiv:1606.05250)."""
-    expected, given = normalise(reference).split(), normalise(answer).split()
+    expected, given = normalize(reference).split(), normalize(answer).split()
     if not expected or not given:
         return float(expected == given)
     common = (Counter(expected) & Counter(given)).total()

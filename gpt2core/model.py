@@ -72,7 +72,7 @@ class GPT2(nn.Module):
         positions: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's normalised hidden states (B, T, C): `forward` without the head.
+        """The last layer's normalized hidden states (B, T, C): `forward` without the head.
 
         Args:
             attention_mask: as in `forward`; or, with `positions` (B, T) below n_positions, the sequences that the

@@ -49,8 +49,8 @@ _UNDERSTOOD = {
     *("target_modules", "exclude_modules", "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern"),
     *("runtime_config", "eva_config", "ensure_weight_tying"),
 }
-# Initialisations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
-_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Initializations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
+_INITIALizATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
@@ -177,9 +177,9 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
         raise ValueError(f"{file}: peft_type is {description.get('peft_type')!r}; only 'LORA' is supported")
     if description.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias is {description['bias']!r}; only 'none' is supported")
-    initialisation = description.get("init_lora_weights", True)
-    if initialisation not in _INITIALISATIONS:
-        raise ValueError(f"{file}: init_lora_weights is {initialisation!r}, which changes the base; export it merged")
+    initialization = description.get("init_lora_weights", True)
+    if initialization not in _INITIALizATIONS:
+        raise ValueError(f"{file}: init_lora_weights is {initialization!r}, which changes the base; export it merged")
     for key, value in description.items():
         if value and key not in _UNDERSTOOD:
             raise ValueError(f"{file}: {key} is {value!r}; this feature of PEFT is not supported")

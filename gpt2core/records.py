@@ -192,7 +192,7 @@ def _record(value: Any, required: Sequence[str]) -> Record | str:
 
 
 def _decode(content: bytes, file: Path) -> str:
-    """The text of a UTF-8 file; other encodings are recognised and named."""
+    """The text of a UTF-8 file; other encodings are recognized and named."""
     for mark, encoding in _ENCODINGS:
         if content.startswith(mark):
             raise ValueError(f"{file} is {encoding} text (its byte order mark is {mark.hex(' ')}); save it as UTF-8")

@@ -1,4 +1,4 @@
-"""CPU, GPU and memory utilisation during training, measured without synchronising with the GPU."""
+"""CPU, GPU and memory utilization during training, measured without synchronizing with the GPU."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ _STATM = Path("/proc/self/statm")
 class ResourceMeter:
     """Measures this process, and its GPU if it has one, between two calls of `read`. Use it as a context manager.
 
-    A thread samples memory and GPU utilisation between reads. A sample takes microseconds on a CPU, and up to a
+    A thread samples memory and GPU utilization between reads. A sample takes microseconds on a CPU, and up to a
     millisecond with a GPU, whose driver is queried.
     """
 
@@ -42,9 +42,9 @@ class ResourceMeter:
     def read(self) -> dict[str, float]:
         """The values since the previous call.
 
-        system/cpu_utilisation: share in [0, 1] of all CPUs that this process used.
+        system/cpu_utilization: share in [0, 1] of all CPUs that this process used.
         system/memory_mib: its largest resident memory, in MiB.
-        system/gpu_utilisation, system/gpu_memory_mib: mean share of time that a kernel ran on the GPU, and the largest
+        system/gpu_utilization, system/gpu_memory_mib: mean share of time that a kernel ran on the GPU, and the largest
             memory that torch had allocated there; absent without a GPU, and the first one without its driver's library.
         """
         self._sample_memory()
@@ -52,9 +52,9 @@ class ResourceMeter:
         share = (cpu - self._cpu) / max(wall - self._wall, 1e-9) / (os.cpu_count() or 1)
         self._wall, self._cpu = wall, cpu
         with self._lock:
-            values = {"system/cpu_utilisation": min(share, 1.0), **self._peaks}
+            values = {"system/cpu_utilization": min(share, 1.0), **self._peaks}
             if self._shares:
-                values["system/gpu_utilisation"] = sum(self._shares) / len(self._shares)
+                values["system/gpu_utilization"] = sum(self._shares) / len(self._shares)
             self._peaks, self._shares = {}, []
         return values
 
@@ -86,9 +86,9 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def mean_utilisation(history: Sequence[Mapping[str, float]]) -> float | None:
+def mean_utilization(history: Sequence[Mapping[str, float]]) -> float | None:
     """Mean over the entries: of the GPU where they have it, else of all CPUs."""
-    values = _values(history, "system/gpu_utilisation", "system/cpu_utilisation")
+    values = _values(history, "system/gpu_utilization", "system/cpu_utilization")
     return sum(values) / len(values) if values else None
 
 

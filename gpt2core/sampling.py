@@ -111,7 +111,7 @@ def choose(
 ) -> list[int | Exception]:
     """The next token of each completion, from logits (B, V); for a row that failed, its exception instead.
 
-    The host synchronises with the device once, apart from what controls need.
+    The host synchronizes with the device once, apart from what controls need.
 
     Args:
         samplers: None for a row to ignore.
@@ -171,7 +171,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
-    """The distribution to sample from, for each row of logits (B, V): fp64, not normalised, temperature above 0."""
+    """The distribution to sample from, for each row of logits (B, V): fp64, not normalized, temperature above 0."""
     V = logits.shape[1]
     top_k, top_p = [min(c.top_k or V, V) for c in configs], [inf if c.top_p is None else c.top_p for c in configs]
     settings = [(c.temperature, k, p, c.min_p or 0.0) for c, k, p in zip(configs, top_k, top_p, strict=True)]
@@ -199,7 +199,7 @@ def draw(probabilities: Tensor, generators: Sequence[torch.Generator | None]) ->
     """A token (B) per row of probabilities (B, V), each with its own random generator.
 
     The method of `torch.multinomial` for one sample: the largest of V quotients of probability and exponential random
-    variable. That function takes one generator for all rows, and synchronises with a GPU.
+    variable. That function takes one generator for all rows, and synchronizes with a GPU.
     """
     clocks = torch.empty_like(probabilities)
     for row, generator in zip(clocks, generators, strict=True):

@@ -23,7 +23,7 @@ from gpt2core.lora import lora_layers
 from gpt2core.losses import batch_losses, token_losses
 from gpt2core.model import GPT2
 from gpt2core.optimizers import finetuning_optimizers, learning_rate_factor, pretraining_optimizers
-from gpt2core.resources import ResourceMeter, mean_utilisation, peak_memory_mib
+from gpt2core.resources import ResourceMeter, mean_utilization, peak_memory_mib
 from gpt2core.training_state import Progress, TrainingState
 from gpt2core.types import TrainSummary
 
@@ -34,7 +34,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 class TrainResult:
     """What a run returns besides the weights.
 
-    history: one entry per logged step and per validation: `step` (optimiser steps done), and of `train/loss`,
+    history: one entry per logged step and per validation: `step` (optimizer steps done), and of `train/loss`,
         `train/learning_rate`, `train/grad_norm`, `train/tokens_seen`, `train/tokens_per_second` (mean since the
         previous entry), `val/loss` those known at that step, and with them the values of
         `gpt2core.resources.ResourceMeter.read`. Losses are nats per token.
@@ -59,7 +59,7 @@ class TrainResult:
             val_loss=self.best_val_loss,
             tokens_seen=last["train/tokens_seen"],
             tokens_per_second=self.tokens_per_second,
-            utilisation=mean_utilisation(self.history),
+            utilization=mean_utilization(self.history),
             peak_memory_mib=peak_memory_mib(self.history),
             wandb_run=wandb_run,
         )
@@ -142,7 +142,7 @@ def finetune(
 
 
 def training_steps(n_examples: int, config: TrainConfig) -> tuple[int, int, int]:
-    """Batches per epoch, optimiser steps per epoch, and total optimiser steps that `finetune` takes."""
+    """Batches per epoch, optimizer steps per epoch, and total optimizer steps that `finetune` takes."""
     n_batches = math.ceil(n_examples / config.batch_size)
     if config.limit_train_batches is not None:
         n_batches = min(n_batches, config.limit_train_batches)
@@ -160,7 +160,7 @@ def pretrain(
 ) -> TrainResult:
     """Train all weights, in place, to predict each next token of tokens (N,): documents with end of text between them.
 
-    Muon (Jordan et al. 2024) orthogonalises the update of every matrix within the blocks; AdamW updates embeddings,
+    Muon (Jordan et al. 2024) orthogonalizes the update of every matrix within the blocks; AdamW updates embeddings,
     biases and gains, and with `optimizer: adamw` everything. Each pass over the text cuts it from another random offset
     into shuffled sequences of n_positions.
 
@@ -205,8 +205,8 @@ class _Plan:
 
     config: TrainConfig | PretrainConfig
     optimizers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
-    batches_of: Callable[[int], list[Batch]]  # the batches of an optimiser step
-    describe: Callable[[int], str]  # the data of an optimiser step, for messages
+    batches_of: Callable[[int], list[Batch]]  # the batches of an optimizer step
+    describe: Callable[[int], str]  # the data of an optimizer step, for messages
     total_steps: int
     validate: Callable[[], float] | None  # the validation loss
     validate_every: int  # steps
@@ -283,7 +283,7 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
 def _step(
     model: GPT2, plan: _Plan, state: TrainingState, losses: list[Tensor], meter: ResourceMeter
 ) -> dict[str, float]:
-    """Take one optimiser step; return the values to log, empty unless a log entry is due.
+    """Take one optimizer step; return the values to log, empty unless a log entry is due.
 
     A GPU computes while the host prepares the next steps, so nothing is read back from it unless something is due.
     `losses` holds those not read yet.

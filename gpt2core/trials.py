@@ -70,7 +70,7 @@ def score_adapters(
         "parameters": float(parameters),
         "seconds": summary.tokens_seen / summary.tokens_per_second,
         "tokens_per_second": summary.tokens_per_second,
-        "utilisation": summary.utilisation,
+        "utilization": summary.utilization,
         "peak_mib": summary.peak_memory_mib,
         "same_bytes": float(len({file_sha256(adapter / ADAPTER_WEIGHTS) for adapter in adapters}) == 1),
         "distinct": distinct,

@@ -145,7 +145,7 @@ class TrainSummary(JsonDataclass):
     val_loss: float | None  # the best; None without validation records
     tokens_seen: float
     tokens_per_second: float
-    utilisation: float | None = None  # mean share of the GPU's time, or without one of all CPUs, that training used
+    utilization: float | None = None  # mean share of the GPU's time, or without one of all CPUs, that training used
     peak_memory_mib: float | None = None  # on the GPU, or without one of the process
     wandb_run: str = ""  # id of the training's run in wandb; empty: not tracked
 
@@ -192,7 +192,7 @@ class Judgement(JsonDataclass):
 
 @dataclass(frozen=True)
 class Comparison(JsonDataclass):
-    """The tuned model beside its base and beside the champion, by metric."""
+    """The tuned model compared with its base and with the champion, by metric."""
 
     tuned_vs_base: dict[str, Difference]
     champion: str  # the model version in the target stage; "" if there is none

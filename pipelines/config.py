@@ -1,6 +1,6 @@
 """Reading and checking a run configuration. Every wrong key or value is reported before anything runs.
 
-ZenML ignores most misspelt keys. Here every key at every level is checked against the dataclasses and ZenML's models.
+ZenML ignores most misspelled keys. Here every key at every level is checked against the dataclasses and ZenML's models.
 """
 
 import reprlib

@@ -1,4 +1,4 @@
-"""The process of a run, recorded with the run, so that a later start recognises runs whose process was killed."""
+"""The process of a run, recorded with the run, so that a later start recognizes runs whose process was killed."""
 
 import os
 import socket

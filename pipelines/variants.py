@@ -36,8 +36,8 @@ def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
             raise ConfigError("sweep.scale is full, but sweep.full has no parameters")
         defaults = {name: type(value)() for name, value in common.items()}
         common = _merge(defaults, sweep.full, "sweep.full")
-    labelled = {**sweep.variants, **dict(_combinations(sweep.grid))}
-    return {label: _merge(common, changes, f"sweep.variants.{label}") for label, changes in labelled.items()}
+    labeled = {**sweep.variants, **dict(_combinations(sweep.grid))}
+    return {label: _merge(common, changes, f"sweep.variants.{label}") for label, changes in labeled.items()}
 
 
 def _combinations(grid: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -64,7 +64,7 @@ class PipelineSource(Pipeline):
     """A pipeline that `zenml pipeline run` starts through `run` instead of directly.
 
     The command calls `with_options(config_path=...)` on what it imports, then the result, with no hook in between to
-    check the file: ZenML ignores most misspelt keys.
+    check the file: ZenML ignores most misspelled keys.
     """
 
     def __init__(self, pipeline: Pipeline, run: Callable[[str | None, dict[str, Any]], None]) -> None:

@@ -22,9 +22,9 @@ def code_of(step_module: str, *others: str, folder: str | None = None) -> CacheP
         if file is not None and file not in found:
             found.add(file)
             todo += _imports(file)
-    beside = {file for module in found for file in module.parent.glob(f"{module.stem}.*")}  # a template, requirements
+    siblings = {file for module in found for file in module.parent.glob(f"{module.stem}.*")}  # a template, requirements
     whole = {file for file in (ROOT / folder).iterdir() if file.is_file()} if folder is not None else set()
-    files = sorted(file.relative_to(ROOT).as_posix() for file in found | beside | whole)
+    files = sorted(file.relative_to(ROOT).as_posix() for file in found | siblings | whole)
     return CachePolicy(file_dependencies=files)
 
 

@@ -140,7 +140,7 @@ TRIAL_METRICS: Mapping[str, Mapping[str, str]] = {
         "parameters": "trainable weights",
         "seconds": "time of the training steps",
         "tokens_per_second": "throughput of the training steps",
-        "utilisation": "share of the GPU's time, or without a GPU of all CPUs, that training used",
+        "utilization": "share of the GPU's time, or without a GPU of all CPUs, that training used",
         "peak_mib": "largest memory, of the GPU or without one of the process",
         "same_bytes": "1 if repeated trainings gave the same adapter",
         "distinct": "different answers to a test record",

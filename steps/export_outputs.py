@@ -55,8 +55,8 @@ def export_outputs(
     for name, metric in METRICS.items():
         base_score, tuned_score = getattr(metrics.base, name), getattr(metrics.tuned, name)
         champion = comparison.champion_scores
-        beside = "" if champion is None else f", champion {getattr(champion, name):.4g}"
-        logger.info("%s: base %.4g, tuned %.4g%s", metric.heading, base_score, tuned_score, beside)
+        other = "" if champion is None else f", champion {getattr(champion, name):.4g}"
+        logger.info("%s: base %.4g, tuned %.4g%s", metric.heading, base_score, tuned_score, other)
     logger.info("%s", promotion.reason)
     logger.info("report: %s", directory / "report.html")
     return str(directory)

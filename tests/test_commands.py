@@ -45,7 +45,7 @@ def shell(project, environment):
         words = shlex.split(f"{command} {extra}".replace("make ", "make -o .venv/.installed "))
         done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == exit_code, done.stdout[-3000:] + done.stderr[-3000:]
-        return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)  # without terminal colours
+        return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)  # without terminal colors
 
     return run
 
@@ -84,7 +84,7 @@ def test_the_dev_config_runs_with_the_zenml_command(shell, project):
 
 
 @pytest.mark.slow
-def test_a_misspelt_key_stops_the_zenml_command_before_anything_runs(project, environment):
+def test_a_misspelled_key_stops_the_zenml_command_before_anything_runs(project, environment):
     bad = project / "mine.yaml"
     bad.write_text("parameters: {lora: {rnk: 4}}")
     command = ["zenml", "pipeline", "run", "finetune_pipeline", "-c", str(bad)]

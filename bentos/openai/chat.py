@@ -89,7 +89,7 @@ def prompt_of(
 
     The last user turn is the instruction. A system message is ignored: the prompt template has no field for it, and as
     part of the instruction it would change the answer. With `multi_turn` "history", earlier turns of user and assistant
-    are the input, as in training on conversations: the newest ones that fit into the context beside `max_new_tokens`,
+    are the input, as in training on conversations: the newest ones that leave `max_new_tokens` of the context,
     or into half of the context if that is more.
 
     Raises:

@@ -21,7 +21,7 @@ from bentos.openapi import ERRORS, operation
 from bentos.schemas import DEFAULTS
 
 if TYPE_CHECKING:
-    from bentos.generation import TokenLogprobs
+    from gpt2core.inference.request import TokenLogprobs
 
 router = APIRouter()
 

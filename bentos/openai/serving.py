@@ -20,7 +20,8 @@ from bentos.schemas import TUNED
 from bentos.streaming import event_stream, unless_disconnected
 
 if TYPE_CHECKING:
-    from bentos.generation import Grammar, TextGenerator
+    from bentos.generation import TextGenerator
+    from gpt2core.sampling import Grammar
 
 
 class Route(ABC):

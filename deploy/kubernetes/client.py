@@ -38,7 +38,7 @@ Manifest = dict[str, Any]
 DEPLOYER = ROOT / "k8s" / "optional" / "deployer.yaml"  # its Role lists the permissions that a deployment needs
 FIELD_MANAGER = NAME
 KUBECTL = "kubectl-client-side-apply"  # the field manager of `kubectl apply`
-RELEASES = 5  # attempts to end its share
+OWNERSHIP_ATTEMPTS = 5  # to remove it as an owner of fields, while controllers change the object
 REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
 CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
 LOG_LINES = 20  # of a crashed container
@@ -93,22 +93,22 @@ class Cluster:
         """Server-side apply: set the manifest's fields and no others.
 
         Args:
-            force: take over fields that another manager owns, instead of failing with a conflict; and end the share
-                that `kubectl apply` has in fields with equal values, which would conflict when they change.
+            force: take over fields that another manager owns, instead of failing with a conflict; and remove
+                `kubectl apply` as a co-owner of fields with equal values, which would conflict when they change.
         """
         path = f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}"
         query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower())]
-        for _ in range(RELEASES):
+        for _ in range(OWNERSHIP_ATTEMPTS):
             applied = self._call("PATCH", path, manifest, query, "application/apply-patch+yaml")
-            release = _release_kubectl(applied) if force else []
-            if not release:
+            patch = _disown_kubectl(applied) if force else []
+            if not patch:
                 return
             try:
-                self._call("PATCH", path, release, query[:1], "application/json-patch+json")
+                self._call("PATCH", path, patch, query[:1], "application/json-patch+json")
                 return
             except ConflictError:  # a controller has written the status since
                 pass
-        logger.warning("%s keeps its share in fields of %s: the object changed too often", KUBECTL, path)
+        logger.warning("%s is still an owner of fields of %s: the object changed too often", KUBECTL, path)
 
     def delete(self, kind: str, name: str = NAME) -> None:
         self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
@@ -200,7 +200,7 @@ class Cluster:
             raise translate_connection_error(error, self.connection) from None
 
 
-def _release_kubectl(applied: Manifest) -> list[Manifest]:
+def _disown_kubectl(applied: Manifest) -> list[Manifest]:
     """The JSON patch that removes kubectl's managed fields, as client-go's csaupgrade does; [] if there are none."""
     metadata = applied["metadata"]
     entries = metadata.get("managedFields", [])

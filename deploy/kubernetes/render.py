@@ -82,7 +82,7 @@ def version_of(deployment: Manifest) -> Version:
 
 
 def container_of(deployment: Manifest) -> dict[str, Any]:
-    """The service's container; others may have been injected beside it."""
+    """The service's container; sidecars may have been injected."""
     containers = deployment["spec"]["template"]["spec"]["containers"]
     container: dict[str, Any] = next(each for each in containers if each["name"] == NAME)
     return container

@@ -7,7 +7,7 @@ from random import Random
 
 from gpt2core.demo.world import Fact
 
-# A base of a million weights can at best memorise these. A few of them show its limits in the report.
+# A base of a million weights can at best memorize these. A few of them show its limits in the report.
 HARD = ("spelling", "addition")
 HARD_SHARE = 0.04  # of all records, for each hard family
 

@@ -25,7 +25,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Compared:
-    """The first run beside the others."""
+    """The first run compared with the others."""
 
     runs: list[ComparedRun]
     changed_values: dict[str, list[str]]  # keys in which the runs differ: the value of each
@@ -43,7 +43,7 @@ def write_comparison(compared: Compared, file: Path) -> Path:
                 steps, values = zip(*points, strict=True)
                 name = escape(f"{run.name}, {key}")
                 figure.add_trace(go.Scatter(x=steps, y=values, name=name, line_dash=dash))
-    figure.update_layout(xaxis_title="optimiser step", yaxis_title="loss, nats per token", legend_orientation="h")
+    figure.update_layout(xaxis_title="optimizer step", yaxis_title="loss, nats per token", legend_orientation="h")
     page = render(
         "comparison.html.j2",
         compared=compared,

@@ -8,7 +8,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
 from gpt2core.data import Record, count_duplicates
-from gpt2core.metrics import normalise
+from gpt2core.metrics import normalize
 from gpt2core.types import JsonDataclass
 
 NEAR = 0.9  # cosine similarity of character n-grams from which two records are near duplicates
@@ -78,11 +78,11 @@ def _part(name: str, records: Sequence[Record]) -> PartCheck:
 
 
 def _text(record: Record) -> str:
-    return normalise("\n".join(record.get(key, "") for key in ("instruction", "input", "output")))
+    return normalize("\n".join(record.get(key, "") for key in ("instruction", "input", "output")))
 
 
 def _question(record: Record) -> str:
-    return normalise("\n".join(record.get(key, "") for key in ("instruction", "input")))
+    return normalize("\n".join(record.get(key, "") for key in ("instruction", "input")))
 
 
 def _nearest(train: Sequence[Record], test: Sequence[Record]) -> list[Overlap]:

@@ -180,5 +180,5 @@ def _evidently(live: pd.DataFrame, reference: pd.DataFrame) -> str:
     current, before = (
         Dataset.from_pandas(frame.reset_index(drop=True), data_definition=definition) for frame in frames
     )
-    run = Report(metrics).run(current, before, name="live traffic (current) beside the evaluation (reference)")
+    run = Report(metrics).run(current, before, name="live traffic (current) vs. the evaluation (reference)")
     return str(run.get_html_str(as_iframe=False))

@@ -44,7 +44,7 @@ def judge_answers(samples: Sequence[Sample], config: JudgeConfig) -> tuple[list[
     token = os.environ.get(config.token_env, "") if config.token_env else ""
     if config.token_env and not token:
         missing = JudgeError(f"the environment variable {config.token_env} is not set")
-        return _summarise(samples, [missing] * len(samples), config)
+        return _summarize(samples, [missing] * len(samples), config)
     failures: list[JudgeError] = []
     with _session(token) as session, ThreadPoolExecutor(THREADS) as pool:
         judged = [*pool.map(partial(_judge, session, config, failures), samples)]
@@ -52,7 +52,7 @@ def judge_answers(samples: Sequence[Sample], config: JudgeConfig) -> tuple[list[
         judged = [
             JudgeError(str(each).replace(token, "…")) if isinstance(each, JudgeError) else each for each in judged
         ]
-    return _summarise(samples, judged, config)
+    return _summarize(samples, judged, config)
 
 
 class JudgeError(Exception):
@@ -128,7 +128,7 @@ def _read(text: str) -> tuple[float, str]:
     return score, str(value["reason"])
 
 
-def _summarise(
+def _summarize(
     samples: Sequence[Sample], judged: Sequence[tuple[float, str] | JudgeError], config: JudgeConfig
 ) -> tuple[list[Sample], Judgement]:
     errors = [each for each in judged if isinstance(each, JudgeError)]

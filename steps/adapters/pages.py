@@ -1,4 +1,4 @@
-"""HTML pages from the templates beside this file (jinja2, autoescaped)."""
+"""HTML pages from the templates in this folder (jinja2, autoescaped)."""
 
 from pathlib import Path
 from typing import Any

@@ -36,9 +36,9 @@ CURVES = {
     "learning rate": {"train/learning_rate": "learning rate"},
     "gradient norm": {"train/grad_norm": "gradient norm"},
     "tokens/s": {"train/tokens_per_second": "tokens/s"},
-    "utilisation, share of all CPUs or of the GPU's time": {
-        "system/cpu_utilisation": "CPU utilisation",
-        "system/gpu_utilisation": "GPU utilisation",
+    "utilization, share of all CPUs or of the GPU's time": {
+        "system/cpu_utilization": "CPU utilization",
+        "system/gpu_utilization": "GPU utilization",
     },
     "memory, MiB": {"system/memory_mib": "memory of the process", "system/gpu_memory_mib": "GPU memory"},
 }
@@ -190,7 +190,7 @@ def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
         for frame in (_frame(samples, "tuned"), _frame(samples, "base"))
     )
     report = Report([RowCount(), *(ValueStats(column=name) for name in (*RECORD_METRICS, *DESCRIPTORS))])
-    run = report.run(tuned, base, name="tuned (current) beside base (reference)")
+    run = report.run(tuned, base, name="tuned (current) vs. base (reference)")
     return run.get_html_str(as_iframe=False), json.loads(run.json())
 
 
@@ -212,7 +212,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title: str) -> Path:
-    """Write curves.html, self-contained: losses, optimisation, throughput and use of the machine by optimiser step.
+    """Write curves.html, self-contained: losses, optimization, throughput and use of the machine by optimizer step.
 
     The legend has the lines of the panels with several; of the others, the heading says what the line is.
     """
@@ -242,7 +242,7 @@ def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title:
             row=1,
             col=1,
         )
-    figure.update_xaxes(title_text="optimiser step", row=len(panels))
+    figure.update_xaxes(title_text="optimizer step", row=len(panels))
     figure.update_layout(title_text=escape(title), height=240 * len(panels), legend_orientation="h")
     file = directory / "curves.html"
     atomic_write(file, figure.to_html(include_plotlyjs=True).encode())

@@ -242,7 +242,7 @@ def test_a_report_of_unusual_samples_is_written(samples, tmp_path):
 def test_the_curves_have_a_line_for_each_value_over_the_steps_that_logged_it(tmp_path):
     history = [
         {"step": 5, "train/loss": 1.25, "train/learning_rate": 0.001, "train/grad_norm": 3.5},
-        {"step": 10, "train/loss": 0.75, "val/loss": 0.875, "system/cpu_utilisation": 0.5, "system/memory_mib": 300.0},
+        {"step": 10, "train/loss": 0.75, "val/loss": 0.875, "system/cpu_utilization": 0.5, "system/memory_mib": 300.0},
     ]
     text = write_curves(history, tmp_path, "run").read_text()
     data = text[text.index("[", text.rindex("Plotly.newPlot(")) :]
@@ -250,12 +250,12 @@ def test_the_curves_have_a_line_for_each_value_over_the_steps_that_logged_it(tmp
     found = {trace["name"]: (trace.get("x", []), trace.get("y", [])) for trace in traces}
     assert found["training loss"] == ([5, 10], [1.25, 0.75])
     assert found["validation loss"] == found["best validation loss"] == ([10], [0.875])
-    assert found["CPU utilisation"] == ([10], [0.5])
+    assert found["CPU utilization"] == ([10], [0.5])
     assert found["memory of the process"] == ([10], [300.0])
-    assert not {"GPU utilisation", "GPU memory"} & found.keys()
+    assert not {"GPU utilization", "GPU memory"} & found.keys()
     legend = {trace["name"] for trace in traces if trace.get("showlegend", True)}
     lines = {"training loss", "validation loss", "best validation loss"}
-    assert legend == lines | {"CPU utilisation", "memory of the process"}
+    assert legend == lines | {"CPU utilization", "memory of the process"}
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1}]])

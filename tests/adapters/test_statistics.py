@@ -26,8 +26,8 @@ BINARY = [1] * 30 + [0] * 10
 
 def test_the_interval_of_a_share_is_wilsons():
     n, p, z = 40, 0.75, stats.norm.ppf(0.975)
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    expected = [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    expected = [(center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)]
     assert interval(answers(BINARY), ALONE, "exact_match") == pytest.approx(expected)
 
 

@@ -69,7 +69,7 @@ def test_offline_files_have_every_step_once_after_a_kill(base_dir, tmp_path):
     logged = rows(file)
     assert [row["_step"] for row in logged] == list(range(1, 13))
     assert [row["_step"] for row in logged if "val/loss" in row] == [2, 4, 6, 8, 10, 12]
-    assert all({"train/loss", "system/cpu_utilisation", "system/memory_mib"} <= row.keys() for row in logged)
+    assert all({"train/loss", "system/cpu_utilization", "system/memory_mib"} <= row.keys() for row in logged)
     assert config(file)["lora"] == {"rank": 8}
     kinds = {record.WhichOneof("record_type") for record in read_records(file)}
     assert {"stats", "exit"} <= kinds  # system statistics; finished

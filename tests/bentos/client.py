@@ -68,6 +68,14 @@ def admin(url: str, verb: str, token: str = "admin", **body) -> requests.Respons
     return requests.post(f"{url}/v1/{verb}_lora_adapter", json=body, headers=headers, timeout=60)
 
 
+def start_canary(url: str, **body) -> requests.Response:
+    return requests.post(f"{url}/v1/start_canary", json=body, headers={"Authorization": "Bearer admin"}, timeout=60)
+
+
+def end_canary(url: str) -> requests.Response:
+    return requests.post(f"{url}/v1/end_canary", headers={"Authorization": "Bearer admin"}, timeout=60)
+
+
 def pids(*options: str) -> list[int]:
     done = subprocess.run(["pgrep", *options], capture_output=True, text=True, check=True)
     return [int(pid) for pid in done.stdout.split()]

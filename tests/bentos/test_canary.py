@@ -19,18 +19,10 @@ from bentos.generation import TextGenerator
 from bentos.schemas import TUNED, CanaryRequest
 from gpt2core.checkpoint import directory_sha256
 from steps.traffic import read_traffic
-from tests.bentos.client import admin, error_of, metric, predict
+from tests.bentos.client import admin, end_canary, error_of, metric, predict, start_canary
 from tests.helpers import wait_until
 
 HEADERS = {"Authorization": "Bearer admin"}
-
-
-def start(url: str, **body) -> requests.Response:
-    return requests.post(f"{url}/v1/start_canary", json=body, headers=HEADERS, timeout=60)
-
-
-def end(url: str) -> requests.Response:
-    return requests.post(f"{url}/v1/end_canary", headers=HEADERS, timeout=60)
 
 
 def adapter_of(url: str, key: str) -> str:
@@ -81,11 +73,11 @@ def test_starting_shifting_and_ending_a_canary_loses_no_request(url, adapters):
         assert admin(url, "load", lora_name="next", lora_path="good").ok
         seen: list[list[str]] = []
         for share in (0.0, 0.5, 1.0):
-            assert start(url, adapter="next", share=share).json()["canary"]["share"] == share
+            assert start_canary(url, adapter="next", share=share).json()["canary"]["share"] == share
             seen.append([adapter_of(url, key) for key in keys])
         assert error_of(admin(url, "unload", lora_name="next"))["param"] == "lora_name"
         status = requests.get(f"{url}/v1/canary", headers=HEADERS, timeout=60).json()
-        assert end(url).json() == {"canary": None, "versions": [], "shadow": None}
+        assert end_canary(url).json() == {"canary": None, "versions": [], "shadow": None}
         assert admin(url, "unload", lora_name="next").ok
         assert {adapter_of(url, key) for key in keys} == {"gpt2-instruct"}
     assert {response.status_code for response in responses} == {200}
@@ -102,13 +94,13 @@ def test_starting_shifting_and_ending_a_canary_loses_no_request(url, adapters):
 
 def test_openais_routes_name_the_version_that_answered(url, client):
     admin(url, "load", lora_name="next", lora_path="good")
-    start(url, adapter="next", share=1)
+    start_canary(url, adapter="next", share=1)
     try:
         messages = [{"role": "user", "content": "Say hello."}]
         assert client.chat.completions.create(model="gpt2-instruct", messages=messages, max_tokens=2).model == "next"
         assert client.chat.completions.create(model="base", messages=messages, max_tokens=2).model == "base"
     finally:
-        end(url)
+        end_canary(url)
         admin(url, "unload", lora_name="next")
 
 
@@ -121,7 +113,7 @@ def test_openais_routes_name_the_version_that_answered(url, client):
     ],
 )
 def test_a_wrong_canary_is_refused(url, body, status):
-    assert start(url, **body).status_code == status
+    assert start_canary(url, **body).status_code == status
 
 
 def test_a_canary_requires_the_admin_token(url):
@@ -130,7 +122,7 @@ def test_a_canary_requires_the_admin_token(url):
 
 def test_a_shadow_answers_again_and_no_client_sees_it(url, adapters, request_log):
     admin(url, "load", lora_name="next", lora_path="good")
-    status = start(url, adapter="next", share=1, shadow=True).json()
+    status = start_canary(url, adapter="next", share=1, shadow=True).json()
     assert status["shadow"]["compared"] == 0
     series = 'gpt2_shadow_requests_total{adapter="next",outcome="agreed"'
     counted, ended, traffic = metric(url, series), metric(url, 'gpt2_requests_total{adapter="next"'), read(request_log)
@@ -156,7 +148,7 @@ def test_a_shadow_answers_again_and_no_client_sees_it(url, adapters, request_log
     read_back = read_traffic(request_log)
     assert not read_back.problems
     assert "next" not in {one.model for one in read_back.completions[-4:]}
-    assert end(url).json()["shadow"] is None
+    assert end_canary(url).json()["shadow"] is None
     assert admin(url, "unload", lora_name="next").ok
 
 

@@ -78,10 +78,10 @@ def test_bentoml_still_labels_metrics_with_the_raw_path():
 
 
 def test_bounded_metrics_see_the_template_and_the_app_the_path(monkeypatch):
-    labelled = []
+    labeled = []
 
     async def record(self, scope, receive, send):
-        labelled.append(scope["path"])
+        labeled.append(scope["path"])
         await self.app(scope, receive, send)
 
     async def echo(scope, receive, send):
@@ -93,4 +93,4 @@ def test_bounded_metrics_see_the_template_and_the_app_the_path(monkeypatch):
     compat.bound_metrics(app, path_label(["/predict", "/v1/models/{model}"]))
     paths = ["/predict", "/v1/models/base", "/v1/models/a/b", "/nothing/7"]
     assert [TestClient(app).get(path).text for path in paths] == paths
-    assert labelled == ["/predict", "/v1/models/{model}", "/unknown", "/unknown"]
+    assert labeled == ["/predict", "/v1/models/{model}", "/unknown", "/unknown"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.bentos.client import metric, pids, predict, served, server_pid
+from tests.bentos.client import admin, end_canary, metric, pids, predict, served, server_pid, start_canary
 from tests.helpers import wait_until
 
 DASHBOARD = Path(__file__).parent.parent.parent / "docs" / "grafana.json"
@@ -50,7 +50,12 @@ def test_metrics_count_tokens_and_latencies(url):
 
 
 def test_the_dashboard_queries_existing_metrics_and_labels(url):
+    admin(url, "load", lora_name="next", lora_path="good")
+    start_canary(url, adapter="next", share=1, shadow=True)
     predict(url, instruction="Hello.", max_new_tokens=3)
+    wait_until(lambda: metric(url, "gpt2_shadow_seconds_count") > 0, 60, "an answer of the canary")
+    end_canary(url)
+    admin(url, "unload", lora_name="next")
     lines = requests.get(f"{url}/metrics", timeout=10).text.splitlines()
     labels = {}  # of each metric
     for line in lines:
@@ -61,10 +66,12 @@ def test_the_dashboard_queries_existing_metrics_and_labels(url):
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(queries) > 10
     for query in queries:
-        (name,) = re.findall(r"\b(?:gpt2|bentoml)_\w+", query.partition("{")[0])
-        assert name in labels, query
-        used = re.findall(r"by \(([^)]*)\)", query) + re.findall(r"(\w+)=", query)
-        assert {label.strip() for names in used for label in names.split(",")} <= labels[name], query
+        grouped = {label.strip() for names in re.findall(r"by \(([^)]*)\)", query) for label in names.split(",")}
+        selectors = re.findall(r"\b((?:gpt2|bentoml)_\w+)(?:\{([^}]*)\})?", query)
+        assert selectors, query
+        for name, matchers in selectors:
+            assert name in labels, query
+            assert grouped | set(re.findall(r"(\w+)!?=", matchers)) <= labels[name], query
 
 
 def test_a_request_keeps_a_valid_id_of_the_client(url):

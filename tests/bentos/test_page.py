@@ -194,7 +194,7 @@ def test_the_lineage_is_shown(page, bento_tag):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_does_not_scroll_sideways_and_colours_have_contrast(browser, url, scheme):
+def test_a_phone_does_not_scroll_sideways_and_colors_have_contrast(browser, url, scheme):
     with opened(browser, url, viewport={"width": 360, "height": 740}, color_scheme=scheme) as page:
         page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
         page.check("#compare")
@@ -215,7 +215,7 @@ def test_the_browser_asks_for_the_token_and_sends_it_with_every_request(bento_ta
             assert answer(page) == request_answer(url, "Say hello.", "", 8)
 
 
-# WCAG 2.2: (L1 + 0.05) / (L2 + 0.05) of an element's colour and the first background behind it
+# WCAG 2.2: (L1 + 0.05) / (L2 + 0.05) of an element's color and the first background behind it
 CONTRAST = """element => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
   const luminance = ([r, g, b]) => [r, g, b].map((c) => c / 255)

@@ -1,6 +1,6 @@
 """A double of Kubernetes' API server and Deployment controller, for the real client: HTTPS, tokens, server-side apply.
 
-Its behaviour was compared with a real API server and controller manager (docs/kubernetes.md). Objects are stored as
+Its behavior was compared with a real API server and controller manager (docs/kubernetes.md). Objects are stored as
 fields with owners, as server-side apply defines them; a rollout advances by one step with each read of the Deployment.
 """
 

@@ -176,7 +176,7 @@ def test_an_object_that_never_settles_keeps_kubectls_share(api, config, applied_
     caplog.set_level(logging.WARNING, "deploy")
     api.status_updates = 1000
     assert deploy(config, force=True).outcome == "deployed"
-    assert "keeps its share in fields of" in caplog.text
+    assert "is still an owner of fields of" in caplog.text
 
 
 def test_a_version_with_other_answers_is_rolled_back(api, config, first):

@@ -17,7 +17,7 @@ def test_examples_follow_each_other_and_labels_are_the_next_tokens_of_the_respon
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 1, 2]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert batch.labels.tolist() == [4, 5, 8]
-    assert batch.labelled.tolist() == [2, 3, 5]
+    assert batch.labeled.tolist() == [2, 3, 5]
     assert batch.owners.tolist() == [1, 1, 0]
     assert batch.n_tokens == 6
 
@@ -27,14 +27,14 @@ def test_a_shared_prefix_is_stored_once_and_counted_for_each_example():
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 1]]
     assert batch.labels.tolist() == [4, 5, 8]
-    assert batch.labelled.tolist() == [2, 3, 4]
+    assert batch.labeled.tolist() == [2, 3, 4]
     assert batch.n_tokens == 6
 
 
 def test_with_loss_on_all_tokens_nothing_is_shared():
     batch = pack([SHORT, LONG], "all")
     assert batch.labels.tolist() == [2, 3, 4, 5, 2, 8]
-    assert batch.labelled.tolist() == [*range(6)]
+    assert batch.labeled.tolist() == [*range(6)]
 
 
 def test_texts_of_very_different_lengths_are_not_padded_to_the_longest():
@@ -73,7 +73,7 @@ def test_hidden_states_and_gradients_are_those_of_each_example_alone(
         found.append([hidden, *(weight.grad for weight in model.parameters())])
 
     batch = pack(examples, loss_on, use_varlen=use_varlen)
-    add(model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labelled))
+    add(model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labeled))
     order = [examples[i] for i in dict.fromkeys(batch.owners.tolist())]
     first = [example.prompt_length - 1 if loss_on == "response" else 0 for example in order]
     add(torch.cat([model.hidden(torch.tensor([e.input_ids[:-1]]))[0, n:] for e, n in zip(order, first, strict=True)]))

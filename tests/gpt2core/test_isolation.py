@@ -83,7 +83,7 @@ def test_an_overflowing_adapter_ends_its_own_requests_and_changes_no_other(model
     prompts, configs = random_prompts(16, seed=3), mixed_configs(16)
     adapters = [(None, "good")[i % 2] for i in range(16)]
 
-    def neighbours(engine: Engine, beside: str | None) -> list:
+    def neighbors(engine: Engine, beside: str | None) -> list:
         """Completions and log probabilities, with a request to another adapter before each."""
         requests = []
         for prompt, config, adapter in zip(prompts, configs, adapters, strict=True):
@@ -96,9 +96,9 @@ def test_an_overflowing_adapter_ends_its_own_requests_and_changes_no_other(model
     failed: list[Request] = []
     with Engine(model, 6, weights) as engine:
         engine.load_adapter("good", good)
-        before = neighbours(engine, None)
+        before = neighbors(engine, None)
         engine.load_adapter("bad", overflowing)
-        during = neighbours(engine, "bad")
+        during = neighbors(engine, "bad")
         for request in failed:
             with pytest.raises(NonFiniteLogits, match="NaN or infinite"):
                 request.result(60)
@@ -106,7 +106,7 @@ def test_an_overflowing_adapter_ends_its_own_requests_and_changes_no_other(model
             assert isinstance(request.error, NonFiniteLogits)
             assert request.tokens == []
         engine.unload_adapter("bad")
-        after = neighbours(engine, None)
+        after = neighbors(engine, None)
     assert before == during == after
 
 

@@ -99,7 +99,7 @@ def test_the_seed_alone_decides_the_initial_adapter(tiny_gpt2_dir):
     assert all(torch.equal(one[name], other[name]) != name.endswith("lora_A") for name in one)
 
 
-def test_lora_a_is_initialised_as_in_peft(bare, hf):
+def test_lora_a_is_initialized_as_in_peft(bare, hf):
     torch.manual_seed(0)
     reference = peft.get_peft_model(deepcopy(hf), peft.LoraConfig(r=3, target_modules=["c_fc"], fan_in_fan_out=True))
     reference_a = torch.cat([p.flatten() for name, p in reference.named_parameters() if "lora_A" in name])
@@ -215,9 +215,9 @@ def test_removing_from_a_bare_model_changes_nothing(bare):
 
 def test_training_changes_only_the_adapter(adapted):
     before = snapshot(adapted)
-    optimiser = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     adapted(tokens(2, 8)).square().mean().backward()
-    optimiser.step()
+    optimizer.step()
     changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "lora_" in name}
 

@@ -12,7 +12,7 @@ from gpt2core.metrics import (
     Scores,
     aggregate,
     exact_match,
-    normalise,
+    normalize,
     perplexity,
     score_record,
     token_f1,
@@ -30,7 +30,7 @@ from gpt2core.metrics import (
     ],
 )
 def test_case_whitespace_and_a_final_period_do_not_count(answer, normal):
-    assert normalise(answer) == normal
+    assert normalize(answer) == normal
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_evaluating_restores_every_modules_mode_after_an_exception(model):
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_post_norm_normalises_after_each_addition_is_saved_under_another_type_and_not_served(tiny_config, tmp_path):
+def test_post_norm_normalizes_after_each_addition_is_saved_under_another_type_and_not_served(tiny_config, tmp_path):
     model = GPT2(replace(tiny_config, norm_position="post"), torch.Generator().manual_seed(0)).eval()
     block, x = model.h[0], torch.randn(2, 5, tiny_config.n_embd, generator=torch.Generator().manual_seed(1))
     y = block.ln_1(x + block.attn(x, None, None))

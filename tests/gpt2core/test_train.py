@@ -128,7 +128,7 @@ def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumul
     finetune(ours, data, [], settings)
     seen.remove()
 
-    optimiser = create_loraplus_optimizer(
+    optimizer = create_loraplus_optimizer(
         reference,
         torch.optim.AdamW,
         lr=1e-2,
@@ -137,7 +137,7 @@ def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumul
         loraplus_weight_decay=0.1,
         betas=settings.betas,
     )
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["full_lr"], group["weight_decay"] = group["lr"], 0.1
     total = training_steps(len(data), settings)[2]
     batches = [examples_of(row, data) for [row] in order]
@@ -157,10 +157,10 @@ def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumul
         logits = reference(ids).logits[:, :-1]
         F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in pairs], 0.1)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * rate
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     for mine, other in pairs:
         # AdamW divides by the root of tiny second moments, which amplifies rounding of 1e-7 in a gradient
         torch.testing.assert_close(mine[0], other, rtol=1e-3, atol=1e-5)
@@ -186,7 +186,7 @@ def test_accumulated_batches_equal_one_large_batch(tiny_gpt2_dir):
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_small_set_is_memorised(tiny_gpt2_dir):
+def test_a_small_set_is_memorized(tiny_gpt2_dir):
     model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=8, targets=("q", "k", "v", "o", "fc", "proj")))
     result = finetune(model, examples(4), [], config(epochs=100))
     # frozen embeddings this small limit how well tokens can be told apart
@@ -236,7 +236,7 @@ def test_the_weights_of_the_best_validation_are_kept(model):
     result = finetune(model, examples(), val, config(epochs=30, learning_rate=3e-2, decay_fraction=0.0))
     losses = [entry["val/loss"] for entry in result.history if "val/loss" in entry]
     assert len(losses) == 30
-    assert losses[-1] > min(losses) == result.best_val_loss  # random tokens: memorising does not help
+    assert losses[-1] > min(losses) == result.best_val_loss  # random tokens: memorizing does not help
     sums = token_losses(model, val, 4, "response")
     assert sum(loss for loss, _ in sums) / sum(n for _, n in sums) == pytest.approx(result.best_val_loss, rel=1e-6)
 
@@ -296,7 +296,7 @@ def test_the_history_has_the_metrics_of_each_logged_step(model):
 
 TRAIN = {
     *(f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")),
-    *("system/cpu_utilisation", "system/memory_mib"),
+    *("system/cpu_utilization", "system/memory_mib"),
 }
 
 

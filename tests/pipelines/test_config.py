@@ -56,7 +56,7 @@ def test_each_config_of_the_project_is_valid(file):
 
 @settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(EVERY_KEY))
-def test_a_misspelt_key_at_any_level_is_refused_with_the_correct_one(key):
+def test_a_misspelled_key_at_any_level_is_refused_with_the_correct_one(key):
     file, path = key
     config = yaml.safe_load(file.read_text())
     mapping = config

@@ -30,7 +30,7 @@ from tests.runs import DEV, MAX_NEW_TOKENS, newest_run
 
 pytestmark = pytest.mark.timeout(900)  # a whole run, and a service
 OTHERS = [
-    "Summarise the quarterly financial statement for our shareholders, then propose three follow-up questions.",
+    "Summarize the quarterly financial statement for our shareholders, then propose three follow-up questions.",
     "Translate into Swahili: the spacecraft re-entered Jupiter's magnetosphere at unprecedented velocity.",
     "Write a Python function which computes eigenvalues of sparse Hermitian matrices using Lanczos iterations.",
 ]

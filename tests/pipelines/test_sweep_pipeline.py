@@ -62,7 +62,7 @@ def test_every_experiment_is_valid_at_both_sizes_with_three_seeds(file, scale):
 @pytest.mark.slow
 def test_a_finetuning_sweep_runs_each_variant_with_each_seed_and_then_comes_from_the_cache(tmp_path):
     sweep = {
-        "metrics": ["val_loss", "exact_match", "same_bytes", "utilisation", "peak_mib"],
+        "metrics": ["val_loss", "exact_match", "same_bytes", "utilization", "peak_mib"],
         "variants": {"plain": {}, "DoRA": {"lora": {"dora": True}}, "sampled": {"generation": {"temperature": 1.0}}},
         "seeds": [0, 1],
     }

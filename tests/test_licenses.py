@@ -1,6 +1,6 @@
-"""Licences of the installed dependencies: none with conditions on this project's own code enters unnoticed.
+"""Licenses of the installed dependencies: none with conditions on this project's own code enters unnoticed.
 
-`make licences` prints them.
+`make licenses` prints them.
 """
 
 import re
@@ -9,7 +9,7 @@ from importlib.metadata import Distribution, distributions
 
 import pytest
 
-# Licences that ask nothing of code that only imports the package.
+# Licenses that ask nothing of code that only imports the package.
 PERMISSIVE = re.compile(r"\b(mit|bsd|0bsd|apache|isc|python software foundation|psf|public domain|zlib|cnri-python)\b")
 # Copyleft for the package's own files or library only; each is used unchanged and not distributed from here.
 ACCEPTED = {"certifi", "chardet", "hypothesis", "orjson", "pathspec", "tqdm"}
@@ -18,7 +18,7 @@ COPYLEFT = re.compile(
 )
 
 
-def licence(package: Distribution) -> str:
+def license_of(package: Distribution) -> str:
     """The SPDX expression in the metadata of an installed package, else its classifiers, else the head of the text."""
     metadata = package.metadata
     classifiers = [text for text in metadata.get_all("Classifier") or [] if text.startswith("License :: ")]
@@ -27,9 +27,9 @@ def licence(package: Distribution) -> str:
     return metadata.get("License-Expression") or "; ".join(named) or (lines[0] if lines else "")
 
 
-def needs_a_decision(name: str, licence: str) -> bool:
-    """Whether a licence is unknown or copyleft, and the package is not in ACCEPTED."""
-    text = licence.lower()
+def needs_a_decision(name: str, license: str) -> bool:
+    """Whether a license is unknown or copyleft, and the package is not in ACCEPTED."""
+    text = license.lower()
     free = PERMISSIVE.search(text) and not COPYLEFT.search(text)
     return not free and name.lower() not in ACCEPTED
 
@@ -37,20 +37,20 @@ def needs_a_decision(name: str, licence: str) -> bool:
 def installed() -> dict[str, str]:
     # not all of sys.path: importing setuptools adds the packages inside of it
     found = distributions(path=[sysconfig.get_path("purelib")])
-    return {package.metadata["Name"]: licence(package) for package in found}
+    return {package.metadata["Name"]: license_of(package) for package in found}
 
 
-def test_no_dependency_has_an_unknown_or_copyleft_licence_that_nobody_accepted():
+def test_no_dependency_has_an_unknown_or_copyleft_license_that_nobody_accepted():
     assert "torch" in installed()
-    undecided = {name: licence for name, licence in installed().items() if needs_a_decision(name, licence)}
-    assert undecided == {}, "read these licences; add the package to ACCEPTED only if it is used unchanged"
+    undecided = {name: license for name, license in installed().items() if needs_a_decision(name, license)}
+    assert undecided == {}, "read these licenses; add the package to ACCEPTED only if it is used unchanged"
 
 
 @pytest.mark.parametrize(
-    "licence", ["", "GPL-3.0-only", "AGPL-3.0 OR MIT", "Proprietary, limited", "MPL-2.0 AND MIT", "SSPL-1.0"]
+    "license", ["", "GPL-3.0-only", "AGPL-3.0 OR MIT", "Proprietary, limited", "MPL-2.0 AND MIT", "SSPL-1.0"]
 )
-def test_an_unknown_or_copyleft_licence_needs_a_decision(licence):
-    assert needs_a_decision("new-package", licence)
+def test_an_unknown_or_copyleft_license_needs_a_decision(license):
+    assert needs_a_decision("new-package", license)
 
 
 if __name__ == "__main__":
