@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.engines import CTranslate2, LlamaCpp, find_version
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth, request_count
-from benchmarks.models import matrix_weights, random_adapter, random_model, with_random_adapter
+from benchmarks.models import matrix_weights, random_adapter, random_model, training_flop, with_random_adapter
 from benchmarks.peer import Decoder, Trainer, best_trainer
 from benchmarks.pipeline import WORK, Quality, run_cold
 from benchmarks.serving import Clients, PlainServer, widen_tokenizer
@@ -96,6 +96,7 @@ def train(setting: Setting) -> list[Row]:
     """LoRA finetuning on the same records in batches of the same size."""
     rows = []
     n = setting.train_steps * BATCH_SIZE
+    by_length = sorted(setting.examples[:n], key=lambda example: len(example.input_ids))  # the least padding
     precisions: list[tuple[Precision, torch.dtype]] = [("bf16-mixed", torch.bfloat16), ("fp32", torch.float32)]
     for precision, dtype in precisions:
         model = add_lora(load_pretrained(setting.base), LoraConfig(), seed=0)
@@ -103,14 +104,14 @@ def train(setting: Setting) -> list[Row]:
         trainer = best_trainer(setting.base, precision, setting.examples, BATCH_SIZE)
 
         def peer(run: int, trainer: Trainer = trainer) -> float:
-            return trainer.train(setting.examples[:n], BATCH_SIZE)
+            return trainer.train(by_length, BATCH_SIZE)
 
         def ours(run: int, model: GPT2 = model, config: TrainConfig = config) -> float:
             return finetune(model, setting.examples[:n], [], config).tokens_per_second
 
         values = interleave({"ours": ours, "peer": peer}, setting.runs)
-        # one product forward and one backward per matrix: a frozen matrix needs no gradient
-        limit = matmul_rate(dtype) / (4 * matrix_weights(model))
+        n_tokens = sum(len(example.input_ids) - 1 for example in setting.examples[:n])
+        limit = matmul_rate(dtype) * n_tokens / training_flop(model, setting.examples[:n], BATCH_SIZE)
         name = "finetuning, " + ("bf16" if dtype is torch.bfloat16 else "fp32")
         rows.append(
             make_row(
@@ -205,9 +206,12 @@ def adapters(setting: Setting) -> list[Row]:
             "merged": partial(_rate, one, setting, 16),
         }
         values = interleave(sides, setting.runs)
+        equal = [ours.invariance(setting.prompts(16, run), setting.n_new, 8) for run in range(setting.runs)]
         note = f"peer: this engine with one merged adapter; weights {ours.weights()} and {one.weights()}"
+    invariant = "same tokens and log probabilities alone as in a batch, 16 requests, 8 adapters"
     rows = [
-        make_row("16 requests, 8 adapters", "tokens/s", values["ours"], values["merged"], setting.command, note=note)
+        make_row("16 requests, 8 adapters", "tokens/s", values["ours"], values["merged"], setting.command, note=note),
+        make_row(invariant, "%", equal, None, setting.command, 100, note="to the bit; the limit is our target"),
     ]
     medium = GPT2(GPT2Config.preset(setting.medium), torch.Generator().manual_seed(0)).eval()
     save_pretrained(medium, setting.directory / "medium")

@@ -1,12 +1,15 @@
 """Random models and adapters of a given shape. Imports nothing beyond gpt2core: `benchmarks.gpu` runs without this
 project's environment."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from gpt2core.batching import pack
 from gpt2core.checkpoint import save_adapter
 from gpt2core.config import GPT2Config, LoraConfig
+from gpt2core.data import Example
 from gpt2core.lora import add_lora, lora_layers, remove_lora
 from gpt2core.model import GPT2
 
@@ -45,3 +48,22 @@ def matrix_weights(model: GPT2) -> int:
         w.numel() for n, w in model.named_parameters() if n.startswith("h.") and "lora_" not in n and w.dim() == 2
     )
     return blocks + model.wte.weight.numel()
+
+
+def training_flop(model: GPT2, examples: Sequence[Example], batch_size: int) -> float:
+    """FLOP that an epoch of LoRA on q and v needs at least: one product forward and one backward per matrix and token.
+
+    A prefix that the records of a batch share counts once, the head only where a label is; so do the last layer's
+    matrices, except for keys and values. The first layer's input needs no gradient. Attention's and LoRA's own products
+    are left out.
+    """
+    head, first = model.wte.weight.numel(), model.h[0]
+    of_layer = sum(w.numel() for n, w in first.named_parameters() if "lora_" not in n and w.dim() == 2)
+    qkv, n_layer = 3 * model.config.n_embd**2, model.config.n_layer
+    total = 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = pack(examples[start : start + batch_size], "response")
+        n_tokens, n_labels = batch.input_ids.numel(), len(batch.labels)
+        full = (n_layer - 1) * of_layer + qkv  # weights that every token is multiplied with
+        total += 2.0 * n_tokens * (full + full - qkv) + 4.0 * n_labels * (of_layer - qkv + head)
+    return total

@@ -17,6 +17,7 @@ from typing import Any, Self
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine, Weights
+from gpt2core.inference.request import Request
 from gpt2core.model import best_device
 
 
@@ -111,6 +112,20 @@ class Ours:
         start = max(request.token_times[0] for request in requests)
         times = [t for request in requests for t in request.token_times if t > start]
         return len(times) / (max(times) - start)
+
+    def invariance(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int) -> float:
+        """Percentage of requests with the same tokens and log probabilities, to the bit, alone and all together."""
+        config = GenerationConfig(max_new_tokens=n_new)
+
+        def submit(i: int) -> Request:
+            return self.engine.submit(prompts[i], config, adapter=str(i % n_adapters), logprobs=0)
+
+        def result(request: Request) -> list[tuple[int, float]]:
+            return list(zip(request.result(), [one.logprob for one in request.logprobs], strict=True))
+
+        together = [result(request) for request in [submit(i) for i in range(len(prompts))]]
+        alone = [result(submit(i)) for i in range(len(prompts))]
+        return 100 * sum(one == other for one, other in zip(alone, together, strict=True)) / len(prompts)
 
     def first_tokens(
         self, prompts: Sequence[Sequence[int]], n_new: int, interval: float = 0.0, n_adapters: int = 0

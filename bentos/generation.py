@@ -252,6 +252,7 @@ class TextGenerator:
             "gpt2_cached_tokens": ("Tokens of running requests in the KV cache", stats["cached_tokens"]),
             "gpt2_cached_prefix_tokens": ("Tokens in the prefix cache", stats["cached_prefix_tokens"]),
             "gpt2_adapters": ("Loaded adapters", len(self._adapters)),
+            "gpt2_weights_info": ("Format of the weights; the value is 1", 1, {"format": self.engine.weights}),
             # vLLM's names, which dashboards and the Gateway API inference extension (proposal 003) read
             "vllm:num_requests_running": ("Requests in the running batch", stats["running"], model),
             "vllm:num_requests_waiting": ("Requests waiting for a slot in the batch", stats["waiting"], model),
@@ -259,6 +260,9 @@ class TextGenerator:
             "vllm:gpu_cache_usage_perc": ("The same, by its older name", kv_usage, model),
             "vllm:lora_requests_info": ("Adapters of requests; the value is the time", time(), adapters),
         }
+        if (increase := self.engine.perplexity_increase) is not None:
+            text = "Relative increase of perplexity by the weights' format, measured at start by GPT2_WEIGHTS=auto"
+            gauges["gpt2_weights_perplexity_increase"] = (text, increase)
         return render_gauges(gauges)
 
     def _route(self, request: GenerationRequest) -> GenerationRequest:

@@ -81,6 +81,11 @@ class Engine:
         """The format in use: what "auto" chose."""
         return self._model.weights
 
+    @property
+    def perplexity_increase(self) -> float | None:
+        """Of the format relative to fp32, as "auto" measured it on text of the model; None: not measured."""
+        return self._model.perplexity_increase
+
     def start(self) -> None:
         """Start the thread; the context manager does so itself."""
         release_openmp_workers()

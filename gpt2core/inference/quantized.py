@@ -53,6 +53,7 @@ class QuantizedModel:
         if weights == "int8" and weights not in supported_formats(self.device):
             raise ValueError("weights is 'int8', but this device or processor has no int8 kernel; use bf16 or fp32")
         self.config, self.weights = model.config, weights
+        self.perplexity_increase: float | None = None  # relative to fp32, where `quantize_fastest` measured it
         self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # of activations
         scratch = None  # of native.py, where that computes the layers
         if weights == "int8" and native.is_available(model.config):
@@ -160,6 +161,7 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
     for weights in [*sorted(faster, key=seconds.__getitem__), *candidates[:1]]:
         quantized = QuantizedModel(model, weights)
         cost = 0.0 if weights == "fp32" else _perplexity_cost(model, quantized)
+        quantized.perplexity_increase = cost
         if cost <= MAX_PERPLEXITY_COST:
             break
         logger.warning("weights %s rejected: faster, but perplexity rises by %.1f %%", weights, 100 * cost)
