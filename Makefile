@@ -48,11 +48,14 @@ lint: install
 audit: install
 	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-# After a change of bentos/requirements.txt: the hashes of what the index has for it, on every platform. Without torch, whose
-# wheels come from TORCH_INDEX.
+# After a change of bentos/requirements.txt, pyproject.toml or constraints.txt: the hashes of what the index has for the images
+# of service and steps, on every platform. Without torch, whose wheels come from TORCH_INDEX, and the CUDA libraries it brings.
+COMPILE := uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
+	--python-platform linux
 hashes: install
-	grep == bentos/requirements.txt | grep -v ^torch== | $(BIN)/uv pip compile - --quiet --generate-hashes --no-deps \
-		--no-header --no-annotate --no-emit-index-url --python-version 3.11 -o bentos/requirements-hashed.txt
+	grep == bentos/requirements.txt | grep -v ^torch== | $(BIN)/$(COMPILE) - --no-deps -o bentos/requirements-hashed.txt
+	echo torch | $(BIN)/$(COMPILE) pyproject.toml --extra pipeline --extra serve --extra deploy bentos/requirements.txt \
+		-c constraints.txt --excludes /dev/stdin -o requirements-hashed.txt
 
 licences: install
 	@$(BIN)/python -m tests.test_licences
