@@ -16,9 +16,11 @@ FROM ${BUILD_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY --from=requirements /requirements.txt /build/
-COPY constraints.txt /build/
-# torch's "+cpu" (or "+cu130") counts as newer than the same version of the package index
+COPY constraints.txt requirements-hashed.txt /build/
+# torch's "+cpu" (or "+cu130") counts as newer than the same version of the package index.
+# Everything but torch, and the CUDA libraries that a GPU's torch brings, has the hashes of the tested files.
 RUN python3 -m venv /opt/venv \
+ && /opt/venv/bin/pip install --quiet --no-deps --require-hashes -r /build/requirements-hashed.txt \
  && /opt/venv/bin/pip install --quiet ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c /build/constraints.txt -r /build/requirements.txt
 # the int8 kernels, which `package` copies into the Bento
 COPY --from=requirements /compiler.txt /build/

@@ -5,7 +5,7 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow chaos lint audit hashes licenses format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
+.PHONY: install run test test-slow test-kubeflow chaos lint audit hashes licenses format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
 
 install: .venv/.installed
 
@@ -23,6 +23,17 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
+# What needs kfp, in an environment of its own: kfp pins one package, and wants an older protobuf than constraints.txt.
+test-kubeflow: .venv-kubeflow/.installed
+	.venv-kubeflow/bin/pytest tests/stacks -k kubeflow
+
+.venv-kubeflow/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-kubeflow
+	grep -vE '^(protobuf|click-option-group)==' constraints.txt > .venv-kubeflow/constraints.txt
+	.venv-kubeflow/bin/pip install --quiet --disable-pip-version-check -c .venv-kubeflow/constraints.txt \
+		-e '.[pipeline,serve,deploy,test,kubeflow]'
+	touch $@
+
 # Inject faults into runs of configs/dev.yaml, and print what was observed and lost; KILLS=1 is the short form (docs/reliability.md).
 chaos: install
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),5)
@@ -37,11 +48,14 @@ lint: install
 audit: install
 	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-# After a change of bentos/requirements.txt: the hashes of what the index has for it, on every platform. Without torch, whose
-# wheels come from TORCH_INDEX.
+# After a change of bentos/requirements.txt, pyproject.toml or constraints.txt: the hashes of what the index has for the images
+# of service and steps, on every platform. Without torch, whose wheels come from TORCH_INDEX, and the CUDA libraries it brings.
+COMPILE := uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
+	--python-platform linux
 hashes: install
-	grep == bentos/requirements.txt | grep -v ^torch== | $(BIN)/uv pip compile - --quiet --generate-hashes --no-deps \
-		--no-header --no-annotate --no-emit-index-url --python-version 3.11 -o bentos/requirements-hashed.txt
+	grep == bentos/requirements.txt | grep -v ^torch== | $(BIN)/$(COMPILE) - --no-deps -o bentos/requirements-hashed.txt
+	echo torch | $(BIN)/$(COMPILE) pyproject.toml --extra pipeline --extra serve --extra deploy bentos/requirements.txt \
+		-c constraints.txt --excludes /dev/stdin -o requirements-hashed.txt
 
 licenses: install
 	@$(BIN)/python -m tests.test_licenses

@@ -66,8 +66,9 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
     }
     with TemporaryDirectory() as temporary:
         context = Path(temporary)
-        copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns("__pycache__"))
-        copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns("__pycache__", "demo"))
+        skipped = ("__pycache__", ".*")  # hidden files, like .env, may hold secrets
+        copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns(*skipped))
+        copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns(*skipped, "demo"))
         if kernels := library_file():
             copy2(kernels, context / NATIVE_LIBRARY)
         for file in PROXY_FILES:

@@ -239,10 +239,26 @@ def test_the_requirements_of_the_served_image_are_the_tested_versions():
 def test_the_hashes_of_the_served_image_are_those_of_its_requirements():
     wanted = (ROOT / "bentos" / "requirements.txt").read_text().splitlines()
     pinned = {canonical(line) for line in wanted if "==" in line and not line.startswith("torch==")}
-    blocks = (ROOT / "bentos" / "requirements-hashed.txt").read_text().replace(" \\\n", " ").splitlines()
-    hashed = {canonical(block.split()[0]): block.split()[1:] for block in blocks}
-    assert hashed.keys() == pinned, "run `make hashes`"
-    assert all(re.fullmatch(r"(--hash=sha256:[0-9a-f]{64} ?)+", " ".join(hashes)) for hashes in hashed.values())
+    assert hashed(ROOT / "bentos" / "requirements-hashed.txt") == pinned, "run `make hashes`"
+
+
+def test_the_hashes_of_the_steps_image_are_those_of_its_dependencies_as_tested():
+    tested = {canonical(line) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = hashed(ROOT / "requirements-hashed.txt")
+    assert pins - tested == set(), "run `make hashes`"
+    lines = list(project["dependencies"])
+    for extra in ("pipeline", "serve", "deploy"):
+        lines += project["optional-dependencies"][extra]
+    wanted = {canonicalize_name(Requirement(line).name) for line in lines}
+    assert wanted - {pin.partition("==")[0] for pin in pins} == {"torch"}, "run `make hashes`"
+
+
+def hashed(file: Path) -> set[str]:
+    """The pins of a file of `make hashes`, each of which has hashes."""
+    blocks = file.read_text().replace(" \\\n", " ").splitlines()
+    assert all(re.fullmatch(r"\S+==\S+( +--hash=sha256:[0-9a-f]{64})+", block) for block in blocks)
+    return {canonical(block.split()[0]) for block in blocks}
 
 
 def canonical(pin: str) -> str:

@@ -22,7 +22,14 @@ from gpt2core.types import Commit
 
 logger = logging.getLogger(__name__)
 
-STEPS_FILES = ("Dockerfile", "pyproject.toml", "constraints.txt", "setup.py", "gpt2core/inference/native.c")
+STEPS_FILES = (
+    "Dockerfile",
+    "pyproject.toml",
+    "constraints.txt",
+    "requirements-hashed.txt",
+    "setup.py",
+    "gpt2core/inference/native.c",
+)
 # Environment variables that describe the build machine; they are not part of a run configuration.
 BUILD_ARGS = ("BASE_IMAGE", "BUILD_IMAGE", "TORCH_INDEX")
 BUILD_NETWORK = "BUILD_NETWORK"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from secrets import token_hex
 
 import docker
@@ -10,6 +11,7 @@ import yaml
 
 from deploy import bento
 from deploy.config import DeployConfig
+from deploy.containers import images
 from deploy.containers.client import EngineError, connect
 from deploy.containers.images import Image, build_service
 from deploy.kubernetes import rollout, wait
@@ -17,6 +19,7 @@ from deploy.server import serve
 from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
+from tests.copies import copy_project
 from tests.deploy.kube_api import KubeApi
 from tests.helpers import build_bento, make_lineage
 
@@ -64,6 +67,27 @@ def constant_response(answer: str, bento: str):
 
 MAX_NEW_TOKENS = 5
 SESSION = token_hex(8)  # part of the run's name in the lineage, so that no two test sessions share an image
+CANARY = "canary-of-the-building-machine"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "GPT2_API_TOKEN", "GPT2_INSTRUCT_WEBHOOK")
+
+
+@pytest.fixture(scope="session")
+def with_secrets(tmp_path_factory):
+    """Context manager: images are built from a checkout with secrets in untracked files, and in the environment."""
+    checkout = copy_project(tmp_path_factory.mktemp("checkout"))
+    for folder in (".", "bentos", "gpt2core"):
+        (checkout / folder / ".env").write_text(f"HF_TOKEN={CANARY}, in a file\n")
+
+    @contextmanager
+    def context():
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (bento, images):
+                patch.setattr(module, "ROOT", checkout)
+            for name in SECRETS:
+                patch.setenv(name, f"{CANARY}, in {name}")
+            yield
+
+    return context
 
 
 @pytest.fixture(scope="session")
@@ -88,15 +112,16 @@ def tagged(engine: docker.DockerClient, reference: str) -> docker.models.images.
 
 
 @pytest.fixture(scope="session")
-def make_image(engine, base_dir, adapter_dir):
+def make_image(engine, base_dir, adapter_dir, with_secrets):
     """Build a Bento and its image. At the end all images are removed, and the user's own `latest` tags are restored."""
     made = []
     latest = {name: tagged(engine, f"{name}:latest") for name in (bento.NAME, f"{bento.NAME}-steps")}
 
     def make(run: str) -> Image:
-        tag = build_bento(base_dir, adapter_dir, f"{run}-{SESSION}")
-        made.append(tag)
-        image = build_service(tag)
+        with with_secrets():
+            tag = build_bento(base_dir, adapter_dir, f"{run}-{SESSION}")
+            made.append(tag)
+            image = build_service(tag)
         assert engine.images.get(f"{bento.NAME}:latest").id == image.digest  # here: the next build moves it on
         return image
 

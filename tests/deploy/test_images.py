@@ -1,7 +1,10 @@
 """The images of service and steps, built and run by the container engine of this machine."""
 
+import gzip
 import json
 import os
+import tarfile
+import tempfile
 from contextlib import contextmanager
 
 import pytest
@@ -16,7 +19,7 @@ from deploy.containers.service import HARDENING
 from deploy.source import ROOT
 from deploy.verify import request_answer
 from run import main
-from tests.deploy.conftest import MAX_NEW_TOKENS
+from tests.deploy.conftest import CANARY, MAX_NEW_TOKENS
 from tests.helpers import is_ready, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first build installs every package
@@ -159,13 +162,49 @@ def test_a_failed_build_is_one_error_that_names_the_base_image(engine, first, mo
 PACKAGES = ("bentos", "deploy", "gpt2core", "pipelines", "stacks", "steps")
 
 
-def test_the_steps_image_runs_the_pipelines_code_as_any_user_on_a_read_only_root(engine, make_image):
-    built = build_steps()
-    assert json.loads(built.sbom)["bomFormat"] == "CycloneDX"
+@pytest.fixture(scope="module")
+def steps(make_image, with_secrets):  # make_image restores the tag `latest`
+    with with_secrets():
+        return build_steps()
+
+
+@pytest.mark.parametrize("image", ["first", "steps"])
+def test_no_secret_of_the_building_machine_is_in_an_image(engine, image, request):
+    built = request.getfixturevalue(image)
+    in_a_layer, in_the_configuration = built.sbom[:1000].decode(), "org.opencontainers.image.revision"
+    found = search(engine, built.reference, in_a_layer, in_the_configuration, CANARY)
+    assert found[in_a_layer]
+    assert found[in_the_configuration]
+    assert found[CANARY] == []
+
+
+def search(engine, reference: str, *texts: str) -> dict[str, list[str]]:
+    """The parts of an image (layers, configuration with history) that hold each text, with what follows it there."""
+    found: dict[str, list[str]] = {text: [] for text in texts}
+    overlap = max(map(len, texts))
+    with tempfile.TemporaryFile() as file:
+        file.writelines(engine.images.get(reference).save())
+        file.seek(0)
+        with tarfile.open(fileobj=file) as archive:
+            for part in filter(tarfile.TarInfo.isfile, archive):
+                content = archive.extractfile(part)
+                if content.peek(2)[:2] == b"\x1f\x8b":  # by an engine that stores layers compressed
+                    content = gzip.GzipFile(fileobj=content)
+                block = b""
+                while more := content.read(1 << 24):
+                    block = block[-overlap:] + more
+                    for text in texts:
+                        if (start := block.find(text.encode())) >= 0:
+                            found[text].append(f"{part.name}: {block[start : start + 80]!r}")
+    return found
+
+
+def test_the_steps_image_runs_the_pipelines_code_as_any_user_on_a_read_only_root(engine, steps):
+    assert json.loads(steps.sbom)["bomFormat"] == "CycloneDX"
     code = "import zenml, bentoml, evidently, steps.finetune, pipelines.finetune_pipeline; print('imported')\n"
     code += "import ctypes, sys; from gpt2core.inference.native import NAME; ctypes.CDLL(f'{sys.prefix}/lib/{NAME}')"
     output = engine.containers.run(
-        built.reference,
+        steps.reference,
         ["python", "-c", code],
         user="54321",
         remove=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from kubeflow_trainer_api import models as trainer
 from kubernetes_validate.utils import latest_version
 
 from bentos.app import app
@@ -31,7 +32,7 @@ CRDS = {  # API group -> npm package with types and validators generated from th
     "argoproj.io": "argo-rollouts@0.3.2",
     "monitoring.coreos.com": "prometheus-operator@6.0.0",
 }
-TRAINER = "trainer.kubeflow.org"  # no package has its types
+TRAINER = "trainer.kubeflow.org"  # its types are in kubeflow-trainer-api
 OPTIONAL = {
     path.stem: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "k8s" / "optional").glob("*.yaml")
 }
@@ -107,6 +108,26 @@ def test_the_pods_of_the_train_job_are_strictly_valid_and_read_a_valid_job(versi
     assert all(path.startswith(f"{mounts['training']}/") for path in (content.base, content.records, content.out))
     assert LoraConfig(**content.lora)
     assert TrainConfig(**content.train, seed=content.seed)
+
+
+def as_trainer_reads(manifest: dict) -> dict:
+    """What is left of a manifest in Trainer's models, which refuse values of another type and drop unknown fields."""
+    return getattr(trainer, f"TrainerV1alpha1{manifest['kind']}").from_dict(manifest).to_dict()
+
+
+@pytest.mark.parametrize("kind", ["TrainingRuntime", "TrainJob"])
+def test_trainer_knows_each_field_of_its_manifests(kind):
+    [manifest] = [each for each in OPTIONAL["trainjob"] if each["kind"] == kind]
+    assert as_trainer_reads(manifest) == manifest
+
+
+def test_a_field_that_trainer_does_not_know_or_of_another_type_is_noticed():
+    _, _, runtime, job = copy.deepcopy(OPTIONAL["trainjob"])
+    runtime["spec"]["mlPolicy"]["torch"]["numProcPerNode"] = 1  # a field in Trainer 2.0 and 2.1
+    assert as_trainer_reads(runtime) == OPTIONAL["trainjob"][2]
+    job["spec"]["trainer"]["numNodes"] = "2"
+    with pytest.raises(ValueError, match="numNodes"):
+        as_trainer_reads(job)
 
 
 def merged(value, patch):
