@@ -121,7 +121,7 @@ class LoraLinear(nn.Module):
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that model.to(device) moves it
         if config.dora:
-            self.lora_magnitude = nn.Parameter(self.base_blocks()[list(self.blocks)].norm(dim=-1))
+            self.lora_magnitude = nn.Parameter(self.adapted_blocks().norm(dim=-1))
         self.train(linear.training)
 
     @property
@@ -151,12 +151,17 @@ class LoraLinear(nn.Module):
         weight = self.linear.weight if self.unmerged_weight is None else self.unmerged_weight
         return weight.detach().float().unflatten(0, (self.n_blocks, -1))
 
+    def adapted_blocks(self) -> Tensor:
+        """The adapted slices of them: (n, out / blocks, in), fp32."""
+        base = self.base_blocks()
+        return torch.stack([base[block] for block in self.blocks])  # a list as index would be copied to a GPU first
+
     def delta_weight(self) -> Tensor:
         """What merging adds to the weight: (out, in), fp32."""
         delta = self.lora_A.new_zeros(self.n_blocks, self.lora_B.shape[1], self.lora_A.shape[2], dtype=torch.float32)
         change = self._low_rank()
         if self.config.dora:
-            rows = self.base_blocks()[list(self.blocks)]
+            rows = self.adapted_blocks()
             change = self._row_factors()[..., None] * (rows + change) - rows
         delta[list(self.blocks)] = change
         return delta.flatten(0, 1)
@@ -168,7 +173,7 @@ class LoraLinear(nn.Module):
     def _row_factors(self) -> Tensor:
         """DoRA's lora_magnitude / ||V||: (n, out / blocks), fp32."""
         with torch.no_grad():
-            norms = (self.base_blocks()[list(self.blocks)] + self._low_rank()).norm(dim=-1)
+            norms = (self.adapted_blocks() + self._low_rank()).norm(dim=-1)
         return self.lora_magnitude.float() / norms
 
     @torch.no_grad()
