@@ -27,7 +27,7 @@ def batch_losses(model: GPT2, batch: Batch) -> Tensor:
 def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss_on: str) -> list[tuple[float, int]]:
     """(Summed negative log-likelihood in nats, number of tokens it counts) of each example, without dropout."""
     device = model.wte.weight.device
-    sums: list[tuple[float, int]] = []
+    sums: list[Tensor] = []
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
@@ -35,6 +35,8 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
             losses = batch_losses(model, batch)
             assert batch.example is not None
             rows = batch.example.flatten()[batch.labelled]  # index of the example that each loss belongs to
-            per_row = torch.zeros(len(part), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
-            sums += zip(per_row.tolist(), rows.bincount(minlength=len(part)).tolist(), strict=True)
-    return sums
+            per_row = torch.zeros(len(part), dtype=torch.float64, device=device)
+            sums.append(per_row.index_add_(0, rows, losses.double()))
+    counts = [len(one.input_ids) - (one.prompt_length if loss_on == "response" else 1) for one in examples]
+    found: list[float] = torch.cat(sums).tolist() if sums else []  # waits for a GPU once
+    return list(zip(found, counts, strict=True))
