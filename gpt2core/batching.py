@@ -1,5 +1,6 @@
 """Training batches: examples as tensors, packed into rows to avoid padding."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -69,30 +70,35 @@ def pack(
         rows[row].append(i)
         loads[row] += lengths[i]
 
-    shape = len(rows), shared + max(loads)
-    input_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels, example = torch.full(shape, IGNORED), torch.full(shape, PADDING)
-    input_ids[:, :shared] = torch.tensor(examples[0].input_ids[:shared], dtype=torch.long)
-    positions[:, :shared] = torch.arange(shared)
-    example[:, :shared] = SHARED
-    for row, members in enumerate(rows):
-        start = shared
+    T = shared + max(loads)
+    # as arrays: a tensor operation per example takes the host longer than a GPU takes for the step
+    input_ids, labels, positions, example = (array("q") for _ in range(4))
+    for members, load in zip(rows, loads, strict=True):
+        input_ids.extend(examples[0].input_ids[:shared])
+        labels.extend([IGNORED] * shared)
+        positions.extend(range(shared))
+        example.extend([SHARED] * shared)
         for i in members:
-            ids, span = torch.tensor(examples[i].input_ids[shared:]), slice(start, start + lengths[i])
-            input_ids[row, span], example[row, span] = ids[:-1], i
-            positions[row, span] = torch.arange(shared, shared + lengths[i])
-            labels[row, start + first[i] - 1 - shared : span.stop] = ids[first[i] - shared :]
-            start = span.stop
+            ids = examples[i].input_ids
+            input_ids.extend(ids[shared:-1])
+            labels.extend([IGNORED] * (first[i] - 1 - shared))
+            labels.extend(ids[first[i] :])
+            positions.extend(range(shared, shared + lengths[i]))
+            example.extend([i] * lengths[i])
+        padding = T - shared - load
+        for column, value in ((input_ids, 0), (labels, IGNORED), (positions, 0), (example, PADDING)):
+            column.extend([value] * padding)
+    columns = [torch.frombuffer(one, dtype=torch.long).view(-1, T) for one in (input_ids, labels, positions, example)]
     n_tokens = sum(lengths) + shared * len(examples)
     one_example_per_row = n_rows == len(examples)
-    labelled = (labels != IGNORED).flatten().nonzero()[:, 0]
+    labelled = (columns[1] != IGNORED).flatten().nonzero()[:, 0]
     return Batch(
-        input_ids,
-        labels,
+        columns[0],
+        columns[1],
         n_tokens,
         labelled,
-        None if one_example_per_row else positions,
-        example,
+        None if one_example_per_row else columns[2],
+        columns[3],
         _sequences(rows, lengths, shared) if as_sequences and not one_example_per_row else None,
     ).to(device)
 
@@ -103,20 +109,23 @@ def _sequences(rows: Sequence[Sequence[int]], lengths: Sequence[int], shared: in
     The queries of all of them are the flattened rows in order.
     """
     T = shared + max(sum(lengths[i] for i in members) for members in rows)
-    n_queries, keys = [0], list[list[int]]()
+    n_queries, n_keys, keys = [0], [0], array("q")
     for row, members in enumerate(rows):
-        prefix, start, end = [*range(row * T, row * T + shared)], row * T + shared, (row + 1) * T
+        prefix, start, end = range(row * T, row * T + shared), row * T + shared, (row + 1) * T
         n_queries.append(shared)
-        keys.append(prefix)
+        n_keys.append(shared)
+        keys.extend(prefix)
         for i in members:
             n_queries.append(lengths[i])
-            keys.append([*prefix, *range(start, start + lengths[i])])
+            n_keys.append(shared + lengths[i])
+            keys.extend(prefix)
+            keys.extend(range(start, start + lengths[i]))
             start += lengths[i]
         n_queries.append(end - start)
-        keys.append([*range(start, end)])
-    n_keys = [0, *map(len, keys)]
+        n_keys.append(end - start)
+        keys.extend(range(start, end))
     ends_q, ends_k = (torch.tensor(n).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
-    index = torch.tensor([token for own in keys for token in own]) if shared else None
+    index = torch.frombuffer(keys, dtype=torch.long) if shared else None
     return Sequences(index, ends_q, ends_k, max(n_queries), max(n_keys))
 
 
