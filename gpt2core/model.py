@@ -202,10 +202,11 @@ class Sequences:
 
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
         """Attention (G, T, C) for qkv (G, T, 3, H, D)."""
-        flat = qkv.flatten(0, 1)  # (N, 3, H, D)
-        kv = flat[:, 1:] if self.keys is None else flat[:, 1:][self.keys]  # (M, 2, H, D)
+        # split and unbind: their gradient is one copy; that of an index is zeros, a copy and an addition
+        q, kv = qkv.flatten(0, 1).split([1, 2], 1)  # (N, 1, H, D), (N, 2, H, D)
+        k, v = (kv if self.keys is None else kv[self.keys]).unbind(1)  # two of (M, H, D)
         limits = (self.ends_q, self.ends_k, self.max_q, self.max_k)
-        y = varlen_attention(flat[:, 0], kv[:, 0], kv[:, 1], *limits, scale)  # (N, H, D)
+        y = varlen_attention(q.squeeze(1), k, v, *limits, scale)  # (N, H, D)
         return y.flatten(1).unflatten(0, qkv.shape[:2])
 
 
