@@ -1,0 +1,132 @@
+"""Training and decoding on a CUDA device that does not exist: where every tensor is, and where the host waits.
+
+torch's `FakeTensorMode` computes shapes, dtypes and devices instead of values. So it runs the code for a GPU where there
+is none, and fails at a tensor on the wrong device and at a result whose shape depends on values.
+"""
+
+import traceback
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gpt2core import train
+from gpt2core.batching import pack
+from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.data import Example
+from gpt2core.lora import add_lora
+from gpt2core.model import GPT2
+from gpt2core.train import finetune
+
+DEVICE = torch.device("cuda", 0)
+
+
+class FakeCuda(FakeTensorMode):
+    """Tensors on DEVICE are fake and others real. `waits`: each time that the host waited for the device, and where.
+
+    What the host reads is ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.waits: list[str] = []
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == torch.device("meta"):  # autograd takes the tensors for meta tensors
+            kwargs["device"] = DEVICE
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        host = [x for x in tensors if not isinstance(x, FakeTensor)]
+        if host == tensors and kwargs.get("device") != DEVICE:
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name == "_local_scalar_dense" or (name == "_to_copy" and kwargs.get("device") == torch.device("cpu")):
+            self._note("read")
+            found = torch.ones(tensors[0].shape, dtype=kwargs.get("dtype", tensors[0].dtype))
+            return found if name == "_to_copy" else found.item()
+        is_copy = name in ("_to_copy", "copy_") and (kwargs.get("non_blocking") or args[2:] == (True,))
+        if any(x.dim() and not (is_copy and hasattr(x, "pinned")) for x in host):
+            self._note(f"blocking {name}")
+        args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
+        return super().dispatch(func, types, args, kwargs)
+
+    def _as_fake(self, tensor):
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        return super().dispatch(torch.ops.aten.empty_strided.default, (), (tensor.shape, tensor.stride()), options)
+
+    def _note(self, what):
+        frames = [f for f in traceback.extract_stack() if "gpt2core" in f.filename and "tests" not in f.filename]
+        self.waits += [f"{what} in {frame.name}" for frame in frames[-1:]] or [what]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    def pin(tensor):
+        tensor.pinned = True
+        return tensor
+
+    make = torch.Tensor._make_subclass
+    device = FakeCuda()
+    with monkeypatch.context() as patch:
+        # not `dispatch_device`: autograd would look for CUDA's device guard, which a CPU build of torch does not have
+        make_without = staticmethod(lambda cls, data, requires_grad=False, **_: make(cls, data, requires_grad))
+        patch.setattr(torch.Tensor, "_make_subclass", make_without)
+        patch.setattr(torch.Tensor, "pin_memory", pin)
+        patch.setattr(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+        patch.setattr(train, "has_varlen_attention", lambda *_: True)
+        with device:
+            yield device
+
+
+ALL_TARGETS = ("q", "k", "v", "o", "fc", "proj")
+CONFIG = TrainConfig(epochs=2, batch_size=4, log_every_steps=3, precision="bf16-mixed")  # 10 steps
+EXAMPLES = [Example([7, 8, 9, *range(4 + i % 5)], 4) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [
+        (CONFIG, LoraConfig(rank=2)),
+        (replace(CONFIG, gradient_checkpointing=True, precision="fp32"), LoraConfig(rank=2, targets=ALL_TARGETS)),
+        (replace(CONFIG, batch_size=2, gradient_accumulation_steps=2), LoraConfig(rank=2, dropout=0.1, b_lr_ratio=4)),
+        (replace(CONFIG, precision="bf16-true"), LoraConfig(rank=2, dora=True)),
+        (CONFIG, None),
+    ],
+    ids=["packed", "checkpointing", "accumulation", "dora", "all-weights"],
+)
+def test_training_waits_for_the_gpu_only_to_log(tiny_config, monkeypatch, cuda, config, lora):
+    monkeypatch.setattr(train, "pack", lambda *arguments: cuda.waits.append("pack") or pack(*arguments))
+    finetune(make_model(tiny_config, lora), EXAMPLES, [], config)
+    packs = ["pack"] * config.gradient_accumulation_steps
+    logged = ["read in _read_losses", "read in _step"]  # the losses since the last entry, and the norm of the gradient
+    # the next batch is made before the host waits
+    assert cuda.waits == [
+        *(4 * packs + logged),
+        *(3 * packs + logged),
+        *(3 * packs + logged),
+        *logged,
+        "read in check_finite",
+    ]
+
+
+def test_validation_reads_once(tiny_config, cuda):
+    finetune(make_model(tiny_config, LoraConfig(rank=2)), EXAMPLES, EXAMPLES[:7], replace(CONFIG, epochs=1))
+    validated = ["read in _read_losses", "read in _step", "read in check_finite", "read in token_losses"]
+    assert cuda.waits == [*validated[:2], *validated]
+
+
+def make_model(config, lora):
+    with DEVICE:
+        model = GPT2(config)
+    return model if lora is None else add_lora(model, lora)
