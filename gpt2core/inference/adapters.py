@@ -90,9 +90,8 @@ class AdapterStack:
         self.owner: dict[str, Tensor] = {}  # path -> (R), the index of the adapter that each rank belongs to
         for path in sorted({path for adapter in adapters for _, path in adapter.matrices}):
             ranks = [len(one.matrices[0, path][0]) if (0, path) in one.matrices else 0 for one in adapters]
-            self.owner[path] = torch.arange(len(adapters), device=device).repeat_interleave(
-                torch.tensor(ranks, device=device)
-            )
+            owners = [i for i, n in enumerate(ranks) for _ in range(n)]
+            self.owner[path] = to_device(torch.tensor(owners), device)
         for layer, path in sorted({key for adapter in adapters for key in adapter.matrices}):
             parts = [one.matrices[layer, path] for one in adapters if (layer, path) in one.matrices]
             self.matrices[layer, path] = (

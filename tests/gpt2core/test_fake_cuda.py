@@ -5,7 +5,6 @@ is none, and fails at a tensor on the wrong device and at a result whose shape d
 """
 
 import traceback
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,12 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt2core import train
+from gpt2core import sampling, train
 from gpt2core.batching import pack
-from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
+from gpt2core.generate import generate
+from gpt2core.inference.adapters import Adapter
+from gpt2core.inference.graphs import RowDecoder
+from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.inference.request import Request
+from gpt2core.inference.runner import ModelRunner
+from gpt2core.inference.scheduler import Scheduler
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
+from gpt2core.sampling import Sampler
 from gpt2core.train import finetune
 
 DEVICE = torch.device("cuda", 0)
@@ -34,6 +41,7 @@ class FakeCuda(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.waits: list[str] = []
+        self.copies = 0  # from the host, whether it waits or not
 
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -49,9 +57,11 @@ class FakeCuda(FakeTensorMode):
             self._note("read")
             found = torch.ones(tensors[0].shape, dtype=kwargs.get("dtype", tensors[0].dtype))
             return found if name == "_to_copy" else found.item()
-        is_copy = name in ("_to_copy", "copy_") and (kwargs.get("non_blocking") or args[2:] == (True,))
+        is_copy = name in ("_to_copy", "copy_", "to") and (kwargs.get("non_blocking") or any(x is True for x in args))
+        self.copies += any(x.dim() for x in host)
         if any(x.dim() and not (is_copy and hasattr(x, "pinned")) for x in host):
             self._note(f"blocking {name}")
+        kwargs.pop("generator", None)  # the fake of exponential_ takes none
         args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
         return super().dispatch(func, types, args, kwargs)
 
@@ -80,6 +90,7 @@ def cuda(monkeypatch):
         patch.setattr(torch.Tensor, "_make_subclass", make_without)
         patch.setattr(torch.Tensor, "pin_memory", pin)
         patch.setattr(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
+        patch.setattr(sampling, "_make_generator", lambda config, device: config.temperature and torch.Generator())
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
@@ -126,7 +137,55 @@ def test_validation_reads_once(tiny_config, cuda):
     assert cuda.waits == [*validated[:2], *validated]
 
 
+def test_generate_waits_once_per_token(tiny_config, cuda):
+    config = GenerationConfig(max_new_tokens=5, temperature=0.7, seed=0)
+    generate(make_model(tiny_config, LoraConfig(rank=2)), [[1, 2, 3], [4, 5]], config)
+    assert cuda.waits == 5 * ["read in choose"]
+
+
+def random_adapter(rank):
+    a, b = (torch.rand(shape, dtype=torch.bfloat16) for shape in ((rank, 32), (96, rank)))
+    return Adapter({(layer, "attn.c_attn"): (a, b) for layer in range(2)})
+
+
 def make_model(config, lora):
     with DEVICE:
         model = GPT2(config)
     return model if lora is None else add_lora(model, lora)
+
+
+def test_a_decoding_step_waits_once_and_its_graph_never(tiny_config, cuda, monkeypatch):
+    """Graphs need a GPU: here the function that they capture runs instead, which may not copy from the host."""
+    waits_in_graph = []
+
+    def compute(decoder, *arguments):
+        before = [*cuda.waits], cuda.copies
+        outputs = compute_rows(decoder, *arguments)
+        waits_in_graph.append(([*cuda.waits], cuda.copies) != before)
+        return outputs
+
+    compute_rows = RowDecoder._compute
+    monkeypatch.setattr(RowDecoder, "_replay", compute)
+    with torch.inference_mode():
+        model = QuantizedModel(make_model(tiny_config, None), "bf16")
+        scheduler = Scheduler(model, max_batch=8)
+        runner = ModelRunner(model, scheduler.row_cache)
+        with DEVICE:
+            adapters = [random_adapter(rank) for rank in (2, 3)]
+        configs = [
+            GenerationConfig(max_new_tokens=3 + i, temperature=i % 3 * 0.5, top_k=5, top_p=0.9, min_p=0.1, seed=i)
+            for i in range(12)
+        ]
+        for i, config in enumerate(configs):
+            prompt = list(range(1, 18 + i))  # longer than a block of the prefix cache
+            adapter = [None, *adapters][i % 3]
+            sampler = Sampler(config, prompt, DEVICE)
+            scheduler.add(Request(prompt, sampler, config.max_new_tokens, adapter, None, None, None))
+        n_steps = 0
+        while scheduler.admit() or (step := scheduler.next_step()) is not None:
+            cuda.waits.clear()
+            scheduler.complete_step(step, runner.run(step))
+            assert cuda.waits == ["read in choose"]
+            n_steps += 1
+    assert n_steps > len(waits_in_graph) > 12
+    assert not any(waits_in_graph)
