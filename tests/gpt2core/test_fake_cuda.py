@@ -1,7 +1,7 @@
 """Training and decoding on a CUDA device that does not exist: where every tensor is, and where the host waits.
 
-torch's `FakeTensorMode` computes shapes, dtypes and devices instead of values. So it runs the code for a GPU where there
-is none, and fails at a tensor on the wrong device and at a result whose shape depends on values.
+torch's `FakeTensorMode` computes shapes, dtypes and devices instead of values. So it runs the code for a GPU where none
+is, and fails at a tensor on the wrong device and at a result whose shape depends on values.
 """
 
 import traceback
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -88,10 +89,12 @@ def cuda(monkeypatch):
         # not `dispatch_device`: autograd would look for CUDA's device guard, which a CPU build of torch does not have
         make_without = staticmethod(lambda cls, data, requires_grad=False, **_: make(cls, data, requires_grad))
         patch.setattr(torch.Tensor, "_make_subclass", make_without)
+        patch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
         patch.setattr(torch.Tensor, "pin_memory", pin)
         patch.setattr(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
         patch.setattr(sampling, "_make_generator", lambda config, device: config.temperature and torch.Generator())
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
