@@ -110,20 +110,22 @@ def _sequences(rows: Sequence[Sequence[int]], lengths: Sequence[int], shared: in
     """
     T = shared + max(sum(lengths[i] for i in members) for members in rows)
     n_queries, n_keys, keys = [0], [0], array("q")
-    for row, members in enumerate(rows):
-        prefix, start, end = range(row * T, row * T + shared), row * T + shared, (row + 1) * T
-        n_queries.append(shared)
-        n_keys.append(shared)
-        keys.extend(prefix)
-        for i in members:
-            n_queries.append(lengths[i])
-            n_keys.append(shared + lengths[i])
+
+    def add(prefix: range, own: range) -> None:
+        if own:  # no sequence of no tokens: not every kernel may take it
+            n_queries.append(len(own))
+            n_keys.append(len(prefix) + len(own))
             keys.extend(prefix)
-            keys.extend(range(start, start + lengths[i]))
+            keys.extend(own)
+
+    for row, members in enumerate(rows):
+        start = row * T + shared
+        prefix, nothing = range(row * T, start), range(0)
+        add(nothing, prefix)
+        for i in members:
+            add(prefix, range(start, start + lengths[i]))
             start += lengths[i]
-        n_queries.append(end - start)
-        n_keys.append(end - start)
-        keys.extend(range(start, end))
+        add(nothing, range(start, (row + 1) * T))
     ends_q, ends_k = (torch.tensor(n).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
     index = torch.frombuffer(keys, dtype=torch.long) if shared else None
     return Sequences(index, ends_q, ends_k, max(n_queries), max(n_keys))

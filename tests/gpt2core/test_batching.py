@@ -81,6 +81,7 @@ def test_sequences_give_the_hidden_states_and_gradients_of_the_mask(monkeypatch,
     monkeypatch.setattr(model_module, "varlen_attention", attention_by_sequence)
     examples = [Example([7, 7, 7, *range(n)], 3) for n in range(2, 9)]
     batch = pack(examples, loss_on, as_sequences=True)
+    assert (batch.sequences.ends_q.diff() > 0).all()
     model, found = GPT2(tiny_config, torch.Generator().manual_seed(0)), []
     for mask in (batch.sequences, batching.attention_mask(batch.example)):
         model.zero_grad()
