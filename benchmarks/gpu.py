@@ -13,8 +13,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,10 +29,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import versions
-from benchmarks.models import matrix_weights, random_adapter, random_model
+from benchmarks.models import random_adapter, random_model, training_flop
 from benchmarks.peer import Decoder, Trainer
 from benchmarks.sides import Ours
-from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, TrainConfig
 from gpt2core.data import Example, encode_records, read_records, split_records
@@ -38,18 +39,20 @@ from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.files import atomic_write
+from gpt2core.inference.kernels import has_varlen_attention
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.train import finetune
+from gpt2core.train import TrainResult, finetune
 
 ROOT = Path(__file__).resolve().parent.parent
 # the public instruction records and GPT-2's tokenizer, in the checkout or next to it
 SHARED = next((d for d in (ROOT / "shared/data", ROOT.parent / "shared/data") if d.is_dir()), ROOT)
 TOTAL_SECONDS = 470  # of all stages
 TAIL = 3000  # characters of a stage's output that are kept if it fails
-# Dense bf16 throughput by NVIDIA's data sheets, FLOP/s
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
+# Dense bf16 throughput by NVIDIA's data sheets, FLOP/s; the first that a device's name contains
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
+PEAKS |= {"A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Stage:
     def __init__(self, device: str, scratch: Path, file: Path) -> None:
         self.device, self.scratch, self._file = device, scratch, file
         self.sizes = Sizes() if device == "cuda" else DRY_RUN
+        self.failed = False
         self._figures: dict[str, Any] = {}
 
     def record(self, **figures: Any) -> None:
@@ -83,9 +87,24 @@ class Stage:
         self._figures |= figures
         atomic_write(self._file, json.dumps(self._figures).encode())
 
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Record an error under `name` and go on: one measurement must not cost the others.
+
+        The stage then fails at its end, except for a lack of memory, which is a result.
+        """
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.record(**{f"{name}.error": " ".join(str(error).split())[:200] or type(error).__name__})
+            self.failed |= not _is_out_of_memory(error)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
     def base(self, preset: str, make: Callable[[GPT2Config], GPT2] = random_model) -> Path:
         """A checkpoint with random weights."""
-        directory = self.scratch / preset
+        directory = self.scratch / f"{preset}-{make.__name__}"
         if not directory.is_dir():
             save_pretrained(make(GPT2Config.preset(preset)), directory)
         return directory
@@ -122,65 +141,111 @@ class Stage:
             torch.cuda.synchronize()
 
 
+def trainable_model(config: GPT2Config) -> GPT2:
+    """With GPT-2's own initialization, so that the loss falls."""
+    return GPT2(config, torch.Generator().manual_seed(0))
+
+
 def training(stage: Stage) -> None:
     """The older system's run (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers with PEFT."""
-    sizes, first = stage.sizes, stage.sizes.train[0]
-    for preset in sizes.train:
-        examples, base = stage.examples(preset), stage.base(preset, lambda c: GPT2(c, torch.Generator().manual_seed(0)))
-        model = add_lora(load_pretrained(base, device=stage.device), LoraConfig(rank=8), seed=0)
+    stage.record(variable_length_attention=has_varlen_attention(torch.device(stage.device), 64))
+    for preset in stage.sizes.train:
+        with stage.attempt(preset):
+            _train(stage, preset)
+    first = stage.sizes.train[0]
+    with stage.attempt(f"{first}.peer"):
+        _train_peer(stage, first)
+
+
+def _train(stage: Stage, preset: str) -> None:
+    sizes, examples = stage.sizes, stage.examples(preset)
+    base = stage.base(preset, trainable_model)
+    model = add_lora(load_pretrained(base, device=stage.device), LoraConfig(rank=8), seed=0)
+
+    def train(n_epochs: int, batch_size: int) -> tuple[float, TrainResult]:
         config = TrainConfig(
-            epochs=1, batch_size=sizes.batch_size, precision="bf16-mixed", learning_rate=3e-4, warmup_steps=0
+            epochs=n_epochs,
+            batch_size=batch_size,
+            gradient_accumulation_steps=sizes.batch_size // batch_size,
+            precision="bf16-mixed",
+            learning_rate=3e-4,
+            warmup_steps=0,
         )
-        train = partial(_timed, stage, lambda c, m=model, data=examples: finetune(m, data, [], c))
-        warm_up, _ = train(config)
-        epoch, _ = train(config)
-        epochs = max(1, min(sizes.epochs if preset == first else 8, int(60 / epoch)))
-        if stage.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds, result = train(replace(config, epochs=epochs))
-        rate = epochs * sum(len(example.input_ids) - 1 for example in examples) / seconds
-        figures = {
-            "epochs": epochs,
-            "seconds": seconds,
-            "seconds_of_all_epochs": seconds * sizes.epochs / epochs,
-            "warm_up_seconds": warm_up,
-            "tokens_per_second": rate,
-            "flop_per_second": _flop(model, examples, sizes.batch_size) * epochs / seconds,
-            "final_loss": result.history[-1]["train/loss"],
-        }
-        if stage.device == "cuda":
-            figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-            if peak := _peak(torch.cuda.get_device_name()):
-                figures["mfu"] = figures["flop_per_second"] / peak
-        stage.record(**{f"{preset}.{name}": value for name, value in figures.items()})
-        del model, train
-    base = stage.base(first)
-    trainer = Trainer(base, torch.bfloat16, device=stage.device)
-    data = sorted(stage.examples(first), key=lambda example: len(example.input_ids))  # least padding
-    trainer.train(data[: sizes.batch_size], sizes.batch_size)
-    n = sizes.peer_steps * sizes.batch_size
-    rate = trainer.train(data[-n:], sizes.batch_size)
-    stage.record(**{f"{first}.peer.tokens_per_second": rate, f"{first}.peer.steps": sizes.peer_steps})
+        return _timed(stage, lambda: finetune(model, examples, [], config))
+
+    batch_size, (warm_up, _) = _largest(sizes.batch_size, lambda n: train(1, n))
+    epoch, _ = train(1, batch_size)
+    wanted = sizes.epochs if preset == sizes.train[0] else min(sizes.epochs, 8)
+    epochs = max(1, min(wanted, int(60 / epoch)))
+    if stage.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, result = train(epochs, batch_size)
+    flop = training_flop(model, examples, batch_size) * epochs
+    figures = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "seconds_of_all_epochs": seconds * sizes.epochs / epochs,
+        "warm_up_seconds": warm_up,
+        "tokens_per_second": epochs * sum(len(example.input_ids) - 1 for example in examples) / seconds,
+        "flop_per_second": flop / seconds,
+        "final_loss": result.history[-1]["train/loss"],
+    }
+    if stage.device == "cuda":
+        figures["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        if peak := _peak(torch.cuda.get_device_name()):
+            figures["mfu"] = figures["flop_per_second"] / peak
+    stage.record(**{f"{preset}.{name}": value for name, value in figures.items()})
+
+
+def _train_peer(stage: Stage, preset: str) -> None:
+    sizes = stage.sizes
+    trainer = Trainer(stage.base(preset, trainable_model), torch.bfloat16, device=stage.device)
+    data = sorted(stage.examples(preset), key=lambda example: len(example.input_ids))  # least padding
+    # the longest records, which need most memory, as a warm-up
+    batch_size, _ = _largest(sizes.batch_size, lambda n: trainer.train(data[-n:], n))
+    rate = trainer.train(data[-sizes.peer_steps * sizes.batch_size :], batch_size)
+    figures = {"tokens_per_second": rate, "steps": sizes.peer_steps, "batch_size": batch_size}
+    stage.record(**{f"{preset}.peer.{name}": value for name, value in figures.items()})
 
 
 def decoding(stage: Stage) -> None:
     """Concurrent requests in one engine, compared with `generate` of transformers in one padded batch. Greedy."""
     sizes, base, prompts = stage.sizes, stage.base(stage.sizes.decode), _prompts(stage)
-    engine = Ours(base, "bf16", max(sizes.n_requests))
+    largest, engine = _largest(max(sizes.n_requests), lambda n: Ours(base, "bf16", n))
+    stage.record(max_batch=largest)
     for n in sizes.n_requests:
-        engine.rate(prompts(n, 0), sizes.n_new)
-        rates = [engine.rate(prompts(n, run), sizes.n_new) for run in (1, 2)]
-        steady = engine.decoding_rate(prompts(n, 3), sizes.n_new)
-        stage.record(
-            **{f"requests_{n}.tokens_per_second": max(rates), f"requests_{n}.after_first_tokens_per_second": steady}
-        )
-    stage.record(first_token_ms=min(engine.first_tokens(prompts(1, 4), 2) for _ in range(3))[0])
+        with stage.attempt(f"requests_{n}"):
+            warm_up, _ = _timed(stage, engine.rate, prompts(n, 0), sizes.n_new)  # captures graphs
+            rates = [engine.rate(prompts(n, run), sizes.n_new) for run in (1, 2)]
+            steady = engine.decoding_rate(prompts(n, 3), sizes.n_new)
+            figures = {"tokens_per_second": max(rates), "after_first_tokens_per_second": steady}
+            figures["warm_up_seconds"] = warm_up
+            stage.record(**{f"requests_{n}.{name}": value for name, value in figures.items()})
+    with stage.attempt("first_token"):
+        stage.record(first_token_ms=min(engine.first_tokens(prompts(1, 4), 2) for _ in range(3))[0])
+    _record_graphs(stage, engine)
     engine.close()
-    peer = Decoder(base, prompts(1, 0)[0], stage.device)
-    for n in sizes.n_requests:
-        peer.decode(prompts(n, 0), 4)
-        rate = peer.rate(prompts(n, 1), sizes.n_new, n)
-        stage.record(**{f"requests_{n}.peer.tokens_per_second": rate, "peer_dtype": peer.dtype})
+    del engine
+    with stage.attempt("peer"):
+        peer = Decoder(base, prompts(1, 0)[0], stage.device)
+        stage.record(**{"peer.dtype": peer.dtype})
+        for n in sizes.n_requests:
+            with stage.attempt(f"requests_{n}.peer"):
+                peer.decode(prompts(n, 0), 4)
+                stage.record(**{f"requests_{n}.peer.tokens_per_second": peer.rate(prompts(n, 1), sizes.n_new, n)})
+
+
+def _record_graphs(stage: Stage, engine: Ours) -> None:
+    """Whether steps were replayed as CUDA graphs (the engine goes on without where that fails), and peak memory."""
+    decoder = engine.engine._runner._decoder
+    stage.record(uses_graphs=decoder is not None and decoder.uses_graphs)
+    if stage.device == "cuda":
+        stage.record(
+            graphs=len(decoder._graphs) if decoder is not None else 0,
+            peak_mib=torch.cuda.max_memory_allocated() / 2**20,
+            reserved_mib=torch.cuda.max_memory_reserved() / 2**20,
+        )
 
 
 def adapters(stage: Stage) -> None:
@@ -191,23 +256,26 @@ def adapters(stage: Stage) -> None:
     engine = Ours(base, "bf16", max(sizes.n_requests), directories)
     for n in sizes.n_requests[1:3]:
         for n_adapters in (0, 1, sizes.n_adapters):
-            engine.rate(prompts(n, 0), sizes.n_new, n_adapters)
-            rates = [engine.rate(prompts(n, run), sizes.n_new, n_adapters) for run in (1, 2)]
-            stage.record(**{f"requests_{n}.adapters_{n_adapters}.tokens_per_second": max(rates)})
+            with stage.attempt(f"requests_{n}.adapters_{n_adapters}"):
+                engine.rate(prompts(n, 0), sizes.n_new, n_adapters)
+                rates = [engine.rate(prompts(n, run), sizes.n_new, n_adapters) for run in (1, 2)]
+                stage.record(**{f"requests_{n}.adapters_{n_adapters}.tokens_per_second": max(rates)})
+    _record_graphs(stage, engine)
     engine.close()
 
 
 def profiling(stage: Stage) -> None:
     """The kernels that training and decoding spend their time in."""
     sizes, preset = stage.sizes, stage.sizes.train[0]
-    model = add_lora(load_pretrained(stage.base(preset), device=stage.device), LoraConfig(rank=8), seed=0)
-    config = TrainConfig(batch_size=sizes.batch_size, precision="bf16-mixed", learning_rate=3e-4, max_steps=4)
-    examples = stage.examples(preset)
-    stage.record(training=_profile(stage, lambda: finetune(model, examples, [], config)))
-    prompts, n = _prompts(stage), sizes.n_requests[-1]
-    engine = Ours(stage.base(sizes.decode), "bf16", n)
-    for n in (1, sizes.n_requests[-1]):
-        stage.record(**{f"decoding_{n}": _profile(stage, partial(engine.rate, prompts(n, 0), 32))})
+    with stage.attempt("training"):
+        base, examples = stage.base(preset, trainable_model), stage.examples(preset)
+        model = add_lora(load_pretrained(base, device=stage.device), LoraConfig(rank=8), seed=0)
+        config = TrainConfig(batch_size=sizes.batch_size, precision="bf16-mixed", learning_rate=3e-4, max_steps=4)
+        stage.record(training=_profile(stage, lambda: finetune(model, examples, [], config)))
+    prompts, engine = _prompts(stage), Ours(stage.base(sizes.decode), "bf16", max(sizes.n_requests))
+    for n in (1, max(sizes.n_requests)):
+        with stage.attempt(f"decoding_{n}"):
+            stage.record(**{f"decoding_{n}": _profile(stage, partial(engine.rate, prompts(n, 0), 32))})
     engine.close()
 
 
@@ -220,26 +288,28 @@ STAGES: dict[str, tuple[float, Callable[[Stage], None] | None]] = {  # name -> (
 }
 
 
+def _largest(n: int, work: Callable[[int], Any]) -> tuple[int, Any]:
+    """n, halved until `work(n)` has enough memory, and its result."""
+    while True:
+        try:
+            return n, work(n)
+        except Exception as error:
+            if n == 1 or not _is_out_of_memory(error):
+                raise
+        n //= 2
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 def _timed(stage: Stage, work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     stage.synchronize()
     start = perf_counter()
     result = work(*arguments)
     stage.synchronize()
     return perf_counter() - start, result
-
-
-def _flop(model: GPT2, examples: Sequence[Example], batch_size: int) -> float:
-    """FLOP that an epoch needs: a product forward and one backward for every matrix and token, head only at labels.
-
-    A prefix that the records of a batch share counts once; attention's products are left out.
-    """
-    head = model.wte.weight.numel()
-    blocks, total = matrix_weights(model) - head, 0.0
-    for start in range(0, len(examples), batch_size):
-        batch = pack(examples[start : start + batch_size], "response")
-        n_tokens, n_labels = batch.input_ids.numel(), len(batch.labels)
-        total += 4.0 * (blocks * n_tokens + head * n_labels)
-    return total
 
 
 def _peak(name: str) -> float | None:
@@ -286,8 +356,9 @@ def main() -> None:
     if options.stage:
         function = STAGES[options.stage][1]
         assert function is not None
-        function(Stage(options.device, options.scratch, options.scratch / f"{options.stage}.json"))
-        return
+        stage = Stage(options.device, options.scratch, options.scratch / f"{options.stage}.json")
+        function(stage)
+        sys.exit(stage.failed)
     out = options.out or ROOT / ("benchmarks/results" if options.device == "cuda" else "outputs") / "gpu.json"
     sys.exit(_run_stages(options.device, options.only.split(","), out))
 
@@ -316,7 +387,9 @@ def _run_stages(device: str, names: Sequence[str], out: Path) -> int:
             print(f"{name}: {entry['status']}, {entry['seconds']:.0f} s", flush=True)
             figures: dict[str, Any] = entry.get("figures", {})
             for key, value in figures.items():
-                if isinstance(value, int | float):
+                if isinstance(value, str | bool):
+                    print(f"  {key}: {value}")
+                elif isinstance(value, int | float):
                     print(f"  {key}: {value:,.4g}" if value < 100 else f"  {key}: {value:,.0f}")
             if "error" in entry:
                 print(entry["error"])
@@ -331,6 +404,7 @@ def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str,
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpt2core/test_gpu.py", "-v", "--tb=short"]
         command += ["-p", "no:cacheprovider", "-W", "ignore"]
     environment = os.environ | {"GPU_CHECK_DEVICE": device, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a process that is killed is complete
     log, start = scratch / f"{name}.log", perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(

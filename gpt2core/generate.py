@@ -10,6 +10,7 @@ from torch import Tensor
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache, evaluating
 from gpt2core.sampling import Sampler, check_tokens, choose, most_likely
+from gpt2core.tensors import to_device
 
 
 def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
@@ -79,7 +80,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     for row, prompt in enumerate(prompts):  # padded on the left: all completions grow at the same column
         input_ids[row, T - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, T - len(prompt) :] = 1
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+    input_ids, attention_mask = to_device(input_ids, device), to_device(attention_mask, device)
 
     samplers = [Sampler(config, prompt, device) for prompt in prompts]
     limits = [min(config.max_new_tokens, model.config.n_positions - len(prompt)) for prompt in prompts]
@@ -107,11 +108,11 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
         if not keep:
             return
         if len(keep) < len(active):
-            rows = torch.tensor(keep, device=device)
+            rows = to_device(torch.tensor(keep), device)
             cache.keep(rows)
             attention_mask = attention_mask[rows]
             active = [active[i] for i in keep]
-        input_ids = torch.tensor([[tokens[i]] for i in keep], device=device)
+        input_ids = to_device(torch.tensor([[tokens[i]] for i in keep]), device)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(keep), 1)], -1)
 
 

@@ -4,14 +4,12 @@ q, k and v share one fused matrix, `c_attn`; adapting some of them changes only 
 another `LoraConfig.scaling`, LoRA+ another learning rate (`gpt2core.optimizers`), DoRA a branch in `LoraLinear`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import sqrt
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gpt2core.config import LoraConfig
 from gpt2core.model import GPT2
@@ -118,12 +116,13 @@ class LoraLinear(nn.Module):
         n, device = len(self.targets), linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(n, config.rank, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n, linear.out_features // self.n_blocks, config.rank, device=device))
+        self._scales: Tensor | None = None  # (blocks, 1, n, 1); made by `_dense_b`
         bound = 1 / sqrt(linear.in_features)  # kaiming_uniform_(a=sqrt(5)), as in the paper's own code
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         self.unmerged_weight: Tensor | None
         self.register_buffer("unmerged_weight", None, persistent=False)  # a buffer, so that model.to(device) moves it
         if config.dora:
-            self.lora_magnitude = nn.Parameter(self.base_blocks()[list(self.blocks)].norm(dim=-1))
+            self.lora_magnitude = nn.Parameter(self.adapted_blocks().norm(dim=-1))
         self.train(linear.training)
 
     @property
@@ -131,40 +130,48 @@ class LoraLinear(nn.Module):
         return self.unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)  # (B, T, out)
         if self.merged:
-            return cast(Tensor, self.linear(x))
-        inputs = x.flatten(0, -2)  # (N, in)
-        y = self.linear(inputs)  # (N, out)
-        a, b = self.lora_A.to(y.dtype), (self.lora_B * self.config.scaling).to(y.dtype)
-        dropped = F.dropout(inputs, self.config.dropout, self.training).to(y.dtype)
-        if self.config.dora:
-            y = self._scale_rows(y, dropped, a, b)
-        else:
-            y = cast(Tensor, _AddLowRank.apply(y, dropped, a, b, self.blocks))
-        return y.unflatten(0, x.shape[:-1])
-
-    def _scale_rows(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """DoRA's (N, out), from W x + bias (N, out), x (N, in), lora_A, and the scaled lora_B."""
-        low = F.linear(x, a.flatten(0, 1))  # (N, n * R)
-        deltas = [F.linear(part, weight) for part, weight in zip(low.chunk(len(a), -1), b, strict=True)]
-        parts = list(y.chunk(self.n_blocks, -1))
-        factors = self._row_factors().to(y.dtype)  # (n, out / blocks)
+            return y
+        low = F.linear(F.dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype).flatten(0, 1))
+        b = self._dense_b().to(x.dtype)  # (out, n * R); low is (B, T, n * R)
+        if not self.config.dora:  # the addition is part of the product
+            return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.t()).view_as(y)
+        deltas, parts = F.linear(low, b).chunk(self.n_blocks, -1), list(y.chunk(self.n_blocks, -1))
         biases = self.linear.bias.chunk(self.n_blocks)
-        for block, delta, factor in zip(self.blocks, deltas, factors, strict=True):
-            parts[block] = (parts[block] - biases[block] + delta) * factor + biases[block]
-        return parts[0] if self.n_blocks == 1 else torch.cat(parts, -1)
+        for block, factor in zip(self.blocks, self._row_factors().to(x.dtype), strict=True):
+            parts[block] = (parts[block] - biases[block] + deltas[block]) * factor + biases[block]
+        return torch.cat(parts, -1)
+
+    def _dense_b(self) -> Tensor:
+        """scaling * lora_B as one matrix (out, n * R), zero where a slice has no adapter.
+
+        One product with it takes fewer and smaller GPU kernels than one per slice, their sums, and joining the slices.
+        """
+        b, scales = self.lora_B, self._scales
+        if scales is None or scales.device != b.device or scales.dtype != b.dtype:
+            scales = b.new_zeros(self.n_blocks, 1, len(b), 1)
+            for pair, block in enumerate(self.blocks):
+                scales[block, 0, pair] = self.config.scaling
+            self._scales = scales
+        return (scales * b.transpose(0, 1)).flatten(2).flatten(0, 1)
 
     def base_blocks(self) -> Tensor:
         """The base weight by slice of its output, adapted or not: (blocks, out / blocks, in), fp32."""
         weight = self.linear.weight if self.unmerged_weight is None else self.unmerged_weight
         return weight.detach().float().unflatten(0, (self.n_blocks, -1))
 
+    def adapted_blocks(self) -> Tensor:
+        """The adapted slices of them: (n, out / blocks, in), fp32."""
+        base = self.base_blocks()
+        return torch.stack([base[block] for block in self.blocks])  # a list as index would be copied to a GPU first
+
     def delta_weight(self) -> Tensor:
         """What merging adds to the weight: (out, in), fp32."""
         delta = self.lora_A.new_zeros(self.n_blocks, self.lora_B.shape[1], self.lora_A.shape[2], dtype=torch.float32)
         change = self._low_rank()
         if self.config.dora:
-            rows = self.base_blocks()[list(self.blocks)]
+            rows = self.adapted_blocks()
             change = self._row_factors()[..., None] * (rows + change) - rows
         delta[list(self.blocks)] = change
         return delta.flatten(0, 1)
@@ -176,7 +183,7 @@ class LoraLinear(nn.Module):
     def _row_factors(self) -> Tensor:
         """DoRA's lora_magnitude / ||V||: (n, out / blocks), fp32."""
         with torch.no_grad():
-            norms = (self.base_blocks()[list(self.blocks)] + self._low_rank()).norm(dim=-1)
+            norms = (self.adapted_blocks() + self._low_rank()).norm(dim=-1)
         return self.lora_magnitude.float() / norms
 
     @torch.no_grad()
@@ -191,32 +198,3 @@ class LoraLinear(nn.Module):
         if self.unmerged_weight is not None:
             self.linear.weight.data = self.unmerged_weight
             self.unmerged_weight = None
-
-
-class _AddLowRank(torch.autograd.Function):
-    """Adds x A^T B^T to slices of y (N, out) in place. As separate operators, the sum and the slices are copies of y.
-
-    x (N, in), a (n, R, in), b (n, width of a slice, R), and the n slices that are changed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, blocks: Sequence[int]) -> Tensor:
-        low = x @ a.flatten(0, 1).T  # (N, n * R)
-        slices = y.unflatten(1, (-1, b.shape[1]))
-        for block, part, weight in zip(blocks, low.chunk(len(a), 1), b, strict=True):
-            slices[:, block].addmm_(part, weight.T)
-        ctx.save_for_backward(x, a, b, low)
-        ctx.mark_dirty(y)
-        ctx.blocks = blocks
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, low = ctx.saved_tensors
-        slices = grad.unflatten(1, (-1, b.shape[1]))
-        grads = [slices[:, block] for block in ctx.blocks]  # n of (N, width)
-        low_grad = torch.cat([own @ weight for own, weight in zip(grads, b, strict=True)], 1)  # (N, n * R)
-        b_grad = torch.stack([own.T @ part for own, part in zip(grads, low.chunk(len(a), 1), strict=True)])
-        x_grad = low_grad @ a.flatten(0, 1) if ctx.needs_input_grad[1] else None
-        return grad, x_grad, (low_grad.T @ x).view_as(a), b_grad, None

@@ -25,7 +25,7 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
     weight = model.wte.weight
     head_width = model.config.n_embd // model.config.n_head
     use_varlen = weight.dtype == torch.bfloat16 and has_varlen_attention(weight.device, head_width)
-    sums: list[tuple[float, int]] = []
+    sums: list[Tensor] = []
     with evaluating(model):
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
@@ -33,6 +33,7 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
             losses = batch_losses(model, batch)
             assert batch.owners is not None
             totals = torch.zeros(len(part), dtype=torch.float64, device=weight.device)
-            totals.index_add_(0, batch.owners, losses.double())
-            sums += zip(totals.tolist(), batch.owners.bincount(minlength=len(part)).tolist(), strict=True)
-    return sums
+            sums.append(totals.index_add_(0, batch.owners, losses.double()))
+    counts = [len(one.input_ids) - (one.prompt_length if loss_on == "response" else 1) for one in examples]
+    found: list[float] = torch.cat(sums).tolist() if sums else []  # waits for a GPU once
+    return list(zip(found, counts, strict=True))

@@ -31,14 +31,15 @@ class VarlenSequences:
     @classmethod
     def make(cls, shared: int, lengths: Sequence[int]) -> Self:
         """For a prefix of `shared` tokens and texts of these lengths without it."""
-        prefix, keys, start = list(range(shared)), [list(range(shared))], shared
+        prefix = range(shared)
+        n_queries = [shared, *lengths] if shared else [*lengths]  # not every kernel takes a sequence of no tokens
+        n_keys = [shared, *(shared + length for length in lengths)] if shared else n_queries
+        keys, start = [*prefix], shared
         for length in lengths:
-            keys.append([*prefix, *range(start, start + length)])
+            keys += [*prefix, *range(start, start + length)]
             start += length
-        n_queries, n_keys = [0, shared, *lengths], [0, *map(len, keys)]
-        ends_q, ends_k = (torch.tensor(n).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
-        index = torch.tensor([token for own in keys for token in own]) if shared else None
-        return cls(index, ends_q, ends_k, max(n_queries), max(n_keys))
+        ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
+        return cls(torch.tensor(keys) if shared else None, ends_q, ends_k, max(n_queries), max(n_keys))
 
     def to(self, device: torch.device | str) -> Self:
         keys = None if self.keys is None else to_device(self.keys, device)
@@ -46,10 +47,11 @@ class VarlenSequences:
 
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
         """Attention (1, N, C) for qkv (1, N, 3, H, D)."""
-        flat = qkv[0]
-        kv = flat[:, 1:] if self.keys is None else flat[:, 1:][self.keys]  # (M, 2, H, D)
+        # split and unbind: their gradient is one copy; that of an index is zeros, a copy and an addition
+        q, kv = qkv[0].split([1, 2], 1)  # (N, 1, H, D), (N, 2, H, D)
+        k, v = (kv if self.keys is None else kv[self.keys]).unbind(1)  # two of (M, H, D)
         limits = (self.ends_q, self.ends_k, self.max_q, self.max_k)
-        y = varlen_attention(flat[:, 0], kv[:, 0], kv[:, 1], *limits, scale)  # (N, H, D)
+        y = varlen_attention(q.squeeze(1), k, v, *limits, scale)  # (N, H, D)
         return y.flatten(1)[None]
 
 

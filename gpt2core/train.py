@@ -131,8 +131,8 @@ def finetune(
         describe=describe,
         total_steps=total_steps,
         validate=validate if val else None,
-        validate_every=config.validate_every_epochs * steps_per_epoch,
-        checkpoint_every=config.checkpoint_every_epochs * steps_per_epoch,
+        validate_every=config.validate_every_epochs * steps_per_epoch if val else total_steps,
+        checkpoint_every=total_steps if checkpoint_dir is None else config.checkpoint_every_epochs * steps_per_epoch,
         patience=config.patience,
         fingerprint=_fingerprint(
             config, [[*example.input_ids, example.prompt_length] for example in (*train, *val)], lora
@@ -192,7 +192,7 @@ def pretrain(
         total_steps=config.max_steps,
         validate=None,
         validate_every=config.max_steps,
-        checkpoint_every=config.checkpoint_every_steps,
+        checkpoint_every=config.max_steps if checkpoint_dir is None else config.checkpoint_every_steps,
         patience=None,
         fingerprint=_fingerprint(config, tokens.tolist()),
     )
@@ -236,9 +236,10 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
             for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read
+        batches = _Batches(plan)
         while state.progress.step < plan.total_steps and not state.progress.should_stop_early(plan.patience):
             with _naming_batch(plan, state):
-                values = _step(model, plan, state, losses, meter)
+                values = _step(model, plan, state, batches, losses, meter)
             step = state.progress.step
             if values:
                 log(step, values)
@@ -280,8 +281,22 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
     return weights
 
 
+class _Batches:
+    """The batches of each optimiser step; those of the next one are made while a GPU still computes."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self._plan, self._next = plan, dict[int, list[Batch]]()
+
+    def prepare(self, step: int) -> None:
+        if step < self._plan.total_steps:
+            self._next = {step: self._plan.batches_of(step)}
+
+    def take(self, step: int) -> list[Batch]:
+        return self._next.pop(step, None) or self._plan.batches_of(step)
+
+
 def _step(
-    model: GPT2, plan: _Plan, state: TrainingState, losses: list[Tensor], meter: ResourceMeter
+    model: GPT2, plan: _Plan, state: TrainingState, batches: _Batches, losses: list[Tensor], meter: ResourceMeter
 ) -> dict[str, float]:
     """Take one optimizer step; return the values to log, empty unless a log entry is due.
 
@@ -291,7 +306,7 @@ def _step(
     start = perf_counter()
     config, progress, weights = plan.config, state.progress, state.weights
     learning_rate = state.scale_learning_rates(learning_rate_factor(progress.step, plan.total_steps, config))
-    parts = plan.batches_of(progress.step)
+    parts = batches.take(progress.step)
     own_labels, own_tokens = sum(part.labels.numel() for part in parts), sum(part.n_tokens for part in parts)
     n_labels, n_tokens = map(int, _summed(own_labels, own_tokens))
     # an adapter casts its own inputs; autocast is for training the fp32 weights of the base
@@ -311,6 +326,8 @@ def _step(
 
     losses.append(step_loss)
     progress.step += 1
+    if state.device.type == "cuda":  # before the host waits for the GPU
+        batches.prepare(progress.step)
     may_stop = plan.patience is not None and plan.is_due(progress.step, plan.validate_every)
     is_logged = may_stop or plan.is_due(progress.step, config.log_every_steps)
     is_saved = plan.is_due(progress.step, plan.validate_every) or plan.is_due(progress.step, plan.checkpoint_every)

@@ -88,6 +88,25 @@ def test_a_stage_that_exceeds_its_limit_is_ended_and_keeps_its_figures(tmp_path)
     assert entry["figures"] == {"seconds": 1.0}
 
 
+def test_a_failed_measurement_fails_its_stage_after_the_others_and_a_lack_of_memory_does_not(tmp_path):
+    def work(n):
+        if n > 32:
+            raise MemoryError("not enough memory")
+        return "done"
+
+    stage = gpu.Stage("cpu", tmp_path, tmp_path / "figures.json")
+    with stage.attempt("a"):
+        work(64)
+    assert not stage.failed
+    with stage.attempt("b"):
+        raise ValueError("two\nlines")
+    with stage.attempt("c"):
+        stage.record(c=gpu._largest(128, work))
+    assert stage.failed
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures == {"a.error": "not enough memory", "b.error": "two lines", "c": [32, "done"]}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_gpu_check_without_a_gpu_exits_with_2_and_a_message(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu"])

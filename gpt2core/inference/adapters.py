@@ -76,8 +76,8 @@ class AdapterStack:
             ]
             if not own:
                 continue
-            ranks = torch.tensor([len(adapters[i].matrices[0, target][0]) for i, target in own], device=device)
-            self.owner[path] = torch.tensor([i for i, _ in own], device=device).repeat_interleave(ranks)
+            owners = [i for i, target in own for _ in range(len(adapters[i].matrices[0, target][0]))]
+            self.owner[path] = to_device(torch.tensor(owners), device)
             for layer in range(n_layer):
                 pairs = [(target, *adapters[i].matrices[layer, target]) for i, target in own]
                 wide = [_widen(b, target) for target, _, b in pairs]

@@ -5,6 +5,7 @@ tests without a GPU, so that they are known to work before one is at hand.
 """
 
 import os
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -156,6 +157,25 @@ def test_training_is_that_of_the_cpu(tiny_gpt2_dir, precision):
 
 def test_packed_records_are_trained_as_sequences_of_a_flash_kernel():
     assert has_varlen_attention(torch.device(DEVICE, 0), 64) == (DEVICE == "cuda")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only CUDA reports where the host waits")
+def test_training_steps_do_not_wait_for_the_gpu(tiny_gpt2_dir):
+    """As test_fake_cuda.py, with what CUDA itself reports: more steps must not add a wait."""
+
+    def waits(epochs: int) -> int:
+        config = replace(CONFIG, epochs=epochs, precision="bf16-mixed", log_every_steps=1000)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                tuned(tiny_gpt2_dir, DEVICE, config)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
+
+    waits(1)  # what happens only once in a process
+    assert waits(2) == waits(8) > 0
 
 
 def test_gradients_of_the_adapter_are_those_of_peft(tiny_gpt2_dir):
