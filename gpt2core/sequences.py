@@ -4,18 +4,19 @@ The row is the shared prefix, then the rest of each text. Shape letters: N token
 S texts of a group, padded to L tokens; C, H and D as in model.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gpt2core.inference.kernels import varlen_attention
+from gpt2core.inference.kernels import softmax_gradient, varlen_attention
 from gpt2core.tensors import to_device
 
-DENSE = 256  # keys; with fewer, plain matrix products are faster than torch's attention, above all backward
+DENSE = 256  # keys: up to as many, plain matrix products are faster than torch's attention, above all backward
 
 
 @dataclass(frozen=True)
@@ -87,35 +88,77 @@ class PaddedSequences:
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
         """Attention (1, N, C) for qkv (1, N, 3, H, D)."""
         flat = qkv[0]
-        prefix = flat[: self.shared].permute(1, 2, 0, 3)  # (3, H, P, D)
-        outputs = [_attend(prefix[:1], prefix[1:2], prefix[2:], scale)] if self.shared else []
-        for index in self.groups:
-            own = flat.index_select(0, index.flatten()).unflatten(0, index.shape)  # (S, L, 3, H, D)
-            q, k, v = own.permute(2, 0, 3, 1, 4)  # three of (S, H, L, D)
-            if self.shared:
-                k, v = (
-                    torch.cat([shared.expand(len(index), -1, -1, -1), x], 2)
-                    for shared, x in zip(prefix[1:], (k, v), strict=True)
-                )
-            outputs.append(_attend(q, k, v, scale))
+        if self.shared + max(index.shape[1] for index in self.groups) <= DENSE:
+            return cast(Tensor, _DenseAttention.apply(flat, self, scale))[None]
+        outputs = []
+        for q, k, v in self.split(flat):
+            L, n_keys = q.shape[2], k.shape[2]
+            bias = _causal_bias(q, k) if n_keys > L else None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+            outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.order)[None]
+
+    def split(self, qkv: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """q (S, H, L, D), and k and v (S, H, P + L, D), of the prefix and then of each group, for qkv (N, 3, H, D)."""
+        prefix = qkv[: self.shared].permute(1, 2, 0, 3).contiguous()[:, None]  # (3, 1, H, P, D)
+        if self.shared:
+            yield prefix[0], prefix[1], prefix[2]
+        for index in self.groups:
+            own = qkv.index_select(0, index.flatten()).unflatten(0, index.shape)  # (S, L, 3, H, D)
+            q, *kv = own.permute(2, 0, 3, 1, 4).contiguous()
+            k, v = (torch.cat([of.expand(len(q), -1, -1, -1), x], 2) for of, x in zip(prefix[1:], kv, strict=True))
+            yield q, k, v
+
+
+class _DenseAttention(torch.autograd.Function):
+    """As plain matrix products. Its gradient gathers, where those of autograd add to zeros at each index."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, sequences: PaddedSequences, scale: float) -> Tensor:
+        """(N, C) for qkv (N, 3, H, D)."""
+        kept, outputs = list[Tensor](), []
+        for q, k, v in sequences.split(qkv):
+            weights = ((q * scale) @ k.transpose(2, 3)).add_(_causal_bias(q, k)).softmax(-1)  # (S, H, L, P + L)
+            outputs.append((weights @ v).transpose(1, 2).flatten(2).flatten(0, 1))
+            kept += q, k, v, weights
+        ctx.save_for_backward(*kept)
+        ctx.sequences, ctx.scale = sequences, scale
+        return torch.cat(outputs).index_select(0, sequences.order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        saved, sequences, scale = ctx.saved_tensors, ctx.sequences, ctx.scale
+        shapes = [q.shape for q in saved[::4]]  # (S, H, L, D)
+        sizes, order = [S * L for S, _, L, _ in shapes], sequences.order
+        padded = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, order, grad)
+        grads, of_prefix = (
+            list[Tensor](),
+            grad.new_zeros(2, *shapes[0][1:]),
+        )  # the latter: keys and values of the prefix
+        for i, (part, (S, H, L, D)) in enumerate(zip(padded.split(sizes), shapes, strict=True)):
+            q, k, v, weights = saved[4 * i : 4 * i + 4]
+            own = part.view(S, L, H, D).transpose(1, 2).contiguous()
+            scores = softmax_gradient(own @ v.transpose(2, 3), weights).mul_(scale)
+            q_grad, k_grad, v_grad = scores @ k, scores.transpose(2, 3) @ q, weights.transpose(2, 3) @ own
+            P = k.shape[2] - L
+            if P:
+                of_prefix += torch.stack([k_grad[:, :, :P].sum(0), v_grad[:, :, :P].sum(0)])
+            of_group = torch.stack([q_grad, k_grad[:, :, P:], v_grad[:, :, P:]])  # (3, S, H, L, D)
+            grads.append(of_group.permute(1, 3, 0, 2, 4).flatten(0, 1))  # (S * L, 3, H, D)
+        result = torch.cat(grads).index_select(0, order)
+        if sequences.shared:
+            result[: sequences.shared, 1:] += of_prefix.permute(2, 0, 1, 3)
+        return result, None, None
 
 
 Sequences = VarlenSequences | PaddedSequences
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """(S * L, C) for q (S, H, L, D) and k, v (S, H, P + L, D): to the prefix, and to the text's own tokens up to it.
+def _causal_bias(q: Tensor, k: Tensor) -> Tensor:
+    """What is added to the scores of q (S, H, L, D) and k (S, H, P + L, D): -inf where a key comes after the query.
 
     What is padded comes last, so that no other token attends to it.
     """
     L, n_keys = q.shape[2], k.shape[2]
-    bias = torch.full((L, n_keys), -torch.inf, dtype=q.dtype, device=q.device).triu(n_keys - L + 1)
-    if n_keys <= DENSE:
-        y = ((q * scale) @ k.transpose(2, 3) + bias).softmax(-1) @ v
-    else:
-        is_causal = n_keys == L
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if is_causal else bias, is_causal=is_causal, scale=scale
-        )
-    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+    return torch.full((L, n_keys), -torch.inf, dtype=q.dtype, device=q.device).triu(n_keys - L + 1)

@@ -149,6 +149,14 @@ def varlen_attention(
     return cast(Tensor, y)
 
 
+def softmax_gradient(grad: Tensor, y: Tensor) -> Tensor:
+    """The gradient of softmax's input, given that of its output y (..., n).
+
+    Private because written with public operators it takes three passes, and rounds to y's dtype after each.
+    """
+    return cast(Tensor, torch._softmax_backward_data(grad, y, -1, y.dtype))
+
+
 def release_openmp_workers() -> None:
     """End the OpenMP worker threads of the calling thread; they are started again when it computes.
 
