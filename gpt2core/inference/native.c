@@ -19,6 +19,7 @@
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
+#define AHEAD 4096         // bytes, of the weights that are prefetched
 #define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
 
@@ -42,8 +43,16 @@ static _Atomic(Jobs *) current;
 static atomic_int n_inside, n_asleep, is_busy, n_workers;
 static atomic_uint generation;  // counts the values of `current`
 
+// Jobs next to each other read memory next to each other, which the processor then fetches ahead: take many at once, and
+// fewer towards the end, so that all threads end at the same time.
 static void take_jobs(Jobs *jobs) {
-    for (int64_t i; (i = atomic_fetch_add(&jobs->next, 1)) < jobs->count;) jobs->work(jobs->arguments, i);
+    int64_t shares = 2 * (atomic_load(&n_workers) + 1);
+    for (long i = atomic_load(&jobs->next), n; i < jobs->count;) {
+        n = (jobs->count - i) / shares > 1 ? (jobs->count - i) / shares : 1;
+        if (!atomic_compare_exchange_weak(&jobs->next, &i, i + n)) continue;
+        for (long end = i + n; i < end; i++) jobs->work(jobs->arguments, i);
+        i = atomic_load(&jobs->next);
+    }
 }
 
 static void *worker(void *unused) {
@@ -230,7 +239,10 @@ INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows)
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
     for (int64_t k = 0; k < in; k += 4, w += TILE * 4) {
         __m512i weights[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
+        for (int c = 0; c < COLUMNS; c++) {
+            if (rows == 1) _mm_prefetch(w + AHEAD + c * LANES * 4, _MM_HINT_T1);  // more rows wait for no memory
+            weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
+        }
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, q + r * in + k, 4);
@@ -411,7 +423,8 @@ static void project(const Step *s, int64_t layer, int index, const float *x, flo
     int has_norm = index == ATTENTION_IN || index == MLP_IN, is_changed = 0;
     const LowRank *adapters = s->adapters + (layer * MATRICES + index) * s->n_adapters * BLOCKS;
     for (int64_t i = 0; s->adapters && i < s->n_adapters * BLOCKS; i++) is_changed |= adapters[i].rank > 0;
-    Product p = {m, x, has_norm ? norm[0] : NULL, norm[1], y, s->scratch, s->n, s->eps, index == MLP_IN && !is_changed, !has_norm};
+    int applies_gelu = index == MLP_IN && !is_changed;
+    Product p = {m, x, has_norm ? norm[0] : NULL, norm[1], y, s->scratch, s->n, s->eps, applies_gelu, !has_norm};
     product(&p);
     Deltas d = {adapters, s->rows, has_norm ? s->scratch.normed : x, y, m->in, m->out, index == MLP_IN};
     if (is_changed) for_each(s->n, add_delta, &d, s->n < 4);
