@@ -8,6 +8,7 @@ Shape letters: N rows (tokens) of a step; R ranks of all adapters of a step toge
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class Adapter:
     """A loaded adapter. Compared by identity: loading the same files twice gives two adapters."""
 
     matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, target) -> A (rank, in), scaled B (width, rank)
+
+    @cached_property
+    def for_kernels(self) -> native.LowRankMatrices:
+        return native.LowRankMatrices(self.matrices)
 
 
 def make_adapter(
@@ -64,6 +69,7 @@ class AdapterStack:
 
     def __init__(self, adapters: Sequence[Adapter], device: torch.device) -> None:
         self.adapters, self.device = tuple(adapters), device
+        self._index = _index_of(adapters)
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self.owner: dict[str, Tensor] = {}  # path -> (R), the index of the adapter that each rank belongs to
         n_layer = 1 + max(layer for adapter in adapters for layer, _ in adapter.matrices)
@@ -85,7 +91,7 @@ class AdapterStack:
 
     def indices(self, adapters: Sequence[Adapter | None]) -> list[int]:
         """The index in this stack of the adapter of each row; -1 is the base model."""
-        return _indices(self.adapters, adapters)
+        return [self._index[adapter] for adapter in adapters]
 
     def for_rows(self, adapters: Sequence[Adapter | None]) -> "RowAdapters":
         """For a step whose rows use these adapters of the stack; None is the base model."""
@@ -102,9 +108,8 @@ def _widen(b: Tensor, target: str) -> Tensor:
     return wide.flatten(0, 1)
 
 
-def _indices(held: Sequence[Adapter], adapters: Sequence[Adapter | None]) -> list[int]:
-    index: dict[Adapter | None, int] = {None: -1} | {adapter: i for i, adapter in enumerate(held)}
-    return [index[adapter] for adapter in adapters]
+def _index_of(adapters: Sequence[Adapter]) -> dict[Adapter | None, int]:
+    return {None: -1} | {adapter: i for i, adapter in enumerate(adapters)}
 
 
 class RowAdapters:
@@ -129,9 +134,9 @@ class NativeAdapterStack:
     """Adapters for native.py, which computes each row's own products alone."""
 
     def __init__(self, adapters: Sequence[Adapter], n_layer: int) -> None:
-        self.adapters = tuple(adapters)
-        self._table = native.AdapterTable([adapter.matrices for adapter in adapters], n_layer)
+        self.adapters, self._index = tuple(adapters), _index_of(adapters)
+        self._table = native.AdapterTable([adapter.for_kernels for adapter in adapters], n_layer)
 
     def for_rows(self, adapters: Sequence[Adapter | None]) -> native.RowAdapters:
         """For a step whose rows use these adapters of the stack; None is the base model."""
-        return native.RowAdapters(self._table, torch.tensor(_indices(self.adapters, adapters)))
+        return native.RowAdapters(self._table, torch.tensor([self._index[adapter] for adapter in adapters]))

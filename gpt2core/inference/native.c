@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 2        // of native.py; raised with every change of a structure or a function that it uses
+#define INTERFACE 3        // of native.py; raised with every change of a structure or a function that it uses
 #define LANES 16           // floats in a register
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
@@ -353,7 +353,7 @@ static void attend_head(void *pointer, int64_t job) {
 enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MATRICES };
 
 typedef struct {
-    const uint16_t *a, *b;  // A (rank, in) and the transpose of B (rank, width), in bf16
+    const uint16_t *a, *b;  // bf16; A as [rank / RANKS][in / LANES][RANKS][LANES], B as [width / LANES][rank][LANES]
     int64_t rank, first, width;  // of outputs first to first + width; rank 0: this adapter does not change them
 } LowRank;
 
@@ -384,6 +384,7 @@ typedef struct {
 } Deltas;
 
 INLINE __m512 load_bf16(const uint16_t *x) {
+    _mm_prefetch((const char *)x + AHEAD, _MM_HINT_T1);
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
@@ -395,19 +396,20 @@ static void add_delta(void *pointer, int64_t n) {
     for (int block = 0; d->rows[n] >= 0 && block < BLOCKS; block++) {
         const LowRank *l = d->adapters + d->rows[n] * BLOCKS + block;
         if (!l->rank) continue;
+        const uint16_t *a = l->a, *b = l->b;
         float low[l->rank], *y = row + l->first;
         for (int64_t r = 0; r < l->rank; r += RANKS) {
             __m512 sums[RANKS];
             for (int j = 0; j < RANKS; j++) sums[j] = _mm512_setzero_ps();
             for (int64_t i = 0; i < d->in; i += LANES)
-                for (int j = 0; j < RANKS; j++)
-                    sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), load_bf16(l->a + (r + j) * d->in + i), sums[j]);
+                for (int j = 0; j < RANKS; j++, a += LANES)
+                    sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), load_bf16(a), sums[j]);
             for (int j = 0; j < RANKS; j++) low[r + j] = _mm512_reduce_add_ps(sums[j]);
         }
         for (int64_t o = 0; o < l->width; o += LANES) {
             __m512 sum = _mm512_loadu_ps(y + o);
-            for (int64_t r = 0; r < l->rank; r++)
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(low[r]), load_bf16(l->b + r * l->width + o), sum);
+            for (int64_t r = 0; r < l->rank; r++, b += LANES)
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(low[r]), load_bf16(b), sum);
             _mm512_storeu_ps(y + o, sum);
         }
     }

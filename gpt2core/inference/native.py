@@ -30,11 +30,12 @@ from gpt2core.lora import TARGET_LAYERS
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 2  # as in native.c: a library that was compiled from another version is not used
+INTERFACE = 3  # as in native.c: a library that was compiled from another version is not used
 CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
 ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below that of int8 weights
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
 TILE = 64  # rows of W that are stored together
+LANES = 16  # floats in a register
 RANKS = 4  # low ranks are padded to a multiple of it
 
 
@@ -218,23 +219,41 @@ def span(kv: Tensor, past: int, n: int) -> Span:
     return Span(keys.data_ptr(), values.data_ptr(), kv.stride(0), kv.stride(2), past, n)
 
 
+class LowRankMatrices:
+    """The matrices of an adapter in one piece of memory, in the order in which a step reads them."""
+
+    def __init__(self, matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]) -> None:
+        """`matrices`: per layer and target A (rank, in) and B (width, rank), in ADAPTER_DTYPE."""
+        parts, shapes = list[Tensor](), {}
+        for layer, target in sorted(matrices, key=lambda key: (key[0], list(TARGET_LAYERS).index(key[1]))):
+            a, b = matrices[layer, target]
+            padding = (0, 0, 0, -len(a) % RANKS)
+            a, b = F.pad(a, padding).unflatten(0, (-1, RANKS)), F.pad(b.T, padding)
+            parts += a.unflatten(2, (-1, LANES)).transpose(1, 2), b.unflatten(1, (-1, LANES)).transpose(0, 1)
+            shapes[layer, target] = b.shape  # (rank, width)
+        self._kept = on_huge_pages(torch.cat([part.flatten() for part in parts]))
+        self.entries: dict[tuple[int, str], _LowRank] = {}
+        address = self._kept.data_ptr()
+        for i, ((layer, target), (rank, width)) in enumerate(shapes.items()):
+            b_address = address + parts[2 * i].nbytes
+            self.entries[layer, target] = _LowRank(address, b_address, rank, TARGET_LAYERS[target][1] * width, width)
+            address = b_address + parts[2 * i + 1].nbytes
+
+
 class AdapterTable:
     """The low-rank matrices of several adapters."""
 
-    def __init__(self, adapters: Sequence[Mapping[tuple[int, str], tuple[Tensor, Tensor]]], n_layer: int) -> None:
-        """`adapters`: per layer and target A (rank, in) and B (width, rank), in ADAPTER_DTYPE."""
+    def __init__(self, adapters: Sequence[LowRankMatrices], n_layer: int) -> None:
         paths = list(dict.fromkeys(path for path, _, _ in TARGET_LAYERS.values()))
         most_blocks = max(n for _, _, n in TARGET_LAYERS.values())
-        self.n_adapters, self._kept = len(adapters), list[Tensor]()
+        self.n_adapters, self._kept = len(adapters), adapters
         self._table = (_LowRank * (n_layer * len(paths) * len(adapters) * most_blocks))()
         for i, adapter in enumerate(adapters):
-            for (layer, target), (a, b) in adapter.items():
+            for (layer, target), entry in adapter.entries.items():
                 path, block, _ = TARGET_LAYERS[target]
-                padding = (0, 0, 0, -len(a) % RANKS)
-                pair = F.pad(a, padding), F.pad(b.T, padding).contiguous()
-                self._kept += pair
-                slot = ((layer * len(paths) + paths.index(path)) * len(adapters) + i) * most_blocks + block
-                self._table[slot] = _LowRank(*(one.data_ptr() for one in pair), len(pair[0]), block * len(b), len(b))
+                self._table[((layer * len(paths) + paths.index(path)) * len(adapters) + i) * most_blocks + block] = (
+                    entry
+                )
         self.address = ctypes.addressof(self._table)
 
 

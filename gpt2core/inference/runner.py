@@ -104,11 +104,11 @@ class ModelRunner:
         return spans + [native.span(chunk.prefill.kv, chunk.prefill.length, chunk.n) for chunk in step.chunks]
 
     def _update_stack(self, step: Step) -> None:
-        """Make the stack hold the adapters of the step. With graphs others stay in it: a new stack needs new graphs."""
+        """Make the stack hold the adapters of the step. Others stay: the kernels skip them, and graphs depend on it."""
         requests = (*step.rows, *(chunk.request for chunk in step.chunks))
         used = {request.adapter for request in requests if request is not None and request.adapter is not None}
         held = set() if self._stack is None else set(self._stack.adapters)
-        if self._decoder is not None:
+        if self._decoder is not None or self._model.is_native:
             used |= held
         if used and used != held:
             self._set_stack(self._model.stack(sorted(used, key=id)))
