@@ -39,7 +39,7 @@ from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.files import atomic_write
-from gpt2core.inference.kernels import has_varlen_attention
+from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer

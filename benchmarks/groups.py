@@ -33,7 +33,7 @@ from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.engine import Weights
 from gpt2core.files import checkpoint_files, directory_sha256
-from gpt2core.inference.kernels import has_int8
+from gpt2core.kernels import has_int8
 from gpt2core.lora import add_lora, merge_lora
 from gpt2core.metrics import Scores
 from gpt2core.model import GPT2

@@ -16,11 +16,11 @@ from gpt2core.checkpoint import read_adapter
 from gpt2core.config import GenerationConfig, GPT2Config, WeightFormat, Weights
 from gpt2core.generate import check_prompt
 from gpt2core.inference.adapters import Adapter, make_adapter
-from gpt2core.inference.kernels import limit_openmp_threads, release_openmp_workers
 from gpt2core.inference.quantized import QuantizedModel, quantize_fastest
 from gpt2core.inference.request import EngineClosed, Request
 from gpt2core.inference.runner import ModelRunner
 from gpt2core.inference.scheduler import Scheduler
+from gpt2core.kernels import limit_openmp_threads, release_openmp_workers
 from gpt2core.model import GPT2
 from gpt2core.sampling import Grammar, NonFiniteLogits, Sampler, check_tokens
 

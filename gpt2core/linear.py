@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt2core.inference.kernels import has_onednn, onednn_linear
+from gpt2core.kernels import has_onednn, onednn_linear
 
 SMALL = 2**20  # multiplications; below this, the call overhead of oneDNN exceeds what it saves
 

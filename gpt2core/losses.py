@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gpt2core.batching import Batch, pack
 from gpt2core.data import Example
-from gpt2core.inference.kernels import has_varlen_attention
+from gpt2core.kernels import has_varlen_attention
 from gpt2core.model import GPT2, evaluating
 
 

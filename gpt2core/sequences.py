@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2core.inference.kernels import softmax_gradient, varlen_attention
+from gpt2core.kernels import softmax_gradient, varlen_attention
 from gpt2core.tensors import to_device
 
 DENSE = 256  # keys: up to as many, plain matrix products are faster than torch's attention, above all backward

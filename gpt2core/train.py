@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gpt2core.batching import Batch, pack
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
-from gpt2core.inference.kernels import has_varlen_attention
+from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
 from gpt2core.losses import batch_losses, token_losses
 from gpt2core.model import GPT2

@@ -102,7 +102,7 @@ EXTRAS = {
 }
 # The modules that may use names which a library does not promise to keep.
 COMPAT = {
-    "gpt2core/inference/kernels.py",
+    "gpt2core/kernels.py",
     "gpt2core/inference/native.py",
     "bentos/compat.py",
     "pipelines/zenml_compat.py",

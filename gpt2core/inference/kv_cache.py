@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gpt2core.config import GPT2Config
 from gpt2core.inference.adapters import Adapter
-from gpt2core.inference.kernels import lazy_zeros
 from gpt2core.inference.native import Span
 from gpt2core.inference.request import Request
+from gpt2core.kernels import lazy_zeros
 
 BLOCK = 16  # tokens; prompts share cached prefixes in blocks of this size
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GPT2Config
-from gpt2core.inference.kernels import has_vnni, on_huge_pages
+from gpt2core.kernels import has_vnni, on_huge_pages
 from gpt2core.lora import TARGET_LAYERS
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.generate import generate
 from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
-from gpt2core.inference.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
+from gpt2core.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
 from gpt2core.model import GPT2, Block, evaluating
 

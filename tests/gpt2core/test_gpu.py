@@ -19,7 +19,7 @@ from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.engine import Engine
 from gpt2core.generate import generate
-from gpt2core.inference.kernels import has_varlen_attention
+from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import add_lora, lora_layers, merge_lora, unmerge_lora
 from gpt2core.losses import token_losses
 from gpt2core.model import GPT2, KVCache

@@ -15,10 +15,10 @@ from gpt2core.engine import Engine, NonFiniteLogits
 from gpt2core.generate import generate
 from gpt2core.inference import kv_cache
 from gpt2core.inference.adapters import AdapterStack, make_adapter
-from gpt2core.inference.kernels import has_int8
 from gpt2core.inference.kv_cache import PrefillCache, RowCache, StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel, supported_formats
 from gpt2core.inference.request import Request
+from gpt2core.kernels import has_int8
 from gpt2core.lora import add_lora, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.sampling import Sampler

@@ -81,7 +81,7 @@ def test_torch_still_has_no_int8_product_with_a_wider_result():
 
 RESIDENT = """
 import os, sys, torch
-from gpt2core.inference.kernels import lazy_zeros
+from gpt2core.kernels import lazy_zeros
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

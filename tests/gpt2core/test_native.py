@@ -18,8 +18,8 @@ from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine
 from gpt2core.inference import kv_cache, native, scheduler
 from gpt2core.inference.adapters import Adapter, make_adapter
-from gpt2core.inference.kernels import has_vnni
 from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.kernels import has_vnni
 from gpt2core.lora import add_lora, lora_layers
 from gpt2core.model import GPT2
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter

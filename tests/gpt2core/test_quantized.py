@@ -12,8 +12,8 @@ from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.data import Example
 from gpt2core.engine import Engine
 from gpt2core.inference import quantized
-from gpt2core.inference.kernels import has_int8
 from gpt2core.inference.quantized import QuantizedModel, quantize_fastest, supported_formats
+from gpt2core.kernels import has_int8
 from gpt2core.losses import token_losses
 from gpt2core.metrics import perplexity
 from gpt2core.model import GPT2
