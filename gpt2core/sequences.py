@@ -4,6 +4,7 @@ The row is the shared prefix, then the rest of each text. Shape letters: N token
 S texts of a group, padded to L tokens; C, H and D as in model.py.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
@@ -67,18 +68,16 @@ class PaddedSequences:
     @classmethod
     def make(cls, shared: int, lengths: Sequence[int]) -> Self:
         """For a prefix of `shared` tokens and texts of these lengths without it, the longest first."""
-        groups, order, start, first = list[Tensor](), list(range(shared)), shared, 0
-        while first < len(lengths):
-            longest = lengths[first]
-            members = [length for length in lengths[first:] if 2 * length >= longest]
-            index = torch.zeros(len(members), longest, dtype=torch.long)
-            for row, length in enumerate(members):
-                index[row, :length] = torch.arange(start, start + length)
-                offset = shared + sum(map(Tensor.numel, groups)) + row * longest
+        groups, order, start, offset = list[Tensor](), list(range(shared)), shared, shared
+        left = deque(lengths)
+        while left:
+            rows, longest = list[list[int]](), left[0]
+            while left and 2 * left[0] >= longest:
+                length = left.popleft()
+                rows.append([*range(start, start + length), *[0] * (longest - length)])
                 order += range(offset, offset + length)
-                start += length
-            groups.append(index)
-            first += len(members)
+                start, offset = start + length, offset + longest
+            groups.append(torch.tensor(rows, dtype=torch.long))
         return cls(shared, tuple(groups), torch.tensor(order))
 
     def to(self, device: torch.device | str) -> Self:
@@ -118,7 +117,8 @@ class _DenseAttention(torch.autograd.Function):
         """(N, C) for qkv (N, 3, H, D)."""
         kept, outputs = list[Tensor](), []
         for q, k, v in sequences.split(qkv):
-            weights = ((q * scale) @ k.transpose(2, 3)).add_(_causal_bias(q, k)).softmax(-1)  # (S, H, L, P + L)
+            weights = ((q * scale) @ k.transpose(2, 3)).add_(_causal_bias(q, k)).softmax(-1)
+            weights = weights.to(q.dtype)  # (S, H, L, P + L); fp32 under autocast
             outputs.append((weights @ v).transpose(1, 2).flatten(2).flatten(0, 1))
             kept += q, k, v, weights
         ctx.save_for_backward(*kept)
@@ -132,10 +132,7 @@ class _DenseAttention(torch.autograd.Function):
         shapes = [q.shape for q in saved[::4]]  # (S, H, L, D)
         sizes, order = [S * L for S, _, L, _ in shapes], sequences.order
         padded = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, order, grad)
-        grads, of_prefix = (
-            list[Tensor](),
-            grad.new_zeros(2, *shapes[0][1:]),
-        )  # the latter: keys and values of the prefix
+        grads, of_prefix = list[Tensor](), grad.new_zeros(2, *shapes[0][1:])  # of all; of the prefix's keys and values
         for i, (part, (S, H, L, D)) in enumerate(zip(padded.split(sizes), shapes, strict=True)):
             q, k, v, weights = saved[4 * i : 4 * i + 4]
             own = part.view(S, L, H, D).transpose(1, 2).contiguous()

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2core import kernels
 from gpt2core.checkpoint import save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.inference import kernels
 from gpt2core.model import GPT2
 from tests.gpt2core.decoding import save_random_adapter
 
