@@ -287,10 +287,12 @@ def test_an_interrupt_that_python_drops_ends_the_container_nevertheless(probe):
     logger = logging.getLogger(steps.__name__)
     logger.addHandler(dropping)
     logger.setLevel("INFO")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             steps.run(waiting)
     finally:
+        signal.signal(signal.SIGINT, before)
         logger.removeHandler(dropping)
         logger.setLevel(logging.NOTSET)
     assert not steps.is_running(waiting.run_id, waiting.step)
