@@ -128,9 +128,9 @@ def has_varlen_attention(device: torch.device, head_width: int) -> bool:
             strict=True,
         ):
             torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)  # two roundings to 8 bits
-    except Exception as error:  # training then uses a mask
+    except Exception as error:  # training then pads records of similar length
         reason = str(error).partition("\n")[0]
-        logger.warning("packed records are trained with an attention mask, which is slower: %s", reason)
+        logger.warning("records are trained in padded groups, which is slower: %s", reason)
         return False
     return True
 
