@@ -125,13 +125,12 @@ class ModelRunner:
         """
         if not requests:
             return []
-        if best is None:
-            best = native.most_likely(logits) if self._model.is_native else most_likely(logits)
         outputs = choose(
             [None if request is None else request.sampler for request in requests],
             logits,
-            best,
             [[] if request is None else request.tokens for request in requests],
+            best,
+            native.most_likely if self._model.is_native else most_likely,
         )
         for i, request in enumerate(requests):
             if request is not None and request.n_logprobs is not None:
