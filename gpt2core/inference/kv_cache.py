@@ -16,7 +16,7 @@ from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.native import Span
 from gpt2core.inference.request import Request
 from gpt2core.kernels import lazy_zeros, varlen_attention
-from gpt2core.tensors import to_device
+from gpt2core.tensors import int_tensor, to_device
 
 BLOCK = 16  # tokens; prompts share cached prefixes in blocks of this size
 
@@ -76,7 +76,7 @@ class PrefillBatch:
             if prefill.length:
                 own[:, : prefill.length] = prefill.kv[..., : prefill.length, :].permute(0, 3, 1, 2, 4)
             prefill.kv = own.permute(0, 2, 3, 1, 4)
-        self._places = to_device(torch.tensor(places), self._kv.device)
+        self._places = to_device(int_tensor(places), self._kv.device)
         self._ends_q, self._ends_k = (
             to_device(torch.tensor([0, *accumulate(n)], dtype=torch.int32), self._kv.device) for n in (n_new, n_keys)
         )

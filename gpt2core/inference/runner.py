@@ -18,7 +18,7 @@ from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
 from gpt2core.kernels import has_varlen_attention
 from gpt2core.sampling import NonFiniteLogits, choose, most_likely
-from gpt2core.tensors import to_device
+from gpt2core.tensors import int_tensor, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class ModelRunner:
         if not selected:
             return hidden.new_zeros(0, self._model.config.token_count, dtype=torch.float32)
         if len(selected) < len(hidden):
-            hidden = hidden[to_device(torch.tensor(selected, dtype=torch.long), hidden.device)]
+            hidden = hidden[to_device(int_tensor(selected), hidden.device)]
         return self._model.logits(hidden)
 
     def _forward(self, step: Step) -> Tensor:
@@ -75,8 +75,8 @@ class ModelRunner:
             adapters += [chunk.request.adapter] * chunk.n
         used = self._stack is not None and any(adapter is not None for adapter in adapters)
         hidden = self._model.hidden(
-            to_device(torch.tensor(ids), device),
-            to_device(torch.tensor(positions), device),
+            to_device(int_tensor(ids), device),
+            to_device(int_tensor(positions), device),
             self._spans(step) if self._model.is_native else self._attention(step),
             self._stack.for_rows(adapters) if used and self._stack is not None else None,
         )
