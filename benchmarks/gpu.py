@@ -239,9 +239,10 @@ def decoding(stage: Stage) -> None:
 
 
 def _record_graphs(stage: Stage, engine: Ours) -> None:
-    """Whether steps were replayed as CUDA graphs (the engine goes on without where that fails), and peak memory."""
+    """Whether steps were CUDA graphs and prompts were read together (the engine also works without), and memory."""
     decoder = engine.engine._runner._decoder
     stage.record(uses_graphs=decoder is not None and decoder.uses_graphs)
+    stage.record(variable_length_attention=engine.engine._runner._use_varlen)
     if stage.device == "cuda":
         stage.record(
             graphs=len(decoder._graphs) if decoder is not None else 0,
