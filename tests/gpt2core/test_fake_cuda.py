@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt2core import losses, sampling, train
+from gpt2core import losses, train
 from gpt2core.batching import pack
 from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
@@ -67,7 +67,6 @@ class FakeCuda(FakeTensorMode):
             self._note(f"blocking {name}")
         if not any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns):  # a view
             self.kernels[name] += 1
-        kwargs.pop("generator", None)  # the fake of exponential_ takes none
         args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
         return super().dispatch(func, types, args, kwargs)
 
@@ -97,7 +96,6 @@ def cuda(monkeypatch):
         patch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
         patch.setattr(torch.Tensor, "pin_memory", pin)
         patch.setattr(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
-        patch.setattr(sampling, "_make_generator", lambda config, device: config.temperature and torch.Generator())
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
