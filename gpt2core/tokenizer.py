@@ -15,8 +15,8 @@ from gpt2core.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
-# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit changes the tokens of
-# longer runs of whitespace only: without it, tiktoken panics (not an Exception) at a million of them.
+# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit changes the tokens
+# of longer runs of whitespace only: without it, tiktoken panics (not an Exception) at a million of them.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
 
 
@@ -39,8 +39,8 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
             ) from None
         except OSError as error:
             raise OSError(
-                f"the tokenizer {str(name)!r} cannot be downloaded; set TIKTOKEN_CACHE_DIR to a directory with its files, "
-                f"or use the directory of a base ({type(error).__name__})"
+                f"the tokenizer {str(name)!r} cannot be downloaded; set TIKTOKEN_CACHE_DIR to a directory with its "
+                f"files, or use the directory of a base ({type(error).__name__})"
             ) from None
     vocabulary = read_vocabulary(directory)
     return tiktoken.Encoding(
