@@ -9,6 +9,7 @@ import tiktoken
 import torch
 
 from gpt2core.config import TooLong
+from gpt2core.metrics import normalize
 from gpt2core.prompt import MARKERS, format_prompt
 from gpt2core.records import (  # re-exported: the public path of these names
     REQUIRED,
@@ -39,6 +40,7 @@ __all__ = [
     "question",
     "read_records",
     "records_sha256",
+    "same_question",
     "split_records",
     "to_jsonl",
 ]
@@ -75,8 +77,8 @@ def count_duplicates(records: Sequence[Record]) -> int:
 
 
 def count_repeated_questions(records: Sequence[Record]) -> int:
-    """Number of records with the instruction and input of an earlier one. A split keeps them on one side."""
-    return len(records) - len({question(record) for record in records})
+    """Number of records with the question of an earlier one, as `same_question`. A split keeps them on one side."""
+    return len(records) - len({same_question(record) for record in records})
 
 
 def find_markers(records: Sequence[Record]) -> list[str]:
@@ -94,8 +96,8 @@ def find_markers(records: Sequence[Record]) -> list[str]:
 
 def count_leaks(records: Sequence[Record]) -> int:
     """Number of records of a given validation or test part whose question is in the train part as well."""
-    train = {question(record) for record in records if record.get("part", "train") == "train"}
-    return sum(record.get("part") in ("val", "test") and question(record) in train for record in records)
+    train = {same_question(record) for record in records if record.get("part", "train") == "train"}
+    return sum(record.get("part") in ("val", "test") and same_question(record) in train for record in records)
 
 
 def split_records(
@@ -119,7 +121,7 @@ def split_records(
 def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: float, test_fraction: float) -> Split:
     """Shuffle by the seed and split; `seed=None` keeps the file's order: train first, then test, then validation.
 
-    Records of one `group`, and records with the same question (instruction and input), stay together. Each family,
+    Records of one `group`, and records with the same question (`same_question`), stay together. Each family,
     where records have one, is represented in each part in proportion. The parts have exactly the requested sizes
     unless the groups are too large to add up to them; a test_fraction above 0 gives at least one test record.
 
@@ -159,6 +161,12 @@ def question(record: Record) -> tuple[str, str]:
     return record["instruction"], record.get("input", "")
 
 
+def same_question(record: Record) -> tuple[str, str]:
+    """Equal for records whose questions differ in what `normalize` ignores, like letter case and whitespace, only."""
+    instruction, input = map(normalize, question(record))
+    return instruction, input
+
+
 def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[int]]:
     """Indices of records by group, shuffled so that any slice of the list has each family in proportion."""
     groups = _groups(records)
@@ -188,7 +196,7 @@ def _groups(records: Sequence[Record]) -> list[list[int]]:
 
     first: dict[tuple[str, ...], int] = {}
     for i, record in enumerate(records):
-        keys: list[tuple[str, ...]] = [("question", *question(record))]
+        keys: list[tuple[str, ...]] = [("question", *same_question(record))]
         if record.get("group"):
             keys.append(("group", record["group"]))
         for key in keys:

@@ -34,9 +34,9 @@ def tokenizer(tokenizer_dir):
 
 
 def test_duplicates_and_repeated_questions_are_counted():
-    records = [GOOD, GOOD | {"input": "x"}, GOOD, GOOD, GOOD | {"output": "e"}]
+    records = [GOOD, GOOD | {"input": "x"}, GOOD, GOOD, GOOD | {"output": "e"}, GOOD | {"input": " X."}]
     assert count_duplicates(records) == 2
-    assert count_repeated_questions(records) == 3
+    assert count_repeated_questions(records) == 4
 
 
 KINDS = st.tuples(st.sampled_from(["", *"abcdefgh"]), st.sampled_from(["", "x", "y"]), st.integers(0, 30))
@@ -65,9 +65,9 @@ def test_a_split_is_a_partition_with_whole_groups_and_equal_questions_on_one_sid
 
 @pytest.mark.parametrize("seed", range(5))
 def test_copies_of_a_record_never_land_on_both_sides(seed):
-    records = [record for record in numbered(60) for _ in range(2)]
+    records = [record | {"instruction": record["instruction"] + end} for record in numbered(60) for end in ("", "\n")]
     parts = split_records(records, seed)
-    questions = [{record["instruction"] for record in part} for part in parts]
+    questions = [{record["instruction"].strip() for record in part} for part in parts]
     assert sum(map(len, questions)) == 60
     assert [len(part) for part in parts] == [102, 6, 12]
 
