@@ -8,7 +8,7 @@ from typing import NamedTuple
 import tiktoken
 import torch
 
-from gpt2core.config import TooLong
+from gpt2core.config import GPT2Config, TooLong
 from gpt2core.metrics import normalize
 from gpt2core.prompt import MARKERS, format_prompt
 from gpt2core.records import (  # re-exported: the public path of these names
@@ -28,6 +28,7 @@ __all__ = [
     "LongRecord",
     "Record",
     "Split",
+    "check_examples",
     "check_records",
     "count_duplicates",
     "count_leaks",
@@ -268,6 +269,24 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
     if found:
         raise _too_long_error(found, len(records), context_length)
     return examples
+
+
+def check_examples(name: str, examples: Sequence[Example], config: GPT2Config) -> None:
+    """Refuse examples that the model cannot be trained on: on a GPU, an index out of range is an error without a place.
+
+    Raises:
+        ValueError: an example has no prompt or no response, more tokens than the context, or an unknown token.
+    """
+    for i, (ids, prompt_length) in enumerate((each.input_ids, each.prompt_length) for each in examples):
+        if not 1 <= prompt_length < len(ids):
+            problem = f"has a prompt of {prompt_length} tokens; it must be at least 1 and leave a response"
+        elif len(ids) > config.n_positions + 1:  # the last token is a label only
+            problem = f"has {len(ids)} tokens, more than the context of {config.n_positions}"
+        elif not (0 <= min(ids) and max(ids) < config.vocab_size):
+            problem = f"has token ids from {min(ids)} to {max(ids)}, but the model has {config.vocab_size} tokens"
+        else:
+            continue
+        raise ValueError(f"{name} example {i + 1} {problem}")
 
 
 def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gpt2core.config import GPT2Config
 from gpt2core.data import (
+    Example,
     LongRecord,
+    check_examples,
     count_duplicates,
     count_repeated_questions,
     encode_records,
@@ -184,3 +187,21 @@ def test_a_prompt_without_room_for_an_output_is_named_and_at_least_one_record_mu
         limit_lengths([GOOD, GOOD | {"instruction": "é" * 90}], tokenizer, lengths[0], "truncate")
     with pytest.raises(ValueError, match="all 1 records have more tokens than the context of 10"):
         limit_lengths([GOOD], tokenizer, 10, "drop")
+
+
+@pytest.mark.parametrize(
+    ("ids", "prompt_length", "problem"),
+    [
+        ([1, 2], 2, "example 2 has a prompt of 2 tokens"),
+        ([1, 2], 0, "a prompt of 0 tokens"),
+        ([], 0, "a prompt of 0 tokens"),
+        ([1] * 10, 1, "10 tokens, more than the context of 8"),
+        ([1, 7], 1, "token ids from 1 to 7, but the model has 7"),
+        ([-1, 2], 1, "token ids from -1 to 2"),
+    ],
+)
+def test_examples_that_do_not_fit_the_model_are_refused(ids, prompt_length, problem):
+    config = GPT2Config(vocab_size=7, n_positions=8)
+    check_examples("training", [Example([1] * 9, 1)], config)
+    with pytest.raises(ValueError, match=problem):
+        check_examples("training", [Example([1, 2], 1), Example(ids, prompt_length)], config)
