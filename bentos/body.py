@@ -1,6 +1,7 @@
 """Reads and validates the body of a request."""
 
 import asyncio
+from codecs import BOM_UTF8
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,6 +21,10 @@ async def read_body(request: Request, model: type[M]) -> M:
     """
     if request.headers.get("content-type", "").startswith("multipart/"):
         raise ServiceError("invalid_request", "the body must be JSON, not multipart")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        message = f"Content-Encoding is {encoding}; send the body uncompressed"
+        raise ServiceError("unsupported_media_type", message)
     body = bytearray()
     try:
         async with asyncio.timeout(DEADLINE):
@@ -31,7 +36,13 @@ async def read_body(request: Request, model: type[M]) -> M:
         message = f"the body was not complete after {DEADLINE:.0f} seconds"
         raise ServiceError("request_timeout", message) from None
     try:
-        return model.model_validate_json(bytes(body))
+        # Windows' tools begin a file with a byte order mark
+        return model.model_validate_json(body.removeprefix(BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        message = (
+            f"the body must be JSON in UTF-8, which its byte {error.start} (0x{error.object[error.start]:02x}) is not"
+        )
+        raise ServiceError("invalid_request", message) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         location = first["loc"]

@@ -20,6 +20,7 @@ STATUS: Mapping[str, int] = {
     "adapter_not_found": 404,
     "request_timeout": 408,
     "body_too_large": 413,
+    "unsupported_media_type": 415,
     "overloaded": 429,
     "client_closed_request": 499,
     "generation_failed": 500,
