@@ -22,6 +22,7 @@ STATUS: Mapping[str, int] = {
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "overloaded": 429,
+    "headers_too_large": 431,
     "client_closed_request": 499,
     "generation_failed": 500,
     "shutting_down": 503,
