@@ -159,7 +159,9 @@ class TextGenerator:
         """
         longest = max(len(request.prompt) for request in requests)
         if longest >= self.n_positions:
-            message = f"the prompt has {longest} tokens, but the context holds {self.n_positions}; shorten it"
+            # OpenAI's words, by which LiteLLM and others recognize the error
+            limit = f"this model's maximum context length is {self.n_positions} tokens"
+            message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
         requests = [self._route(request) for request in requests]
         completions: list[Completion] = []
