@@ -5,6 +5,7 @@ from codecs import BOM_UTF8
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from bentos.errors import ServiceError
@@ -44,11 +45,24 @@ async def read_body(request: Request, model: type[M]) -> M:
         )
         raise ServiceError("invalid_request", message) from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        location = first["loc"]
-        param = str(location[0]) if location else None
-        in_list = len(location) > 1 and isinstance(location[1], int)  # else the rest names types of a union
-        name = ".".join(map(str, location)) if in_list else param
-        reason = first["msg"].removeprefix("Value error, ")
-        message = f"{name}: {reason}" if name else reason
-        raise ServiceError("invalid_request", message, param) from None
+        raise _refused(error) from None
+
+
+def _refused(error: ValidationError) -> ServiceError:
+    """Names the first wrong field, and what is wrong with it."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    best = max(own, key=_specificity)
+    reason = best["msg"].removeprefix("Value error, ")
+    if not best["loc"]:
+        return ServiceError("invalid_request", reason)
+    param, *inner = map(str, best["loc"])
+    is_in_list = len(inner) > 0 and isinstance(best["loc"][1], int)  # else names of types of a union are among the rest
+    place = inner if is_in_list else [part for part in inner if part.isdecimal()]
+    return ServiceError("invalid_request", f"{'.'.join([param, *place])}: {reason}", param)
+
+
+def _specificity(error: ErrorDetails) -> tuple[bool, int, int]:
+    """The largest is of the type of a union that was meant: it was followed furthest, or its own limit is exceeded."""
+    index = sum(part for part in error["loc"] if isinstance(part, int))
+    return index > 0 or not error["type"].endswith("_type"), len(error["loc"]), index

@@ -177,6 +177,22 @@ def test_the_body_is_uncompressed_json_in_utf8(url, body, encoding, status, reas
     assert reason in response.text
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": ["a"] * 9}, "prompt: List should have at most 8 items after validation, not 9"),
+        ({"prompt": ["a", [1]]}, "prompt.1: Input should be a valid string"),
+        ({"prompt": [[1], [1, "a"]]}, "prompt.1.1: Input should be a valid integer"),
+        ({"prompt": []}, "prompt: List should have at least 1 item after validation, not 0"),
+        ({"prompt": 5}, "prompt: Input should be a valid string"),
+        ({"stop": ["a"] * 17}, "stop: List should have at most 16 items after validation, not 17"),
+    ],
+)
+def test_the_error_of_a_field_with_several_types_is_about_the_one_that_was_sent(url, body, message):
+    response = requests.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert (response.status_code, error_of(response)["message"]) == (400, message)
+
+
 def test_a_list_of_wrong_items_has_one_error_not_one_per_item():
     for model, body in ((ChatRequest, {"messages": [{}] * 99}), (CompletionRequest, {"prompt": [1.5] * 99})):
         with pytest.raises(ValidationError) as caught:
