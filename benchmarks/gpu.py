@@ -1,8 +1,8 @@
-"""`make gpu-check`: correctness and throughput on a GPU, in stages ordered by worth.
+"""`make gpu-check`: correctness and throughput on a GPU, in stages ordered by importance.
 
 Runs on a machine with torch, transformers, peft, tiktoken, safetensors and pytest, without a network and without this
 project's environment. Each stage is a process of its own with a time limit, and its result is written as soon as it
-ends. A stage that is stopped keeps the figures that it had recorded.
+ends. A stage that exceeds its limit keeps the figures recorded until then.
 """
 
 import argparse
@@ -59,7 +59,7 @@ PEAKS |= {"A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e
 class Sizes:
     """What is measured: the full sizes on a GPU, and the smallest ones for a dry run on a CPU."""
 
-    train: tuple[str, ...] = ("gpt2-medium", "gpt2")  # the first one is the older system's, and has a peer
+    train: tuple[str, ...] = ("gpt2-medium", "gpt2")  # the first one is that of mariovas3/llms, and has a peer
     decode: str = "gpt2"
     n_records: int | None = None  # None: all of the training split
     epochs: int = 48
@@ -147,7 +147,7 @@ def trainable_model(config: GPT2Config) -> GPT2:
 
 
 def training(stage: Stage) -> None:
-    """The older system's run (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers with PEFT."""
+    """The run of mariovas3/llms (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers with PEFT."""
     stage.record(variable_length_attention=has_varlen_attention(torch.device(stage.device), 64))
     for preset in stage.sizes.train:
         with stage.attempt(preset):
