@@ -147,7 +147,7 @@ def trainable_model(config: GPT2Config) -> GPT2:
 
 
 def training(stage: Stage) -> None:
-    """The run of mariovas3/llms (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers with PEFT."""
+    """The run of mariovas3/llms (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers and PEFT."""
     stage.record(variable_length_attention=has_varlen_attention(torch.device(stage.device), 64))
     for preset in stage.sizes.train:
         with stage.attempt(preset):
