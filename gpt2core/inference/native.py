@@ -1,11 +1,11 @@
 """int8 decoding by native.c: all layers of a step in one call, with attention and the low-rank products of adapters.
 
 The library is compiled when the project or the image of the steps is built (setup.py), and is copied into each Bento.
-Where it is missing, or the processor or the shape of the model does not suit it, `quantized` computes with torch alone.
+If it is missing, or does not support the processor or the model's shape, `quantized` uses torch alone.
 
 Weights have one scale per row of W; activations one scale and zero point per row of x, found at run time, so that rows
-stay independent. The integer sums are exact, and all else of a row is computed by the same instructions in the same
-order whatever other rows there are: results do not depend on the batch, to the bit.
+stay independent. The integer sums are exact, and everything else in a row is computed by the same instructions in the
+same order regardless of the other rows, so results are bit-identical in any batch.
 
 Shape letters: N rows (tokens) of a step; C, H, D as in model.py.
 """
@@ -40,7 +40,7 @@ RANKS = 4  # low ranks are padded to a multiple of it
 
 
 def is_available(config: GPT2Config) -> bool:
-    """Whether the library, the processor and the shape of the model allow it."""
+    """Whether the kernels can be used: library, processor and model shape."""
     suits = (
         config.n_embd % 16 == 0
         and config.mlp_width % 16 == 0
@@ -145,7 +145,7 @@ class _Logits(ctypes.Structure):
 
 
 class Scratch:
-    """Memory that the products of one model share. One step at a time may use it."""
+    """Scratch memory that the products of one model share. Only one step at a time may use it."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         """Both of the model."""
@@ -220,7 +220,7 @@ def span(kv: Tensor, past: int, n: int) -> Span:
 
 
 class LowRankMatrices:
-    """The matrices of an adapter in one piece of memory, in the order in which a step reads them."""
+    """The matrices of an adapter in one buffer, in the order in which a step reads them."""
 
     def __init__(self, matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]) -> None:
         """`matrices`: per layer and target A (rank, in) and B (width, rank), in ADAPTER_DTYPE."""
