@@ -1,8 +1,8 @@
 """Drift of live traffic relative to the served run: the signals, and Evidently's report of the distributions.
 
 The reference is the run's own evaluation: the prompts of the test split and the tuned model's answers to them.
-Vocabulary and similarity are measured against the training prompts for both traffic and reference. New subjects alone
-are therefore no drift: those of the test split are not in the training prompts either.
+Vocabulary and similarity are measured against the training prompts, for both traffic and reference. New subjects alone
+are therefore not drift: those of the test split are not in the training prompts either.
 """
 
 import re
@@ -26,7 +26,7 @@ from gpt2core.types import JsonDataclass, LoggedCompletion, Sample
 from steps.adapters.pages import render
 from steps.config import MonitorConfig
 
-TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # characters of a prompt that are not the user's
+TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # number of prompt characters that are not the user's
 NUMBERS = ("prompt_characters", "answer_characters", "unknown_words", "similarity", "seconds")
 
 
@@ -40,12 +40,12 @@ class Signal(JsonDataclass):
     change: float | None  # what is compared with the limit
     limit: float
     drifted: bool
-    note: str  # what `change` is, or why there is none
+    note: str  # meaning of `change`, or the reason why it is missing
 
 
 @dataclass(frozen=True)
 class Drift(JsonDataclass):
-    """What monitoring found."""
+    """The result of monitoring."""
 
     drifted: bool
     verdict: str  # as a sentence
@@ -101,7 +101,7 @@ def measure(
 
 
 def write_drift(drift: Drift, evidently: str) -> str:
-    """A page that loads nothing from elsewhere; `evidently` is "" where nothing was compared."""
+    """Write a self-contained page; `evidently` is "" if nothing was compared."""
     return render("drift.html.j2", drift=drift, evidently=evidently)
 
 
