@@ -31,13 +31,13 @@ class AuthMiddleware:
             error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
             await error_response(error)(scope, receive, send)
         else:
-            # A browser that opens the page prompts for a password, and sends it (the token) with every later request.
+            # A browser that opens the page asks for a password, and sends it (the token) with every later request.
             scheme = 'Basic realm="gpt2-instruct", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
             error = ServiceError("unauthorized", "a valid token is required: Authorization: Bearer …, or X-Api-Key")
             await error_response(error, {"WWW-Authenticate": scheme})(scope, receive, send)
 
     def _accepted_tokens(self, path: str) -> list[str] | None:
-        """None: no token is required; []: no token is enough."""
+        """None: no token is required; []: no token is accepted."""
         if path in ADMIN_PATHS:
             return [self.admin_token] if self.admin_token else []
         if path in self.open_paths or not self.api_token:
@@ -48,7 +48,7 @@ class AuthMiddleware:
 def _has_token(headers: Mapping[bytes, bytes], accepted: list[str]) -> bool:
     # X-Api-Key too: some proxies, such as Kubernetes' API server, keep Authorization for themselves
     given = headers.get(b"x-api-key") or _token(headers.get(b"authorization", b""))
-    matches = [hmac.compare_digest(given, token.encode()) for token in accepted]  # all of them, each in constant time
+    matches = [hmac.compare_digest(given, token.encode()) for token in accepted]  # all, each in constant time
     return any(matches)
 
 
