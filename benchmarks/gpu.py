@@ -46,7 +46,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import TrainResult, finetune
 
 ROOT = Path(__file__).resolve().parent.parent
-# the public instruction records and GPT-2's tokenizer, in the checkout or next to it
+# public instruction records and GPT-2's tokenizer, in the checkout or next to it
 SHARED = next((d for d in (ROOT / "shared/data", ROOT.parent / "shared/data") if d.is_dir()), ROOT)
 TOTAL_SECONDS = 470  # of all stages
 TAIL = 3000  # characters of a stage's output that are kept if it fails
@@ -83,15 +83,15 @@ class Stage:
         self._figures: dict[str, Any] = {}
 
     def record(self, **figures: Any) -> None:
-        """Add figures; they are written at once, so that a time limit does not lose them."""
+        """Add figures. They are written immediately, so that a time limit does not lose them."""
         self._figures |= figures
         atomic_write(self._file, json.dumps(self._figures).encode())
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Record an error under `name` and go on: one measurement must not cost the others.
+        """Record an error under `name` and continue with the other measurements.
 
-        The stage then fails at its end, except for a lack of memory, which is a result.
+        The stage then fails at its end, except after out of memory, which is a result.
         """
         try:
             yield
@@ -110,7 +110,7 @@ class Stage:
         return directory
 
     def examples(self, preset: str) -> list[Example]:
-        """The training split of the public instruction records, or the demo's where these are not to be had."""
+        """The training split of the public instruction records, or of the demo's if these are missing."""
         config, file = (
             GPT2Config.preset(preset),
             Path(os.environ.get("INSTRUCTION_DATA", SHARED / "instruction-data.json")),
@@ -202,7 +202,7 @@ def _train_peer(stage: Stage, preset: str) -> None:
     sizes = stage.sizes
     trainer = Trainer(stage.base(preset, trainable_model), torch.bfloat16, device=stage.device)
     data = sorted(stage.examples(preset), key=lambda example: len(example.input_ids))  # least padding
-    # the longest records, which need most memory, as a warm-up
+    # warm-up with the longest records, which need most memory
     batch_size, _ = _largest(sizes.batch_size, lambda n: trainer.train(data[-n:], n))
     rate = trainer.train(data[-sizes.peer_steps * sizes.batch_size :], batch_size)
     figures = {"tokens_per_second": rate, "steps": sizes.peer_steps, "batch_size": batch_size}
@@ -237,7 +237,7 @@ def decoding(stage: Stage) -> None:
 
 
 def _record_graphs(stage: Stage, engine: Ours) -> None:
-    """Whether steps were replayed as CUDA graphs (the engine goes on without where that fails), and peak memory."""
+    """Record whether steps were replayed as CUDA graphs (if not, the engine decodes without), and peak memory."""
     decoder = engine.engine._runner._decoder
     stage.record(uses_graphs=decoder is not None and decoder.uses_graphs)
     if stage.device == "cuda":
@@ -265,7 +265,7 @@ def adapters(stage: Stage) -> None:
 
 
 def profiling(stage: Stage) -> None:
-    """The kernels that training and decoding spend their time in."""
+    """Time per kernel in training and decoding."""
     sizes, preset = stage.sizes, stage.sizes.train[0]
     with stage.attempt("training"):
         base, examples = stage.base(preset, trainable_model), stage.examples(preset)
@@ -289,7 +289,7 @@ STAGES: dict[str, tuple[float, Callable[[Stage], None] | None]] = {  # name -> (
 
 
 def _largest(n: int, work: Callable[[int], Any]) -> tuple[int, Any]:
-    """n, halved until `work(n)` has enough memory, and its result."""
+    """The largest of n, n / 2, ... for which `work` has enough memory, and its result."""
     while True:
         try:
             return n, work(n)
@@ -404,7 +404,7 @@ def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str,
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpt2core/test_gpu.py", "-v", "--tb=short"]
         command += ["-p", "no:cacheprovider", "-W", "ignore"]
     environment = os.environ | {"GPU_CHECK_DEVICE": device, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a process that is killed is complete
+    environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a killed process is complete
     log, start = scratch / f"{name}.log", perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -57,7 +57,7 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
 
 
 def _check_recorded(adapter: Path, lineage: Path) -> None:
-    """Refuse an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
+    """Reject an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
     recorded = Lineage.from_json(json.loads(lineage.read_text(encoding="utf-8"))).adapter.sha256
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(

@@ -39,16 +39,16 @@ LINEAGE, SIGNATURE = "lineage.json", "lineage.sig.json"
 
 
 class VerifyError(ValueError):
-    """Something differs from its recorded digest or signature, or cannot be found."""
+    """A part differs from its recorded digest or signature, or is missing."""
 
 
 def verify(name: str, key: Path | None = None, config: DeployConfig | None = None) -> list[str]:
-    """Compare every part of NAME with the digests in its lineage; returns one line per check.
+    """Compare all parts of NAME with the digests in its lineage; returns one line per check.
 
     Args:
         name: a directory of outputs/ (or any with its files), a Bento's tag, or a pod.
         key: a public key (PEM, Ed25519); the signature is required and checked.
-        config: which cluster and namespace the pod is in.
+        config: cluster and namespace of the pod.
 
     Raises:
         VerifyError: naming what differs, with both digests.
@@ -142,7 +142,7 @@ def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
     tag = stated.get(f"{PREFIX}bento")
     if not tag:
         raise VerifyError(f"the pod {name} has no annotation {PREFIX}bento; this project's deployment sets it")
-    lines = _verify_bento(tag, key)  # the one in this machine's store, of which the pod's image was built
+    lines = _verify_bento(tag, key)  # the one in this machine's store, from which the pod's image was built
     for annotation, value in annotations(bento.lineage(tag)).items():
         lines.append(_same(f"annotation {annotation}", stated.get(annotation, ""), value))
     return lines

@@ -128,7 +128,7 @@ def _verify_service(cluster: Cluster, bento: str, samples: Sequence[Sample], max
 
 
 def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: float) -> str:
-    """The answer of this Bento. Until the deadline (`time.monotonic`), requests that reach other pods are repeated."""
+    """The answer of this Bento. Requests that reach other pods are repeated until the deadline (`time.monotonic`)."""
     while True:
         try:
             response = cluster.predict(body)
@@ -156,7 +156,7 @@ def _undone(cluster: Cluster, before: Manifest | None, deployment: Deployment, r
 
 
 def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:
-    """Undo a rollout, which may not have begun: the outcome, the resulting state in words, and its revision."""
+    """Undo a rollout, which may not have started: the outcome, the resulting state in words, and its revision."""
     try:
         live = cluster.get("Deployment")
         if before is None:
