@@ -352,7 +352,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, f"torch {torch.__version__} finds no CUDA device; DEVICE=cpu is a dry run without one\n")
     if unknown := set(options.only.split(",")) - set(STAGES):
-        parser.error(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     if options.stage:
         function = STAGES[options.stage][1]
         assert function is not None

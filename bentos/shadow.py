@@ -87,7 +87,7 @@ class Shadows:
                     self._waiting.popleft()
                     self._drop() if result is None else self._compare(answered, result, logprob)
             except Exception:  # errors here must not reach a client
-                logger.exception("a shadow failed; those that wait are dropped")
+                logger.exception("a shadow request failed; waiting ones are dropped")
                 self._waiting.clear()
 
     async def _answer(self, request: GenerationRequest) -> tuple[CompletionResult | None, float | None]:

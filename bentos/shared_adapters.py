@@ -70,7 +70,7 @@ def publish(
     """
     for path in adapters.values():
         if not (directory / path).is_dir() or not any((directory / path).iterdir()):
-            raise ValueError(f"{directory / path} is no directory with an adapter")
+            raise ValueError(f"{directory / path} is not a directory with an adapter")
     shared = {name: {"path": path, "sha256": directory_sha256(directory / path)} for name, path in adapters.items()}
     request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
     content = to_json({"adapters": shared, "canary": request})

@@ -62,5 +62,5 @@ def _check_recorded(adapter: Path, lineage: Path) -> None:
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(
             f"{adapter} has sha256 {found}, but the run's {lineage.name} records {recorded}: it changed after the run; "
-            "run the pipeline again, or pass its directory to --adapter to use it nevertheless"
+            "run the pipeline again, or pass its directory to --adapter to use it anyway"
         )

@@ -42,8 +42,8 @@ def verify_answers(
         sample, answer = different[0]
         raise VerificationError(
             f"{name} answers {answer!r} to {sample.instruction!r} with input {sample.input!r}, but the evaluated model "
-            f"answered {sample.tuned!r}; {len(samples) - len(different)} of {len(samples)} answers are equal, required "
-            f"are {required:.0%}"
+            f"answered {sample.tuned!r}; {len(samples) - len(different)} of {len(samples)} answers are equal, but "
+            f"{required:.0%} are required"
         )
     return answers
 

@@ -96,9 +96,7 @@ def read_adapter(
     _check_base(directory / ADAPTER_CONFIG, description.get("base"), base_sha256, accept_other_base)
     found = read_tensors(file, device)
     if description.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
-        raise ValueError(
-            f"{file} is not the file that {ADAPTER_CONFIG} beside it describes (sha256 differs); save the adapter again"
-        )
+        raise ValueError(f"{file} does not match its {ADAPTER_CONFIG} (sha256 differs); save the adapter again")
     largest = max((size for tensor in found.values() for size in tensor.shape), default=0)
     if lora.rank > largest:  # before a model of that size is allocated
         raise ValueError(
@@ -150,7 +148,7 @@ def _check_base(file: Path, base: Any, sha256: str | None, accept_other: bool) -
     )
     if not accept_other:
         raise ValueError(f"{problem}; load that base, or accept another one explicitly")
-    logger.warning("%s; loading it nevertheless", problem)
+    logger.warning("%s; loading it anyway", problem)
 
 
 def _adapter_state(model: GPT2) -> dict[str, Tensor]:

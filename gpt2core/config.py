@@ -69,7 +69,7 @@ class GPT2Config:
     def preset(cls, name: str) -> "GPT2Config":
         """The published sizes (Radford et al. 2019, table 2) and gpt2-nano."""
         if name not in PRESETS:
-            raise ValueError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
     @property

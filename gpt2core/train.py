@@ -268,7 +268,7 @@ def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
             raise
         raise MemoryError(
             f"not enough memory for step {state.progress.step + 1} ({plan.describe(state.progress.step)}); lower "
-            f"batch_size={plan.config.batch_size}, and raise gradient_accumulation_steps by as much"
+            f"batch_size={plan.config.batch_size}, and raise gradient_accumulation_steps by the same factor"
         ) from None
 
 

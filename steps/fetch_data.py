@@ -55,7 +55,7 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
     if about["repeated_questions"]:
         logger.warning(
             "%d of %d records repeat an earlier instruction and input (%d of them also the output); "
-            "they are kept on one side of the split",
+            "a split keeps them together",
             *(about["repeated_questions"], len(records), about["duplicates"]),
         )
     if about["in_train"]:

@@ -33,6 +33,6 @@ def resolve(name: str, runs: Sequence[TracedRun]) -> str:
     near = get_close_matches(name, names, n=3) or list(runs[0].names)
     shown = "".join(f"\n  {known}  ({names[known]})" for known in near)
     raise LineageError(
-        f"nothing is called {name!r}; give a run's name or id, a model version, a Bento's tag, or the start of the "
+        f"nothing matches {name!r}; give a run's name or id, a model version, a Bento's tag, or the start of the "
         f"sha256 of records or an adapter, for example:{shown}"
     )

@@ -92,7 +92,7 @@ class DockerTarget:
             current = group.current()
             previous = group.newest_except(current)
             if previous is None:
-                raise DeployError(f"port {self.config.port} has no version before the current one to roll back to")
+                raise DeployError(f"port {self.config.port} has no previous version to roll back to")
             previous.start()
             try:
                 group.wait_until_ready(previous)

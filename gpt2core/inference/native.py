@@ -55,9 +55,7 @@ def _is_compiled() -> bool:
     file = library_file()
     if file is not None and getattr(ctypes.CDLL(str(file)), "interface", int)() == INTERFACE:
         return True
-    logger.warning(
-        "int8 without its kernels, which are missing or old, is half as fast: `pip install -e .` builds them"
-    )
+    logger.warning("the int8 kernels are missing or outdated, so int8 is half as fast; `pip install -e .` builds them")
     return False
 
 

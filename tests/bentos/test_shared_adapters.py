@@ -88,7 +88,7 @@ def test_a_replica_is_ready_once_it_has_applied_a_manifest(tmp_path, adapter_dir
 @pytest.mark.parametrize(
     ("adapters", "canary", "message"),
     [
-        ({"formal": "nothing"}, None, "is no directory with an adapter"),
+        ({"formal": "nothing"}, None, "is not a directory with an adapter"),
         ({"base": "one"}, None, "the name base is reserved"),
         ({"a/b": "one"}, None, "should match pattern"),
         ({"formal": "one"}, ("other", 1.0), "the canary other is not one of the adapters"),
