@@ -137,10 +137,10 @@ def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
         return [s for s in answered if getattr(s, f"{side}_scores").exact_match == was != s.tuned_scores.exact_match]
 
     return {
-        "Right in the base, wrong now": changed("base", 1.0),
-        "Right in the champion, wrong now": changed("champion", 1.0),
-        "Wrong in the champion, right now": changed("champion", 0.0),
-        "Wrong in the base, right now": changed("base", 0.0),
+        "Base correct, tuned model wrong": changed("base", 1.0),
+        "Champion correct, tuned model wrong": changed("champion", 1.0),
+        "Champion wrong, tuned model correct": changed("champion", 0.0),
+        "Base wrong, tuned model correct": changed("base", 0.0),
     }
 
 
