@@ -132,7 +132,7 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
 
 
 def read_config(file: Path) -> GPT2Config:
-    """GPT2Config from a Hugging Face config.json, and from generation_config.json and the tokenizer beside it.
+    """GPT2Config from a Hugging Face config.json, with the generation_config.json and tokenizer in its directory.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pretrained`.

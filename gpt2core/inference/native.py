@@ -60,7 +60,7 @@ def _is_compiled() -> bool:
 
 
 def library_file() -> Path | None:
-    """The compiled kernels: beside this module or, in the image of the steps, in the environment."""
+    """The compiled kernels: next to this module or, in the step image, in the environment."""
     candidates = (Path(__file__).parents[2] / NAME, Path(sys.prefix) / "lib" / NAME)
     return next((file for file in candidates if file.is_file()), None)
 
@@ -152,7 +152,7 @@ class Scratch:
         self.reserve(1)
 
     def reserve(self, n: int) -> None:
-        """Allocate memory for n rows, unless there is as much."""
+        """Allocate memory for n rows, unless enough is allocated."""
         if n > self._n:
             self._n, widest = n, max(self._width, self._mlp_width)
             quantized = torch.empty(n, widest, dtype=torch.uint8), torch.empty(n), torch.empty(n, dtype=torch.int32)

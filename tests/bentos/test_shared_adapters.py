@@ -1,4 +1,4 @@
-"""Two services on one directory of adapters: both serve what its manifest says, and nothing else."""
+"""Two services with one adapter directory: both serve exactly the adapters of its manifest."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from tests.helpers import wait_until
 
 
 def digests(url: str) -> dict[str, str]:
-    """Of the adapters that were loaded beside the run's own, by name."""
+    """Digests by name of the adapters that were loaded in addition to the run's own."""
     models = requests.get(f"{url}/v1/models", timeout=10).json()["data"]
     return {model["id"]: model["sha256"] for model in models if model["id"] not in ("gpt2-instruct", "base")}
 
