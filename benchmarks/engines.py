@@ -1,4 +1,4 @@
-"""The engines that people would choose instead, each with its own file of the same model."""
+"""Alternative engines: llama.cpp, CTranslate2 and OpenVINO GenAI, each with its own file of the same model."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def find_version(package: str) -> str | None:
 
 
 class LlamaCpp:
-    """llama.cpp by its C interface, which decodes all sequences in one batch, as its server does."""
+    """llama.cpp through its C API; decodes all sequences in one batch, like its server."""
 
     def __init__(self, base: Path, kind: str, max_batch: int) -> None:
         """

@@ -47,7 +47,7 @@ BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight
 
 @dataclass(frozen=True)
 class Setting:
-    """What all groups share: the model, the data and the sizes."""
+    """Settings shared by all groups: model, data and sizes."""
 
     directory: Path  # scratch space; base/ in it is the checkpoint that both sides load
     examples: list[Example]
@@ -170,7 +170,7 @@ def batch(setting: Setting) -> list[Row]:
 
 
 def engines(setting: Setting) -> list[Row]:
-    """Concurrent requests, compared with the engines of others; one that is not installed has a row that says so."""
+    """Concurrent requests, compared with other engines; the row of a missing engine says so."""
     rows = []
     base = _with_tokenizer(setting)
     peers: list[tuple[str, str, Callable[[int], Side]]] = [

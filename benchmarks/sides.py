@@ -114,7 +114,7 @@ class Ours:
         return len(times) / (max(times) - start)
 
     def invariance(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int) -> float:
-        """Percentage of requests with the same tokens and log probabilities, to the bit, alone and all together."""
+        """Percentage of requests with bit-identical tokens and log probabilities alone and in a batch."""
         config = GenerationConfig(max_new_tokens=n_new)
 
         def submit(i: int) -> Request:

@@ -15,10 +15,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[M]) -> M:
-    """The body as `model`. It is parsed as JSON whatever Content-Type says, since a bare `curl -d` declares a form.
+    """Read the body as `model`. It is parsed as JSON regardless of Content-Type, since plain `curl -d` declares a form.
 
     Raises:
-        ServiceError: naming the field that is wrong; or the body is too large, or not complete by the deadline.
+        ServiceError: a field is invalid, the body is too large, or it is not complete by the deadline.
     """
     if request.headers.get("content-type", "").startswith("multipart/"):
         raise ServiceError("invalid_request", "the body must be JSON, not multipart")

@@ -169,9 +169,9 @@ async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
     Args:
         sigterm_handler: uvicorn's, a method of the `Server` that listens.
 
-    uvicorn alone closes this process's descriptor of the listening socket. BentoML's parent process has one too, so the
-    kernel would go on accepting connections for a second, which the parent's end then resets. `shutdown` ends the
-    listening itself (Linux). It resets connections that are still in the kernel's queue, so those are accepted first.
+    uvicorn only closes this process's descriptor of the listening socket. BentoML's parent process has one too, so the
+    kernel would accept connections for another second, and reset them when the parent exits. `shutdown` stops the
+    listening itself (Linux). It resets connections in the kernel's queue, so these are accepted first.
     """
     servers = getattr(getattr(sigterm_handler, "__self__", None), "servers", [])
     for server in servers:

@@ -37,8 +37,8 @@ class ServiceError(Exception):
 
     Args:
         type: a key of `STATUS`.
-        message: names the thing, its value and the limit.
-        param: the field of the request that is wrong; None if it is none of them.
+        message: names the field, its value and the limit.
+        param: the invalid field of the request, if any.
     """
 
     type: str

@@ -1,4 +1,4 @@
-"""POST /feedback: a user's rating or correction of a completion, for the request log."""
+"""POST /feedback: writes a user's rating or correction of a completion to the request log."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -17,7 +17,7 @@ router = APIRouter()
     "/feedback", response_model=FeedbackResponse, responses=LOG_ERRORS, openapi_extra=operation(FeedbackRequest)
 )
 async def feedback(request: Request) -> JSONResponse:
-    """Log whether an answer was good, and what it should have been.
+    """Log a rating of an answer, and its correction.
 
     Every well-formed request id is accepted: another replica or an earlier process may have generated the completion.
     """

@@ -1,6 +1,6 @@
 """Structured output: masks of the allowed next tokens, so that a completion matches a JSON schema, regex or choice.
 
-llguidance computes the masks in a thread of its own, while the engine's thread computes the logits of the next step.
+llguidance computes the masks in a separate thread, while the engine's thread computes the next step's logits.
 """
 
 import json
@@ -87,7 +87,7 @@ def _source(structure: Structure) -> str:
         schema = structure.value
         if isinstance(schema, str):
             schema = json.loads(schema)
-        # Fixed white space, as json.dumps writes it: otherwise a small model fills the token limit with line breaks.
+        # The whitespace of json.dumps: otherwise a small model fills the token limit with line breaks.
         return llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         )

@@ -3,7 +3,7 @@
 MAX_BATCH = 16  # completions decoded at the same time
 MAX_QUEUE = 64  # requests waiting for a slot in the batch; further ones get a 429
 RETRY_AFTER = 1  # seconds; the Retry-After header of a 429
-MAX_SHADOWS = 64  # answered requests waiting for a canary in shadow mode; further ones are dropped
+MAX_SHADOWS = 64  # requests queued for a canary in shadow mode; further ones are dropped
 MAX_ADAPTERS = 32  # loaded in addition to the run's own
 ADAPTERS_POLL = 2.0  # seconds between two reads of the manifest of shared adapters
 
@@ -19,4 +19,4 @@ MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 
 DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections
-LAST_REQUESTS = 1.0  # seconds after that in which accepted connections may still send a request
+LAST_REQUESTS = 1.0  # seconds after that in which open connections may still send a request

@@ -28,7 +28,7 @@ class RequestLog:
         """
         Args:
             file: the log, which is rotated.
-            text: of prompts and completions: their sha256, which shows repetitions; the text itself; or neither.
+            text: how prompts and completions are logged: as sha256 (repetitions stay visible), as text, or not at all.
         """
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         handler = _File(file, self._lose)
@@ -84,7 +84,7 @@ class RequestLog:
     def write_feedback(self, request_id: str, rating: str, correction: str | None, comment: str | None) -> bool:
         """Log feedback on a completion; False if the disk is full, or too slow, and the line was dropped.
 
-        The texts are logged as they are: refuse them before unless `keeps_text`.
+        The texts are logged unchanged: the caller must reject them unless `keeps_text`.
         """
         return self._enqueue(LoggedFeedback(_now(), request_id, rating, correction, comment).to_json()) and (
             not self._is_failing

@@ -15,13 +15,13 @@ class Settings:
     """Field `name` comes from the environment variable GPT2_NAME; an empty or missing variable leaves the default."""
 
     api_token: str = ""  # required by every route except health and metrics; "": no token required
-    admin_token: str = ""  # required to load and unload adapters; "": both routes are disabled
+    admin_token: str = ""  # required to load and unload adapters; "": these routes are disabled
     adapters_dir: str = ""  # adapters are loaded from below this directory; "": none are
     follow_adapters: bool = False  # serve the adapters of adapters.json in that directory, and follow its changes
     weights: Weights = "auto"
     request_log: str = ""  # file for one JSON line per completion; "": no log
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
-    multi_turn: MultiTurn = "last"  # answer the last user turn alone; with earlier turns as its input; or refuse them
+    multi_turn: MultiTurn = "last"  # use only the last user turn; use earlier turns as its input; or reject them
     accept_other_base: bool = False  # load adapters that name another base too, with a warning
     tracing: bool = False  # BentoML's OpenTelemetry spans; set by OTEL_SDK_DISABLED=false, not by a GPT2_ variable
 
@@ -29,7 +29,7 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """
         Raises:
-            ValueError: naming the variable, its value, and the values that are allowed; or another one that it needs.
+            ValueError: naming the variable, its value and the allowed values, or a missing variable that it requires.
         """
         given: dict[str, Any] = {}
         for name, annotation in get_type_hints(cls).items():

@@ -78,15 +78,15 @@ def count_duplicates(records: Sequence[Record]) -> int:
 
 
 def count_repeated_questions(records: Sequence[Record]) -> int:
-    """Number of records with the question of an earlier one, as `same_question`. A split keeps them on one side."""
+    """Number of records with the question of an earlier one (`same_question`). Splits keep them in one part."""
     return len(records) - len({same_question(record) for record in records})
 
 
 def find_markers(records: Sequence[Record]) -> list[str]:
-    """Places of records whose text contains a section header of the prompt, its preamble, or end of text spelled out.
+    """Locations of records whose text contains a section header of the prompt, its preamble, or the end-of-text marker.
 
-    The model cannot tell such a text from the prompt's own sections, and an answer is cut at a marker, so such an
-    output never scores as correct.
+    The model cannot distinguish these from the prompt's sections. Answers are cut at a marker, so such an output never
+    scores as correct.
     """
     return [
         location_of(records, i)
@@ -122,9 +122,9 @@ def split_records(
 def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: float, test_fraction: float) -> Split:
     """Shuffle by the seed and split; `seed=None` keeps the file's order: train first, then test, then validation.
 
-    Records of one `group`, and records with the same question (`same_question`), stay together. Each family,
-    where records have one, is represented in each part in proportion. The parts have exactly the requested sizes
-    unless the groups are too large to add up to them; a test_fraction above 0 gives at least one test record.
+    Records of one `group`, and records with the same question (`same_question`), stay together. Families, where
+    records have one, are stratified. The parts have exactly the requested sizes unless the groups are too large to add
+    up to them; a test_fraction above 0 gives at least one test record.
 
     Raises:
         ValueError: the fractions or the groups leave no training record or no test record.
@@ -169,7 +169,7 @@ def same_question(record: Record) -> tuple[str, str]:
 
 
 def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[int]]:
-    """Indices of records by group, shuffled so that any slice of the list has each family in proportion."""
+    """Indices of records by group, shuffled so that every slice of the list is stratified by family."""
     groups = _groups(records)
     if seed is None:
         return groups
@@ -295,7 +295,7 @@ def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:
 
 
 def _truncate(record: Record, tokenizer: tiktoken.Encoding, context_length: int) -> Record | None:
-    """The record with the longest beginning of its output that fits; None if not even one token does."""
+    """The record with its output cut to the longest prefix that fits; None if not even one token fits."""
     example = _encode(record, tokenizer)
     output = example.input_ids[example.prompt_length : -1]
     for length in range(context_length - example.prompt_length - 1, 0, -1):

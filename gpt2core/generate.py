@@ -19,7 +19,7 @@ def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCo
     A completion ends at `eos_id`, at one of `stop_token_ids`, at a `stop` sequence, after `max_new_tokens`, or when the
     context is full. Prompts are decoded as one batch and do not affect each other: each has its own random generator.
 
-    Ids from `config.token_count` of the model on belong to no token of its tokenizer and are never generated.
+    Ids of `config.token_count` and above have no token in the model's tokenizer and are never generated.
 
     Raises:
         TypeError: a prompt is not a sequence of token ids, but for example text.

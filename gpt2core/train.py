@@ -34,9 +34,9 @@ Log = Callable[[int, Mapping[str, float]], None]
 class TrainResult:
     """What a run returns besides the weights.
 
-    history: one entry per logged step and per validation: `step` (optimizer steps done), and of `train/loss`,
+    history: one entry per logged step and per validation: `step` (optimizer steps done), those of `train/loss`,
         `train/learning_rate`, `train/grad_norm`, `train/tokens_seen`, `train/tokens_per_second` (mean since the
-        previous entry), `val/loss` those known at that step, and with them the values of
+        previous entry) and `val/loss` that are known at that step, and the values of
         `gpt2core.resources.ResourceMeter.read`. Losses are nats per token.
     best_val_loss: None without validation examples.
     tokens_per_second: tokens without padding, over the time spent in training steps. A prefix that the examples of a
@@ -267,7 +267,7 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
 
 @contextmanager
 def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
-    """Say which batch did not fit into memory; the message of an allocator has no more than its size."""
+    """Add the batch to out-of-memory errors; the allocator's own message has only a size."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -276,7 +276,7 @@ def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
             raise
         raise MemoryError(
             f"not enough memory for step {state.progress.step + 1} ({plan.describe(state.progress.step)}); lower "
-            f"batch_size={plan.config.batch_size}, and raise gradient_accumulation_steps by as much"
+            f"batch_size={plan.config.batch_size}, and raise gradient_accumulation_steps by the same factor"
         ) from None
 
 
@@ -290,7 +290,7 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
 
 
 class _Batches:
-    """The batches of each optimiser step; those of the next one are made while a GPU still computes."""
+    """The batches of each optimizer step; the next step's are prepared while a GPU computes."""
 
     def __init__(self, plan: _Plan) -> None:
         self._plan, self._next = plan, dict[int, list[Batch]]()
@@ -309,7 +309,7 @@ def _step(
     """Take one optimizer step; return the values to log, empty unless a log entry is due.
 
     A GPU computes while the host prepares the next steps, so nothing is read back from it unless something is due.
-    `losses` holds those not read yet.
+    `losses` has the losses that were not read yet.
     """
     start = perf_counter()
     config, progress, weights = plan.config, state.progress, state.weights

@@ -34,7 +34,7 @@ def load_yaml(text: str) -> Any:
 def _count(node: yaml.Node, counted: dict[int, int]) -> int:
     """The number of values below a node, where an alias counts like a copy."""
     if id(node) not in counted:
-        counted[id(node)] = MAX_NODES + 1  # while its content is counted: what contains itself has no end
+        counted[id(node)] = MAX_NODES + 1  # while its content is counted: a node that contains itself is infinite
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         inner = [each for child in children for each in (child if isinstance(child, tuple) else (child,))]
         counted[id(node)] = 1 + sum(_count(child, counted) for child in inner)

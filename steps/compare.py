@@ -122,7 +122,7 @@ def _with_champion(
 def _earlier(
     samples: list[Sample], comparison: Comparison, version: ModelVersionResponse
 ) -> tuple[list[Sample], Comparison]:
-    """The comparison of the champion's own run, if its answers are the same."""
+    """The comparison of the champion's own run, if its answers are equal."""
     stored = [found for name in ("compared_samples", "comparison") if (found := version.get_artifact(name)) is not None]
     if len(stored) == 2:
         compared, earlier = (artifact.load() for artifact in stored)

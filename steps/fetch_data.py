@@ -33,8 +33,8 @@ PAST_PARTICIPLES = {"error": "refused", "drop": "dropped", "truncate": "truncate
 def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[Record], "records"]:
     """Instruction records: bundled, from a URL with a known sha256, from a dataset of the hub, or from a file.
 
-    All problems of the records are reported here, before the base is pretrained: later steps do not know the location
-    in the user's file.
+    All problems of the records are reported here, before pretraining: later steps do not know the locations in the
+    user's file.
     """
     records, origin = read_source(data, seed)
     tokenizer, context_length = _tokenizer(base, data.n_facts, seed)
@@ -55,7 +55,7 @@ def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[
     if about["repeated_questions"]:
         logger.warning(
             "%d of %d records repeat an earlier instruction and input (%d of them also the output); "
-            "they are kept on one side of the split",
+            "a split keeps them together",
             *(about["repeated_questions"], len(records), about["duplicates"]),
         )
     if about["in_train"]:

@@ -14,7 +14,7 @@ from bentos.completion import CompletionResult
 
 
 class RequestRecord:
-    """The completions of one request. A route passes `add` to the generator; the access log writes `fields`."""
+    """The completions of one HTTP request. Routes pass `add` to the generator; the access log writes `fields`."""
 
     def __init__(self) -> None:
         self._results: list[CompletionResult] = []
@@ -40,7 +40,7 @@ class RequestRecord:
 
 
 class AccessLogMiddleware:
-    """Needs RequestIdMiddleware outside of it; handlers find the record in `request.state.record`."""
+    """Requires RequestIdMiddleware outside of it; handlers find the record in `request.state.record`."""
 
     def __init__(self, app: ASGIApp, skip_paths: Collection[str]) -> None:
         """`skip_paths`: paths that are not logged, such as probes and metrics."""

@@ -33,13 +33,13 @@ class AuthMiddleware:
             error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
             await error_response(error)(scope, receive, send)
         else:
-            # A browser that opens the page prompts for a password, and sends it (the token) with every later request.
+            # A browser that opens the page asks for a password, and sends it (the token) with every later request.
             scheme = 'Basic realm="gpt2-instruct", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
             error = ServiceError("unauthorized", "a valid token is required: Authorization: Bearer …, or X-Api-Key")
             await error_response(error, {"WWW-Authenticate": scheme})(scope, receive, send)
 
     def _accepted_tokens(self, path: str) -> list[str] | None:
-        """None: no token is required; []: no token is enough."""
+        """None: no token is required; []: no token is accepted."""
         if path in ADMIN_PATHS:
             return [self.admin_token] if self.admin_token else []
         if path in self.open_paths or not self.api_token:

@@ -79,7 +79,7 @@ class CompletionRoute(Route):
         return self.choice(index, chunk, finish_reason, offsets)
 
     def _tokens(self, text: str) -> list[int]:
-        """The tokens of a text; for an empty one end of text, after which the model begins a new text."""
+        """The tokens of a text. For an empty text: end of text, after which the model begins a new text."""
         return self.tokenizer.encode_ordinary(text) or [self.tokenizer.eot_token]
 
     def _text(self, token: int) -> str:
@@ -87,6 +87,6 @@ class CompletionRoute(Route):
 
 
 def _with_own(token: int, logprobs: "TokenLogprobs") -> list[tuple[int, float]]:
-    """The most likely tokens, and the generated one if it is none of them."""
+    """The most likely tokens, and the generated one if it is not among them."""
     own = [] if token in dict(logprobs.top) else [(token, logprobs.logprob)]
     return [*logprobs.top, *own]

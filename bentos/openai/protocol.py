@@ -1,9 +1,9 @@
 """Requests of the OpenAI API as this service accepts them.
 
 https://platform.openai.com/docs/api-reference/completions and .../chat. Every documented field is here. A field that is
-null, or has the value that OpenAI documents as its default, has no effect; a value that requests something this
-service does not support is refused, and the error names the field. Fields that OpenAI does not document are ignored if
-their value is neutral (null, false, 0, "", [], {}).
+null, or has the value that OpenAI documents as its default, has no effect; a value that requests an unsupported feature
+is an error that names the field. Fields that OpenAI does not document are ignored if their value is neutral (null,
+false, 0, "", [], {}).
 """
 
 from typing import Annotated, Any, Literal
@@ -33,9 +33,9 @@ Unsupported = Annotated[Any, AfterValidator(_neutral), WithJsonSchema({"enum": [
 One = Annotated[float, Field(ge=1, le=1)] | None
 No = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
 Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
-Label = Any  # identifies or classifies a request for its sender; has no influence on the completion
+Label = Any  # labels for the sender's use, without influence on the completion
 
-MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # more than the context holds is cut to what it holds
+MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # capped at the context length
 Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"}), FAIL_FAST]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
 ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
@@ -90,7 +90,7 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     def sampling(self, choice: int = 0) -> dict[str, Any]:
         """Keywords of `GenerationConfig` for one of the `n` choices, with OpenAI's meaning of some values."""
         values = super().sampling()
-        if self.top_p == 0:  # the smallest set of tokens whose probability reaches 0 is the most likely one
+        if self.top_p == 0:  # the smallest set of tokens that reaches probability 0 is the most likely token
             values |= {"temperature": 0.0, "top_p": None}
         if self.top_k is not None and self.top_k < 1:
             values["top_k"] = None

@@ -20,7 +20,7 @@ router = APIRouter()
 
 @router.post("/tokenize", response_model=dict[str, Any], responses=ERRORS, openapi_extra=operation(TokenizeRequest))
 async def tokenize(request: Request) -> JSONResponse:
-    """The tokens of a text, or of the prompt that /v1/chat/completions makes of messages."""
+    """The tokens of a text, or of the prompt that /v1/chat/completions builds from messages."""
     body = await read_body(request, TokenizeRequest)
     generator = served(request).generator
     generator.check_model(body.model or TUNED, "model")

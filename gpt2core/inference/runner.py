@@ -127,7 +127,7 @@ class ModelRunner:
     def _sample(self, logits: Tensor, requests: Sequence[Request | None], best: Tensor | None = None) -> list[Output]:
         """The output of each row of logits (n, token_count); that of a row without a request is meaningless.
 
-        An error is an output too: it ends its request alone.
+        An error is also an output: it ends only its own request.
         """
         if not requests:
             return []

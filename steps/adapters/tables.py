@@ -12,7 +12,7 @@ from gpt2core.files import read_json
 from gpt2core.records import PARTS, SUFFIXES, Row
 
 PARQUET = ".parquet"
-SPLITS, STATE = "dataset_dict.json", "state.json"  # what `save_to_disk` writes of a DatasetDict, and of a Dataset
+SPLITS, STATE = "dataset_dict.json", "state.json"  # of a saved DatasetDict, and of a saved Dataset
 
 
 def is_table(path: Path) -> bool:

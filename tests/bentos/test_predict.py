@@ -1,4 +1,4 @@
-"""POST /predict and the routes beside it, over HTTP against a running Bento."""
+"""POST /predict and related routes, over HTTP against a running Bento."""
 
 import gzip
 import http.client

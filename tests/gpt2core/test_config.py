@@ -129,5 +129,5 @@ def test_derived_values_follow_their_fields():
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'gpt3'; there are gpt2, .*gpt2-nano"):
+    with pytest.raises(ValueError, match=r"'gpt3'; choose from gpt2, .*gpt2-nano"):
         GPT2Config.preset("gpt3")

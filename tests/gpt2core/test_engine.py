@@ -1,4 +1,4 @@
-"""The engine against `generate`, the simple reference: whatever else runs, a completion is what it is alone."""
+"""The engine against `generate`, the simple reference: a completion does not depend on other requests."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
