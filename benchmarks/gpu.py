@@ -239,7 +239,7 @@ def decoding(stage: Stage) -> None:
 
 
 def _record_graphs(stage: Stage, engine: Ours) -> None:
-    """Record whether steps were CUDA graphs and prompts were read together, both of which are optional, and peak memory."""
+    """Record whether steps were CUDA graphs and prompts were read together (both optional), and peak memory."""
     decoder = engine.engine._runner._decoder
     stage.record(uses_graphs=decoder is not None and decoder.uses_graphs)
     stage.record(variable_length_attention=engine.engine._runner._use_varlen)
