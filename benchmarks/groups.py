@@ -165,7 +165,7 @@ def batch(setting: Setting) -> list[Row]:
                 )
             )
             if n == 16:
-                rows += _first_tokens(ours, setting, max(values["ours"]))
+                rows += [*_first_tokens(ours, setting, max(values["ours"])), *_sampled(ours, setting)]
     return rows
 
 
@@ -344,8 +344,31 @@ def _first_tokens(engine: Side, setting: Setting, rate: float) -> list[Row]:
     return rows
 
 
-def _rate(engine: Side, setting: Setting, n: int, run: int, n_adapters: int = 0) -> float:
-    rate: float = engine.rate(setting.prompts(n, run), setting.n_new, n_adapters)
+def _sampled(engine: Side, setting: Setting) -> list[Row]:
+    """Requests that draw their tokens, compared with greedy ones."""
+    rows = []
+    controls: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.9}]
+    for sampling in ({"temperature": 1.0} | one for one in controls):
+        sides = {
+            "ours": partial(_rate, engine, setting, 16, sampling=sampling),
+            "greedy": partial(_rate, engine, setting, 16),
+        }
+        values = interleave(sides, setting.runs)
+        name = "16 requests, " + ", ".join(f"{key} {value}" for key, value in sampling.items())
+        note = "peer: the same engine, greedy; random weights give flat distributions, the slowest for top_p"
+        rows.append(make_row(name, "tokens/s", values["ours"], values["greedy"], setting.command, note=note))
+    return rows
+
+
+def _rate(
+    engine: Side,
+    setting: Setting,
+    n: int,
+    run: int,
+    n_adapters: int = 0,
+    sampling: Mapping[str, Any] = MappingProxyType({}),
+) -> float:
+    rate: float = engine.rate(setting.prompts(n, run), setting.n_new, n_adapters, dict(sampling))
     return rate
 
 

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -46,7 +46,7 @@ class Row:
         return asdict(self) | {"ratio": self.ratio, "share_of_limit": share}
 
 
-def interleave(sides: dict[str, Callable[[int], float]], runs: int) -> dict[str, list[float]]:
+def interleave(sides: Mapping[str, Callable[[int], float]], runs: int) -> dict[str, list[float]]:
     """The results of each side, run alternately (A B A B). Run 0 is a warm-up; sides receive the run number."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(runs + 1):

@@ -4,14 +4,14 @@ OpenMP keeps a worker pool for each thread that has computed anything. With more
 worker sleeps between operations (decision 10): in a shared process the engine would slow down the peer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from time import perf_counter, sleep
 from traceback import format_exc
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from gpt2core.checkpoint import load_pretrained
@@ -90,12 +90,18 @@ class Ours:
     def weights(self) -> str:
         return self.engine.weights
 
-    def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
+    def rate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n_new: int,
+        n_adapters: int = 0,
+        sampling: Mapping[str, Any] = MappingProxyType({}),
+    ) -> float:
         """Throughput in new tokens/s of requests submitted at once, prompt processing included in the time.
 
-        Requests use the first `n_adapters` adapters in turn; 0: none.
+        Requests use the first `n_adapters` adapters in turn; 0: none. `sampling`: fields of `GenerationConfig`.
         """
-        config = GenerationConfig(max_new_tokens=n_new)
+        config = GenerationConfig(n_new, **sampling)
         names = [str(i % n_adapters) if n_adapters else None for i in range(len(prompts))]
         start = perf_counter()
         requests = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
