@@ -212,7 +212,7 @@ def _train_peer(stage: Stage, preset: str) -> None:
 
 
 def decoding(stage: Stage) -> None:
-    """Concurrent requests in one engine, compared with `generate` of transformers in one padded batch. Greedy."""
+    """Concurrent requests in one engine, greedy and sampled, compared with `generate` of transformers, greedy."""
     sizes, base, prompts = stage.sizes, stage.base(stage.sizes.decode), _prompts(stage)
     largest, engine = _largest(max(sizes.n_requests), lambda n: Ours(base, "bf16", n))
     stage.record(max_batch=largest)
@@ -224,6 +224,10 @@ def decoding(stage: Stage) -> None:
             figures = {"tokens_per_second": max(rates), "after_first_tokens_per_second": steady}
             figures["warm_up_seconds"] = warm_up
             stage.record(**{f"requests_{n}.{name}": value for name, value in figures.items()})
+    with stage.attempt("sampled"):
+        n = max(sizes.n_requests)
+        rates = [engine.rate(prompts(n, run), sizes.n_new, temperature=0.8, top_p=0.9) for run in (1, 2)]
+        stage.record(**{f"requests_{n}.sampled_tokens_per_second": max(rates)})
     with stage.attempt("first_token"):
         stage.record(first_token_ms=min(engine.first_tokens(prompts(1, 4), 2) for _ in range(3))[0])
     _record_graphs(stage, engine)

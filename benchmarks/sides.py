@@ -90,12 +90,12 @@ class Ours:
     def weights(self) -> str:
         return self.engine.weights
 
-    def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0) -> float:
+    def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0, **sampling: Any) -> float:
         """Throughput in new tokens/s of requests submitted at once, prompt processing included in the time.
 
-        Requests use the first `n_adapters` adapters in turn; 0: none.
+        Requests use the first `n_adapters` adapters in turn; 0: none. Greedy, or with the settings of `sampling`.
         """
-        config = GenerationConfig(max_new_tokens=n_new)
+        config = GenerationConfig(max_new_tokens=n_new, **sampling)
         names = [str(i % n_adapters) if n_adapters else None for i in range(len(prompts))]
         start = perf_counter()
         requests = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
