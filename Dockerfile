@@ -1,10 +1,10 @@
-# The image that pipeline steps run in: every dependency as tested, without the code, which ZenML downloads into it.
+# The step image: all dependencies of the pipeline as tested. ZenML downloads the code at the start of a step.
 #   make image-train                                                      CPU
 #   make image-train TORCH_INDEX=https://download.pytorch.org/whl/cu130   CUDA
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 ARG BUILD_IMAGE=${BASE_IMAGE}
 
-# a separate stage, so that other changes of pyproject.toml do not install the dependencies again
+# a separate stage, so that other changes of pyproject.toml do not reinstall the dependencies
 FROM ${BUILD_IMAGE} AS requirements
 COPY pyproject.toml /
 RUN python3 -c "import tomllib; project = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
@@ -18,7 +18,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY --from=requirements /requirements.txt /build/
 COPY constraints.txt requirements-hashed.txt /build/
 # torch's "+cpu" (or "+cu130") counts as newer than the same version of the package index.
-# Everything but torch, and the CUDA libraries that a GPU's torch brings, has the hashes of the tested files.
+# All packages except torch and its CUDA libraries are installed by hash.
 RUN python3 -m venv /opt/venv \
  && /opt/venv/bin/pip install --quiet --no-deps --require-hashes -r /build/requirements-hashed.txt \
  && /opt/venv/bin/pip install --quiet ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -c /build/constraints.txt -r /build/requirements.txt
@@ -40,5 +40,5 @@ RUN mkdir -m 1777 /app
 WORKDIR /app
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
-# a step is a job, not a server: there is nothing to check
+# no health check: a step is a job, not a server
 HEALTHCHECK NONE

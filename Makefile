@@ -23,7 +23,7 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
-# What needs kfp, in an environment of its own: kfp pins one package, and wants an older protobuf than constraints.txt.
+# The tests that need kfp, in a separate environment: kfp requires an older protobuf than constraints.txt and pins one package.
 test-kubeflow: .venv-kubeflow/.installed
 	.venv-kubeflow/bin/pytest tests/stacks -k kubeflow
 
@@ -34,7 +34,7 @@ test-kubeflow: .venv-kubeflow/.installed
 		-e '.[pipeline,serve,deploy,test,kubeflow]'
 	touch $@
 
-# Inject faults into runs of configs/dev.yaml, and print what was observed and lost; KILLS=1 is the short form (docs/reliability.md).
+# Inject faults into runs of configs/dev.yaml and print the effects; KILLS=1 is the short form (docs/reliability.md).
 chaos: install
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),5)
 
@@ -48,8 +48,8 @@ lint: install
 audit: install
 	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-# After a change of bentos/requirements.txt, pyproject.toml or constraints.txt: the hashes of what the index has for the images
-# of service and steps, on every platform. Without torch, whose wheels come from TORCH_INDEX, and the CUDA libraries it brings.
+# Run after changing bentos/requirements.txt, pyproject.toml or constraints.txt: writes the hashes of all files on the index for
+# the images of service and steps, for every platform. Not torch and its CUDA libraries, whose wheels come from TORCH_INDEX.
 COMPILE := uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
 	--python-platform linux
 hashes: install
@@ -78,10 +78,11 @@ dashboard: install
 	$(BIN)/zenml login --local
 
 # Compare with other implementations. Use an idle machine. ONLY=train,decode measures those groups only.
-# Peers that cannot be installed here are left out, and their rows say so.
+# Peers that cannot be installed are skipped, and their rows say so.
 bench: install
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt openvino-genai nncf
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
 bench-growth: install
@@ -92,7 +93,7 @@ bench-growth: install
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
 
-# BASE_IMAGE, BUILD_IMAGE and TORCH_INDEX (an index of CUDA wheels for a GPU image) are described in the Dockerfiles.
+# BASE_IMAGE, BUILD_IMAGE and TORCH_INDEX (an index of CUDA wheels for a GPU image) are explained in the Dockerfiles.
 image: install
 	@$(BIN)/python run.py image service
 
@@ -100,7 +101,7 @@ image-train: install
 	@$(BIN)/python run.py image steps
 
 # Register a stack of stacks/ and make it the active one; safe to repeat. stack-kubernetes reads ARTIFACT_STORE, REGISTRY
-# and KUBERNETES_CONTEXT from the environment, stack-kubeflow KUBEFLOW_HOST instead of the last one.
+# and KUBERNETES_CONTEXT from the environment, stack-kubeflow KUBEFLOW_HOST instead of KUBERNETES_CONTEXT.
 stack-local stack-docker stack-kubernetes stack-kubeflow: stack-%: install
 	$(BIN)/python -m stacks.register $*
 

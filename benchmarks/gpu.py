@@ -1,8 +1,8 @@
-"""`make gpu-check`: correctness and throughput on a GPU, in stages ordered by worth.
+"""`make gpu-check`: correctness and throughput on a GPU, in stages ordered by importance.
 
 Runs on a machine with torch, transformers, peft, tiktoken, safetensors and pytest, without a network and without this
 project's environment. Each stage is a process of its own with a time limit, and its result is written as soon as it
-ends. A stage that is stopped keeps the figures that it had recorded.
+ends. A stage that exceeds its limit keeps the figures recorded until then.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import TrainResult, finetune
 
 ROOT = Path(__file__).resolve().parent.parent
-# the public instruction records and GPT-2's tokenizer, in the checkout or next to it
+# public instruction records and GPT-2's tokenizer, in the checkout or next to it
 SHARED = next((d for d in (ROOT / "shared/data", ROOT.parent / "shared/data") if d.is_dir()), ROOT)
 TOTAL_SECONDS = 470  # of all stages
 TAIL = 3000  # characters of a stage's output that are kept if it fails
@@ -61,7 +61,7 @@ PEAKS |= {"A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e
 class Sizes:
     """What is measured: the full sizes on a GPU, and the smallest ones for a dry run on a CPU."""
 
-    train: tuple[str, ...] = ("gpt2-medium", "gpt2")  # the first one is the older system's, and has a peer
+    train: tuple[str, ...] = ("gpt2-medium", "gpt2")  # the first one is that of mariovas3/llms, and has a peer
     decode: str = "gpt2"
     n_records: int | None = None  # None: all of the training split
     epochs: int = 48
@@ -85,15 +85,15 @@ class Stage:
         self._figures: dict[str, Any] = {}
 
     def record(self, **figures: Any) -> None:
-        """Add figures; they are written at once, so that a time limit does not lose them."""
+        """Add figures. They are written immediately, so that a time limit does not lose them."""
         self._figures |= figures
         atomic_write(self._file, json.dumps(self._figures).encode())
 
     @contextmanager
     def attempt(self, name: str, required: bool = True) -> Iterator[None]:
-        """Record an error under `name` and go on: one measurement must not cost the others.
+        """Record an error under `name` and continue with the other measurements.
 
-        The stage then fails at its end, if this was `required`, except for a lack of memory, which is a result.
+        The stage then fails at its end if this was `required`, except after out of memory, which is a result.
         """
         try:
             yield
@@ -112,7 +112,7 @@ class Stage:
         return directory
 
     def examples(self, preset: str) -> list[Example]:
-        """The training split of the public instruction records, or the demo's where these are not to be had."""
+        """The training split of the public instruction records, or of the demo's if these are missing."""
         config, file = (
             GPT2Config.preset(preset),
             Path(os.environ.get("INSTRUCTION_DATA", SHARED / "instruction-data.json")),
@@ -149,7 +149,7 @@ def trainable_model(config: GPT2Config) -> GPT2:
 
 
 def training(stage: Stage) -> None:
-    """The older system's run (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers with PEFT."""
+    """The run of mariovas3/llms (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers and PEFT."""
     stage.record(variable_length_attention=has_varlen_attention(torch.device(stage.device), 64))
     for preset in stage.sizes.train:
         with stage.attempt(preset):
@@ -204,7 +204,7 @@ def _train_peer(stage: Stage, preset: str) -> None:
     sizes = stage.sizes
     trainer = Trainer(stage.base(preset, trainable_model), torch.bfloat16, device=stage.device)
     data = sorted(stage.examples(preset), key=lambda example: len(example.input_ids))  # least padding
-    # the longest records, which need most memory, as a warm-up
+    # warm-up with the longest records, which need most memory
     batch_size, _ = _largest(sizes.batch_size, lambda n: trainer.train(data[-n:], n))
     rate = trainer.train(data[-sizes.peer_steps * sizes.batch_size :], batch_size)
     figures = {"tokens_per_second": rate, "steps": sizes.peer_steps, "batch_size": batch_size}
@@ -243,7 +243,7 @@ def decoding(stage: Stage) -> None:
 
 
 def _record_graphs(stage: Stage, engine: Ours) -> None:
-    """Whether steps were CUDA graphs and prompts were read together (the engine also works without), and memory."""
+    """Record whether steps were CUDA graphs and prompts were read together (both optional), and peak memory."""
     decoder = engine.engine._runner._decoder
     stage.record(uses_graphs=decoder is not None and decoder.uses_graphs)
     stage.record(variable_length_attention=engine.engine._runner._use_varlen)
@@ -272,7 +272,7 @@ def adapters(stage: Stage) -> None:
 
 
 def profiling(stage: Stage) -> None:
-    """The kernels that training and decoding spend their time in."""
+    """Time per kernel in training and decoding."""
     sizes, preset = stage.sizes, stage.sizes.train[0]
     with stage.attempt("training"):
         base, examples = stage.base(preset, trainable_model), stage.examples(preset)
@@ -368,7 +368,7 @@ STAGES: dict[str, tuple[float, Callable[[Stage], None] | None]] = {  # name -> (
 
 
 def _largest(n: int, work: Callable[[int], Any]) -> tuple[int, Any]:
-    """n, halved until `work(n)` has enough memory, and its result."""
+    """The largest of n, n / 2, ... for which `work` has enough memory, and its result."""
     while True:
         try:
             return n, work(n)
@@ -432,7 +432,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, f"torch {torch.__version__} finds no CUDA device; DEVICE=cpu is a dry run without one\n")
     if unknown := set(options.only.split(",")) - set(STAGES):
-        parser.error(f"no stage is called {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     if options.stage:
         function = STAGES[options.stage][1]
         assert function is not None
@@ -484,7 +484,7 @@ def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str,
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpt2core/test_gpu.py", "-v", "--tb=short"]
         command += ["-p", "no:cacheprovider", "-W", "ignore"]
     environment = os.environ | {"GPU_CHECK_DEVICE": device, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a process that is killed is complete
+    environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a killed process is complete
     log, start = scratch / f"{name}.log", perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(

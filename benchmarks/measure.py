@@ -1,4 +1,4 @@
-"""Interleaved runs, the limits of the machine, and the figures of one row."""
+"""Interleaved runs, the machine's limits, and the figures of a row."""
 
 import os
 import platform
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better our side is, whether less or more is better."""
+        """The factor by which our side is better, whether less or more is better."""
         if not self.peer or not self.ours:
             return None
         return self.peer / self.ours if self.less_is_better else self.ours / self.peer

@@ -1,4 +1,4 @@
-"""The peers: Hugging Face transformers and PEFT, called as their documentation recommends."""
+"""The peers: Hugging Face transformers and PEFT, used as their documentation recommends."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -88,7 +88,7 @@ class PlainServer:
 
 
 def widen_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Add tokens that occur in no text, until each id that a random model may generate has one."""
+    """Add unused tokens until every id that a random model may generate has one."""
     vocab = json.loads((directory / "vocab.json").read_text())
     del vocab[END_OF_TEXT]
     old = list(vocab)

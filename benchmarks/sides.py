@@ -90,12 +90,12 @@ class Ours:
     def weights(self) -> str:
         return self.engine.weights
 
-    def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0, **sampling: Any) -> float:
+    def rate(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int = 0, **sampling: float) -> float:
         """Throughput in new tokens/s of requests submitted at once, prompt processing included in the time.
 
-        Requests use the first `n_adapters` adapters in turn; 0: none. Greedy, or with the settings of `sampling`.
+        Requests use the first `n_adapters` adapters in turn; 0: none. `sampling`: fields of `GenerationConfig`.
         """
-        config = GenerationConfig(max_new_tokens=n_new, **sampling)
+        config = GenerationConfig(n_new, **sampling)  # type: ignore[arg-type]
         names = [str(i % n_adapters) if n_adapters else None for i in range(len(prompts))]
         start = perf_counter()
         requests = [self.engine.submit(p, config, adapter=a) for p, a in zip(prompts, names, strict=True)]
@@ -114,7 +114,7 @@ class Ours:
         return len(times) / (max(times) - start)
 
     def invariance(self, prompts: Sequence[Sequence[int]], n_new: int, n_adapters: int) -> float:
-        """Percentage of requests with the same tokens and log probabilities, to the bit, alone and all together."""
+        """Percentage of requests with bit-identical tokens and log probabilities alone and in a batch."""
         config = GenerationConfig(max_new_tokens=n_new)
 
         def submit(i: int) -> Request:

@@ -44,7 +44,7 @@ async def canary_status(request: Request) -> JSONResponse:
 async def start_canary(request: Request) -> JSONResponse:
     """Send a share of the requests for the default model to a loaded adapter; or change the share.
 
-    In shadow mode the adapter answers them again, and clients get the default model's answer.
+    In shadow mode clients get the default model's answers, and the adapter repeats the requests.
     """
     body = await read_body(request, CanaryRequest)
     await served(request).generator.set_canary(body)
@@ -53,6 +53,6 @@ async def start_canary(request: Request) -> JSONResponse:
 
 @router.post("/v1/end_canary", response_model=CanaryStatus, responses=ADMIN_ERRORS)
 async def end_canary(request: Request) -> JSONResponse:
-    """Send all requests for the default model to it again."""
+    """End the canary: send all requests for the default model to the default adapter."""
     await served(request).generator.set_canary(None)
     return JSONResponse(served(request).generator.canary_status().model_dump())

@@ -1,6 +1,6 @@
-"""The FastAPI app: its routers, and how errors become responses.
+"""The FastAPI app: its routers and error handlers.
 
-The routes are FastAPI's, since those of BentoML 1.4 ignore unknown fields, parse a bare `curl -d` as a form, and hide
+The routes are FastAPI's, since those of BentoML 1.4 ignore unknown fields, parse plain `curl -d` as a form, and hide
 the message of most errors. `bentos/service.py` sets `app.state.served` when the service starts.
 """
 

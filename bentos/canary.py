@@ -1,4 +1,4 @@
-"""A canary: a share of the requests for the default model goes to another adapter, and both are counted apart."""
+"""A canary: an adapter that gets a share of the requests for the default model. Both versions have statistics."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from bentos.shadow import Comparison
 
 
 def takes(canary: CanaryRequest, key: str) -> bool:
-    """Whether requests with this key go to the canary. A larger share keeps the keys of a smaller one."""
+    """Whether requests with this key go to the canary. A larger share includes the keys of a smaller one."""
     digest = hashlib.sha256(f"{canary.adapter}\n{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < canary.share * 2**64
 

@@ -1,4 +1,4 @@
-"""A completion while it is generated: what was requested, the text so far, and the result once it has ended.
+"""A running completion: its request, the text so far, and the result after its end.
 
 Imports no torch, so route handlers can use it in BentoML's parent process too; the engine is in `bentos/generation.py`.
 """
@@ -35,7 +35,7 @@ class GenerationRequest:
     clean: bool = True  # extract the answer from the text, for an instruction; False: the text as generated
     logprobs: int | None = None  # most likely tokens to report with each token; None: no logprobs
     stream: bool = False
-    grammar: "Grammar | None" = None  # what the text must match
+    grammar: "Grammar | None" = None  # structure that the text must match
     prompt_only: bool = False  # max_tokens 0: the one token that `config` generates is dropped
     echo: str | None = None  # the prompt's text, to prepend to the completion's; logprobs then include the prompt
 
@@ -63,7 +63,7 @@ class CompletionResult:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended without an answer; a cancelled completion says nothing about its adapter."""
+        """Whether it ended without an answer. Cancelled completions do not count: the client caused that."""
         return self.finish_reason in ("error", "deadline")
 
     @property
@@ -76,7 +76,7 @@ class TokenNotifier:
     """Wakes a coroutine when the engine's thread has new tokens for it."""
 
     def __init__(self, every_token: bool) -> None:
-        """`every_token`: False wakes it only at the end, so that it takes no CPU time from the engine."""
+        """`every_token`: False wakes it only at the end, which saves CPU time for the engine."""
         self._every_token = every_token
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
@@ -119,7 +119,7 @@ class Completion:
         try:
             while self.finish_reason is None:
                 await self._notifier.wait()
-                reason = running.finish_reason  # read before the tokens, so that none is missed when it is set
+                reason = running.finish_reason  # read before the tokens, so that no token is missed
                 text = self._read_tokens()
                 if self.request.prompt_only and reason == "stop":
                     reason = "length"
@@ -134,6 +134,8 @@ class Completion:
                     raise ServiceError("shutting_down", "the service stopped or dropped this request; retry")
                 elif reason == "error":
                     ended_by = reason
+                    if isinstance(running.error, ServiceError):  # of a grammar
+                        raise running.error
                     raise ServiceError("generation_failed", str(running.error))
                 elif reason is not None:
                     text += self._detokenizer.finish()
@@ -201,7 +203,8 @@ def usage(completions: Sequence[Completion]) -> Usage:
 
 
 async def merge(completions: Sequence[Completion]) -> AsyncIterator[tuple[int, Chunk, FinishReason | None]]:
-    """Chunks of several completions as they come: index, chunk, and the finish reason with the last chunk of each.
+    """Chunks of several completions in order of arrival: index, chunk, and, with the last chunk of each, the finish
+    reason.
 
     Raises:
         ServiceError: of the first completion that fails; the others are cancelled.

@@ -36,7 +36,7 @@ def record(request: Request) -> RequestRecord:
 
 
 def route_key(request: Request) -> str:
-    """The client's X-Canary-Key, which keeps its requests at one version; without one the request id."""
+    """The client's X-Canary-Key, which keeps its requests on one version, or else the request id."""
     return request.headers.get("x-canary-key") or request_id(request)
 
 

@@ -20,7 +20,9 @@ STATUS: Mapping[str, int] = {
     "adapter_not_found": 404,
     "request_timeout": 408,
     "body_too_large": 413,
+    "unsupported_media_type": 415,
     "overloaded": 429,
+    "headers_too_large": 431,
     "client_closed_request": 499,
     "generation_failed": 500,
     "shutting_down": 503,
@@ -35,8 +37,8 @@ class ServiceError(Exception):
 
     Args:
         type: a key of `STATUS`.
-        message: names the thing, its value and the limit.
-        param: the field of the request that is wrong; None if it is none of them.
+        message: names the field, its value and the limit.
+        param: the invalid field of the request, if any.
     """
 
     type: str

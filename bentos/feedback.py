@@ -1,4 +1,4 @@
-"""POST /feedback: a user's rating or correction of a completion, for the request log."""
+"""POST /feedback: writes a user's rating or correction of a completion to the request log."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -17,7 +17,7 @@ router = APIRouter()
     "/feedback", response_model=FeedbackResponse, responses=LOG_ERRORS, openapi_extra=operation(FeedbackRequest)
 )
 async def feedback(request: Request) -> JSONResponse:
-    """Log whether an answer was good, and what it should have been.
+    """Log a rating of an answer, and its correction.
 
     Every well-formed request id is accepted: another replica or an earlier process may have generated the completion.
     """
@@ -30,5 +30,5 @@ async def feedback(request: Request) -> JSONResponse:
         message = f"{given}: the server keeps no texts (GPT2_REQUEST_LOG_TEXT is not keep); send the rating alone"
         raise ServiceError("forbidden", message, given)
     if not log.write_feedback(body.request_id, body.rating, body.correction, body.comment):
-        raise ServiceError("overloaded", "the disk is too slow for the request log; retry")
+        raise ServiceError("overloaded", "the disk is full, or too slow, for the request log; retry")
     return JSONResponse(FeedbackResponse(request_id=body.request_id, rating=body.rating).model_dump())

@@ -1,6 +1,6 @@
-"""The engine and its adapters. No HTTP in this module: errors have a type that `bentos/errors.py` maps to a status.
+"""The engine and its adapters, without HTTP: errors have a type that `bentos/errors.py` maps to a status.
 
-The only module of this package that imports torch and gpt2core's engine; others import their types for mypy alone.
+The only module of this package that imports torch and gpt2core's engine; others import their types only for mypy.
 """
 
 import asyncio
@@ -54,8 +54,8 @@ class TextGenerator:
         Args:
             weights: format of the engine's weights; only fp32 generates exactly the evaluated completions.
             adapters_dir: other adapters may be loaded from below this directory; "": none.
-            base_sha256, accept_other_base: an adapter that names another base is refused, or accepted with a warning.
-            follow_adapters: adapters and canary are set by `follow` from a manifest; other changes are refused.
+            base_sha256, accept_other_base: reject adapters of another base, or accept them with a warning.
+            follow_adapters: `follow` sets adapters and canary from a manifest; other changes are rejected.
         """
         self.tokenizer = load_tokenizer(base_dir)
         self._grammars = GrammarCompiler(self.tokenizer)
@@ -103,23 +103,37 @@ class TextGenerator:
         return self.tokenizer.encode_ordinary(format_prompt(instruction, input))
 
     def config(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> GenerationConfig:
-        """The engine reduces `max_new_tokens` to what the prompt leaves of the context.
+        """The engine caps `max_new_tokens` at the space that the prompt leaves in the context.
 
         Raises:
-            ServiceError: a control contains an unknown token id, or excludes another one.
+            ServiceError: a control contains an unknown token id, excludes another one, or has more than 64 bits.
         """
+        max_new_tokens = min(max_new_tokens, self.n_positions)
         if (least := sampling.get("min_tokens", 0)) > max_new_tokens:
             message = f"min_tokens is {least}; it must be at most the token limit, {max_new_tokens}"
             raise ServiceError("invalid_request", message, "min_tokens")
-        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
         try:
+            config = GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
             check_tokens(config, self.engine.config)
         except ValueError as error:
-            raise ServiceError("invalid_request", str(error), str(error).split()[0]) from None
+            message = str(error).removeprefix(f"{GenerationConfig.__name__}.")
+            raise ServiceError("invalid_request", message, message.split()[0]) from None
         return config
 
+    def check_known(self, tokens: Sequence[int], param: str) -> None:
+        """
+        Raises:
+            ServiceError: the tokenizer has no such token.
+        """
+        for token in sorted(set(tokens)):
+            try:
+                self.tokenizer.decode_single_token_bytes(token)
+            except (KeyError, OverflowError):
+                message = f"{param}: there is no token id {token}; ids are from 0 to {self.tokenizer.n_vocab - 1}"
+                raise ServiceError("invalid_request", message, param) from None
+
     async def grammars(self, structure: Structure | None, n: int) -> list[Grammar | None]:
-        """What each of `n` completions must match.
+        """The grammars of `n` completions.
 
         Raises:
             ServiceError: the schema, the regex or the choice is invalid or not supported.
@@ -134,7 +148,7 @@ class TextGenerator:
         param: str,
         on_end: Callable[[CompletionResult], None] | None = None,
     ) -> list[Completion]:
-        """Queue all requests, or none if one is refused.
+        """Queue all requests, or none if one is rejected.
 
         Args:
             param: the field that holds the prompt, for errors.
@@ -145,7 +159,9 @@ class TextGenerator:
         """
         longest = max(len(request.prompt) for request in requests)
         if longest >= self.n_positions:
-            message = f"the prompt has {longest} tokens, but the context holds {self.n_positions}; shorten it"
+            # OpenAI's words, by which LiteLLM and others recognize the error
+            limit = f"this model's maximum context length is {self.n_positions} tokens"
+            message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
         requests = [self._route(request) for request in requests]
         completions: list[Completion] = []
@@ -219,11 +235,11 @@ class TextGenerator:
     async def follow(self, manifest: Manifest) -> None:
         """Serve the adapters and the canary of the manifest.
 
-        No request is lost: an adapter is loaded before requests are routed to it, and unloaded afterwards.
+        No request fails: an adapter is loaded before requests are routed to it, and unloaded afterwards.
 
         Raises:
-            ValueError, OSError: an adapter is missing, or is not the one of the manifest. Those that were loaded before
-                are kept, with the canary.
+            ValueError, OSError: an adapter is missing, or is not the one of the manifest. Adapters loaded so far are
+            kept, with the canary.
         """
         async with self._changing:
             for name, shared in manifest.adapters.items():
@@ -239,7 +255,7 @@ class TextGenerator:
         stats = self.engine.stats()
         running, waiting = self.engine.adapters_in_use()
         model = {"model_name": TUNED}
-        # relative to the whole context of every slot in the batch: caches grow on demand and have no limit of their own
+        # relative to the full context of every slot in the batch: caches grow on demand and have no limit
         kv_usage = stats["cached_tokens"] / (MAX_BATCH * self.n_positions)
         adapters = {
             "max_lora": str(MAX_ADAPTERS + 1),
@@ -266,7 +282,7 @@ class TextGenerator:
         return render_gauges(gauges)
 
     def _route(self, request: GenerationRequest) -> GenerationRequest:
-        """Apply the canary. Called at submission, when the canary is certainly loaded."""
+        """Apply the canary. Called at submission, when the canary is loaded for certain."""
         if self._canary is None or self._canary.shadow or not self._is_chosen(request):
             return request
         return replace(request, model=self._canary.adapter)
@@ -354,7 +370,7 @@ class TextGenerator:
         self._shadows.request_ended(result if self._is_shadowed(result) else None)
 
     def _is_shadowed(self, result: CompletionResult) -> bool:
-        """Greedy completions only, because others differ by chance; a grammar belongs to one completion."""
+        """Only greedy completions, because sampled ones differ by chance; without grammar, which is used once."""
         request, is_shadow = result.request, self._canary is not None and self._canary.shadow
         is_comparable = request.config.temperature == 0 and request.grammar is None and not request.prompt_only
         is_finished = result.finish_reason in get_args(FinishReason)
@@ -363,7 +379,7 @@ class TextGenerator:
     def _submit_shadow(
         self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]
     ) -> Completion:
-        assert self._canary is not None  # requests that wait are forgotten when it ends
+        assert self._canary is not None  # waiting requests are dropped when it ends
         again = replace(request, model=self._canary.adapter, logprobs=0, stream=False, echo=None)
         try:
             return self._submit(replace(again, deadline=monotonic() + DEADLINE), on_end)

@@ -1,6 +1,6 @@
 """Structured output: masks of the allowed next tokens, so that a completion matches a JSON schema, regex or choice.
 
-llguidance computes the masks in a thread of its own, while the engine's thread computes the logits of the next step.
+llguidance computes the masks in a separate thread, while the engine's thread computes the next step's logits.
 """
 
 import json
@@ -25,17 +25,19 @@ class GrammarCompiler:
         """For `n` completions.
 
         Raises:
-            ServiceError: the schema, the regex or the choice is invalid or not supported.
+            ServiceError: the schema, the regex or the choice is invalid, is not supported, or matches no text.
         """
         try:
             grammar = _source(structure)
             if error := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
                 raise ValueError(error)
         except ValueError as error:
-            first = str(error).strip().split("\n")[0]
-            raise ServiceError("invalid_request", f"{structure.param}: {first}", structure.param) from None
+            raise _refused(structure.param, str(error)) from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
-        return [LlguidanceGrammar(matcher.deep_copy(), self._threads) for _ in range(n)]
+        first = matcher.compute_bitmask()  # fails if no token may begin the text
+        if matcher.is_error():
+            raise _refused(structure.param, f"no text matches it: {matcher.get_error()}")
+        return [LlguidanceGrammar(matcher.deep_copy(), first, structure.param, self._threads) for _ in range(n)]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -44,13 +46,22 @@ class GrammarCompiler:
 class LlguidanceGrammar:
     """A `gpt2core.sampling.Grammar`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, threads: ThreadPoolExecutor) -> None:
-        self._matcher, self._threads = matcher, threads
+    def __init__(self, matcher: llguidance.LLMatcher, first: bytes, param: str, threads: ThreadPoolExecutor) -> None:
+        """
+        Args:
+            first: the mask of the first token.
+            param: the field of the request, for errors.
+        """
+        self._matcher, self._param, self._threads = matcher, param, threads
         self.complete = False
-        self._mask: Future[bytes] = threads.submit(matcher.compute_bitmask)
+        self._mask: Future[bytes] | bytes = first
 
     def allowed(self) -> bytes:
-        mask = self._mask.result()
+        """
+        Raises:
+            ServiceError: the state of the grammar has become too large.
+        """
+        mask = self._mask if isinstance(self._mask, bytes) else self._mask.result()
         self._check()
         return mask
 
@@ -63,7 +74,12 @@ class LlguidanceGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be followed: {self._matcher.get_error()}")
+            raise _refused(self._param, f"it cannot be followed: {self._matcher.get_error()}")
+
+
+def _refused(param: str, reason: str) -> ServiceError:
+    """Without the state of the library, in the lines after the first one of its reason."""
+    return ServiceError("invalid_request", f"{param}: {reason.strip().splitlines()[0]}", param)
 
 
 def _source(structure: Structure) -> str:
@@ -71,7 +87,7 @@ def _source(structure: Structure) -> str:
         schema = structure.value
         if isinstance(schema, str):
             schema = json.loads(schema)
-        # Fixed white space, as json.dumps writes it: otherwise a small model fills the token limit with line breaks.
+        # The whitespace of json.dumps: otherwise a small model fills the token limit with line breaks.
         return llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         )

@@ -3,11 +3,13 @@
 MAX_BATCH = 16  # completions decoded at the same time
 MAX_QUEUE = 64  # requests waiting for a slot in the batch; further ones get a 429
 RETRY_AFTER = 1  # seconds; the Retry-After header of a 429
-MAX_SHADOWS = 64  # answered requests waiting for a canary in shadow mode; further ones are dropped
+MAX_SHADOWS = 64  # requests queued for a canary in shadow mode; further ones are dropped
 MAX_ADAPTERS = 32  # loaded in addition to the run's own
 ADAPTERS_POLL = 2.0  # seconds between two reads of the manifest of shared adapters
 
 MAX_BODY = 1_000_000  # bytes of a request's body
+MAX_HEAD = 64_000  # bytes of a request beside its body: request line, headers, trailers, framing of chunks
+HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to the end of its headers
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 
 MAX_STOPS = 16  # stop texts of one request
@@ -17,4 +19,4 @@ MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 
 DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections
-LAST_REQUESTS = 1.0  # seconds after that in which accepted connections may still send a request
+LAST_REQUESTS = 1.0  # seconds after that in which open connections may still send a request

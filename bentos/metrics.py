@@ -55,7 +55,7 @@ class Metrics:
             gaps.observe(after - before)
 
     def observe_shadow(self, comparison: Comparison) -> None:
-        """Count an answer of a canary in shadow mode; not among the completions of clients."""
+        """Count an answer of a canary in shadow mode, separately from the completions of clients."""
         shadow = comparison.shadow
         label = self._label(shadow.request.model)
         outcome = "failed" if shadow.failed else "agreed" if comparison.agreed else "differed"
@@ -76,7 +76,7 @@ class Metrics:
 def render_gauges(gauges: Mapping[str, Gauge]) -> str:
     """`{name: (help, value, labels)}` in Prometheus' text format.
 
-    Not prometheus_client's `Gauge`s: in its multiprocess mode, which BentoML uses, those of a dead worker would remain.
+    Not prometheus_client's `Gauge`s: in multiprocess mode, which BentoML uses, gauges of a dead worker would remain.
     """
 
     class Now:

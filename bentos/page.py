@@ -1,4 +1,4 @@
-"""GET /: a page to try the model in. One file, which sends requests to this server only."""
+"""GET /: a web page to try the model. One file, which sends requests only to this server."""
 
 import base64
 import hashlib

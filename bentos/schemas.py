@@ -38,10 +38,12 @@ LogitBias = Annotated[
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+# A list of a million wrong items has one error, not a million: these would block the event loop for seconds.
+FAIL_FAST = Field(fail_fast=True)
 
 
 class Sampling(BaseModel):
-    """The controls of `GenerationConfig` that every route has, by the same names. Null is the default."""
+    """The controls of `GenerationConfig` that every route has, with the same names. Null means the default."""
 
     temperature: Annotated[float, Field(ge=0)] | None = Field(DEFAULTS.temperature, description="0: greedy")
     top_k: Annotated[int, Field(ge=1), WHOLE] | None = DEFAULTS.top_k
@@ -125,7 +127,7 @@ class Structured(BaseModel):
 
 
 class StrictRequest(BaseModel):
-    """Types are strict (neither true nor "0.5" is a number), and unknown fields are refused."""
+    """Types are strict (neither true nor "0.5" is a number), and unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -32,7 +32,7 @@ from gpt2core.files import list_files, read_json, verify_directory
 from gpt2core.types import Lineage
 
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
-PROBES = ("/livez", "/readyz", "/healthz", "/metrics")  # need no token, are not logged, and do not prolong a drain
+PROBES = ("/livez", "/readyz", "/healthz", "/metrics")  # no token, no log, no effect on draining
 BENTOML_PATHS = (*PROBES, "/docs.json", "/schema.json")
 
 
@@ -50,6 +50,7 @@ class GPT2Service(compat.WrappableService):
     """BentoML's app inside this project's middleware. Requests pass the middleware in reverse order of wrapping."""
 
     def wrap(self, app: Starlette) -> ASGIApp:
+        compat.bound_heads()
         compat.remove_timeout(app)
         if not settings().tracing:
             compat.remove_tracing(app)
@@ -110,7 +111,7 @@ class GPT2Instruct:
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Refuse in BentoML's parent process what no worker could start with: it would restart workers forever."""
+        """Validate settings and models in BentoML's parent process, which would restart failing workers forever."""
         try:
             if log := settings().request_log:
                 _check_writable("GPT2_REQUEST_LOG", Path(log))
@@ -129,6 +130,9 @@ class GPT2Instruct:
         if self.follower is not None:
             self._following.cancel()
         self.generator.close()
+
+    async def __is_alive__(self) -> bool:
+        return self.generator.engine.is_alive
 
     async def __is_ready__(self) -> bool:
         return self.follower is None or self.follower.ready
@@ -150,7 +154,7 @@ def verify_models() -> None:
 
 
 def _check_writable(name: str, file: Path) -> None:
-    """Create the file that a setting names, unless it is there."""
+    """Create the file of a setting, if it does not exist."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.open("a").close()
@@ -160,7 +164,7 @@ def _check_writable(name: str, file: Path) -> None:
 
 @cache
 def settings() -> Settings:
-    """Of this process; read once."""
+    """The settings of this process; read once."""
     return Settings.from_environment(os.environ)
 
 

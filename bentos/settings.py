@@ -15,13 +15,13 @@ class Settings:
     """Field `name` comes from the environment variable GPT2_NAME; an empty or missing variable leaves the default."""
 
     api_token: str = ""  # required by every route except health and metrics; "": no token required
-    admin_token: str = ""  # required to load and unload adapters; "": both routes are disabled
+    admin_token: str = ""  # required to load and unload adapters; "": these routes are disabled
     adapters_dir: str = ""  # adapters are loaded from below this directory; "": none are
     follow_adapters: bool = False  # serve the adapters of adapters.json in that directory, and follow its changes
     weights: Weights = "auto"
     request_log: str = ""  # file for one JSON line per completion; "": no log
     request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
-    multi_turn: MultiTurn = "last"  # answer the last user turn alone; with earlier turns as its input; or refuse them
+    multi_turn: MultiTurn = "last"  # use only the last user turn; use earlier turns as its input; or reject them
     accept_other_base: bool = False  # load adapters that name another base too, with a warning
     tracing: bool = False  # BentoML's OpenTelemetry spans; set by OTEL_SDK_DISABLED=false, not by a GPT2_ variable
 
@@ -29,11 +29,13 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """
         Raises:
-            ValueError: naming the variable, its value, and the values that are allowed; or another one that it needs.
+            ValueError: naming the variable, its value and the allowed values, or a missing variable that it requires.
         """
         given: dict[str, Any] = {}
         for name, annotation in get_type_hints(cls).items():
             if name != "tracing" and (value := environment.get(f"GPT2_{name.upper()}")):
+                if name.endswith("_token"):
+                    value = _token(name, value)
                 if get_origin(annotation) is Literal:
                     check_choice(name, value, get_args(annotation))
                 if annotation is bool:
@@ -44,6 +46,18 @@ class Settings:
                 "GPT2_FOLLOW_ADAPTERS is true; it needs GPT2_ADAPTERS_DIR, the directory with adapters.json"
             )
         return cls(**given, tracing=environment.get("OTEL_SDK_DISABLED", "").lower() == "false")
+
+
+def _token(name: str, value: str) -> str:
+    """Without the line break at the end of a file; no client could send it.
+
+    Raises:
+        ValueError: nothing is left, which would switch authentication off; or a client cannot send the rest.
+    """
+    token = value.strip()
+    if not token or not token.isprintable():
+        raise ValueError(f"GPT2_{name.upper()} is blank or contains line breaks; it must be text of one line")
+    return token
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
-"""Shadow mode of a canary: it answers again what the default version has answered, and no client sees its answers.
+"""Shadow mode of a canary: it repeats requests that the default version has answered; no client sees its answers.
 
-It has the lowest priority: one at a time, and only while no request is in flight. A request that arrives cancels it
-before the engine's next step, and it begins again later.
+Shadow requests have the lowest priority: they run one at a time, and only while no client request is in flight. An
+arriving request cancels the running one before the engine's next step; it restarts later.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Comparison:
 
 
 class Shadows:
-    """Answered requests that wait for the canary. Not thread-safe: belongs to one event loop."""
+    """The queue of answered requests for the canary. Not thread-safe: use it from one event loop."""
 
     def __init__(
         self,
@@ -42,18 +42,19 @@ class Shadows:
         """
         Args:
             submit: queues a request again, for the canary.
-            compare: called with what was answered, the canary's completion and the mean log probability of its tokens.
-            drop: called for each request that is not answered again: too many wait, or the engine has stopped.
+            compare: called with the client's completion, the canary's, and the mean log probability of the canary's
+                tokens.
+            drop: called for each dropped request: the queue is full, or the engine has stopped.
         """
         self._submit, self._compare, self._drop = submit, compare, drop
         self._waiting: deque[CompletionResult] = deque()
         self._in_flight = 0  # completions of clients
         self._running: Completion | None = None
-        self._interrupted = False  # the one that is running begins again, or is not wanted any more
+        self._interrupted = False  # the running request restarts later, or is dropped
         self._task: asyncio.Task[None] | None = None
 
     def interrupt(self) -> None:
-        """A client's completion is about to be queued: leave the engine to it."""
+        """Cancel the running shadow request, because a client's completion is about to be queued."""
         if self._running is not None:
             self._interrupted = True
             self._running.cancel()
@@ -73,7 +74,7 @@ class Shadows:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def clear(self) -> None:
-        """Forget all that wait, and cancel the one that is running."""
+        """Drop all waiting requests, and cancel the running one."""
         self._waiting.clear()
         self.interrupt()
 
@@ -85,8 +86,8 @@ class Shadows:
                 if not self._interrupted:
                     self._waiting.popleft()
                     self._drop() if result is None else self._compare(answered, result, logprob)
-            except Exception:  # nothing that goes wrong here may reach a client
-                logger.exception("a shadow failed; those that wait are dropped")
+            except Exception:  # errors here must not reach a client
+                logger.exception("a shadow request failed; waiting ones are dropped")
                 self._waiting.clear()
 
     async def _answer(self, request: GenerationRequest) -> tuple[CompletionResult | None, float | None]:

@@ -1,4 +1,4 @@
-"""Adapters that all replicas share: one directory with adapters and `adapters.json`, which every replica follows."""
+"""Adapters shared by all replicas: every replica follows `adapters.json` in a shared directory."""
 
 import asyncio
 import logging
@@ -45,7 +45,7 @@ class Manifest(BaseModel):
 def read(content: bytes | str) -> Manifest:
     """
     Raises:
-        ValueError: it is no valid manifest; in one line.
+        ValueError: it is not a valid manifest; one-line message.
     """
     try:
         return Manifest.model_validate_json(content)
@@ -63,14 +63,14 @@ def publish(
     Args:
         adapters: name -> directory below `directory`.
         canary: its name and share.
-        shadow: it answers without its answers being used.
+        shadow: the canary is in shadow mode.
 
     Raises:
         ValueError, OSError: a name or the canary is wrong, or a directory does not exist or is empty.
     """
     for path in adapters.values():
         if not (directory / path).is_dir() or not any((directory / path).iterdir()):
-            raise ValueError(f"{directory / path} is no directory with an adapter")
+            raise ValueError(f"{directory / path} is not a directory with an adapter")
     shared = {name: {"path": path, "sha256": directory_sha256(directory / path)} for name, path in adapters.items()}
     request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
     content = to_json({"adapters": shared, "canary": request})
@@ -83,12 +83,12 @@ class Follower:
     """Applies the manifest of a directory whenever it changes. Polls, because network volumes send no change events.
 
     Attributes:
-        ready: whether a manifest has been applied. A later one that cannot be applied leaves the service ready.
+        ready: whether a manifest has been applied. The service stays ready if a later one cannot be applied.
         error: why the current manifest is not applied; "" if it is.
     """
 
     def __init__(self, directory: str, apply: Callable[[Manifest], Awaitable[None]]) -> None:
-        """`apply` raises ValueError or OSError if an adapter differs from the manifest; it is retried then."""
+        """`apply` raises ValueError or OSError if an adapter differs from the manifest; it is then retried."""
         self.ready, self.error = False, ""
         self._file, self._apply = Path(directory, MANIFEST), apply
         self._applied = b""

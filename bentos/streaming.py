@@ -1,4 +1,4 @@
-"""Whole responses and server-sent events, whose completions are cancelled when the client disconnects."""
+"""Whole responses and server-sent events. A client disconnect cancels their completions."""
 
 import asyncio
 import json
@@ -63,7 +63,7 @@ async def event_stream(
 
 
 class _EventStream(StreamingResponse):
-    """Cancels the completions however the response ends."""
+    """Cancels the completions when the response ends for any reason."""
 
     media_type = "text/event-stream"
 

@@ -30,7 +30,7 @@ class TunedModel:
 
         Raises:
             FileNotFoundError: the run or the adapter does not exist.
-            ValueError: a field has a wrong value, or the adapter is not one for this base.
+            ValueError: a field has a wrong value, or the adapter is not for this base.
             HubError: the base comes from the hub and cannot be downloaded.
         """
         finished = open_run(run, adapter)
@@ -40,7 +40,7 @@ class TunedModel:
         self.model = finished.load(merge=True, accept_other_base=accept_other_base)
 
     def stream(self, instruction: str, input: str = "") -> Iterator[str]:
-        """The answer in pieces of text, as they are generated.
+        """Yield the answer's text incrementally.
 
         Raises:
             ValueError: the instruction is empty, or too long for the context.

@@ -1,4 +1,4 @@
-"""`python run.py canary`: start, watch and end a canary of a running service, over its admin API."""
+"""`python run.py canary`: start, observe and end a canary of a running service, over its admin API."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import requests
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 TIMEOUT = 60  # seconds
-MIN_COMPLETIONS = 30  # of each version, before its durations are compared
+MIN_COMPLETIONS = 30  # minimum per version for comparing durations
 Z = NormalDist().inv_cdf(0.975)
 
 Interval = tuple[float, float]
@@ -18,7 +18,7 @@ Verdict = Literal["promote", "abort", "wait"]
 
 
 class CanaryError(RuntimeError):
-    """The service cannot be reached, or refused; the message says why."""
+    """The service cannot be reached, or rejected the request; the message says why."""
 
 
 class Service:
@@ -27,7 +27,7 @@ class Service:
     def __init__(self, url: str) -> None:
         """The token is GPT2_ADMIN_TOKEN of the environment."""
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '')}"}
+        self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '').strip()}"}
 
     def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
         """Load the adapter, unless path is "", and send it a share of the requests, or a copy of them."""
@@ -67,12 +67,12 @@ class Service:
 
 
 def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) -> tuple[Verdict, str]:
-    """Abort a canary that is surely worse than allowed, promote one that is surely not, and else wait.
+    """Abort a canary that is significantly worse than allowed, promote one that is significantly not, else wait.
 
     Args:
         status: of GET /v1/canary.
-        max_failures: how much larger the share of failed completions may be.
-        max_slowdown: how much longer a completion may take, as a share of the stable version's mean.
+        max_failures: allowed increase of the share of failed completions.
+        max_slowdown: allowed increase of the mean duration, as a fraction of the stable version's.
     """
     if status["canary"] is None:
         raise CanaryError("there is no canary to decide about")

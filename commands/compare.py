@@ -1,4 +1,4 @@
-"""Finished runs side by side: configuration, data, scores with intervals, changed answers, curves."""
+"""Compares finished runs: configuration, data, scores with intervals, changed answers, curves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from steps.outputs import outputs_dir
 
 
 class CompareError(ValueError):
-    """A name that is no finished run, or runs without common test records."""
+    """A name that is not a finished run, or runs without common test records."""
 
 
 def compare(names: Sequence[str]) -> tuple[str, Path]:
@@ -84,7 +84,7 @@ def _key(sample: Sample) -> tuple[str, str, str]:
 
 
 def _table(compared: Compared) -> str:
-    """Plain text: what differs in the configuration, then the scores."""
+    """Plain text: differences of the configurations, then scores."""
     rows = [["", *(run.name for run in compared.runs)]]
     rows += [[key, *values] for key, values in compared.changed_values.items()]
     for name, metric in METRICS.items():

@@ -57,10 +57,10 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
 
 
 def _check_recorded(adapter: Path, lineage: Path) -> None:
-    """Refuse an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
+    """Reject an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
     recorded = Lineage.from_json(json.loads(lineage.read_text(encoding="utf-8"))).adapter.sha256
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(
             f"{adapter} has sha256 {found}, but the run's {lineage.name} records {recorded}: it changed after the run; "
-            "run the pipeline again, or pass its directory to --adapter to use it nevertheless"
+            "run the pipeline again, or pass its directory to --adapter to use it anyway"
         )

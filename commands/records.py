@@ -16,15 +16,15 @@ class Collected:
     """The result of `collect`."""
 
     records: int  # in the file
-    changed: int  # of them, new or with another output than before
+    changed: int  # number of new or changed records
     problems: list[str]  # of unusable lines; each begins with its location in the log
 
 
 def collect(log: str | Path, out: Path) -> Collected:
     """Write the corrections in the log as records to a .jsonl file, which `data.source=file` reads.
 
-    Of several corrections of one question (instruction and input), the newest counts. Records that the file has already
-    are kept, with the output of the newest correction. Lines that cannot be used are reported, and the rest is written.
+    The newest correction of a question (instruction and input) counts. Existing records in the file are kept, with the
+    output of the newest correction. Unusable lines are reported and skipped.
 
     Raises:
         FileNotFoundError, ValueError: there is no such log, no correction in it can be used, or `out` is not usable.

@@ -39,16 +39,16 @@ LINEAGE, SIGNATURE = "lineage.json", "lineage.sig.json"
 
 
 class VerifyError(ValueError):
-    """Something differs from its recorded digest or signature, or cannot be found."""
+    """A part differs from its recorded digest or signature, or is missing."""
 
 
 def verify(name: str, key: Path | None = None, config: DeployConfig | None = None) -> list[str]:
-    """Compare every part of NAME with the digests in its lineage; returns one line per check.
+    """Compare all parts of NAME with the digests in its lineage; returns one line per check.
 
     Args:
         name: a directory of outputs/ (or any with its files), a Bento's tag, or a pod.
         key: a public key (PEM, Ed25519); the signature is required and checked.
-        config: which cluster and namespace the pod is in.
+        config: cluster and namespace of the pod.
 
     Raises:
         VerifyError: naming what differs, with both digests.
@@ -135,14 +135,16 @@ def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
     try:
         pod = Cluster(config).get("Pod", name)
     except KubeError as error:
-        raise VerifyError(f"{name} is no directory and no Bento's tag, and no pod can be read: {error}") from None
+        raise VerifyError(
+            f"{name} is neither a directory nor a Bento's tag, and pods cannot be read: {error}"
+        ) from None
     if pod is None:
-        raise VerifyError(f"{name} is no directory, no Bento's tag and no pod of the namespace {config.namespace}")
+        raise VerifyError(f"{name} is not a directory, a Bento's tag, or a pod in the namespace {config.namespace}")
     stated = pod["metadata"].get("annotations", {})
     tag = stated.get(f"{PREFIX}bento")
     if not tag:
         raise VerifyError(f"the pod {name} has no annotation {PREFIX}bento; this project's deployment sets it")
-    lines = _verify_bento(tag, key)  # the one in this machine's store, of which the pod's image was built
+    lines = _verify_bento(tag, key)  # the one in this machine's store, from which the pod's image was built
     for annotation, value in annotations(bento.lineage(tag)).items():
         lines.append(_same(f"annotation {annotation}", stated.get(annotation, ""), value))
     return lines
@@ -176,7 +178,7 @@ def _check_signature(file: Path, key: Path, lineage: Lineage) -> str:
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise VerifyError(f"{file} is not a signature ({error}); `python run.py sign` makes one") from None
     if subjects != _subjects(lineage):
-        raise VerifyError(f"{file} is the signature of another lineage than that of Bento {lineage.bento}")
+        raise VerifyError(f"{file} signs another lineage than that of Bento {lineage.bento}")
     return f"signature of the lineage: valid, by the key of {key}"
 
 
@@ -187,7 +189,9 @@ def _load_key(file: Path, load: Callable[..., Any], kind: type) -> Any:
     except (OSError, ValueError, TypeError) as error:
         raise VerifyError(f"{file} cannot be used as a key: {error}") from None
     if not isinstance(key, kind):
-        raise VerifyError(f"{file} is no {kind.__name__}; `openssl genpkey -algorithm ed25519 -out key.pem` makes one")
+        raise VerifyError(
+            f"{file} is not an {kind.__name__}; `openssl genpkey -algorithm ed25519 -out key.pem` makes one"
+        )
     return key
 
 

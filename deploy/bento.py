@@ -1,7 +1,7 @@
-"""Bentos in BentoML's store: build, look up, export. Serving one is `deploy/server.py`.
+"""Bentos in BentoML's store: build, look up, export. `deploy/server.py` serves them.
 
 A child process builds each Bento from exact model tags: built in-process, BentoML 1.4 mixes up the models of two
-Bentos. Bentos and models are named by their content, so that equal content is stored once.
+Bentos. The tags of Bentos and models are derived from their content, so equal content is stored once.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ NAME = "gpt2-instruct"
 # The image of the service also runs the reverse proxy of the docker target.
 PROXY_FILES = ("deploy/__init__.py", "deploy/containers/__init__.py", "deploy/containers/proxy.py")
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
-LOG_LINES = 60  # of a failed command, in its error
+LOG_LINES = 60  # lines of a failed command's output in its error
 
 
 class BentoError(RuntimeError):
@@ -66,7 +66,7 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
     }
     with TemporaryDirectory() as temporary:
         context = Path(temporary)
-        skipped = ("__pycache__", ".*")  # hidden files, like .env, may hold secrets
+        skipped = ("__pycache__", ".*")  # hidden files, like .env, may contain secrets
         copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns(*skipped))
         copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns(*skipped, "demo"))
         if kernels := library_file():
@@ -185,7 +185,7 @@ def _store_model(name: str, directory: Path) -> str:
 
     A stored copy that is damaged is replaced.
     """
-    import bentoml  # takes a second, which cached runs save
+    import bentoml  # takes a second, so not in cached runs
 
     version = directory_sha256(directory)[:16]
     tag = f"{name}:{version}"
@@ -199,7 +199,7 @@ def _store_model(name: str, directory: Path) -> str:
     if not (stored / MODEL_FILE).is_file():
         with bentoml.models.create(tag) as model:
             copytree(directory, model.path, dirs_exist_ok=True)
-        stored.chmod(0o755)  # BentoML's 0700 would lock out the user of a container
+        stored.chmod(0o755)  # with BentoML's 0700, a container's user could not read it
     return tag
 
 

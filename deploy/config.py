@@ -14,11 +14,11 @@ class DeployConfig:
 
     target: Literal["none", "docker", "kubernetes"] = "none"
     require_stage: Literal["", "staging", "production"] = ""  # of the model version; "": any
-    host: str = "127.0.0.1"  # docker: the address to listen on; 0.0.0.0 accepts requests of other machines
+    host: str = "127.0.0.1"  # docker: the address to listen on; 0.0.0.0 also accepts requests from other machines
     port: int = 3000  # docker: also names the deployment
     memory: str = "2g"  # docker: limit, above which the container is killed; gpt2-nano takes 340 MB
-    image: str = ""  # kubernetes: what its nodes pull, name:tag or name@sha256:…
-    kubeconfig: str = ""  # kubernetes; "": $KUBECONFIG, in a pod its service account, or ~/.kube/config
+    image: str = ""  # kubernetes: the image that nodes pull, name:tag or name@sha256:…
+    kubeconfig: str = ""  # kubernetes; "": $KUBECONFIG, the pod's service account, or ~/.kube/config
     context: str = ""  # kubernetes; "": the kubeconfig's current context
     namespace: str = "gpt2-instruct"  # kubernetes
     force: bool = False  # kubernetes: take over fields that another field manager set

@@ -1,4 +1,4 @@
-"""Serves a Bento in a child process; also the environment variables that a deployed service gets."""
+"""Serves a Bento in a child process; defines the environment variables of deployed services."""
 
 import os
 import socket
@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import requests
-
 from deploy.bento import BentoError, bentoml_command, bentoml_environment, bentoml_home, log_tail
-from deploy.verify import request_answer, verify_answers
+from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Sample
 
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
@@ -39,7 +37,7 @@ def verify_bento(tag: str, samples: Sequence[Sample], max_new_tokens: int, devic
     """Serve the Bento in fp32 and compare its answers with those of the evaluated model; return them.
 
     Args:
-        device: type of the device that `evaluate` generated on. Answers must be equal where both ran on a CPU.
+        device: type of the device that `evaluate` generated on. Answers must be equal if both ran on a CPU.
 
     Raises:
         VerificationError: the answers differ.
@@ -57,7 +55,7 @@ def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
     """Serve a Bento on a free port of this machine; yields its URL once it is ready.
 
     Args:
-        weights: format of the served weights. An exported GPT2_WEIGHTS has no effect: fp32 is what was evaluated.
+        weights: format of the served weights. GPT2_WEIGHTS in the environment has no effect, since fp32 was evaluated.
 
     Raises:
         BentoError: the server ended or was not ready in time; with the last lines of its log.
@@ -108,17 +106,14 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> N
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise BentoError(f"the server ended with exit code {server.returncode}:\n{log_tail(log.read_text())}")
-        try:
-            if requests.get(f"{url}/readyz", timeout=5).ok:
-                return
-        except requests.RequestException:
-            pass
+        if is_ready(url):
+            return
         time.sleep(0.1)
     raise BentoError(f"the server was not ready after {START_TIMEOUT} seconds:\n{log_tail(log.read_text())}")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and its workers: gracefully, or by closing the supervisor's pipe."""
+    """Stop the server and its workers: gracefully, or else by closing the supervisor's pipe."""
     server.terminate()
     with suppress(subprocess.TimeoutExpired):
         server.wait(STOP_TIMEOUT)

@@ -1,4 +1,4 @@
-"""The source of the running code: its git commit and the versions of the libraries that matter."""
+"""The running code: its git commit and the versions of the main libraries."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""Run a command that ends with the process that started it: `python supervisor.py COMMAND ARGUMENT...`.
+"""Run a command that ends when its parent process ends: `python supervisor.py COMMAND ARGUMENT...`.
 
 Standard input is a pipe from that process. SIGTERM is forwarded to the command. When the pipe is closed, because the
 parent closed it or died, the command and all its descendants are killed. A process group would not be enough, because

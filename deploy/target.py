@@ -1,4 +1,4 @@
-"""The protocol of a deploy target, the outcome that every target returns, and the factory `open_target`.
+"""The protocol of deploy targets, their outcome, and the factory `open_target`.
 
 To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it from `open_target`.
 """
@@ -36,7 +36,7 @@ class Deployment(JsonDataclass):
     outcome: str
     bento: str
     reason: str = ""
-    url: str = ""  # where users send requests, where the target knows
+    url: str = ""  # where users send requests, if the target knows it
     namespace: str = ""
     image: str = ""
     image_id: str = ""  # the digest that runs
@@ -46,7 +46,7 @@ class Deployment(JsonDataclass):
 
 
 class DeployInterrupted(DeployError):
-    """A deployment that was stopped, and undone where that was possible. Its cause is the interrupt.
+    """A deployment that was interrupted and, if possible, undone. Its cause is the interrupt.
 
     Attributes:
         deployment: the outcome, which the caller records before it re-raises the cause.
@@ -68,7 +68,7 @@ class Target(Protocol):
 
         Raises:
             DeployError: nothing was changed.
-            DeployInterrupted: it was stopped; its outcome says whether the previous version serves again.
+            DeployInterrupted: it was interrupted; the outcome tells whether the previous version serves again.
         """
 
     def rollback(self) -> Deployment:

@@ -1,4 +1,4 @@
-"""Verifies that a service answers as the evaluated model did: the only definition of that.
+"""Compares a service's answers with those of the evaluated model. This is the only definition of equal answers.
 
 `package` (a Bento served by a child process) and every deploy target use it.
 """
@@ -12,7 +12,7 @@ from deploy.target import DeployError
 from gpt2core.types import Sample
 
 # Required share of equal answers if the service has another weight format or device than `evaluate` had: int8, bf16 or
-# a GPU may resolve a near tie differently. Another model or adapter gives hardly any equal answer.
+# a GPU may resolve a near tie differently. Another model or adapter gives almost no equal answer.
 MIN_AGREEMENT = 0.5
 RESPONSE_TIMEOUT = 120  # seconds
 
@@ -29,7 +29,7 @@ def verify_answers(
     Args:
         name: of the service, for the error.
         generate: (instruction, input) -> greedy answer of the service.
-        exact: the service has the weights format and the device type of `evaluate`, so every answer must be equal.
+        exact: the service has the weight format and device type of `evaluate`, so all answers must be equal.
 
     Raises:
         VerificationError: naming the first difference, the share of equal answers and the required share.
@@ -42,8 +42,8 @@ def verify_answers(
         sample, answer = different[0]
         raise VerificationError(
             f"{name} answers {answer!r} to {sample.instruction!r} with input {sample.input!r}, but the evaluated model "
-            f"answered {sample.tuned!r}; {len(samples) - len(different)} of {len(samples)} answers are equal, required "
-            f"are {required:.0%}"
+            f"answered {sample.tuned!r}; {len(samples) - len(different)} of {len(samples)} answers are equal, but "
+            f"{required:.0%} are required"
         )
     return answers
 
@@ -56,7 +56,8 @@ def request_answer(url: str, instruction: str, input: str, max_new_tokens: int) 
     """
     body = {"instruction": instruction, "input": input, "max_new_tokens": max_new_tokens}
     try:
-        response = requests.post(f"{url}/predict", json=body, headers=api_key_header(), timeout=RESPONSE_TIMEOUT)
+        with direct_session() as session:
+            response = session.post(f"{url}/predict", json=body, headers=api_key_header(), timeout=RESPONSE_TIMEOUT)
         response.raise_for_status()
         return str(response.json()["answer"])
     except requests.HTTPError as error:
@@ -66,7 +67,23 @@ def request_answer(url: str, instruction: str, input: str, max_new_tokens: int) 
         raise VerificationError(f"{url}/predict gave no answer: {error}") from None
 
 
+def is_ready(url: str) -> bool:
+    """Whether a service of this machine answers /readyz with 200."""
+    try:
+        with direct_session() as session:
+            return session.get(f"{url}/readyz", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def direct_session() -> requests.Session:
+    """For servers of this machine, which the proxy of an exported HTTP_PROXY cannot reach."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
 def api_key_header() -> dict[str, str]:
-    """The header that authenticates with $GPT2_API_TOKEN. Not Authorization: the API server's proxy removes it."""
-    token = os.environ.get("GPT2_API_TOKEN")
+    """The authentication header for $GPT2_API_TOKEN. Not Authorization, which the API server's proxy removes."""
+    token = os.environ.get("GPT2_API_TOKEN", "").strip()
     return {"X-Api-Key": token} if token else {}

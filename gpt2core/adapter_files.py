@@ -25,7 +25,7 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
 
 
 def save_adapter(model: GPT2, directory: str | Path, base: Mapping[str, Any] | None = None) -> Path:
-    """Write the LoRA weights (fp32), and beside them their config, the prompt template and a reference to the base.
+    """Write the LoRA weights (fp32), their config, the prompt template's digest and a reference to the base.
 
     Raises:
         ValueError: the model has no LoRA layers, or their weights are not finite.
@@ -39,7 +39,7 @@ def save_adapter(model: GPT2, directory: str | Path, base: Mapping[str, Any] | N
         "lora": asdict(config),
         "base": dict(base or {}),
         "prompt": {"name": PROMPT_TEMPLATE.name, "sha256": PROMPT_TEMPLATE.sha256},
-        # ties the two files together: `read_adapter` notices a crash between their renames
+        # ties the two files together: `read_adapter` detects a crash between the two renames
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     return write_files(directory, {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: to_json(description)})
@@ -81,7 +81,7 @@ def read_adapter(
     base_sha256: str | None = None,
     accept_other_base: bool = False,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's LoRA config and weights, complete and with the shapes that a model of `config` needs.
+    """Read an adapter's LoRA config and weights; checks names and shapes against a model of `config`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`.
@@ -96,11 +96,9 @@ def read_adapter(
     _check_base(directory / ADAPTER_CONFIG, description.get("base"), base_sha256, accept_other_base)
     found = read_tensors(file, device)
     if description.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
-        raise ValueError(
-            f"{file} is not the file that {ADAPTER_CONFIG} beside it describes (sha256 differs); save the adapter again"
-        )
+        raise ValueError(f"{file} does not match its {ADAPTER_CONFIG} (sha256 differs); save the adapter again")
     largest = max((size for tensor in found.values() for size in tensor.shape), default=0)
-    if lora.rank > largest:  # before a model of that size is made
+    if lora.rank > largest:  # before a model of that size is allocated
         raise ValueError(
             f"{directory / ADAPTER_CONFIG}: rank is {lora.rank}, but no tensor in {file.name} is that large"
         )
@@ -128,7 +126,7 @@ def _read_lora_config(file: Path, description: Mapping[str, Any]) -> LoraConfig:
 
 
 def _check_prompt(file: Path, prompt: Any) -> None:
-    """Refuse an adapter of another prompt template; adapters from before the key was written are accepted."""
+    """Reject an adapter trained with another prompt template; old adapters without the key are accepted."""
     if prompt is None:
         return
     name, sha256 = (prompt.get(key) for key in ("name", "sha256")) if isinstance(prompt, dict) else (prompt, None)
@@ -140,7 +138,7 @@ def _check_prompt(file: Path, prompt: Any) -> None:
 
 
 def _check_base(file: Path, base: Any, sha256: str | None, accept_other: bool) -> None:
-    """Refuse an adapter of another base, where the digests of both are known."""
+    """Reject an adapter trained on another base, if both digests are known."""
     named = base.get("sha256") if isinstance(base, dict) else None
     if sha256 is None or named is None or named == sha256:
         return
@@ -150,7 +148,7 @@ def _check_base(file: Path, base: Any, sha256: str | None, accept_other: bool) -
     )
     if not accept_other:
         raise ValueError(f"{problem}; load that base, or accept another one explicitly")
-    logger.warning("%s; loading it nevertheless", problem)
+    logger.warning("%s; loading it anyway", problem)
 
 
 def _adapter_state(model: GPT2) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Training batches: examples as tensors, one after the other in a row, so that none is padded."""
+"""Training batches: examples packed into one row, without padding."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from gpt2core.tensors import int_tensor, to_device
 
 
 class Batch(NamedTuple):
-    """Texts in B rows of T tokens. Examples are one row, in which what all of them begin with is there once."""
+    """Token ids in B rows of T tokens. Examples are packed into one row, with their shared prefix stored once."""
 
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (n): the next tokens that count in the loss
     n_tokens: int  # a shared prefix counts once per example
-    labeled: Tensor | None = None  # (n) the tokens of the flattened rows that they follow; None: all of them
+    labeled: Tensor | None = None  # (n) index of the token before each label in the flattened rows; None: all tokens
     owners: Tensor | None = None  # (n) the index of each label's example
     positions: Tensor | None = None  # (B, T) within the example; None: each row is one text
     sequences: Sequences | None = None  # which tokens of the row attend to which
@@ -39,11 +39,11 @@ def pack(
     share_prefix: bool = True,
     use_varlen: bool = False,
 ) -> Batch:
-    """Put the examples into one row, the longest first.
+    """Pack the examples into one row, the longest first.
 
     Args:
-        share_prefix: compute the tokens that all examples start with (every prompt has the same preamble) once. That
-            changes no loss and no gradient, and applies only to tokens whose successor is not a label.
+        share_prefix: compute the prefix that all examples share (such as the prompt's preamble) only once. Losses and
+            gradients do not change. The prefix ends before the first token with a label.
         use_varlen: for `varlen_attention`, on devices that have it.
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss

@@ -41,7 +41,7 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old chec
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
-# GPT2Config's fields that are not the architecture
+# fields of GPT2Config that do not describe the architecture
 _SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
 
 
@@ -132,7 +132,7 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
 
 
 def read_config(file: Path) -> GPT2Config:
-    """GPT2Config from a Hugging Face config.json, and from generation_config.json and the tokenizer beside it.
+    """GPT2Config from a Hugging Face config.json, with the generation_config.json and tokenizer in its directory.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pretrained`.
@@ -170,7 +170,7 @@ def read_config(file: Path) -> GPT2Config:
 
 
 def _read_weights(directory: Path, device: str | torch.device) -> dict[str, _Stored]:
-    """All tensors by this project's names, without masks; a tied checkpoint may have the head alone."""
+    """All tensors by this project's names, without masks. A tied checkpoint may contain only the head."""
     stored = {}
     for file in _weight_files(directory):
         for key, tensor in read_tensors(file, device).items():
@@ -204,7 +204,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _check_sizes(file: Path, config: GPT2Config, stored: dict[str, _Stored]) -> None:
-    """Refuse a config larger than the stored weights, before a model of its size is made."""
+    """Reject a config larger than the stored weights, before a model of that size is allocated."""
     n_layers = len({name.split(".")[1] for name in stored if name.startswith("h.")})
     if n_layers == 0 and stored:
         key = min(stored)

@@ -12,7 +12,7 @@ TooLong = Literal["error", "drop", "truncate"]  # what happens to records longer
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
 LoraTarget = Literal["q", "k", "v", "o", "fc", "proj"]
 Schedule = Literal["linear", "cosine", "constant"]
-WeightFormat = Literal["fp32", "bf16", "int8"]  # of the weights that the engine decodes with
+WeightFormat = Literal["fp32", "bf16", "int8"]  # formats of the engine's weights
 Weights = Literal["auto", WeightFormat]  # auto: the fastest on this machine
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -69,7 +69,7 @@ class GPT2Config:
     def preset(cls, name: str) -> "GPT2Config":
         """The published sizes (Radford et al. 2019, table 2) and gpt2-nano."""
         if name not in PRESETS:
-            raise ValueError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
     @property
@@ -100,6 +100,7 @@ class LoraConfig:
         check_field(self, "rank", self.rank >= 1, "at least 1")
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
+        check_field(self, "alpha", self.alpha != 0, "other than 0, which switches the adapter off")
         check_field(self, "b_lr_ratio", self.b_lr_ratio > 0, "above 0")
         check_field(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         distinct = bool(self.targets) and len(set(self.targets)) == len(self.targets)
@@ -125,7 +126,7 @@ class TrainConfig:
     warmup_steps: int = 10
     schedule: Schedule = "linear"  # how the learning rate decays after the warm-up
     decay_fraction: float = 1.0  # share of the steps, at the end, over which it decays
-    final_lr_ratio: float = 0.0  # learning rate at the end of that decay, as a share of learning_rate
+    final_lr_ratio: float = 0.0  # learning rate after the decay, as a fraction of learning_rate
     max_grad_norm: float | None = 1.0
     precision: Precision = "fp32"
     devices: int = 1  # processes on one machine that split each batch, with one GPU or a share of the cores each
@@ -138,7 +139,7 @@ class TrainConfig:
     limit_val_batches: int | None = None
     patience: int | None = None  # stop after this many validations in a row without a new best loss; null: never
     gradient_checkpointing: bool = False  # recompute each block's activations in the backward pass: slower, less memory
-    deterministic: bool = False  # refuse kernels whose result may change from call to call
+    deterministic: bool = False  # raise an error for nondeterministic kernels
 
     def __post_init__(self) -> None:
         _check_training(self)
@@ -208,11 +209,11 @@ class GenerationConfig:
     seed: int | None = None  # None: a new one for each request
     eos_id: int | None = None  # None: no token ends a completion
     stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a completion
-    min_p: float | None = None  # excludes tokens less likely than this share of the most likely one's probability
+    min_p: float | None = None  # excludes tokens below this fraction of the highest probability
     repetition_penalty: float = 1.0  # divides (if positive) or multiplies logits of tokens in prompt or completion
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
     frequency_penalty: float = 0.0  # the same, once per occurrence
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit); a mapping is accepted too
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit); also accepts a mapping
     stop_token_ids: tuple[int, ...] = ()  # further tokens that end a completion
     ignore_eos: bool = False  # eos_id does not end a completion
     min_tokens: int = 0  # with fewer tokens, only the end of the context ends a completion
@@ -320,7 +321,7 @@ def _matches(annotation: Any, value: Any) -> bool:
 
 
 def _rule(annotation: Any) -> str:
-    """What values of the type are, for a message."""
+    """Describe the values of a type, for an error message."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         *others, last = (str(value) if value != "" else "empty" for value in arguments)

@@ -44,12 +44,12 @@ def finetune_adapter(
 
 
 def rank() -> int:
-    """Of this process under torchrun; 0 without it."""
+    """The rank of this process under torchrun, else 0."""
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
 def local_rank() -> int:
-    """Among the processes on this machine."""
+    """The rank among the processes of this machine."""
     return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
 
 

@@ -1,4 +1,4 @@
-"""Decoding of many requests at once: they join and leave between steps without affecting each other.
+"""Continuous batching: decodes many requests at once, which join and leave between steps without affecting each other.
 
 The parts are in `gpt2core.inference`: scheduler, KV caches, quantized weights, model runner, adapters.
 """
@@ -34,7 +34,7 @@ class EngineFull(RuntimeError):
 
 
 class Engine:
-    """Decodes in a thread of its own. As a context manager it starts the thread and finally cancels what is left."""
+    """Decodes requests in its own thread. The context manager starts it, and cancels unfinished requests at the end."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class Engine:
         Args:
             model: its LoRA layers are merged into a copy; must not change while the engine is in use.
             max_batch: requests that run at the same time; others wait, first come, first served.
-            weights: a format, or "auto": measures and takes the fastest that predicts as well as fp32.
-            max_queue: how many requests may wait; None: any number.
-            base_sha256, accept_other_base: for each adapter that is loaded, as `load_adapter` of gpt2core.checkpoint.
-            static_cache: keys and values at fixed addresses, with which a GPU decodes by CUDA graphs; None: on a GPU.
+            weights: a format, or "auto": the fastest one that predicts as well as fp32, found by measuring.
+            max_queue: maximum number of waiting requests; None: unlimited.
+            base_sha256, accept_other_base: for loading adapters, as in `load_adapter` of gpt2core.checkpoint.
+            static_cache: keep keys and values at fixed addresses, as CUDA graphs require; None: only on a GPU.
 
         Raises:
             ValueError: a value is out of range, or int8 has no kernel here.
@@ -65,7 +65,7 @@ class Engine:
         self._base_sha256, self._accept_other_base = base_sha256, accept_other_base
         self._scheduler = Scheduler(self._model, max_batch, static_cache)
         self._runner = ModelRunner(self._model, self._scheduler.row_cache)
-        self._changed = Condition()  # guards what follows and the scheduler's queue
+        self._changed = Condition()  # guards the attributes below and the scheduler's queue
         self._adapters: dict[str, Adapter] = {}
         self._unloaded: set[Adapter] = set()  # still in a cache, or used by a request
         self._closed = False
@@ -73,17 +73,17 @@ class Engine:
 
     @property
     def config(self) -> GPT2Config:
-        """Of the model."""
+        """The model's config."""
         return self._model.config
 
     @property
     def weights(self) -> WeightFormat:
-        """The format in use: what "auto" chose."""
+        """The weight format in use; for "auto", the selected one."""
         return self._model.weights
 
     @property
     def perplexity_increase(self) -> float | None:
-        """Of the format relative to fp32, as "auto" measured it on text of the model; None: not measured."""
+        """Perplexity increase over fp32, as "auto" measured it on text of the model; None: not measured."""
         return self._model.perplexity_increase
 
     def start(self) -> None:
@@ -125,12 +125,12 @@ class Engine:
             adapter: the name of a loaded adapter; None: the model as given.
             deadline: by `time.monotonic`; the request ends then with the tokens it has.
             on_progress: called in the engine's thread after each token and at the end; must be quick and not raise.
-            logprobs: how many of the most likely tokens to record with each token's own; None: no log probabilities.
-            grammar: what the completion must match; of this request alone, and used in the engine's thread.
-            prompt_logprobs: record those of the prompt's tokens too, with as many likely ones.
+            logprobs: record the log probabilities of each token and of this many most likely ones; None: none.
+            grammar: that the completion must match; used in the engine's thread, not shared with other requests.
+            prompt_logprobs: also record them for the prompt's tokens.
 
         Raises:
-            TypeError, ValueError: `generate` would refuse the prompt, there is no such adapter, or bad logprobs.
+            TypeError, ValueError: an invalid prompt (as for `generate`), an unknown adapter, or invalid logprobs.
             EngineFull: the queue is full; try again later.
             EngineClosed: the engine accepts no more requests.
         """
@@ -173,13 +173,18 @@ class Engine:
             self._adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        """Remove an adapter and what the caches hold of it; requests submitted before keep it until they end.
+        """Remove an adapter and its cache entries; requests submitted before keep it until they end.
 
         Raises:
             KeyError: there is no adapter of that name.
         """
         with self._changed:
             self._unload(name)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs. It ends by `close`, or by an error outside of a step, which is not expected."""
+        return self._thread.is_alive()
 
     @property
     def adapters(self) -> list[str]:
@@ -210,16 +215,19 @@ class Engine:
     def _run(self) -> None:
         if self._model.is_native:
             limit_openmp_threads()
-        with torch.inference_mode():
-            while self._prepare_step():
-                try:
-                    self._step()
-                except Exception as error:
-                    logger.exception("a step failed; its requests are cancelled")
-                    self._scheduler.cancel_running(EngineClosed(f"the step failed: {error}"))
-        with self._changed:
-            self._scheduler.cancel_waiting()
-        self._scheduler.cancel_running()
+        try:
+            with torch.inference_mode():
+                while self._prepare_step():
+                    try:
+                        self._step()
+                    except Exception as error:
+                        logger.exception("a step failed; its requests are cancelled")
+                        self._scheduler.cancel_running(EngineClosed(f"the step failed: {error}"))
+        finally:  # whatever ended it, nobody waits in vain
+            with self._changed:
+                self._closed = True
+                self._scheduler.cancel_waiting()
+            self._scheduler.cancel_running()
 
     def _prepare_step(self) -> bool:
         """Wait for work and admit requests; False when the engine is closed."""

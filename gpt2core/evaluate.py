@@ -40,7 +40,7 @@ def evaluate(
     """Greedy answers to the records' instructions, and the likelihood of their outputs.
 
     Args:
-        rouge_l: as `gpt2core.metrics.score_record` takes it.
+        rouge_l: see `gpt2core.metrics.score_record`.
         progress: called with the number of records done, after each batch.
 
     Raises:
@@ -94,7 +94,7 @@ def sample_answers(
     n_samples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Exact match over `n_samples` answers to each record, and how many of them differ in the mean."""
+    """Exact match over `n_samples` answers per record, and the mean number of distinct answers."""
     examples = encode_records(records, tokenizer, model.config.n_positions)
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
     correct, answers = 0.0, [set[str]() for _ in records]

@@ -44,7 +44,7 @@ def atomic_write(file: Path, content: bytes) -> None:
 
 @contextmanager
 def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
-    """Add the path, `size` and the free space to the error of a full disk, which has none of them.
+    """Add the path, `size` and the free space to disk-full errors, which lack them.
 
     Args:
         size: bytes to write; None: not known.
@@ -90,7 +90,7 @@ def list_files(directory: str | Path, exclude: Collection[str] = ()) -> list[str
 
 
 def checkpoint_files(directory: str | Path) -> list[str]:
-    """The names of the files in a base's directory that model and tokenizer are read from; its sha256 is of these."""
+    """The names of the files that define model and tokenizer in a base's directory; its sha256 covers these."""
     return sorted({file.name for pattern in CHECKPOINT_FILES for file in Path(directory).glob(pattern)})
 
 
@@ -99,7 +99,7 @@ def verify_directory(directory: str | Path, sha256: str, files: Collection[str] 
 
     Args:
         sha256: of `directory_sha256`, or at least its first 16 digits.
-        files: those that the digest is of; None: all.
+        files: those that the digest covers; None: all.
 
     Raises:
         ValueError: naming the directory, its files and both digests.

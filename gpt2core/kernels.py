@@ -101,10 +101,10 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
 @cache
 @torch.enable_grad()
 def has_varlen_attention(device: torch.device, head_width: int) -> bool:
-    """Whether `varlen_attention` works here, forward and backward: tried once, beside plain attention with a mask.
+    """Whether `varlen_attention` works here, forward and backward: tested once against plain attention with a mask.
 
-    Tried because the API is young: torch 2.10 has another signature, and which query a causal mask is aligned with
-    where there are more keys than queries is not documented.
+    Tested because the API is young: torch 2.10 has another signature, and the alignment of the causal mask with more
+    keys than queries is not documented.
     """
     if device.type != "cuda":
         return False
@@ -138,7 +138,7 @@ def has_varlen_attention(device: torch.device, head_width: int) -> bool:
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, scale: float
 ) -> Tensor:
-    """Causal attention (N, H, D) of many sequences behind each other, in bf16 on a GPU: q (N, H, D), k and v (M, H, D).
+    """Causal attention (N, H, D) of concatenated sequences, in bf16 on a GPU: q (N, H, D), k and v (M, H, D).
 
     Sequence i has the queries ends_q[i] to ends_q[i + 1], int32 and beginning with 0, and the keys alike. Its last
     query attends to all of its keys. The longest ones have max_q queries and max_k keys.

@@ -13,7 +13,7 @@ from gpt2core.model import GPT2, evaluating
 
 
 def batch_losses(model: GPT2, batch: Batch) -> Tensor:
-    """Cross-entropy (n) of the n labels, in fp32. The head, and the MLP of the last layer, see only their tokens."""
+    """Cross-entropy (n) of the n labels, in fp32. Head and last MLP compute only their tokens."""
     hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labeled)
     logits = model.head(hidden.flatten(0, -2)).float()
     return F.cross_entropy(logits, batch.labels.flatten(), reduction="none")

@@ -48,7 +48,7 @@ def pretraining_optimizers(weights: Mapping[str, nn.Parameter], config: Pretrain
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:
-    """Warm-up, plateau, decay (arXiv:2404.06395): the share of the learning rate at step 0, 1, …
+    """Warm-up, plateau, decay (arXiv:2404.06395): the factor of the learning rate at step 0, 1, …
 
     The decay is linear, half a cosine (arXiv:1608.03983), or none (`constant`).
     """

@@ -30,7 +30,7 @@ PROMPT_TEMPLATE = PromptTemplate(
     with_input=f"{PREAMBLE}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n{RESPONSE}\n",
     without_input=f"{PREAMBLE}\n\n### Instruction:\n{{instruction}}\n\n{RESPONSE}\n",
 )
-# What ends an answer: a header after whitespace, the preamble, end of text spelled out.
+# Text that ends an answer: a header after whitespace, the preamble, the end-of-text marker.
 MARKERS = ("### Instruction:", "### Input:", RESPONSE, PREAMBLE, END_OF_TEXT)
 _NEXT_SECTION = re.compile(rf"(?:^|\s)### (?:Instruction|Input|Response):|{re.escape(PREAMBLE)}")
 

@@ -3,8 +3,8 @@
 `generate` and the engine both use it, so they generate the same tokens. Shape letters: B rows, V tokens.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from math import inf
 from random import Random
 from typing import Protocol
@@ -103,15 +103,26 @@ class Sampler:
         if len(completion) < config.min_tokens:
             logits[self._ending] = -torch.inf
         if self._grammar is not None:
-            logits.masked_fill_(~_unpack(self._grammar.allowed(), len(logits)).to(self._device), -torch.inf)
+            allowed = torch.frombuffer(bytearray(self._grammar.allowed()), dtype=torch.uint8).to(self._device)
+            logits += _bit_biases(self._device).index_select(0, allowed.int()).flatten()[: len(logits)]
         return logits
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(tokens, dtype=torch.long), self._device)
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """The most likely token of each row of logits (B, V); -1 where the largest logit is NaN or infinite."""
+    largest, tokens = logits.max(-1)  # of a NaN, if there is one
+    return tokens.masked_fill(~largest.isfinite(), -1)
+
+
 def choose(
-    samplers: Sequence[Sampler | None], logits: Tensor, best: Tensor, completions: Sequence[Sequence[int]]
+    samplers: Sequence[Sampler | None],
+    logits: Tensor,
+    completions: Sequence[Sequence[int]],
+    best: Tensor | None = None,
+    argmax: Callable[[Tensor], Tensor] = most_likely,
 ) -> list[int | Exception]:
     """The next token of each completion, from logits (B, V); for a row that failed, its exception instead.
 
@@ -119,8 +130,10 @@ def choose(
 
     Args:
         samplers: None for a row to ignore.
-        best: what `most_likely` found, (B).
+        best: what `argmax` finds, (B), if it is known.
+        argmax: `most_likely`, or a faster function with its results.
     """
+    best = argmax(logits) if best is None else best
     outputs: dict[int, int | Exception] = {i: 0 for i, sampler in enumerate(samplers) if sampler is None}
     special: dict[int, Tensor] = {}  # scores (V) by row
     for i, (sampler, completion) in enumerate(zip(samplers, completions, strict=True)):
@@ -130,7 +143,7 @@ def choose(
             except Exception as error:
                 outputs[i] = error
     special_samplers = [sampler for i, sampler in enumerate(samplers) if sampler is not None and i in special]
-    chosen = _choose_special(special_samplers, [*special.values()], [best[i : i + 1] for i in special])
+    chosen = _choose_special(special_samplers, [*special.values()], [best[i : i + 1] for i in special], argmax)
     found: list[int] = torch.cat([best, *chosen]).tolist()  # waits for the device
     by_row = dict(zip(special, found[len(best) :], strict=True))
     for i, sampler in enumerate(samplers):
@@ -148,16 +161,26 @@ def choose(
     return [outputs[i] for i in range(len(samplers))]
 
 
-def _choose_special(samplers: Sequence[Sampler], scores: Sequence[Tensor], best: Sequence[Tensor]) -> list[Tensor]:
+def _choose_special(
+    samplers: Sequence[Sampler],
+    scores: Sequence[Tensor],
+    best: Sequence[Tensor],
+    argmax: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
     """The tokens of n samplers from their scores (V), in parts (n'): -1 where no score is finite. `best`: n of (1)."""
     if scores and scores[0].device.type == "cpu":  # row by row, what is computed stays in the processor's cache
-        return [_choose_batch([s], own[None], one) for s, own, one in zip(samplers, scores, best, strict=True)]
-    return [_choose_batch(samplers, torch.stack([*scores]), torch.cat([*best]))] if scores else []
+        return [
+            _choose_batch([sampler], own[None], one, argmax)
+            for sampler, own, one in zip(samplers, scores, best, strict=True)
+        ]
+    return [_choose_batch(samplers, torch.stack([*scores]), torch.cat([*best]), argmax)] if scores else []
 
 
-def _choose_batch(samplers: Sequence[Sampler], scores: Tensor, best: Tensor) -> Tensor:
+def _choose_batch(
+    samplers: Sequence[Sampler], scores: Tensor, best: Tensor, argmax: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The tokens (B) of samplers from their scores (B, V); `best` (B) are the most likely ones before the controls."""
-    tokens = most_likely(scores) if any(sampler.has_controls for sampler in samplers) else best
+    tokens = argmax(scores) if any(sampler.has_controls for sampler in samplers) else best
     drawn = [i for i, sampler in enumerate(samplers) if sampler.random is not None]
     if not drawn:
         return tokens
@@ -166,12 +189,6 @@ def _choose_batch(samplers: Sequence[Sampler], scores: Tensor, best: Tensor) -> 
     numbers = torch.tensor([sampler.random.random() for sampler in samplers if sampler.random], dtype=torch.float64)
     random = draw(*distribution(of_drawn, [samplers[i].config for i in drawn]), to_device(numbers, scores.device))
     return tokens.index_copy(0, rows, random.masked_fill(tokens[rows] < 0, -1))
-
-
-def most_likely(logits: Tensor) -> Tensor:
-    """The most likely token of each row of logits (B, V); -1 where the largest logit is NaN or infinite."""
-    largest, tokens = logits.max(-1)  # of a NaN, if there is one
-    return tokens.masked_fill(~largest.isfinite(), -1)
 
 
 def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> tuple[Tensor, Tensor | None]:
@@ -253,10 +270,11 @@ def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
     return any(tuple(completion[-len(stop) :]) == stop for stop in config.stop)
 
 
-def _unpack(mask: bytes, n: int) -> Tensor:
-    """The first n bits of a mask as bool (n)."""
-    packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten()[:n].bool()
+@cache
+def _bit_biases(device: torch.device) -> Tensor:
+    """What is added to 8 logits for each byte of a mask (256, 8): 0 where bit i of the byte is set, otherwise -inf."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return bits.double().log().float().to(device)
 
 
 def check_tokens(config: GenerationConfig, model: GPT2Config) -> None:

@@ -1,4 +1,4 @@
-"""Attention of many texts in one row of tokens. No text attends to another; what all begin with is there once.
+"""Attention of texts packed into one row. Texts do not attend to each other; their shared prefix is stored once.
 
 The row is the shared prefix, then the rest of each text. Shape letters: N tokens of the row; P of them are the prefix;
 S texts of a group, padded to L tokens; C, H and D as in model.py.
@@ -22,7 +22,7 @@ DENSE = 256  # keys: up to as many, plain matrix products are faster than torch'
 
 @dataclass(frozen=True)
 class VarlenSequences:
-    """For `varlen_attention`: bf16 on a GPU. The prefix is a sequence of its own, and keys of every text."""
+    """For `varlen_attention` (bf16 on a GPU). The prefix is a sequence, and its keys precede those of every text."""
 
     keys: Tensor | None  # (M) which token each key is of; None: all, in order
     ends_q: Tensor  # as `varlen_attention` takes them
@@ -110,7 +110,7 @@ class PaddedSequences:
 
 
 class _DenseAttention(torch.autograd.Function):
-    """As plain matrix products. Its gradient gathers, where those of autograd add to zeros at each index."""
+    """With plain matrix products. Its backward pass gathers, whereas autograd's would add into zeros at each index."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, sequences: PaddedSequences, scale: float) -> Tensor:
@@ -155,7 +155,7 @@ Sequences = VarlenSequences | PaddedSequences
 def _causal_bias(q: Tensor, k: Tensor) -> Tensor:
     """What is added to the scores of q (S, H, L, D) and k (S, H, P + L, D): -inf where a key comes after the query.
 
-    What is padded comes last, so that no other token attends to it.
+    Padding comes last, so no other token attends to it.
     """
     L, n_keys = q.shape[2], k.shape[2]
     return torch.full((L, n_keys), -torch.inf, dtype=q.dtype, device=q.device).triu(n_keys - L + 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt2core.batching import Batch, pack
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
-from gpt2core.data import Example
+from gpt2core.data import Example, check_examples
 from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
 from gpt2core.losses import batch_losses, token_losses
@@ -34,9 +34,9 @@ Log = Callable[[int, Mapping[str, float]], None]
 class TrainResult:
     """What a run returns besides the weights.
 
-    history: one entry per logged step and per validation: `step` (optimizer steps done), and of `train/loss`,
+    history: one entry per logged step and per validation: `step` (optimizer steps done), those of `train/loss`,
         `train/learning_rate`, `train/grad_norm`, `train/tokens_seen`, `train/tokens_per_second` (mean since the
-        previous entry), `val/loss` those known at that step, and with them the values of
+        previous entry) and `val/loss` that are known at that step, and the values of
         `gpt2core.resources.ResourceMeter.read`. Losses are nats per token.
     best_val_loss: None without validation examples.
     tokens_per_second: tokens without padding, over the time spent in training steps. A prefix that the examples of a
@@ -89,11 +89,14 @@ def finetune(
     the records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
 
     Raises:
-        ValueError: no examples, nothing to train, a merged adapter, or a checkpoint of other data or another config.
+        ValueError: no examples, one that does not fit the model, nothing to train, a merged adapter, or a checkpoint of
+            other data, another config or a longer training.
         FloatingPointError: the loss or the weights are no longer finite.
     """
     if not train:
         raise ValueError("there are no training examples")
+    for name, examples in (("training", train), ("validation", val)):
+        check_examples(name, examples, model.config)
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -233,6 +236,11 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
         state = TrainingState(weights, plan.optimizers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
+            if state.progress.step > plan.total_steps:
+                raise ValueError(
+                    f"the checkpoint in {directory} is of step {state.progress.step}, but this training has "
+                    f"{plan.total_steps} steps; raise epochs or max_steps, or pass another checkpoint_dir"
+                )
             for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read
@@ -259,7 +267,7 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
 
 @contextmanager
 def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
-    """Say which batch did not fit into memory; the message of an allocator has no more than its size."""
+    """Add the batch to out-of-memory errors; the allocator's own message has only a size."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -268,7 +276,7 @@ def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
             raise
         raise MemoryError(
             f"not enough memory for step {state.progress.step + 1} ({plan.describe(state.progress.step)}); lower "
-            f"batch_size={plan.config.batch_size}, and raise gradient_accumulation_steps by as much"
+            f"batch_size={plan.config.batch_size}, and raise gradient_accumulation_steps by the same factor"
         ) from None
 
 
@@ -282,7 +290,7 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
 
 
 class _Batches:
-    """The batches of each optimiser step; those of the next one are made while a GPU still computes."""
+    """The batches of each optimizer step; the next step's are prepared while a GPU computes."""
 
     def __init__(self, plan: _Plan) -> None:
         self._plan, self._next = plan, dict[int, list[Batch]]()
@@ -301,7 +309,7 @@ def _step(
     """Take one optimizer step; return the values to log, empty unless a log entry is due.
 
     A GPU computes while the host prepares the next steps, so nothing is read back from it unless something is due.
-    `losses` holds those not read yet.
+    `losses` has the losses that were not read yet.
     """
     start = perf_counter()
     config, progress, weights = plan.config, state.progress, state.weights

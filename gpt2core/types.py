@@ -103,8 +103,8 @@ class Sample(JsonDataclass):
         return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith(later)})
 
     def to_json(self) -> dict[str, Any]:
-        """Flat: the scores are keys like base_exact_match and tuned_nll; a champion that did not answer has none, nor
-        has a judge that was not asked.
+        """Flat: scores are keys like base_exact_match and tuned_nll. Keys of champion and judge exist only if there is
+        an answer or a judge.
         """
         plain = asdict(self)
         if self.judge_score is None:
@@ -286,7 +286,7 @@ class Lineage(JsonDataclass):
 
 @dataclass(frozen=True)
 class LoggedCompletion(JsonDataclass):
-    """A completion in the service's request log. Texts or their sha256 are there if GPT2_REQUEST_LOG_TEXT says so."""
+    """A completion in the request log. GPT2_REQUEST_LOG_TEXT sets whether it has texts, their sha256 or neither."""
 
     time: str  # ISO 8601, UTC
     milliseconds: float
@@ -337,7 +337,7 @@ class LoggedFeedback(JsonDataclass):
     time: str  # ISO 8601, UTC
     request_id: str  # of the completion
     rating: str  # good or bad
-    correction: str | None = None  # what the answer should have been
+    correction: str | None = None  # the right answer
     comment: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""Reading and checking a run configuration. Every wrong key or value is reported before anything runs.
+"""Reads and validates run configurations. Every wrong key or value is reported before anything runs.
 
 ZenML ignores most misspelled keys. Here every key at every level is checked against the dataclasses and ZenML's models.
 """
@@ -131,7 +131,7 @@ def _no_mapping(value: Any, path: str, source: str) -> ConfigError:
 
 
 def _check_bool(value: Any, annotation: Any, path: str, source: str) -> None:
-    """Refuse a bool for a number and a number for a bool, which pydantic converts: `epochs: true` would be 1."""
+    """Reject a bool for a number and vice versa, which pydantic would convert: `epochs: true` would be 1."""
     if annotation is bool and isinstance(value, int) and not isinstance(value, bool):
         raise ConfigError(f"{source}: {path} is {_shorten(value)}; it must be true or false")
     if annotation is not bool and isinstance(value, bool):
@@ -170,7 +170,7 @@ def _check_value(value: Any, annotation: Any, path: str, source: str) -> None:
 
 
 def _shorten(value: Any) -> str:
-    """The value for a message: YAML aliases make a small file a huge value."""
+    """Shorten a value for a message: with YAML aliases, a small file can have a huge value."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120
     return short.repr(value)

@@ -50,7 +50,7 @@ def finetune_pipeline(
     """Finetune an adapter on instruction data; evaluate, package, promote and deploy it."""
     if lora.dora:  # the service applies adapters unmerged, which the engine cannot do with DoRA
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
-    # Files on this machine may change without changing their name. Later steps are cached by the records.
+    # Local files may change under the same name, so they are always read. Later steps are cached by the records.
     fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
     records = fetch(data, base, seed)
     train_records, val_records, test_records, split = split_data(records, data, seed)
@@ -59,7 +59,7 @@ def finetune_pipeline(
     adapter, history, train_summary = finetune(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )
-    # The judge is asked in `compare`; another one does not evaluate, package and deploy again.
+    # The judge runs in `compare`, so changing it does not repeat evaluation, packaging and deployment.
     unjudged = replace(evaluate, judge=JudgeConfig())
     samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, unjudged)
     compared, comparison, repeats = compare(samples, test_records, adapter, evaluate, promote)
@@ -67,7 +67,7 @@ def finetune_pipeline(
         compared, metrics, comparison, history, train_records, val_records, test_records, tracking
     )
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, unjudged)
-    # After the service has answered as the evaluated model did.
+    # After the service's answers were verified.
     promotion = promote_step(comparison, repeats, metrics, promote, after="package")
     deploy_step(bento, lineage, samples, promotion, deploy, package, evaluate)
     export_outputs(

@@ -1,4 +1,4 @@
-"""ctrl-C and SIGTERM end a run, whatever the main thread is doing when they come."""
+"""Makes Ctrl-C and SIGTERM end a run, whatever the main thread is doing."""
 
 import signal
 import sys
@@ -9,15 +9,15 @@ from types import FrameType
 
 from pipelines.zenml_compat import INTERRUPTIONS
 
-SECONDS = 2.0  # until an interruption that nothing handles is repeated
+SECONDS = 2.0  # until a lost interruption is repeated
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt on SIGTERM and SIGINT, and again if it is lost.
 
-    Python drops what a signal handler raises within a destructor or a weak reference's callback ("Exception ignored
-    in"): the run went on as if nothing had happened. Only the main thread can set a signal handler; elsewhere this does
+    Python drops exceptions that a signal handler raises within a destructor or a weak reference's callback ("Exception
+    ignored in"), and the run would continue. Only the main thread can set a signal handler; in other threads this does
     nothing.
     """
     ended = threading.Event()
@@ -27,7 +27,7 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def repeat(number: int) -> None:
-        # Where an exception is on its way, the steps' cleanup is running: it must not be interrupted.
+        # While an exception propagates, the steps' cleanup is running: it must not be interrupted.
         while not ended.wait(SECONDS):
             if not _is_interrupted(main):
                 signal.pthread_kill(main, number)
@@ -48,7 +48,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _is_interrupted(thread: int) -> bool:
-    """Whether the thread handles an interruption, or an error that came of one."""
+    """Whether the thread is handling an interruption, or an error caused by one."""
     current = sys._current_exceptions().get(thread)
     error: BaseException | None = current[1] if isinstance(current, tuple) else current  # Python 3.11 has a tuple
     while error is not None and not isinstance(error, INTERRUPTIONS):

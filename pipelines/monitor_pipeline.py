@@ -8,6 +8,6 @@ from steps.monitor import detect_drift
 
 @pipeline(execution_mode=ExecutionMode.FAIL_FAST)
 def monitor_pipeline(monitor: MonitorConfig = MonitorConfig()) -> None:
-    """Compare the service's request log with the served run: a drift report, and an alert if there is drift."""
+    """Compare the service's request log with the served run: drift report, and alert on drift."""
     drift, _ = detect_drift(monitor)
     alert_step(drift, monitor)

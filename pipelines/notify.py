@@ -14,7 +14,7 @@ from zenml.utils.dashboard_utils import get_run_url
 
 from pipelines.processes import Process
 
-VARIABLE = "GPT2_INSTRUCT_WEBHOOK"  # not a key of the configuration: such an address is a secret
+VARIABLE = "GPT2_INSTRUCT_WEBHOOK"  # not a key of the configuration: webhook URLs are secrets
 TIMEOUT = 10  # seconds
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def notifying_webhook(pipeline: str) -> Iterator[None]:
-    """Post how the run in the block ended to the webhook. An error of the webhook is logged as a warning."""
+    """Post the outcome of the run in the block to the webhook. A webhook error is logged as a warning."""
     url = os.environ.get(VARIABLE, "")
     if not url:
         yield
@@ -38,12 +38,12 @@ def notifying_webhook(pipeline: str) -> Iterator[None]:
 def _post(url: str, pipeline: str, status: str, reason: str) -> None:
     try:
         requests.post(url, json=_message(pipeline, status, reason), timeout=TIMEOUT).raise_for_status()
-    except Exception as error:  # also of ZenML's store, which may be why the run failed; no text: it has the address
+    except Exception as error:  # also of ZenML's store, if the run failed there; no text: it has the URL
         logger.warning("the webhook in %s was not notified that the run %s: %s", VARIABLE, status, type(error).__name__)
 
 
 def _message(pipeline: str, status: str, reason: str) -> dict[str, Any]:
-    """`text` is what Slack, Mattermost and others show; the rest is for programs."""
+    """`text` is shown by Slack, Mattermost and others; the other keys are for programs."""
     run = _run_of_this_process(pipeline)
     failed = [] if run is None else [name for name, step in run.steps.items() if step.status == ExecutionStatus.FAILED]
     content = {

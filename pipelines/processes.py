@@ -17,7 +17,7 @@ UNFINISHED = (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING)
 
 @dataclass(frozen=True)
 class Process(JsonDataclass):
-    """A process; its start time tells it from a later one with the same id."""
+    """A process; its start time distinguishes it from a later one with the same id."""
 
     host: str
     pid: int

@@ -85,7 +85,7 @@ def _components(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             kind, dot, flavor = key.partition(".")
             if dot:
                 yield kind, flavor
-        if isinstance(part.get("step_operator"), str):  # true: whichever the stack has
+        if isinstance(part.get("step_operator"), str):  # true: the stack's only one
             yield "step_operator", part["step_operator"]
 
 

@@ -73,7 +73,7 @@ def start(
 
 
 def _finetunes(config: Mapping[str, Any]) -> bool:
-    """Whether the run trains an adapter, which a sweep need not do."""
+    """Whether the run trains an adapter; a sweep may not."""
     return ((config.get("parameters") or {}).get("sweep") or {}).get("kind", "finetune") == "finetune"
 
 

@@ -24,7 +24,7 @@ def sweep_pipeline(
     attention: AttentionConfig = AttentionConfig(),
     tracking: TrackingConfig = TrackingConfig(),
 ) -> None:
-    """Every variant with every seed in independent steps, which may run in parallel; then one comparison."""
+    """Run every variant with every seed in independent steps, which may run in parallel; then compare them."""
     given = {
         **{"data": data, "base": base, "lora": lora, "train": train, "generation": generation},
         **{"text": text, "model": model, "pretrain": pretrain, "attention": attention},

@@ -21,7 +21,7 @@ AddTrial = Callable[[str, Parameters, int], Any]
 
 
 def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
-    """Data, split and base use the run's seed, adapters the trial's. Variants that only decode share an adapter."""
+    """Data, split and base use the run's seed, adapters the trial's. Variants of decoding alone share an adapter."""
     shared = _SharedSteps()
 
     def prepare(data: Any, base: Any) -> Any:
@@ -96,7 +96,7 @@ def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) ->
 
 
 class _SharedSteps:
-    """The steps that a pipeline has so far: their names, and the outputs that several trials use."""
+    """The steps of a pipeline so far: their names, and the outputs that several trials use."""
 
     def __init__(self) -> None:
         self.last = ""  # name of the training added last
@@ -104,14 +104,14 @@ class _SharedSteps:
         self._outputs: dict[str, Any] = {}
 
     def get(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returned for an equal key."""
+        """The result of `make`, called once per equal key."""
         text = f"{kind} {key!r}"  # the dataclasses' repr has all their values
         if text not in self._outputs:
             self._outputs[text] = make()
         return self._outputs[text]
 
     def name(self, text: str) -> str:
-        """A name that no step has yet, of letters, digits and underscores."""
+        """A new step name, of letters, digits and underscores."""
         plain = re.sub(r"\W+", "_", text).strip("_")
         name, number = plain, 1
         while name in self._names:

@@ -25,7 +25,7 @@ from zenml.utils.io_utils import get_global_config_directory
 from zenml.utils.time_utils import utc_now
 
 logger = logging.getLogger(__name__)
-# What interrupts a step: Python's own handler of ctrl-C, or ZenML's handler of SIGINT and SIGTERM within a step.
+# Exceptions that interrupt a step: from Python's handler of Ctrl-C, or ZenML's of SIGINT and SIGTERM within a step.
 INTERRUPTIONS = (KeyboardInterrupt, RunInterruptedException)
 
 
@@ -121,7 +121,7 @@ def _is_no_interruption(record: logging.LogRecord) -> bool:
 def verified_cache(is_intact: Callable[[str, ArtifactVersionResponse], bool]) -> Iterator[None]:
     """Use a cached step only if all its artifacts are intact; run it again otherwise.
 
-    ZenML takes a step from the cache without looking at its artifacts, so every further run fails in a later step.
+    ZenML does not check the artifacts of cached steps, so without this every further run fails in a later step.
 
     Args:
         is_intact: takes the name of an output and its artifact.

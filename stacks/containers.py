@@ -1,7 +1,7 @@
 """ZenML components that run steps in containers of the local engine: a step operator and an orchestrator.
 
-ZenML's own local_docker orchestrator can mount neither outputs/ nor the Bento store, shows a step's log only when the
-step is over, and leaves its container running when the run is interrupted.
+ZenML's local_docker orchestrator cannot mount outputs/ and the Bento store, shows a step's log only after the step, and
+leaves its container running if the run is interrupted.
 """
 
 import atexit
@@ -48,7 +48,7 @@ _submitted: set[tuple[str, str]] = set()  # (run id, step) of containers in the 
 
 @atexit.register
 def _remove_submitted() -> None:
-    """Remove containers that no one waits for: an interrupt can come between ZenML's submit and its wait."""
+    """Remove orphaned containers: an interrupt can arrive between ZenML's submit and wait."""
     for key in _submitted:
         containers.remove(*key)
 
@@ -57,8 +57,8 @@ class ContainerSettings(BaseSettings):
     """What a run configuration can set for a step's container.
 
     memory: limit, e.g. "8g"; files that the step writes to /tmp count. None: no limit.
-    network: "bridge" where the step downloads something, e.g. a base from the hub. None: the least that ZenML needs,
-        which is no network at all where its store is a directory of this machine.
+    network: "bridge" if the step downloads something, e.g. a base from the hub. None: the minimum that ZenML needs,
+        which is no network if its store is a directory of this machine.
     mounts: absolute paths of this machine that the step may read, e.g. that of `data.path`.
     """
 
@@ -178,7 +178,7 @@ def _step_container(
     environment: Mapping[str, str],
     settings: BaseSettings,
 ) -> StepContainer:
-    """A container that sees ZenML's local stores, the Bento store, outputs/ and the hub's cache at the host's paths."""
+    """A container with ZenML's local stores, the Bento store, outputs/ and the hub's cache at the host's paths."""
     assert isinstance(settings, ContainerSettings)
     directories = {
         ENV_ZENML_LOCAL_STORES_PATH: Path(GlobalConfiguration().local_stores_path),
@@ -203,7 +203,7 @@ def _step_container(
 
 
 def least_network(store: StoreConfiguration) -> str:
-    """The least network access with which a step reaches ZenML's store."""
+    """The minimum network access that a step needs to reach ZenML's store."""
     if store.type == StoreType.SQL and store.url.startswith("sqlite"):
         return "none"
     return "host" if urlsplit(store.url).hostname in LOCALHOSTS else "bridge"

@@ -1,6 +1,7 @@
-"""ZenML's Kubeflow orchestrator with limits of memory and GPUs, which that of ZenML 0.98.0 cannot set.
+"""ZenML's Kubeflow orchestrator with support for memory limits and GPUs, which ZenML 0.98.0 lacks.
 
-It passes memory as a number, which kfp refuses, and GPUs only with a node selector that it drops from all settings.
+ZenML passes memory as a number, which kfp rejects, and GPUs only with a node selector, which it drops from all
+settings.
 """
 
 from functools import cache
@@ -25,7 +26,7 @@ class KubeflowGpuOrchestratorFlavor(KubeflowOrchestratorFlavor):
 
 @cache
 def _orchestrator() -> type[Any]:
-    """Imports kfp, which is in an extra of its own."""
+    """Imports kfp, which is in a separate extra."""
     from zenml.integrations.kubeflow.orchestrators import KubeflowOrchestrator
 
     class KubeflowGpuOrchestrator(KubeflowOrchestrator):

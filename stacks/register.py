@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 
 def has(name: str, kind: str, component: str) -> bool:
-    """Whether the stack's file has a component of this type with this name or flavor."""
+    """Whether the stack file has a component of this type with this name or flavor."""
     declared = yaml.safe_load(_text(name))["components"].get(kind, {})
     return component in (declared.get("name"), declared.get("flavor"))
 

@@ -10,7 +10,8 @@ PACKAGES = ("gpt2core", "steps", "deploy", "bentos")
 
 
 def code_of(step_module: str, *others: str, folder: str | None = None) -> CachePolicy:
-    """A cache policy whose key covers the source files of the modules and, transitively, all they import from here.
+    """A cache policy whose key covers the source files of the modules and all their transitive imports from this
+    repository.
 
     Args:
         folder: all its files are part of the key too.

@@ -46,7 +46,7 @@ def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
     """The checkpoints of the training with this key; removed when the block succeeds.
 
     If the artifact store is a local directory, checkpoints are written there. Otherwise their directory is a local
-    copy: it starts with what a killed run uploaded.
+    copy, initialized with the checkpoints that a killed run uploaded.
 
     Args:
         key: JSON data that identifies the training; its digest names the directory in the store.

@@ -23,9 +23,9 @@ class DataConfig:
     sha256: str = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"  # of the file at `url`
     name: str = ""  # with source: hub; a dataset of the Hugging Face hub, or a directory
     revision: str = ""  # its commit
-    max_bytes: int = 2**28  # of the download; more is refused
+    max_bytes: int = 2**28  # limit of the download
     path: str = ""  # with source: file or hub; .json, .jsonl, .csv, .parquet, or a directory (hub: within `name`)
-    val_path: str = ""  # validation and test records of one's own; without them, they are taken from `path`
+    val_path: str = ""  # own validation and test records; by default they are split off from `path`
     test_path: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)  # key of a record -> its name in the file
     n_facts: int | None = None  # of the bundled world; null: all of them
@@ -109,7 +109,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-2 to pretrain: a preset, and what differs from it (null: as in the preset)."""
+    """A GPT-2 to pretrain: a preset and changes to it (null: as in the preset)."""
 
     preset: str = "gpt2-nano"
     n_layer: int | None = None
@@ -160,11 +160,11 @@ TRIAL_METRICS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Variants of a run's parameters; each is tried with every seed."""
+    """Variants of a run's parameters; each runs with every seed."""
 
-    kind: Literal["finetune", "pretrain", "attention"] = "finetune"  # what is tried
+    kind: Literal["finetune", "pretrain", "attention"] = "finetune"  # the kind of trial
     question: str = ""
-    variable: str = "variant"  # what the variants differ in: the heading of the first column
+    variable: str = "variant"  # what differs between the variants: the heading of the first column
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> parameters that differ
     grid: Mapping[str, Any] = field(default_factory=dict)  # a.b -> list of values; each combination is a variant too
     metrics: tuple[str, ...] = ()  # the columns, of `TRIAL_METRICS`; empty: the first three of the kind
@@ -204,11 +204,11 @@ def default_learning_rate(base: BaseConfig) -> float:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """A model behind an OpenAI-compatible API that says whether tuned answers are right."""
+    """A model behind an OpenAI-compatible API that judges the tuned model's answers."""
 
     url: str = ""  # of the API, like https://host/v1; "": no judge
     model: str = ""
-    token_env: str = ""  # the environment variable with the API's token, which is stored nowhere; "": no token
+    token_env: str = ""  # environment variable with the API's token, which is not stored; "": no token
     response_format: Literal["json_schema", "text"] = "json_schema"  # text: for an API without structured output
 
     def __post_init__(self) -> None:
@@ -272,19 +272,19 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What is monitored, and the limits beyond which traffic counts as drifted. See `steps.adapters.drift`."""
+    """Configuration of monitoring, and the limits of its signals. See `steps.adapters.drift`."""
 
     log: str = "requests.jsonl"  # GPT2_REQUEST_LOG of the service; its rotated files are read too
     run: str = ""  # name or id of the run whose model is served; "": the run that trained the adapter in the log
-    max_requests: int = 5_000  # the newest of the log that are compared
-    min_requests: int = 50  # with fewer nothing is decided
+    max_requests: int = 5_000  # number of newest completions to compare
+    min_requests: int = 50  # with fewer there is no decision
     min_ratings: int = 10
     max_length_change: float = 0.5  # of prompts and answers: distance of the distributions, as share of the mean length
-    max_unknown_words: float = 0.1  # how much larger the share of words that no training prompt has may be
-    max_similarity_loss: float = 0.15  # how much smaller the similarity to the nearest training prompt may be
-    max_unfinished: float = 0.15  # how much larger the share of answers without an end may be
-    max_p95_seconds: float = 10.0  # duration that 95 % of the requests keep
-    max_bad_ratings: float = 0.3  # share of bad ones
+    max_unknown_words: float = 0.1  # maximum increase of the share of words that are in no training prompt
+    max_similarity_loss: float = 0.15  # maximum decrease of the similarity to the nearest training prompt
+    max_unfinished: float = 0.15  # maximum increase of the share of answers without end of text
+    max_p95_seconds: float = 10.0  # maximum 95th percentile of request duration
+    max_bad_ratings: float = 0.3  # maximum share of bad ratings
     webhook: str = ""  # receives the alert: an http or https URL, or $NAME of the environment variable with it
 
     def __post_init__(self) -> None:

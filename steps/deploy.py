@@ -23,7 +23,7 @@ def deploy(
     package: PackageConfig,
     evaluate: EvaluateConfig,
 ) -> Annotated[dict[str, Any], "deployment"]:
-    """Deploy the Bento to the configured target; with target none it stays in the Bento store."""
+    """Deploy the Bento to the configured target; target none leaves it in the Bento store."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
     check_stage(deploy.require_stage, promotion, lineage.model_version)

@@ -37,7 +37,7 @@ class SampleListMaterializer(BaseMaterializer):
             return [Sample.from_json(json.loads(line)) for line in stream]
 
     def compute_content_hash(self, data: list[Sample]) -> str:
-        """Makes ZenML cache the steps that read the samples by content instead of by artifact id."""
+        """Makes ZenML cache steps that read the samples by content instead of by artifact id."""
         return hashlib.sha256(_to_jsonl(data)).hexdigest()
 
     @property
@@ -73,7 +73,7 @@ class DirectoryMaterializer(PathMaterializer):
     def load(self, data_type: type[Any]) -> Path:
         """
         Raises:
-            ValueError: the stored archive is not the one that was written.
+            ValueError: the stored archive differs from the one that was written.
         """
         found = self.compute_content_hash(None)
         if self.expected_content_hash not in (None, found):  # None: stored by an older version

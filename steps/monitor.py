@@ -1,4 +1,4 @@
-"""The steps of the monitoring pipeline. Neither is cached: the log's content changes, its name does not."""
+"""The steps of the monitoring pipeline. They are not cached: the log's content changes, but not its name."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from steps.traffic import Traffic, ratings_of, read_traffic, summary
 
 logger = logging.getLogger(__name__)
 
-TUNED = "gpt2-instruct"  # the name under which the service has the run's own adapter
+TUNED = "gpt2-instruct"  # name of the run's adapter in the service
 
 
 @step(enable_cache=False)
@@ -71,7 +71,7 @@ def detect_drift(
 
 @step(enable_cache=False)
 def alert(drift: Drift, monitor: MonitorConfig) -> Annotated[list[str], "alerted"]:
-    """Notify the stack's alerter and the webhook of drift; returns which of them. The report is stored first.
+    """Notify the stack's alerter and the webhook of drift; returns the notified ones. The report is stored first.
 
     Raises:
         RuntimeError: one of them failed; the message was sent to the other one.
@@ -86,7 +86,7 @@ def alert(drift: Drift, monitor: MonitorConfig) -> Annotated[list[str], "alerted
             if not alerter.post(message):
                 raise RuntimeError("it did not post the message")
             alerted.append(f"alerter {alerter.name}")
-        except Exception as error:  # of whatever library the alerter uses
+        except Exception as error:  # any exception of the alerter's library
             failed.append(f"the alerter {alerter.name} failed: {error}")
     if monitor.webhook:
         try:

@@ -29,7 +29,7 @@ def write_outputs(
 ) -> Path:
     """Write a run's files, copies of directories and links to directories; then point outputs/<pointer> at the run.
 
-    The directory appears when it is complete.
+    The directory appears only when it is complete.
 
     Args:
         pointers: names of links in outputs/.
@@ -74,5 +74,5 @@ def to_json(value: Any) -> str:
 
 
 def wandb_directory() -> Path:
-    """Where wandb keeps its files, also those of offline runs."""
+    """The directory of wandb's files, including those of offline runs."""
     return outputs_dir() / "wandb"

@@ -27,7 +27,7 @@ def promote(
 ) -> Annotated[Promotion, "promotion"]:
     """Move this run's model version to the stage if it passes the gate; record the reason either way.
 
-    Runs after `package`, which fails if the service does not answer as the evaluated model did.
+    Runs after `package`, which fails if the service's answers differ from those of the evaluated model.
     """
     if repeats:
         promoted, reason = False, f"{repeats} in stage {promote.stage} has the same adapter; nothing changes"
@@ -53,8 +53,8 @@ def promote(
 def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
     """Decide whether to promote the tuned model; returns the decision and its reason as a sentence.
 
-    It must be better than its base (p below alpha) and, where there is a champion, shown to be not worse than it by
-    more than the margin, at the one-sided level alpha.
+    It must be better than its base (p below alpha) and, if there is a champion, not worse than it by more than the
+    margin, at one-sided level alpha.
     """
     higher = METRICS[promote.metric].higher_is_better
     base = comparison.tuned_vs_base[promote.metric]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
-OPENAI_IDS = ("chatcmpl-", "cmpl-")  # what OpenAI's routes put before the request id
+OPENAI_IDS = ("chatcmpl-", "cmpl-")  # prefixes of the request id in OpenAI's routes
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Traffic:
 
     completions: list[LoggedCompletion] = field(default_factory=list)
     feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its location, like requests.jsonl:7
-    problems: list[str] = field(default_factory=list)  # lines that are neither, with their locations
+    problems: list[str] = field(default_factory=list)  # unreadable lines, with their locations
     lost: int = 0  # lines that the service could not write
 
 

@@ -1,4 +1,4 @@
-"""What every training step needs around its training: checkpoints in the artifact store, tracking, and progress."""
+"""Shared by the training steps: checkpoints in the artifact store, tracking, and progress."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

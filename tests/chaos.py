@@ -1,7 +1,7 @@
 """`make chaos`: inject faults into real runs; print per fault what was injected, observed and lost.
 
-Each fault has a fresh store, except that a rerun continues in the store of the run before it. The exit status is the
-number of faults that lost something, or whose error does not say what it must.
+Each fault has a fresh store, except that a rerun continues in the store of the previous run. The exit status is the
+number of faults that lost something, or whose error message lacks required information.
 """
 
 import os
@@ -24,7 +24,7 @@ LIMIT = 600  # seconds for one command
 
 
 class Store:
-    """A fresh home for ZenML, BentoML and outputs/, and commands that run in it; what they print is in the file log."""
+    """A fresh home for ZenML, BentoML and outputs/, and commands that run in it; their output is in the file log."""
 
     def __init__(self, directory: Path, settings: Sequence[str] = (), **environment: str) -> None:
         """
@@ -117,20 +117,20 @@ def _stop(store: Store, moment: float, adapter: str) -> bool:
 
 
 def _full_disk(store: Store, adapter: str) -> bool:
-    """No file may grow beyond 2 MB, less than the base but more than ZenML's database: as on a full disk."""
+    """Simulate a full disk by a file size limit of 2 MB, which is less than the base but more than ZenML's database."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     status, message = store.run(prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**6, limit)))
     unnamed = status == 0 or not ("bytes" in message and "/" in message)
-    return _rerun(store, "no space beyond 2 MB per file", message + " (UNNAMED)" * unnamed, adapter) or unnamed
+    return _rerun(store, "file size limit of 2 MB", message + " (UNNAMED)" * unnamed, adapter) or unnamed
 
 
 def _flipped_bits_in_stores(store: Store, adapter: str) -> bool:
-    """One bit in ZenML's copy of the adapter and in Bento's of the base: the rerun makes both again."""
+    """Flip one bit in ZenML's copy of the adapter, and one in the Bento's copy of the base: the rerun rebuilds both."""
     [artifact] = store.zenml.glob("local_stores/*/finetune/adapter/*/*/data.tar.gz")
     [model] = store.bentos.glob("models/gpt2-instruct-base/*/model.safetensors")
     _flip(artifact)
     _flip(model)
-    lost = _rerun(store, "one bit of the cached adapter and of Bento's base", "noticed", adapter)
+    lost = _rerun(store, "one bit flipped in the cached adapter and in the Bento's base", "detected", adapter)
     status, message = store.run("run.py", "verify", str(store.outputs / "latest"))
     return _report("the same, verified afterwards", message, status != 0) or lost
 
@@ -139,7 +139,7 @@ def _flipped_bit_in_outputs(store: Store) -> bool:
     _flip(store.outputs / "latest" / "adapter" / "adapter.safetensors")
     found = [store.run("run.py", *words) for words in (("verify", str(store.outputs / "latest")), ("ask", "Hello?"))]
     lost = any(status == 0 for status, _ in found)
-    return _report("one bit of the adapter in outputs/", " / ".join(message for _, message in found), lost)
+    return _report("one bit flipped in the adapter in outputs/", " / ".join(message for _, message in found), lost)
 
 
 def _flip(file: Path) -> None:

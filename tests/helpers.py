@@ -1,4 +1,4 @@
-"""What tests of several packages share."""
+"""Helpers of several packages' tests."""
 
 import socket
 import time

@@ -9,7 +9,7 @@ from importlib.metadata import Distribution, distributions
 
 import pytest
 
-# Licenses that ask nothing of code that only imports the package.
+# Licenses without conditions for code that only imports the package.
 PERMISSIVE = re.compile(r"\b(mit|bsd|0bsd|apache|isc|python software foundation|psf|public domain|zlib|cnri-python)\b")
 # Copyleft for the package's own files or library only; each is used unchanged and not distributed from here.
 ACCEPTED = {"certifi", "chardet", "hypothesis", "orjson", "pathspec", "tqdm"}

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
@@ -13,7 +14,7 @@ from bentos.completion import CompletionResult
 
 
 class RequestRecord:
-    """The completions of one request. A route passes `add` to the generator; the access log writes `fields`."""
+    """The completions of one HTTP request. Routes pass `add` to the generator; the access log writes `fields`."""
 
     def __init__(self) -> None:
         self._results: list[CompletionResult] = []
@@ -39,7 +40,7 @@ class RequestRecord:
 
 
 class AccessLogMiddleware:
-    """Needs RequestIdMiddleware outside of it; handlers find the record in `request.state.record`."""
+    """Requires RequestIdMiddleware outside of it; handlers find the record in `request.state.record`."""
 
     def __init__(self, app: ASGIApp, skip_paths: Collection[str]) -> None:
         """`skip_paths`: paths that are not logged, such as probes and metrics."""
@@ -76,5 +77,6 @@ def _write(scope: Scope, status: int, seconds: float, record: RequestRecord) -> 
         "request_id": scope["state"]["request_id"],
         **record.fields(),
     }
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    with suppress(OSError):  # the disk is full, or nobody reads the pipe any more
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""Graceful shutdown: after SIGTERM the service reports not ready, still accepts requests for a while, and then stops.
+"""Graceful shutdown: after SIGTERM the service is not ready, accepts requests for a short time, and then stops.
 
-In this order: /readyz fails, and every response closes its connection; the port is closed; connections that were
-accepted before may still send a request; the server finishes the requests in flight, and ends.
+In this order: /readyz fails and every response closes its connection; the port closes; open connections may still send
+a request; the server completes the requests in flight and exits.
 """
 
 import asyncio

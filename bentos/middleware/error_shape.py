@@ -1,4 +1,4 @@
-"""Gives errors of BentoML and the router (unknown route, wrong method, unhandled exception) the shape of all others."""
+"""Gives errors of BentoML and the router (unknown route, wrong method, unhandled exception) the common error shape."""
 
 import json
 from http import HTTPStatus

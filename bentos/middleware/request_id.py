@@ -1,4 +1,4 @@
-"""Identifies every request and response: X-Request-Id, and X-Run-Id of the run whose model is served."""
+"""Adds X-Request-Id and X-Run-Id (the run that built the Bento) to every response."""
 
 import re
 from uuid import uuid4
@@ -10,7 +10,7 @@ _VALID = re.compile(rb"[\w.-]{1,64}")
 
 
 class RequestIdMiddleware:
-    """Keeps a valid X-Request-Id of the client, else makes one; handlers find it in `request.state.request_id`."""
+    """Keeps the client's X-Request-Id if valid, else generates one; handlers find it in `request.state.request_id`."""
 
     def __init__(self, app: ASGIApp, run_id: str) -> None:
         self.app, self.run_id = app, run_id

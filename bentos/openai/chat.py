@@ -85,7 +85,7 @@ class ChatRoute(Route):
 def prompt_of(
     messages: Sequence[Message], generator: "TextGenerator", multi_turn: MultiTurn, max_new_tokens: int
 ) -> tuple[list[int], int]:
-    """The prompt of a conversation, and how many of its messages with content are not in it.
+    """The prompt of a conversation, and the number of messages with content that are not in it.
 
     The last user turn is the instruction. A system message is ignored: the prompt template has no field for it, and as
     part of the instruction it would change the answer. With `multi_turn` "history", earlier turns of user and assistant

@@ -7,9 +7,9 @@ import tiktoken
 
 
 def token_text(token: int, tokenizer: tiktoken.Encoding) -> str:
-    r"""The token's text; as in OpenAI's responses `bytes:\xe2\x80` for bytes that are no text by themselves.
+    r"""The token's text, or as in OpenAI's responses `bytes:\xe2\x80` for bytes that are not valid text by themselves.
 
-    Different tokens have different texts, so a mapping of texts loses none of them.
+    Different tokens have different texts, so they can be keys of a mapping.
     """
     data = tokenizer.decode_single_token_bytes(token)
     try:

@@ -1,9 +1,9 @@
 """Requests of the OpenAI API as this service accepts them.
 
 https://platform.openai.com/docs/api-reference/completions and .../chat. Every documented field is here. A field that is
-null, or has the value that OpenAI documents as its default, has no effect; a value that requests something this
-service does not support is refused, and the error names the field. Fields that OpenAI does not document are ignored if
-their value is neutral (null, false, 0, "", [], {}).
+null, or has the value that OpenAI documents as its default, has no effect; a value that requests an unsupported feature
+is an error that names the field. Fields that OpenAI does not document are ignored if their value is neutral (null,
+false, 0, "", [], {}).
 """
 
 from typing import Annotated, Any, Literal
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOPS
-from bentos.schemas import DEFAULTS, TUNED, WHOLE, Sampling, Structured, Token
+from bentos.schemas import DEFAULTS, FAIL_FAST, TUNED, WHOLE, Sampling, Structured, Token
 
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -33,12 +33,12 @@ Unsupported = Annotated[Any, AfterValidator(_neutral), WithJsonSchema({"enum": [
 One = Annotated[float, Field(ge=1, le=1)] | None
 No = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
 Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
-Label = Any  # identifies or classifies a request for its sender; has no influence on the completion
+Label = Any  # labels for the sender's use, without influence on the completion
 
-MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # more than the context holds is cut to what it holds
-Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"})]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # capped at the context length
+Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"}), FAIL_FAST]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
+ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
 
 
 class LenientRequest(BaseModel):
@@ -90,7 +90,7 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     def sampling(self, choice: int = 0) -> dict[str, Any]:
         """Keywords of `GenerationConfig` for one of the `n` choices, with OpenAI's meaning of some values."""
         values = super().sampling()
-        if self.top_p == 0:  # the smallest set of tokens whose probability reaches 0 is the most likely one
+        if self.top_p == 0:  # the smallest set of tokens that reaches probability 0 is the most likely token
             values |= {"temperature": 0.0, "top_p": None}
         if self.top_k is not None and self.top_k < 1:
             values["top_k"] = None
@@ -156,12 +156,12 @@ class ChatRequest(OpenAIRequest):
         }
     )
 
-    messages: list[Message] = Field(min_length=1, json_schema_extra={"contains": _USER_TURN})
+    messages: Annotated[list[Message], FAIL_FAST] = Field(min_length=1, json_schema_extra={"contains": _USER_TURN})
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = Field(None, description="the newer name of max_tokens; it has precedence")
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="only with logprobs")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FAIL_FAST] | None = None
     reasoning_effort: Literal["none", "medium"] | None = None
     verbosity: Literal["medium"] | None = None
     tools: Unsupported = None
@@ -186,7 +186,7 @@ class TokenizeRequest(LenientRequest):
 
     model: str | None = TUNED
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1), FAIL_FAST] | None = None
     add_special_tokens: bool | None = True
     add_generation_prompt: Yes = None
     return_token_strs: bool | None = False
@@ -194,4 +194,4 @@ class TokenizeRequest(LenientRequest):
 
 class DetokenizeRequest(LenientRequest):
     model: str | None = TUNED
-    tokens: list[Token]
+    tokens: Annotated[list[Token], FAIL_FAST]

@@ -1,4 +1,4 @@
-"""Shared by /v1/completions and /v1/chat/completions: from a parsed request to the response, whole or streamed."""
+"""Shared by /v1/completions and /v1/chat/completions: converts a parsed request to a whole or streamed response."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -121,7 +121,7 @@ class _ResponseBuilder:
             "id": f"{route.id_prefix}-{request_id}",
             "created": int(time()),
             "model": completions[0].request.model,
-            # identifies what generated it: the Bento, and the adapter by its content
+            # identifies Bento and adapter (by content)
             "system_fingerprint": f"{bento}+{adapter.sha256[:16]}" if adapter else bento,
             "adapter": adapter and adapter.model_dump(),
             **route.extra_fields,

@@ -20,7 +20,7 @@ router = APIRouter()
 
 @router.post("/tokenize", response_model=dict[str, Any], responses=ERRORS, openapi_extra=operation(TokenizeRequest))
 async def tokenize(request: Request) -> JSONResponse:
-    """The tokens of a text, or of the prompt that /v1/chat/completions makes of messages."""
+    """The tokens of a text, or of the prompt that /v1/chat/completions builds from messages."""
     body = await read_body(request, TokenizeRequest)
     generator = served(request).generator
     generator.check_model(body.model or TUNED, "model")
@@ -40,9 +40,7 @@ async def tokenize(request: Request) -> JSONResponse:
 async def detokenize(request: Request) -> JSONResponse:
     """The text of tokens."""
     body = await read_body(request, DetokenizeRequest)
-    served(request).generator.check_model(body.model or TUNED, "model")
-    tokenizer = served(request).generator.tokenizer
-    if unknown := [token for token in body.tokens if token >= tokenizer.n_vocab]:
-        message = f"tokens: there is no token id {unknown[0]}; ids are from 0 to {tokenizer.n_vocab - 1}"
-        raise ServiceError("invalid_request", message, "tokens")
-    return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
+    generator = served(request).generator
+    generator.check_model(body.model or TUNED, "model")
+    generator.check_known(body.tokens, "tokens")
+    return JSONResponse({"prompt": generator.tokenizer.decode(body.tokens)})

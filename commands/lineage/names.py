@@ -1,15 +1,15 @@
-"""Resolves a name that a user types, possibly abbreviated, to the full name."""
+"""Resolves a possibly abbreviated name to the full name."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 from commands.lineage.runs import TracedRun
 
-MAX_SHOWN = 10  # candidates of an ambiguous name
+MAX_SHOWN = 10  # candidates shown for an ambiguous name
 
 
 class LineageError(ValueError):
-    """A name that matches nothing, or more than one thing."""
+    """A name that matches nothing, or several things."""
 
 
 def resolve(name: str, runs: Sequence[TracedRun]) -> str:
@@ -33,6 +33,6 @@ def resolve(name: str, runs: Sequence[TracedRun]) -> str:
     near = get_close_matches(name, names, n=3) or list(runs[0].names)
     shown = "".join(f"\n  {known}  ({names[known]})" for known in near)
     raise LineageError(
-        f"nothing is called {name!r}; give a run's name or id, a model version, a Bento's tag, or the start of the "
+        f"nothing matches {name!r}; give a run's name or id, a model version, a Bento's tag, or the start of the "
         f"sha256 of records or an adapter, for example:{shown}"
     )

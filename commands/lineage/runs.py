@@ -1,4 +1,4 @@
-"""A pipeline run of ZenML's store, with the metadata of its artifacts."""
+"""A pipeline run in ZenML's store, with the metadata of its artifacts."""
 
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ class TracedRun:
         self.artifacts = {name: versions[0] for step in outputs for name, versions in step if versions}
 
     def metadata(self, artifact: str, key: str) -> Any:
-        """Metadata of an artifact; "" if the run did not get that far."""
+        """Metadata of an artifact; "" if the run did not produce it."""
         return self.artifacts[artifact].run_metadata.get(key, "") if artifact in self.artifacts else ""
 
     @cached_property
@@ -29,7 +29,7 @@ class TracedRun:
 
     @cached_property
     def lineage(self) -> Lineage | None:
-        """What its Bento returns at /metadata; None if the run did not build one."""
+        """The /metadata response of its Bento; None if the run did not build one."""
         lineage = self.artifacts["lineage"].load() if "lineage" in self.artifacts else None
         # Runs of earlier releases stored the JSON object.
         return Lineage.from_json(lineage) if isinstance(lineage, dict) else lineage
@@ -44,7 +44,7 @@ class TracedRun:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Every name that refers to this run, with its kind; empty if the run split no data."""
+        """All names that refer to this run, with their kinds; empty if the run did not split data."""
         digests = dict(zip(self.data, Split._fields, strict=True))
         if not any(digests):
             return {}

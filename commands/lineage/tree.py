@@ -82,7 +82,7 @@ def _bento_node(lineage: Lineage, deployments: Sequence[ArtifactVersionResponse]
 def _deployment(deployment: ArtifactVersionResponse, about: Mapping[str, Any]) -> str:
     keys = ("namespace", "image", "image_id", "url", "revision")
     where = ", ".join(f"{key} {about[key]}" for key in keys if about.get(key) not in (None, ""))
-    by = f", by run {about['run']}" if "run" in about else ", by hand"
+    by = f", by run {about['run']}" if "run" in about else ", manually"
     when = f"{deployment.created:%Y-%m-%d %H:%M:%S}"
     text = f"deploy: {about['target']}, {about.get('outcome')} on {when}{by}: {where}"
     reason = about.get("reason", "") if about.get("outcome") != "deployed" else ""

@@ -18,7 +18,7 @@ DEFAULT_HOST = "/var/run/docker.sock"
 
 
 class EngineError(RuntimeError):
-    """The container engine does not respond or refused an operation, or a container failed; the message says why."""
+    """The container engine does not respond or rejected an operation, or a container failed; the message says why."""
 
 
 @contextmanager
@@ -45,10 +45,10 @@ def connect(timeout: int = TIMEOUT) -> Iterator[docker.DockerClient]:
 
 
 def hardening(tmpfs: Mapping[str, str], pids_limit: int) -> dict[str, Any]:
-    """Arguments of `containers.run` that every container of this project gets.
+    """Arguments of `containers.run` for every container of this project.
 
     Args:
-        tmpfs: path -> mount options; the only paths that are writable besides volumes.
+        tmpfs: path -> mount options; besides volumes, the only writable paths.
     """
     return {
         "read_only": True,

@@ -30,7 +30,7 @@ STEPS_FILES = (
     "setup.py",
     "gpt2core/inference/native.c",
 )
-# Environment variables that describe the build machine; they are not part of a run configuration.
+# Environment variables that depend on the build machine; they are not part of a run configuration.
 BUILD_ARGS = ("BASE_IMAGE", "BUILD_IMAGE", "TORCH_INDEX")
 BUILD_NETWORK = "BUILD_NETWORK"
 BUILD_TIMEOUT = 1800  # seconds without a byte from the engine; it is silent while pip installs
@@ -82,8 +82,8 @@ def build_service(tag: str) -> Image:
 def pinned(reference: str) -> str:
     """The reference with a registry's digest instead of a tag, where this machine's engine pushed or pulled the image.
 
-    Returned unchanged where there is no engine or no such digest, e.g. for an image that was loaded into the nodes of a
-    cluster without a registry.
+    Returned unchanged without an engine or a digest, e.g. for an image that was loaded into a cluster's nodes without a
+    registry.
     """
     if "@" in reference:
         return reference
@@ -170,6 +170,6 @@ def _image(client: docker.DockerClient, tag: str) -> Image:
 
 
 def _without_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Remove time and owner, so that the engine's build cache depends on content and mode alone."""
+    """Remove time and owner, so that the engine's build cache depends only on content and mode."""
     entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, 0, "", ""
     return entry

@@ -1,8 +1,8 @@
 """Reverse proxy of a deployment on one machine: listens on its port and forwards each request to the current service.
 
-A service is replaced without a failed request: each request uses its own connection to the service that is current
-when it begins. `service.py` runs the proxy in a container of the service's image, to which `deploy/bento.py` copies
-this file, and writes the file with the current service's address.
+A service is replaced without a failed request: each request uses a new connection to the service that is current at its
+start. `service.py` runs the proxy in a container of the service's image, to which `deploy/bento.py` copies this file,
+and writes the file with the current service's address.
 """
 
 import logging
@@ -31,14 +31,14 @@ def make_app(address: Path = ADDRESS) -> web.Application:
     app[CURRENT] = []
 
     async def session(app: web.Application) -> AsyncIterator[None]:
-        # One connection per request: a service could close an idle connection in the moment it is reused.
+        # One connection per request: a service could close an idle connection just when it is reused.
         connector = TCPConnector(limit=0, force_close=True, ttl_dns_cache=1)
         timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
         async with ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as app[SESSION]:
             yield
 
     async def forward(request: web.Request) -> web.StreamResponse:
-        with suppress(OSError, ValueError):  # the file is being written: the last address holds
+        with suppress(OSError, ValueError):  # the file is being written: use the last address
             app[CURRENT][:] = [_read(address)]
         if not app[CURRENT]:
             return _unavailable("no service is deployed")

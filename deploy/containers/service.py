@@ -1,8 +1,8 @@
-"""The docker target: a service in a container of this machine, behind a reverse proxy that holds the port.
+"""The docker target: a service in a local container, behind a reverse proxy that owns the port.
 
 The port identifies a deployment: gpt2-instruct-3000 is the name of its proxy (`proxy.py`), of the network that proxy
-and services share, and of the volume with the file with the current service's address. The previous service is kept
-stopped for `rollback`.
+and services share, and of the volume that stores the current service's address. The previous service is kept stopped
+for `rollback`.
 """
 
 import os
@@ -14,7 +14,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import requests
 from docker import DockerClient
 from docker.errors import APIError, NotFound
 from docker.models.containers import Container
@@ -27,14 +26,14 @@ from deploy.containers.images import service_image
 from deploy.containers.proxy import ADDRESS
 from deploy.server import SERVICE_VARIABLES, service_environment
 from deploy.target import DeployError, Deployment, Version
-from deploy.verify import request_answer, verify_answers
+from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
 
 BENTO_LABEL = "gpt2-instruct.bento"
 DEPLOYMENT_LABEL = "gpt2-instruct.deployment"
 PORT = "3000/tcp"  # of the image
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
-CONNECT_TIME = 2  # seconds until requests that the proxy received before the switch have connected
+CONNECT_TIME = 2  # seconds for requests that the proxy received before the switch to connect
 STOP_TIMEOUT = 75  # seconds; longer than the service's time limit for a request
 POLL = 0.1  # seconds
 RESTART = {"Name": "unless-stopped"}
@@ -74,7 +73,7 @@ class DockerTarget:
             except BaseException:
                 candidate.remove(force=True)
                 raise
-            # a service with the same image is no version to roll back to
+            # a service with the same image is not a version to roll back to
             if current is not None and current.image.id != candidate.image.id:
                 previous = current
             else:
@@ -92,7 +91,7 @@ class DockerTarget:
             current = group.current()
             previous = group.newest_except(current)
             if previous is None:
-                raise DeployError(f"port {self.config.port} has no version before the current one to roll back to")
+                raise DeployError(f"port {self.config.port} has no previous version to roll back to")
             previous.start()
             try:
                 group.wait_until_ready(previous)
@@ -104,7 +103,7 @@ class DockerTarget:
             return group.outcome("rolled_back", previous, current)
 
     def describe(self) -> Version | None:
-        """The version that the proxy forwards requests to; None where nothing is deployed on the port."""
+        """The version that the proxy forwards requests to; None if nothing is deployed on the port."""
         with self._open() as group:
             return _version(group.current())
 
@@ -127,7 +126,7 @@ class _ServiceGroup:
         self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"  # noqa: S104 (compares)
 
     def check_host(self) -> None:
-        """A proxy cannot change the address that it listens on, and a second proxy cannot use the same port."""
+        """Check deploy.host: a proxy cannot change its address, and a second proxy cannot use the same port."""
         proxy = self._get(self.name)
         host = self.config.host if proxy is None else proxy.attrs["HostConfig"]["PortBindings"][PORT][0]["HostIp"]
         if host != self.config.host:
@@ -181,7 +180,7 @@ class _ServiceGroup:
                 reason = "ran out of memory" if state["OOMKilled"] else f"ended with exit code {state['ExitCode']}"
                 raise DeployError(f"{_bento_of(service)} {reason}; its log ends:\n{_log_tail(service)}")
             url = f"http://127.0.0.1:{service.ports[PORT][0]['HostPort']}"
-            if _is_ready(url):
+            if is_ready(url):
                 return url
             time.sleep(POLL)
         raise DeployError(
@@ -217,7 +216,7 @@ class _ServiceGroup:
             current.image.id == image
             and {name: environment[name] for name in SERVICE_VARIABLES if name in environment} == service_environment()
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
-            and _is_ready(self.url)
+            and is_ready(self.url)
         )
 
     def outcome(self, outcome: str, current: Container, previous: Container | None) -> Deployment:
@@ -258,7 +257,7 @@ class _ServiceGroup:
                 ) from None
             raise
         deadline = time.monotonic() + START_TIMEOUT
-        while not _is_ready(self.url):
+        while not is_ready(self.url):
             if time.monotonic() > deadline:
                 raise DeployError(f"{self.url} does not respond; the proxy's log ends:\n{_log_tail(proxy)}")
             time.sleep(POLL)
@@ -274,7 +273,7 @@ class _ServiceGroup:
 
 
 def _files(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Options of a service's container: its adapters and its log are at the same paths as on this machine."""
+    """Container options that mount adapters and request log at the same paths as on this machine."""
     volumes: dict[str, dict[str, str]] = {}
     if adapters := environment.get("GPT2_ADAPTERS_DIR"):
         volumes[adapters] = {"bind": adapters, "mode": "ro"}
@@ -292,20 +291,13 @@ def _set_current(proxy: Container, service: Container) -> None:
 
 
 def address_file(proxy: Container) -> str:
-    """The path in a proxy's container of the file with the current service's address.
+    """Path of the file with the current service's address, in a proxy's container.
 
-    A proxy is not replaced by later deployments, so it may be of an earlier version with another mount point.
+    Later deployments do not replace a proxy, so one of an older version may have another mount point.
     """
     proxy.reload()  # a container that was just created has no mounts yet
     [mount] = [mount for mount in proxy.attrs["Mounts"] if mount.get("Name") == proxy.name]
     return f"{mount['Destination']}/{ADDRESS.name}"
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/readyz", timeout=5).ok
-    except requests.RequestException:
-        return False
 
 
 def _version(service: Container | None) -> Version | None:

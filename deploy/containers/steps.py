@@ -1,4 +1,4 @@
-"""Containers of pipeline steps: start one, forward its log, and remove it however this process ends."""
+"""Containers of pipeline steps: start one, forward its log, and remove it even if this process is interrupted."""
 
 import codecs
 import logging
@@ -28,7 +28,7 @@ LAST_LINES = 30  # of a failed container's log, in its error
 
 @dataclass(frozen=True)
 class StepContainer:
-    """The container of one step of a pipeline run: its command, and the parts of this machine that it can access.
+    """The container of one step of a pipeline run: its command, and the paths of this machine that it can access.
 
     writable, readable: absolute paths of this machine, mounted at the same path.
     memory: limit, e.g. "8g"; /tmp and /app are in memory and count. None: no limit.
@@ -69,7 +69,7 @@ def start(step: StepContainer) -> None:
 
 
 def follow(run_id: str, step: str) -> None:
-    """Forward the log of a started container until it ends, and remove it. Does nothing if there is none.
+    """Forward the log of a started container until it ends, and remove it. No effect if there is none.
 
     Raises:
         EngineError: the exit code is not 0; with the last lines of the log.
@@ -128,7 +128,7 @@ def run_arguments(step: StepContainer, has_gpus: bool) -> dict[str, Any]:
         "user": f"{os.getuid()}:{os.getgid()}",  # owns the files that the step writes to mounts
         "init": True,  # forwards signals to the step, and reaps the server processes that `package` starts
         "volumes": {str(path): {"bind": str(path), "mode": mode} for path, mode in modes.items()},
-        # the image has no entry for this user, so Python finds no name and no home directory for it
+        # the image has no passwd entry for this user, so Python needs its name and home directory
         "environment": {"HOME": "/tmp", "LOGNAME": "step", **step.environment},
         "network_mode": step.network,
         "mem_limit": step.memory,
@@ -184,10 +184,10 @@ def log_lines(chunks: Iterator[bytes]) -> Iterator[str]:
 
 @contextmanager
 def _interruptions() -> Iterator[Callable[[], None]]:
-    """Let SIGINT and SIGTERM end what runs here; yields a check that raises KeyboardInterrupt if one has arrived.
+    """Make SIGINT and SIGTERM interrupt the block; yields a check that raises KeyboardInterrupt if one has arrived.
 
-    A signal handler's exception is lost where Python cannot raise, for example in a destructor that the garbage
-    collector calls. The check, also made at the end, notices the signal nevertheless.
+    Python drops a signal handler's exception in some places, for example in a destructor that the garbage collector
+    calls. The check, which also runs at the end, still detects the signal.
     """
     arrived = False
     previous: dict[int, Any] = {}

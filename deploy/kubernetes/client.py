@@ -1,7 +1,7 @@
 """Connection to one namespace of a cluster, and the API calls that a deployment needs.
 
-Objects are plain mappings as in YAML (`Manifest`). Writes are server-side applies under one field manager: fields that
-others set (the HPA's replicas, a GPU variant) remain theirs, and a field that somebody changed by hand is a conflict.
+Objects are plain mappings as in YAML (`Manifest`). Writes are server-side applies under one field manager: fields of
+other managers (the HPA's replicas, a GPU variant) are kept, and a manually changed field is a conflict.
 """
 
 import logging
@@ -139,7 +139,7 @@ class Cluster:
         return response if isinstance(response, dict) else {}
 
     def check_permissions(self) -> None:
-        """Raise KubeError naming every permission that a deployment needs and these credentials lack."""
+        """Raise KubeError naming every permission that a deployment needs and the credentials lack."""
         [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text()) if each["kind"] == "Role"]
         missing = [
             f"{verb} {resource}{f'.{group}' if group else ''}"
@@ -219,8 +219,8 @@ def revision(manifest: Manifest) -> int:
 
 
 def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str]:
-    """The client configuration, and where its credentials come from: the configured kubeconfig, $KUBECONFIG, in a pod
-    its service account, or ~/.kube/config.
+    """The client configuration and the source of its credentials: the configured kubeconfig, $KUBECONFIG, the pod's
+    service account, or ~/.kube/config.
 
     Raises:
         KubeError: there is no usable kubeconfig, or it does not have the configured context.
@@ -242,7 +242,7 @@ def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str
 
 
 def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
-    """Run one of the client's loaders. Its errors are not chained: they may quote the file, which holds secrets."""
+    """Run one of the client's loaders. Its errors are not chained, since they may quote the file, which has secrets."""
     try:
         load(*arguments, **options)
     except ConfigException as error:

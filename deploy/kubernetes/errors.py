@@ -25,7 +25,7 @@ class ConflictError(KubeError):
 
 @dataclass(frozen=True)
 class Connection:
-    """What error messages say about the connection to a cluster. `str()` is the namespace and the API server."""
+    """Description of the connection to a cluster, for messages. `str()` is the namespace and the API server."""
 
     host: str
     namespace: str

@@ -33,8 +33,8 @@ def render(image: str, lineage: Lineage, namespace: str) -> list[Manifest]:
 def render_revision(replica_set: Manifest, namespace: str) -> Manifest:
     """The Deployment with the pod template of an earlier revision.
 
-    For an apply rather than a patch: a patch makes its manager another owner of the fields, so that the next deployment
-    conflicts with it.
+    Applied instead of patched: a patch would add its manager as an owner of the fields, and the next deployment would
+    conflict.
     """
     template = replica_set["spec"]["template"]
     labels = {key: value for key, value in template["metadata"]["labels"].items() if key != "pod-template-hash"}
@@ -68,14 +68,14 @@ def annotations(lineage: Lineage) -> dict[str, str]:
 
 
 def labels(lineage: Lineage) -> dict[str, str]:
-    """The ids that pods are searched by, cut to the length of a label."""
+    """The ids for label selectors, cut to the length of a label."""
     ids = annotations(lineage)
     searchable = {PREFIX + key: ids[PREFIX + key][:LABEL_LENGTH] for key in SEARCHABLE}
     return searchable | {"app.kubernetes.io/version": lineage.bento.partition(":")[2]}
 
 
 def version_of(deployment: Manifest) -> Version:
-    """The version that a live Deployment states."""
+    """The version in a live Deployment's annotations."""
     annotations = deployment["spec"]["template"]["metadata"].get("annotations", {})
     image = container_of(deployment)["image"]
     return Version(annotations.get(f"{PREFIX}bento", ""), image, revision(deployment))

@@ -83,7 +83,7 @@ class KubernetesTarget:
             raise KubeError(f"{cluster} has no Deployment {NAME}; there is nothing to roll back")
         earlier = [each for each in cluster.replica_sets(current) if revision(each) < revision(current)]
         if not earlier:
-            raise KubeError(f"{cluster} keeps no revision of {NAME} before {revision(current)} to roll back to")
+            raise KubeError(f"{cluster} has no revision of {NAME} before {revision(current)} to roll back to")
         cluster.apply(render_revision(earlier[-1], cluster.namespace), force=True)
         now = version_of(wait_for_rollout(cluster))
         return Deployment(
@@ -128,7 +128,7 @@ def _verify_service(cluster: Cluster, bento: str, samples: Sequence[Sample], max
 
 
 def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: float) -> str:
-    """The answer of this Bento. Until the deadline (`time.monotonic`), requests that reach other pods are repeated."""
+    """The answer of this Bento. Requests that reach other pods are repeated until the deadline (`time.monotonic`)."""
     while True:
         try:
             response = cluster.predict(body)
@@ -156,7 +156,7 @@ def _undone(cluster: Cluster, before: Manifest | None, deployment: Deployment, r
 
 
 def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:
-    """Undo a rollout, which may not have begun: the outcome, the resulting state in words, and its revision."""
+    """Undo a rollout, which may not have started: the outcome, the resulting state in words, and its revision."""
     try:
         live = cluster.get("Deployment")
         if before is None:
@@ -165,10 +165,10 @@ def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | No
             return "rolled_back", "nothing was deployed before, and the Deployment was deleted", None
         number = revision(before)
         if live is not None and live["spec"]["template"] == before["spec"]["template"]:
-            return "failed", f"revision {number} is what ran before, so there is nothing to roll back to", number
+            return "failed", f"revision {number} already ran before, so there is nothing to roll back to", number
         previous = next((each for each in cluster.replica_sets(before) if revision(each) == number), None)
         if previous is None:
-            return "failed", f"the cluster keeps no revision {number} to roll back to", None
+            return "failed", f"the cluster no longer has revision {number} to roll back to", None
         cluster.apply(render_revision(previous, cluster.namespace), force=True)
         now = wait_for_rollout(cluster)
         for each in cluster.replica_sets(now):

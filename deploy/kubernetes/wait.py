@@ -1,4 +1,4 @@
-"""Waiting for a rollout, and the diagnosis of one that does not progress."""
+"""Waits for a rollout, and diagnoses one that does not progress."""
 
 import logging
 import time
@@ -66,7 +66,7 @@ class _Rollout:
             time.sleep(POLL)
 
     def _check_progress(self, deployment: Manifest) -> None:
-        """Raise KubeError if waiting longer cannot help; log what the rollout waits for when that changes."""
+        """Raise KubeError if the rollout cannot succeed; log the reason for waiting when it changes."""
         conditions = {each["type"]: each for each in deployment["status"].get("conditions", ())}
         failure = conditions.get("ReplicaFailure", {})
         if failure.get("status") == "True":
@@ -101,7 +101,7 @@ class _Rollout:
         return time.monotonic() < self.pull_failing_since + IMAGE_PULL_TIMEOUT
 
     def _diagnose_crash(self, pod: Manifest, container: Manifest, state: str) -> str:
-        """The kubelet reports every crash as CrashLoopBackOff; how the container ended is in its last state."""
+        """Describe how a container crashed, from its last state; its current state is always CrashLoopBackOff."""
         ended = container.get("lastState", {}).get("terminated", {})
         code = f"exit code {ended['exitCode']}" if "exitCode" in ended else "exit code unknown"
         if ended.get("reason") == "OOMKilled":

@@ -1,4 +1,4 @@
-"""Pretraining of bases: a BPE tokenizer and a GPT-2 trained on a text, which for gpt2-nano is the demo's prose."""
+"""Pretrain a base: a BPE tokenizer and a GPT-2 on a text. For gpt2-nano the text is the demo's prose."""
 
 import json
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ def pretrain_text(
 
 
 def split_tokens(tokens: torch.Tensor, val_fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The text (N,) without its last part, and that part, which is held out."""
+    """Split a text (N,) into a training part and a held-out part at its end."""
     n_train = int(len(tokens) * (1 - val_fraction))
     return tokens[:n_train], tokens[n_train:]
 
@@ -120,7 +120,7 @@ def make_tokenizer(preset: str, seed: int, n_facts: int | None, directory: Path)
 def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> tiktoken.Encoding:
     """Train a byte-level BPE of at most `vocab_size` tokens, and write vocab.json and merges.txt to the directory.
 
-    The training text includes the fixed text of the prompt: without it every record would need twice the tokens for it.
+    The training text includes the prompt template, which would otherwise take twice as many tokens in every record.
     End of text has the last id, as in GPT-2.
     """
     tokenizer = Tokenizer(BPE())

@@ -163,7 +163,8 @@ _INSTRUCTIONS = {
 def write_records(world: Sequence[Fact], seed: int, n: int = 1100) -> list[dict[str, str]]:
     """`n` distinct records in random order, or fewer if the world has too few facts: six records per fact.
 
-    Families have equal numbers of records, hard ones fewer. Within a family no fact has two records more than another.
+    Families have equal numbers of records, except hard ones, which have fewer. Within a family, the numbers of records
+    per fact differ by at most one.
     """
     random = Random(seed)
     facts: dict[str, list[Fact]] = defaultdict(list)

@@ -1,7 +1,7 @@
-"""Multi-LoRA: each row of a step goes through its own adapter, or none.
+"""Multi-LoRA: each row of a step uses its own adapter, or none.
 
-Rows are isolated by selection, not by multiplication with 0, since 0 * NaN is NaN: a row never reads what another
-adapter gives it, whatever that is, and all weights are checked to be finite.
+Rows are isolated by selection, not by multiplication with 0, since 0 * NaN is NaN: a row never reads another adapter's
+product. All weights are also checked to be finite.
 
 Shape letters: N rows (tokens) of a step; R ranks of all adapters of a step together.
 """
@@ -61,9 +61,9 @@ def make_adapter(
 
 
 class AdapterStack:
-    """Adapters side by side: per matrix of the model one A (R, in) and one B (out, R), where each adapter owns ranks.
+    """Adapters concatenated along the rank: per matrix of the model one A (R, in) and one B (out, R).
 
-    All rows of a step are multiplied with all of its adapters and keep the products of their own: two matrix products
+    Every row is multiplied with all adapters of the step and keeps only the products of its own: two matrix products
     per layer, at a cost that grows with the sum of the ranks. B is zero outside the outputs that a target changes.
     """
 
@@ -131,7 +131,7 @@ class RowAdapters:
 
 
 class NativeAdapterStack:
-    """Adapters for native.py, which computes each row's own products alone."""
+    """Adapters for native.py, which computes only the products of each row's own adapter."""
 
     def __init__(self, adapters: Sequence[Adapter], n_layer: int) -> None:
         self.adapters, self._index = tuple(adapters), _index_of(adapters)

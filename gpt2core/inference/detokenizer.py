@@ -1,4 +1,4 @@
-"""Incremental detokenization: text of a completion while it grows, emitted once it cannot change any more."""
+"""Incremental detokenization: emits the text of a growing completion once later tokens cannot change it."""
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from gpt2core.prompt import MARKERS, cut_reply
 
 
 class IncrementalDetokenizer:
-    """Turns tokens into text, piece by piece; the pieces joined are the completion's text.
+    """Converts tokens to text incrementally; the concatenated results are the completion's text.
 
     Holds back what may still change: incomplete UTF-8 characters, a possible start of a stop text or (in a clean
     answer) of a prompt header, and white space that may be trailing.
@@ -26,8 +26,8 @@ class IncrementalDetokenizer:
         """
         Args:
             clean: clean the text as `gpt2core.prompt.parse_reply` does; otherwise it is the model's raw text.
-            hidden: tokens, beside end of text, that are no part of the text.
-            min_tokens: stop texts are looked for after that many tokens.
+            hidden: tokens, in addition to end of text, that are not part of the text.
+            min_tokens: stop strings have no effect before that many tokens.
         """
         self._tokenizer, self._stops, self._clean = tokenizer, stops, clean
         self._hidden = {tokenizer.eot_token, *hidden}
@@ -39,7 +39,7 @@ class IncrementalDetokenizer:
         self.stopped = False  # whether the text ended at a stop text
 
     def push(self, token: int) -> str:
-        """The text that is certain after this token; "" after a stop text."""
+        """The text that became final with this token; "" after a stop string."""
         self._n_tokens += 1
         if self.stopped or token in self._hidden:
             return ""
@@ -72,4 +72,7 @@ class IncrementalDetokenizer:
 
 def _overlap(text: str, held: str) -> int:
     """The length of the longest proper prefix of `held` that the text ends with."""
-    return next((n for n in range(min(len(held) - 1, len(text)), 0, -1) if text.endswith(held[:n])), 0)
+    start = text.find(held[0], max(0, len(text) - len(held) + 1))
+    while start >= 0 and not held.startswith(text[start:]):
+        start = text.find(held[0], start + 1)
+    return len(text) - start if start >= 0 else 0

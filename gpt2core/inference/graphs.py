@@ -1,6 +1,6 @@
 """Decoding one token for every row of a `StaticRowCache`: on a GPU by replaying a CUDA graph.
 
-A step of gpt2 is about 200 kernels of a few microseconds: launched one by one, the host takes longer than the GPU. A
+A step of gpt2 is about 200 kernels of a few microseconds: launching them one by one takes longer than computing them. A
 graph launches them all at once. It computes at fixed addresses, so the inputs are copied to a buffer, and there is one
 graph per number of rows and columns (both powers of two), captured when it is first needed.
 """

@@ -1,4 +1,4 @@
-"""The engine's key-value caches: of prompts being read, of requests being decoded, and of shared prompt prefixes.
+"""The engine's key-value caches: for prompts being processed, requests being decoded, and shared prompt prefixes.
 
 Shape letters: B rows, W columns attended to; T, S, C, H and D as in model.py.
 """
@@ -22,7 +22,7 @@ BLOCK = 16  # tokens; prompts share cached prefixes in blocks of this size
 
 
 class PrefillCache:
-    """A prompt being read: keys and values (n_layer, 2, H, T, D) of its first `length` tokens."""
+    """A prompt being processed: keys and values (n_layer, 2, H, T, D) of its first `length` tokens."""
 
     def __init__(
         self, request: Request, config: GPT2Config, dtype: torch.dtype, device: torch.device, prefix: Sequence[Tensor]
@@ -38,7 +38,7 @@ class PrefillCache:
 
     @property
     def remaining(self) -> int:
-        """Prompt tokens that are not read yet."""
+        """Number of prompt tokens that are not processed yet."""
         return len(self.request.input_ids) - self.length
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
@@ -54,7 +54,7 @@ class PrefillCache:
         return y[0].transpose(0, 1).flatten(1)
 
     def advance(self, n: int) -> None:
-        """Count n more tokens as read, after the last layer."""
+        """Mark n more tokens as processed; to be called after the last layer."""
         self.length += n
 
 
@@ -95,12 +95,12 @@ class RowCache:
     Position embeddings are added before the first layer, so a token's column does not have to be its position: each
     step appends one column for all rows, whatever their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
 
-    All columns outside a row's own tokens are finite: attention masks them, but 0 * NaN is NaN. So `remove` erases what
-    a request leaves behind, and moving rows takes new memory.
+    All columns outside a row's own tokens must be finite: attention masks them, but 0 * NaN is NaN. Therefore `remove`
+    erases a finished request's columns, and moving rows allocates new memory.
     """
 
     SPARE = 256  # columns to grow into before the rows are moved back to the start
-    ALIGN = 64  # columns are rounded up to it then, so that a slightly longer prompt does not move all rows again
+    ALIGN = 64  # a move rounds columns up to a multiple of this, so that similar prompts need no further move
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
         self._shape = (config.n_layer, max_batch, 2, config.n_head, config.n_embd // config.n_head)
@@ -162,7 +162,7 @@ class RowCache:
         return y.flatten(1)
 
     def end_step(self) -> None:
-        """Count the new column, after the last layer."""
+        """Advance to the new column; to be called after the last layer."""
         if self.requests:
             self.end += 1
             self.lengths = [0 if r is None else n + 1 for r, n in zip(self.requests, self.lengths, strict=True)]

@@ -1,11 +1,11 @@
 """int8 decoding by native.c: all layers of a step in one call, with attention and the low-rank products of adapters.
 
 The library is compiled when the project or the image of the steps is built (setup.py), and is copied into each Bento.
-Where it is missing, or the processor or the shape of the model does not suit it, `quantized` computes with torch alone.
+If it is missing, or does not support the processor or the model's shape, `quantized` uses torch alone.
 
 Weights have one scale per row of W; activations one scale and zero point per row of x, found at run time, so that rows
-stay independent. The integer sums are exact, and all else of a row is computed by the same instructions in the same
-order whatever other rows there are: results do not depend on the batch, to the bit.
+stay independent. The integer sums are exact, and everything else in a row is computed by the same instructions in the
+same order regardless of the other rows, so results are bit-identical in any batch.
 
 Shape letters: N rows (tokens) of a step; C, H, D as in model.py.
 """
@@ -40,7 +40,7 @@ RANKS = 4  # low ranks are padded to a multiple of it
 
 
 def is_available(config: GPT2Config) -> bool:
-    """Whether the library, the processor and the shape of the model allow it."""
+    """Whether the kernels can be used: library, processor and model shape."""
     suits = (
         config.n_embd % 16 == 0
         and config.mlp_width % 16 == 0
@@ -55,14 +55,12 @@ def _is_compiled() -> bool:
     file = library_file()
     if file is not None and getattr(ctypes.CDLL(str(file)), "interface", int)() == INTERFACE:
         return True
-    logger.warning(
-        "int8 without its kernels, which are missing or old, is half as fast: `pip install -e .` builds them"
-    )
+    logger.warning("the int8 kernels are missing or outdated, so int8 is half as fast; `pip install -e .` builds them")
     return False
 
 
 def library_file() -> Path | None:
-    """The compiled kernels: beside this module or, in the image of the steps, in the environment."""
+    """The compiled kernels: next to this module or, in the step image, in the environment."""
     candidates = (Path(__file__).parents[2] / NAME, Path(sys.prefix) / "lib" / NAME)
     return next((file for file in candidates if file.is_file()), None)
 
@@ -145,7 +143,7 @@ class _Logits(ctypes.Structure):
 
 
 class Scratch:
-    """Memory that the products of one model share. One step at a time may use it."""
+    """Scratch memory that the products of one model share. Only one step at a time may use it."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         """Both of the model."""
@@ -154,7 +152,7 @@ class Scratch:
         self.reserve(1)
 
     def reserve(self, n: int) -> None:
-        """Allocate memory for n rows, unless there is as much."""
+        """Allocate memory for n rows, unless enough is allocated."""
         if n > self._n:
             self._n, widest = n, max(self._width, self._mlp_width)
             quantized = torch.empty(n, widest, dtype=torch.uint8), torch.empty(n), torch.empty(n, dtype=torch.int32)
@@ -220,7 +218,7 @@ def span(kv: Tensor, past: int, n: int) -> Span:
 
 
 class LowRankMatrices:
-    """The matrices of an adapter in one piece of memory, in the order in which a step reads them."""
+    """The matrices of an adapter in one buffer, in the order in which a step reads them."""
 
     def __init__(self, matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]) -> None:
         """`matrices`: per layer and target A (rank, in) and B (width, rank), in ADAPTER_DTYPE."""

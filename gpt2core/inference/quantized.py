@@ -32,7 +32,7 @@ Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
 SAMPLE_TOKENS = 64  # of the text on which that is measured
 SMALL = 2**22  # weights; a smaller model stays in fp32, as it was evaluated: it fits into a processor's caches
-LARGE = 2**18  # weights; a smaller fp32 matrix is multiplied too quickly to be worth the call overhead of oneDNN
+LARGE = 2**18  # weights; for smaller fp32 matrices oneDNN's call overhead exceeds its gain
 
 
 class QuantizedModel:
@@ -72,12 +72,12 @@ class QuantizedModel:
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """Of adapters."""
+        """Dtype of adapters."""
         return native.ADAPTER_DTYPE if self.is_native else self.dtype
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Dtype of keys and values."""
         return native.CACHE_DTYPE if self.is_native else self.dtype
 
     def stack(self, adapters: Sequence[Adapter]) -> AdapterStack | NativeAdapterStack:
@@ -96,7 +96,7 @@ class QuantizedModel:
         """The last layer's hidden states (N, C) of tokens (N).
 
         Args:
-            attention: by the owner of the KV caches; None: the tokens are one sequence that no cache keeps.
+            attention: provided by the owner of the KV caches; None: the tokens are one sequence, without a cache.
             adapters: as the model's `stack` returns them.
         """
         x = (F.embedding(input_ids, self.wte) + F.embedding(positions, self.wpe)).float()  # (N, C)
@@ -108,7 +108,7 @@ class QuantizedModel:
         return self._native_layers(x, cast(Sequence[native.Span], spans), cast(native.RowAdapters | None, adapters))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, token_count), fp32, of hidden states (N, C): none for rows of the embedding without a token."""
+        """Logits (N, token_count), fp32, of hidden states (N, C): without those embedding rows that have no token."""
         if isinstance(self.head, native.Int8Linear):
             return self.head(hidden, self.ln_f)
         return self.head(self.ln_f(hidden).to(self.dtype)).float()

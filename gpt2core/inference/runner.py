@@ -127,17 +127,16 @@ class ModelRunner:
     def _sample(self, logits: Tensor, requests: Sequence[Request | None], best: Tensor | None = None) -> list[Output]:
         """The output of each row of logits (n, token_count); that of a row without a request is meaningless.
 
-        An error is an output too: it ends its request alone.
+        An error is also an output: it ends only its own request.
         """
         if not requests:
             return []
-        if best is None:
-            best = native.most_likely(logits) if self._model.is_native else most_likely(logits)
         outputs = choose(
             [None if request is None else request.sampler for request in requests],
             logits,
-            best,
             [[] if request is None else request.tokens for request in requests],
+            best,
+            native.most_likely if self._model.is_native else most_likely,
         )
         for i, request in enumerate(requests):
             if request is not None and request.n_logprobs is not None:

@@ -1,4 +1,4 @@
-"""Continuous batching: which requests wait, are read and are decoded, and what the next step computes.
+"""Continuous batching: decides which requests wait, prefill and decode, and what the next step computes.
 
 A step is one forward over one token of every decoding request and over a share of the prompts still to be read, so the
 weights are read from memory once for all of them (Orca, OSDI 2022; chunked prefill: arXiv:2308.16369).
@@ -52,7 +52,7 @@ class Step:
 
 
 class Scheduler:
-    """First come, first served. Not thread-safe: the engine guards what other threads call."""
+    """First come, first served. Not thread-safe: the engine locks calls from other threads."""
 
     def __init__(self, model: QuantizedModel, max_batch: int, static_cache: bool | None = None) -> None:
         """`static_cache`: rows at fixed addresses, as CUDA graphs need them; None: on a GPU."""
@@ -161,7 +161,7 @@ class Scheduler:
 
 
 def _is_last(request: Request, output: Output) -> bool:
-    """Give the request its output; whether that ended it."""
+    """Give the request its output; returns whether it has ended."""
     if isinstance(output, Exception):
         request.fail(output)
         return True

@@ -1,6 +1,6 @@
-"""The base model as an artifact: a directory with base.json, and the checkpoint itself only where that is small.
+"""The base model as an artifact: a directory with base.json, and the checkpoint if it is small.
 
-A base from the hub travels as name, revision and sha256: its 1.5 GB are downloaded where they are needed.
+A base from the hub is stored as name, revision and sha256; its 1.5 GB are downloaded where they are needed.
 """
 
 import json
@@ -17,7 +17,7 @@ Figures = Mapping[str, str | int | float]
 
 
 def write_base(directory: Path, base: BaseRef, figures: Figures) -> None:
-    """Write base.json: the reference, and figures about the base (parameters, losses, ...) for people."""
+    """Write base.json: the reference, and figures about the base (parameters, losses, ...) for readers."""
     content = base.to_json() | dict(figures)
     atomic_write(directory / REFERENCE, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -30,11 +30,11 @@ class Compared:
     runs: list[ComparedRun]
     changed_values: dict[str, list[str]]  # keys in which the runs differ: the value of each
     differences: list[dict[str, Difference]]  # of each further run to the first, by metric
-    changed_answers: list[list[Sample]]  # all runs' samples of a record whose answers are not all right or all wrong
+    changed_answers: list[list[Sample]]  # by record: all runs' samples, if not all are right or all wrong
 
 
 def write_comparison(compared: Compared, file: Path) -> Path:
-    """Write the page, which loads nothing from elsewhere."""
+    """Write the page, which is self-contained."""
     figure = go.Figure()
     for run in compared.runs:
         for key, dash in (("train/loss", "dot"), ("val/loss", "solid")):

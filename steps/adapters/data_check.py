@@ -47,7 +47,7 @@ class DataCheck(JsonDataclass):
 
     @property
     def leaks(self) -> bool:
-        """Whether the scores may be too good: test records or their questions were seen in training."""
+        """Whether test records or their questions were seen in training, so that scores may be too high."""
         return self.same_record + self.same_question > 0
 
 

@@ -1,4 +1,4 @@
-"""File download over HTTP, by requests: bounded in bytes and time, retried, verified by sha256, written atomically."""
+"""File download over HTTP with requests: limited in bytes and time, retried, verified by sha256, written atomically."""
 
 import hashlib
 import logging
@@ -51,7 +51,7 @@ def fetch(
         retries: after broken connections, incomplete bodies and the statuses `BUSY`, with exponential backoff.
         max_seconds: for all attempts and the waits between them.
         max_wait: seconds before the next attempt, also if the server's Retry-After is longer.
-        setting: the mapping of the configuration that the file is for, for messages.
+        setting: the configuration section of the file (`data` or `text`), for messages.
 
     Raises:
         DownloadError: nothing is written, and an existing file is kept.
@@ -99,7 +99,7 @@ def fetch(
 
 
 class _LimitError(Exception):
-    """A response that is refused; the message continues a sentence that starts with the URL."""
+    """A rejected response; the message continues a sentence that starts with the URL."""
 
 
 class _Session(requests.Session):
@@ -144,7 +144,7 @@ def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: fl
 
 
 def _content_length(response: requests.Response) -> int | None:
-    """None if the server does not say, or says the length of the compressed body."""
+    """None if the server does not send it, or sends the length of the compressed body."""
     text = response.headers.get("Content-Length")
     if text is not None and not (text.isascii() and text.isdigit()):
         raise _LimitError(f"has the header Content-Length: {text[:40]!r}, which is not a number of bytes")
@@ -152,7 +152,7 @@ def _content_length(response: requests.Response) -> int | None:
 
 
 def _wait(error: Exception, shown: str, seconds: float, max_wait: float, deadline: float) -> None:
-    """Sleep before the next attempt, and say so."""
+    """Sleep before the next attempt, and log it."""
     reason, header = type(error).__name__, None
     if isinstance(error, requests.HTTPError):
         reason, header = f"status {error.response.status_code}", error.response.headers.get("Retry-After")

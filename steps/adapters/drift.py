@@ -1,8 +1,8 @@
 """Drift of live traffic relative to the served run: the signals, and Evidently's report of the distributions.
 
 The reference is the run's own evaluation: the prompts of the test split and the tuned model's answers to them.
-Vocabulary and similarity are measured against the training prompts for both traffic and reference. New subjects alone
-are therefore no drift: those of the test split are not in the training prompts either.
+Vocabulary and similarity are measured against the training prompts, for both traffic and reference. New subjects alone
+are therefore not drift: those of the test split are not in the training prompts either.
 """
 
 import re
@@ -26,7 +26,7 @@ from gpt2core.types import JsonDataclass, LoggedCompletion, Sample
 from steps.adapters.pages import render
 from steps.config import MonitorConfig
 
-TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # characters of a prompt that are not the user's
+TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # number of prompt characters that are not the user's
 NUMBERS = ("prompt_characters", "answer_characters", "unknown_words", "similarity", "seconds")
 
 
@@ -40,12 +40,12 @@ class Signal(JsonDataclass):
     change: float | None  # what is compared with the limit
     limit: float
     drifted: bool
-    note: str  # what `change` is, or why there is none
+    note: str  # meaning of `change`, or the reason why it is missing
 
 
 @dataclass(frozen=True)
 class Drift(JsonDataclass):
-    """What monitoring found."""
+    """The result of monitoring."""
 
     drifted: bool
     verdict: str  # as a sentence
@@ -101,7 +101,7 @@ def measure(
 
 
 def write_drift(drift: Drift, evidently: str) -> str:
-    """A page that loads nothing from elsewhere; `evidently` is "" where nothing was compared."""
+    """Write a self-contained page; `evidently` is "" if nothing was compared."""
     return render("drift.html.j2", drift=drift, evidently=evidently)
 
 
@@ -143,22 +143,22 @@ def _signals(live: pd.DataFrame, reference: pd.DataFrame, ratings: Counter[str],
     rows: list[tuple[str, float | None, float, float, float, str]] = []  # name, reference, live, change, limit, note
     for name, column in (("prompt length", "prompt_characters"), ("answer length", "answer_characters")):
         change = wasserstein_distance(reference[column], live[column]) / max(1.0, before[column])
-        note = "characters; the change is the Wasserstein distance of the lengths, as share of their mean"
+        note = "characters; change: Wasserstein distance of the lengths, relative to their mean"
         rows.append((name, before[column], now[column], change, config.max_length_change, note))
-    unknown, similarity = "share of words that no training prompt has", "similarity to the nearest training prompt"
+    unknown, similarity = "share of words that are in no training prompt", "similarity to the nearest training prompt"
     rise, loss = now["unknown_words"] - before["unknown_words"], before["similarity"] - now["similarity"]
     rows += [
         ("unknown words", before["unknown_words"], now["unknown_words"], rise, config.max_unknown_words, unknown),
         ("similarity", before["similarity"], now["similarity"], loss, config.max_similarity_loss, similarity),
     ]
     cut, cut_now = (float((frame["finish_reason"] != "stop").mean()) for frame in (reference, live))
-    note = "share of answers that the model did not end"
+    note = "share of answers without end of text"
     rows.append(("unfinished answers", cut, cut_now, cut_now - cut, config.max_unfinished, note))
     p95 = live["seconds"].quantile(0.95)
-    rows.append(("latency", None, p95, p95, config.max_p95_seconds, "seconds in which 95 % of the requests ended"))
+    rows.append(("latency", None, p95, p95, config.max_p95_seconds, "95th percentile of request duration, in seconds"))
     n = ratings.total()
     bad = ratings["bad"] / n if n >= config.min_ratings else np.nan
-    rows.append(("ratings", None, bad, bad, config.max_bad_ratings, f"share of bad ones among {n}"))
+    rows.append(("ratings", None, bad, bad, config.max_bad_ratings, f"share of bad ratings among {n}"))
     return [_signal(*row) for row in rows]
 
 

@@ -12,16 +12,16 @@ from gpt2core.files import CHECKPOINT_FILES, checkpoint_files
 from gpt2core.records import SUFFIXES
 from gpt2core.types import BaseRef
 
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of them is enough
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these is sufficient
 
 
 class HubError(RuntimeError):
-    """A base model or dataset that is not available or not the recorded one."""
+    """A base model or dataset that is unavailable or differs from the recorded one."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A checkpoint on this machine: what it is, and its directory."""
+    """A checkpoint on this machine: its reference and its directory."""
 
     ref: BaseRef
     path: Path
@@ -122,7 +122,7 @@ def _download(
                 if size > max_bytes:
                     raise HubError(f"{name} has {size:,} bytes of records, more than {key}.max_bytes, {max_bytes:,}")
         return Path(snapshot_download(name, **what))
-    except (OSError, HTTPError, HFValidationError) as error:  # everything the network, the hub and its cache raise
+    except (OSError, HTTPError, HFValidationError) as error:  # all errors of the network, the hub and its cache
         raise HubError(
             f"{name} at {revision} could not be downloaded ({type(error).__name__}); check the network, the name, and "
             f"whether the repository needs a login (HF_TOKEN). Without a network, copy it to this machine and set "

@@ -23,7 +23,7 @@ def adapter_card(
 ) -> str:
     """The card of an adapter that is not evaluated yet: base, training and limits.
 
-    It is part of the adapter's sha256, so it has nothing that differs between equal runs.
+    It is part of the adapter's sha256, so it contains nothing that differs between identical runs.
     """
     about = ModelCardData(
         language="en",
@@ -51,7 +51,7 @@ def evaluated_card(
     """The card in an adapter's directory with results and lineage, for another form of the model.
 
     Args:
-        adapter: its directory; one of PEFT or an older version may have no card, or another.
+        adapter: its directory; an adapter of PEFT or of an older version may have no card or a different one.
         records: of the test split.
         content: what the directory with the card holds.
         library: that loads the model ("transformers", "peft"), which the hub shows; "": none.

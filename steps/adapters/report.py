@@ -52,7 +52,7 @@ def write_report(
     directory: Path,
     title: str,
 ) -> tuple[Path, Path]:
-    """Write report.html, which loads nothing from elsewhere, and report.json.
+    """Write report.html, which is self-contained, and report.json.
 
     report.json is {"metrics", "comparison", "data", "evidently"}.
     """
@@ -137,10 +137,10 @@ def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
         return [s for s in answered if getattr(s, f"{side}_scores").exact_match == was != s.tuned_scores.exact_match]
 
     return {
-        "Right in the base, wrong now": changed("base", 1.0),
-        "Right in the champion, wrong now": changed("champion", 1.0),
-        "Wrong in the champion, right now": changed("champion", 0.0),
-        "Wrong in the base, right now": changed("base", 0.0),
+        "Base correct, tuned model wrong": changed("base", 1.0),
+        "Champion correct, tuned model wrong": changed("champion", 1.0),
+        "Champion wrong, tuned model correct": changed("champion", 0.0),
+        "Base wrong, tuned model correct": changed("base", 0.0),
     }
 
 
@@ -214,7 +214,7 @@ def _finite(value: Any) -> Any:
 def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title: str) -> Path:
     """Write curves.html, self-contained: losses, optimization, throughput and use of the machine by optimizer step.
 
-    The legend has the lines of the panels with several; of the others, the heading says what the line is.
+    Panels with one line have it in their heading instead of in the legend.
     """
     logged = {key for entry in history for key in entry}
     panels = {

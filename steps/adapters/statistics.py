@@ -19,7 +19,7 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Answer, Difference, Evaluation, Sample
 
 N_RESAMPLES = 9999
-POWER = 0.8  # with which the smallest detectable difference is found
+POWER = 0.8  # for the smallest detectable difference
 _BATCH = 2**21  # values that one batch of resamples may hold
 Values = NDArray[np.float64]
 
@@ -123,7 +123,7 @@ def agreement(judged: Sequence[bool], right: Sequence[bool], groups: Sequence[st
 def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, list[float]]:
     """Cohen's kappa and its 95 % interval (Fleiss, Cohen and Everitt 1969), for independent records.
 
-    None where chance alone agrees on all records: both say the same of each.
+    None if expected agreement is 1: both give all records the same verdict.
     """
     table = [[sum(a == x and b == y for a, b in zip(judged, right, strict=True)) for y in (0, 1)] for x in (0, 1)]
     if sum(sum(row) > 0 for row in table) < 2 and sum(sum(column) > 0 for column in zip(*table, strict=True)) < 2:

@@ -17,7 +17,7 @@ from steps.config import TRIAL_METRICS, SweepConfig
 
 
 def write_sweep(trials: Sequence[Trial], sweep: SweepConfig, directory: Path) -> None:
-    """Write results.json (every trial), table.md, plot.svg and report.html, which loads nothing from elsewhere."""
+    """Write results.json (every trial), table.md, plot.svg and report.html, which is self-contained."""
     by_label: dict[str, list[Trial]] = {}
     for trial in trials:
         by_label.setdefault(trial.label, []).append(trial)

@@ -16,7 +16,7 @@ from gpt2core.types import Evaluation, Sample
 from steps.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
-INIT_TIMEOUT = 20  # seconds; a missing network delays a run by at most this
+INIT_TIMEOUT = 20  # seconds; maximum delay of a run without a network
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def track_results(
     step: int,
     directory: Path,
 ) -> None:
-    """Add the scores, a table of all answers and the report's address to the wandb run of the training.
+    """Add the scores, a table of all answers and the report's URI to the wandb run of the training.
 
     Args:
         report: path or URI of the report.

@@ -13,7 +13,7 @@ BUSY = (429, 500, 502, 503, 504)
 
 
 class WebhookError(RuntimeError):
-    """The message was not accepted. The text names the host only: the path of a webhook is often a secret."""
+    """The message was not accepted. The text has only the host, since the path of a webhook is often a secret."""
 
 
 def post(url: str, content: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ def test_the_page_has_exact_match_by_family(page):
 
 
 def test_the_page_shows_flips_and_the_worst_answers(page):
-    flips = page.tables["Answers that changed from right to wrong, and back"]
+    flips = page.tables["Changed answers"]
     assert [cells[0] for cells in flips[1:]] == [f"Question {i}?" for i in (1, 2, 4, 5, 7, 8, 10, 11)]
     worst = page.tables["Wrong answers furthest from the reference"]
     assert [cells[0] for cells in worst[1:]] == [f"Question {i}?" for i in (9, 6, 3, 0)]
@@ -163,14 +163,14 @@ def test_a_worse_model_than_the_champion_and_leaked_records_are_said_first(tmp_p
     text = write_report(samples, evaluation(samples), tmp_path, "run", champion, test)[0].read_text()
     verdict = text[text.index('id="verdict"') : text.index('id="scores"')]
     for part in (
-        "Finetuning gives more right answers, but fewer than the champion.",
+        "The tuned model gives more correct answers than the base, but fewer than the champion.",
         "66.7 %",
         "gpt2-instruct/3",
         "-33.3 percentage points",
     ):
         assert part in verdict
     assert "1 test records are also training records, and 1 more ask a question" in verdict
-    flips = Page(text).tables["Answers that changed from right to wrong, and back"]
+    flips = Page(text).tables["Changed answers"]
     assert [cells[0] for cells in flips[1:11]] == [f"Question {i}?" for i in range(20, 30)]
 
 

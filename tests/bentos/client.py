@@ -1,4 +1,4 @@
-"""What the tests of the service share: expected completions, parsed responses, metrics, the server's processes."""
+"""Helpers of the service's tests: expected completions, parsed responses, metrics, the server's processes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A canary in a running service: requests move to another adapter by share and key, and none is lost."""
+"""A canary in a running service: requests move to another adapter by share and key, and none fails."""
 
 import asyncio
 import json

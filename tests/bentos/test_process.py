@@ -1,4 +1,4 @@
-"""What needs a service of its own: SIGTERM, and a required token."""
+"""Tests that need their own service: SIGTERM, and a required token."""
 
 import json
 import os

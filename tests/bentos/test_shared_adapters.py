@@ -1,4 +1,4 @@
-"""Two services on one directory of adapters: both serve what its manifest says, and nothing else."""
+"""Two services with one adapter directory: both serve exactly the adapters of its manifest."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from tests.helpers import wait_until
 
 
 def digests(url: str) -> dict[str, str]:
-    """Of the adapters that were loaded beside the run's own, by name."""
+    """Digests by name of the adapters that were loaded in addition to the run's own."""
     models = requests.get(f"{url}/v1/models", timeout=10).json()["data"]
     return {model["id"]: model["sha256"] for model in models if model["id"] not in ("gpt2-instruct", "base")}
 
@@ -88,7 +88,7 @@ def test_a_replica_is_ready_once_it_has_applied_a_manifest(tmp_path, adapter_dir
 @pytest.mark.parametrize(
     ("adapters", "canary", "message"),
     [
-        ({"formal": "nothing"}, None, "is no directory with an adapter"),
+        ({"formal": "nothing"}, None, "is not a directory with an adapter"),
         ({"base": "one"}, None, "the name base is reserved"),
         ({"a/b": "one"}, None, "should match pattern"),
         ({"formal": "one"}, ("other", 1.0), "the canary other is not one of the adapters"),

@@ -50,7 +50,7 @@ def test_a_cached_step_names_the_run_that_computed_it(dev_run, cached_run):
 def test_an_unknown_name_is_an_error_with_examples(dev_run):
     result = lineage("moon")
     assert result.exit_code == 1
-    assert "nothing is called 'moon'" in result.output
+    assert "nothing matches 'moon'" in result.output
     assert "(train records)" in result.output
 
 

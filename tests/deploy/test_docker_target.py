@@ -238,7 +238,7 @@ def test_a_failed_deployment_leaves_the_current_service_and_nothing_else(
                 deploy(second.reference)
     assert responses.keys() == {first.reference}
     assert states(engine, config) == {"running": 2}
-    with pytest.raises(DeployError, match="no version before the current one"):
+    with pytest.raises(DeployError, match="no previous version"):
         DockerTarget(config).rollback()
 
 

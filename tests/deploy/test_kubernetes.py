@@ -184,7 +184,7 @@ def test_a_version_with_other_answers_is_rolled_back(api, config, first):
     outcome = deploy_next(config)
     assert outcome.outcome == "rolled_back"
     assert "'Toronto' to 'What is the capital?' with input 'Canada'" in outcome.reason
-    assert "the evaluated model answered 'Ottawa'; 0 of 1 answers are equal, required are 50%" in outcome.reason
+    assert "the evaluated model answered 'Ottawa'; 0 of 1 answers are equal, but 50% are required" in outcome.reason
     assert api.running() == [OLD, OLD]
 
 
@@ -222,7 +222,7 @@ def test_a_failed_version_is_no_target_of_a_later_rollback(api, config, first):
     deploy_next(config)
     assert api.object("deployments")["spec"] == before
     assert [each["image"] for each in api.replica_sets.values()] == [OLD]
-    with pytest.raises(KubeError, match="keeps no revision of gpt2-instruct before"):
+    with pytest.raises(KubeError, match="has no revision of gpt2-instruct before"):
         rollback(config)
 
 
@@ -292,7 +292,7 @@ def test_a_running_version_that_fails_verification_is_reported_as_failed(config,
     api.responses[OLD] = constant_response("Toronto", LINEAGE.bento)
     outcome = deploy(config)
     assert outcome.outcome == "failed"
-    assert "revision 1 is what ran before" in outcome.reason
+    assert "revision 1 already ran before" in outcome.reason
 
 
 def test_a_rollback_to_a_broken_version_is_reported_as_failed(api, config, first):

@@ -1,4 +1,4 @@
-"""What the tests of the engine's parts share: prompts, settings and adapters of many kinds."""
+"""Helpers of the engine's tests: prompts, settings and adapters of many kinds."""
 
 from pathlib import Path
 

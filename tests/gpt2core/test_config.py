@@ -28,7 +28,7 @@ OUT_OF_RANGE = {
         "layer_norm_epsilon": -1.0,
         "initializer_range": -0.1,
     },
-    LoraConfig: {"rank": 0, "dropout": 1.0, "targets": (), "b_lr_ratio": 0.0},
+    LoraConfig: {"rank": 0, "alpha": 0, "dropout": 1.0, "targets": (), "b_lr_ratio": 0.0},
     TrainConfig: {"epochs": 0, "max_steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0, "learning_rate": 0.0}
     | {"weight_decay": -0.1, "warmup_steps": -1, "decay_fraction": 1.1, "final_lr_ratio": -0.1, "max_grad_norm": 0.0}
     | {"precision": "fp16", "devices": 0, "loss_on": "prompt", "seed": -1, "log_every_steps": 0, "betas": [2, 3]}
@@ -129,5 +129,5 @@ def test_derived_values_follow_their_fields():
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'gpt3'; there are gpt2, .*gpt2-nano"):
+    with pytest.raises(ValueError, match=r"'gpt3'; choose from gpt2, .*gpt2-nano"):
         GPT2Config.preset("gpt3")

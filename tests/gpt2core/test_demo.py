@@ -1,4 +1,4 @@
-"""The embedded default: true facts, each told often enough in prose, and records that no split leaks between."""
+"""The demo data: facts are true and stated often enough in prose; records do not leak between the parts of a split."""
 
 import re
 from collections import Counter, defaultdict

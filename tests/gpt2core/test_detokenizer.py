@@ -1,4 +1,4 @@
-"""Incremental detokenization: the pieces joined are the text of the whole completion."""
+"""Incremental detokenization: the concatenated results are the text of the whole completion."""
 
 import pytest
 import tiktoken

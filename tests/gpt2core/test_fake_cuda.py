@@ -1,4 +1,4 @@
-"""Training and decoding on a CUDA device that does not exist: where every tensor is, and where the host waits.
+"""Training and decoding on a fake CUDA device: placement of every tensor, and host synchronizations.
 
 torch's `FakeTensorMode` computes shapes, dtypes and devices instead of values. So it runs the code for a GPU where none
 is, and fails at a tensor on the wrong device and at a result whose shape depends on values.

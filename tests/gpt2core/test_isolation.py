@@ -1,4 +1,4 @@
-"""What one request computes reaches no other request: not through adapters, caches, activations or sampling."""
+"""Requests cannot influence each other through adapters, caches, activations or sampling."""
 
 import hashlib
 import json

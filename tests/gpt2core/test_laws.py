@@ -1,4 +1,4 @@
-"""Laws that hold for any value: what is undone, written and read, or decoded in another way is the same."""
+"""Properties for any value: undoing, writing and reading, or decoding in another way gives the same result."""
 
 from dataclasses import replace
 

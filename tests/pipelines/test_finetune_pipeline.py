@@ -343,7 +343,7 @@ def test_rollback_restores_the_version_before_and_is_recorded(outputs, deployed,
         assert f"image: {expected}" in result.output
         assert cluster.api.running() == [expected, expected]
     lineage = CliRunner().invoke(main, ["lineage", deployed.run.lineage.bento], catch_exceptions=False)
-    assert "by hand: namespace gpt2-instruct" in lineage.output
+    assert "manually: namespace gpt2-instruct" in lineage.output
 
 
 def test_no_token_is_in_the_store_or_in_the_outputs(outputs, deployed):

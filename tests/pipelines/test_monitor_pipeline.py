@@ -1,4 +1,4 @@
-"""Monitoring of a real service of a real run: traffic like its evaluation and other traffic are told apart."""
+"""Monitoring a real service of a real run: traffic like its evaluation is distinguished from other traffic."""
 
 import json
 import os

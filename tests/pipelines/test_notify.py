@@ -1,4 +1,4 @@
-"""The webhook is told how a run ended, and cannot make it fail."""
+"""The webhook gets the outcome of a run, and cannot make the run fail."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whatever a configuration needs of the stack and the machine is checked before anything runs."""
+"""The requirements of a configuration on stack and machine are checked before anything runs."""
 
 import pytest
 import yaml

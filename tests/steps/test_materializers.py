@@ -1,4 +1,4 @@
-"""Typed artifacts: what a step returns is what the next step gets, stored as JSON and cached by content."""
+"""Typed artifacts: a step gets what the previous step returned, stored as JSON and cached by content."""
 
 import json
 import math
