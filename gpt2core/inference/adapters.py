@@ -17,7 +17,7 @@ from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.inference import native
 from gpt2core.linear import linear
 from gpt2core.lora import TARGET_LAYERS
-from gpt2core.tensors import is_finite, to_device
+from gpt2core.tensors import int_tensor, is_finite, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class AdapterStack:
         """For a step whose rows use these adapters of the stack; None is the base model."""
         if len(self.adapters) == 1 and None not in adapters:
             return RowAdapters(self, None)
-        return RowAdapters(self, to_device(torch.tensor(self.indices(adapters)), self.device))
+        return RowAdapters(self, to_device(int_tensor(self.indices(adapters)), self.device))
 
 
 def _widen(b: Tensor, target: str) -> Tensor:
