@@ -185,7 +185,7 @@ class UnloadAdapterRequest(StrictRequest):
 class CanaryRequest(StrictRequest):
     adapter: AdapterName
     share: float = Field(ge=0, le=1, description="of the requests for the default model; 1: all of them")
-    shadow: bool = Field(False, description="the canary answers them again, and clients get the default model's answer")
+    shadow: bool = Field(False, description="the canary only repeats requests; clients get the default model's answers")
 
 
 class CanaryArm(BaseModel):
