@@ -82,6 +82,7 @@ dashboard: install
 bench: install
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt openvino-genai nncf
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
 bench-growth: install

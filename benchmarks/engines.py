@@ -1,12 +1,14 @@
-"""Alternative engines: llama.cpp and CTranslate2, each with its own file of the same model."""
+"""Alternative engines: llama.cpp, CTranslate2 and OpenVINO GenAI, each with its own file of the same model."""
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import mkdtemp
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -126,3 +128,57 @@ class CTranslate2:
             tokens, max_length=n_new, min_length=n_new, sampling_topk=1, include_prompt_in_result=False, end_token=[]
         )
         return [result.sequences_ids[0] for result in results]
+
+
+class OpenVino:
+    """OpenVINO GenAI, by the faster of its pipelines: continuous batching for several requests, LLMPipeline for one."""
+
+    def __init__(self, base: Path, kind: str, max_batch: int) -> None:
+        """
+        Args:
+            base: a checkpoint.
+            kind: of the weights: int8, with the precisions that OpenVINO chooses for this processor, or all in f32.
+        """
+        directory = Path(mkdtemp()) / "model"
+        with patch.dict(os.environ, CI="true", NNCF_CI="1"):  # else these packages send usage data to their makers
+            import openvino
+            import openvino_genai
+
+            from benchmarks.openvino_model import write_openvino
+
+            write_openvino(base, directory, kind)
+        self.api, self.tensor = openvino_genai, openvino.Tensor
+        # a pinned thread waits for whatever else runs on its core
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+        if kind == "f32":
+            options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        self.pipeline: Any
+        if max_batch == 1:
+            self.pipeline = openvino_genai.LLMPipeline(directory, "CPU", ATTENTION_BACKEND="SDPA", **options)
+            self.complete = self._one_by_one
+        else:
+            scheduler = openvino_genai.SchedulerConfig()
+            scheduler.max_num_seqs = max_batch
+            scheduler.max_num_batched_tokens = 4096  # prompt tokens at once
+            scheduler.cache_size = 1  # GB
+            scheduler.enable_prefix_caching = True
+            self.pipeline = openvino_genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", options)
+            self.complete = self._together
+
+    def rate(self, prompts: Sequence[Sequence[int]], n_new: int) -> float:
+        """Throughput in new tokens/s, prompt processing included in the time."""
+        start = perf_counter()
+        n_tokens = sum(map(len, self.generate(prompts, n_new)))
+        return n_tokens / (perf_counter() - start)
+
+    def generate(self, prompts: Sequence[Sequence[int]], n_new: int) -> list[list[int]]:
+        """Greedy completions of `n_new` tokens."""
+        config = self.api.GenerationConfig(max_new_tokens=n_new, ignore_eos=True)
+        return self.complete([self.tensor(np.array([prompt])) for prompt in prompts], config)
+
+    def _one_by_one(self, prompts: Sequence[Any], config: Any) -> list[list[int]]:
+        return [self.pipeline.generate(prompt, config).tokens[0] for prompt in prompts]
+
+    def _together(self, prompts: Sequence[Any], config: Any) -> list[list[int]]:
+        results = self.pipeline.generate(prompts, [config] * len(prompts))
+        return [result.m_generation_ids[0] for result in results]

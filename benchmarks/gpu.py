@@ -32,6 +32,7 @@ from benchmarks.measure import versions
 from benchmarks.models import random_adapter, random_model, training_flop
 from benchmarks.peer import Decoder, Trainer
 from benchmarks.sides import Ours
+from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, TrainConfig
 from gpt2core.data import Example, encode_records, read_records, split_records
@@ -41,6 +42,7 @@ from gpt2core.demo.world import make_world
 from gpt2core.files import atomic_write
 from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import add_lora
+from gpt2core.losses import batch_losses
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import TrainResult, finetune
@@ -88,17 +90,17 @@ class Stage:
         atomic_write(self._file, json.dumps(self._figures).encode())
 
     @contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
+    def attempt(self, name: str, required: bool = True) -> Iterator[None]:
         """Record an error under `name` and continue with the other measurements.
 
-        The stage then fails at its end, except after out of memory, which is a result.
+        The stage then fails at its end if this was `required`, except after out of memory, which is a result.
         """
         try:
             yield
         except Exception as error:
             traceback.print_exc()
             self.record(**{f"{name}.error": " ".join(str(error).split())[:200] or type(error).__name__})
-            self.failed |= not _is_out_of_memory(error)
+            self.failed |= required and not _is_out_of_memory(error)
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -237,9 +239,10 @@ def decoding(stage: Stage) -> None:
 
 
 def _record_graphs(stage: Stage, engine: Ours) -> None:
-    """Record whether steps were replayed as CUDA graphs (if not, the engine decodes without), and peak memory."""
+    """Record whether steps were CUDA graphs and prompts were read together (both optional), and peak memory."""
     decoder = engine.engine._runner._decoder
     stage.record(uses_graphs=decoder is not None and decoder.uses_graphs)
+    stage.record(variable_length_attention=engine.engine._runner._use_varlen)
     if stage.device == "cuda":
         stage.record(
             graphs=len(decoder._graphs) if decoder is not None else 0,
@@ -279,12 +282,85 @@ def profiling(stage: Stage) -> None:
     engine.close()
 
 
+def launches(stage: Stage) -> None:
+    """Whether launching kernels limits a training step: forward and backward of one batch, also without that cost.
+
+    A CUDA graph launches all kernels at once, and compiling the blocks makes fewer of them.
+    """
+    for preset in reversed(stage.sizes.train):
+        with stage.attempt(preset):
+            _record_launches(stage, preset)
+
+
+def _record_launches(stage: Stage, preset: str) -> None:
+    device, config = torch.device(stage.device), GPT2Config.preset(preset)
+    on_gpu = stage.device == "cuda"
+    model = add_lora(load_pretrained(stage.base(preset, trainable_model), device=device), LoraConfig(rank=8), seed=0)
+    for weight in model.train().parameters():  # as precision="bf16-mixed" does
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else torch.bfloat16)
+    use_varlen = has_varlen_attention(device, config.n_embd // config.n_head)
+    batch = pack(stage.examples(preset)[: stage.sizes.batch_size], "response", device, use_varlen=use_varlen)
+
+    def step() -> None:
+        batch_losses(model, batch).sum().backward()
+
+    def record(name: str, step: Callable[[], object], profiled: bool = True) -> None:
+        first, _ = _timed(stage, step)
+        step()
+        n_steps = 20 if on_gpu else 2
+        issued, seconds = _issue_and_wait(stage, step, n_steps)
+        figures = {"first_ms": 1e3 * first, "step_ms": 1e3 * seconds / n_steps, "host_ms": 1e3 * issued / n_steps}
+        if profiled:
+            found = _profile(stage, step)
+            busy_ms = 1e3 * found["busy_share"] * found["seconds"]
+            figures |= {"kernels": found["calls"], "busy_ms": busy_ms, "busy_share": busy_ms / figures["step_ms"]}
+        stage.record(**{f"{preset}.{name}.{key}": value for key, value in figures.items()})
+
+    stage.record(**{f"{preset}.tokens": batch.input_ids.numel()})
+    record("eager", step)
+    if on_gpu:
+        with stage.attempt(f"{preset}.graph"):
+            record("graph", _graph_of(step, model), profiled=False)
+    if preset == stage.sizes.train[-1]:  # once: compiling takes half a minute or more
+        with stage.attempt(f"{preset}.compiled", required=False):  # needs Triton and a C compiler
+            for block in model.h:
+                block.compile(backend="inductor" if on_gpu else "aot_eager", dynamic=True)
+            record("compiled", step)
+
+
+def _issue_and_wait(stage: Stage, step: Callable[[], object], n: int) -> tuple[float, float]:
+    """Seconds until n steps were launched, and until a GPU has computed them. Equal: it waited for the host."""
+    stage.synchronize()
+    start = perf_counter()
+    for _ in range(n):
+        step()
+    issued = perf_counter() - start
+    stage.synchronize()
+    return issued, perf_counter() - start
+
+
+def _graph_of(step: Callable[[], object], model: GPT2) -> Callable[[], None]:
+    """A function that repeats the step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what libraries allocate at their first call must not be part of the graph
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad()  # so that the gradients are in the graph's memory
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 STAGES: dict[str, tuple[float, Callable[[Stage], None] | None]] = {  # name -> (time limit in seconds, function)
     "tests": (150, None),  # pytest
     "training": (150, training),
     "decoding": (110, decoding),
     "adapters": (60, adapters),
     "profile": (60, profiling),
+    "launches": (90, launches),
 }
 
 
@@ -330,7 +406,8 @@ def _profile(stage: Stage, work: Callable[[], object]) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
         seconds, _ = _timed(stage, work)
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    # an annotation, such as that of an optimizer's step, lasts as long as the kernels in it
+    events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
     spent = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events]  # microseconds
     top = sorted(zip(spent, events, strict=True), key=lambda pair: -pair[0])[:15]
     return {

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.engines import CTranslate2, LlamaCpp, find_version
+from benchmarks.engines import CTranslate2, LlamaCpp, OpenVino, find_version
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth, request_count
 from benchmarks.models import matrix_weights, random_adapter, random_model, training_flop, with_random_adapter
 from benchmarks.peer import Decoder, Trainer, best_trainer
@@ -177,6 +177,7 @@ def engines(setting: Setting) -> list[Row]:
         ("llama.cpp Q8_0", "llama-cpp-python", lambda n: Side(LlamaCpp, base, "q8_0", n)),
         ("llama.cpp F16", "llama-cpp-python", lambda n: Side(LlamaCpp, base, "f16", n)),
         ("CTranslate2 int8", "ctranslate2", lambda n: Side(CTranslate2, base, "int8")),
+        ("OpenVINO GenAI int8", "openvino-genai", lambda n: Side(OpenVino, base, "int8", n)),
     ]
     for n in (1, 16, 32):
         with ExitStack() as stack:

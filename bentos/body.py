@@ -1,9 +1,11 @@
 """Reads and validates the body of a request."""
 
 import asyncio
+from codecs import BOM_UTF8
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from bentos.errors import ServiceError
@@ -20,6 +22,10 @@ async def read_body(request: Request, model: type[M]) -> M:
     """
     if request.headers.get("content-type", "").startswith("multipart/"):
         raise ServiceError("invalid_request", "the body must be JSON, not multipart")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        message = f"Content-Encoding is {encoding}; send the body uncompressed"
+        raise ServiceError("unsupported_media_type", message)
     body = bytearray()
     try:
         async with asyncio.timeout(DEADLINE):
@@ -31,13 +37,32 @@ async def read_body(request: Request, model: type[M]) -> M:
         message = f"the body was not complete after {DEADLINE:.0f} seconds"
         raise ServiceError("request_timeout", message) from None
     try:
-        return model.model_validate_json(bytes(body))
+        # Windows' tools begin a file with a byte order mark
+        return model.model_validate_json(body.removeprefix(BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        message = (
+            f"the body must be JSON in UTF-8, which its byte {error.start} (0x{error.object[error.start]:02x}) is not"
+        )
+        raise ServiceError("invalid_request", message) from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        location = first["loc"]
-        param = str(location[0]) if location else None
-        in_list = len(location) > 1 and isinstance(location[1], int)  # else the rest names types of a union
-        name = ".".join(map(str, location)) if in_list else param
-        reason = first["msg"].removeprefix("Value error, ")
-        message = f"{name}: {reason}" if name else reason
-        raise ServiceError("invalid_request", message, param) from None
+        raise _refused(error) from None
+
+
+def _refused(error: ValidationError) -> ServiceError:
+    """Names the first wrong field, and what is wrong with it."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
+    best = max(own, key=_specificity)
+    reason = best["msg"].removeprefix("Value error, ")
+    if not best["loc"]:
+        return ServiceError("invalid_request", reason)
+    param, *inner = map(str, best["loc"])
+    is_in_list = len(inner) > 0 and isinstance(best["loc"][1], int)  # else names of types of a union are among the rest
+    place = inner if is_in_list else [part for part in inner if part.isdecimal()]
+    return ServiceError("invalid_request", f"{'.'.join([param, *place])}: {reason}", param)
+
+
+def _specificity(error: ErrorDetails) -> tuple[bool, int, int]:
+    """The largest is of the type of a union that was meant: it was followed furthest, or its own limit is exceeded."""
+    index = sum(part for part in error["loc"] if isinstance(part, int))
+    return index > 0 or not error["type"].endswith("_type"), len(error["loc"]), index

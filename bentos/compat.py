@@ -1,13 +1,15 @@
-"""Workarounds that use private names of BentoML 1.4.39, each with the reason.
+"""Workarounds that use private names of BentoML 1.4.39 and uvicorn 0.54, each with the reason.
 
 tests/bentos/test_compat.py fails when BentoML no longer needs one of them.
 """
 
 import asyncio
+import json
 import os
 import select
 import socket
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from _bentoml_sdk import Service
@@ -18,6 +20,11 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http import auto
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from bentos.errors import STATUS, error_content
+from bentos.limits import HEAD_TIMEOUT, MAX_HEAD
 
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
@@ -86,6 +93,74 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
         if scope["type"] == "http":
             scope = {**scope, "path": self._label(scope["path"]), _REQUEST_SCOPE: scope}
         await super().__call__(scope, receive, send)
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with limits for what precedes the app: uvicorn stores headers of any size, and waits forever.
+
+    uvicorn has such limits for its other parser, h11, only (https://github.com/Kludex/uvicorn/issues/157).
+    """
+
+    _n_bytes = 0  # of the current request beside its body
+    _timer: asyncio.TimerHandle | None = None  # runs until the headers are complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._n_bytes += len(data)
+        super().data_received(data)
+        if self._n_bytes > MAX_HEAD and not self.transport.is_closing():
+            self._refuse("headers_too_large", f"the request's headers are larger than {MAX_HEAD} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._start_timer()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._n_bytes -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._n_bytes = 0
+        super().on_message_complete()
+
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            message = f"the headers were not complete after {HEAD_TIMEOUT:.0f} seconds"
+            self._timer = self.loop.call_later(HEAD_TIMEOUT, self._refuse, "request_timeout", message)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, type: str, message: str) -> None:
+        """Close the connection; with a response, unless there is no request or the app may have begun to answer it."""
+        if self._n_bytes and (self.cycle is None or self.cycle.response_complete):
+            content = json.dumps(error_content(type, message)).encode()
+            lines = (
+                f"HTTP/1.1 {STATUS[type]} {HTTPStatus(STATUS[type]).phrase}",
+                "Content-Type: application/json",
+                f"Content-Length: {len(content)}",
+                "Connection: close",
+            )
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + content)
+        self.transport.close()
+
+
+def bound_heads() -> None:
+    """Make uvicorn, which BentoML starts afterwards in this process, use `BoundedHttpProtocol`."""
+    auto.AutoHTTPProtocol = BoundedHttpProtocol
 
 
 async def stop_listening(sigterm_handler: Callable[..., object]) -> None:

@@ -134,6 +134,8 @@ class Completion:
                     raise ServiceError("shutting_down", "the service stopped or dropped this request; retry")
                 elif reason == "error":
                     ended_by = reason
+                    if isinstance(running.error, ServiceError):  # of a grammar
+                        raise running.error
                     raise ServiceError("generation_failed", str(running.error))
                 elif reason is not None:
                     text += self._detokenizer.finish()

@@ -30,5 +30,5 @@ async def feedback(request: Request) -> JSONResponse:
         message = f"{given}: the server keeps no texts (GPT2_REQUEST_LOG_TEXT is not keep); send the rating alone"
         raise ServiceError("forbidden", message, given)
     if not log.write_feedback(body.request_id, body.rating, body.correction, body.comment):
-        raise ServiceError("overloaded", "the disk is too slow for the request log; retry")
+        raise ServiceError("overloaded", "the disk is full, or too slow, for the request log; retry")
     return JSONResponse(FeedbackResponse(request_id=body.request_id, rating=body.rating).model_dump())

@@ -106,17 +106,31 @@ class TextGenerator:
         """The engine caps `max_new_tokens` at the space that the prompt leaves in the context.
 
         Raises:
-            ServiceError: a control contains an unknown token id, or excludes another one.
+            ServiceError: a control contains an unknown token id, excludes another one, or has more than 64 bits.
         """
+        max_new_tokens = min(max_new_tokens, self.n_positions)
         if (least := sampling.get("min_tokens", 0)) > max_new_tokens:
             message = f"min_tokens is {least}; it must be at most the token limit, {max_new_tokens}"
             raise ServiceError("invalid_request", message, "min_tokens")
-        config = GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
         try:
+            config = GenerationConfig(max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eot_token, **sampling)
             check_tokens(config, self.engine.config)
         except ValueError as error:
-            raise ServiceError("invalid_request", str(error), str(error).split()[0]) from None
+            message = str(error).removeprefix(f"{GenerationConfig.__name__}.")
+            raise ServiceError("invalid_request", message, message.split()[0]) from None
         return config
+
+    def check_known(self, tokens: Sequence[int], param: str) -> None:
+        """
+        Raises:
+            ServiceError: the tokenizer has no such token.
+        """
+        for token in sorted(set(tokens)):
+            try:
+                self.tokenizer.decode_single_token_bytes(token)
+            except (KeyError, OverflowError):
+                message = f"{param}: there is no token id {token}; ids are from 0 to {self.tokenizer.n_vocab - 1}"
+                raise ServiceError("invalid_request", message, param) from None
 
     async def grammars(self, structure: Structure | None, n: int) -> list[Grammar | None]:
         """The grammars of `n` completions.
@@ -145,7 +159,9 @@ class TextGenerator:
         """
         longest = max(len(request.prompt) for request in requests)
         if longest >= self.n_positions:
-            message = f"the prompt has {longest} tokens, but the context holds {self.n_positions}; shorten it"
+            # OpenAI's words, by which LiteLLM and others recognize the error
+            limit = f"this model's maximum context length is {self.n_positions} tokens"
+            message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
         requests = [self._route(request) for request in requests]
         completions: list[Completion] = []

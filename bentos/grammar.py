@@ -25,17 +25,19 @@ class GrammarCompiler:
         """For `n` completions.
 
         Raises:
-            ServiceError: the schema, the regex or the choice is invalid or not supported.
+            ServiceError: the schema, the regex or the choice is invalid, is not supported, or matches no text.
         """
         try:
             grammar = _source(structure)
             if error := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
                 raise ValueError(error)
         except ValueError as error:
-            first = str(error).strip().split("\n")[0]
-            raise ServiceError("invalid_request", f"{structure.param}: {first}", structure.param) from None
+            raise _refused(structure.param, str(error)) from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
-        return [LlguidanceGrammar(matcher.deep_copy(), self._threads) for _ in range(n)]
+        first = matcher.compute_bitmask()  # fails if no token may begin the text
+        if matcher.is_error():
+            raise _refused(structure.param, f"no text matches it: {matcher.get_error()}")
+        return [LlguidanceGrammar(matcher.deep_copy(), first, structure.param, self._threads) for _ in range(n)]
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -44,13 +46,22 @@ class GrammarCompiler:
 class LlguidanceGrammar:
     """A `gpt2core.sampling.Grammar`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, threads: ThreadPoolExecutor) -> None:
-        self._matcher, self._threads = matcher, threads
+    def __init__(self, matcher: llguidance.LLMatcher, first: bytes, param: str, threads: ThreadPoolExecutor) -> None:
+        """
+        Args:
+            first: the mask of the first token.
+            param: the field of the request, for errors.
+        """
+        self._matcher, self._param, self._threads = matcher, param, threads
         self.complete = False
-        self._mask: Future[bytes] = threads.submit(matcher.compute_bitmask)
+        self._mask: Future[bytes] | bytes = first
 
     def allowed(self) -> bytes:
-        mask = self._mask.result()
+        """
+        Raises:
+            ServiceError: the state of the grammar has become too large.
+        """
+        mask = self._mask if isinstance(self._mask, bytes) else self._mask.result()
         self._check()
         return mask
 
@@ -63,7 +74,12 @@ class LlguidanceGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be followed: {self._matcher.get_error()}")
+            raise _refused(self._param, f"it cannot be followed: {self._matcher.get_error()}")
+
+
+def _refused(param: str, reason: str) -> ServiceError:
+    """Without the state of the library, in the lines after the first one of its reason."""
+    return ServiceError("invalid_request", f"{param}: {reason.strip().splitlines()[0]}", param)
 
 
 def _source(structure: Structure) -> str:

@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
@@ -30,9 +31,9 @@ class RequestLog:
             text: how prompts and completions are logged: as sha256 (repetitions stay visible), as text, or not at all.
         """
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        handler = RotatingFileHandler(file, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
+        handler = _File(file, self._lose)
         handler.setFormatter(logging.Formatter("%(message)s"))
-        self._text, self._dropped = text, 0
+        self._text, self._dropped, self._is_failing = text, 0, False
         self._queue: Queue[logging.LogRecord] = Queue(MAX_WAITING)
         self._handler = QueueHandler(self._queue)
         self._listener: QueueListener | None = QueueListener(self._queue, handler)
@@ -81,11 +82,13 @@ class RequestLog:
         self._enqueue(line.to_json())
 
     def write_feedback(self, request_id: str, rating: str, correction: str | None, comment: str | None) -> bool:
-        """Log feedback on a completion; False if the disk is too slow and the line was dropped.
+        """Log feedback on a completion; False if the disk is full, or too slow, and the line was dropped.
 
         The texts are logged unchanged: the caller must reject them unless `keeps_text`.
         """
-        return self._enqueue(LoggedFeedback(_now(), request_id, rating, correction, comment).to_json())
+        return self._enqueue(LoggedFeedback(_now(), request_id, rating, correction, comment).to_json()) and (
+            not self._is_failing
+        )
 
     def close(self) -> None:
         """Write the waiting lines, and stop."""
@@ -105,6 +108,7 @@ class RequestLog:
         if self._dropped:
             line["lost_before"] = self._dropped
         record = logging.LogRecord(__name__, logging.INFO, "", 0, json.dumps(line, ensure_ascii=False), None, None)
+        record.__dict__["n_lines"] = 1 + self._dropped
         try:
             self._handler.enqueue(record)
             self._dropped = 0
@@ -114,6 +118,31 @@ class RequestLog:
             if self._dropped == 1:
                 logger.warning("the disk is too slow for the request log; lines are being dropped")
             return False
+
+    def _lose(self, n_lines: int, error: BaseException | None) -> None:
+        """Called in the writing thread after each line: how many were lost with it, and why; 0: it was written."""
+        if n_lines and not self._is_failing:
+            logger.warning("the request log cannot be written; lines are being dropped: %s", error)
+        self._dropped += n_lines
+        self._is_failing = n_lines > 0
+
+
+class _File(RotatingFileHandler):
+    """Reports lines that cannot be written. The report of `logging` has a traceback and the line, with its texts."""
+
+    def __init__(self, file: str | Path, report: Callable[[int, BaseException | None], None]) -> None:
+        super().__init__(file, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
+        self._report, self._failed = report, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
+        super().emit(record)
+        if not self._failed:
+            self._report(0, None)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._failed = True
+        self._report(record.__dict__["n_lines"], sys.exc_info()[1])
 
 
 def _now() -> str:

@@ -50,6 +50,7 @@ class GPT2Service(compat.WrappableService):
     """BentoML's app inside this project's middleware. Requests pass the middleware in reverse order of wrapping."""
 
     def wrap(self, app: Starlette) -> ASGIApp:
+        compat.bound_heads()
         compat.remove_timeout(app)
         if not settings().tracing:
             compat.remove_tracing(app)
@@ -129,6 +130,9 @@ class GPT2Instruct:
         if self.follower is not None:
             self._following.cancel()
         self.generator.close()
+
+    async def __is_alive__(self) -> bool:
+        return self.generator.engine.is_alive
 
     async def __is_ready__(self) -> bool:
         return self.follower is None or self.follower.ready

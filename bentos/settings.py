@@ -34,6 +34,8 @@ class Settings:
         given: dict[str, Any] = {}
         for name, annotation in get_type_hints(cls).items():
             if name != "tracing" and (value := environment.get(f"GPT2_{name.upper()}")):
+                if name.endswith("_token"):
+                    value = _token(name, value)
                 if get_origin(annotation) is Literal:
                     check_choice(name, value, get_args(annotation))
                 if annotation is bool:
@@ -44,6 +46,18 @@ class Settings:
                 "GPT2_FOLLOW_ADAPTERS is true; it needs GPT2_ADAPTERS_DIR, the directory with adapters.json"
             )
         return cls(**given, tracing=environment.get("OTEL_SDK_DISABLED", "").lower() == "false")
+
+
+def _token(name: str, value: str) -> str:
+    """Without the line break at the end of a file; no client could send it.
+
+    Raises:
+        ValueError: nothing is left, which would switch authentication off; or a client cannot send the rest.
+    """
+    token = value.strip()
+    if not token or not token.isprintable():
+        raise ValueError(f"GPT2_{name.upper()} is blank or contains line breaks; it must be text of one line")
+    return token
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -27,7 +27,7 @@ class Service:
     def __init__(self, url: str) -> None:
         """The token is GPT2_ADMIN_TOKEN of the environment."""
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '')}"}
+        self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '').strip()}"}
 
     def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
         """Load the adapter, unless path is "", and send it a share of the requests, or a copy of them."""

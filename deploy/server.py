@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import requests
-
 from deploy.bento import BentoError, bentoml_command, bentoml_environment, bentoml_home, log_tail
-from deploy.verify import request_answer, verify_answers
+from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Sample
 
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
@@ -108,11 +106,8 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> N
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise BentoError(f"the server ended with exit code {server.returncode}:\n{log_tail(log.read_text())}")
-        try:
-            if requests.get(f"{url}/readyz", timeout=5).ok:
-                return
-        except requests.RequestException:
-            pass
+        if is_ready(url):
+            return
         time.sleep(0.1)
     raise BentoError(f"the server was not ready after {START_TIMEOUT} seconds:\n{log_tail(log.read_text())}")
 

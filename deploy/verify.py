@@ -56,7 +56,8 @@ def request_answer(url: str, instruction: str, input: str, max_new_tokens: int) 
     """
     body = {"instruction": instruction, "input": input, "max_new_tokens": max_new_tokens}
     try:
-        response = requests.post(f"{url}/predict", json=body, headers=api_key_header(), timeout=RESPONSE_TIMEOUT)
+        with direct_session() as session:
+            response = session.post(f"{url}/predict", json=body, headers=api_key_header(), timeout=RESPONSE_TIMEOUT)
         response.raise_for_status()
         return str(response.json()["answer"])
     except requests.HTTPError as error:
@@ -66,7 +67,23 @@ def request_answer(url: str, instruction: str, input: str, max_new_tokens: int) 
         raise VerificationError(f"{url}/predict gave no answer: {error}") from None
 
 
+def is_ready(url: str) -> bool:
+    """Whether a service of this machine answers /readyz with 200."""
+    try:
+        with direct_session() as session:
+            return session.get(f"{url}/readyz", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def direct_session() -> requests.Session:
+    """For servers of this machine, which the proxy of an exported HTTP_PROXY cannot reach."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
 def api_key_header() -> dict[str, str]:
     """The authentication header for $GPT2_API_TOKEN. Not Authorization, which the API server's proxy removes."""
-    token = os.environ.get("GPT2_API_TOKEN")
+    token = os.environ.get("GPT2_API_TOKEN", "").strip()
     return {"X-Api-Key": token} if token else {}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gpt2core.data import Example
 from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
-from gpt2core.tensors import to_device
+from gpt2core.tensors import int_tensor, to_device
 
 
 class Batch(NamedTuple):
@@ -61,12 +61,12 @@ def pack(
         owners += [i] * (len(ids) - first[i])
     kind = VarlenSequences if use_varlen else PaddedSequences
     return Batch(
-        torch.tensor([input_ids]),
-        torch.tensor(labels, dtype=torch.long),
+        int_tensor(input_ids)[None],
+        int_tensor(labels),
         sum(lengths) + shared * len(examples),
-        torch.tensor(labeled, dtype=torch.long),
-        torch.tensor(owners, dtype=torch.long),
-        torch.tensor([positions]),
+        int_tensor(labeled),
+        int_tensor(owners),
+        int_tensor(positions)[None],
         kind.make(shared, [lengths[i] for i in order]),
     ).to(device)
 

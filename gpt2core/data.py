@@ -8,7 +8,8 @@ from typing import NamedTuple
 import tiktoken
 import torch
 
-from gpt2core.config import TooLong
+from gpt2core.config import GPT2Config, TooLong
+from gpt2core.metrics import normalize
 from gpt2core.prompt import MARKERS, format_prompt
 from gpt2core.records import (  # re-exported: the public path of these names
     REQUIRED,
@@ -27,6 +28,7 @@ __all__ = [
     "LongRecord",
     "Record",
     "Split",
+    "check_examples",
     "check_records",
     "count_duplicates",
     "count_leaks",
@@ -39,6 +41,7 @@ __all__ = [
     "question",
     "read_records",
     "records_sha256",
+    "same_question",
     "split_records",
     "to_jsonl",
 ]
@@ -75,8 +78,8 @@ def count_duplicates(records: Sequence[Record]) -> int:
 
 
 def count_repeated_questions(records: Sequence[Record]) -> int:
-    """Number of records with the instruction and input of an earlier one. Splits keep them in one part."""
-    return len(records) - len({question(record) for record in records})
+    """Number of records with the question of an earlier one (`same_question`). Splits keep them in one part."""
+    return len(records) - len({same_question(record) for record in records})
 
 
 def find_markers(records: Sequence[Record]) -> list[str]:
@@ -94,8 +97,8 @@ def find_markers(records: Sequence[Record]) -> list[str]:
 
 def count_leaks(records: Sequence[Record]) -> int:
     """Number of records of a given validation or test part whose question is in the train part as well."""
-    train = {question(record) for record in records if record.get("part", "train") == "train"}
-    return sum(record.get("part") in ("val", "test") and question(record) in train for record in records)
+    train = {same_question(record) for record in records if record.get("part", "train") == "train"}
+    return sum(record.get("part") in ("val", "test") and same_question(record) in train for record in records)
 
 
 def split_records(
@@ -119,7 +122,7 @@ def split_records(
 def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: float, test_fraction: float) -> Split:
     """Shuffle by the seed and split; `seed=None` keeps the file's order: train first, then test, then validation.
 
-    Records of one `group`, and records with the same question (instruction and input), stay together. Families, where
+    Records of one `group`, and records with the same question (`same_question`), stay together. Families, where
     records have one, are stratified. The parts have exactly the requested sizes unless the groups are too large to add
     up to them; a test_fraction above 0 gives at least one test record.
 
@@ -159,6 +162,12 @@ def question(record: Record) -> tuple[str, str]:
     return record["instruction"], record.get("input", "")
 
 
+def same_question(record: Record) -> tuple[str, str]:
+    """Equal for records whose questions differ in what `normalize` ignores, like letter case and whitespace, only."""
+    instruction, input = map(normalize, question(record))
+    return instruction, input
+
+
 def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[int]]:
     """Indices of records by group, shuffled so that every slice of the list is stratified by family."""
     groups = _groups(records)
@@ -188,7 +197,7 @@ def _groups(records: Sequence[Record]) -> list[list[int]]:
 
     first: dict[tuple[str, ...], int] = {}
     for i, record in enumerate(records):
-        keys: list[tuple[str, ...]] = [("question", *question(record))]
+        keys: list[tuple[str, ...]] = [("question", *same_question(record))]
         if record.get("group"):
             keys.append(("group", record["group"]))
         for key in keys:
@@ -260,6 +269,24 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
     if found:
         raise _too_long_error(found, len(records), context_length)
     return examples
+
+
+def check_examples(name: str, examples: Sequence[Example], config: GPT2Config) -> None:
+    """Refuse examples that the model cannot be trained on: on a GPU, an index out of range is an error without a place.
+
+    Raises:
+        ValueError: an example has no prompt or no response, more tokens than the context, or an unknown token.
+    """
+    for i, (ids, prompt_length) in enumerate((each.input_ids, each.prompt_length) for each in examples):
+        if not 1 <= prompt_length < len(ids):
+            problem = f"has a prompt of {prompt_length} tokens; it must be at least 1 and leave a response"
+        elif len(ids) > config.n_positions + 1:  # the last token is a label only
+            problem = f"has {len(ids)} tokens, more than the context of {config.n_positions}"
+        elif not (0 <= min(ids) and max(ids) < config.vocab_size):
+            problem = f"has token ids from {min(ids)} to {max(ids)}, but the model has {config.vocab_size} tokens"
+        else:
+            continue
+        raise ValueError(f"{name} example {i + 1} {problem}")
 
 
 def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:

@@ -182,6 +182,11 @@ class Engine:
             self._unload(name)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs. It ends by `close`, or by an error outside of a step, which is not expected."""
+        return self._thread.is_alive()
+
+    @property
     def adapters(self) -> list[str]:
         with self._changed:
             return sorted(self._adapters)
@@ -210,16 +215,19 @@ class Engine:
     def _run(self) -> None:
         if self._model.is_native:
             limit_openmp_threads()
-        with torch.inference_mode():
-            while self._prepare_step():
-                try:
-                    self._step()
-                except Exception as error:
-                    logger.exception("a step failed; its requests are cancelled")
-                    self._scheduler.cancel_running(EngineClosed(f"the step failed: {error}"))
-        with self._changed:
-            self._scheduler.cancel_waiting()
-        self._scheduler.cancel_running()
+        try:
+            with torch.inference_mode():
+                while self._prepare_step():
+                    try:
+                        self._step()
+                    except Exception as error:
+                        logger.exception("a step failed; its requests are cancelled")
+                        self._scheduler.cancel_running(EngineClosed(f"the step failed: {error}"))
+        finally:  # whatever ended it, nobody waits in vain
+            with self._changed:
+                self._closed = True
+                self._scheduler.cancel_waiting()
+            self._scheduler.cancel_running()
 
     def _prepare_step(self) -> bool:
         """Wait for work and admit requests; False when the engine is closed."""

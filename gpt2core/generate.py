@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache, evaluating
-from gpt2core.sampling import Sampler, check_tokens, choose, most_likely
+from gpt2core.sampling import Sampler, check_tokens, choose
 from gpt2core.tensors import to_device
 
 
@@ -92,9 +92,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     while active:
         with evaluating(model):  # per step: between steps the model has the caller's mode
             logits = _last_logits(model, input_ids, attention_mask if padded else None, cache)  # (B, V)
-            outputs = choose(
-                [samplers[row] for row in active], logits, most_likely(logits), [completions[row] for row in active]
-            )
+            outputs = choose([samplers[row] for row in active], logits, [completions[row] for row in active])
         tokens = [_raise_error(output) for output in outputs]
         step = list(zip(active, tokens, strict=True))
         for row, token in step:

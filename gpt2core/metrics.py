@@ -5,6 +5,7 @@ compute it in `score_record` and `aggregate`.
 """
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -91,8 +92,12 @@ def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int
 
 
 def normalize(answer: str) -> str:
-    """Normalize an answer for comparison: letter case, runs of whitespace and a final period do not count."""
-    return " ".join(answer.casefold().split()).removesuffix(".").rstrip()
+    """Normalize an answer for comparison: letter case, runs of whitespace and a final period do not count.
+
+    Nor does how accents are composed (Unicode's NFC). A period alone stays.
+    """
+    text = " ".join(unicodedata.normalize("NFC", answer).casefold().split())
+    return text.removesuffix(".").rstrip() or text
 
 
 def exact_match(reference: str, answer: str) -> float:

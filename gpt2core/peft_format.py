@@ -19,7 +19,7 @@ from gpt2core.lora import TARGET_LAYERS, lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.tensors import check_weight, read_tensors
 
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.)?h\.(\d{1,9})\."
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
@@ -46,7 +46,8 @@ _UNDERSTOOD = {
         "bias",
         "init_lora_weights",
     ),
-    *("target_modules", "exclude_modules", "fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+    *("megatron_core", "qalora_group_size"),
     *("runtime_config", "eva_config", "ensure_weight_tying"),
 }
 # Initializations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
@@ -107,8 +108,9 @@ def read_peft(
     """A PEFT adapter as LoRA config and weights of this project; the outputs are those of PEFT.
 
     An adapted c_attn becomes one pair for each of q, k and v that it changes: with the same lora_A and a third of
-    lora_B, without the columns of lora_B that are zero there. Layers of a lower rank are padded with zeros. With DoRA
-    all three are adapted: where lora_B is zero, the length may differ from the base's.
+    lora_B, without the columns of lora_B that are zero there. Layers of a lower rank are padded with zeros, and those
+    that the config leaves out are zero. With DoRA all three are adapted: where lora_B is zero, the length may differ
+    from the base's.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter needs a feature of PEFT that this
@@ -116,7 +118,12 @@ def read_peft(
     """
     description = read_json(directory / PEFT_CONFIG)
     _check_supported(directory / PEFT_CONFIG, description)
-    layers = _read_layers(directory / PEFT_WEIGHTS, config, device, bool(description.get("use_dora")))
+    if not (directory / PEFT_WEIGHTS).is_file() and (directory / PEFT_PICKLE).is_file():
+        raise FileNotFoundError(
+            f"{directory} has {PEFT_PICKLE}, a pickle, which can execute code and is not read; load it with PEFT and "
+            f"save_pretrained it as {PEFT_WEIGHTS}"
+        )
+    layers = _read_layers(directory / PEFT_WEIGHTS, config, device, description)
     use_rslora, use_dora = (bool(description.get(key)) for key in ("use_rslora", "use_dora"))
     scalings = {
         key: _scaling(directory / PEFT_CONFIG, description, key, len(parts["A"])) for key, parts in layers.items()
@@ -144,7 +151,7 @@ def read_peft(
     for layer, path in layers:
         # LoraConfig has one scaling: where a layer's own is another one, lora_B is multiplied by the ratio
         own_alpha, own_r = scalings[layer, path]
-        ratio = own_alpha * r / (own_r * alpha) if alpha else 1.0
+        ratio = own_alpha * r / (own_r * alpha)
         adapted = [pairs[layer, target] for target in _targets(path) if target in changed]
         if adapted:
             name = f"h.{layer}.{path}"
@@ -152,7 +159,9 @@ def read_peft(
             state[f"{name}.lora_B"] = torch.stack([_pad(b[:, :rank], 1, rank) * ratio for _, b in adapted])
             if use_dora:
                 state[f"{name}.lora_magnitude"] = layers[layer, path]["magnitude"].unflatten(0, (len(adapted), -1))
-    return lora, state
+    shapes = {key.split(".", 2)[2]: tensor for key, tensor in state.items()}
+    zeros = {f"h.{layer}.{part}": tensor for layer in range(config.n_layer) for part, tensor in shapes.items()}
+    return lora, {key: torch.zeros_like(tensor) for key, tensor in zeros.items() if key not in state} | state
 
 
 def _targets(path: str) -> list[LoraTarget]:
@@ -186,10 +195,10 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
 
 
 def _read_layers(
-    file: Path, config: GPT2Config, device: str | torch.device, use_dora: bool
+    file: Path, config: GPT2Config, device: str | torch.device, description: Mapping[str, Any]
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
     """(index of the block, its layer) -> A (r, in), B (out, r) and with DoRA magnitude (out); fp32, checked."""
-    needed = ("A", "B", "magnitude") if use_dora else ("A", "B")
+    needed = ("A", "B", "magnitude") if description.get("use_dora") else ("A", "B")
     C, M = config.n_embd, config.mlp_width
     sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
@@ -211,15 +220,41 @@ def _read_layers(
     layers = {}
     for layer in range(config.n_layer):
         for path in paths:
-            pair = found.get((layer, path), {})
+            pair, is_adapted = found.get((layer, path), {}), _is_adapted(description, layer, path)
+            if not pair and not is_adapted and "magnitude" not in needed:
+                continue
             missing = next((part for part in needed if part not in pair), None)
             if missing is not None:
                 raise ValueError(f"{file}: lora_{missing} of h.{layer}.{path} is missing")
+            if not is_adapted:
+                raise ValueError(f"{file} has weights of h.{layer}.{path}, which {PEFT_CONFIG} leaves out")
             if pair["A"].shape[0] != pair["B"].shape[1]:
                 ranks = f"{pair['A'].shape[0]} and {pair['B'].shape[1]}"
                 raise ValueError(f"{file}: lora_A and lora_B of h.{layer}.{path} have different ranks, {ranks}")
             layers[layer, path] = pair
     return layers
+
+
+def _is_adapted(description: Mapping[str, Any], layer: int, path: str) -> bool:
+    """Whether PEFT adapts a layer of the given kind: by a pattern, or by the blocks to transform."""
+    names = (f"transformer.h.{layer}.{path}", f"h.{layer}.{path}")  # the model with or without its head
+    targets, excluded = (description.get(key) or [] for key in ("target_modules", "exclude_modules"))
+    if any(_matches(name, excluded) for name in names):
+        return False
+    if isinstance(targets, str) and targets != "all-linear":
+        return any(_matches(name, targets) for name in names)
+    layers = description.get("layers_to_transform")
+    return layers is None or layer in (layers if isinstance(layers, list) else [layers])
+
+
+def _matches(name: str, modules: Any) -> bool:
+    """Whether a pattern of PEFT's, for the whole name, or one of a list of names matches the module."""
+    if not isinstance(modules, str):
+        return any(name == module or name.endswith(f".{module}") for module in modules)
+    try:
+        return re.fullmatch(modules, name) is not None
+    except re.error:
+        return False
 
 
 def _scaling(file: Path, description: Mapping[str, Any], key: tuple[int, str], rank: int) -> tuple[float, float]:
@@ -240,13 +275,6 @@ def _by_module(description: Mapping[str, Any], name: str, module: str, default: 
     if not isinstance(patterns, dict):
         return default
     for pattern, value in patterns.items():
-        if module == pattern or module.endswith(f".{pattern}") or _matches(pattern, module):
+        if _matches(module, [pattern]) or _matches(module, rf"(.*\.)?({pattern})"):
             return value
     return default
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error:
-        return False

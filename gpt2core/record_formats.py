@@ -3,12 +3,14 @@
 | format | keys |
 |---|---|
 | Alpaca | instruction, output; input, group and family where known |
-| prompt and completion | prompt, completion |
-| OpenAI's chat | messages: a list of {"role", "content"} |
+| prompt and completion | prompt, completion; both may be lists of messages |
+| OpenAI's chat | messages: a list of {"role", "content"}; weight 0: context, not to be learned |
 | ShareGPT | conversations: a list of {"from", "value"} |
 
 A conversation becomes one record for each answer of the assistant: its instruction is the user's turn before it, and
 its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is dropped, as in the service.
+
+A value with keys of several formats is read as the first one in the table whose keys are all there and not null.
 """
 
 import json
@@ -21,7 +23,9 @@ TEXTS = ("instruction", "input", "output")
 LABELS = ("group", "family")
 REQUIRED = ("instruction", "output")
 CHATS = ("messages", "conversations")
-COLUMNS = (*TEXTS, *LABELS, "prompt", "completion", *CHATS)  # keys that `columns` can map
+PAIR = ("prompt", "completion")
+COLUMNS = (*TEXTS, *LABELS, *PAIR, *CHATS)  # keys that `columns` can map
+_FORMATS = {"instruction/output": REQUIRED, "prompt/completion": PAIR, **{key: (key,) for key in CHATS}}
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
@@ -32,6 +36,16 @@ _ROLES = {
 def format_of(value: Any, columns: Mapping[str, str]) -> str:
     """The name of the record's format, for messages; "" if it is unknown."""
     return _format(_rename(value, _applying(value, columns))) if isinstance(value, dict) else ""
+
+
+def ignored_keys(value: Any, columns: Mapping[str, str]) -> list[str]:
+    """The keys of a value that have content which no record gets."""
+    if not isinstance(value, dict):
+        return []
+    value = _rename(value, _applying(value, columns))
+    name = _format(value)
+    used = (*LABELS, *(TEXTS if name == "instruction/output" else _FORMATS.get(name, ())))
+    return [key for key, inner in value.items() if key not in used and inner not in (None, "", [], {})]
 
 
 def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -56,6 +70,12 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
     if kind == "prompt/completion":
         if "completion" not in value and "output" in required:
             raise ValueError(f"no 'completion' in {shorten(value)}")
+        if isinstance(value["prompt"], list):
+            prompt, completion = value["prompt"], value.get("completion") or []
+            context = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
+            if not isinstance(completion, list):
+                raise ValueError(f"'prompt' is a list of turns, but 'completion' is {shorten(completion)}")
+            return _conversation({**value, "prompt": [*context, *completion]}, "prompt", required)
         renamed = {key: value[key] for key in LABELS if key in value} | {"instruction": value["prompt"]}
         return [renamed | ({"output": value["completion"]} if "completion" in value else {})]
     return [value]
@@ -72,11 +92,9 @@ def _rename(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
 
 
 def _format(value: Mapping[str, Any]) -> str:
-    if "instruction" in value:
-        return "instruction/output"
-    if "prompt" in value:
-        return "prompt/completion"
-    return next((key for key in CHATS if key in value), "")
+    complete = (name for name, keys in _FORMATS.items() if all(value.get(key) is not None for key in keys))
+    begun = (name for name, keys in _FORMATS.items() if keys[0] in value)
+    return next(complete, next(begun, ""))
 
 
 def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -> list[dict[str, Any]]:
@@ -89,23 +107,25 @@ def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{key!r} is {shorten(messages)}; it must be a list of turns")
     turns = [turn for i, message in enumerate(messages) if (turn := _turn(message, f"{key}[{i}]"))[0] != "system"]
+    texts = [(role, text) for role, text, _ in turns]
     labels = {name: value[name] for name in LABELS if name in value}
     found = []
-    for i, (role, text) in enumerate(turns):
+    for i, (role, text, is_learned) in enumerate(turns):
         if role == "assistant":
             if i == 0 or turns[i - 1][0] != "user":
                 before = "no turn" if i == 0 else "another assistant turn"
                 raise ValueError(f"{key!r}: an assistant turn comes after {before}, not after the user's")
-            found.append({"instruction": turns[i - 1][1], "input": format_turns(turns[: i - 1]), "output": text})
+            if is_learned:
+                found.append({"instruction": turns[i - 1][1], "input": format_turns(texts[: i - 1]), "output": text})
     if "output" not in required and turns and turns[-1][0] == "user":  # a question
-        return [labels | {"instruction": turns[-1][1], "input": format_turns(turns[:-1]), "output": ""}]
+        return [labels | {"instruction": turns[-1][1], "input": format_turns(texts[:-1]), "output": ""}]
     if not found:
-        raise ValueError(f"{key!r} has no answer of the assistant: {shorten(messages)}")
+        raise ValueError(f"{key!r} has no answer of the assistant to learn: {shorten(messages)}")
     return [labels | record for record in found]
 
 
-def _turn(message: Any, location: str) -> tuple[str, str]:
-    """Role (user, assistant or system) and text."""
+def _turn(message: Any, location: str) -> tuple[str, str, bool]:
+    """Role (user, assistant or system), text, and whether an assistant's is to be learned."""
     if not isinstance(message, dict):
         raise ValueError(f"{location} is {shorten(message)}; it must be an object with 'role' and 'content'")
     role, content = (next((message[k] for k in keys if k in message), None) for keys in (_ROLE_KEYS, _CONTENT_KEYS))
@@ -119,7 +139,10 @@ def _turn(message: Any, location: str) -> tuple[str, str]:
         raise ValueError(f"{location}: the content is {shorten(content)}; it must be text")
     if _ROLES[role] != "system" and not content.strip():
         raise ValueError(f"{location}: the content is empty")
-    return _ROLES[role], content
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{location}: the weight is {shorten(weight)}; it must be 0 or 1")
+    return _ROLES[role], content, weight != 0
 
 
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from gpt2core.record_formats import CHATS, LABELS, REQUIRED, TEXTS, format_of, shorten, to_records
+from gpt2core.record_formats import CHATS, LABELS, PAIR, REQUIRED, TEXTS, format_of, ignored_keys, shorten, to_records
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,12 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 SHOWN_PROBLEMS = 5  # of a file's faulty records, in one message
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and the byte order marks that concatenating files leaves
+_CONTENTS = (  # what files with the name of a text file turn out to be
+    (b"\x1f\x8b", "is compressed by gzip; decompress it"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"PAR1", "is a Parquet file; rename it to .parquet"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the data; fetch it by git lfs pull"),
+)
 _ENCODINGS = (
     (b"\xff\xfe\0\0", "UTF-32"),
     (b"\0\0\xfe\xff", "UTF-32"),
@@ -99,21 +105,24 @@ def make_records(
     """
     records: list[Record] = []
     problems: list[str] = []
-    formats: Counter[str] = Counter()
-    for number, row in enumerate(rows, 1):
+    formats, ignored = Counter[str](), Counter[str]()
+    for row in rows:
         found: list[Record | str]
         try:
             found = [_record(value, required) for value in to_records(row.value, required, columns)]
         except ValueError as error:
             found = [str(error)]
         formats[format_of(row.value, columns)] += 1
+        ignored.update(ignored_keys(row.value, columns))
+        # by content: numbers would put conversations of different files into one group
+        digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
         for answer, record in enumerate(found, 1):
             location = row.location if len(found) == 1 else f"{row.location}, answer {answer}"
             if isinstance(record, str):
                 problems.append(f"{location}: {record}")
                 continue
             if len(found) > 1:
-                record.setdefault("group", f"conversation {number}")
+                record.setdefault("group", f"conversation {digest[:12]}")
             records.append(_with_location(record | ({"part": PARTS[row.part]} if row.part else {}), location))
     if not records and not problems:
         raise ValueError(f"{source}: the list of records is empty")
@@ -123,6 +132,9 @@ def make_records(
     _refuse(problems, source)
     read_as = ", ".join(f"{count} as {name}" for name, count in formats.items())
     logger.info("%s: %d records, read %s", source, len(records), read_as)
+    if ignored:
+        keys = ", ".join(f"{shorten(key)} in {count}" for key, count in ignored.most_common(SHOWN_PROBLEMS))
+        logger.warning("%s: keys that are not used: %s (data.columns maps names)", source, keys)
     return records
 
 
@@ -193,6 +205,9 @@ def _record(value: Any, required: Sequence[str]) -> Record | str:
 
 def _decode(content: bytes, file: Path) -> str:
     """The text of a UTF-8 file; other encodings are recognized and named."""
+    for beginning, description in _CONTENTS:
+        if content.startswith(beginning):
+            raise ValueError(f"{file} {description}")
     for mark, encoding in _ENCODINGS:
         if content.startswith(mark):
             raise ValueError(f"{file} is {encoding} text (its byte order mark is {mark.hex(' ')}); save it as UTF-8")
@@ -241,7 +256,7 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
 def _separator(text: str, file: Path) -> str:
     if file.suffix.lower() == ".tsv":
         return "\t"
-    header = text.lstrip("\ufeff\r\n").partition("\n")[0]
+    header = re.split("[\r\n]", text.lstrip("\ufeff\r\n"), maxsplit=1)[0]
     return max(",;\t", key=header.count)
 
 
@@ -264,7 +279,8 @@ class _Parser:
 
     def __init__(self, text: str, file: Path, columns: Mapping[str, str]) -> None:
         self.text, self.file = text, file
-        self.lists = {*CHATS, *(columns[key] for key in CHATS if key in columns)}  # keys of a record that hold lists
+        lists = (*CHATS, *PAIR)  # keys of a record that hold lists
+        self.lists = {*lists, *(columns[key] for key in lists if key in columns)}
         self.number = 0  # of the current record, from 1
         self.line, self.line_start = 1, 0  # of the position that was located last
         self.decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)

@@ -3,9 +3,10 @@
 `generate` and the engine both use it, so they generate the same tokens. Shape letters: B rows, V tokens.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from math import inf
+from random import Random
 from typing import Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.tensors import to_device
+
+SHORTLIST = 256  # tokens: where they are enough for top_k or top_p, the others need not be looked at
 
 
 class NonFiniteLogits(RuntimeError):
@@ -41,7 +44,8 @@ class Sampler:
         self, config: GenerationConfig, prompt: Sequence[int], device: torch.device, grammar: Grammar | None = None
     ) -> None:
         self.config, self._prompt, self._device, self._grammar = config, prompt, device, grammar
-        self.generator = _make_generator(config, device)
+        # on the host: a seed gives the same numbers on every device, and one copy moves those of all rows
+        self.random = None if config.temperature == 0 else Random(config.seed)  # noqa: S311
         self.has_controls = grammar is not None or bool(
             config.logit_bias
             or config.repetition_penalty != 1
@@ -99,15 +103,26 @@ class Sampler:
         if len(completion) < config.min_tokens:
             logits[self._ending] = -torch.inf
         if self._grammar is not None:
-            logits.masked_fill_(~_unpack(self._grammar.allowed(), len(logits)).to(self._device), -torch.inf)
+            allowed = torch.frombuffer(bytearray(self._grammar.allowed()), dtype=torch.uint8).to(self._device)
+            logits += _bit_biases(self._device).index_select(0, allowed.int()).flatten()[: len(logits)]
         return logits
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(tokens, dtype=torch.long), self._device)
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """The most likely token of each row of logits (B, V); -1 where the largest logit is NaN or infinite."""
+    largest, tokens = logits.max(-1)  # of a NaN, if there is one
+    return tokens.masked_fill(~largest.isfinite(), -1)
+
+
 def choose(
-    samplers: Sequence[Sampler | None], logits: Tensor, best: Tensor, completions: Sequence[Sequence[int]]
+    samplers: Sequence[Sampler | None],
+    logits: Tensor,
+    completions: Sequence[Sequence[int]],
+    best: Tensor | None = None,
+    argmax: Callable[[Tensor], Tensor] = most_likely,
 ) -> list[int | Exception]:
     """The next token of each completion, from logits (B, V); for a row that failed, its exception instead.
 
@@ -115,8 +130,10 @@ def choose(
 
     Args:
         samplers: None for a row to ignore.
-        best: what `most_likely` found, (B).
+        best: what `argmax` finds, (B), if it is known.
+        argmax: `most_likely`, or a faster function with its results.
     """
+    best = argmax(logits) if best is None else best
     outputs: dict[int, int | Exception] = {i: 0 for i, sampler in enumerate(samplers) if sampler is None}
     special: dict[int, Tensor] = {}  # scores (V) by row
     for i, (sampler, completion) in enumerate(zip(samplers, completions, strict=True)):
@@ -126,7 +143,7 @@ def choose(
             except Exception as error:
                 outputs[i] = error
     special_samplers = [sampler for i, sampler in enumerate(samplers) if sampler is not None and i in special]
-    chosen = _choose_special(special_samplers, [*special.values()], [best[i : i + 1] for i in special])
+    chosen = _choose_special(special_samplers, [*special.values()], [best[i : i + 1] for i in special], argmax)
     found: list[int] = torch.cat([best, *chosen]).tolist()  # waits for the device
     by_row = dict(zip(special, found[len(best) :], strict=True))
     for i, sampler in enumerate(samplers):
@@ -144,67 +161,104 @@ def choose(
     return [outputs[i] for i in range(len(samplers))]
 
 
-def _choose_special(samplers: Sequence[Sampler], scores: Sequence[Tensor], best: Sequence[Tensor]) -> list[Tensor]:
+def _choose_special(
+    samplers: Sequence[Sampler],
+    scores: Sequence[Tensor],
+    best: Sequence[Tensor],
+    argmax: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
     """The tokens of n samplers from their scores (V), in parts (n'): -1 where no score is finite. `best`: n of (1)."""
     if scores and scores[0].device.type == "cpu":  # row by row, what is computed stays in the processor's cache
-        return [_choose_batch([s], own[None], one) for s, own, one in zip(samplers, scores, best, strict=True)]
-    return [_choose_batch(samplers, torch.stack([*scores]), torch.cat([*best]))] if scores else []
+        return [
+            _choose_batch([sampler], own[None], one, argmax)
+            for sampler, own, one in zip(samplers, scores, best, strict=True)
+        ]
+    return [_choose_batch(samplers, torch.stack([*scores]), torch.cat([*best]), argmax)] if scores else []
 
 
-def _choose_batch(samplers: Sequence[Sampler], scores: Tensor, best: Tensor) -> Tensor:
+def _choose_batch(
+    samplers: Sequence[Sampler], scores: Tensor, best: Tensor, argmax: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The tokens (B) of samplers from their scores (B, V); `best` (B) are the most likely ones before the controls."""
-    tokens = most_likely(scores) if any(sampler.has_controls for sampler in samplers) else best
-    drawn = [i for i, sampler in enumerate(samplers) if sampler.generator is not None]
+    tokens = argmax(scores) if any(sampler.has_controls for sampler in samplers) else best
+    drawn = [i for i, sampler in enumerate(samplers) if sampler.random is not None]
     if not drawn:
         return tokens
     rows = to_device(torch.tensor(drawn), scores.device)
     of_drawn = scores if len(drawn) == len(samplers) else scores[rows]
-    probabilities = distribution(of_drawn, [samplers[i].config for i in drawn])
-    random = draw(probabilities, [samplers[i].generator for i in drawn])
+    numbers = torch.tensor([sampler.random.random() for sampler in samplers if sampler.random], dtype=torch.float64)
+    random = draw(*distribution(of_drawn, [samplers[i].config for i in drawn]), to_device(numbers, scores.device))
     return tokens.index_copy(0, rows, random.masked_fill(tokens[rows] < 0, -1))
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """The most likely token of each row of logits (B, V); -1 where the largest logit is NaN or infinite."""
-    largest, tokens = logits.max(-1)  # of a NaN, if there is one
-    return tokens.masked_fill(~largest.isfinite(), -1)
+def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> tuple[Tensor, Tensor | None]:
+    """The distributions to sample from, for logits (B, V) and temperatures above 0.
 
-
-def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
-    """The distribution to sample from, for each row of logits (B, V): fp64, not normalized, temperature above 0."""
-    V = logits.shape[1]
-    top_k, top_p = [min(c.top_k or V, V) for c in configs], [inf if c.top_p is None else c.top_p for c in configs]
-    settings = [(c.temperature, k, p, c.min_p or 0.0) for c, k, p in zip(configs, top_k, top_p, strict=True)]
-    columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
-    temperature, kept, nucleus, min_p = columns.T[..., None]  # four of (B, 1)
-    # relative to the largest and in fp64, so that no temperature above 0, however small, overflows
-    logits = (logits - logits.amax(-1, keepdim=True)).double().div_(temperature)
-    if limits := [k for k in top_k if k < V]:
-        values = logits.topk(max(limits)).values
-        smallest = values.gather(1, kept.long().clamp(max=max(limits)) - 1)
-        logits = logits.masked_fill((logits < smallest) & (kept < V), -torch.inf)
-    probabilities = logits.softmax(-1)
-    if any(p < inf for p in top_p):
-        # nucleus sampling, arXiv:1904.09751: the smallest set of tokens whose probabilities reach top_p
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        beyond = ordered.cumsum(-1) - ordered >= nucleus
-        probabilities = probabilities.masked_fill(torch.empty_like(beyond).scatter_(1, order, beyond), 0.0)
-    if any(c.min_p for c in configs):  # arXiv:2407.01082
-        smallest = min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < smallest, 0.0)
-    return probabilities
-
-
-def draw(probabilities: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-    """A token (B) per row of probabilities (B, V), each with its own random generator.
-
-    The method of `torch.multinomial` for one sample: the largest of V quotients of probability and exponential random
-    variable. That function takes one generator for all rows, and synchronizes with a GPU.
+    Returns probabilities (B, n), fp32 and not normalized, and which tokens they are of, (B, n); None: all V, in order.
     """
-    clocks = torch.empty_like(probabilities)
-    for row, generator in zip(clocks, generators, strict=True):
-        row.exponential_(generator=generator)
-    return torch.div(probabilities, clocks, out=clocks).argmax(-1)
+    V = logits.shape[1]
+    top_k, top_p = [min(c.top_k or V, V) for c in configs], [1.0 if c.top_p is None else c.top_p for c in configs]
+    settings = [
+        (max(c.temperature, 1e-30), k, inf if p == 1 else p, c.min_p or 0.0)
+        for c, k, p in zip(configs, top_k, top_p, strict=True)
+    ]
+    columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
+    temperature, kept, nucleus, min_p = columns.T.contiguous()[..., None]  # four of (B, 1)
+    # relative to the largest, so that no temperature above 0, however small, overflows
+    probabilities = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float()).softmax(-1)
+    tokens = None
+    is_limited = min(top_p) < 1 or min(top_k) < V
+    if is_limited and V > SHORTLIST and logits.device.type == "cpu":  # on a GPU, the host would wait for the answer
+        largest, indices = probabilities.topk(SHORTLIST)
+        reached = largest.sum(-1, keepdim=True, dtype=torch.float64) >= nucleus
+        if ((kept <= SHORTLIST) | ((kept == V) & reached)).all():
+            probabilities, tokens = largest, indices
+    if limits := [k for k in top_k if k < V]:
+        largest = probabilities.topk(max(limits)).values if tokens is None else probabilities
+        smallest = largest.gather(1, kept.long().clamp(max=max(limits)) - 1)
+        probabilities.mul_((probabilities >= smallest).logical_or_(kept == V))
+        probabilities.div_(probabilities.sum(-1, keepdim=True))
+    if min(top_p) < 1:
+        if tokens is None:
+            probabilities = _nucleus(probabilities, nucleus)
+        else:  # they are in order
+            before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
+            probabilities.masked_fill_(before >= nucleus, 0.0)
+    if any(c.min_p for c in configs):  # arXiv:2407.01082
+        probabilities.mul_(probabilities >= min_p.float() * probabilities.amax(-1, keepdim=True))
+    if tokens is not None:  # in order, so that a random number chooses alike with a shortlist and without one
+        tokens, order = tokens.sort()
+        probabilities = probabilities.gather(1, order)
+    return probabilities, tokens
+
+
+def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Nucleus sampling, arXiv:1904.09751: 0 for tokens outside the smallest set whose sum reaches top_p (B, 1).
+
+    A radix selection, many times faster than sorting V probabilities (B, V): floats from 0 to 1 have the order of
+    their lowest 30 bits. Tokens exactly as likely as the last one are kept.
+    """
+    bits, missing, candidates = probabilities.view(torch.int32), top_p, probabilities.double()
+    last = torch.zeros_like(top_p, dtype=torch.int32)  # the bits of the least likely token of the set, as far as known
+    for shift in (20, 10, 0):
+        digits = bits.bitwise_right_shift(shift).bitwise_and(1023)
+        sums = candidates.new_zeros(len(bits), 1024).scatter_add_(1, 1023 - digits.long(), candidates)
+        reached = sums.cumsum(-1)  # from the largest digit down
+        place = torch.searchsorted(reached, missing).clamp_(max=1023)
+        missing = missing - (reached - sums).gather(1, place)
+        last = 1024 * last + 1023 - place.int()
+        candidates = torch.where(digits == 1023 - place, candidates, 0.0)
+    return torch.where(bits >= last, probabilities, 0.0)
+
+
+def draw(probabilities: Tensor, tokens: Tensor | None, numbers: Tensor) -> Tensor:
+    """A token (B) per row of a `distribution`: the first at which the sum of probabilities exceeds a share of it.
+
+    The shares are `numbers` (B), uniformly distributed from 0 to below 1, fp64.
+    """
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)
+    return (place if tokens is None else tokens.gather(1, place))[:, 0]
 
 
 def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
@@ -216,10 +270,11 @@ def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
     return any(tuple(completion[-len(stop) :]) == stop for stop in config.stop)
 
 
-def _unpack(mask: bytes, n: int) -> Tensor:
-    """The first n bits of a mask as bool (n)."""
-    packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
-    return (packed[:, None] >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten()[:n].bool()
+@cache
+def _bit_biases(device: torch.device) -> Tensor:
+    """What is added to 8 logits for each byte of a mask (256, 8): 0 where bit i of the byte is set, otherwise -inf."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return bits.double().log().float().to(device)
 
 
 def check_tokens(config: GenerationConfig, model: GPT2Config) -> None:
@@ -231,15 +286,3 @@ def check_tokens(config: GenerationConfig, model: GPT2Config) -> None:
         for token in tokens:
             if not 0 <= token < model.token_count:
                 raise ValueError(f"{name} contains the token id {token}; ids are from 0 to {model.token_count - 1}")
-
-
-def _make_generator(config: GenerationConfig, device: torch.device) -> torch.Generator | None:
-    """The random generator of one completion; None if it is greedy."""
-    if config.temperature == 0:
-        return None
-    generator = torch.Generator(device)
-    if config.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(config.seed)
-    return generator

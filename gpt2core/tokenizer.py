@@ -15,8 +15,9 @@ from gpt2core.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
-# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form
-SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit changes the tokens
+# of longer runs of whitespace only: without it, tiktoken panics (not an Exception) at a million of them.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
 
 
 def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
@@ -26,6 +27,7 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
         FileNotFoundError: the directory has no tokenizer files.
         ValueError: the files are damaged, do not match, or are not a GPT-2 tokenizer's; or `name` is neither a
             directory nor known to tiktoken.
+        OSError: tiktoken cannot download the tokenizer of that name.
     """
     directory = Path(name)
     if not directory.is_dir():
@@ -34,6 +36,11 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
         except ValueError as error:
             raise ValueError(
                 f"no tokenizer {str(name)!r}: neither a directory nor known to tiktoken ({error})"
+            ) from None
+        except OSError as error:
+            raise OSError(
+                f"the tokenizer {str(name)!r} cannot be downloaded; set TIKTOKEN_CACHE_DIR to a directory with its "
+                f"files, or use the directory of a base ({type(error).__name__})"
             ) from None
     vocabulary = read_vocabulary(directory)
     return tiktoken.Encoding(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt2core.batching import Batch, pack
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
-from gpt2core.data import Example
+from gpt2core.data import Example, check_examples
 from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import lora_layers
 from gpt2core.losses import batch_losses, token_losses
@@ -89,11 +89,14 @@ def finetune(
     the records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
 
     Raises:
-        ValueError: no examples, nothing to train, a merged adapter, or a checkpoint of other data or another config.
+        ValueError: no examples, one that does not fit the model, nothing to train, a merged adapter, or a checkpoint of
+            other data, another config or a longer training.
         FloatingPointError: the loss or the weights are no longer finite.
     """
     if not train:
         raise ValueError("there are no training examples")
+    for name, examples in (("training", train), ("validation", val)):
+        check_examples(name, examples, model.config)
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -233,6 +236,11 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
         state = TrainingState(weights, plan.optimizers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
+            if state.progress.step > plan.total_steps:
+                raise ValueError(
+                    f"the checkpoint in {directory} is of step {state.progress.step}, but this training has "
+                    f"{plan.total_steps} steps; raise epochs or max_steps, or pass another checkpoint_dir"
+                )
             for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read

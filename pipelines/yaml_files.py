@@ -1,10 +1,12 @@
-"""Strict YAML: booleans of YAML 1.2, no duplicate keys in a mapping, and a limit on the size of expanded aliases."""
+"""Strict YAML: booleans and decimal integers of YAML 1.2, no dates, no key twice in a mapping, limited aliases."""
 
+import re
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
+_INT, _DECIMAL = "tag:yaml.org,2002:int", re.compile("[-+]?(?:0|[1-9][0-9]*)$")
 MAX_NODES = 100_000  # values, with every alias expanded; the configs of this project have about a hundred
 
 
@@ -40,10 +42,17 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """`on`, `off`, `yes` and `no` stay text, as in YAML 1.2: `wandb: off` is a value of that setting."""
+    """`on`, `off`, `yes` and `no` stay text, as in YAML 1.2: `wandb: off` is a value of that setting.
+
+    So do dates, and what YAML 1.1 reads as another number than it looks like: `epochs: 010` (8) and `1:30` (90).
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        first: [
+            (tag, _DECIMAL if tag == _INT else pattern)
+            for tag, pattern in resolvers
+            if (tag != "tag:yaml.org,2002:bool" or first in "tTfF") and tag != "tag:yaml.org,2002:timestamp"
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -10,7 +10,7 @@ from zenml.client import Client
 from zenml.models import ModelVersionResponse
 
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
-from gpt2core.data import Record, question
+from gpt2core.data import Record, same_question
 from gpt2core.evaluate import Answers
 from gpt2core.evaluate import evaluate as evaluate_model
 from gpt2core.lora import merge_lora
@@ -151,12 +151,12 @@ def _load(version: ModelVersionResponse) -> Champion:
 
 def unseen_records(test_records: Sequence[Record], trained_on: Sequence[Record]) -> list[int]:
     """Indices of the test records whose question and group are not in the champion's training or validation data."""
-    questions = {question(record) for record in trained_on}
+    questions = {same_question(record) for record in trained_on}
     groups = {record["group"] for record in trained_on if record.get("group")}
     return [
         i
         for i, record in enumerate(test_records)
-        if question(record) not in questions and record.get("group", "") not in groups
+        if same_question(record) not in questions and record.get("group", "") not in groups
     ]
 
 

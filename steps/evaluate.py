@@ -1,3 +1,4 @@
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,8 @@ from steps.config import EvaluateConfig
 from steps.materializers import SampleListMaterializer
 from steps.metadata import attach_metadata
 
+logger = logging.getLogger(__name__)
+
 
 @step(cache_policy=code_of(__name__), output_materializers={"samples": SampleListMaterializer})
 def evaluate(
@@ -32,6 +35,12 @@ def evaluate(
     limits = (evaluate.max_new_tokens, evaluate.batch_size, rouge_l)
     with counting_progress("evaluate base", len(test_records)) as show:
         before = evaluate_model(model, tokenizer, test_records, *limits, show)
+    cut = sum(answer.reference_tokens - 1 > evaluate.max_new_tokens for answer in before.answers)  # 1: end of text
+    if cut:
+        logger.warning(
+            "%d of %d test records have outputs of more than evaluate.max_new_tokens=%d tokens: no answer equals them",
+            *(cut, len(test_records), evaluate.max_new_tokens),
+        )
     merge_lora(load_adapter(model, adapter, read_base(base).sha256))  # merged, as the service does
     with counting_progress("evaluate tuned", len(test_records)) as show:
         after = evaluate_model(model, tokenizer, test_records, *limits, show)

@@ -91,9 +91,7 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
     records, origin = _read_file(Path(data.path), data), {"location": data.path, "file_sha256": _sha256(data.path)}
     for part, path in (("val", data.val_path), ("test", data.test_path)):
         if path:
-            own = _read_file(Path(path), data)
-            for record in own:
-                record["part"] = part
+            own = _of_part(_read_file(Path(path), data), part, path)
             records = [record for record in records if record.get("part") != part] + own
             origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(path)}
     return records, origin
@@ -101,14 +99,27 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
 
 def _read_file(path: Path, data: DataConfig) -> list[Record]:
     if files := text_files(path):
-        records = [(record, part) for file, part in files for record in read_records(file, columns=data.columns)]
-        for record, part in records:
-            if part:
-                record["part"] = PARTS[part]
-        return [record for record, _ in records]
+        return [
+            record
+            for file, part in files
+            for record in _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
+        ]
     if is_table(path):
         return make_records(read_rows(path), str(path), columns=data.columns)
     return read_records(path, columns=data.columns)
+
+
+def _of_part(records: list[Record], part: str, source: str | Path) -> list[Record]:
+    """The records, as those of the part ("": of any); where the file says so, those that it has in this part only."""
+    if not part:
+        return records
+    found = [record for record in records if record.get("part", part) == part]
+    if not found:
+        own = ", ".join(sorted({record["part"] for record in records}))
+        raise ValueError(f"{source} is to be the part {part}, but has only {own} records")
+    for record in found:
+        record["part"] = part
+    return found
 
 
 def _sha256(path: str) -> str:

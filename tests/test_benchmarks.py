@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import gpu, growth
-from benchmarks.engines import CTranslate2, LlamaCpp
+from benchmarks.engines import CTranslate2, LlamaCpp, OpenVino
 from benchmarks.measure import interleave, make_row
 from benchmarks.run import main, render_table
 from gpt2core.checkpoint import load_pretrained
@@ -41,13 +41,21 @@ def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
         assert row["name"] in done.stdout
 
 
-@pytest.mark.parametrize(("module", "side"), [("llama_cpp", LlamaCpp), ("ctranslate2", CTranslate2)])
-def test_the_engines_of_others_generate_our_tokens(base_dir, module, side):
+@pytest.mark.parametrize(
+    ("module", "side", "options"),
+    [
+        ("llama_cpp", LlamaCpp, ("f32", 3)),
+        ("ctranslate2", CTranslate2, ("float32",)),
+        ("openvino_genai", OpenVino, ("f32", 1)),
+        ("openvino_genai", OpenVino, ("f32", 3)),
+    ],
+)
+def test_the_engines_of_others_generate_our_tokens(base_dir, module, side, options):
     pytest.importorskip(module, reason="`make bench` installs it")
     model = load_pretrained(base_dir)
     ids = torch.randint(model.config.token_count, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [ids[0][:3], ids[1][:5], ids[2]]  # CTranslate2 repeats the others if one has a single token
-    engine = LlamaCpp(base_dir, "f32", max_batch=3) if side is LlamaCpp else CTranslate2(base_dir, "float32")
+    engine = side(base_dir, *options)
     assert engine.generate(prompts, 6) == generate(model, prompts, GenerationConfig(max_new_tokens=6))
 
 
@@ -78,7 +86,9 @@ def test_a_dry_run_of_gpu_check_passes_every_stage_and_writes_its_figures(tmp_pa
         assert stage["status"] == "ok"
         assert stage["figures"]
     assert result["stages"][0]["figures"]["passed"] >= 30
-    assert result["stages"][-1]["figures"]["training"]["top"]
+    figures = {stage["stage"]: stage["figures"] for stage in result["stages"]}
+    assert figures["profile"]["training"]["top"]
+    assert figures["launches"]["gpt2-nano.compiled.kernels"] > 0
 
 
 def test_a_stage_that_exceeds_its_limit_is_ended_and_keeps_its_figures(tmp_path):

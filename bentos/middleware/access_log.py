@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
@@ -76,5 +77,6 @@ def _write(scope: Scope, status: int, seconds: float, record: RequestRecord) -> 
         "request_id": scope["state"]["request_id"],
         **record.fields(),
     }
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    with suppress(OSError):  # the disk is full, or nobody reads the pipe any more
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()

@@ -2,8 +2,10 @@
 
 import base64
 import hmac
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bentos.errors import ServiceError, error_response
@@ -25,7 +27,7 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted = self._accepted_tokens(scope["path"]) if scope["type"] == "http" else None
-        if accepted is None or _has_token(dict(scope["headers"]), accepted):
+        if accepted is None or _has_token(scope, accepted):
             await self.app(scope, receive, send)
         elif not accepted:
             error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
@@ -45,20 +47,36 @@ class AuthMiddleware:
         return [token for token in (self.api_token, self.admin_token) if token]
 
 
-def _has_token(headers: Mapping[bytes, bytes], accepted: list[str]) -> bool:
+def _has_token(scope: Scope, accepted: list[str]) -> bool:
+    headers = Headers(scope=scope)
     # X-Api-Key too: some proxies, such as Kubernetes' API server, keep Authorization for themselves
-    given = headers.get(b"x-api-key") or _token(headers.get(b"authorization", b""))
-    matches = [hmac.compare_digest(given, token.encode()) for token in accepted]  # all, each in constant time
+    given = [value.encode("latin-1") for value in headers.getlist("x-api-key")]
+    given += [_token(value, scope) for value in headers.getlist("authorization")]
+    matches = [hmac.compare_digest(one, token.encode()) for one in given for token in accepted]  # each in constant time
     return any(matches)
 
 
-def _token(authorization: bytes) -> bytes:
-    scheme, _, value = authorization.partition(b" ")
-    if scheme.lower() == b"bearer":
-        return value.strip()
-    if scheme.lower() == b"basic":
+def _token(authorization: str, scope: Scope) -> bytes:
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode("latin-1")
+    if scheme.lower() == "basic" and not _is_forged(scope):
         try:
             return base64.b64decode(value, validate=True).partition(b":")[2]
         except ValueError:
             return b""
     return b""
+
+
+def _is_forged(scope: Scope) -> bool:
+    """Whether a page of another site makes the browser send this request, with the password that it has stored.
+
+    Sec-Fetch-Site says so, but only over https and for localhost. Reading is safe: that page cannot see the response.
+    """
+    headers = Headers(scope=scope)
+    if scope["method"] in ("GET", "HEAD"):
+        return False
+    if site := headers.get("sec-fetch-site"):
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")

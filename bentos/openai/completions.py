@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import tiktoken
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +20,7 @@ from bentos.openapi import ERRORS, operation
 from bentos.schemas import DEFAULTS
 
 if TYPE_CHECKING:
+    from bentos.generation import TextGenerator
     from gpt2core.inference.request import TokenLogprobs
 
 router = APIRouter()
@@ -36,15 +36,15 @@ async def completions(request: Request) -> Response:
     """Continue one or several texts, as OpenAI's route of that name does."""
     deadline = monotonic() + DEADLINE
     body = await read_body(request, CompletionRequest)
-    return await respond(request, CompletionRoute(body, served(request).generator.tokenizer), deadline)
+    return await respond(request, CompletionRoute(body, served(request).generator), deadline)
 
 
 class CompletionRoute(Route):
     object, chunk_object, id_prefix = "text_completion", "text_completion", "cmpl"
     prompt_field, clean = "prompt", False
 
-    def __init__(self, body: CompletionRequest, tokenizer: tiktoken.Encoding) -> None:
-        self.body, self.tokenizer = body, tokenizer
+    def __init__(self, body: CompletionRequest, generator: "TextGenerator") -> None:
+        self.body, self.tokenizer = body, generator.tokenizer
         self.max_new_tokens = DEFAULTS.max_new_tokens if body.max_tokens is None else body.max_tokens
         self.logprobs, self.echo = body.logprobs, bool(body.echo)
         if body.best_of not in (None, 1, body.n or 1):
@@ -52,6 +52,9 @@ class CompletionRoute(Route):
             raise ServiceError("invalid_request", message, "best_of")
         prompt = body.prompt or ""
         many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        for ids in many:
+            if not isinstance(ids, str):
+                generator.check_known(ids, "prompt")
         self.prompts = [self._tokens(one) if isinstance(one, str) else list(one) for one in many]
 
     def choice(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOPS
-from bentos.schemas import DEFAULTS, TUNED, WHOLE, Sampling, Structured, Token
+from bentos.schemas import DEFAULTS, FAIL_FAST, TUNED, WHOLE, Sampling, Structured, Token
 
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -36,9 +36,9 @@ Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
 Label = Any  # labels for the sender's use, without influence on the completion
 
 MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # capped at the context length
-Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"})]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"}), FAIL_FAST]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
+ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
 
 
 class LenientRequest(BaseModel):
@@ -156,12 +156,12 @@ class ChatRequest(OpenAIRequest):
         }
     )
 
-    messages: list[Message] = Field(min_length=1, json_schema_extra={"contains": _USER_TURN})
+    messages: Annotated[list[Message], FAIL_FAST] = Field(min_length=1, json_schema_extra={"contains": _USER_TURN})
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = Field(None, description="the newer name of max_tokens; it has precedence")
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="only with logprobs")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FAIL_FAST] | None = None
     reasoning_effort: Literal["none", "medium"] | None = None
     verbosity: Literal["medium"] | None = None
     tools: Unsupported = None
@@ -186,7 +186,7 @@ class TokenizeRequest(LenientRequest):
 
     model: str | None = TUNED
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1), FAIL_FAST] | None = None
     add_special_tokens: bool | None = True
     add_generation_prompt: Yes = None
     return_token_strs: bool | None = False
@@ -194,4 +194,4 @@ class TokenizeRequest(LenientRequest):
 
 class DetokenizeRequest(LenientRequest):
     model: str | None = TUNED
-    tokens: list[Token]
+    tokens: Annotated[list[Token], FAIL_FAST]

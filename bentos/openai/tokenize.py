@@ -40,9 +40,7 @@ async def tokenize(request: Request) -> JSONResponse:
 async def detokenize(request: Request) -> JSONResponse:
     """The text of tokens."""
     body = await read_body(request, DetokenizeRequest)
-    served(request).generator.check_model(body.model or TUNED, "model")
-    tokenizer = served(request).generator.tokenizer
-    if unknown := [token for token in body.tokens if token >= tokenizer.n_vocab]:
-        message = f"tokens: there is no token id {unknown[0]}; ids are from 0 to {tokenizer.n_vocab - 1}"
-        raise ServiceError("invalid_request", message, "tokens")
-    return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
+    generator = served(request).generator
+    generator.check_model(body.model or TUNED, "model")
+    generator.check_known(body.tokens, "tokens")
+    return JSONResponse({"prompt": generator.tokenizer.decode(body.tokens)})

@@ -14,7 +14,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import requests
 from docker import DockerClient
 from docker.errors import APIError, NotFound
 from docker.models.containers import Container
@@ -27,7 +26,7 @@ from deploy.containers.images import service_image
 from deploy.containers.proxy import ADDRESS
 from deploy.server import SERVICE_VARIABLES, service_environment
 from deploy.target import DeployError, Deployment, Version
-from deploy.verify import request_answer, verify_answers
+from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
 
 BENTO_LABEL = "gpt2-instruct.bento"
@@ -181,7 +180,7 @@ class _ServiceGroup:
                 reason = "ran out of memory" if state["OOMKilled"] else f"ended with exit code {state['ExitCode']}"
                 raise DeployError(f"{_bento_of(service)} {reason}; its log ends:\n{_log_tail(service)}")
             url = f"http://127.0.0.1:{service.ports[PORT][0]['HostPort']}"
-            if _is_ready(url):
+            if is_ready(url):
                 return url
             time.sleep(POLL)
         raise DeployError(
@@ -217,7 +216,7 @@ class _ServiceGroup:
             current.image.id == image
             and {name: environment[name] for name in SERVICE_VARIABLES if name in environment} == service_environment()
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
-            and _is_ready(self.url)
+            and is_ready(self.url)
         )
 
     def outcome(self, outcome: str, current: Container, previous: Container | None) -> Deployment:
@@ -258,7 +257,7 @@ class _ServiceGroup:
                 ) from None
             raise
         deadline = time.monotonic() + START_TIMEOUT
-        while not _is_ready(self.url):
+        while not is_ready(self.url):
             if time.monotonic() > deadline:
                 raise DeployError(f"{self.url} does not respond; the proxy's log ends:\n{_log_tail(proxy)}")
             time.sleep(POLL)
@@ -299,13 +298,6 @@ def address_file(proxy: Container) -> str:
     proxy.reload()  # a container that was just created has no mounts yet
     [mount] = [mount for mount in proxy.attrs["Mounts"] if mount.get("Name") == proxy.name]
     return f"{mount['Destination']}/{ADDRESS.name}"
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/readyz", timeout=5).ok
-    except requests.RequestException:
-        return False
 
 
 def _version(service: Container | None) -> Version | None:

@@ -72,4 +72,7 @@ class IncrementalDetokenizer:
 
 def _overlap(text: str, held: str) -> int:
     """The length of the longest proper prefix of `held` that the text ends with."""
-    return next((n for n in range(min(len(held) - 1, len(text)), 0, -1) if text.endswith(held[:n])), 0)
+    start = text.find(held[0], max(0, len(text) - len(held) + 1))
+    while start >= 0 and not held.startswith(text[start:]):
+        start = text.find(held[0], start + 1)
+    return len(text) - start if start >= 0 else 0

@@ -15,7 +15,7 @@ from gpt2core.inference.adapters import AdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.sampling import most_likely
-from gpt2core.tensors import to_device
+from gpt2core.tensors import int_tensor, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class RowDecoder:
     def __init__(self, model: QuantizedModel, cache: StaticRowCache) -> None:
         self._model, self._cache = model, cache
         # per row: its last token, the position of that, and the index of its adapter in the stack
-        self._inputs = torch.zeros(cache.max_batch, 3, dtype=torch.long, device=model.device)
+        self._inputs = torch.zeros(3, cache.max_batch, dtype=torch.long, device=model.device)
         self._graphs: dict[tuple[int, int, AdapterStack | None], _Graph] = {}
         self.uses_graphs = model.device.type == "cuda"
 
@@ -43,10 +43,9 @@ class RowDecoder:
         ids, positions, adapters = cache.inputs()
         indices = [-1] * len(ids) if stack is None else stack.indices(adapters)
         n, width = cache.shape()
-        inputs = torch.zeros(n, 3, dtype=torch.long)  # rows beyond the last request: token 0 at position 0
-        inputs[:, 2] = -1
-        inputs[: len(ids)] = torch.tensor([ids, positions, indices]).T
-        self._inputs[:n] = to_device(inputs, self._model.device)
+        beyond = n - len(ids)  # rows beyond the last request: token 0 at position 0
+        inputs = int_tensor([*ids, *[0] * beyond, *positions, *[0] * beyond, *indices, *[-1] * beyond])
+        self._inputs[:, :n] = to_device(inputs, self._model.device).view(3, n)
         logits, best = self._replay(n, width, stack) if self.uses_graphs else self._compute(n, width, stack)
         cache.end_step()
         return logits[: len(ids)], best[: len(ids)]
@@ -57,7 +56,7 @@ class RowDecoder:
 
     def _compute(self, n: int, width: int, stack: AdapterStack | None) -> tuple[Tensor, Tensor]:
         model, cache = self._model, self._cache
-        ids, positions, adapters = self._inputs[:n].unbind(1)
+        ids, positions, adapters = self._inputs[:, :n].unbind()
         cache.begin_rows(positions, width)
         hidden = model.hidden(
             ids,

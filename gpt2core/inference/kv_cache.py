@@ -5,6 +5,7 @@ Shape letters: B rows, W columns attended to; T, S, C, H and D as in model.py.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from gpt2core.config import GPT2Config
 from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.native import Span
 from gpt2core.inference.request import Request
-from gpt2core.kernels import lazy_zeros
+from gpt2core.kernels import lazy_zeros, varlen_attention
+from gpt2core.tensors import int_tensor, to_device
 
 BLOCK = 16  # tokens; prompts share cached prefixes in blocks of this size
 
@@ -54,6 +56,37 @@ class PrefillCache:
     def advance(self, n: int) -> None:
         """Mark n more tokens as processed; to be called after the last layer."""
         self.length += n
+
+
+class PrefillBatch:
+    """The next tokens of several prompts: one attention call per layer for all of them, by `varlen_attention`.
+
+    Takes the place of each cache's `attend`, and becomes the memory of their keys and values: M tokens, of each prompt
+    those that its cache holds and then its next ones.
+    """
+
+    def __init__(self, prefills: Sequence[PrefillCache], n_new: Sequence[int]) -> None:
+        """`n_new`: how many tokens of each prompt are next, at least one."""
+        n_layer, _, H, _, D = prefills[0].kv.shape
+        n_keys = [prefill.length + n for prefill, n in zip(prefills, n_new, strict=True)]
+        self._kv = prefills[0].kv.new_empty(n_layer, sum(n_keys), 2, H, D)
+        places = list[int]()
+        for prefill, n, end, own in zip(prefills, n_new, accumulate(n_keys), self._kv.split(n_keys, 1), strict=True):
+            places += range(end - n, end)
+            if prefill.length:
+                own[:, : prefill.length] = prefill.kv[..., : prefill.length, :].permute(0, 3, 1, 2, 4)
+            prefill.kv = own.permute(0, 2, 3, 1, 4)
+        self._places = to_device(int_tensor(places), self._kv.device)
+        self._ends_q, self._ends_k = (
+            to_device(torch.tensor([0, *accumulate(n)], dtype=torch.int32), self._kv.device) for n in (n_new, n_keys)
+        )
+        self._max_q, self._max_k = max(n_new), max(n_keys)
+
+    def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+        """Causal attention (N, C) of all prompts' next tokens, given qkv (N, 3, H, D); stores keys and values."""
+        kv = self._kv[layer].index_copy_(0, self._places, qkv[:, 1:])
+        limits = self._ends_q, self._ends_k, self._max_q, self._max_k
+        return varlen_attention(qkv[:, 0], kv[:, 0], kv[:, 1], *limits, scale).flatten(1)
 
 
 class RowCache:

@@ -1,7 +1,7 @@
 """The model runner: one step's forward over all of its requests, and the sampling of their next tokens."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import cast
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack
 from gpt2core.inference.graphs import RowDecoder
-from gpt2core.inference.kv_cache import RowCache, StaticRowCache
+from gpt2core.inference.kv_cache import PrefillBatch, RowCache, StaticRowCache
 from gpt2core.inference.native import Span
 from gpt2core.inference.quantized import Attention, QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
+from gpt2core.kernels import has_varlen_attention
 from gpt2core.sampling import NonFiniteLogits, choose, most_likely
-from gpt2core.tensors import to_device
+from gpt2core.tensors import int_tensor, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class ModelRunner:
         # of the last step with adapters; most steps use the same ones
         self._stack: AdapterStack | NativeAdapterStack | None = None
         self._decoder = RowDecoder(model, row_cache) if isinstance(row_cache, StaticRowCache) else None
+        head_width = model.config.n_embd // model.config.n_head
+        self._use_varlen = model.dtype == torch.bfloat16 and has_varlen_attention(model.device, head_width)
 
     def run(self, step: Step) -> list[Output]:
         """Compute a step, extend its caches, and return an output for each of `step.sampled`."""
@@ -59,7 +62,7 @@ class ModelRunner:
         if not selected:
             return hidden.new_zeros(0, self._model.config.token_count, dtype=torch.float32)
         if len(selected) < len(hidden):
-            hidden = hidden[to_device(torch.tensor(selected, dtype=torch.long), hidden.device)]
+            hidden = hidden[to_device(int_tensor(selected), hidden.device)]
         return self._model.logits(hidden)
 
     def _forward(self, step: Step) -> Tensor:
@@ -72,8 +75,8 @@ class ModelRunner:
             adapters += [chunk.request.adapter] * chunk.n
         used = self._stack is not None and any(adapter is not None for adapter in adapters)
         hidden = self._model.hidden(
-            to_device(torch.tensor(ids), device),
-            to_device(torch.tensor(positions), device),
+            to_device(int_tensor(ids), device),
+            to_device(int_tensor(positions), device),
             self._spans(step) if self._model.is_native else self._attention(step),
             self._stack.for_rows(adapters) if used and self._stack is not None else None,
         )
@@ -84,18 +87,21 @@ class ModelRunner:
         return hidden
 
     def _attention(self, step: Step) -> Attention:
-        rows, n_rows = self._row_cache, len(step.rows)
-        if n_rows:
-            rows.begin_step()
+        parts = list[tuple[int, Callable[[int, Tensor, float], Tensor]]]()  # number of tokens, and their attention
+        if step.rows:
+            self._row_cache.begin_step()
+            parts.append((len(step.rows), self._row_cache.attend))
+        if step.chunks and self._use_varlen:
+            n_new = [chunk.n for chunk in step.chunks]
+            parts.append((sum(n_new), PrefillBatch([chunk.prefill for chunk in step.chunks], n_new).attend))
+        else:
+            parts += [(chunk.n, chunk.prefill.attend) for chunk in step.chunks]
+        sizes, functions = zip(*parts, strict=True)
 
         def attention(layer: int, qkv: Tensor) -> Tensor:
             scale = self._model.blocks[layer].scale
-            parts = [rows.attend(layer, qkv[:n_rows], scale)] if n_rows else []
-            start = n_rows
-            for chunk in step.chunks:
-                parts.append(chunk.prefill.attend(layer, qkv[start : start + chunk.n], scale))
-                start += chunk.n
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            found = [attend(layer, part, scale) for attend, part in zip(functions, qkv.split(sizes), strict=True)]
+            return found[0] if len(found) == 1 else torch.cat(found)
 
         return attention
 
@@ -125,13 +131,12 @@ class ModelRunner:
         """
         if not requests:
             return []
-        if best is None:
-            best = native.most_likely(logits) if self._model.is_native else most_likely(logits)
         outputs = choose(
             [None if request is None else request.sampler for request in requests],
             logits,
-            best,
             [[] if request is None else request.tokens for request in requests],
+            best,
+            native.most_likely if self._model.is_native else most_likely,
         )
         for i, request in enumerate(requests):
             if request is not None and request.n_logprobs is not None:

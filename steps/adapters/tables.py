@@ -1,5 +1,6 @@
 """Parquet files and directories of the datasets library, by pyarrow."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,78 +11,122 @@ import pyarrow.parquet as pq
 from gpt2core.files import read_json
 from gpt2core.records import PARTS, SUFFIXES, Row
 
+PARQUET = ".parquet"
 SPLITS, STATE = "dataset_dict.json", "state.json"  # of a saved DatasetDict, and of a saved Dataset
 
 
 def is_table(path: Path) -> bool:
     """Whether `read_rows` reads the path: a Parquet file, or any directory."""
-    return path.is_dir() or (path.is_file() and path.suffix.lower() == ".parquet")
+    return path.is_dir() or (path.is_file() and path.suffix.lower() == PARQUET)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a .parquet file, of a directory of them, or of a directory that `datasets` wrote by `save_to_disk`.
 
-    A directory may have parts: those of a DatasetDict, or Parquet files named like test-00000-of-00001.parquet.
+    A directory may have parts: those of a DatasetDict, or those that its Parquet files name (see `text_files`).
 
     Raises:
         ValueError: naming the file that is damaged or of another kind.
     """
     if path.is_file():
-        yield from _rows(_read_parquet(path), "", path.name)
+        yield from _rows(_read_parquet(path), "", path)
     elif (path / SPLITS).is_file():
         for name in read_json(path / SPLITS).get("splits") or ():
-            yield from _rows(_read_dataset(path / str(name)), _part(path, str(name)), str(name))
+            if str(name).lower() not in PARTS:
+                raise ValueError(f"{path} has a part {name!r}; the known ones are {', '.join(PARTS)}")
+            yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name))
     elif (path / STATE).is_file():
-        yield from _rows(_read_dataset(path), "", path.name)
+        yield from _rows(_read_dataset(path), "", path)
     else:
-        files = sorted(path.rglob("*.parquet"))
+        files = [(file, part) for file, part in _files(path) if file.suffix.lower() == PARQUET]
         if not files:
             found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
             raise ValueError(
                 f"{path} is a directory without Parquet files or a dataset of the datasets library (found: {found})"
             )
-        names = [file.stem.partition("-")[0] for file in files]
-        for file, name in zip(files, names, strict=True):
-            part = _part(path, name) if any(other.lower() in PARTS for other in names) else ""
-            yield from _rows(_read_parquet(file), part, file.name)
+        for file, part in files:
+            yield from _rows(_read_parquet(file), part, file)
 
 
 def text_files(path: Path) -> list[tuple[Path, str]]:
     """The JSON and CSV files of a directory without tables, each with its part of the split ("": none).
 
-    [] for a file, and for a directory that `read_rows` reads.
+    The part is a word in the file's name, or in that of the nearest directory below `path` that has one, as for the
+    datasets library: test-00000-of-00001.csv, my_test.csv, test/0.csv. Hidden files, and those that begin with _, are
+    left out. [] for a file, and for a directory that `read_rows` reads.
 
     Raises:
-        ValueError: there are several files, and their names are not those of parts.
+        ValueError: there are several files, and not all name a part, or they are not one dataset.
     """
-    if not path.is_dir() or (path / SPLITS).is_file() or (path / STATE).is_file() or any(path.rglob("*.parquet")):
+    if not path.is_dir() or (path / SPLITS).is_file() or (path / STATE).is_file():
         return []
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("dataset_info")  # the hub's description
-    ]
-    parts = [file.stem.partition("-")[0].lower() for file in files]
-    if all(part in PARTS for part in parts):
-        return list(zip(files, parts, strict=True))
-    if len(files) > 1:
-        names = ", ".join(file.relative_to(path).as_posix() for file in files[:5])
+    files = _files(path)
+    if any(file.suffix.lower() == PARQUET for file, _ in files):
+        return []
+    if len(files) > 1 and not all(part for _, part in files):
+        names = ", ".join(file.relative_to(path).as_posix() for file, _ in files[:5])
         raise ValueError(f"{path} has {len(files)} files of records ({names}); name one of them in data.path")
-    return [(file, "") for file in files]
+    return files
 
 
-def _rows(table: pa.Table, part: str, source: str) -> Iterator[Row]:
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """The Parquet, JSON and CSV files of a directory, each with its part, as `text_files` defines it."""
+    names = [
+        file.relative_to(path)
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in (PARQUET, *SUFFIXES) and not file.is_dir()
+    ]
+    names = [
+        name
+        for name in names
+        if not any(each.startswith((".", "_")) for each in name.parts)
+        and not name.name.startswith("dataset_info")  # the hub's description
+    ]
+    parts = {name: _part(path, name) for name in names}
+    tables = [name for name in names if name.suffix.lower() == PARQUET]
+    if tables and any(parts.values()):  # else any other JSON file is a description
+        names = [name for name in names if name in tables or parts[name]]
+    # test.csv beside test.parquet, and the configurations of a dataset of the hub: not to be mixed up
+    folders = {tuple(each for each in name.parts[:-1] if not _words(each)) for name in names}
+    stems = {name.with_suffix("") for name in names}
+    kinds = {name.suffix.lower() == PARQUET for name in names}
+    if any(parts.values()) and (len(folders) > 1 or len(stems) < len(names) or len(kinds) > 1):
+        shown = ", ".join(name.as_posix() for name in names[:5])
+        raise ValueError(
+            f"{path} has files of records in several directories or formats ({shown}); name one of them in data.path"
+        )
+    if any(parts[name] for name in tables) and not all(parts[name] for name in tables):
+        without = next(name for name in tables if not parts[name])
+        raise ValueError(f"{path}: {without.as_posix()} names no part of the split ({', '.join(PARTS)})")
+    return [(path / name, parts[name]) for name in names]
+
+
+def _part(path: Path, name: Path) -> str:
+    """The part that a file names, by its own name or the nearest directory's; "" if none does."""
+    for each in (name.stem, *reversed(name.parts[:-1])):
+        found = _words(each)
+        if len({PARTS[word] for word in found}) > 1:
+            raise ValueError(f"{path / name} names more than one part of the split: {' and '.join(found)}")
+        if found:
+            return found[0]
+    return ""
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name that are parts."""
+    return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word in PARTS]
+
+
+def _rows(table: pa.Table, part: str, source: Path) -> Iterator[Row]:
     number = 0
     for batch in table.to_batches():
-        for value in batch.to_pylist():
+        try:
+            values = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} has text that is not UTF-8: {error}") from None
+        for value in values:
             number += 1
-            yield Row(f"{source}, record {number}", value, part)
-
-
-def _part(path: Path, name: str) -> str:
-    if name.lower() not in PARTS:
-        raise ValueError(f"{path} has a part {name!r}; the known ones are {', '.join(PARTS)}")
-    return name.lower()
+            yield Row(f"{source.name}, record {number}", value, part)
 
 
 def _read_parquet(file: Path) -> pa.Table:

@@ -1,9 +1,11 @@
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gpt2core.records import make_records
-from steps.adapters.tables import is_table, read_rows
+from steps.adapters.tables import is_table, read_rows, text_files
 
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(4)]
 
@@ -21,6 +23,41 @@ def test_a_parquet_file_and_a_directory_of_them_are_read(tmp_path):
     assert read(tmp_path) == [row | {"part": part} for row, part in zip(ROWS[2:] + ROWS[:2], parts, strict=True)]
 
 
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("default/test/0000.parquet", "default/train/0000.parquet"), ["test", "train"]),  # as the hub converts them
+        (("my_test.parquet", "my_train.parquet"), ["test", "train"]),
+        (("train-1.parquet", "train-2.parquet", "._train-1.parquet", "_delta/x.parquet"), ["train", "train"]),
+        (("a/0.parquet", "b/1.parquet", "config.json"), ["", ""]),
+        (("training/test.csv", "training/train.csv"), ["test", "train"]),
+        (("train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl"), ["train"]),
+        (("test/a.jsonl", "train/a.jsonl", "train/b.jsonl"), ["test", "train", "train"]),
+        (("main/train.parquet", "socratic/train.parquet"), "several directories or formats"),
+        (("main/train.csv", "socratic/train.csv"), "several directories or formats"),
+        (("train.parquet", "test.jsonl"), "several directories or formats"),
+        (("train.csv", "train.jsonl"), "several directories or formats"),
+        (("train.parquet", "other.parquet"), r"other\.parquet names no part of the split"),
+        (("train_test.parquet", "x.parquet"), "more than one part of the split: train and test"),
+        (("a.csv", "test.csv"), r"2 files of records \(a\.csv, test\.csv\)"),
+    ],
+)
+def test_the_files_of_a_directory_name_their_parts(tmp_path, names, parts):
+    for name in names:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(ROWS[:1]).to_parquet(file) if file.suffix == ".parquet" else file.write_text("")
+
+    def found():
+        return [part for _, part in text_files(tmp_path)] or [row.part for row in read_rows(tmp_path)]
+
+    if isinstance(parts, list):
+        assert found() == parts
+    else:
+        with pytest.raises(ValueError, match=parts):
+            found()
+
+
 def test_directories_of_the_datasets_library_are_read(tmp_path):
     chat = {"messages": [{"role": "user", "content": "Say 0."}, {"role": "assistant", "content": "0"}]}
     datasets.Dataset.from_list([chat]).save_to_disk(tmp_path / "one")
@@ -36,6 +73,10 @@ def test_errors_name_the_file_and_the_record(tmp_path):
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"a\.parquet is not a valid Parquet file"):
+        read(file)
+    binary = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"instruction": binary}), file)
+    with pytest.raises(ValueError, match=r"a\.parquet has text that is not UTF-8"):
         read(file)
     pd.DataFrame([ROWS[0], {"instruction": "x", "output": None}]).to_parquet(file)
     with pytest.raises(ValueError, match=r"a\.parquet, record 2: 'output' is null"):

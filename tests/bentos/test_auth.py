@@ -26,7 +26,9 @@ def basic(password: str) -> dict[str, str]:
         ("/predict", {"Authorization": "Bearer of-the-admin"}, 204),
         ("/predict", basic("s3cret"), 204),
         ("/predict", {"X-Api-Key": "s3cret", "Authorization": "Bearer of-a-proxy"}, 204),
+        ("/predict", {"X-Api-Key": "of-a-proxy", "Authorization": "Bearer s3cret"}, 204),
         ("/predict", {"X-Api-Key": "x"}, 401),
+        ("/predict", {"X-Api-Key": ""}, 401),
         ("/predict", {"Authorization": "Bearer s3cre"}, 401),
         ("/predict", {"Authorization": "Bearer "}, 401),
         ("/predict", {"Authorization": "Bearer é".encode()}, 401),
@@ -37,6 +39,26 @@ def basic(password: str) -> dict[str, str]:
 )
 def test_a_token_opens_the_routes_it_is_for(path, headers, status):
     assert client("s3cret", "of-the-admin").get(path, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_forged"),
+    [
+        ({}, False),
+        ({"Origin": "http://testserver"}, False),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://address-at-the-proxy"}, False),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://testserver"}, True),
+        ({"Origin": "http://evil.example"}, True),
+        ({"Origin": "null"}, True),
+    ],
+)
+def test_a_page_of_another_site_cannot_use_the_password_that_the_browser_has_stored(headers, is_forged):
+    for path in ("/predict", "/v1/load_lora_adapter"):
+        reading, writing, explicit = (
+            client("s3cret", "admin").request(method, path, headers=headers | own).status_code
+            for method, own in [("GET", basic("admin")), ("POST", basic("admin")), ("POST", {"X-Api-Key": "admin"})]
+        )
+        assert (reading, writing, explicit) == (204, 401 if is_forged else 204, 204)
 
 
 def test_without_an_api_token_only_the_admin_routes_are_closed():

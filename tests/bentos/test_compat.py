@@ -9,6 +9,8 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
+from uvicorn import Config
+from uvicorn.server import ServerState
 
 from bentos import compat
 from bentos.middleware.metrics_path import path_label
@@ -94,3 +96,50 @@ def test_bounded_metrics_see_the_template_and_the_app_the_path(monkeypatch):
     paths = ["/predict", "/v1/models/base", "/v1/models/a/b", "/nothing/7"]
     assert [TestClient(app).get(path).text for path in paths] == paths
     assert labeled == ["/predict", "/v1/models/{model}", "/unknown", "/unknown"]
+
+
+async def read_and_answer(scope, receive, send):
+    while (await receive()).get("more_body"):
+        pass
+    await PlainTextResponse("ok")(scope, receive, send)
+
+
+def answer(protocol: type[compat.HttpToolsProtocol], data: bytes) -> bytes:
+    """What a server of `read_and_answer` sends first: its status, or nothing if it closes the connection."""
+
+    async def run() -> bytes:
+        config, loop = Config(read_and_answer, log_config=None), asyncio.get_running_loop()
+        server = await loop.create_server(lambda: protocol(config, ServerState(), {}, loop), "127.0.0.1")
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        try:
+            writer.write(data)
+            return (await asyncio.wait_for(reader.read(12), 5)).removeprefix(b"HTTP/1.1 ")
+        finally:
+            writer.close()
+            server.close()
+
+    return asyncio.run(run())
+
+
+def test_uvicorn_still_stores_headers_of_any_size():
+    data = b"GET / HTTP/1.1\r\nX: " + b"a" * 9_000_000 + b"\r\n\r\n"
+    assert answer(compat.HttpToolsProtocol, data) == b"200"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", b"200"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 9999\r\n\r\n" + b"a" * 9999, b"200"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"9\r\n123456789\r\n" * 99 + b"0\r\n\r\n", b"200"),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 3000, b"431"),
+        (b"GET /" + b"a" * 3000, b"431"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"a" * 3000, b""),  # a trailer
+        (b"GET / HTTP/1.1\r\nX: ", b"408"),
+        (b"", b""),
+    ],
+)
+def test_headers_are_limited_in_size_and_time(monkeypatch, data, expected):
+    monkeypatch.setattr(compat, "MAX_HEAD", 2000)
+    monkeypatch.setattr(compat, "HEAD_TIMEOUT", 0.2)
+    assert answer(compat.BoundedHttpProtocol, data) == expected

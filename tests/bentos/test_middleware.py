@@ -1,5 +1,6 @@
 """Each middleware by itself, around a small app."""
 
+import io
 import json
 
 import pytest
@@ -66,6 +67,16 @@ def test_the_access_log_sums_over_all_choices(capsys):
 @pytest.mark.parametrize(("path", "statuses"), [("/nothing", [404]), ("/readyz", [])])
 def test_the_access_log_has_a_line_per_request_except_probes(capsys, path, statuses):
     assert [line["status"] for line in logged(capsys, path)] == statuses
+
+
+def test_a_request_is_answered_when_nobody_reads_the_access_log(monkeypatch):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    app = RequestIdMiddleware(AccessLogMiddleware(Starlette(routes=ROUTES), skip_paths=[]), "run-17")
+    assert TestClient(app).get("/generate").text == "ok"
 
 
 @pytest.mark.parametrize(("path", "code", "status"), [("/503", "service_unavailable", 503), ("/x", "not_found", 404)])

@@ -123,9 +123,17 @@ def test_errors_are_the_clients_exceptions_with_type_param_and_code(client):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_max_tokens_is_cut_to_what_the_context_leaves(url, route, tuned):
-    response = post(url, route, max_tokens=100_000).json()
-    assert response["usage"]["total_tokens"] == tuned.config.n_positions
-    assert response["choices"][0]["finish_reason"] == "length"
+    for limit in (100_000, 1e30):
+        response = post(url, route, max_tokens=limit).json()
+        assert response["usage"]["total_tokens"] == tuned.config.n_positions
+        assert response["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("token", [10**6, 2**70])
+def test_an_echoed_prompt_of_unknown_tokens_is_a_400(url, token):
+    response = post(url, "completions", prompt=[1, token], echo=True)
+    assert response.status_code == 400
+    assert error_of(response)["message"].startswith(f"prompt: there is no token id {token}; ids are from 0 to ")
 
 
 def test_max_completion_tokens_has_precedence_over_max_tokens(url):

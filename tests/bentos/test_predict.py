@@ -1,5 +1,6 @@
 """POST /predict and related routes, over HTTP against a running Bento."""
 
+import gzip
 import http.client
 import json
 import socket
@@ -9,8 +10,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
+from pydantic import ValidationError
 
 from bentos.limits import MAX_BODY
+from bentos.openai.protocol import ChatRequest, CompletionRequest
 from bentos.schemas import DEFAULTS, PredictRequest
 from deploy import bento
 from gpt2core.checkpoint import directory_sha256
@@ -128,6 +131,7 @@ def test_extreme_temperatures_are_answered(url, temperature):
         (b'{"instruction": "a", "temperature": -1}', "temperature"),
         (b'{"instruction": "a", "top_k": 0}', "top_k"),
         (b'{"instruction": "a", "top_k": 1.5}', "top_k"),
+        (b'{"instruction": "a", "top_k": 1e30}', "top_k"),
         (b'{"instruction": "a", "top_p": 0}', "top_p"),
         (b'{"instruction": "a", "top_p": 1.1}', "top_p"),
         (b'{"instruction": "a", "max_new_tokens": 0}', "max_new_tokens"),
@@ -155,7 +159,45 @@ def test_a_prompt_beyond_the_context_is_a_400_that_names_its_length(url, tokeniz
     assert response.status_code == 400
     assert error_of(response)["type"] == "context_length_exceeded"
     assert error_of(response)["param"] == field
-    assert f"{n} tokens" in error_of(response)["message"]
+    limit = "this model's maximum context length is 128 tokens"  # LiteLLM looks for these words
+    assert error_of(response)["message"] == f"{limit}, but the prompt has {n}; shorten it"
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status", "reason"),
+    [
+        (b'\xef\xbb\xbf{"instruction": "a", "max_new_tokens": 1}', "identity", 200, ""),  # a byte order mark
+        ('{"instruction": "é"}'.encode("latin-1"), "identity", 400, "JSON in UTF-8, which its byte 17 (0xe9) is not"),
+        (gzip.compress(b'{"instruction": "a"}'), "gzip", 415, "Content-Encoding is gzip; send the body uncompressed"),
+    ],
+)
+def test_the_body_is_uncompressed_json_in_utf8(url, body, encoding, status, reason):
+    response = requests.post(f"{url}/predict", data=body, headers={"Content-Encoding": encoding}, timeout=60)
+    assert response.status_code == status
+    assert reason in response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": ["a"] * 9}, "prompt: List should have at most 8 items after validation, not 9"),
+        ({"prompt": ["a", [1]]}, "prompt.1: Input should be a valid string"),
+        ({"prompt": [[1], [1, "a"]]}, "prompt.1.1: Input should be a valid integer"),
+        ({"prompt": []}, "prompt: List should have at least 1 item after validation, not 0"),
+        ({"prompt": 5}, "prompt: Input should be a valid string"),
+        ({"stop": ["a"] * 17}, "stop: List should have at most 16 items after validation, not 17"),
+    ],
+)
+def test_the_error_of_a_field_with_several_types_is_about_the_one_that_was_sent(url, body, message):
+    response = requests.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert (response.status_code, error_of(response)["message"]) == (400, message)
+
+
+def test_a_list_of_wrong_items_has_one_error_not_one_per_item():
+    for model, body in ((ChatRequest, {"messages": [{}] * 99}), (CompletionRequest, {"prompt": [1.5] * 99})):
+        with pytest.raises(ValidationError) as caught:
+            model.model_validate_json(json.dumps(body))
+        assert caught.value.error_count() <= 4  # of the types of a prompt
 
 
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])

@@ -62,6 +62,24 @@ def test_files_are_rotated_and_a_limited_number_is_kept(tmp_path, monkeypatch):
     assert kept == list(range(kept[0], 100))
 
 
+def test_a_full_disk_loses_lines_but_shows_none_of_their_texts(tmp_path, monkeypatch, caplog, capfd):
+    log = RequestLog("/dev/full", "keep")
+    for _ in range(2):
+        log.write(result(), decode)
+    wait_until(lambda: log._dropped == 2, 20, "losing both lines")
+    assert not log.write_feedback("r1", "bad", "a corréction", None)
+    log.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the request log cannot be written; lines are being dropped: [Errno 28] No space left on device"
+    ]
+    assert capfd.readouterr().err == ""
+    log = RequestLog(tmp_path / "log", "keep")
+    log._dropped = 3
+    log.write(result(), decode)
+    log.close()
+    assert lines(tmp_path / "log")[0]["lost_before"] == 3
+
+
 def test_a_blocked_disk_drops_lines_and_delays_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(request_log, "MAX_WAITING", 10)
     pipe = tmp_path / "pipe"

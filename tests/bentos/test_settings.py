@@ -8,6 +8,13 @@ def test_settings_come_from_the_environment():
     assert Settings.from_environment(environment) == Settings(api_token="t", weights="int8")
 
 
+def test_a_token_from_a_file_has_no_line_break_and_a_blank_one_does_not_switch_authentication_off():
+    assert Settings.from_environment({"GPT2_API_TOKEN": "s3cret\n"}).api_token == "s3cret"
+    for value in (" ", "\n", "one\ntwo"):
+        with pytest.raises(ValueError, match="GPT2_ADMIN_TOKEN is blank or contains line breaks"):
+            Settings.from_environment({"GPT2_ADMIN_TOKEN": value})
+
+
 def test_another_base_is_accepted_only_on_request():
     assert Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "true"}).accept_other_base
     assert not Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "false"}).accept_other_base

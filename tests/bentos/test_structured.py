@@ -109,12 +109,16 @@ def test_every_route_returns_text_that_matches(url, fields, accepts):
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"guided_regex": "a", "stop": "b"}, "stop"),
         ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json"),
+        ({"guided_regex": r"[^\s\S]"}, "guided_regex"),
+        ({"guided_regex": r"(\p{L}{1,500}|\w{1,300}){1,100}", "max_new_tokens": 80}, "guided_regex"),
     ],
 )
 def test_structures_that_cannot_be_followed_are_refused(url, fields, param):
     response = predict(url, instruction="Go.", **fields)
     assert response.status_code == 400
     assert error_of(response)["param"] == param
+    assert "\n" not in error_of(response)["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

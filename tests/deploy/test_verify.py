@@ -1,11 +1,13 @@
 """Comparison of a service's answers with those of the evaluated model."""
 
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 
 from deploy.target import DeployError
-from deploy.verify import VerificationError, api_key_header, request_answer, verify_answers
+from deploy.verify import VerificationError, api_key_header, is_ready, request_answer, verify_answers
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.helpers import free_port
@@ -44,8 +46,26 @@ def test_a_service_that_does_not_respond_is_a_deploy_error():
         request_answer(f"http://127.0.0.1:{free_port()}", "Hello.", "", 1)
 
 
+def test_a_service_of_this_machine_is_reached_without_the_environments_proxy(monkeypatch):
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"answer": "a"}')
+
+        do_POST = do_GET
+
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert is_ready(url)
+        assert request_answer(url, "Hello.", "", 1) == "a"
+        server.shutdown()
+
+
 def test_the_token_of_the_environment_is_sent_as_a_header(monkeypatch):
-    monkeypatch.setenv("GPT2_API_TOKEN", "s3cret")
+    monkeypatch.setenv("GPT2_API_TOKEN", "s3cret\n")  # as in a file
     assert api_key_header() == {"X-Api-Key": "s3cret"}
     monkeypatch.delenv("GPT2_API_TOKEN")
     assert api_key_header() == {}

@@ -28,7 +28,7 @@ OUT_OF_RANGE = {
         "layer_norm_epsilon": -1.0,
         "initializer_range": -0.1,
     },
-    LoraConfig: {"rank": 0, "dropout": 1.0, "targets": (), "b_lr_ratio": 0.0},
+    LoraConfig: {"rank": 0, "alpha": 0, "dropout": 1.0, "targets": (), "b_lr_ratio": 0.0},
     TrainConfig: {"epochs": 0, "max_steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0, "learning_rate": 0.0}
     | {"weight_decay": -0.1, "warmup_steps": -1, "decay_fraction": 1.1, "final_lr_ratio": -0.1, "max_grad_norm": 0.0}
     | {"precision": "fp16", "devices": 0, "loss_on": "prompt", "seed": -1, "log_every_steps": 0, "betas": [2, 3]}

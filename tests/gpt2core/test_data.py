@@ -6,8 +6,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gpt2core.config import GPT2Config
 from gpt2core.data import (
+    Example,
     LongRecord,
+    check_examples,
     count_duplicates,
     count_repeated_questions,
     encode_records,
@@ -34,9 +37,9 @@ def tokenizer(tokenizer_dir):
 
 
 def test_duplicates_and_repeated_questions_are_counted():
-    records = [GOOD, GOOD | {"input": "x"}, GOOD, GOOD, GOOD | {"output": "e"}]
+    records = [GOOD, GOOD | {"input": "x"}, GOOD, GOOD, GOOD | {"output": "e"}, GOOD | {"input": " X."}]
     assert count_duplicates(records) == 2
-    assert count_repeated_questions(records) == 3
+    assert count_repeated_questions(records) == 4
 
 
 KINDS = st.tuples(st.sampled_from(["", *"abcdefgh"]), st.sampled_from(["", "x", "y"]), st.integers(0, 30))
@@ -65,9 +68,9 @@ def test_a_split_is_a_partition_with_whole_groups_and_equal_questions_on_one_sid
 
 @pytest.mark.parametrize("seed", range(5))
 def test_copies_of_a_record_never_land_on_both_sides(seed):
-    records = [record for record in numbered(60) for _ in range(2)]
+    records = [record | {"instruction": record["instruction"] + end} for record in numbered(60) for end in ("", "\n")]
     parts = split_records(records, seed)
-    questions = [{record["instruction"] for record in part} for part in parts]
+    questions = [{record["instruction"].strip() for record in part} for part in parts]
     assert sum(map(len, questions)) == 60
     assert [len(part) for part in parts] == [102, 6, 12]
 
@@ -184,3 +187,21 @@ def test_a_prompt_without_room_for_an_output_is_named_and_at_least_one_record_mu
         limit_lengths([GOOD, GOOD | {"instruction": "é" * 90}], tokenizer, lengths[0], "truncate")
     with pytest.raises(ValueError, match="all 1 records have more tokens than the context of 10"):
         limit_lengths([GOOD], tokenizer, 10, "drop")
+
+
+@pytest.mark.parametrize(
+    ("ids", "prompt_length", "problem"),
+    [
+        ([1, 2], 2, "example 2 has a prompt of 2 tokens"),
+        ([1, 2], 0, "a prompt of 0 tokens"),
+        ([], 0, "a prompt of 0 tokens"),
+        ([1] * 10, 1, "10 tokens, more than the context of 8"),
+        ([1, 7], 1, "token ids from 1 to 7, but the model has 7"),
+        ([-1, 2], 1, "token ids from -1 to 2"),
+    ],
+)
+def test_examples_that_do_not_fit_the_model_are_refused(ids, prompt_length, problem):
+    config = GPT2Config(vocab_size=7, n_positions=8)
+    check_examples("training", [Example([1] * 9, 1)], config)
+    with pytest.raises(ValueError, match=problem):
+        check_examples("training", [Example([1, 2], 1), Example(ids, prompt_length)], config)

@@ -294,6 +294,19 @@ def test_a_failed_step_fails_its_requests_only(model, monkeypatch):
         assert engine.submit([1], config).result(60) == generate(model, [[1]], config)[0]
 
 
+def test_an_error_outside_of_a_step_ends_all_requests_and_is_visible(model, monkeypatch):
+    with Engine(model) as engine:
+        assert engine.is_alive
+        monkeypatch.setattr(engine._scheduler, "admit", None)  # as if a library panicked
+        running = engine.submit([1], GenerationConfig())
+        assert running.result(timeout=30) == []
+        assert running.finish_reason == "cancelled"
+        engine._thread.join(30)
+        assert not engine.is_alive
+        with pytest.raises(EngineClosed):
+            engine.submit([1], GenerationConfig())
+
+
 def test_closing_cancels_unfinished_requests(model):
     with Engine(model, 1, "fp32") as engine:
         requests = [engine.submit([1], GenerationConfig(max_new_tokens=60)) for _ in range(200)]

@@ -5,6 +5,7 @@ is, and fails at a tensor on the wrong device and at a result whose shape depend
 """
 
 import traceback
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt2core import losses, sampling, train
+from gpt2core import losses, train
 from gpt2core.batching import pack
 from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.generate import generate
+from gpt2core.inference import runner
 from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.graphs import RowDecoder
 from gpt2core.inference.quantized import QuantizedModel
@@ -43,6 +45,7 @@ class FakeCuda(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.waits: list[str] = []
         self.copies = 0  # from the host, whether it waits or not
+        self.kernels = Counter[str]()  # operators that compute something
 
     def dispatch(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -62,7 +65,8 @@ class FakeCuda(FakeTensorMode):
         self.copies += any(x.dim() for x in host)
         if any(x.dim() and not (is_copy and hasattr(x, "pinned")) for x in host):
             self._note(f"blocking {name}")
-        kwargs.pop("generator", None)  # the fake of exponential_ takes none
+        if not any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns):  # a view
+            self.kernels[name] += 1
         args, kwargs = tree_map_only(torch.Tensor, self._as_fake, (args, kwargs))
         return super().dispatch(func, types, args, kwargs)
 
@@ -92,13 +96,12 @@ def cuda(monkeypatch):
         patch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
         patch.setattr(torch.Tensor, "pin_memory", pin)
         patch.setattr(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
-        patch.setattr(sampling, "_make_generator", lambda config, device: config.temperature and torch.Generator())
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-        for module in (train, losses):
+        for module in (train, losses, runner):
             patch.setattr(module, "has_varlen_attention", lambda *_: True)
         with device:
             yield device
@@ -156,6 +159,24 @@ def make_model(config, lora):
     with DEVICE:
         model = GPT2(config)
     return model if lora is None else add_lora(model, lora)
+
+
+def test_reading_more_prompts_launches_no_more_kernels(tiny_config, cuda):
+    """Apart from copies of cached prefixes, of which each prompt may have one."""
+    model = QuantizedModel(make_model(tiny_config, None), "bf16")
+    launched = []
+    for n in (2, 9):
+        scheduler = Scheduler(model, max_batch=16)
+        for i in range(n):
+            config = GenerationConfig(max_new_tokens=3)
+            scheduler.add(Request([i] * (3 + i), Sampler(config, [i], DEVICE), 3, None, None, None, None))
+        scheduler.admit()
+        with torch.inference_mode():
+            cuda.kernels.clear()
+            ModelRunner(model, scheduler.row_cache).run(scheduler.next_step())
+        launched.append(Counter(cuda.kernels))
+    assert launched[1] <= launched[0]  # equal, apart from what FakeTensorMode computes only once
+    assert launched[0]["torch_attn::_varlen_attn"] == tiny_config.n_layer
 
 
 def test_a_decoding_step_waits_once_and_its_graph_never(tiny_config, cuda, monkeypatch):

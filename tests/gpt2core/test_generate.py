@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers import GPT2LMHeadModel
 from transformers.generation import (
     LogitsProcessor,
@@ -181,25 +182,73 @@ def test_the_sampling_distribution_is_that_of_transformers(temperature, top_k, t
         expected = MinPLogitsWarper(min_p)(None, expected)
     config = sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     others = [sampling(temperature=0.3, top_k=3, min_p=0.01), sampling(), sampling(temperature=2.0, top_p=0.9)]
-    found = distribution(logits.expand(4, -1), [others[0], config, *others[1:]])[1]  # whatever the other rows want
-    found = found / found.sum()
+    found = probabilities(logits.expand(4, -1), [others[0], config, *others[1:]])[1]  # whatever the other rows want
     torch.testing.assert_close(found.float(), expected.softmax(-1)[0], rtol=1e-4, atol=1e-6)  # theirs is fp32
 
 
-def test_tokens_are_drawn_with_their_probability():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    generator, probabilities = torch.Generator().manual_seed(0), distribution(logits[None], [sampling()])
-    draws = torch.cat([draw(probabilities, [generator]) for _ in range(4000)])
-    shares = draws.bincount(minlength=4) / len(draws)
-    torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=0.03)  # four standard deviations
+def probabilities(logits, configs):
+    """(B, V), normalized."""
+    found, tokens = distribution(logits, configs)
+    if tokens is not None:
+        found = torch.zeros_like(logits).scatter_(1, tokens, found)
+    return found / found.sum(-1, keepdim=True)
 
 
-def test_rows_are_drawn_with_their_own_generators_as_multinomial_draws_one_sample():
-    probabilities = torch.randn(5, 97, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
-    one, other = ([torch.Generator().manual_seed(seed) for seed in range(5)] for _ in range(2))
-    for _ in range(20):
-        expected = [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, other, strict=True)]
-        assert draw(probabilities, one).tolist() == expected
+@pytest.mark.parametrize("spread", [0.1, 3.0, 8.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(None, 0.9, None), (None, 0.999, None), (40, None, None), (40, 0.9, None), (700, 0.9, 0.1), (None, 0.3, 0.5)],
+)
+def test_a_large_vocabulary_has_the_distribution_of_transformers(spread, top_k, top_p, min_p):
+    logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(2)) * spread
+    warpers = [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    expected = logits / 0.7
+    for warp in warpers:
+        expected = warp(None, expected)
+    config = sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
+    for found in (
+        probabilities(logits, [config] * 3),
+        torch.cat([probabilities(row[None], [config]) for row in logits]),
+    ):
+        # a sum of thousands of fp32 numbers may put the last token of the nucleus on the other side
+        differs = (found > 0) != expected.isfinite()
+        assert differs.sum(-1).max() <= 1
+        torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-3, atol=1e-5 + 2 * found[differs].sum().item())
+
+
+@pytest.mark.parametrize("controls", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}])
+def test_tokens_are_drawn_with_their_probability(controls):
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)) * 2
+    expected = probabilities(logits, [sampling(**controls)])[0]
+    numbers = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, tokens = distribution(logits, [sampling(**controls)])
+    draws = draw(found.expand(len(numbers), -1), None if tokens is None else tokens.expand(len(numbers), -1), numbers)
+    counts = draws.bincount(minlength=300)
+    assert not counts[expected == 0].any()
+    is_frequent = expected * len(numbers) >= 5
+    observed = [*counts[is_frequent].tolist(), counts[~is_frequent].sum().item()]
+    likely = [*expected[is_frequent].tolist(), expected[~is_frequent].sum().item()]
+    pairs = [(o, p * len(numbers)) for o, p in zip(observed, likely, strict=True) if p > 0]
+    assert chisquare(*zip(*pairs, strict=True), sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_smallest_and_the_largest_random_number_draw_possible_tokens(number):
+    logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf], [0.0, -torch.inf, 2.0, -1e30]])
+    chosen = draw(*distribution(logits, [sampling()] * 2), torch.full((2,), number, dtype=torch.float64))
+    assert chosen.tolist() == ([1, 0] if number == 0 else [2, 2])
+
+
+def test_rows_that_are_not_finite_do_not_disturb_others():
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(4))
+    logits[1] = -torch.nan  # a negative NaN, which processors make
+    configs = [sampling(top_p=0.5), sampling(top_p=0.5), sampling(top_k=3)]
+    numbers = torch.full((3,), 0.5, dtype=torch.float64)
+    [first, _, last] = draw(*distribution(logits, configs), numbers).tolist()
+    for row, config, token in ((0, configs[0], first), (2, configs[2], last)):
+        assert draw(*distribution(logits[row : row + 1], [config]), numbers[:1]).tolist() == [token]
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-9])

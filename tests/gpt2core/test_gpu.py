@@ -273,8 +273,10 @@ def test_bf16_decoding_takes_tokens_that_fp32_finds_as_likely(tiny_gpt2_dir, n):
     """In bf16 another token may be the largest by rounding: compare probabilities instead of tokens."""
     reference, prompts = load(tiny_gpt2_dir, device="cpu"), random_prompts(n, 30, seed=2)
     with Engine(load(tiny_gpt2_dir), 8, "bf16", static_cache=True) as engine:
-        requests = [engine.submit(p, GenerationConfig(max_new_tokens=20), logprobs=1) for p in prompts]
-        completions = [request.result(120) for request in requests]
+        for _ in range(2):  # then with prefixes in the cache
+            requests = [engine.submit(p, GenerationConfig(max_new_tokens=20), logprobs=1) for p in prompts]
+            completions = [request.result(120) for request in requests]
+        assert engine._runner._use_varlen == (DEVICE == "cuda")
     for prompt, request, completion in zip(prompts, requests, completions, strict=True):
         with torch.no_grad():
             logits = reference(torch.tensor([prompt + completion[:-1]]))[0, len(prompt) - 1 :]

@@ -12,6 +12,7 @@ from gpt2core.generate import generate
 from gpt2core.inference import kv_cache, scheduler
 from gpt2core.inference.graphs import RowDecoder
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
+from tests.gpt2core.test_batching import attention_by_sequence
 from tests.helpers import wait_until
 
 
@@ -35,6 +36,21 @@ def test_a_prompt_read_in_chunks_gives_the_same_completion(model, monkeypatch, s
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 5)
     prompts, configs = random_prompts(10), mixed_configs(10)
     assert decode_all(model, prompts, configs, 4, static_cache) == each_alone(model, prompts, configs)
+
+
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_prompts_read_in_one_attention_call_give_the_same_completions(model, monkeypatch, static_cache):
+    """A GPU's variable-length kernel, here in plain torch."""
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 50)  # some prompts take two steps
+    monkeypatch.setattr(kv_cache, "varlen_attention", attention_by_sequence)
+    prompts = [[9] * 20 * (i % 2) + prompt for i, prompt in enumerate(random_prompts(12, 40))]
+    configs = mixed_configs(12)
+    with Engine(model, 8, "fp32", static_cache=static_cache) as engine:
+        engine._runner._use_varlen = True
+        for _ in range(2):  # then with cached prefixes
+            requests = [engine.submit(*pair) for pair in zip(prompts, configs, strict=True)]
+            assert [request.result(60) for request in requests] == each_alone(model, prompts, configs)
+        assert engine.stats()["cached_prefix_tokens"] > 0
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 16])

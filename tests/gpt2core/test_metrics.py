@@ -25,6 +25,8 @@ from gpt2core.metrics import (
         ("  The  Answer.\n", "the answer"),
         ("e.g. this.", "e.g. this"),
         ("...", ".."),
+        (" . ", "."),  # not the empty answer
+        ("Cafe\u0301", "caf\u00e9"),
         ("Straße", "strasse"),
         ("yes .", "yes"),
     ],

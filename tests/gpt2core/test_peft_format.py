@@ -60,6 +60,9 @@ def save(hf, tmp_path):
             {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 2}, "alpha_pattern": {r"1\.mlp\.c_fc": 9}},
             ("q", "k", "v", "fc"),
         ),
+        ({"target_modules": ["c_attn", "mlp.c_proj"], "layers_to_transform": [1]}, ("q", "k", "v", "proj")),
+        ({"target_modules": r".*h\.0\.attn\.c_proj|.*\.c_fc", "use_rslora": True}, ("o", "fc")),
+        ({"target_modules": ["c_attn"], "exclude_modules": r".*h\.1\..*"}, ("q", "k", "v")),
     ],
     ids=str,
 )
@@ -78,7 +81,7 @@ def test_an_adapter_saved_by_peft_computes_the_logits_of_peft(bare, save, values
 @given(
     st.lists(st.sampled_from(LORA_TARGETS), min_size=1, unique=True),
     st.integers(1, 4),
-    st.sampled_from([16.0, 1.0, 7.0, 0.0]),
+    st.sampled_from([16.0, 1.0, 7.0, -2.0]),
 )
 def test_importing_an_export_gives_the_same_adapter(tiny_gpt2_dir, tmp_path_factory, targets, rank, alpha):
     directory = tmp_path_factory.mktemp("peft")
@@ -109,7 +112,7 @@ def describe(directory, **values):
         ({"bias": "all"}, "bias is 'all'"),
         ({"use_qalora": True}, "use_qalora is True; this feature of PEFT is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
-        ({"layers_to_transform": [0]}, "layers_to_transform is"),
+        ({"lora_alpha": 0}, "LoraConfig.alpha is 0.0; it must be other than 0"),
         ({"a_feature_of_tomorrow": 1}, "a_feature_of_tomorrow is 1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
         ({"r": 4}, "the rank of transformer.h.0.attn.c_attn is 4, but its weights have rank 3"),
@@ -143,6 +146,7 @@ PREFIX = "base_model.model.transformer.h."
         (lambda t: t.update({f"{PREFIX}0.attn.c_attn.lora_A.weight": torch.ones(2, 32)}), "different ranks, 2 and 3"),
         (lambda t: t[f"{PREFIX}0.attn.c_attn.lora_A.weight"].fill_(torch.nan), "lora_A.weight' has NaN or infinite"),
         (lambda t: t.clear(), "has no tensors"),
+        (lambda t: [t.pop(key) for key in list(t) if ".h.1." in key], "lora_A of h.1.attn.c_attn is missing"),
     ],
 )
 def test_damaged_weights_are_refused_by_name(bare, save, edit, message):
@@ -155,6 +159,20 @@ def test_damaged_weights_are_refused_by_name(bare, save, edit, message):
         read_adapter(directory, bare.config)
 
 
+def test_weights_of_layers_that_the_config_leaves_out_are_refused(bare, save):
+    _, directory = save(target_modules=["c_attn"])
+    describe(directory, layers_to_transform=[0])  # PEFT would not use those of the other layer
+    with pytest.raises(ValueError, match=r"has weights of h.1.attn.c_attn, which adapter_config.json leaves out"):
+        load_adapter(bare, directory)
+    _, directory = save(target_modules=["c_attn"], layers_to_transform=[0], use_dora=True)
+    with pytest.raises(ValueError, match=r"lora_A of h.1.attn.c_attn is missing"):
+        load_adapter(bare, directory)
+
+
 def test_a_directory_without_an_adapter_is_named(bare, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapter.json does not exist"):
+        load_adapter(bare, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"has adapter_model.bin, a pickle"):
         load_adapter(bare, tmp_path)

@@ -22,6 +22,7 @@ from gpt2core.data import (
 
 GOOD = {"instruction": "Say é.", "input": "", "output": "é"}
 LINE = json.dumps(GOOD)
+SAY = [{"role": "user", "content": "Say é."}, {"role": "assistant", "content": "é"}]
 
 
 @pytest.fixture
@@ -72,6 +73,10 @@ def test_records_are_read_from_every_layout(write, name, text):
         ("a.CSV", "instruction;input;output\nSay é.;;é\n\n"),
         ("a.tsv", "instruction\toutput\nSay é.\té\n"),
         ("a.json", f'{{"data": [{LINE}]}}'),
+        ("a.csv", "instruction;output\rSay é.;é\r"),
+        ("a.jsonl", json.dumps({"prompt": "Say é.", "prompt_id": "1", "messages": SAY})),  # ultrachat, no_robots
+        ("a.jsonl", json.dumps({"instruction": None, "output": None, "messages": SAY})),  # rows of several formats
+        ("a.jsonl", json.dumps({"prompt": SAY[:1], "completion": SAY[1:]})),  # TRL
     ],
 )
 def test_records_of_every_shape_are_read_and_the_shape_is_logged(write, caplog, name, text):
@@ -95,18 +100,39 @@ def test_a_conversation_becomes_one_record_for_each_answer_with_the_earlier_turn
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
     file = write("a.jsonl", json.dumps({"messages": messages}))
     records = read_records(file)
+    group = records[0]["group"]
     assert records == [
-        {"instruction": "Hi.", "input": "", "output": "Hello.", "group": "conversation 1"},
-        {
-            "instruction": "And you?",
-            "input": "User: Hi.\nAssistant: Hello.",
-            "output": "Fine.",
-            "group": "conversation 1",
-        },
+        {"instruction": "Hi.", "input": "", "output": "Hello.", "group": group},
+        {"instruction": "And you?", "input": "User: Hi.\nAssistant: Hello.", "output": "Fine.", "group": group},
     ]
+    other = read_records(write("b.jsonl", json.dumps({"messages": messages[1:3] * 2})))
+    assert group != other[0]["group"] == other[1]["group"]  # conversation 1 of another file
     assert location_of(records, 1) == "record 1 (line 1), answer 2"
     [question] = read_records(file, ("instruction",))
     assert (question["instruction"], question["output"]) == ("Bye.", "")
+
+
+@pytest.mark.parametrize("layout", ["weight", "prompt"])
+def test_an_answer_of_weight_0_and_those_of_a_prompt_are_context_only(write, layout):
+    bad = [{"role": "user", "content": "Say e."}, {"role": "assistant", "content": "E"}]
+    value = {"prompt": bad + SAY[:1], "completion": SAY[1:]}
+    if layout == "weight":
+        value = {"messages": [bad[0], bad[1] | {"weight": 0}, SAY[0], SAY[1] | {"weight": 1}]}
+    expected = GOOD | {"input": "User: Say e.\nAssistant: E"}
+    assert read_records(write("a.jsonl", json.dumps(value))) == [expected]
+    [question] = read_records(write("a.jsonl", json.dumps({"prompt": bad + SAY[:1]})), ("instruction",))
+    assert question == expected | {"output": ""}
+
+
+def test_keys_that_no_record_gets_are_named_in_a_warning(write, caplog):
+    rows = [GOOD | {"Input": "lost", "history": [["a", "b"]], "id": None}, GOOD | {"Input": "lost"}]
+    assert read_records(write("a.json", json.dumps(rows))) == [GOOD, GOOD]
+    assert 'a.json: keys that are not used: "Input" in 2, "history" in 1 (data.columns maps names)' in caplog.text
+    caplog.clear()
+    columns = {"input": "Input"}
+    assert read_records(write("a.json", json.dumps(rows[1:])), columns=columns) == [GOOD | {"input": "lost"}]
+    assert read_records(write("a.jsonl", json.dumps({"messages": SAY, "group": "g"}))) == [GOOD | {"group": "g"}]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
@@ -209,6 +235,11 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.jsonl", '{"conversations": [{"from": "gpt", "value": "x"}]}', ["comes after no turn"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["no answer of the assistant"]),
         ("a.jsonl", '{"prompt": "x"}', ["no 'completion'"]),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}', ["'completion' is \"y\""]),
+        ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0}]}), ["no answer", "to learn"]),
+        ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0.5}]}), ["messages[1]: the weight is 0.5"]),
+        ("a.json", b"\x1f\x8b\x08\0\0", ["compressed by gzip"]),
+        ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS", "git lfs pull"]),
     ],
 )
 def test_an_error_names_the_file_and_the_place(write, name, text, named):

@@ -91,6 +91,12 @@ def test_interrupted_pretraining_ends_like_uninterrupted_pretraining(pretrained,
     assert pretrained(tmp_path) == pretrained(None)
 
 
+def test_a_checkpoint_of_a_longer_training_is_refused(tune, tmp_path):
+    tune(tmp_path)
+    with pytest.raises(ValueError, match=r"is of step 18, but this training has 6 steps; raise epochs or max_steps"):
+        tune(tmp_path, config=replace(CONFIG, epochs=2))
+
+
 def test_a_resumed_run_continues_at_the_checkpoint(tune, tmp_path):
     with pytest.raises(Stop):
         tune(tmp_path, 8)

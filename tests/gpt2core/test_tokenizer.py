@@ -63,6 +63,12 @@ def test_ids_of_special_cases_are_those_of_the_tokenizers_library(ours, theirs):
         assert ours.encode_ordinary(text) == theirs.encode(text).ids, ascii(text)
 
 
+def test_a_million_blanks_are_encoded(ours, theirs):
+    assert ours.encode_ordinary(" " * 90_000 + "a") == theirs.encode(" " * 90_000 + "a").ids
+    for text in (" " * 2_000_000 + "a", "\n" * 2_000_000 + "a", " " * 2_000_000):  # tiktoken#15, #400
+        assert ours.decode(ours.encode_ordinary(text)) == text
+
+
 def test_decoding_is_that_of_the_tokenizers_library_for_every_token(ours, theirs):
     for token in range(ours.n_vocab - 1):
         assert ours.decode([token]) == theirs.decode([token])
@@ -181,6 +187,14 @@ def test_a_vocabulary_that_is_not_a_json_object_is_refused_with_its_name(broken,
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match=f"no tokenizer '{name}': neither a directory nor known to tiktoken"):
         load_tokenizer(name)
+
+
+def test_a_tokenizer_that_cannot_be_downloaded_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(OSError, match=r"'gpt2' cannot be downloaded; set TIKTOKEN_CACHE_DIR .* \(ProxyError\)"):
+        load_tokenizer("gpt2")
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizer.json

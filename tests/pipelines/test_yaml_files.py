@@ -24,6 +24,12 @@ def test_only_true_and_false_are_booleans(word):
     assert load_yaml("[true, False]") == [True, False]
 
 
+@pytest.mark.parametrize("text", ["010", "1:30", "0x10", "0b1", "1_000", "2024-01-01"])
+def test_other_numbers_than_decimal_ones_and_dates_are_text(text):
+    assert load_yaml(f"a: {text}") == {"a": text}
+    assert load_yaml("[0, -7, +8, 1.5e-3]") == [0, -7, 8, 0.0015]
+
+
 BOMB = "b0: &b0 {k: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join([f'*b{i - 1}'] * 9)}]}}\n" for i in range(1, 9))
 
 

@@ -14,7 +14,7 @@ from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from steps.adapters.download import DownloadError
 from steps.config import BaseConfig, DataConfig
-from steps.fetch_data import fetch_data
+from steps.fetch_data import fetch_data, read_source
 
 RECORDS = [{"instruction": f"Say {i % 3}.", "input": "", "output": str(i % 3)} for i in range(5)]
 LONG = {"instruction": "Repeat the rhyme.", "input": "", "output": "row the boat, " * 100}
@@ -107,3 +107,12 @@ def test_own_files_for_the_parts_are_read_with_mapped_columns_and_leaks_are_coun
     assert [record["part"] for record in records[5:]] == ["test", "test"]
     assert (about["in_train"], about["test_location"]) == (1, str(test_path))
     assert "1 records of the given validation and test parts repeat a question of the train part" in caplog.text
+
+
+def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
+    mine, parts = write(tmp_path, RECORDS[:1]), tmp_path / "parts.json"
+    parts.write_text(json.dumps({"train": RECORDS[1:2], "test": RECORDS[2:3]}))
+    records, _ = read_source(DataConfig(source="file", path=mine, test_path=str(parts)), 0)
+    assert records == [RECORDS[0], RECORDS[2] | {"part": "test"}]
+    with pytest.raises(ValueError, match=r"parts\.json is to be the part val, but has only test, train records"):
+        read_source(DataConfig(source="file", path=mine, val_path=str(parts)), 0)
