@@ -38,7 +38,7 @@ LogitBias = Annotated[
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-# A list of a million wrong items has one error, not a million: these would block the event loop for seconds.
+# Report one error for a list of a million invalid items: a million errors would block the event loop for seconds.
 FAIL_FAST = Field(fail_fast=True)
 
 
