@@ -250,7 +250,7 @@ def rollback() -> None:
 @click.option("--url", default="http://localhost:3000", show_default=True, help="URL of one running service.")
 @click.option("--path", default="", help="start: directory of the adapter to load, below GPT2_ADAPTERS_DIR.")
 @click.option("--share", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="start: share of requests.")
-@click.option("--shadow", is_flag=True, help="start: the canary answers in addition; clients do not see its answers.")
+@click.option("--shadow", is_flag=True, help="start: the canary only repeats requests; clients do not see its answers.")
 @click.option("--max-failures", default=0.01, show_default=True, help="decide: allowed increase of failed completions.")
 @click.option("--max-slowdown", default=0.2, show_default=True, help="decide: allowed increase of the mean duration.")
 def canary(
@@ -290,7 +290,7 @@ def canary(
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("names", nargs=-1, metavar="NAME=PATH...")
 @click.option("--canary", metavar="NAME=SHARE", help="Send this share of the requests for gpt2-instruct to NAME.")
-@click.option("--shadow", is_flag=True, help="The canary answers them again; clients do not see its answers.")
+@click.option("--shadow", is_flag=True, help="The canary only repeats requests; clients do not see its answers.")
 def adapters(directory: Path, names: tuple[str, ...], canary: str | None, shadow: bool) -> None:
     """Write DIRECTORY/adapters.json: the adapters that services with GPT2_FOLLOW_ADAPTERS=true serve.
 

@@ -140,7 +140,7 @@ class OpenVino:
             kind: of the weights: int8, with the precisions that OpenVINO chooses for this processor, or all in f32.
         """
         directory = Path(mkdtemp()) / "model"
-        with patch.dict(os.environ, CI="true", NNCF_CI="1"):  # else these packages send usage data to their makers
+        with patch.dict(os.environ, CI="true", NNCF_CI="1"):  # otherwise these packages send telemetry
             import openvino
             import openvino_genai
 
@@ -148,7 +148,7 @@ class OpenVino:
 
             write_openvino(base, directory, kind)
         self.api, self.tensor = openvino_genai, openvino.Tensor
-        # a pinned thread waits for whatever else runs on its core
+        # a pinned thread waits for other programs on its core
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
         if kind == "f32":
             options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

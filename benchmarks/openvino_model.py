@@ -67,7 +67,7 @@ class _Cached(nn.Module):
 
 
 class _Cache:
-    """In place of `gpt2core.model.KVCache`, whose writes in place cannot be converted."""
+    """Replaces `gpt2core.model.KVCache`, whose in-place writes cannot be converted."""
 
     def __init__(self, past: Sequence[Tensor], beam_idx: Tensor) -> None:
         self.past, self.beam_idx, self.present = past, beam_idx, list[Tensor]()
@@ -92,7 +92,7 @@ def _example(config: GPT2Config) -> dict[str, object]:
 
 
 def _make_stateful(model: ov.Model, config: GPT2Config) -> None:
-    """Turn keys and values into states, which start with no token and the batch size of input_ids."""
+    """Convert keys and values to states, initially empty, with the batch size of input_ids."""
     shape = [config.n_head, -1, config.n_embd // config.n_head]
     past, present = model.inputs[4:], model.outputs[1:]
     for one in past:

@@ -37,7 +37,7 @@ async def read_body(request: Request, model: type[M]) -> M:
         message = f"the body was not complete after {DEADLINE:.0f} seconds"
         raise ServiceError("request_timeout", message) from None
     try:
-        # Windows' tools begin a file with a byte order mark
+        # tools on Windows start files with a byte order mark
         return model.model_validate_json(body.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         message = (
@@ -49,7 +49,7 @@ async def read_body(request: Request, model: type[M]) -> M:
 
 
 def _refused(error: ValidationError) -> ServiceError:
-    """Names the first wrong field, and what is wrong with it."""
+    """The error for the first invalid field, with the reason."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
     best = max(own, key=_specificity)
@@ -63,6 +63,6 @@ def _refused(error: ValidationError) -> ServiceError:
 
 
 def _specificity(error: ErrorDetails) -> tuple[bool, int, int]:
-    """The largest is of the type of a union that was meant: it was followed furthest, or its own limit is exceeded."""
+    """Sort key: the largest error is of the union type most likely meant (deepest location, or exceeded limit)."""
     index = sum(part for part in error["loc"] if isinstance(part, int))
     return index > 0 or not error["type"].endswith("_type"), len(error["loc"]), index

@@ -96,12 +96,12 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits for what precedes the app: uvicorn stores headers of any size, and waits forever.
+    """uvicorn's protocol with limits for headers: uvicorn buffers headers of any size, and has no time limit.
 
     uvicorn has such limits for its other parser, h11, only (https://github.com/Kludex/uvicorn/issues/157).
     """
 
-    _n_bytes = 0  # of the current request beside its body
+    _n_bytes = 0  # of the current request, without its body
     _timer: asyncio.TimerHandle | None = None  # runs until the headers are complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -145,7 +145,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, type: str, message: str) -> None:
-        """Close the connection; with a response, unless there is no request or the app may have begun to answer it."""
+        """Close the connection; with a response, unless there is no request or the app may have started to respond."""
         if self._n_bytes and (self.cycle is None or self.cycle.response_complete):
             content = json.dumps(error_content(type, message)).encode()
             lines = (

@@ -159,7 +159,7 @@ class TextGenerator:
         """
         longest = max(len(request.prompt) for request in requests)
         if longest >= self.n_positions:
-            # OpenAI's words, by which LiteLLM and others recognize the error
+            # OpenAI's wording, which LiteLLM and others recognize
             limit = f"this model's maximum context length is {self.n_positions} tokens"
             message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)

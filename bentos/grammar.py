@@ -34,7 +34,7 @@ class GrammarCompiler:
         except ValueError as error:
             raise _refused(structure.param, str(error)) from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
-        first = matcher.compute_bitmask()  # fails if no token may begin the text
+        first = matcher.compute_bitmask()  # fails if no token is allowed at the start
         if matcher.is_error():
             raise _refused(structure.param, f"no text matches it: {matcher.get_error()}")
         return [LlguidanceGrammar(matcher.deep_copy(), first, structure.param, self._threads) for _ in range(n)]
@@ -78,7 +78,7 @@ class LlguidanceGrammar:
 
 
 def _refused(param: str, reason: str) -> ServiceError:
-    """Without the state of the library, in the lines after the first one of its reason."""
+    """Only the first line of the library's reason; the others describe its state."""
     return ServiceError("invalid_request", f"{param}: {reason.strip().splitlines()[0]}", param)
 
 

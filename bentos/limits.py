@@ -8,7 +8,7 @@ MAX_ADAPTERS = 32  # loaded in addition to the run's own
 ADAPTERS_POLL = 2.0  # seconds between two reads of the manifest of shared adapters
 
 MAX_BODY = 1_000_000  # bytes of a request's body
-MAX_HEAD = 64_000  # bytes of a request beside its body: request line, headers, trailers, framing of chunks
+MAX_HEAD = 64_000  # bytes of a request without its body: request line, headers, trailers, chunk framing
 HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to the end of its headers
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 

@@ -120,7 +120,7 @@ class RequestLog:
             return False
 
     def _lose(self, n_lines: int, error: BaseException | None) -> None:
-        """Called in the writing thread after each line: how many were lost with it, and why; 0: it was written."""
+        """Called in the writing thread after each line, with the number of lost lines (0: none) and the reason."""
         if n_lines and not self._is_failing:
             logger.warning("the request log cannot be written; lines are being dropped: %s", error)
         self._dropped += n_lines
@@ -128,7 +128,7 @@ class RequestLog:
 
 
 class _File(RotatingFileHandler):
-    """Reports lines that cannot be written. The report of `logging` has a traceback and the line, with its texts."""
+    """Reports lines that cannot be written; `logging` itself would print a traceback and the line with its texts."""
 
     def __init__(self, file: str | Path, report: Callable[[int, BaseException | None], None]) -> None:
         super().__init__(file, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")

@@ -38,7 +38,7 @@ LogitBias = Annotated[
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-# A list of a million wrong items has one error, not a million: these would block the event loop for seconds.
+# Report one error for a list of a million invalid items: a million errors would block the event loop for seconds.
 FAIL_FAST = Field(fail_fast=True)
 
 
@@ -187,7 +187,7 @@ class UnloadAdapterRequest(StrictRequest):
 class CanaryRequest(StrictRequest):
     adapter: AdapterName
     share: float = Field(ge=0, le=1, description="of the requests for the default model; 1: all of them")
-    shadow: bool = Field(False, description="the canary answers them again, and clients get the default model's answer")
+    shadow: bool = Field(False, description="the canary only repeats requests; clients get the default model's answers")
 
 
 class CanaryArm(BaseModel):

@@ -163,7 +163,7 @@ def question(record: Record) -> tuple[str, str]:
 
 
 def same_question(record: Record) -> tuple[str, str]:
-    """Equal for records whose questions differ in what `normalize` ignores, like letter case and whitespace, only."""
+    """The question after `normalize`, which removes differences such as case and whitespace."""
     instruction, input = map(normalize, question(record))
     return instruction, input
 
@@ -272,7 +272,7 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
 
 
 def check_examples(name: str, examples: Sequence[Example], config: GPT2Config) -> None:
-    """Refuse examples that the model cannot be trained on: on a GPU, an index out of range is an error without a place.
+    """Reject invalid examples: on a GPU, an out-of-range index is an error without location.
 
     Raises:
         ValueError: an example has no prompt or no response, more tokens than the context, or an unknown token.

@@ -183,7 +183,7 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs. It ends by `close`, or by an error outside of a step, which is not expected."""
+        """Whether the thread runs. It ends with `close`, or with an unexpected error outside of a step."""
         return self._thread.is_alive()
 
     @property
@@ -223,7 +223,7 @@ class Engine:
                     except Exception as error:
                         logger.exception("a step failed; its requests are cancelled")
                         self._scheduler.cancel_running(EngineClosed(f"the step failed: {error}"))
-        finally:  # whatever ended it, nobody waits in vain
+        finally:  # for any reason: waiting callers must be notified
             with self._changed:
                 self._closed = True
                 self._scheduler.cancel_waiting()

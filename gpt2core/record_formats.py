@@ -39,7 +39,7 @@ def format_of(value: Any, columns: Mapping[str, str]) -> str:
 
 
 def ignored_keys(value: Any, columns: Mapping[str, str]) -> list[str]:
-    """The keys of a value that have content which no record gets."""
+    """The keys of a value whose content is not used in any record."""
     if not isinstance(value, dict):
         return []
     value = _rename(value, _applying(value, columns))
@@ -125,7 +125,7 @@ def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -
 
 
 def _turn(message: Any, location: str) -> tuple[str, str, bool]:
-    """Role (user, assistant or system), text, and whether an assistant's is to be learned."""
+    """Role (user, assistant or system), text, and whether it is trained on (assistant only)."""
     if not isinstance(message, dict):
         raise ValueError(f"{location} is {shorten(message)}; it must be an object with 'role' and 'content'")
     role, content = (next((message[k] for k in keys if k in message), None) for keys in (_ROLE_KEYS, _CONTENT_KEYS))

@@ -32,7 +32,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 SHOWN_PROBLEMS = 5  # of a file's faulty records, in one message
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and the byte order marks that concatenating files leaves
-_CONTENTS = (  # what files with the name of a text file turn out to be
+_CONTENTS = (  # other formats that occur in files named like text files
     (b"\x1f\x8b", "is compressed by gzip; decompress it"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
     (b"PAR1", "is a Parquet file; rename it to .parquet"),

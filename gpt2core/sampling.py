@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.tensors import to_device
 
-SHORTLIST = 256  # tokens: where they are enough for top_k or top_p, the others need not be looked at
+SHORTLIST = 256  # tokens: if these suffice for top_k or top_p, the rest is not examined
 
 
 class NonFiniteLogits(RuntimeError):
@@ -208,7 +208,7 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> tuple[T
     probabilities = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float()).softmax(-1)
     tokens = None
     is_limited = min(top_p) < 1 or min(top_k) < V
-    if is_limited and V > SHORTLIST and logits.device.type == "cpu":  # on a GPU, the host would wait for the answer
+    if is_limited and V > SHORTLIST and logits.device.type == "cpu":  # on a GPU, this would synchronize
         largest, indices = probabilities.topk(SHORTLIST)
         reached = largest.sum(-1, keepdim=True, dtype=torch.float64) >= nucleus
         if ((kept <= SHORTLIST) | ((kept == V) & reached)).all():
@@ -226,7 +226,7 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> tuple[T
             probabilities.masked_fill_(before >= nucleus, 0.0)
     if any(c.min_p for c in configs):  # arXiv:2407.01082
         probabilities.mul_(probabilities >= min_p.float() * probabilities.amax(-1, keepdim=True))
-    if tokens is not None:  # in order, so that a random number chooses alike with a shortlist and without one
+    if tokens is not None:  # in order, so that a random number selects the same token with and without a shortlist
         tokens, order = tokens.sort()
         probabilities = probabilities.gather(1, order)
     return probabilities, tokens
@@ -239,7 +239,7 @@ def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
     their lowest 30 bits. Tokens exactly as likely as the last one are kept.
     """
     bits, missing, candidates = probabilities.view(torch.int32), top_p, probabilities.double()
-    last = torch.zeros_like(top_p, dtype=torch.int32)  # the bits of the least likely token of the set, as far as known
+    last = torch.zeros_like(top_p, dtype=torch.int32)  # the known leading bits of the least likely token of the set
     for shift in (20, 10, 0):
         digits = bits.bitwise_right_shift(shift).bitwise_and(1023)
         sums = candidates.new_zeros(len(bits), 1024).scatter_add_(1, 1023 - digits.long(), candidates)
@@ -252,7 +252,7 @@ def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def draw(probabilities: Tensor, tokens: Tensor | None, numbers: Tensor) -> Tensor:
-    """A token (B) per row of a `distribution`: the first at which the sum of probabilities exceeds a share of it.
+    """Draw a token (B) per row of a `distribution`: the first whose cumulative probability exceeds a random share.
 
     The shares are `numbers` (B), uniformly distributed from 0 to below 1, fp64.
     """

@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "bentos": {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
         *("llguidance",),  # grammar.py
+        *("pydantic_core",),  # body.py: the type of pydantic's error details
         *("_bentoml_sdk", "opentelemetry", "uvicorn"),  # compat.py
     },
     "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},
@@ -220,6 +221,7 @@ def test_what_a_package_imports_is_declared_by_its_extras(package):
     provided = packages_distributions() | {
         "huggingface_hub": ["transformers"],
         "opentelemetry": ["bentoml"],
+        "pydantic_core": ["pydantic"],
         "ctranslate2": ["ctranslate2"],
         "llama_cpp": ["llama-cpp-python"],
         "nncf": ["nncf"],

@@ -77,6 +77,6 @@ def _write(scope: Scope, status: int, seconds: float, record: RequestRecord) -> 
         "request_id": scope["state"]["request_id"],
         **record.fields(),
     }
-    with suppress(OSError):  # the disk is full, or nobody reads the pipe any more
+    with suppress(OSError):  # the disk is full, or the pipe has no reader
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

@@ -69,7 +69,7 @@ def _token(authorization: str, scope: Scope) -> bytes:
 
 
 def _is_forged(scope: Scope) -> bool:
-    """Whether a page of another site makes the browser send this request, with the password that it has stored.
+    """Whether another site's page caused the browser to send this request, with its stored password.
 
     Sec-Fetch-Site says so, but only over https and for localhost. Reading is safe: that page cannot see the response.
     """

@@ -102,7 +102,7 @@ def _files(path: Path) -> list[tuple[Path, str]]:
 
 
 def _part(path: Path, name: Path) -> str:
-    """The part that a file names, by its own name or the nearest directory's; "" if none does."""
+    """The part in a file's name, or in that of its nearest directory; "" if there is none."""
     for each in (name.stem, *reversed(name.parts[:-1])):
         found = _words(each)
         if len({PARTS[word] for word in found}) > 1:
@@ -113,7 +113,7 @@ def _part(path: Path, name: Path) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name that are parts."""
+    """The words of a name that are names of parts."""
     return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word in PARTS]
 
 
