@@ -226,7 +226,9 @@ def decoding(stage: Stage) -> None:
             stage.record(**{f"requests_{n}.{name}": value for name, value in figures.items()})
     with stage.attempt("sampled"):
         n = max(sizes.n_requests)
-        rates = [engine.rate(prompts(n, run), sizes.n_new, sampling={"temperature": 0.8, "top_p": 0.9}) for run in (1, 2)]
+        rates = [
+            engine.rate(prompts(n, run), sizes.n_new, sampling={"temperature": 0.8, "top_p": 0.9}) for run in (1, 2)
+        ]
         stage.record(**{f"requests_{n}.sampled_tokens_per_second": max(rates)})
     with stage.attempt("first_token"):
         stage.record(first_token_ms=min(engine.first_tokens(prompts(1, 4), 2) for _ in range(3))[0])

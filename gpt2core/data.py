@@ -251,8 +251,10 @@ def limit_lengths(
             f"{len(without_room)} prompts leave no room for an output in a context of {context_length} tokens: "
             f"{_locations(without_room)}; set too_long to drop, or use a base with a longer context"
         )
-    if not limited:
-        raise ValueError(f"all {len(records)} records have more tokens than the context of {context_length}")
+    parts = Counter(record.get("part", "") for record in records)
+    for part in parts.keys() - {record.get("part", "") for record in limited.values()}:  # it would be split off again
+        of_part = f" of the part {part}" if part else ""
+        raise ValueError(f"all {parts[part]} records{of_part} have more tokens than the context of {context_length}")
     return list(limited.values()), found
 
 

@@ -81,7 +81,8 @@ def read_records(
     """
     file = Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is a directory, not a file" if file.is_dir() else f"{file} does not exist")
+        kind = "is a directory" if file.is_dir() else "is a pipe or a device" if file.exists() else ""
+        raise FileNotFoundError(f"{file} {kind}, not a file" if kind else f"{file} does not exist")
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -119,7 +120,7 @@ class TrainingState:
         # progress travels in the tensors' file: one file is written completely or not at all
         metadata = {"fingerprint": fingerprint, "progress": json.dumps(asdict(self.progress))}
         file = directory / CHECKPOINT
-        if file.is_file():
+        with suppress(FileNotFoundError):  # the first one, or another process has removed it
             os.replace(file, directory / PREVIOUS)
         atomic_write(file, to_safetensors(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
         logger.debug("checkpoint of step %d in %s", self.progress.step, file)

@@ -59,7 +59,10 @@ def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
     else:
         with TemporaryDirectory(prefix="checkpoints-") as directory, _copied(uri, Path(directory)) as upload:
             yield Checkpoints(Path(directory), training_id, upload)
-    fileio.rmtree(uri)
+    try:
+        fileio.rmtree(uri)
+    except (OSError, TypeError) as error:  # the same training in another run removed it (TypeError), or still writes it
+        logger.warning("the checkpoints of the finished training were not removed: %s", error)
 
 
 def _training_id(uri: str) -> str:

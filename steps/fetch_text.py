@@ -7,6 +7,7 @@ from zenml import step
 from gpt2core.demo.prose import write_prose
 from gpt2core.demo.world import make_world
 from gpt2core.files import check_exists, file_sha256, read_text
+from gpt2core.tokenizer import END_OF_TEXT
 from steps.adapters.download import fetch, without_secrets
 from steps.cache import code_of
 from steps.config import TextConfig
@@ -33,7 +34,13 @@ def fetch_text(text: TextConfig, seed: int) -> Annotated[list[str], "documents"]
 
 
 def _read(file: Path) -> list[str]:
-    content = read_text(file)
-    if not content.strip():
+    documents = split_documents(read_text(file))
+    if not documents:
         raise ValueError(f"{file} has no text")
-    return [content]
+    return documents
+
+
+def split_documents(text: str) -> list[str]:
+    """The documents of a text, which END_OF_TEXT separates, as in TinyStories; without it, the text as it is."""
+    documents = text.split(END_OF_TEXT)
+    return [document.strip() if len(documents) > 1 else document for document in documents if document.strip()]

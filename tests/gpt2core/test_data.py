@@ -187,6 +187,9 @@ def test_a_prompt_without_room_for_an_output_is_named_and_at_least_one_record_mu
         limit_lengths([GOOD, GOOD | {"instruction": "é" * 90}], tokenizer, lengths[0], "truncate")
     with pytest.raises(ValueError, match="all 1 records have more tokens than the context of 10"):
         limit_lengths([GOOD], tokenizer, 10, "drop")
+    long = GOOD | {"output": "é" * 90, "part": "test"}
+    with pytest.raises(ValueError, match="all 1 records of the part test have more tokens"):
+        limit_lengths([GOOD, long], tokenizer, lengths[0], "drop")
 
 
 @pytest.mark.parametrize(

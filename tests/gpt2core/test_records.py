@@ -125,6 +125,7 @@ def test_an_answer_of_weight_0_and_those_of_a_prompt_are_context_only(write, lay
 
 
 def test_keys_that_no_record_gets_are_named_in_a_warning(write, caplog):
+    caplog.set_level(logging.WARNING)
     rows = [GOOD | {"Input": "lost", "history": [["a", "b"]], "id": None}, GOOD | {"Input": "lost"}]
     assert read_records(write("a.json", json.dumps(rows))) == [GOOD, GOOD]
     assert 'a.json: keys that are not used: "Input" in 2, "history" in 1 (data.columns maps names)' in caplog.text
@@ -263,6 +264,8 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path):
         read_records(tmp_path / "nope.json")
     with pytest.raises(FileNotFoundError, match="is a directory"):
         read_records(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is a pipe or a device"):
+        read_records("/dev/null")
 
 
 def test_records_in_memory_are_checked_alike():

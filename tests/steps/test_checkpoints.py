@@ -104,6 +104,15 @@ def test_a_successful_training_removes_its_checkpoint(store):
     assert stored(store) == []
 
 
+def test_the_same_training_in_another_run_may_finish_first_and_remove_the_checkpoint(store):
+    def finish():
+        if fileio.exists(f"{store}/checkpoints"):
+            fileio.rmtree(f"{store}/checkpoints")
+
+    whole = train()
+    assert train(end=11, by=finish) == train(end=24, by=finish) == whole
+
+
 def test_a_local_store_is_written_to_directly(local_store):
     with stored_checkpoints(KEY) as checkpoints:
         assert str(checkpoints.directory).startswith(f"{local_store}/checkpoints/")

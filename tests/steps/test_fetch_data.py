@@ -15,6 +15,7 @@ from gpt2core.demo.world import make_world
 from steps.adapters.download import DownloadError
 from steps.config import BaseConfig, DataConfig
 from steps.fetch_data import fetch_data, read_source
+from steps.fetch_text import split_documents
 
 RECORDS = [{"instruction": f"Say {i % 3}.", "input": "", "output": str(i % 3)} for i in range(5)]
 LONG = {"instruction": "Repeat the rhyme.", "input": "", "output": "row the boat, " * 100}
@@ -116,3 +117,15 @@ def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
     assert records == [RECORDS[0], RECORDS[2] | {"part": "test"}]
     with pytest.raises(ValueError, match=r"parts\.json is to be the part val, but has only test, train records"):
         read_source(DataConfig(source="file", path=mine, val_path=str(parts)), 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        (" One.\n\nTwo.\n", [" One.\n\nTwo.\n"]),
+        ("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n", ["One.", "Two."]),
+        ("<|endoftext|> \n", []),
+    ],
+)
+def test_end_of_text_separates_the_documents_of_a_text(text, documents):
+    assert split_documents(text) == documents
