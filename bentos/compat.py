@@ -24,7 +24,7 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from bentos.errors import STATUS, error_content
-from bentos.limits import HEAD_TIMEOUT, MAX_HEAD
+from bentos.limits import HEAD_TIMEOUT, KEEP_ALIVE, MAX_HEAD
 
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
@@ -98,7 +98,8 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits for headers: uvicorn buffers headers of any size, and has no time limit.
 
-    uvicorn has such limits for its other parser, h11, only (https://github.com/Kludex/uvicorn/issues/157).
+    uvicorn has such limits for its other parser, h11, only (https://github.com/Kludex/uvicorn/issues/157). It also
+    closes idle connections after 5 s; a proxy that keeps them for longer sends requests into closed ones: a 502.
     """
 
     _n_bytes = 0  # of the current request, without its body
@@ -106,6 +107,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.timeout_keep_alive = max(self.timeout_keep_alive, KEEP_ALIVE)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

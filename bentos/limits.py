@@ -10,6 +10,7 @@ ADAPTERS_POLL = 2.0  # seconds between two reads of the manifest of shared adapt
 MAX_BODY = 1_000_000  # bytes of a request's body
 MAX_HEAD = 64_000  # bytes of a request without its body: request line, headers, trailers, chunk framing
 HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to the end of its headers
+KEEP_ALIVE = 75  # seconds that an idle connection is kept: more than the 60 s of nginx and of load balancers
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 
 MAX_STOPS = 16  # stop texts of one request

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gpt2core.config import Weights
@@ -29,8 +30,14 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """
         Raises:
-            ValueError: naming the variable, its value and the allowed values, or a missing variable that it requires.
+            ValueError: naming the variable, its value and the allowed values, or a missing variable that it requires; or
+                suggesting the right name of a misspelled one, since a misspelled GPT2_API_TOKEN leaves the service open.
         """
+        known = [f"GPT2_{name.upper()}" for name in get_type_hints(cls) if name != "tracing"]
+        for name in environment:
+            meant = get_close_matches(name, known, 1, 0.8) if name.startswith("GPT2_") and name not in known else []
+            if meant and not name.startswith("GPT2_INSTRUCT_"):
+                raise ValueError(f"{name} is not a setting; did you mean {meant[0]}?")
         given: dict[str, Any] = {}
         for name, annotation in get_type_hints(cls).items():
             if name != "tracing" and (value := environment.get(f"GPT2_{name.upper()}")):

@@ -128,7 +128,14 @@ class _ResponseBuilder:
         }
         options = route.body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
-        self._offsets = [TextOffsets(route.tokenizer) for _ in completions]
+        self._offsets = [
+            TextOffsets(
+                route.tokenizer,
+                0 if one.request.echo is None else len(one.request.prompt),
+                (route.tokenizer.eot_token, *one.request.config.stop_token_ids),
+            )
+            for one in completions
+        ]
         self._started: set[int] = set()
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:

@@ -143,3 +143,25 @@ def test_headers_are_limited_in_size_and_time(monkeypatch, data, expected):
     monkeypatch.setattr(compat, "MAX_HEAD", 2000)
     monkeypatch.setattr(compat, "HEAD_TIMEOUT", 0.2)
     assert answer(compat.BoundedHttpProtocol, data) == expected
+
+
+def test_idle_connections_are_kept_for_longer_than_proxies_keep_them():
+    assert Config(read_and_answer).timeout_keep_alive < 60  # else this workaround is not needed
+
+    async def kept() -> float:
+        loop, made = asyncio.get_running_loop(), []
+
+        def make() -> compat.BoundedHttpProtocol:
+            made.append(compat.BoundedHttpProtocol(Config(read_and_answer, log_config=None), ServerState(), {}, loop))
+            return made[0]
+
+        server = await loop.create_server(make, "127.0.0.1")
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await reader.readuntil(b"ok")
+        timer = made[0].timeout_keep_alive_task
+        writer.close()
+        server.close()
+        return timer.when() - loop.time()
+
+    assert asyncio.run(kept()) > 60

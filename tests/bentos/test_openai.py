@@ -142,6 +142,13 @@ def test_offsets_count_characters_of_the_text(tokenizer):
     assert offsets.next(tokens[:2]) + offsets.next(tokens[2:]) == [0, 1, 1, 1, 2]
 
 
+def test_offsets_count_what_the_text_has_of_unfinished_characters_and_end_of_text(tokenizer):
+    a, lead, middle, b = (tokenizer.encode_single_token(byte) for byte in (b"a", b"\xe2", b"\x82", b"b"))
+    assert TextOffsets(tokenizer).next([a, lead, middle, b, lead, b, a]) == [0, 1, 1, 2, 3, 4, 5]  # a\ufffdb\ufffdba
+    end = tokenizer.eot_token
+    assert TextOffsets(tokenizer, 2, [end]).next([end, a, end, b]) == [0, 13, 14, 14]  # <|endoftext|>ab
+
+
 def test_chat_logprobs_begin_with_the_most_likely_token(client):
     answer = client.chat.completions.create(
         model="gpt2-instruct", messages=user("Say hello."), logprobs=True, top_logprobs=2, **N

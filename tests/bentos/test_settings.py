@@ -15,6 +15,19 @@ def test_a_token_from_a_file_has_no_line_break_and_a_blank_one_does_not_switch_a
             Settings.from_environment({"GPT2_ADMIN_TOKEN": value})
 
 
+@pytest.mark.parametrize(
+    "name", ["GPT2_API_KEY", "GPT2_API_TOKENS", "GPT2_ADMIN_TOKN", "GPT2_ADAPTER_DIR", "GPT2_WEIGHT"]
+)
+def test_a_misspelled_setting_is_refused(name):
+    with pytest.raises(ValueError, match=rf"^{name} is not a setting; did you mean GPT2_[A-Z_]+\?$"):
+        Settings.from_environment({name: "x"})
+
+
+def test_variables_of_kubernetes_and_of_the_pipeline_are_no_settings():
+    names = ("GPT2_INSTRUCT_SERVICE_HOST", "GPT2_INSTRUCT_OUTPUTS", "GPT2_PORT", "GPT2_SERVICE_PORT_HTTP", "API_TOKEN")
+    assert Settings.from_environment(dict.fromkeys(names, "x")) == Settings()
+
+
 def test_another_base_is_accepted_only_on_request():
     assert Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "true"}).accept_other_base
     assert not Settings.from_environment({"GPT2_ACCEPT_OTHER_BASE": "false"}).accept_other_base
