@@ -1,7 +1,7 @@
 """`make bench-growth`: throughput over length, batch size, model size, concurrent requests and adapters."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,11 +33,14 @@ SIZES = ("gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large")
 TEMPLATE = Path(__file__).parent / "growth.md.j2"
 
 
+Point = tuple[Any, float]  # value of x, tokens/s
+
+
 @dataclass(frozen=True)
 class Curve:
     name: str
     x: str  # the label of the horizontal axis
-    points: list[tuple[Any, float]]  # value of x, tokens/s
+    points: list[Point]
 
 
 class Trainer:
@@ -64,13 +67,18 @@ class Trainer:
 )
 @click.option("--out", default=ROOT, type=click.Path(path_type=Path))
 def main(preset: str, sizes: str, largest: int, most: int, out: Path) -> None:
-    """Measure; write benchmarks/results/growth.json, docs/growth.md and its plot."""
+    """Measure; write benchmarks/results/growth.json, docs/growth.md and its plot, anew after each curve."""
     about: dict[str, Any] = machine()
     curves: list[Curve] = []
-    with watch_machine(about), TemporaryDirectory() as scratch:
+    with watch_machine(about) as record_share, TemporaryDirectory() as scratch:
         for curve in measure(Path(scratch), preset, sizes.split(","), largest, most):
             curves.append(curve)
-            click.echo(f"{curve.name}, {curve.x}: " + ", ".join(f"{x} {rate:,.0f}" for x, rate in curve.points))
+            record_share()
+            write(out, preset, about, curves)
+
+
+def write(out: Path, preset: str, about: dict[str, Any], curves: Sequence[Curve]) -> None:
+    """The results, the page and its plot, of the curves measured so far."""
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": preset,
@@ -98,32 +106,47 @@ def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most
 
     with Side(Trainer, bases[preset]) as trainer:
         short = min(128, lengths[-1])
-        points: list[tuple[Any, float]] = [(length, _median(trainer.rate, length - 1, 8)) for length in lengths]
-        yield Curve("finetuning, batch 8", "tokens per record", points)
-        yield Curve(f"finetuning, {short} tokens", "batch", [(b, _median(trainer.rate, short - 1, b)) for b in counts])
-    points = []
-    for size in sizes:
-        with Side(Trainer, bases[size]) as trainer:
-            points.append((size, _median(trainer.rate, 127, 8)))
-    yield Curve("finetuning, batch 8, 128 tokens", "model", points)
+        by_length = ((length, _median(trainer.rate, length - 1, 8)) for length in lengths)
+        yield _curve("finetuning, batch 8", "tokens per record", by_length)
+        by_batch = ((n, _median(trainer.rate, short - 1, n)) for n in counts)
+        yield _curve(f"finetuning, {short} tokens", "batch", by_batch)
+
+    def finetuning_by_size() -> Iterator[Point]:
+        for size in sizes:
+            with Side(Trainer, bases[size]) as trainer:
+                yield size, _median(trainer.rate, 127, 8)
+
+    yield _curve("finetuning, batch 8, 128 tokens", "model", finetuning_by_size())
 
     for n in (1, min(16, most)):
         with _engine(bases[preset], n) as ours:
-            points = [(length, _decoding(ours, n, length - N_NEW)) for length in lengths]
-        yield Curve(f"decoding, {request_count(n)}", "tokens of prompt and completion", points)
+            by_length = ((length, _decoding(ours, n, length - N_NEW)) for length in lengths)
+            yield _curve(f"decoding, {request_count(n)}", "tokens of prompt and completion", by_length)
     with _engine(bases[preset], most) as ours:
-        yield Curve("decoding, prompts of 64", "requests at once", [(n, _decoding(ours, n)) for n in counts])
-    for n in (1, min(16, most)):
-        points = []
+        by_count = ((n, _decoding(ours, n)) for n in counts)
+        yield _curve("decoding, prompts of 64", "requests at once", by_count)
+
+    def decoding_by_size(n: int) -> Iterator[Point]:
         for size in sizes:
             with _engine(bases[size], n) as ours:
-                points.append((size, _decoding(ours, n)))
-        yield Curve(f"decoding, {request_count(n)}, prompts of 64", "model", points)
+                yield size, _decoding(ours, n)
+
+    for n in (1, min(16, most)):
+        yield _curve(f"decoding, {request_count(n)}, prompts of 64", "model", decoding_by_size(n))
     n, model = most // 2, load_pretrained(bases[preset])
     directories = [random_adapter(model, scratch / f"adapter-{i}", i) for i in range(n)]
     with _engine(bases[preset], n, directories) as ours:
-        points = [(k, _decoding(ours, n, n_adapters=k)) for k in (0, *counts) if k <= n]
-    yield Curve(f"decoding, {request_count(n)}, prompts of 64", "distinct adapters", points)
+        by_adapters = ((k, _decoding(ours, n, n_adapters=k)) for k in (0, *counts) if k <= n)
+        yield _curve(f"decoding, {request_count(n)}, prompts of 64", "distinct adapters", by_adapters)
+
+
+def _curve(name: str, x: str, points: Iterable[Point]) -> Curve:
+    """The curve of these points, each printed as soon as it is measured."""
+    measured = []
+    for value, rate in points:
+        click.echo(f"{name}; {x} {value}: {rate:,.0f} tokens/s")
+        measured.append((value, rate))
+    return Curve(name, x, measured)
 
 
 @contextmanager

@@ -118,17 +118,24 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def watch_machine(about: dict[str, Any]) -> Iterator[None]:
-    """Record the load before, and the share of the cores that other processes used during the block."""
+def watch_machine(about: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Record the load before, and the share of the cores that other processes used during the block.
+
+    The yielded function records the share until now.
+    """
     about["load_before"] = round(os.getloadavg()[0], 2)
     busy, own, start = _busy_seconds(), _own_seconds(), perf_counter()
-    yield
-    cores = (os.cpu_count() or 1) * (perf_counter() - start)
-    after = _busy_seconds()
-    if busy is None or after is None:
-        about["others_cpu_share"] = None
-    else:
-        about["others_cpu_share"] = round(max(0.0, (after - busy - (_own_seconds() - own)) / cores), 3)
+
+    def record_share() -> None:
+        cores = (os.cpu_count() or 1) * (perf_counter() - start)
+        after = _busy_seconds()
+        if busy is None or after is None:
+            about["others_cpu_share"] = None
+        else:
+            about["others_cpu_share"] = round(max(0.0, (after - busy - (_own_seconds() - own)) / cores), 3)
+
+    yield record_share
+    record_share()
 
 
 def _busy_seconds() -> float | None:

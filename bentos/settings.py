@@ -30,8 +30,8 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """
         Raises:
-            ValueError: naming the variable, its value and the allowed values, or a missing variable that it requires; or
-                suggesting the right name of a misspelled one, since a misspelled GPT2_API_TOKEN leaves the service open.
+            ValueError: naming the variable, its value and the allowed values; a missing variable that it requires; or
+                the right name of a misspelled one, since a misspelled GPT2_API_TOKEN would leave the service open.
         """
         known = [f"GPT2_{name.upper()}" for name in get_type_hints(cls) if name != "tracing"]
         for name in environment:

@@ -72,6 +72,20 @@ def test_growth_writes_its_curves_page_and_plot(tmp_path):
     assert (tmp_path / "docs" / "growth.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_an_interrupted_growth_run_keeps_its_finished_curves(tmp_path, monkeypatch):
+    def measure(*arguments):
+        yield growth._curve("finetuning", "batch", [(1, 1234.0), (2, 1500.0)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(growth, "measure", measure)
+    done = CliRunner().invoke(growth.main, ["--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "batch 1: 1,234 tokens/s" in done.stdout
+    (curve,) = json.loads((tmp_path / "benchmarks" / "results" / "growth.json").read_text())["curves"]
+    assert curve["points"] == [[1, 1234.0], [2, 1500.0]]
+    assert "| 2 | 1,500 |" in (tmp_path / "docs" / "growth.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_dry_run_of_gpu_check_passes_every_stage_and_writes_its_figures(tmp_path):
     out = tmp_path / "gpu.json"
