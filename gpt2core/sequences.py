@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2core.kernels import softmax_gradient, varlen_attention
-from gpt2core.tensors import to_device
+from gpt2core.tensors import int_tensor, to_device
 
 DENSE = 256  # keys: up to as many, plain matrix products are faster than torch's attention, above all backward
 
@@ -24,7 +24,9 @@ DENSE = 256  # keys: up to as many, plain matrix products are faster than torch'
 class VarlenSequences:
     """For `varlen_attention` (bf16 on a GPU). The prefix is a sequence, and its keys precede those of every text."""
 
-    keys: Tensor | None  # (M) which token each key is of; None: all, in order
+    shared: int
+    keys: Tensor  # (M) which token each key is of
+    places: Tensor  # the inverse: (P * (S + 1)) where the prefix is among the keys, then (N - P) each other token
     ends_q: Tensor  # as `varlen_attention` takes them
     ends_k: Tensor
     max_q: int
@@ -37,24 +39,46 @@ class VarlenSequences:
         n_queries = [shared, *lengths] if shared else [*lengths]  # not every kernel takes a sequence of no tokens
         n_keys = [shared, *(shared + length for length in lengths)] if shared else n_queries
         keys, start = [*prefix], shared
+        of_prefix, own = [*prefix], list[int]()
         for length in lengths:
+            of_prefix += range(len(keys), len(keys) + shared)
+            own += range(len(keys) + shared, len(keys) + shared + length)
             keys += [*prefix, *range(start, start + length)]
             start += length
         ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
-        return cls(torch.tensor(keys) if shared else None, ends_q, ends_k, max(n_queries), max(n_keys))
+        places = int_tensor(of_prefix + own)
+        return cls(shared, int_tensor(keys), places, ends_q, ends_k, max(n_queries), max(n_keys))
 
     def to(self, device: torch.device | str) -> Self:
-        keys = None if self.keys is None else to_device(self.keys, device)
-        return replace(self, keys=keys, ends_q=to_device(self.ends_q, device), ends_k=to_device(self.ends_k, device))
+        keys, places = to_device(self.keys, device), to_device(self.places, device)
+        ends_q, ends_k = to_device(self.ends_q, device), to_device(self.ends_k, device)
+        return replace(self, keys=keys, places=places, ends_q=ends_q, ends_k=ends_k)
 
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
         """Attention (1, N, C) for qkv (1, N, 3, H, D)."""
         # split and unbind: their gradient is one copy; that of an index is zeros, a copy and an addition
-        q, kv = qkv[0].split([1, 2], 1)  # (N, 1, H, D), (N, 2, H, D)
-        k, v = (kv if self.keys is None else kv[self.keys]).unbind(1)  # two of (M, H, D)
+        q, kv = qkv.squeeze(0).split([1, 2], 1)  # (N, 1, H, D), (N, 2, H, D)
+        k, v = (_KeysOfTexts.apply(kv, self) if self.shared else kv).unbind(1)  # two of (M, H, D)
         limits = (self.ends_q, self.ends_k, self.max_q, self.max_k)
         y = varlen_attention(q.squeeze(1), k, v, *limits, scale)  # (N, H, D)
         return y.flatten(1)[None]
+
+
+class _KeysOfTexts(torch.autograd.Function):
+    """The prefix again for each text. The gradient gathers and sums, where that of an index sorts all indices."""
+
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, sequences: VarlenSequences) -> Tensor:
+        """(M, 2, H, D) for kv (N, 2, H, D)."""
+        ctx.sequences = sequences
+        return kv.index_select(0, sequences.keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        P, S = ctx.sequences.shared, len(ctx.sequences.ends_q) - 2
+        of_prefix, own = grad.index_select(0, ctx.sequences.places).tensor_split([P * (S + 1)])
+        return torch.cat([of_prefix.unflatten(0, (S + 1, P)).sum(0), own]), None
 
 
 @dataclass(frozen=True)
@@ -78,7 +102,7 @@ class PaddedSequences:
                 order += range(offset, offset + length)
                 start, offset = start + length, offset + longest
             groups.append(torch.tensor(rows, dtype=torch.long))
-        return cls(shared, tuple(groups), torch.tensor(order))
+        return cls(shared, tuple(groups), int_tensor(order))
 
     def to(self, device: torch.device | str) -> Self:
         groups = tuple(to_device(index, device) for index in self.groups)
@@ -86,7 +110,7 @@ class PaddedSequences:
 
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
         """Attention (1, N, C) for qkv (1, N, 3, H, D)."""
-        flat = qkv[0]
+        flat = qkv.squeeze(0)
         if self.shared + max(index.shape[1] for index in self.groups) <= DENSE:
             return cast(Tensor, _DenseAttention.apply(flat, self, scale))[None]
         outputs = []
