@@ -131,7 +131,7 @@ class CTranslate2:
 
 
 class OpenVino:
-    """OpenVINO GenAI, by the faster of its pipelines: continuous batching for several requests, LLMPipeline for one."""
+    """OpenVINO GenAI: continuous batching for several requests, LLMPipeline for one."""
 
     def __init__(self, base: Path, kind: str, max_batch: int) -> None:
         """
