@@ -19,7 +19,7 @@ from gpt2core.lora import TARGET_LAYERS, lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.tensors import check_weight, read_tensors
 
-PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+PEFT_WEIGHTS, PEFT_CONFIG, PEFT_BIN = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.)?h\.(\d{1,9})\."
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
@@ -118,9 +118,9 @@ def read_peft(
     """
     description = read_json(directory / PEFT_CONFIG)
     _check_supported(directory / PEFT_CONFIG, description)
-    if not (directory / PEFT_WEIGHTS).is_file() and (directory / PEFT_PICKLE).is_file():
+    if not (directory / PEFT_WEIGHTS).is_file() and (directory / PEFT_BIN).is_file():
         raise FileNotFoundError(
-            f"{directory} has {PEFT_PICKLE}, a pickle, which can execute code and is not read; load it with PEFT and "
+            f"{directory} has {PEFT_BIN}, which can run code when it is loaded and is not read; load it with PEFT and "
             f"save_pretrained it as {PEFT_WEIGHTS}"
         )
     layers = _read_layers(directory / PEFT_WEIGHTS, config, device, description)

@@ -174,5 +174,5 @@ def test_a_directory_without_an_adapter_is_named(bare, tmp_path):
         load_adapter(bare, tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"has adapter_model.bin, a pickle"):
+    with pytest.raises(FileNotFoundError, match=r"has adapter_model.bin, which can run code"):
         load_adapter(bare, tmp_path)
