@@ -97,6 +97,8 @@ def finetune(
         raise ValueError("there are no training examples")
     for name, examples in (("training", train), ("validation", val)):
         check_examples(name, examples, model.config)
+    if config.patience is not None and not val:
+        raise ValueError(f"patience={config.patience} needs validation examples, but there are none")
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -54,8 +54,8 @@ class DataConfig:
         known = all(key in COLUMNS and isinstance(name, str) and name for key, name in self.columns.items())
         distinct = len(set(self.columns.values())) == len(self.columns)
         check_field(self, "columns", known and distinct, f"a mapping of some of {', '.join(COLUMNS)} to other names")
-        for name in ("val_fraction", "test_fraction"):
-            check_field(self, name, 0 < getattr(self, name) < 0.5, "between 0 and 0.5")
+        check_field(self, "val_fraction", 0 <= self.val_fraction < 0.5, "0, for no validation, or below 0.5")
+        check_field(self, "test_fraction", 0 < self.test_fraction < 0.5, "above 0 and below 0.5")
 
 
 @dataclass(frozen=True)

@@ -406,6 +406,8 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(model):
 def test_models_and_data_that_cannot_be_trained_are_refused(tiny_gpt2_dir, model):
     with pytest.raises(ValueError, match="no training examples"):
         finetune(model, [], [], config())
+    with pytest.raises(ValueError, match="patience=3 needs validation examples"):
+        finetune(model, examples(), [], config(patience=3))
     with pytest.raises(ValueError, match="merged"):
         finetune(merge_lora(model), examples(), [], config())
     with pytest.raises(ValueError, match="add_lora"):
