@@ -5,7 +5,6 @@ from codecs import BOM_UTF8
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from bentos.errors import ServiceError
@@ -52,7 +51,7 @@ def _refused(error: ValidationError) -> ServiceError:
     """The error for the first invalid field, with the reason."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
-    best = max(own, key=_specificity)
+    best = max(own, key=lambda one: _specificity(one["loc"], one["type"]))
     reason = best["msg"].removeprefix("Value error, ")
     if not best["loc"]:
         return ServiceError("invalid_request", reason)
@@ -62,7 +61,7 @@ def _refused(error: ValidationError) -> ServiceError:
     return ServiceError("invalid_request", f"{'.'.join([param, *place])}: {reason}", param)
 
 
-def _specificity(error: ErrorDetails) -> tuple[bool, int, int]:
+def _specificity(location: tuple[int | str, ...], type: str) -> tuple[bool, int, int]:
     """Sort key: the largest error is of the union type most likely meant (deepest location, or exceeded limit)."""
-    index = sum(part for part in error["loc"] if isinstance(part, int))
-    return index > 0 or not error["type"].endswith("_type"), len(error["loc"]), index
+    index = sum(part for part in location if isinstance(part, int))
+    return index > 0 or not type.endswith("_type"), len(location), index

@@ -82,7 +82,7 @@ def test_completions_of_500_random_schemas_conform(tuned, tokenizer):
     ("fields", "accepts"),
     [
         ({"guided_choice": ["red", 'a "b"\n', "### Response: é"]}, ["red", 'a "b"\n', "### Response: é"].__contains__),
-        ({"guided_regex": r"[ab]{3}-\d"}, re.compile(r"[ab]{3}-\d").fullmatch),
+        ({"guided_regex": r"[ab]{3}-[0-9]"}, re.compile(r"[ab]{3}-[0-9]").fullmatch),
         ({"guided_json": {"type": "integer", "minimum": 0, "maximum": 30}}, lambda text: 0 <= json.loads(text) <= 30),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [[1], "a"]}}}},
