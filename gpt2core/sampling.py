@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.tensors import to_device
 
-SHORTLIST = 256  # tokens: if these suffice for top_k or top_p, the rest is not examined
+MIN_TEMPERATURE = 1e-30  # smaller ones have no effect, and are 0 in fp32
 
 
 class NonFiniteLogits(RuntimeError):
@@ -117,12 +117,28 @@ def most_likely(logits: Tensor) -> Tensor:
     return tokens.masked_fill(~largest.isfinite(), -1)
 
 
+def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers: Sequence[float]) -> Tensor:
+    """A token (n) for each of n scores (V), with temperatures above 0.
+
+    It is the first one at which the sum of the probabilities exceeds a share of their total. The shares are `numbers`,
+    uniformly distributed from 0 to below 1.
+    """
+    if (
+        len(scores) > 1 and scores[0].device.type == "cpu"
+    ):  # row by row, what is computed stays in the processor's cache
+        return torch.cat([draw([s], [c], [n]) for s, c, n in zip(scores, configs, numbers, strict=True)])
+    sums = distribution(torch.stack([*scores]), configs).cumsum(-1, dtype=torch.float64)
+    shares = to_device(torch.tensor(numbers, dtype=torch.float64), sums.device)[:, None]
+    return torch.searchsorted(sums, shares * sums[:, -1:], right=True)[:, 0]
+
+
 def choose(
     samplers: Sequence[Sampler | None],
     logits: Tensor,
     completions: Sequence[Sequence[int]],
     best: Tensor | None = None,
-    argmax: Callable[[Tensor], Tensor] = most_likely,
+    most_likely: Callable[[Tensor], Tensor] = most_likely,
+    draw: Callable[[Sequence[Tensor], Sequence[GenerationConfig], Sequence[float]], Tensor] = draw,
 ) -> list[int | Exception]:
     """The next token of each completion, from logits (B, V); for a row that failed, its exception instead.
 
@@ -130,106 +146,65 @@ def choose(
 
     Args:
         samplers: None for a row to ignore.
-        best: what `argmax` finds, (B), if it is known.
-        argmax: `most_likely`, or a faster function with its results.
+        best: what `most_likely` finds, (B), if it is known.
+        most_likely, draw: the functions of this module, or faster ones with their results.
     """
-    best = argmax(logits) if best is None else best
-    outputs: dict[int, int | Exception] = {i: 0 for i, sampler in enumerate(samplers) if sampler is None}
-    special: dict[int, Tensor] = {}  # scores (V) by row
-    for i, (sampler, completion) in enumerate(zip(samplers, completions, strict=True)):
-        if sampler is not None and not sampler.is_greedy:
-            try:
-                special[i] = sampler.scores(logits[i], completion)
-            except Exception as error:
-                outputs[i] = error
-    special_samplers = [sampler for i, sampler in enumerate(samplers) if sampler is not None and i in special]
-    chosen = _choose_special(special_samplers, [*special.values()], [best[i : i + 1] for i in special], argmax)
-    found: list[int] = torch.cat([best, *chosen]).tolist()  # waits for the device
-    by_row = dict(zip(special, found[len(best) :], strict=True))
-    for i, sampler in enumerate(samplers):
-        if sampler is None or i in outputs:
+    best = most_likely(logits) if best is None else best
+    outputs: dict[int, int | Exception] = {}
+    scores: dict[int, Tensor] = {}  # of rows that are not greedy
+    used = {i: sampler for i, sampler in enumerate(samplers) if sampler is not None}
+    for i, sampler in used.items():
+        try:
+            if not sampler.is_greedy:
+                scores[i] = sampler.scores(logits[i], completions[i])
+        except Exception as error:
+            outputs[i] = error
+    controlled = [i for i in scores if used[i].has_controls]
+    drawn = {i: sampler.random.random() for i in scores if (sampler := used[i]).random is not None}
+    parts = [best]
+    if controlled:
+        parts.append(most_likely(torch.stack([scores[i] for i in controlled])))
+    if drawn:
+        parts.append(draw([scores[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
+    found: list[int] = torch.cat(parts).tolist()  # waits for the device
+    after_controls = dict(zip(controlled, found[len(best) :], strict=False))
+    tokens = dict(zip(drawn, found[len(best) + len(controlled) :], strict=True))
+    for i, sampler in used.items():
+        if i in outputs:
             continue
-        token = by_row.get(i, found[i])
+        likely = after_controls.get(i, found[i])
         try:
             if found[i] < 0:
                 raise NonFiniteLogits
-            if token < 0:
+            if likely < 0:
                 raise ValueError("no token may follow: the controls of this request exclude all of them")
-            outputs[i] = sampler.accept(token)
+            outputs[i] = sampler.accept(tokens.get(i, likely))
         except Exception as error:
             outputs[i] = error
-    return [outputs[i] for i in range(len(samplers))]
+    return [outputs.get(i, 0) for i in range(len(samplers))]
 
 
-def _choose_special(
-    samplers: Sequence[Sampler],
-    scores: Sequence[Tensor],
-    best: Sequence[Tensor],
-    argmax: Callable[[Tensor], Tensor],
-) -> list[Tensor]:
-    """The tokens of n samplers from their scores (V), in parts (n'): -1 where no score is finite. `best`: n of (1)."""
-    if scores and scores[0].device.type == "cpu":  # row by row, what is computed stays in the processor's cache
-        return [
-            _choose_batch([sampler], own[None], one, argmax)
-            for sampler, own, one in zip(samplers, scores, best, strict=True)
-        ]
-    return [_choose_batch(samplers, torch.stack([*scores]), torch.cat([*best]), argmax)] if scores else []
-
-
-def _choose_batch(
-    samplers: Sequence[Sampler], scores: Tensor, best: Tensor, argmax: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The tokens (B) of samplers from their scores (B, V); `best` (B) are the most likely ones before the controls."""
-    tokens = argmax(scores) if any(sampler.has_controls for sampler in samplers) else best
-    drawn = [i for i, sampler in enumerate(samplers) if sampler.random is not None]
-    if not drawn:
-        return tokens
-    rows = to_device(torch.tensor(drawn), scores.device)
-    of_drawn = scores if len(drawn) == len(samplers) else scores[rows]
-    numbers = torch.tensor([sampler.random.random() for sampler in samplers if sampler.random], dtype=torch.float64)
-    random = draw(*distribution(of_drawn, [samplers[i].config for i in drawn]), to_device(numbers, scores.device))
-    return tokens.index_copy(0, rows, random.masked_fill(tokens[rows] < 0, -1))
-
-
-def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> tuple[Tensor, Tensor | None]:
-    """The distributions to sample from, for logits (B, V) and temperatures above 0.
-
-    Returns probabilities (B, n), fp32 and not normalized, and which tokens they are of, (B, n); None: all V, in order.
-    """
+def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
+    """The probabilities (B, V) to sample from, fp32 and not normalized, for logits (B, V) and temperatures above 0."""
     V = logits.shape[1]
     top_k, top_p = [min(c.top_k or V, V) for c in configs], [1.0 if c.top_p is None else c.top_p for c in configs]
     settings = [
-        (max(c.temperature, 1e-30), k, inf if p == 1 else p, c.min_p or 0.0)
+        (max(c.temperature, MIN_TEMPERATURE), k, inf if p == 1 else p, c.min_p or 0.0)
         for c, k, p in zip(configs, top_k, top_p, strict=True)
     ]
     columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
     temperature, kept, nucleus, min_p = columns.T.contiguous()[..., None]  # four of (B, 1)
     # relative to the largest, so that no temperature above 0, however small, overflows
     probabilities = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float()).softmax(-1)
-    tokens = None
-    is_limited = min(top_p) < 1 or min(top_k) < V
-    if is_limited and V > SHORTLIST and logits.device.type == "cpu":  # on a GPU, this would synchronize
-        largest, indices = probabilities.topk(SHORTLIST)
-        reached = largest.sum(-1, keepdim=True, dtype=torch.float64) >= nucleus
-        if ((kept <= SHORTLIST) | ((kept == V) & reached)).all():
-            probabilities, tokens = largest, indices
     if limits := [k for k in top_k if k < V]:
-        largest = probabilities.topk(max(limits)).values if tokens is None else probabilities
-        smallest = largest.gather(1, kept.long().clamp(max=max(limits)) - 1)
+        smallest = probabilities.topk(max(limits)).values.gather(1, kept.long().clamp(max=max(limits)) - 1)
         probabilities.mul_((probabilities >= smallest).logical_or_(kept == V))
         probabilities.div_(probabilities.sum(-1, keepdim=True))
     if min(top_p) < 1:
-        if tokens is None:
-            probabilities = _nucleus(probabilities, nucleus)
-        else:  # they are in order
-            before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
-            probabilities.masked_fill_(before >= nucleus, 0.0)
+        probabilities = _nucleus(probabilities, nucleus)
     if any(c.min_p for c in configs):  # arXiv:2407.01082
         probabilities.mul_(probabilities >= min_p.float() * probabilities.amax(-1, keepdim=True))
-    if tokens is not None:  # in order, so that a random number selects the same token with and without a shortlist
-        tokens, order = tokens.sort()
-        probabilities = probabilities.gather(1, order)
-    return probabilities, tokens
+    return probabilities
 
 
 def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
@@ -249,16 +224,6 @@ def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
         last = 1024 * last + 1023 - place.int()
         candidates = torch.where(digits == 1023 - place, candidates, 0.0)
     return torch.where(bits >= last, probabilities, 0.0)
-
-
-def draw(probabilities: Tensor, tokens: Tensor | None, numbers: Tensor) -> Tensor:
-    """Draw a token (B) per row of a `distribution`: the first whose cumulative probability exceeds a random share.
-
-    The shares are `numbers` (B), uniformly distributed from 0 to below 1, fp64.
-    """
-    sums = probabilities.cumsum(-1, dtype=torch.float64)
-    place = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)
-    return (place if tokens is None else tokens.gather(1, place))[:, 0]
 
 
 def ended(completion: Sequence[int], config: GenerationConfig) -> bool:

@@ -1,4 +1,4 @@
-// int8 inference on x86 processors with AVX-512 VNNI: matrix products fused with what surrounds them, and attention.
+// int8 inference on x86 processors with AVX-512 VNNI: matrix products fused with what surrounds them, attention, sampling.
 // native.py loads it and documents the layouts. Each row of a result is computed by the same instructions in the same
 // order whatever other rows there are, so a completion does not depend on the batch.
 
@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 3        // of native.py; raised with every change of a structure or a function that it uses
+#define INTERFACE 4        // of native.py; raised with every change of a structure or a function that it uses
 #define LANES 16           // floats in a register
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
@@ -472,3 +472,84 @@ static void find_largest(void *pointer, int64_t n) {
 }
 
 void most_likely(Logits *l) { for_each(l->n, find_largest, l, l->n < 2); }
+
+// ---- sampling --------------------------------------------------------------------------------------------------------
+
+typedef struct {
+    const float *logits;  // (width)
+    float *weights;       // (width) scratch: the probabilities, relative to the largest
+    int64_t width, top_k;
+    double top_p, number;  // number: uniformly distributed from 0 to below 1
+    float temperature, min_p;
+    int64_t token;  // the result
+} Draw;
+
+// The largest weight at which the sum of the weights that are as large reaches `target`; or their number. A radix selection:
+// floats from 0 to 1 have the order of their lowest 30 bits.
+ALONE float find_limit(const float *weights, int64_t width, double target, int counts) {
+    uint32_t bits, last = 0;
+    double sum = 0;  // of those that are larger
+    for (int shift = 20; shift >= 0; shift -= 10) {
+        double sums[1024] = {0};
+        for (int64_t i = 0; i < width; i++) {
+            memcpy(&bits, weights + i, 4);
+            if (bits >> (shift + 10) == last) sums[bits >> shift & 1023] += counts ? 1 : weights[i];
+        }
+        uint32_t digit = 1023;
+        for (; digit && sum + sums[digit] < target; digit--) sum += sums[digit];
+        last = last << 10 | digit;
+    }
+    float limit;
+    memcpy(&limit, &last, 4);
+    return limit;
+}
+
+INLINE float sum_block(const float *weights, int64_t left, float smallest) {
+    __m512 v = _mm512_maskz_loadu_ps(left < LANES ? (1u << left) - 1 : 0xffff, weights);
+    return _mm512_mask_reduce_add_ps(_mm512_cmp_ps_mask(v, _mm512_set1_ps(smallest), _CMP_GE_OQ), v);
+}
+
+ALONE double sum_weights(const Draw *d, float smallest) {
+    double sum = 0;
+    for (int64_t i = 0; i < d->width; i += LANES) sum += sum_block(d->weights + i, d->width - i, smallest);
+    return sum;
+}
+
+static void draw_row(void *pointer, int64_t n) {
+    Draw *d = (Draw *)pointer + n;
+    int64_t width = d->width, i;
+    __m512 most = _mm512_set1_ps(-FLT_MAX), lowest = _mm512_set1_ps(-87.0f);
+    for (i = 0; i < width; i += LANES) {
+        __mmask16 mask = width - i < LANES ? (1u << (width - i)) - 1 : 0xffff;
+        most = _mm512_mask_max_ps(most, mask, most, _mm512_maskz_loadu_ps(mask, d->logits + i));
+    }
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (i = 0; i < width; i += LANES) {
+        __mmask16 mask = width - i < LANES ? (1u << (width - i)) - 1 : 0xffff;
+        __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, d->logits + i), most);
+        x = _mm512_div_ps(x, _mm512_set1_ps(d->temperature));
+        __mmask16 is_possible = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
+        _mm512_mask_storeu_ps(d->weights + i, mask, _mm512_maskz_mov_ps(is_possible, exponential(x)));
+    }
+    float smallest = d->top_k < width ? find_limit(d->weights, width, (double)d->top_k, 1) : 0;
+    if (d->top_p < 1) {
+        float limit = find_limit(d->weights, width, d->top_p * sum_weights(d, smallest), 0);
+        if (limit > smallest) smallest = limit;
+    }
+    if (d->min_p > smallest) smallest = d->min_p;  // the largest weight is 1
+    if (smallest < FLT_MIN) smallest = FLT_MIN;    // impossible tokens have weight 0
+    double target = d->number * sum_weights(d, smallest), sum = 0;
+    for (i = 0; i < width; i += LANES) {
+        float block = sum_block(d->weights + i, width - i, smallest);
+        if (sum + block > target) break;
+        sum += block;
+    }
+    for (int64_t end = i + LANES; i < end && i < width; i++) {
+        if (!(d->weights[i] >= smallest)) continue;
+        d->token = i;  // of the last one, if the rounding of the sum of a block leaves it
+        sum += d->weights[i];
+        if (sum > target) return;
+    }
+}
+
+void draw(Draw *draws, int64_t n) { for_each(n, draw_row, draws, n < 2); }

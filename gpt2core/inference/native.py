@@ -23,14 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core.config import GPT2Config
+from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.kernels import has_vnni, on_huge_pages
 from gpt2core.lora import TARGET_LAYERS
+from gpt2core.sampling import MIN_TEMPERATURE
 
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 3  # as in native.c: a library that was compiled from another version is not used
+INTERFACE = 4  # as in native.c: a library that was compiled from another version is not used
 CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
 ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below that of int8 weights
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
@@ -142,6 +143,16 @@ class _Logits(ctypes.Structure):
     ]
 
 
+class _Draw(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "logits", "weights"),
+        *_fields(ctypes.c_int64, "width", "top_k"),
+        *_fields(ctypes.c_double, "top_p", "number"),
+        *_fields(ctypes.c_float, "temperature", "min_p"),
+        ("token", ctypes.c_int64),
+    ]
+
+
 class Scratch:
     """Scratch memory that the products of one model share. Only one step at a time may use it."""
 
@@ -198,6 +209,19 @@ def most_likely(logits: Tensor) -> Tensor:
     call = _Logits(logits.data_ptr(), *logits.shape, tokens.data_ptr())
     _functions().most_likely(ctypes.byref(call))
     return tokens
+
+
+def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers: Sequence[float]) -> Tensor:
+    """`gpt2core.sampling.draw` for contiguous scores in fp32."""
+    width = len(scores[0])
+    weights = torch.empty(len(scores), width)
+    draws = (_Draw * len(scores))()
+    for one, logits, own, config, number in zip(draws, scores, weights, configs, numbers, strict=True):
+        one.logits, one.weights, one.width, one.number = logits.data_ptr(), own.data_ptr(), width, number
+        one.temperature, one.min_p = max(config.temperature, MIN_TEMPERATURE), config.min_p or 0.0
+        one.top_k, one.top_p = config.top_k or width, 1.0 if config.top_p is None else config.top_p
+    _functions().draw(draws, ctypes.c_int64(len(draws)))
+    return torch.tensor([one.token for one in draws])
 
 
 class Span(NamedTuple):

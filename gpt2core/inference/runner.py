@@ -17,7 +17,7 @@ from gpt2core.inference.quantized import Attention, QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
 from gpt2core.kernels import has_varlen_attention
-from gpt2core.sampling import NonFiniteLogits, choose, most_likely
+from gpt2core.sampling import NonFiniteLogits, choose, draw, most_likely
 from gpt2core.tensors import int_tensor, to_device
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class ModelRunner:
             logits,
             [[] if request is None else request.tokens for request in requests],
             best,
-            native.most_likely if self._model.is_native else most_likely,
+            *((native.most_likely, native.draw) if self._model.is_native else (most_likely, draw)),
         )
         for i, request in enumerate(requests):
             if request is not None and request.n_logprobs is not None:

@@ -188,9 +188,7 @@ def test_the_sampling_distribution_is_that_of_transformers(temperature, top_k, t
 
 def probabilities(logits, configs):
     """(B, V), normalized."""
-    found, tokens = distribution(logits, configs)
-    if tokens is not None:
-        found = torch.zeros_like(logits).scatter_(1, tokens, found)
+    found = distribution(logits, configs)
     return found / found.sum(-1, keepdim=True)
 
 
@@ -220,11 +218,10 @@ def test_a_large_vocabulary_has_the_distribution_of_transformers(spread, top_k, 
 
 @pytest.mark.parametrize("controls", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05}])
 def test_tokens_are_drawn_with_their_probability(controls):
-    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(3)) * 2
-    expected = probabilities(logits, [sampling(**controls)])[0]
-    numbers = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found, tokens = distribution(logits, [sampling(**controls)])
-    draws = draw(found.expand(len(numbers), -1), None if tokens is None else tokens.expand(len(numbers), -1), numbers)
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 2
+    expected = probabilities(logits[None], [sampling(**controls)])[0]
+    numbers = torch.rand(5_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+    draws = draw([logits] * len(numbers), [sampling(**controls)] * len(numbers), numbers)
     counts = draws.bincount(minlength=300)
     assert not counts[expected == 0].any()
     is_frequent = expected * len(numbers) >= 5
@@ -237,18 +234,15 @@ def test_tokens_are_drawn_with_their_probability(controls):
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_the_smallest_and_the_largest_random_number_draw_possible_tokens(number):
     logits = torch.tensor([[-torch.inf, 1.0, 0.0, -torch.inf], [0.0, -torch.inf, 2.0, -1e30]])
-    chosen = draw(*distribution(logits, [sampling()] * 2), torch.full((2,), number, dtype=torch.float64))
-    assert chosen.tolist() == ([1, 0] if number == 0 else [2, 2])
+    assert draw([*logits], [sampling()] * 2, [number] * 2).tolist() == ([1, 0] if number == 0 else [2, 2])
 
 
 def test_rows_that_are_not_finite_do_not_disturb_others():
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(4))
     logits[1] = -torch.nan  # a negative NaN, which processors make
     configs = [sampling(top_p=0.5), sampling(top_p=0.5), sampling(top_k=3)]
-    numbers = torch.full((3,), 0.5, dtype=torch.float64)
-    [first, _, last] = draw(*distribution(logits, configs), numbers).tolist()
-    for row, config, token in ((0, configs[0], first), (2, configs[2], last)):
-        assert draw(*distribution(logits[row : row + 1], [config]), numbers[:1]).tolist() == [token]
+    together, alone = distribution(logits, configs), [distribution(logits[i : i + 1], [configs[i]]) for i in (0, 2)]
+    torch.testing.assert_close(together[[0, 2]], torch.cat(alone))
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-9])

@@ -153,6 +153,49 @@ def test_the_most_likely_tokens_are_those_of_torch():
     assert torch.equal(native.most_likely(logits), expected)
 
 
+DRAWS = [
+    *[
+        {},
+        {"top_k": 1},
+        {"top_k": 40},
+        {"top_k": 5000},
+        {"top_p": 0.9},
+        {"top_p": 1e-6},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+    ],
+    *[{"top_k": 40, "top_p": 0.5}, {"top_k": 300, "top_p": 0.95, "min_p": 0.02}, {"temperature": 1e-40}],
+]
+
+
+@needs_vnni
+@pytest.mark.parametrize("controls", DRAWS, ids=str)
+@pytest.mark.parametrize("width", [5, 64, 3001])
+def test_the_drawn_tokens_are_those_of_torch(controls, width):
+    config = GenerationConfig(**{"temperature": 0.8} | controls)
+    for spread in (0.1, 3.0, 20.0):
+        logits = random(width) * spread
+        logits[width // 2] = -torch.inf  # as by a grammar
+        numbers = torch.rand(99, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).tolist()
+        numbers += [0.0, 1 - 2**-53]
+        found = native.draw([logits] * len(numbers), [config] * len(numbers), numbers)
+        expected = sampling.draw([logits] * len(numbers), [config] * len(numbers), numbers)
+        # an exponential rounds differently, so a number at the limit between two tokens may draw either
+        assert (found != expected).sum() <= 2
+        assert (sampling.distribution(logits[None], [config])[0, found] > 0).sum() >= len(found) - 2
+
+
+@needs_vnni
+def test_a_token_is_drawn_alike_beside_other_rows_even_nan():
+    rows = [random(1003), torch.full((1003,), torch.nan), random(1003, seed=1), torch.full((1003,), -torch.inf)]
+    configs = [GenerationConfig(temperature=1.0, **controls) for controls in DRAWS[2:6]]
+    together = native.draw(rows, configs, [0.3, 0.5, 0.7, 0.9])
+    alone = [
+        native.draw([row], [config], [n]) for row, config, n in zip(rows, configs, [0.3, 0.5, 0.7, 0.9], strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
 @needs_vnni
 def test_completions_are_the_same_alone_together_in_chunks_and_from_two_engines(tmp_path, monkeypatch):
     model = GPT2(CONFIG, torch.Generator().manual_seed(0)).eval()
