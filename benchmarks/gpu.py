@@ -304,7 +304,7 @@ def _record_launches(stage: Stage, preset: str) -> None:
     model = add_lora(load_pretrained(stage.base(preset, trainable_model), device=device), LoraConfig(rank=8), seed=0)
     for weight in model.train().parameters():  # as precision="bf16-mixed" does
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else torch.bfloat16)
-    use_varlen = has_varlen_attention(device, config.n_embd // config.n_head)
+    use_varlen = has_varlen_attention(device, config.head_width)
     batch = pack(stage.examples(preset)[: stage.sizes.batch_size], "response", device, use_varlen=use_varlen)
 
     def step() -> None:

@@ -81,7 +81,7 @@ class _Cache:
 
 def _example(config: GPT2Config) -> dict[str, object]:
     """Arguments to trace the model with: 2 new tokens after 3 cached ones."""
-    past = torch.zeros(1, config.n_head, 3, config.n_embd // config.n_head)
+    past = torch.zeros(1, config.n_head, 3, config.head_width)
     return {
         "input_ids": torch.zeros(1, 2, dtype=torch.long),
         "attention_mask": torch.ones(1, 5, dtype=torch.long),
@@ -93,7 +93,7 @@ def _example(config: GPT2Config) -> dict[str, object]:
 
 def _make_stateful(model: ov.Model, config: GPT2Config) -> None:
     """Convert keys and values to states, initially empty, with the batch size of input_ids."""
-    shape = [config.n_head, -1, config.n_embd // config.n_head]
+    shape = [config.n_head, -1, config.head_width]
     past, present = model.inputs[4:], model.outputs[1:]
     for one in past:
         one.get_node().set_partial_shape(ov.PartialShape([-1, *shape]))

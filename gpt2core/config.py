@@ -78,6 +78,10 @@ class GPT2Config:
         return self.vocab_size if self.n_tokens is None else self.n_tokens
 
     @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
     def mlp_width(self) -> int:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 

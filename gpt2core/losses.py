@@ -23,8 +23,7 @@ def batch_losses(model: GPT2, batch: Batch) -> Tensor:
 def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss_on: str) -> list[tuple[float, int]]:
     """(Summed negative log-likelihood in nats, number of tokens it counts) of each example, without dropout."""
     weight = model.wte.weight
-    head_width = model.config.n_embd // model.config.n_head
-    use_varlen = weight.dtype == torch.bfloat16 and has_varlen_attention(weight.device, head_width)
+    use_varlen = weight.dtype == torch.bfloat16 and has_varlen_attention(weight.device, model.config.head_width)
     sums: list[Tensor] = []
     with evaluating(model):
         for start in range(0, len(examples), batch_size):

@@ -141,7 +141,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.scale = 1 / sqrt(config.n_embd // config.n_head) if config.scale_attn_weights else 1.0
+        self.scale = 1 / sqrt(config.head_width) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
@@ -187,7 +187,7 @@ class KVCache:
 
     def __init__(self, model: GPT2, batch_size: int, capacity: int) -> None:
         config, weight = model.config, model.wte.weight
-        shape = (config.n_layer, batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.n_head, capacity, config.head_width)
         self.k = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.v = torch.empty_like(self.k)
         self.capacity = capacity

@@ -105,8 +105,7 @@ def finetune(
     lora = next((layer.config for _, layer in lora_layers(model)), None)
     # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
-    head_width = model.config.n_embd // model.config.n_head
-    use_varlen = config.precision != "fp32" and has_varlen_attention(device, head_width)
+    use_varlen = config.precision != "fp32" and has_varlen_attention(device, model.config.head_width)
 
     def indices_of(step: int) -> list[list[int]]:
         epoch, step_in_epoch = divmod(step, steps_per_epoch)

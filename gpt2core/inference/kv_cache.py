@@ -29,7 +29,7 @@ class PrefillCache:
     ) -> None:
         """`prefix`: the blocks that `PrefixCache.find` returned for the prompt."""
         self.request = request
-        shape = (config.n_layer, 2, config.n_head, len(request.input_ids), config.n_embd // config.n_head)
+        shape = (config.n_layer, 2, config.n_head, len(request.input_ids), config.head_width)
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
         for block in prefix:
@@ -103,7 +103,7 @@ class RowCache:
     ALIGN = 64  # a move rounds columns up to a multiple of this, so that similar prompts need no further move
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
-        self._shape = (config.n_layer, max_batch, 2, config.n_head, config.n_embd // config.n_head)
+        self._shape = (config.n_layer, max_batch, 2, config.n_head, config.head_width)
         self._dtype, self._device = dtype, device
         self.kv = self._allocate(0)
         self.requests: list[Request | None] = []  # per row; None: free

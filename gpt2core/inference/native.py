@@ -45,7 +45,7 @@ def is_available(config: GPT2Config) -> bool:
     suits = (
         config.n_embd % 16 == 0
         and config.mlp_width % 16 == 0
-        and config.n_embd // config.n_head in HEAD_WIDTHS
+        and config.head_width in HEAD_WIDTHS
         and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
     )
     return suits and has_vnni() and _is_compiled()

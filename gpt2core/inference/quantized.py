@@ -116,7 +116,7 @@ class QuantizedModel:
     def _new_cache(self, n: int) -> Tensor:
         """Keys and values (n_layer, 2, H, n, D) of one sequence."""
         H = self.config.n_head
-        shape = (len(self.blocks), 2, H, n, self.config.n_embd // H)
+        shape = (len(self.blocks), 2, H, n, self.config.head_width)
         return torch.empty(shape, dtype=self.cache_dtype, device=self.device)
 
     def _attend_to_itself(self, layer: int, qkv: Tensor) -> Tensor:

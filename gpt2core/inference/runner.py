@@ -29,8 +29,7 @@ class ModelRunner:
         # of the last step with adapters; most steps use the same ones
         self._stack: AdapterStack | NativeAdapterStack | None = None
         self._decoder = RowDecoder(model, row_cache) if isinstance(row_cache, StaticRowCache) else None
-        head_width = model.config.n_embd // model.config.n_head
-        self._use_varlen = model.dtype == torch.bfloat16 and has_varlen_attention(model.device, head_width)
+        self._use_varlen = model.dtype == torch.bfloat16 and has_varlen_attention(model.device, model.config.head_width)
 
     def run(self, step: Step) -> list[Output]:
         """Compute a step, extend its caches, and return an output for each of `step.sampled`."""
