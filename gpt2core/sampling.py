@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.tensors import to_device
-
-MIN_TEMPERATURE = 1e-30  # smaller ones have no effect, and are 0 in fp32
+from gpt2core.tensors import int_tensor, to_device
 
 
 class NonFiniteLogits(RuntimeError):
@@ -103,12 +101,12 @@ class Sampler:
         if len(completion) < config.min_tokens:
             logits[self._ending] = -torch.inf
         if self._grammar is not None:
-            allowed = torch.frombuffer(bytearray(self._grammar.allowed()), dtype=torch.uint8).to(self._device)
+            allowed = to_device(torch.frombuffer(bytearray(self._grammar.allowed()), dtype=torch.uint8), self._device)
             logits += _bit_biases(self._device).index_select(0, allowed.int()).flatten()[: len(logits)]
         return logits
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
-        return to_device(torch.tensor(tokens, dtype=torch.long), self._device)
+        return to_device(int_tensor(tokens), self._device)
 
 
 def most_likely(logits: Tensor) -> Tensor:
@@ -123,9 +121,7 @@ def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers:
     It is the first one at which the sum of the probabilities exceeds a share of their total. The shares are `numbers`,
     uniformly distributed from 0 to below 1.
     """
-    if (
-        len(scores) > 1 and scores[0].device.type == "cpu"
-    ):  # row by row, what is computed stays in the processor's cache
+    if len(scores) > 1 and scores[0].device.type == "cpu":  # row by row, intermediate results stay in the cache
         return torch.cat([draw([s], [c], [n]) for s, c, n in zip(scores, configs, numbers, strict=True)])
     sums = distribution(torch.stack([*scores]), configs).cumsum(-1, dtype=torch.float64)
     shares = to_device(torch.tensor(numbers, dtype=torch.float64), sums.device)[:, None]
@@ -167,31 +163,35 @@ def choose(
     if drawn:
         parts.append(draw([scores[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
     found: list[int] = torch.cat(parts).tolist()  # waits for the device
-    after_controls = dict(zip(controlled, found[len(best) :], strict=False))
-    tokens = dict(zip(drawn, found[len(best) + len(controlled) :], strict=True))
+    likely, others = found[: len(best)], found[len(best) :]
+    after_controls = dict(zip(controlled, others[: len(controlled)], strict=True))
+    tokens = dict(zip(drawn, others[len(controlled) :], strict=True))
     for i, sampler in used.items():
         if i in outputs:
             continue
-        likely = after_controls.get(i, found[i])
+        token = after_controls.get(i, likely[i])
         try:
-            if found[i] < 0:
+            if likely[i] < 0:
                 raise NonFiniteLogits
-            if likely < 0:
+            if token < 0:
                 raise ValueError("no token may follow: the controls of this request exclude all of them")
-            outputs[i] = sampler.accept(tokens.get(i, likely))
+            outputs[i] = sampler.accept(tokens.get(i, token))
         except Exception as error:
             outputs[i] = error
     return [outputs.get(i, 0) for i in range(len(samplers))]
 
 
+def sampling_values(config: GenerationConfig, vocab_size: int) -> tuple[float, int, float, float]:
+    """temperature (not 0 in fp32), top_k, top_p and min_p, with values that have no effect for those not set."""
+    top_p = 1.0 if config.top_p is None else config.top_p
+    return max(config.temperature, 1e-30), min(config.top_k or vocab_size, vocab_size), top_p, config.min_p or 0.0
+
+
 def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
     """The probabilities (B, V) to sample from, fp32 and not normalized, for logits (B, V) and temperatures above 0."""
     V = logits.shape[1]
-    top_k, top_p = [min(c.top_k or V, V) for c in configs], [1.0 if c.top_p is None else c.top_p for c in configs]
-    settings = [
-        (max(c.temperature, MIN_TEMPERATURE), k, inf if p == 1 else p, c.min_p or 0.0)
-        for c, k, p in zip(configs, top_k, top_p, strict=True)
-    ]
+    settings = [sampling_values(config, V) for config in configs]
+    _, top_k, top_p, smallest_p = zip(*settings, strict=True)
     columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
     temperature, kept, nucleus, min_p = columns.T.contiguous()[..., None]  # four of (B, 1)
     # relative to the largest, so that no temperature above 0, however small, overflows
@@ -201,8 +201,8 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
         probabilities.mul_((probabilities >= smallest).logical_or_(kept == V))
         probabilities.div_(probabilities.sum(-1, keepdim=True))
     if min(top_p) < 1:
-        probabilities = _nucleus(probabilities, nucleus)
-    if any(c.min_p for c in configs):  # arXiv:2407.01082
+        probabilities = _nucleus(probabilities, nucleus.masked_fill(nucleus == 1, inf))
+    if any(smallest_p):  # arXiv:2407.01082
         probabilities.mul_(probabilities >= min_p.float() * probabilities.amax(-1, keepdim=True))
     return probabilities
 

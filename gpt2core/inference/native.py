@@ -26,7 +26,7 @@ from torch import Tensor
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.kernels import has_vnni, on_huge_pages
 from gpt2core.lora import TARGET_LAYERS
-from gpt2core.sampling import MIN_TEMPERATURE
+from gpt2core.sampling import sampling_values
 
 logger = logging.getLogger(__name__)
 
@@ -218,8 +218,7 @@ def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers:
     draws = (_Draw * len(scores))()
     for one, logits, own, config, number in zip(draws, scores, weights, configs, numbers, strict=True):
         one.logits, one.weights, one.width, one.number = logits.data_ptr(), own.data_ptr(), width, number
-        one.temperature, one.min_p = max(config.temperature, MIN_TEMPERATURE), config.min_p or 0.0
-        one.top_k, one.top_p = config.top_k or width, 1.0 if config.top_p is None else config.top_p
+        one.temperature, one.top_k, one.top_p, one.min_p = sampling_values(config, width)
     _functions().draw(draws, ctypes.c_int64(len(draws)))
     return torch.tensor([one.token for one in draws])
 
