@@ -355,7 +355,7 @@ def _sampled(engine: Side, setting: Setting) -> list[Row]:
         }
         values = interleave(sides, setting.runs)
         name = "16 requests, " + ", ".join(f"{key} {value}" for key, value in sampling.items())
-        note = "peer: the same engine, greedy; random weights give flat distributions, the slowest for top_p"
+        note = "peer: the same engine, greedy"
         rows.append(make_row(name, "tokens/s", values["ours"], values["greedy"], setting.command, note=note))
     return rows
 
