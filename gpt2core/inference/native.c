@@ -484,8 +484,8 @@ typedef struct {
     int64_t token;  // the result
 } Draw;
 
-// The largest weight at which the sum of the weights that are as large reaches `target`; or their number. A radix selection:
-// floats from 0 to 1 have the order of their lowest 30 bits.
+// The largest limit such that the sum of the weights >= limit (counts: their number) reaches `target`. A radix selection: floats
+// from 0 to 1 have the order of their lowest 30 bits.
 ALONE float find_limit(const float *weights, int64_t width, double target, int counts) {
     uint32_t bits, last = 0;
     double sum = 0;  // of those that are larger
