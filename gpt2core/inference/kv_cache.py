@@ -13,12 +13,25 @@ from torch import Tensor
 
 from gpt2core.config import GPT2Config
 from gpt2core.inference.adapters import Adapter
-from gpt2core.inference.native import Span
+from gpt2core.inference.native import CACHE_DTYPE, Span
 from gpt2core.inference.request import Request
 from gpt2core.kernels import lazy_zeros, varlen_attention
 from gpt2core.tensors import int_tensor, to_device
 
-BLOCK = 16  # tokens; prompts share cached prefixes in blocks of this size
+BLOCK = 8  # tokens; prompts share cached prefixes in blocks of this size
+
+
+def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device, zeros: bool = False) -> Tensor:
+    """Memory for keys and values (..., H, T, D), uninitialized; or zeros, of which only written pages are allocated.
+
+    In the dtype of native.py, which reads token by token, the heads of a token are next to each other in memory: a
+    sequence is then one piece per layer. torch's attention is faster if the tokens of a head are next to each other.
+    """
+    *outer, H, T, D = shape
+    by_token = dtype == CACHE_DTYPE
+    stored = (*outer, T, H, D) if by_token else shape
+    cache = lazy_zeros(stored, dtype, device) if zeros else torch.empty(stored, dtype=dtype, device=device)
+    return cache.transpose(-3, -2) if by_token else cache
 
 
 class PrefillCache:
@@ -30,7 +43,7 @@ class PrefillCache:
         """`prefix`: the blocks that `PrefixCache.find` returned for the prompt."""
         self.request = request
         shape = (config.n_layer, 2, config.n_head, len(request.input_ids), config.head_width)
-        self.kv = torch.empty(shape, dtype=dtype, device=device)
+        self.kv = new_cache(shape, dtype, device)
         self.length = 0
         for block in prefix:
             self.kv[..., self.length : self.length + BLOCK, :] = block
@@ -142,12 +155,12 @@ class RowCache:
     def begin_native_step(self) -> list[Span]:
         """Reserve a column for the next token of each row: for native attention, in place of `begin_step`."""
         self._reserve_column()
-        layer, row, key, head, token, _ = self.kv.stride()
+        layer, row, key, _, token, _ = self.kv.stride()
         start, size = self.kv.data_ptr(), self.kv.element_size()
         spans = []
         for i, length in enumerate(self.lengths):
             k = start + size * (i * row + (self.end - length) * token)
-            spans.append(Span(k, k + size * key, layer, head, length, 1))
+            spans.append(Span(k, k + size * key, layer, length, 1))
         return spans
 
     def _reserve_column(self) -> None:
@@ -219,9 +232,9 @@ class RowCache:
         self.end = end
 
     def _allocate(self, columns: int) -> Tensor:
-        """Zeros, allocated lazily, since most rows may never be used."""
+        """Zeros, since most rows may never be used."""
         *rows, D = self._shape
-        return lazy_zeros((*rows, columns, D), self._dtype, self._device)
+        return new_cache((*rows, columns, D), self._dtype, self._device, zeros=True)
 
 
 class StaticRowCache(RowCache):

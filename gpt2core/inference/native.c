@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 4        // of native.py; raised with every change of a structure or a function that it uses
+#define INTERFACE 5        // of native.py; raised with every change of a structure or a function that it uses
 #define LANES 16           // floats in a register
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
@@ -33,7 +33,7 @@ int interface(void) { return INTERFACE; }
 #define SPINS 2000  // of a waiting thread before it sleeps or yields: some tens of microseconds
 
 typedef struct {
-    void (*work)(void *, int64_t);
+    void (*work)(void *, int64_t, int64_t);  // of the arguments; the first job, and the one behind the last
     void *arguments;
     int64_t count;
     atomic_long next;
@@ -50,7 +50,7 @@ static void take_jobs(Jobs *jobs) {
     for (long i = atomic_load(&jobs->next), n; i < jobs->count;) {
         n = (jobs->count - i) / shares > 1 ? (jobs->count - i) / shares : 1;
         if (!atomic_compare_exchange_weak(&jobs->next, &i, i + n)) continue;
-        for (long end = i + n; i < end; i++) jobs->work(jobs->arguments, i);
+        jobs->work(jobs->arguments, i, i + n);
         i = atomic_load(&jobs->next);
     }
 }
@@ -73,7 +73,7 @@ static void *worker(void *unused) {
     return NULL;
 }
 
-static void for_each(int64_t count, void (*work)(void *, int64_t), void *arguments, int is_small) {
+static void for_each(int64_t count, void (*work)(void *, int64_t, int64_t), void *arguments, int is_small) {
     Jobs jobs = {work, arguments, count, 0};
     int shares = !is_small && count > 1 && !atomic_exchange(&is_busy, 1);  // another thread has the pool: do without
     if (shares) {
@@ -203,15 +203,16 @@ typedef struct {
     int32_t applies_gelu, adds;  // adds: y += instead of y =
 } Product;
 
-static void prepare_row(void *pointer, int64_t n) {
+static void prepare_rows(void *pointer, int64_t n, int64_t end) {
     const Product *p = pointer;
-    int64_t in = p->matrix->in;
-    const float *x = p->x + n * in;
-    if (p->norm_weight) {
-        normalise_row(x, p->norm_weight, p->norm_bias, p->eps, p->scratch.normed + n * in, in);
-        x = p->scratch.normed + n * in;
+    for (int64_t in = p->matrix->in; n < end; n++) {
+        const float *x = p->x + n * in;
+        if (p->norm_weight) {
+            normalise_row(x, p->norm_weight, p->norm_bias, p->eps, p->scratch.normed + n * in, in);
+            x = p->scratch.normed + n * in;
+        }
+        quantize_row(x, p->scratch.q + n * in, p->scratch.step + n, p->scratch.zero + n, in);
     }
-    quantize_row(x, p->scratch.q + n * in, p->scratch.step + n, p->scratch.zero + n, in);
 }
 
 ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t tile) {
@@ -253,31 +254,36 @@ INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows)
     for (int r = 0; r < rows; r++) finish_row(p, sums[r], n + r, tile);
 }
 
-static void compute_tile(void *pointer, int64_t tile) {
+static void compute_tiles(void *pointer, int64_t tile, int64_t end) {
     const Product *p = pointer;
-    int64_t n = 0;
-    for (; n + ROWS <= p->n; n += ROWS) tile_rows(p, tile, n, ROWS);
-    switch (p->n - n) {
-        case 5: tile_rows(p, tile, n, 5); break;
-        case 4: tile_rows(p, tile, n, 4); break;
-        case 3: tile_rows(p, tile, n, 3); break;
-        case 2: tile_rows(p, tile, n, 2); break;
-        case 1: tile_rows(p, tile, n, 1); break;
+    for (; tile < end; tile++) {
+        int64_t n = 0;
+        for (; n + ROWS <= p->n; n += ROWS) tile_rows(p, tile, n, ROWS);
+        switch (p->n - n) {
+            case 5: tile_rows(p, tile, n, 5); break;
+            case 4: tile_rows(p, tile, n, 4); break;
+            case 3: tile_rows(p, tile, n, 3); break;
+            case 2: tile_rows(p, tile, n, 2); break;
+            case 1: tile_rows(p, tile, n, 1); break;
+        }
     }
 }
 
 void product(Product *p) {
-    for_each(p->n, prepare_row, p, p->n < 8);
-    for_each(p->matrix->n_tiles, compute_tile, p, 0);
+    for_each(p->n, prepare_rows, p, p->n < 8);
+    for_each(p->matrix->n_tiles, compute_tiles, p, 0);
 }
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
+#define TOKENS 4          // whose values are added at once
+#define SCORES (1 << 18)  // floats on the stack
+
 typedef uint16_t half;
 
 typedef struct {
-    half *k, *v;  // of the sequence's first token in the first layer and head
-    int64_t layer_stride, head_stride;  // in elements
+    half *k, *v;  // (tokens, heads, width) of the sequence's first token in the first layer
+    int64_t layer_stride;  // in elements
     int64_t past, n;  // tokens in the cache, and new ones behind them
     int64_t row;  // of the first new token
 } Sequence;
@@ -299,50 +305,83 @@ INLINE void store_half(half *y, const float *x, int64_t width) {
     }
 }
 
-INLINE void attend_query(const float *q, const half *k, const half *v, float *y, int64_t length, float scale, const int width) {
-    float p[(length + LANES - 1) / LANES * LANES];
-    __m512 query[width / LANES], total = _mm512_setzero_ps();
-    for (int d = 0; d < width / LANES; d++) query[d] = _mm512_mul_ps(_mm512_loadu_ps(q + d * LANES), _mm512_set1_ps(scale));
-    float most = -FLT_MAX;
-    for (int64_t i = 0; i < length; i++) {
-        __m512 product = _mm512_setzero_ps();
-        for (int d = 0; d < width / LANES; d++) {
-            product = _mm512_fmadd_ps(query[d], load_half(k + i * width + d * LANES), product);
-            if (d % 2 == 0) _mm_prefetch(v + i * width + d * LANES, _MM_HINT_T0);  // a line is 32 elements
-        }
-        p[i] = _mm512_reduce_add_ps(product);
-        if (p[i] > most) most = p[i];
+// One query of `heads` heads next to each other. Keys, and then values, are read in the order of memory. The values are
+// fetched ahead while the keys are used, and then the next sequence's keys.
+INLINE void attend_query(
+    const float *q, const half *k, const half *v, const half *next, float *y,
+    int64_t length, int64_t heads, int64_t row_width, float scale, const int width
+) {
+    int64_t padded = (length + LANES - 1) / LANES * LANES;
+    float p[heads][padded], scaled[heads * width];
+    for (int64_t i = 0; i < heads * width; i += LANES) {
+        _mm512_storeu_ps(scaled + i, _mm512_mul_ps(_mm512_loadu_ps(q + i), _mm512_set1_ps(scale)));
+        _mm512_storeu_ps(y + i, _mm512_setzero_ps());
     }
-    for (int64_t i = length; i % LANES; i++) p[i] = -FLT_MAX;
-    for (int64_t i = 0; i < length; i += LANES) {
-        __m512 e = exponential(_mm512_sub_ps(_mm512_loadu_ps(p + i), _mm512_set1_ps(most)));
-        if (length - i < LANES) e = _mm512_maskz_mov_ps((1u << (length - i)) - 1, e);
-        total = _mm512_add_ps(total, e);
-        _mm512_storeu_ps(p + i, e);
-    }
-    __m512 sums[width / LANES], inverse = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
-    for (int d = 0; d < width / LANES; d++) sums[d] = _mm512_setzero_ps();
     for (int64_t i = 0; i < length; i++)
-        for (int d = 0; d < width / LANES; d++)
-            sums[d] = _mm512_fmadd_ps(_mm512_set1_ps(p[i]), load_half(v + i * width + d * LANES), sums[d]);
-    for (int d = 0; d < width / LANES; d++) _mm512_storeu_ps(y + d * LANES, _mm512_mul_ps(sums[d], inverse));
+        for (int64_t h = 0; h < heads; h++) {
+            __m512 product = _mm512_setzero_ps();
+            for (int64_t d = h * width; d < (h + 1) * width; d += LANES) {
+                product = _mm512_fmadd_ps(_mm512_loadu_ps(scaled + d), load_half(k + i * row_width + d), product);
+                if (d % (2 * LANES) == 0) _mm_prefetch(v + i * row_width + d, _MM_HINT_T1);  // a line is 32 elements
+            }
+            p[h][i] = _mm512_reduce_add_ps(product);
+        }
+    for (int64_t h = 0; h < heads; h++) {
+        __m512 most = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
+        for (int64_t i = length; i < padded; i++) p[h][i] = -FLT_MAX;
+        for (int64_t i = 0; i < length; i += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(p[h] + i));
+        most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        for (int64_t i = 0; i < length; i += LANES) {
+            __m512 e = exponential(_mm512_sub_ps(_mm512_loadu_ps(p[h] + i), most));
+            if (length - i < LANES) e = _mm512_maskz_mov_ps((1u << (length - i)) - 1, e);
+            total = _mm512_add_ps(total, e);
+            _mm512_storeu_ps(p[h] + i, e);
+        }
+        __m512 inverse = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
+        for (int64_t i = 0; i < length; i += LANES)
+            _mm512_storeu_ps(p[h] + i, _mm512_mul_ps(_mm512_loadu_ps(p[h] + i), inverse));
+    }
+    for (int64_t i = 0; i < length; i += TOKENS)
+        for (int64_t h = 0; h < heads; h++) {
+            float *own = y + h * width;
+            __m512 sums[width / LANES];
+            for (int d = 0; d < width / LANES; d++) sums[d] = _mm512_loadu_ps(own + d * LANES);
+            for (int64_t t = i; t < i + TOKENS && t < length; t++)
+                for (int d = 0; d < width / LANES; d++) {
+                    int64_t at = t * row_width + h * width + d * LANES;
+                    sums[d] = _mm512_fmadd_ps(_mm512_set1_ps(p[h][t]), load_half(v + at), sums[d]);
+                    if (d % 2 == 0) _mm_prefetch(next + at, _MM_HINT_T1);
+                }
+            for (int d = 0; d < width / LANES; d++) _mm512_storeu_ps(own + d * LANES, sums[d]);
+        }
 }
 
-static void attend_head(void *pointer, int64_t job) {
-    const Attention *a = pointer;
+INLINE half *keys_of(const Attention *a, int64_t job) {
     const Sequence *s = a->sequences + job / a->heads;
-    int64_t head = job % a->heads, width = a->width, row_width = a->heads * width;
-    int64_t offset = a->layer * s->layer_stride + head * s->head_stride;
-    half *k = s->k + offset, *v = s->v + offset;
-    for (int64_t i = 0; i < s->n; i++) {
-        const float *qkv = a->qkv + (s->row + i) * 3 * row_width + head * width;
-        int64_t at = (s->past + i) * width;
-        store_half(k + at, qkv + row_width, width);
-        store_half(v + at, qkv + 2 * row_width, width);
-        float *y = a->y + (s->row + i) * row_width + head * width;
-        if (width == 64) attend_query(qkv, k, v, y, s->past + i + 1, a->scale, 64);
-        else if (width == 32) attend_query(qkv, k, v, y, s->past + i + 1, a->scale, 32);
-        else attend_query(qkv, k, v, y, s->past + i + 1, a->scale, 16);
+    return s->k + a->layer * s->layer_stride + job % a->heads * a->width;
+}
+
+// A job is one head of one sequence.
+static void attend_heads(void *pointer, int64_t job, int64_t end) {
+    const Attention *a = pointer;
+    int64_t width = a->width, row_width = a->heads * width, last = a->n_sequences * a->heads - 1;
+    for (int64_t heads; job < end; job += heads) {
+        const Sequence *s = a->sequences + job / a->heads;
+        int64_t head = job % a->heads, most = SCORES / (s->past + s->n + LANES) + 1;
+        heads = a->heads - head < end - job ? a->heads - head : end - job;
+        if (heads > most) heads = most;
+        half *k = keys_of(a, job), *v = k + (s->v - s->k);
+        for (int64_t i = 0; i < s->n; i++) {
+            const float *qkv = a->qkv + (s->row + i) * 3 * row_width + head * width;
+            int64_t at = (s->past + i) * row_width, length = s->past + i + 1;
+            store_half(k + at, qkv + row_width, heads * width);
+            store_half(v + at, qkv + 2 * row_width, heads * width);
+            float *y = a->y + (s->row + i) * row_width + head * width;
+            const half *next = i + 1 < s->n ? k : keys_of(a, job + heads < last ? job + heads : last);
+            if (width == 64) attend_query(qkv, k, v, next, y, length, heads, row_width, a->scale, 64);
+            else if (width == 32) attend_query(qkv, k, v, next, y, length, heads, row_width, a->scale, 32);
+            else attend_query(qkv, k, v, next, y, length, heads, row_width, a->scale, 16);
+        }
     }
 }
 
@@ -389,8 +428,7 @@ INLINE __m512 load_bf16(const uint16_t *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-static void add_delta(void *pointer, int64_t n) {
-    const Deltas *d = pointer;
+static void add_delta(const Deltas *d, int64_t n) {
     const float *x = d->x + n * d->in;
     float *row = d->y + n * d->out;
     for (int block = 0; d->rows[n] >= 0 && block < BLOCKS; block++) {
@@ -417,6 +455,10 @@ static void add_delta(void *pointer, int64_t n) {
         _mm512_storeu_ps(row + o, gelu(_mm512_loadu_ps(row + o)));
 }
 
+static void add_deltas(void *pointer, int64_t n, int64_t end) {
+    for (; n < end; n++) add_delta(pointer, n);
+}
+
 // y (+)= f(x) W^T + b, and each row's own low-rank product.
 static void project(const Step *s, int64_t layer, int index, const float *x, float *y) {
     const Layer *l = s->layers + layer;
@@ -429,14 +471,14 @@ static void project(const Step *s, int64_t layer, int index, const float *x, flo
     Product p = {m, x, has_norm ? norm[0] : NULL, norm[1], y, s->scratch, s->n, s->eps, applies_gelu, !has_norm};
     product(&p);
     Deltas d = {adapters, s->rows, has_norm ? s->scratch.normed : x, y, m->in, m->out, index == MLP_IN};
-    if (is_changed) for_each(s->n, add_delta, &d, s->n < 4);
+    if (is_changed) for_each(s->n, add_deltas, &d, s->n < 4);
 }
 
 void step(Step *s) {
     for (int64_t layer = 0; layer < s->n_layers; layer++) {
         project(s, layer, ATTENTION_IN, s->x, s->qkv);
         Attention a = {s->qkv, s->y, s->sequences, s->n_sequences, s->heads, s->width, layer, s->layers[layer].scale};
-        for_each(a.n_sequences * a.heads, attend_head, &a, 0);
+        for_each(a.n_sequences * a.heads, attend_heads, &a, 0);
         project(s, layer, ATTENTION_OUT, s->y, s->x);
         project(s, layer, MLP_IN, s->x, s->a);
         project(s, layer, MLP_OUT, s->a, s->x);
@@ -451,8 +493,7 @@ typedef struct {
     int64_t *tokens;  // (n)
 } Logits;
 
-static void find_largest(void *pointer, int64_t n) {
-    const Logits *l = pointer;
+static void find_largest(const Logits *l, int64_t n) {
     const float *x = l->logits + n * l->width;
     __m512 most = _mm512_set1_ps(-__builtin_inff());
     __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), at = index;
@@ -471,7 +512,11 @@ static void find_largest(void *pointer, int64_t n) {
     l->tokens[n] = is_bad || largest < -FLT_MAX ? -1 : _mm512_mask_reduce_min_epi32(is_largest, at);
 }
 
-void most_likely(Logits *l) { for_each(l->n, find_largest, l, l->n < 2); }
+static void find_largest_each(void *pointer, int64_t n, int64_t end) {
+    for (; n < end; n++) find_largest(pointer, n);
+}
+
+void most_likely(Logits *l) { for_each(l->n, find_largest_each, l, l->n < 2); }
 
 // ---- sampling --------------------------------------------------------------------------------------------------------
 
@@ -515,8 +560,7 @@ ALONE double sum_weights(const Draw *d, float smallest) {
     return sum;
 }
 
-static void draw_row(void *pointer, int64_t n) {
-    Draw *d = (Draw *)pointer + n;
+static void draw_row(Draw *d) {
     int64_t width = d->width, i;
     __m512 most = _mm512_set1_ps(-FLT_MAX), lowest = _mm512_set1_ps(-87.0f);
     for (i = 0; i < width; i += LANES) {
@@ -552,4 +596,8 @@ static void draw_row(void *pointer, int64_t n) {
     }
 }
 
-void draw(Draw *draws, int64_t n) { for_each(n, draw_row, draws, n < 2); }
+static void draw_rows(void *pointer, int64_t n, int64_t end) {
+    for (; n < end; n++) draw_row((Draw *)pointer + n);
+}
+
+void draw(Draw *draws, int64_t n) { for_each(n, draw_rows, draws, n < 2); }

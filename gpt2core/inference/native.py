@@ -31,7 +31,7 @@ from gpt2core.sampling import sampling_values
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 4  # as in native.c: a library that was compiled from another version is not used
+INTERFACE = 5  # as in native.c: a library that was compiled from another version is not used
 CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
 ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below that of int8 weights
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
@@ -224,12 +224,11 @@ def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers:
 
 
 class Span(NamedTuple):
-    """Keys and values of one sequence in a cache of CACHE_DTYPE, whose last dimensions are (..., tokens, D)."""
+    """Keys and values of one sequence in a cache of CACHE_DTYPE: of one token after the other, all heads."""
 
-    k: int  # address of its first token's keys, of the first layer and head
+    k: int  # address of its first token's keys in the first layer
     v: int
     layer_stride: int  # in elements, of k and of v
-    head_stride: int
     past: int  # tokens that it holds
     n: int  # new tokens, which are written behind them
 
@@ -237,7 +236,7 @@ class Span(NamedTuple):
 def span(kv: Tensor, past: int, n: int) -> Span:
     """Of a cache (n_layer, 2, H, T, D) that holds one sequence."""
     keys, values = kv[0, :, 0]
-    return Span(keys.data_ptr(), values.data_ptr(), kv.stride(0), kv.stride(2), past, n)
+    return Span(keys.data_ptr(), values.data_ptr(), kv.stride(0), past, n)
 
 
 class LowRankMatrices:

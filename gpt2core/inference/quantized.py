@@ -18,6 +18,7 @@ from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.generate import generate
 from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
+from gpt2core.inference.kv_cache import new_cache
 from gpt2core.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
 from gpt2core.model import GPT2, Block, evaluating
@@ -117,7 +118,7 @@ class QuantizedModel:
         """Keys and values (n_layer, 2, H, n, D) of one sequence."""
         H = self.config.n_head
         shape = (len(self.blocks), 2, H, n, self.config.head_width)
-        return torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+        return new_cache(shape, self.cache_dtype, self.device)
 
     def _attend_to_itself(self, layer: int, qkv: Tensor) -> Tensor:
         q, k, v = qkv.permute(1, 2, 0, 3)  # three of (H, N, D)

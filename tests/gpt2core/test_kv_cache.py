@@ -88,16 +88,16 @@ def test_a_shared_prefix_is_cached_and_does_not_change_completions(model):
         for tail in ([1], [2, 3], [4], [1]):
             prompt = begin[:40] + tail
             assert engine.submit(prompt, config).result(60) == generate(model, [prompt], config)[0]
-        assert engine.stats()["cached_prefix_tokens"] == 32
+        assert engine.stats()["cached_prefix_tokens"] == 40  # whole blocks
 
 
 def test_the_prefix_cache_stays_within_its_memory_limit(model, monkeypatch):
-    block = 2 * 2 * 2 * 16 * 16 * 4  # n_layer, keys and values, heads, tokens, D, bytes
+    block = 2 * 2 * 2 * kv_cache.BLOCK * 16 * 4  # n_layer, keys and values, heads, tokens, D, bytes
     monkeypatch.setattr(scheduler, "PREFIX_BYTES", 3 * block)
     with Engine(model, 4, "fp32") as engine:
         for prompt in random_prompts(8):
             engine.submit(prompt, GenerationConfig(max_new_tokens=1)).result(60)
-        assert engine.stats()["cached_prefix_tokens"] <= 3 * 16
+        assert engine.stats()["cached_prefix_tokens"] <= 3 * kv_cache.BLOCK
 
 
 @pytest.mark.parametrize("static_cache", [False, True])
