@@ -354,9 +354,9 @@ def _read(annotation: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{path} is {value!r}; it must be an object")
         hints = get_type_hints(annotation)
-        missing = [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]
-        if missing:
-            raise ValueError(f"{path} has no {missing[0]!r}")
+        for f in fields(annotation):
+            if f.name not in value and f.default is MISSING and f.default_factory is MISSING:
+                raise ValueError(f"{path} has no {f.name!r}")
         return annotation(**{k: _read(hints[k], v, f"{path}.{k}") for k, v in value.items() if k in hints})
     if origin is dict:
         if not isinstance(value, Mapping):
@@ -368,6 +368,7 @@ def _read(annotation: Any, value: Any, path: str) -> Any:
         return [_read(arguments[0], inner, f"{path}[{i}]") for i, inner in enumerate(value)]
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(annotation, type) and (not isinstance(value, annotation) or (annotation is int and value is True)):
+    is_of_type = not isinstance(annotation, type) or isinstance(value, annotation)
+    if not is_of_type or (annotation is int and isinstance(value, bool)):
         raise ValueError(f"{path} is {value!r}; it must be {annotation.__name__}")
     return value
