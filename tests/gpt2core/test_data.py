@@ -22,18 +22,12 @@ from gpt2core.data import (
     to_jsonl,
 )
 from gpt2core.prompt import format_prompt
-from gpt2core.tokenizer import load_tokenizer
 
 GOOD = {"instruction": "Say é.", "input": "", "output": "é"}
 
 
 def numbered(n: int, **values) -> list[dict]:
     return [{"instruction": f"Say {i}.", "input": "", "output": str(i), **values} for i in range(n)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return load_tokenizer(tokenizer_dir)
 
 
 def test_duplicates_and_repeated_questions_are_counted():
