@@ -51,7 +51,7 @@ _UNDERSTOOD = {
     *("runtime_config", "eva_config", "ensure_weight_tying"),
 }
 # Initializations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
-_INITIALizATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
@@ -187,7 +187,7 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
     if description.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias is {description['bias']!r}; only 'none' is supported")
     initialization = description.get("init_lora_weights", True)
-    if initialization not in _INITIALizATIONS:
+    if initialization not in _INITIALIZATIONS:
         raise ValueError(f"{file}: init_lora_weights is {initialization!r}, which changes the base; export it merged")
     for key, value in description.items():
         if value and key not in _UNDERSTOOD:
