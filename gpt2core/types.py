@@ -253,7 +253,7 @@ class BaseRef(JsonDataclass):
 
 @dataclass(frozen=True)
 class AdapterRef(JsonDataclass):
-    """The adapter: sha256 of its directory (`gpt2core.checkpoint.directory_sha256`) and its LoRA configuration."""
+    """The adapter: sha256 of its directory (`gpt2core.files.directory_sha256`) and its LoRA configuration."""
 
     sha256: str
     rank: int
