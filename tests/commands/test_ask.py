@@ -105,7 +105,18 @@ def test_a_question_that_is_too_long_is_reported_before_the_first_answer(tmp_pat
     done = run("--file", str(file))
     assert done.exit_code == 1
     assert done.stdout == ""
-    assert "question 40" in done.stderr
+    assert "record 41 (line 41): prompt has" in done.stderr
+
+
+def test_a_damaged_file_of_the_run_is_named(outputs):
+    for name in ("lineage.json", "base/base.json"):
+        file = outputs / "latest" / name
+        content = file.read_text()
+        file.write_text("{")
+        done = run("Name a river.")
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert f"{file} is not valid JSON" in done.stderr
+        file.write_text(content)
 
 
 def test_an_adapter_that_changed_after_the_run_is_refused(outputs):
