@@ -5,7 +5,7 @@ from shutil import copy2
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
-from gpt2core.files import atomic_write, list_files, read_json, to_json
+from gpt2core.files import atomic_write, list_files, to_json
 from gpt2core.prompt import chat_template
 from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB, load_tokenizer
 from gpt2core.types import Evaluation, Lineage, SplitSummary
@@ -67,8 +67,8 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
 
 def _model_card(finished: FinishedRun, kind: str) -> str:
     directory = finished.directory
-    lineage = Lineage.from_json(read_json(directory / "lineage.json"))
-    evaluation = Evaluation.from_json(read_json(directory / "metrics.json"))
-    split = SplitSummary.from_json(read_json(directory / "split.json"))
+    lineage = Lineage.from_json_file(directory / "lineage.json")
+    evaluation = Evaluation.from_json_file(directory / "metrics.json")
+    split = SplitSummary.from_json_file(directory / "split.json")
     library, content = FORMATS[kind]
     return evaluated_card(finished.adapter, lineage, evaluation, split.test.records, content, library)

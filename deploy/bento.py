@@ -115,7 +115,7 @@ def lineage(tag: str) -> Lineage:
     """
     if not exists(tag):
         raise BentoError(f"the Bento {tag} is not in the store; run the pipeline again with --no-cache")
-    return Lineage.from_json(read_json(_in_store("bentos", tag) / "src" / "lineage.json"))
+    return Lineage.from_json_file(_in_store("bentos", tag) / "src" / "lineage.json")
 
 
 def models(tag: str) -> dict[str, Path]:

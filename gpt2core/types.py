@@ -5,9 +5,11 @@ Scores are in `gpt2core/metrics.py`, a deployment's outcome in `deploy/target.py
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from gpt2core.files import read_json
 from gpt2core.metrics import RecordScores, Scores
 
 
@@ -27,6 +29,19 @@ class JsonDataclass:
         value = _read(cls, data, cls.__name__)
         assert isinstance(value, cls)
         return value
+
+    @classmethod
+    def from_json_file(cls, file: Path) -> Self:
+        """`from_json` of the object in the file.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file.
+        """
+        data = read_json(file)
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
 
 MODELS = ("base", "tuned", "champion")  # the models that answer a test record

@@ -6,7 +6,7 @@ A base from the hub is stored as name, revision and sha256; its 1.5 GB are downl
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpt2core.files import atomic_write, checkpoint_files, read_json, to_json, verify_directory
+from gpt2core.files import atomic_write, checkpoint_files, to_json, verify_directory
 from gpt2core.types import BaseRef
 from steps.adapters.hub import fetch_base
 
@@ -21,7 +21,7 @@ def write_base(directory: Path, base: BaseRef, figures: Figures) -> None:
 
 def read_base(directory: Path) -> BaseRef:
     """The reference in base.json."""
-    return BaseRef.from_json(read_json(directory / REFERENCE))
+    return BaseRef.from_json_file(directory / REFERENCE)
 
 
 def has_checkpoint(directory: Path) -> bool:

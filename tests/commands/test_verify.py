@@ -2,7 +2,8 @@
 
 import json
 import re
-from shutil import copytree
+from pathlib import Path
+from shutil import copytree, rmtree
 
 import pytest
 import yaml
@@ -78,6 +79,17 @@ def test_a_flipped_bit_of_the_weights_is_found(signed, file):
     result = invoke("verify", signed)
     assert result.exit_code == 1
     assert "damaged or was changed" in result.output
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{}")], ids=["missing", "empty"])
+@pytest.mark.parametrize("name", ["split.json", "lineage.json", "base.json"])
+def test_a_damaged_file_of_a_run_is_an_error_of_one_line(signed, tag, name, damage):
+    rmtree(signed / "base")
+    (signed / "base.json").write_text(json.dumps(bento.lineage(tag).base.to_json()))
+    damage(signed / name)
+    result = invoke("verify", signed)
+    assert result.exit_code == 1
+    assert re.fullmatch(rf"Error: .*{name}.*\n", result.output)
 
 
 def test_a_changed_lineage_or_another_key_fails_the_signature(signed, keys):
