@@ -78,6 +78,7 @@ def test_a_prompt_is_split_into_what_gives_the_same_prompt(instruction, input):
     parts = split_prompt(prompt)
     assert parts is not None
     assert format_prompt(*parts) == prompt
+    assert split_prompt(prompt[1:]) is split_prompt(prompt[:-1]) is None
     if "### Input:" not in instruction + input:
         assert parts == (instruction, input)
 
