@@ -131,8 +131,7 @@ def read_peft(
     pairs = {
         (layer, target): _used_columns(parts["A"], part)
         for (layer, path), parts in layers.items()
-        for b in [parts["B"]]
-        for target, part in zip(_targets(path), b.chunk(len(_targets(path))), strict=True)
+        for target, part in zip(_targets(path), parts["B"].chunk(len(_targets(path))), strict=True)
     }
     changed = {target for (_, target), (_, b) in pairs.items() if b.any()} or {target for _, target in pairs}
     rank = max(len(a) for (_, target), (a, _) in pairs.items() if target in changed)
