@@ -335,7 +335,7 @@ class LoggedShadow(JsonDataclass):
     finish_reason: str  # stop, length, deadline or error
     milliseconds: float  # of the canary's answer alone
     completion_tokens: int
-    agreed: bool  # with the client's answer, but for case, white space and a final period
+    agreed: bool  # with the client's answer, except for case, whitespace and a final period
     token_f1: float  # with the client's answer as reference
     mean_logprob: float | None  # of the canary's tokens, in nats; None: it generated none
     answer: str | None = None
