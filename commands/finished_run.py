@@ -1,16 +1,19 @@
 """The model of a finished run in outputs/, or a run with another adapter."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gpt2core.adapter_files import load_adapter
 from gpt2core.checkpoint import directory_sha256, load_pretrained
+from gpt2core.files import read_json
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2, best_device
-from gpt2core.types import BaseRef, Lineage
+from gpt2core.types import BaseRef, JsonDataclass, Lineage
 from steps.adapters.base import REFERENCE, open_base, read_base
 from steps.outputs import outputs_dir
+
+Stored = TypeVar("Stored", bound=JsonDataclass)
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,22 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
     return FinishedRun(open_base(reference), read_base(reference), own, directory)
 
 
+def read_as(kind: type[Stored], file: Path) -> Stored:
+    """The dataclass that the run wrote to a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    value = read_json(file)
+    try:
+        return kind.from_json(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or was changed: {error}") from None
+
+
 def _check_recorded(adapter: Path, lineage: Path) -> None:
     """Reject an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
-    recorded = Lineage.from_json(json.loads(lineage.read_text(encoding="utf-8"))).adapter.sha256
+    recorded = read_as(Lineage, lineage).adapter.sha256
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(
             f"{adapter} has sha256 {found}, but the run's {lineage.name} records {recorded}: it changed after the run; "

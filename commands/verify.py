@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
+from commands.finished_run import read_as
 from deploy import bento
 from deploy.config import DeployConfig
 from gpt2core.files import (
@@ -96,7 +97,7 @@ def _verify_directory(directory: Path, key: Path | None) -> list[str]:
     else:
         recorded = str(read_json(directory / "base.json").get("sha256"))
         lines.append(_same("reference to the base", recorded, lineage.base.sha256))
-    split = SplitSummary.from_json(read_json(directory / "split.json"))
+    split = read_as(SplitSummary, directory / "split.json")
     lines += [_same(f"{part} records in split.json", split.digests[part], sha) for part, sha in lineage.data.items()]
     if key is not None:
         lines.append(_check_signature(directory / SIGNATURE, key, lineage))
@@ -213,7 +214,7 @@ def _to_sign(payload: bytes) -> bytes:
 
 def _read_lineage(directory: Path) -> Lineage:
     try:
-        return Lineage.from_json(read_json(directory / LINEAGE))
+        return read_as(Lineage, directory / LINEAGE)
     except (OSError, ValueError) as error:
         raise VerifyError(str(error)) from None
 
