@@ -33,6 +33,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty directory; choose a new one")
     finished = open_run(run)
+    card = _model_card(finished, kind)
     if kind == "peft":
         export_peft(finished.load(merge=False), out, finished.base.name)
     elif kind == "hf":
@@ -41,7 +42,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         write_gguf_adapter(finished.load(merge=False), out / "adapter.gguf")
         write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize)
-    atomic_write(out / CARD, _model_card(finished, kind).encode())
+    atomic_write(out / CARD, card.encode())
     return [out / name for name in list_files(out)]
 
 

@@ -40,8 +40,8 @@ class JsonDataclass:
         data = read_json(file)
         try:
             return cls.from_json(data)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged or was changed: {error}") from None
 
 
 MODELS = ("base", "tuned", "champion")  # the models that answer a test record

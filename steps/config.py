@@ -9,6 +9,7 @@ from typing import Any, Literal
 from gpt2core.config import (
     PRESETS,
     GPT2Config,
+    LoraConfig,
     PretrainConfig,
     TooLong,
     TrainConfig,
@@ -80,6 +81,11 @@ class BaseConfig:
         check_types(self)
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
+
+    def check_rank(self, lora: LoraConfig) -> None:
+        """`check_rank` for a base that is made here; the step `finetune` checks one of the hub."""
+        if self.source != "hub":
+            check_rank(lora, GPT2Config.preset(self.name).n_embd)
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,15 @@ class SweepConfig:
 def default_learning_rate(base: BaseConfig) -> float:
     """The learning rate of finetuning where the configuration has none: a larger model needs a smaller one."""
     return 3e-4 if base.source == "hub" else TrainConfig().learning_rate
+
+
+def check_rank(lora: LoraConfig, n_embd: int) -> None:
+    """Raise ValueError for a rank above that of the adapted matrices, whose smaller side is `n_embd`.
+
+    The additional weights could express nothing more, and a mistyped rank would fill the memory after pretraining.
+    """
+    if lora.rank > n_embd:
+        raise ValueError(f"lora.rank is {lora.rank}; it must be at most {n_embd}, the width of the base (n_embd)")
 
 
 @dataclass(frozen=True)
