@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +20,17 @@ if TYPE_CHECKING:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Finetune GPT-2 on instruction data; evaluate, package, deploy and monitor the result."""
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():  # ZenML would color files and pipes, too
+        os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
 
 
 def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of the commands that run a pipeline."""
+    """The options of the commands that run a pipeline.
+
+    Args:
+        default: the configuration, relative to the checkout.
+    """
+    path = os.path.relpath(Path(__file__).parent / default)
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         for option in (
@@ -29,7 +38,7 @@ def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., N
             click.option(
                 "--set", "values", multiple=True, metavar="KEY=VALUE", help="Set a parameter, e.g. seed=1; repeatable."
             ),
-            click.option("--config", default=default, show_default=True, help="A run configuration (YAML)."),
+            click.option("--config", default=path, show_default=default, help="A run configuration (YAML)."),
         ):
             command = option(command)
         return command
@@ -110,7 +119,7 @@ def ask(
         raise click.UsageError("--input goes with INSTRUCTION; in a file, each record has its own")
     from commands.ask import TunedModel, read_questions
 
-    try:
+    with _one_line():
         if file is None:
             for text in TunedModel(name, sampling, adapter, accept_other_base).stream(instruction or "", input):
                 click.echo(text, nl=False)
@@ -119,8 +128,6 @@ def ask(
             questions = read_questions(file)
             for line in TunedModel(name, sampling, adapter, accept_other_base).answer(questions):
                 click.echo(line)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
 
 
 @main.command()
@@ -138,10 +145,8 @@ def export(kind: str, out: str, name: str, quantize: str | None) -> None:
         raise click.UsageError("--quantize goes with --format gguf")
     from commands.export import export as write
 
-    try:
+    with _one_line():
         click.echo("\n".join(map(str, write(kind, Path(out), name, quantize or "f32"))))
-    except (ValueError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
 
 
 @main.command()
@@ -152,10 +157,8 @@ def records(log: str, out: Path) -> None:
     from commands.records import collect
     from steps.traffic import summary
 
-    try:
+    with _one_line():
         collected = collect(log, out)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
     if collected.problems:
         click.echo(f"not used:\n{summary(collected.problems)}", err=True)
     click.echo(f"{out}: {collected.records} records, {collected.changed} of them new or changed")
@@ -170,13 +173,10 @@ def lineage(name: str) -> None:
     part or an adapter, as shown in lineage.json, at /metadata and in a pod's annotations.
     """
     _open_store()
-    from commands.lineage.names import LineageError
     from commands.lineage.trace import trace
 
-    try:
+    with _one_line():
         click.echo(trace(name))
-    except LineageError as error:
-        raise click.ClickException(str(error)) from None
 
 
 @main.command()
@@ -189,13 +189,10 @@ def compare(names: tuple[str, ...]) -> None:
     if len(names) < 2:
         raise click.UsageError("pass at least two runs; `ls outputs` shows their names")
     _open_store()
-    from commands.compare import CompareError
     from commands.compare import compare as compare_runs
 
-    try:
+    with _one_line():
         table, page = compare_runs(names)
-    except CompareError as error:
-        raise click.ClickException(str(error)) from None
     click.echo(f"{table}\n\n{page}")
 
 
@@ -208,13 +205,10 @@ def verify(name: str, key: Path | None) -> None:
     NAME is a directory of outputs/, a Bento's tag, or a pod of the current context's namespace gpt2-instruct.
     """
     _open_store()
-    from commands.verify import VerifyError
     from commands.verify import verify as check
 
-    try:
+    with _one_line():
         click.echo("\n".join(check(name, key)))
-    except VerifyError as error:
-        raise click.ClickException(str(error)) from None
 
 
 @main.command()
@@ -223,13 +217,10 @@ def verify(name: str, key: Path | None) -> None:
 def sign(directory: Path, key: Path) -> None:
     """Verify DIRECTORY (of outputs/), then sign its lineage for `run.py verify --key`."""
     _open_store()
-    from commands.verify import VerifyError
     from commands.verify import sign as sign_lineage
 
-    try:
+    with _one_line():
         click.echo(sign_lineage(directory, key))
-    except VerifyError as error:
-        raise click.ClickException(str(error)) from None
 
 
 @main.command()
@@ -237,10 +228,8 @@ def rollback() -> None:
     """Roll back the last deployment to the version before it."""
     from steps.deploy import rollback as roll_back
 
-    try:
+    with _one_line():
         outcome = roll_back()
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from None
     click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))
 
 
@@ -273,7 +262,7 @@ def canary(
     from commands.canary import CanaryError, Service, decide, describe
 
     service = Service(url)
-    try:
+    with _one_line(CanaryError):
         if action == "decide":
             action, reason = decide(service.status(), max_failures, max_slowdown)
             click.echo(f"{action}: {reason}")
@@ -281,8 +270,6 @@ def canary(
             status = service.start(name or "", path, share, shadow)
         else:
             status = {"promote": service.promote, "abort": service.abort}.get(action, service.status)()
-    except CanaryError as error:
-        raise click.ClickException(str(error)) from None
     click.echo(describe(status))
 
 
@@ -302,10 +289,8 @@ def adapters(directory: Path, names: tuple[str, ...], canary: str | None, shadow
     share = re.fullmatch(r"([^=]+)=(\d*\.?\d+)", canary or "")
     if len(pairs) < len(names) or (canary and share is None):
         raise click.UsageError("pass adapters as NAME=PATH with distinct names, and the canary as NAME=SHARE")
-    try:
+    with _one_line():
         manifest = publish(directory, pairs, None if share is None else (share[1], float(share[2])), shadow)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
     for name, adapter in manifest.adapters.items():
         click.echo(f"{name}: {adapter.sha256}")
 
@@ -328,10 +313,8 @@ def image(which: str) -> None:
     newest = outputs_dir() / "latest" / "bento.txt"
     if which == "service" and not newest.is_file():
         raise click.ClickException("there is no Bento yet; make run builds one")
-    try:
+    with _one_line(bento.BentoError, EngineError):
         built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
-    except (bento.BentoError, EngineError) as error:
-        raise click.ClickException(str(error)) from None
     sbom = outputs_dir() / "images" / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)
     click.echo(f"SBOM: {sbom}\n{built.reference}")
@@ -344,20 +327,28 @@ def _start(name: str, config: str, values: tuple[str, ...], no_cache: bool) -> "
     from pipelines.start import RunError, start
 
     pipeline = getattr(import_module(f"pipelines.{name}"), name)
-    try:
+    with _one_line(ConfigError, RunError):
         return start(pipeline, config, values, {"enable_cache": False} if no_cache else {})
-    except (ConfigError, RunError) as error:
+
+
+@contextmanager
+def _one_line(*errors: type[Exception]) -> Iterator[None]:
+    """Report these errors, and wrong input or a damaged file, in one line."""
+    reported: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError, *errors)
+    try:
+        yield
+    except BrokenPipeError:  # `head` has read enough: click ends the command without a message
+        raise
+    except reported as error:
         raise click.ClickException(str(error)) from None
 
 
 def _open_store() -> None:
     """Open ZenML's store before steps are imported: that opens it too, but reports errors in hundreds of lines."""
-    from pipelines.zenml_compat import StoreError, open_store
+    from pipelines.zenml_compat import open_store
 
-    try:
+    with _one_line():
         open_store()
-    except StoreError as error:
-        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to 
 KEEP_ALIVE = 75  # seconds that an idle connection is kept: more than the 60 s of nginx and of load balancers
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 
-MAX_STOPS = 16  # stop texts of one request
+MAX_STOPS = 16  # stop strings of one request
 MAX_GUIDED_CHOICES = 256  # texts of guided_choice
 MAX_STOP_TOKENS = 64  # stop_token_ids of one request
 MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback

@@ -156,7 +156,7 @@ class AdapterVersion(BaseModel):
 
 class PredictResponse(BaseModel):
     answer: str
-    finish_reason: Literal["stop", "length"] = Field(description="end of text or a stop text; or the token limit")
+    finish_reason: Literal["stop", "length"] = Field(description="end of text or a stop string; or the token limit")
     usage: Usage
     model: str = Field(description="the Bento's tag; /metadata describes its content")
     adapter: AdapterVersion | None = Field(description="null: the base model alone")
@@ -204,7 +204,7 @@ class ShadowStatus(BaseModel):
     """The canary's answers compared with those that clients got, since it started in shadow mode."""
 
     compared: int = 0
-    agreed: Annotated[int, Field(description="same answer, but for case, white space and a final period")] = 0
+    agreed: Annotated[int, Field(description="equal except for case, whitespace and a final period")] = 0
     mean_token_f1: float = 0.0
     mean_logprob: Annotated[float, Field(description="of the canary's tokens, in nats, mean over its answers")] = 0.0
     dropped: Annotated[int, Field(description="not answered again, because too many waited")] = 0

@@ -170,7 +170,7 @@ def settings() -> Settings:
 
 @cache
 def lineage() -> Lineage:
-    return Lineage.from_json(read_json(LINEAGE))
+    return Lineage.from_json_file(LINEAGE)
 
 
 def _paths() -> list[str]:

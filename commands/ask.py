@@ -5,7 +5,7 @@ from typing import Any
 
 from commands.finished_run import open_run
 from gpt2core.config import GenerationConfig
-from gpt2core.data import Record, check_records, read_records, to_jsonl
+from gpt2core.data import Record, check_records, location_of, read_records, to_jsonl
 from gpt2core.evaluate import answer_text
 from gpt2core.generate import check_prompt, generate, stream
 from gpt2core.inference.detokenizer import IncrementalDetokenizer
@@ -74,7 +74,7 @@ class TunedModel:
             try:
                 check_prompt(prompt, self.model.config)
             except ValueError as error:
-                raise ValueError(f"question {i}: {error}") from None
+                raise ValueError(f"{location_of(records, i)}: {error}") from None
             prompts.append(prompt)
         return prompts
 

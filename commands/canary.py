@@ -59,10 +59,11 @@ class Service:
         try:
             response = requests.request(method, self.url + path, json=body, headers=self._headers, timeout=TIMEOUT)
             content: dict[str, Any] = response.json()
-        except requests.RequestException as error:
+            problem = None if response.ok else content["error"]["message"]
+        except (requests.RequestException, LookupError, TypeError) as error:
             raise CanaryError(f"{self.url} cannot be reached, or is not this service: {error}") from None
-        if not response.ok:
-            raise CanaryError(f"{self.url}{path}: {content['error']['message']}")
+        if problem is not None:
+            raise CanaryError(f"{self.url}{path}: {problem}")
         return content
 
 

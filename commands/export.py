@@ -1,6 +1,5 @@
 """`python run.py export`: the model of a finished run in the formats of other programs."""
 
-import json
 from pathlib import Path
 from shutil import copy2
 
@@ -34,6 +33,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty directory; choose a new one")
     finished = open_run(run)
+    card = _model_card(finished, kind)
     if kind == "peft":
         export_peft(finished.load(merge=False), out, finished.base.name)
     elif kind == "hf":
@@ -42,7 +42,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         write_gguf_adapter(finished.load(merge=False), out / "adapter.gguf")
         write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize)
-    atomic_write(out / CARD, _model_card(finished, kind).encode())
+    atomic_write(out / CARD, card.encode())
     return [out / name for name in list_files(out)]
 
 
@@ -68,8 +68,8 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
 
 def _model_card(finished: FinishedRun, kind: str) -> str:
     directory = finished.directory
-    lineage = Lineage.from_json(json.loads((directory / "lineage.json").read_text(encoding="utf-8")))
-    evaluation = Evaluation.from_json(json.loads((directory / "metrics.json").read_text(encoding="utf-8")))
-    split = SplitSummary.from_json(json.loads((directory / "split.json").read_text(encoding="utf-8")))
+    lineage = Lineage.from_json_file(directory / "lineage.json")
+    evaluation = Evaluation.from_json_file(directory / "metrics.json")
+    split = SplitSummary.from_json_file(directory / "split.json")
     library, content = FORMATS[kind]
     return evaluated_card(finished.adapter, lineage, evaluation, split.test.records, content, library)

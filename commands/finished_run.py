@@ -1,11 +1,11 @@
 """The model of a finished run in outputs/, or a run with another adapter."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2core.adapter_files import load_adapter
-from gpt2core.checkpoint import directory_sha256, load_pretrained
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.files import directory_sha256
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2, best_device
 from gpt2core.types import BaseRef, Lineage
@@ -58,7 +58,7 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
 
 def _check_recorded(adapter: Path, lineage: Path) -> None:
     """Reject an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
-    recorded = Lineage.from_json(json.loads(lineage.read_text(encoding="utf-8"))).adapter.sha256
+    recorded = Lineage.from_json_file(lineage).adapter.sha256
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(
             f"{adapter} has sha256 {found}, but the run's {lineage.name} records {recorded}: it changed after the run; "

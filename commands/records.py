@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2core.data import question, read_records, to_jsonl
+from gpt2core.data import Record, question, read_records, to_jsonl
 from gpt2core.files import atomic_write
 from gpt2core.prompt import split_prompt
 from gpt2core.types import LoggedFeedback
@@ -36,13 +36,20 @@ def collect(log: str | Path, out: Path) -> Collected:
     if not found:
         reason = f"; {problems[0]}" if problems else ""
         raise ValueError(f"{log} has {len(traffic.feedback)} ratings, but no usable correction{reason}")
-    records = {question(record): record for record in (read_records(out) if out.exists() else [])}
-    before = {key: record["output"] for key, record in records.items()}
+    records, changed = read_records(out) if out.exists() else [], 0
+    by_question: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        by_question[question(record)].append(record)
     for (instruction, input), output in found.items():
-        texts = {"instruction": instruction, "input": input, "output": output}
-        records[instruction, input] = records.get((instruction, input), {}) | texts
-    atomic_write(out, to_jsonl(list(records.values())))
-    return Collected(len(records), sum(before.get(key) != output for key, output in found.items()), problems)
+        known = by_question[instruction, input]
+        if not known:
+            known.append({"instruction": instruction, "input": input, "output": ""})
+            records += known
+        changed += sum(record["output"] != output for record in known)
+        for record in known:
+            record["output"] = output
+    atomic_write(out, to_jsonl(records))
+    return Collected(len(records), changed, problems)
 
 
 def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str]]:

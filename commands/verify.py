@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -26,7 +26,7 @@ from gpt2core.files import (
     to_json,
 )
 from gpt2core.records import records_sha256
-from gpt2core.types import Lineage, SplitSummary
+from gpt2core.types import BaseRef, JsonDataclass, Lineage, SplitSummary
 from steps.outputs import outputs_dir
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -36,6 +36,7 @@ STATEMENT = {
     "predicate": {"name": "package"},
 }
 LINEAGE, SIGNATURE = "lineage.json", "lineage.sig.json"
+T = TypeVar("T", bound=JsonDataclass)
 
 
 class VerifyError(ValueError):
@@ -71,7 +72,7 @@ def sign(directory: Path, key: Path) -> Path:
     """
     _verify_directory(directory, None)
     private = _load_key(key, load_pem_private_key, Ed25519PrivateKey)
-    lineage = _read_lineage(directory)
+    lineage = _read(Lineage, directory / LINEAGE)
     payload = json.dumps(STATEMENT | {"subject": _subjects(lineage)}, sort_keys=True).encode()
     signature = private.sign(_to_sign(payload))
     envelope = {
@@ -84,7 +85,7 @@ def sign(directory: Path, key: Path) -> Path:
 
 
 def _verify_directory(directory: Path, key: Path | None) -> list[str]:
-    lineage = _read_lineage(directory)
+    lineage = _read(Lineage, directory / LINEAGE)
     lines = []
     if (directory / "adapter").is_dir():
         lines.append(_same("adapter", directory_sha256(directory / "adapter"), lineage.adapter.sha256))
@@ -94,9 +95,9 @@ def _verify_directory(directory: Path, key: Path | None) -> list[str]:
         base = directory / "base"
         lines.append(_same("base", directory_sha256(base, checkpoint_files(base)), lineage.base.sha256))
     else:
-        recorded = str(read_json(directory / "base.json").get("sha256"))
-        lines.append(_same("reference to the base", recorded, lineage.base.sha256))
-    split = SplitSummary.from_json(read_json(directory / "split.json"))
+        reference = _read(BaseRef, directory / "base.json")
+        lines.append(_same("reference to the base", reference.sha256, lineage.base.sha256))
+    split = _read(SplitSummary, directory / "split.json")
     lines += [_same(f"{part} records in split.json", split.digests[part], sha) for part, sha in lineage.data.items()]
     if key is not None:
         lines.append(_check_signature(directory / SIGNATURE, key, lineage))
@@ -211,9 +212,9 @@ def _to_sign(payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def _read_lineage(directory: Path) -> Lineage:
+def _read(kind: type[T], file: Path) -> T:
     try:
-        return Lineage.from_json(read_json(directory / LINEAGE))
+        return kind.from_json_file(file)
     except (OSError, ValueError) as error:
         raise VerifyError(str(error)) from None
 

@@ -20,7 +20,7 @@ import yaml
 
 from deploy.source import ROOT
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import checkpoint_files, list_files, verify_directory
+from gpt2core.files import checkpoint_files, list_files, read_json, verify_directory
 from gpt2core.inference.native import NAME as NATIVE_LIBRARY
 from gpt2core.inference.native import library_file
 from gpt2core.types import AdapterRef, Lineage
@@ -44,7 +44,7 @@ DAMAGED = (BentoError, ValueError, OSError, KeyError, TypeError, yaml.YAMLError)
 
 def describe_adapter(directory: Path) -> AdapterRef:
     """The adapter's sha256 (over its files) and LoRA configuration."""
-    lora = json.loads((directory / ADAPTER_CONFIG).read_text())["lora"]
+    lora = read_json(directory / ADAPTER_CONFIG)["lora"]
     return AdapterRef.from_json({"sha256": directory_sha256(directory), **lora})
 
 
@@ -115,7 +115,7 @@ def lineage(tag: str) -> Lineage:
     """
     if not exists(tag):
         raise BentoError(f"the Bento {tag} is not in the store; run the pipeline again with --no-cache")
-    return Lineage.from_json(json.loads((_in_store("bentos", tag) / "src" / "lineage.json").read_text()))
+    return Lineage.from_json_file(_in_store("bentos", tag) / "src" / "lineage.json")
 
 
 def models(tag: str) -> dict[str, Path]:

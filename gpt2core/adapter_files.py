@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.files import read_json, to_json, write_files
-from gpt2core.lora import LoraLinear, add_lora, lora_config, lora_layers
+from gpt2core.lora import add_lora, lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import PEFT_CONFIG, read_peft
 from gpt2core.prompt import PROMPT_TEMPLATE
@@ -152,9 +152,8 @@ def _check_base(file: Path, base: Any, sha256: str | None, accept_other: bool) -
 
 
 def _adapter_state(model: GPT2) -> dict[str, Tensor]:
-    layers: Iterable[tuple[str, LoraLinear]] = lora_layers(model)
     return {
         f"{name}.{part}": getattr(layer, part).detach().float().contiguous()
-        for name, layer in layers
+        for name, layer in lora_layers(model)
         for part, _ in layer.named_parameters(recurse=False)
     }

@@ -15,7 +15,6 @@ Schedule = Literal["linear", "cosine", "constant"]
 WeightFormat = Literal["fp32", "bf16", "int8"]  # formats of the engine's weights
 Weights = Literal["auto", WeightFormat]  # auto: the fastest on this machine
 
-ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -53,7 +52,7 @@ class GPT2Config:
     generation_config: str | None = None  # text of generation_config.json
 
     def __post_init__(self) -> None:
-        _lists_to_tuples(self, "eos_token_id")
+        lists_to_tuples(self, "eos_token_id")
         check_types(self)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
@@ -99,7 +98,7 @@ class LoraConfig:
     b_lr_ratio: float = 1.0  # LoRA+: learning rate of lora_B over that of lora_A, arXiv:2402.12354
 
     def __post_init__(self) -> None:
-        _lists_to_tuples(self, "targets")
+        lists_to_tuples(self, "targets")
         check_types(self)
         check_field(self, "rank", self.rank >= 1, "at least 1")
         if self.alpha is None:
@@ -225,8 +224,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
-        for name in ("stop", "logit_bias", "stop_token_ids"):
-            _lists_to_tuples(self, name)
+        lists_to_tuples(self, "stop", "logit_bias", "stop_token_ids")
         check_types(self)
         check_field(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         check_field(self, "temperature", self.temperature >= 0, "0 or more")
@@ -250,7 +248,7 @@ class GenerationConfig:
 
 
 def _check_training(config: TrainConfig | PretrainConfig) -> None:
-    _lists_to_tuples(config, "betas")
+    lists_to_tuples(config, "betas")
     check_types(config)
     for name in ("batch_size", "gradient_accumulation_steps", "log_every_steps"):
         check_field(config, name, getattr(config, name) >= 1, "at least 1")
@@ -270,9 +268,10 @@ def _is_seed(value: int) -> bool:
     return 0 <= value < 2**63
 
 
-def _lists_to_tuples(config: Any, name: str) -> None:
-    """Convert the lists of YAML and JSON; types are checked afterwards."""
-    object.__setattr__(config, name, _as_tuple(getattr(config, name)))
+def lists_to_tuples(config: Any, *names: str) -> None:
+    """Convert the lists of YAML and JSON in these fields of a frozen dataclass; types are checked afterwards."""
+    for name in names:
+        object.__setattr__(config, name, _as_tuple(getattr(config, name)))
 
 
 def _as_tuple(value: Any) -> Any:

@@ -35,7 +35,7 @@ def finetune_adapter(
     Under torchrun every process calls this, and all end with the same adapter.
 
     Raises:
-        ValueError: more devices than GPUs, or several under torchrun; otherwise as `finetune`.
+        ValueError: more devices than GPUs, or cores without a GPU; several under torchrun; otherwise as `finetune`.
         RuntimeError: another process ended early.
     """
     with _process_group(config.devices, base_dir, lora, train, val, config, checkpoint_dir):
@@ -67,8 +67,10 @@ def _process_group(devices: int, *arguments: object) -> Iterator[None]:
     if devices == 1:
         yield
         return
-    if torch.cuda.is_available() and devices > torch.cuda.device_count():
-        raise ValueError(f"train.devices is {devices}, but there are {torch.cuda.device_count()} GPUs")
+    on_gpu = torch.cuda.is_available()
+    available = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+    if devices > available:
+        raise ValueError(f"train.devices is {devices}, but there are {available} {'GPUs' if on_gpu else 'CPU cores'}")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"

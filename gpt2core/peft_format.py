@@ -51,7 +51,7 @@ _UNDERSTOOD = {
     *("runtime_config", "eva_config", "ensure_weight_tying"),
 }
 # Initializations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
-_INITIALizATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
@@ -131,8 +131,7 @@ def read_peft(
     pairs = {
         (layer, target): _used_columns(parts["A"], part)
         for (layer, path), parts in layers.items()
-        for b in [parts["B"]]
-        for target, part in zip(_targets(path), b.chunk(len(_targets(path))), strict=True)
+        for target, part in zip(_targets(path), parts["B"].chunk(len(_targets(path))), strict=True)
     }
     changed = {target for (_, target), (_, b) in pairs.items() if b.any()} or {target for _, target in pairs}
     rank = max(len(a) for (_, target), (a, _) in pairs.items() if target in changed)
@@ -187,7 +186,7 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
     if description.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias is {description['bias']!r}; only 'none' is supported")
     initialization = description.get("init_lora_weights", True)
-    if initialization not in _INITIALizATIONS:
+    if initialization not in _INITIALIZATIONS:
         raise ValueError(f"{file}: init_lora_weights is {initialization!r}, which changes the base; export it merged")
     for key, value in description.items():
         if value and key not in _UNDERSTOOD:

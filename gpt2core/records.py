@@ -164,8 +164,7 @@ def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _with_location(record: Record | str, location: str) -> Record:
-    assert not isinstance(record, str)
+def _with_location(record: Record, location: str) -> Record:
     located = FileRecord(record)
     located.location = location
     return located

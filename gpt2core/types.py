@@ -5,9 +5,11 @@ Scores are in `gpt2core/metrics.py`, a deployment's outcome in `deploy/target.py
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from types import UnionType
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
+from gpt2core.files import read_json
 from gpt2core.metrics import RecordScores, Scores
 
 
@@ -27,6 +29,19 @@ class JsonDataclass:
         value = _read(cls, data, cls.__name__)
         assert isinstance(value, cls)
         return value
+
+    @classmethod
+    def from_json_file(cls, file: Path) -> Self:
+        """`from_json` of the object in the file.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file.
+        """
+        data = read_json(file)
+        try:
+            return cls.from_json(data)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged or was changed: {error}") from None
 
 
 MODELS = ("base", "tuned", "champion")  # the models that answer a test record
@@ -253,7 +268,7 @@ class BaseRef(JsonDataclass):
 
 @dataclass(frozen=True)
 class AdapterRef(JsonDataclass):
-    """The adapter: sha256 of its directory (`gpt2core.checkpoint.directory_sha256`) and its LoRA configuration."""
+    """The adapter: sha256 of its directory (`gpt2core.files.directory_sha256`) and its LoRA configuration."""
 
     sha256: str
     rank: int
@@ -320,7 +335,7 @@ class LoggedShadow(JsonDataclass):
     finish_reason: str  # stop, length, deadline or error
     milliseconds: float  # of the canary's answer alone
     completion_tokens: int
-    agreed: bool  # with the client's answer, but for case, white space and a final period
+    agreed: bool  # with the client's answer, except for case, whitespace and a final period
     token_f1: float  # with the client's answer as reference
     mean_logprob: float | None  # of the canary's tokens, in nats; None: it generated none
     answer: str | None = None
@@ -354,9 +369,9 @@ def _read(annotation: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{path} is {value!r}; it must be an object")
         hints = get_type_hints(annotation)
-        missing = [f.name for f in fields(annotation) if f.name not in value and f.default is MISSING]
-        if missing:
-            raise ValueError(f"{path} has no {missing[0]!r}")
+        for f in fields(annotation):
+            if f.name not in value and f.default is MISSING and f.default_factory is MISSING:
+                raise ValueError(f"{path} has no {f.name!r}")
         return annotation(**{k: _read(hints[k], v, f"{path}.{k}") for k, v in value.items() if k in hints})
     if origin is dict:
         if not isinstance(value, Mapping):
@@ -368,6 +383,7 @@ def _read(annotation: Any, value: Any, path: str) -> Any:
         return [_read(arguments[0], inner, f"{path}[{i}]") for i, inner in enumerate(value)]
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(annotation, type) and (not isinstance(value, annotation) or (annotation is int and value is True)):
+    is_of_type = not isinstance(annotation, type) or isinstance(value, annotation)
+    if not is_of_type or (annotation is int and isinstance(value, bool)):
         raise ValueError(f"{path} is {value!r}; it must be {annotation.__name__}")
     return value

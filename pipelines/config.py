@@ -31,6 +31,8 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
         ConfigError: the file does not exist, is not valid YAML, or has an unknown key or a value that is not allowed.
     """
     file = Path(file)
+    if file.is_dir():
+        raise ConfigError(f"{file} is a directory; pass a YAML file")
     if not file.is_file():
         existing = ", ".join(sorted(str(path) for path in Path(file.parent).glob("*.yaml"))) or "no YAML file"
         raise ConfigError(f"{file} does not exist; its directory has {existing}")

@@ -50,6 +50,7 @@ def finetune_pipeline(
     """Finetune an adapter on instruction data; evaluate, package, promote and deploy it."""
     if lora.dora:  # the service applies adapters unmerged, which the engine cannot do with DoRA
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
+    base.check_rank(lora)
     # Local files may change under the same name, so they are always read. Later steps are cached by the records.
     fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
     records = fetch(data, base, seed)

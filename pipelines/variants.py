@@ -37,7 +37,14 @@ def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
         defaults = {name: type(value)() for name, value in common.items()}
         common = _merge(defaults, sweep.full, "sweep.full")
     labeled = {**sweep.variants, **dict(_combinations(sweep.grid))}
-    return {label: _merge(common, changes, f"sweep.variants.{label}") for label, changes in labeled.items()}
+    variants = {label: _merge(common, changes, f"sweep.variants.{label}") for label, changes in labeled.items()}
+    for label, variant in variants.items():
+        if sweep.kind == "finetune":
+            try:
+                variant["base"].check_rank(variant["lora"])
+            except ValueError as error:
+                raise ConfigError(f"sweep.variants.{label}: {error}") from None
+    return variants
 
 
 def _combinations(grid: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,7 @@ def load_yaml(text: str) -> Any:
             raise ValueError(f"its aliases expand to more than {MAX_NODES} values")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error).replace(' in "<unicode string>",', " in")) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -2,7 +2,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import rmtree
 from typing import Annotated
 
 from zenml import get_step_context, step
@@ -99,9 +98,6 @@ def _with_champion(
         answers = _answers(champion, [test_records[i] for i in unseen], evaluate)
     except (ValueError, OSError, RuntimeError, HubError) as error:
         return samples, replace(comparison, note=f"{name} cannot be evaluated: {error}"), ""
-    finally:
-        for directory in (champion.adapter, champion.base):  # ZenML's temporary copies
-            rmtree(directory, ignore_errors=True)
     for i, answer in zip(unseen, answers.answers, strict=True):
         samples[i] = samples[i].with_champion(answer)
     common = [samples[i] for i in unseen]

@@ -6,7 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
-from gpt2core.config import PRESETS, GPT2Config, PretrainConfig, TooLong, TrainConfig, check_field, check_types
+from gpt2core.config import (
+    PRESETS,
+    GPT2Config,
+    LoraConfig,
+    PretrainConfig,
+    TooLong,
+    TrainConfig,
+    check_field,
+    check_types,
+    lists_to_tuples,
+)
 from gpt2core.metrics import METRICS
 from gpt2core.record_formats import COLUMNS
 
@@ -72,6 +82,11 @@ class BaseConfig:
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
 
+    def check_rank(self, lora: LoraConfig) -> None:
+        """`check_rank` for a base that is made here; the step `finetune` checks one of the hub."""
+        if self.source != "hub":
+            check_rank(lora, GPT2Config.preset(self.name).n_embd)
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -87,15 +102,11 @@ class TextConfig:
     prompts: tuple[str, ...] = ()  # whose greedy continuations are kept with the results
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", tuple(self.prompts) if isinstance(self.prompts, list) else self.prompts)
+        lists_to_tuples(self, "prompts")
         check_types(self)
-        for name in ("path", "url"):
-            wanted = self.source == {"path": "file", "url": "url"}[name]
-            rule = (
-                "the location of the text"
-                if wanted
-                else f"empty unless text.source is {'file' if name == 'path' else name}"
-            )
+        for name, source in (("path", "file"), ("url", "url")):
+            wanted = self.source == source
+            rule = "the location of the text" if wanted else f"empty unless text.source is {source}"
             check_field(self, name, bool(getattr(self, name)) == wanted, rule)
         digest = bool(re.fullmatch("[0-9a-fA-F]{64}", self.sha256)) or self.source != "url"
         check_field(self, "sha256", digest, "the 64 hexadecimal digits of the file's sha256")
@@ -176,9 +187,7 @@ class SweepConfig:
     full: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # with scale: full, in place of the parameters
 
     def __post_init__(self) -> None:
-        for name in ("metrics", "seeds"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        lists_to_tuples(self, "metrics", "seeds")
         if not self.metrics and self.kind in TRIAL_METRICS:
             object.__setattr__(self, "metrics", tuple(TRIAL_METRICS[self.kind])[:3])
         check_types(self)
@@ -200,6 +209,15 @@ class SweepConfig:
 def default_learning_rate(base: BaseConfig) -> float:
     """The learning rate of finetuning where the configuration has none: a larger model needs a smaller one."""
     return 3e-4 if base.source == "hub" else TrainConfig().learning_rate
+
+
+def check_rank(lora: LoraConfig, n_embd: int) -> None:
+    """Raise ValueError for a rank above that of the adapted matrices, whose smaller side is `n_embd`.
+
+    The additional weights could express nothing more, and a mistyped rank would fill the memory after pretraining.
+    """
+    if lora.rank > n_embd:
+        raise ValueError(f"lora.rank is {lora.rank}; it must be at most {n_embd}, the width of the base (n_embd)")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gpt2core.types import SplitPart, TrainSummary
 from steps.adapters.base import open_base, read_base
 from steps.adapters.model_card import CARD, adapter_card
 from steps.cache import code_of
-from steps.config import TrackingConfig
+from steps.config import TrackingConfig, check_rank
 from steps.materializers import DirectoryMaterializer, output_directory
 from steps.metadata import attach_metadata
 from steps.training import resumable_training
@@ -37,7 +37,9 @@ def finetune(
 ]:
     """Train a LoRA adapter on the train split; returns its directory, the logged values by step, and a summary."""
     base_dir, base_ref = open_base(base), read_base(base)
-    tokenizer, n_positions = load_tokenizer(base_dir), read_config(base_dir / CONFIG).n_positions
+    config = read_config(base_dir / CONFIG)
+    check_rank(lora, config.n_embd)
+    tokenizer, n_positions = load_tokenizer(base_dir), config.n_positions
     examples, val_examples = (
         encode_records(records, tokenizer, n_positions) for records in (train_records, val_records)
     )

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from gpt2core.files import directory_sha256
+from tests.helpers import flip_bit
 
 ROOT = Path(__file__).parent.parent
 RUN = ("run.py", "finetune", "--config", "configs/dev.yaml")
@@ -128,24 +129,18 @@ def _flipped_bits_in_stores(store: Store, adapter: str) -> bool:
     """Flip one bit in ZenML's copy of the adapter, and one in the Bento's copy of the base: the rerun rebuilds both."""
     [artifact] = store.zenml.glob("local_stores/*/finetune/adapter/*/*/data.tar.gz")
     [model] = store.bentos.glob("models/gpt2-instruct-base/*/model.safetensors")
-    _flip(artifact)
-    _flip(model)
+    flip_bit(artifact)
+    flip_bit(model)
     lost = _rerun(store, "one bit flipped in the cached adapter and in the Bento's base", "detected", adapter)
     status, message = store.run("run.py", "verify", str(store.outputs / "latest"))
     return _report("the same, verified afterwards", message, status != 0) or lost
 
 
 def _flipped_bit_in_outputs(store: Store) -> bool:
-    _flip(store.outputs / "latest" / "adapter" / "adapter.safetensors")
+    flip_bit(store.outputs / "latest" / "adapter" / "adapter.safetensors")
     found = [store.run("run.py", *words) for words in (("verify", str(store.outputs / "latest")), ("ask", "Hello?"))]
     lost = any(status == 0 for status, _ in found)
     return _report("one bit flipped in the adapter in outputs/", " / ".join(message for _, message in found), lost)
-
-
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def _damaged_database(store: Store) -> bool:

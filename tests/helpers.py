@@ -71,6 +71,13 @@ def is_ready(url: str) -> bool:
         return False
 
 
+def flip_bit(file: Path) -> None:
+    """Change one bit in the middle of the file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the model's state dict."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -79,7 +79,7 @@ ADAPTERS = {  # the library that each adapter wraps
     "hub": {"huggingface_hub"},
     "model_card": {"huggingface_hub"},
     "progress": {"tqdm"},
-    "judge": {"requests", "urllib3"},
+    "judge": {"requests"},
     "pages": {"jinja2"},
     "report": {"evidently", "markupsafe", "pandas", "plotly"},
     "rouge": {"rouge_score"},

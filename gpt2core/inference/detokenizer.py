@@ -11,8 +11,8 @@ from gpt2core.prompt import MARKERS, cut_reply
 class IncrementalDetokenizer:
     """Converts tokens to text incrementally; the concatenated results are the completion's text.
 
-    Holds back what may still change: incomplete UTF-8 characters, a possible start of a stop text or (in a clean
-    answer) of a prompt header, and white space that may be trailing.
+    Holds back what may still change: incomplete UTF-8 characters, a possible start of a stop string or (in a clean
+    answer) of a prompt header, and whitespace that may be trailing.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class IncrementalDetokenizer:
         self._raw = ""
         self._n_emitted = 0
         self._held_texts = (*stops, *MARKERS) if clean else tuple(stops)
-        self.stopped = False  # whether the text ended at a stop text
+        self.stopped = False  # whether the text ended at a stop string
 
     def push(self, token: int) -> str:
         """The text that became final with this token; "" after a stop string."""

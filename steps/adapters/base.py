@@ -3,12 +3,10 @@
 A base from the hub is stored as name, revision and sha256; its 1.5 GB are downloaded where they are needed.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpt2core.checkpoint import atomic_write
-from gpt2core.files import checkpoint_files, verify_directory
+from gpt2core.files import atomic_write, checkpoint_files, to_json, verify_directory
 from gpt2core.types import BaseRef
 from steps.adapters.hub import fetch_base
 
@@ -18,13 +16,12 @@ Figures = Mapping[str, str | int | float]
 
 def write_base(directory: Path, base: BaseRef, figures: Figures) -> None:
     """Write base.json: the reference, and figures about the base (parameters, losses, ...) for readers."""
-    content = base.to_json() | dict(figures)
-    atomic_write(directory / REFERENCE, (json.dumps(content, indent=2) + "\n").encode())
+    atomic_write(directory / REFERENCE, to_json(base.to_json() | dict(figures)))
 
 
 def read_base(directory: Path) -> BaseRef:
     """The reference in base.json."""
-    return BaseRef.from_json(json.loads((directory / REFERENCE).read_text()))
+    return BaseRef.from_json_file(directory / REFERENCE)
 
 
 def has_checkpoint(directory: Path) -> bool:

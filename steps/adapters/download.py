@@ -15,11 +15,11 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 from gpt2core.files import file_sha256, naming_file
+from steps.adapters.webhook import BUSY
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # bytes
-BUSY = (429, 500, 502, 503, 504)
 # Errors that are retried: refused and broken connections, timeouts, a body that ends too early.
 TRANSIENT = (
     *(requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError),

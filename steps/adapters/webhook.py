@@ -8,8 +8,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 TIMEOUT = 10  # seconds to connect, and to the response's status
-RETRIES = 2  # after broken connections and the statuses BUSY, with exponential backoff
-BUSY = (429, 500, 502, 503, 504)
+RETRIES = 2
+BUSY = (429, 500, 502, 503, 504)  # statuses after which a request is repeated
 
 
 class WebhookError(RuntimeError):
@@ -28,16 +28,24 @@ def post(url: str, content: dict[str, Any]) -> None:
         parts, shown = urlsplit(""), "the URL"
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise WebhookError("the webhook is not an http or https URL")
-    retry = Retry(RETRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=0.5, raise_on_status=False)
-    retry.respect_retry_after_header = False  # it may demand a wait of any length
     try:
-        with requests.Session() as session:
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=retry))
-            # stream: the body, which may have no end, is not read
-            with session.post(url, json=content, timeout=TIMEOUT, allow_redirects=False, stream=True) as response:
-                status = response.status_code
+        # stream: the body, which may have no end, is not read
+        with (
+            retrying_session() as session,
+            session.post(url, json=content, timeout=TIMEOUT, allow_redirects=False, stream=True) as response,
+        ):
+            status = response.status_code
     except requests.RequestException as error:
         raise WebhookError(f"{shown} cannot be reached ({type(error).__name__})") from None
     if not 200 <= status < 300:
         raise WebhookError(f"{shown} answered {status}")
+
+
+def retrying_session() -> requests.Session:
+    """A session that repeats any request after broken connections and the statuses BUSY, with exponential backoff."""
+    retry = Retry(RETRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=0.5, raise_on_status=False)
+    retry.respect_retry_after_header = False  # it may demand a wait of any length
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    return session

@@ -113,7 +113,7 @@ def test_every_token_has_its_logprobs_also_while_text_is_held_back(client):
     values = {"model": "base", "prompt": "The capital of Canada", "max_tokens": 24, "logprobs": 2}
     whole = client.completions.create(**values).choices[0]
     assert len(whole.logprobs.tokens) == 24
-    # the text begins as this stop text does, and then differs: it is held back until the end
+    # the text begins as this stop string does, and then differs: it is held back until the end
     stop = whole.text[: len(whole.text) // 2] + "\x01never"
     assert client.completions.create(**values, stop=stop).choices[0] == whole
     chunks = [chunk.choices[0] for chunk in client.completions.create(**values, stop=stop, stream=True)]

@@ -1,6 +1,8 @@
 """`python run.py ask` with a run in outputs/."""
 
 import json
+import subprocess
+import sys
 from shutil import copytree
 
 import pytest
@@ -17,6 +19,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from run import main
 from steps.adapters.base import write_base
+from tests.copies import ROOT
 from tests.helpers import make_lineage
 
 
@@ -86,6 +89,22 @@ def test_an_error_is_one_line_with_the_cause(words, message):
     assert done.exception is None or isinstance(done.exception, SystemExit)
 
 
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("{}", "has no 'run'")])
+def test_a_damaged_lineage_is_named(outputs, content, message):
+    (outputs / "latest" / "lineage.json").write_text(content)
+    done = run("Name a river.")
+    assert done.exit_code == 1
+    assert done.output.startswith(f"Error: {outputs}/latest/lineage.json is")
+    assert message in done.output
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    command = [sys.executable, "run.py", "ask", "Name a river."]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_another_adapter_answers_and_one_of_another_base_must_be_accepted(base_dir, adapter_dir, tmp_path, outputs):
     other = tmp_path / "peft"
     export_peft(load_adapter(load_pretrained(base_dir), adapter_dir), other)
@@ -105,7 +124,15 @@ def test_a_question_that_is_too_long_is_reported_before_the_first_answer(tmp_pat
     done = run("--file", str(file))
     assert done.exit_code == 1
     assert done.stdout == ""
-    assert "question 40" in done.stderr
+    assert "record 41 (line 41): prompt has" in done.stderr
+
+
+def test_a_damaged_reference_to_the_base_is_named(outputs):
+    file = outputs / "latest" / "base" / "base.json"
+    file.write_text("{")
+    done = run("Name a river.")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"{file} is not valid JSON" in done.stderr
 
 
 def test_an_adapter_that_changed_after_the_run_is_refused(outputs):

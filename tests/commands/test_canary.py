@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 from click.testing import CliRunner
@@ -46,6 +48,26 @@ def test_a_canary_is_started_promoted_and_aborted(base_dir, adapter_dir, tmp_pat
             assert result.exit_code == 1
             assert message in result.output
             assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("body", [b'{"detail": "Not Found"}', b'"no"', b"<html>"])
+def test_another_server_is_an_error_of_one_line(body):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *values):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        Thread(target=server.handle_request).start()
+        result = run("canary", "status", "--url", f"http://127.0.0.1:{server.server_port}")
+    assert result.exit_code == 1
+    assert "is not this service" in result.output
+    assert len(result.output.splitlines()) == 1
 
 
 def arm(completed: int, failed: int, mean: float = 1.0, variance: float = 0.04) -> dict[str, float]:

@@ -6,22 +6,13 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bentos.request_log import RequestLog
 from commands.records import collect
 from gpt2core.data import read_records
-from gpt2core.prompt import format_prompt, split_prompt
+from gpt2core.prompt import format_prompt
 from run import main
 from tests.bentos.test_request_log import decode, result
-
-
-@given(st.text(min_size=1), st.text())
-def test_splitting_a_prompt_gives_texts_of_the_same_prompt(instruction, input):
-    prompt = format_prompt(instruction, input)
-    assert format_prompt(*split_prompt(prompt)) == prompt
-    assert split_prompt(prompt[1:]) is split_prompt(prompt[:-1]) is None
 
 
 @pytest.fixture
@@ -76,6 +67,7 @@ def test_records_of_earlier_logs_stay_in_the_file_and_get_newer_corrections(log,
     old = [
         {"instruction": "Say yes.", "input": "", "output": "no", "family": "words"},
         {"instruction": "Say 1.", "output": "1"},
+        {"instruction": "Say 1.", "output": "one"},
     ]
     out.write_text("".join(json.dumps(record) + "\n" for record in old))
     answered(log, "a", "Say yes.")
@@ -83,7 +75,7 @@ def test_records_of_earlier_logs_stay_in_the_file_and_get_newer_corrections(log,
     log.close()
     assert collect(tmp_path / "requests.jsonl", out).changed == 1
     assert collect(tmp_path / "requests.jsonl", out).changed == 0
-    assert read_records(out) == [old[0] | {"output": "yes"}, old[1] | {"input": ""}]
+    assert read_records(out) == [old[0] | {"output": "yes"}, old[1] | {"input": ""}, old[2] | {"input": ""}]
 
 
 def test_what_cannot_be_used_is_named_by_its_line_and_the_rest_is_written(log, tmp_path):

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import pytest
 import yaml
@@ -15,7 +15,7 @@ from deploy import bento
 from deploy.kubernetes.render import PREFIX, annotations
 from run import main
 from tests.deploy.kube_api import TOKEN
-from tests.helpers import build_bento
+from tests.helpers import build_bento, flip_bit
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -58,12 +58,6 @@ def signed(tag, base_dir, adapter_dir, tmp_path, keys):
     return directory
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def test_a_run_is_verified_back_to_the_records(dev_run):
     result = invoke("verify", dev_run.directory)
     assert result.exit_code == 0, result.output
@@ -81,10 +75,21 @@ def test_what_cannot_be_checked_is_said(signed, keys):
 
 @pytest.mark.parametrize("file", ["adapter/adapter.safetensors", "base/model.safetensors", "base/config.json"])
 def test_a_flipped_bit_of_the_weights_is_found(signed, file):
-    flip(signed / file)
+    flip_bit(signed / file)
     result = invoke("verify", signed)
     assert result.exit_code == 1
     assert "damaged or was changed" in result.output
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{}")], ids=["missing", "empty"])
+@pytest.mark.parametrize("name", ["split.json", "lineage.json", "base.json"])
+def test_a_damaged_file_of_a_run_is_an_error_of_one_line(signed, tag, name, damage):
+    rmtree(signed / "base")
+    (signed / "base.json").write_text(json.dumps(bento.lineage(tag).base.to_json()))
+    damage(signed / name)
+    result = invoke("verify", signed)
+    assert result.exit_code == 1
+    assert re.fullmatch(rf"Error: .*{name}.*\n", result.output)
 
 
 def test_a_changed_lineage_or_another_key_fails_the_signature(signed, keys):

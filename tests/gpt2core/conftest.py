@@ -7,8 +7,10 @@ import torch
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
+from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config
 from gpt2core.demo.base import train_tokenizer
+from gpt2core.tokenizer import load_tokenizer
 
 with suppress(ImportError):  # a machine that only runs the GPU tests may not have hypothesis
     from hypothesis import HealthCheck, settings
@@ -71,8 +73,24 @@ def tiny_gpt2_dir(make_hf, tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def model(tiny_gpt2_dir):
+    return load_pretrained(tiny_gpt2_dir)
+
+
+@pytest.fixture(scope="session")
+def hf(tiny_gpt2_dir):
+    """The same model in transformers; a test that changes it makes a copy."""
+    return GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(SENTENCES, 400, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir):
+    return load_tokenizer(tokenizer_dir)

@@ -21,19 +21,12 @@ from gpt2core.data import (
     split_records,
     to_jsonl,
 )
-from gpt2core.prompt import format_prompt
-from gpt2core.tokenizer import load_tokenizer
 
 GOOD = {"instruction": "Say é.", "input": "", "output": "é"}
 
 
 def numbered(n: int, **values) -> list[dict]:
     return [{"instruction": f"Say {i}.", "input": "", "output": str(i), **values} for i in range(n)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return load_tokenizer(tokenizer_dir)
 
 
 def test_duplicates_and_repeated_questions_are_counted():
@@ -115,20 +108,6 @@ def test_too_few_records_or_groups_are_refused():
 def test_even_few_records_have_a_test_record():
     assert [len(part) for part in split_records(numbered(3), 0)] == [2, 0, 1]
     assert [len(part) for part in split_records(numbered(3), 0, 0.0, 0.0)] == [3, 0, 0]
-
-
-def test_an_example_is_the_prompt_then_the_response_then_end_of_text(tokenizer):
-    [example] = encode_records([GOOD | {"input": "x"}], tokenizer, 200)
-    prompt = tokenizer.encode_ordinary(format_prompt("Say é.", "x"))
-    assert example.prompt_length == len(prompt) < len(example.input_ids)
-    assert example.input_ids[: len(prompt)] == prompt
-    assert tokenizer.decode(example.input_ids[len(prompt) : -1]) == "é"
-    assert example.input_ids[-1] == tokenizer.eot_token
-
-
-def test_end_of_text_spelled_in_a_record_is_plain_text(tokenizer):
-    [example] = encode_records([GOOD | {"instruction": "<|endoftext|>", "output": "<|endoftext|>"}], tokenizer, 200)
-    assert example.input_ids.count(tokenizer.eot_token) == 1
 
 
 def test_records_with_markers_are_found_by_their_place():

@@ -43,7 +43,7 @@ def test_invalid_utf8_is_replaced_as_in_the_whole(data):
 def test_the_text_ends_before_the_first_stop(text, stops):
     starts = [text.find(stop) for stop in stops if stop in text]
     whole = "".join(pieces(text.encode(), stops, clean=False))
-    # the stop text that is complete first ends it, even if a longer one started before
+    # the stop string that is complete first ends it, even if a longer one started before
     assert text.startswith(whole)
     assert not any(stop in whole for stop in stops)
     if not starts:

@@ -20,11 +20,6 @@ from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_a
 from tests.helpers import wait_until
 
 
-@pytest.fixture
-def model(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
 class StepGate:
     """Makes the engine wait before each step until the test allows it."""
 

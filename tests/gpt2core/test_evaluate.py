@@ -14,7 +14,6 @@ from gpt2core.evaluate import answer_text, compare_answers, evaluate
 from gpt2core.generate import generate
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt
-from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import Evaluation, FamilyScores, Sample, TrainSummary
 
 RECORDS = [
@@ -22,11 +21,6 @@ RECORDS = [
     {"instruction": "Say this.", "input": "the words", "output": "the words"},
     {"instruction": "And now?", "input": "", "output": "no more words"},
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_dir):
-    return load_tokenizer(tokenizer_dir)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ from tests.gpt2core.decoding import random_prompts
 PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2], [50, 51]]
 
 
-@pytest.fixture
-def model(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
 def sampling(**values) -> GenerationConfig:
     return GenerationConfig(**{"max_new_tokens": 12, "temperature": 1.0, "seed": 3} | values)
 
@@ -108,13 +103,12 @@ CONTROLS = [
 
 
 @pytest.mark.parametrize("controls", CONTROLS, ids=lambda controls: ",".join(controls))
-def test_controls_give_the_tokens_of_transformers_in_generate_and_engine(model, tiny_gpt2_dir, controls):
-    reference = GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
+def test_controls_give_the_tokens_of_transformers_in_generate_and_engine(model, hf, controls):
     config = GenerationConfig(max_new_tokens=16, eos_id=11, **controls)
     prompts = random_prompts(6, longest=40)
     expected = []
     for prompt in prompts:
-        whole = reference.generate(
+        whole = hf.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=16,

@@ -29,11 +29,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def model(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
-@pytest.fixture
 def good(tiny_gpt2_dir, tmp_path):
     return save_random_adapter(load_pretrained(tiny_gpt2_dir), LoraConfig(), 1, tmp_path / "good")
 

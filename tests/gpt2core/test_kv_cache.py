@@ -16,11 +16,6 @@ from tests.gpt2core.test_batching import attention_by_sequence
 from tests.helpers import wait_until
 
 
-@pytest.fixture
-def model(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
 def decode_all(model, prompts, configs, max_batch: int, static_cache: bool = False) -> list[list[int]]:
     with Engine(model, max_batch, "fp32", static_cache=static_cache) as engine:
         requests = [engine.submit(*pair) for pair in zip(prompts, configs, strict=True)]

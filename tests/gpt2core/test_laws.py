@@ -1,13 +1,14 @@
 """Properties for any value: undoing, writing and reading, or decoding in another way gives the same result."""
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2core.checkpoint import load_pretrained, save_pretrained
-from gpt2core.config import ACTIVATIONS, LORA_TARGETS, GenerationConfig, GPT2Config, LoraConfig
+from gpt2core.config import LORA_TARGETS, Activation, GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine
 from gpt2core.lora import add_lora, merge_lora, remove_lora, unmerge_lora
 from gpt2core.model import GPT2
@@ -25,7 +26,7 @@ CONFIGS = st.builds(
     n_head=st.sampled_from([1, 2, 4]),
     n_embd=st.sampled_from([4, 8]),
     n_inner=st.none() | st.integers(1, 40),
-    activation_function=st.sampled_from(ACTIVATIONS),
+    activation_function=st.sampled_from(get_args(Activation)),
     layer_norm_epsilon=st.floats(0, 1, allow_subnormal=False),
     scale_attn_weights=st.booleans(),
     scale_attn_by_inverse_layer_idx=st.booleans(),
@@ -77,6 +78,7 @@ def test_a_prompt_is_split_into_what_gives_the_same_prompt(instruction, input):
     parts = split_prompt(prompt)
     assert parts is not None
     assert format_prompt(*parts) == prompt
+    assert split_prompt(prompt[1:]) is split_prompt(prompt[:-1]) is None
     if "### Input:" not in instruction + input:
         assert parts == (instruction, input)
 

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import LORA_TARGETS, LoraConfig
 from gpt2core.engine import Engine
-from gpt2core.lora import add_lora, lora_config, lora_layers, merge_lora, remove_lora, unmerge_lora
+from gpt2core.lora import add_lora, lora_config, lora_layers, merge_lora, remove_lora
 from tests.helpers import randomise_lora, same_state, snapshot
 
 # The same fp32 sums in another order, as in test_model.
@@ -37,11 +37,6 @@ def bare(tiny_gpt2_dir):
 def adapted(bare):
     """Every layer adapted, alpha other than the rank, both matrices random."""
     return randomise_lora(add_lora(bare, ALL, seed=0))
-
-
-@pytest.fixture(scope="module")
-def hf(tiny_gpt2_dir):
-    return GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
 
 
 @FEW
@@ -172,26 +167,6 @@ def test_merging_adds_the_explicit_formula(adapted):
     for name, layer in lora_layers(merge_lora(adapted)):
         delta = explicit_delta(layer, range(layer.n_blocks))
         torch.testing.assert_close(layer.linear.weight - before[name], delta, rtol=1e-4, atol=1e-5)
-
-
-def test_merging_twice_has_no_further_effect(adapted):
-    once = snapshot(merge_lora(adapted))
-    assert same_state(snapshot(merge_lora(adapted)), once)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerging_restores_the_weights_bit_for_bit(bare, dtype):
-    model = randomise_lora(add_lora(bare.to(dtype), ALL))
-    before = snapshot(model)
-    for _ in range(3):
-        assert not same_state(snapshot(merge_lora(model)), before)
-        unmerge_lora(model)
-    assert same_state(snapshot(unmerge_lora(model)), before)
-
-
-def test_unmerging_an_unmerged_model_changes_nothing(adapted):
-    before = snapshot(adapted)
-    assert same_state(snapshot(unmerge_lora(adapted)), before)
 
 
 @pytest.mark.parametrize("merged", [False, True])

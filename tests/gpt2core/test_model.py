@@ -51,11 +51,6 @@ def pair(make_hf, tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def model(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_are_those_of_transformers(pair, config):
     hf, ours = pair(**config)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
 
 from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, read_adapter
 from gpt2core.config import LORA_TARGETS, LoraConfig
@@ -18,11 +17,6 @@ from tests.helpers import randomise_lora, same_state, snapshot
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_model
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def hf(tiny_gpt2_dir):
-    return GPT2LMHeadModel.from_pretrained(tiny_gpt2_dir).eval()
 
 
 @pytest.fixture

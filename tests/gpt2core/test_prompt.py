@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from gpt2core.data import encode_records
 from gpt2core.prompt import PREAMBLE, PROMPT_TEMPLATE, RESPONSE, PromptTemplate, format_prompt, parse_reply
-from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
+from gpt2core.tokenizer import END_OF_TEXT
 
 MANY = settings(max_examples=300)
 HEADERS = ("### Instruction:", "### Input:", RESPONSE)
@@ -126,8 +126,7 @@ def test_nothing_of_the_prompt_is_left_in_an_answer(instruction, input, answer):
 @example("a", "", "\n\n")
 @example("a", "b", " b")
 @example(END_OF_TEXT, END_OF_TEXT, END_OF_TEXT)
-def test_the_inference_prompt_is_a_strict_prefix_of_the_training_example(tokenizer_dir, instruction, input, output):
-    tokenizer = load_tokenizer(tokenizer_dir)
+def test_the_inference_prompt_is_a_strict_prefix_of_the_training_example(tokenizer, instruction, input, output):
     record = {"instruction": instruction, "input": input, "output": output}
     [encoded] = encode_records([record], tokenizer, 10_000)
     prompt = tokenizer.encode_ordinary(format_prompt(instruction, input))

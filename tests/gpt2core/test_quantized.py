@@ -22,11 +22,6 @@ FORMATS = supported_formats(torch.device("cpu"))
 needs_int8 = pytest.mark.skipif(not has_int8(torch.device("cpu")), reason="no int8 kernel on this processor")
 
 
-@pytest.fixture
-def model(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
 def logits_of(model: GPT2, weights: str, ids: torch.Tensor) -> torch.Tensor:
     whole = QuantizedModel(model, weights)
     with torch.inference_mode():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gpt2core.types import Lineage, TrainSummary
+from gpt2core.types import FamilyScores, Lineage, TrainSummary
 from tests.helpers import make_lineage
 
 
@@ -17,6 +17,7 @@ def test_unknown_keys_are_ignored_and_fields_with_a_default_may_be_missing():
     data = make_lineage().to_json() | {"newer": 1}
     del data["bento"]
     assert Lineage.from_json(data) == make_lineage()
+    assert FamilyScores.from_json({"records": 1, "base": 0, "tuned": 1}) == FamilyScores(1, 0.0, 1.0, [], [])
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_unknown_keys_are_ignored_and_fields_with_a_default_may_be_missing():
         (("versions", "torch"), 2, "Lineage.versions.torch is 2"),
         (("adapter", "targets"), "q", "Lineage.adapter.targets is 'q'; it must be a list"),
         (("adapter", "targets"), ["q", 1], r"Lineage.adapter.targets\[1\] is 1"),
-        (("adapter", "rank"), True, "Lineage.adapter.rank is True; it must be int"),
+        (("adapter", "rank"), False, "Lineage.adapter.rank is False; it must be int"),
         (("commit", "dirty"), "no", "Lineage.commit.dirty is 'no'; it must be bool"),
     ],
 )

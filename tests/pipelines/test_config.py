@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zenml.pipelines.pipeline_definition import Pipeline
 
-from gpt2core.config import AttentionConfig
+from gpt2core.config import AttentionConfig, GenerationConfig, LoraConfig, TrainConfig
 from pipelines.config import check_config, read_config, set_values
 from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
@@ -20,7 +20,7 @@ from pipelines.monitor_pipeline import monitor_pipeline
 from pipelines.pretrain_pipeline import pretrain_pipeline
 from pipelines.sweep_pipeline import sweep_pipeline
 from pipelines.variants import variants_of
-from steps.config import SweepConfig
+from steps.config import BaseConfig, DataConfig, SweepConfig
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {ROOT / "configs" / "pretrain.yaml"})
@@ -103,7 +103,7 @@ def test_a_misspelled_key_at_any_level_is_refused_with_the_correct_one(key):
         ("parameters: {promote: {margin: .nan}}", ["margin", "finite"]),
         ("parameters: {train: {betas: [2, 3]}}", ["betas"]),
         ("parameters: {data: {path: mine.json}}", ["path", "mine.json", "source is file"]),
-        ("a: [1,", ["mine.yaml", "YAML"]),
+        ("a: [1,", ["mine.yaml", "YAML", " in line 1"]),
         ("enable_cache: maybe", ["enable_cache", "maybe"]),
         ("settings: {orchestrator.container: {memory: 6 gigs}}", ["settings.orchestrator.container.memory", "6 gigs"]),
         ("settings: {step_operator.kubernetes: {pod_settings: 3}}", ["step_operator.kubernetes.pod_settings", "3"]),
@@ -120,6 +120,8 @@ def test_an_error_names_the_path_the_value_and_what_is_allowed(text, named, tmp_
 def test_a_file_that_does_not_exist_is_reported_with_those_that_do():
     with pytest.raises(ConfigError, match=r"loca\.yaml.*local\.yaml"):
         read_config(ROOT / "configs" / "loca.yaml", finetune_pipeline)
+    with pytest.raises(ConfigError, match="configs is a directory"):
+        read_config(ROOT / "configs", finetune_pipeline)
 
 
 def test_an_empty_file_stands_for_the_defaults(tmp_path):
@@ -215,3 +217,12 @@ def test_a_grid_whose_keys_contradict_each_other_or_that_is_too_large_is_refused
         variants_of(SweepConfig(kind="attention", grid=grid), {"attention": AttentionConfig()})
     with pytest.raises(ValueError, match="1000 combinations"):
         SweepConfig(grid={f"lora.{i}": [*range(100)] for i in range(50)})
+
+
+def test_a_rank_above_the_width_of_the_base_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match=r"lora\.rank is 129; it must be at most 128"):
+        finetune_pipeline.entrypoint(lora=LoraConfig(rank=129))
+    given = {"data": DataConfig(), "base": BaseConfig(), "lora": LoraConfig(), "train": TrainConfig()}
+    given |= {"generation": GenerationConfig()}
+    with pytest.raises(ConfigError, match=r"sweep\.variants\.lora\.rank 129: .* at most 128"):
+        variants_of(SweepConfig(grid={"lora.rank": [8, 129]}), given)

@@ -20,6 +20,7 @@ from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.zenml_compat import PipelineSource, short_errors, verified_cache
 from steps.materializers import DirectoryMaterializer, output_directory
 from tests.copies import ROOT
+from tests.helpers import flip_bit
 
 
 def test_zenmls_command_starts_the_source_with_its_options():
@@ -71,14 +72,8 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 @pytest.mark.parametrize("output", ["text", "directory"])
-@pytest.mark.parametrize("damage", [Path.unlink, _cut, _flip])
+@pytest.mark.parametrize("damage", [Path.unlink, _cut, flip_bit])
 def test_a_cached_step_runs_again_if_its_artifact_is_damaged(damage, output, caplog, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for file in Path(values().steps["make_values"].outputs[output][0].uri).iterdir():
