@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpt2core.batching import Batch, pack
+from gpt2core.batching import Batch, pack, uses_varlen
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example, check_examples
-from gpt2core.kernels import has_onednn_bf16, has_varlen_attention
+from gpt2core.kernels import has_onednn_bf16
 from gpt2core.linear import Linear, Packed
 from gpt2core.lora import lora_layers
 from gpt2core.losses import batch_losses, token_losses
@@ -106,7 +106,7 @@ def finetune(
     lora = next((layer.config for _, layer in lora_layers(model)), None)
     # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
-    use_varlen = config.precision != "fp32" and has_varlen_attention(device, model.config.head_width)
+    use_varlen = uses_varlen(device, _base_dtype(config), model.config.head_width)
 
     def indices_of(step: int) -> list[list[int]]:
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
@@ -402,6 +402,11 @@ def _sum_gradients(weights: Sequence[nn.Parameter]) -> None:
         weight.grad = part.view_as(weight)
 
 
+def _base_dtype(config: TrainConfig | PretrainConfig) -> torch.dtype:
+    """Of frozen weights and activations."""
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+
+
 @contextmanager
 def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[None]:
     """Train mode, gradient checkpointing where configured, and weights in the dtypes of the precision.
@@ -409,7 +414,7 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
     On exit modes and dtypes are restored, and frozen weights hold exactly the values they had.
     """
     modes = [(module, module.training) for module in model.modules()]
-    frozen = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    frozen = _base_dtype(config)
     trained = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     checkpointing, deterministic = model.gradient_checkpointing, torch.are_deterministic_algorithms_enabled()
     before = []  # data and dtype of the weights that change
