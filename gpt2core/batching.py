@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.data import Example
+from gpt2core.kernels import has_varlen_attention
 from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
 from gpt2core.tensors import int_tensor, to_device
 
@@ -44,7 +45,7 @@ def pack(
     Args:
         share_prefix: compute the prefix that all examples share (such as the prompt's preamble) only once. Losses and
             gradients do not change. The prefix ends before the first token with a label.
-        use_varlen: for `varlen_attention`, on devices that have it.
+        use_varlen: for `varlen_attention`, if `uses_varlen`.
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
@@ -69,6 +70,11 @@ def pack(
         int_tensor(positions)[None],
         kind.make(shared, [lengths[i] for i in order]),
     ).to(device)
+
+
+def uses_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """What `pack` gets as `use_varlen`, for activations of this dtype."""
+    return dtype == torch.bfloat16 and has_varlen_attention(device, head_width)
 
 
 def _common_prefix(examples: Sequence[Example], at_most: int) -> int:

@@ -25,6 +25,11 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available()
 
 
+def has_onednn_bf16() -> bool:
+    """Whether oneDNN's bf16 products run on this processor. Private because torch has no public test for it."""
+    return has_onednn() and cast(bool, torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def has_int8(device: torch.device) -> bool:
     """Whether oneDNN's int8 matrix product runs on the device: x86 processors only."""
     return device.type == "cpu" and "onednn" in torch.backends.quantized.supported_engines

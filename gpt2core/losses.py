@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core.batching import Batch, pack
+from gpt2core.batching import Batch, pack, uses_varlen
 from gpt2core.data import Example
-from gpt2core.kernels import has_varlen_attention
 from gpt2core.model import GPT2, evaluating
 
 
@@ -23,7 +22,7 @@ def batch_losses(model: GPT2, batch: Batch) -> Tensor:
 def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss_on: str) -> list[tuple[float, int]]:
     """(Summed negative log-likelihood in nats, number of tokens it counts) of each example, without dropout."""
     weight = model.wte.weight
-    use_varlen = weight.dtype == torch.bfloat16 and has_varlen_attention(weight.device, model.config.head_width)
+    use_varlen = uses_varlen(weight.device, weight.dtype, model.config.head_width)
     sums: list[Tensor] = []
     with evaluating(model):
         for start in range(0, len(examples), batch_size):

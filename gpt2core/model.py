@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2core.config import GPT2Config
-from gpt2core.linear import Linear, linear
+from gpt2core.linear import Linear, Packed, linear
 from gpt2core.sequences import Sequences
 
 
@@ -43,6 +43,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # in train mode; set by `gpt2core.train`
+        self.packed_head: Packed | None = None  # instead of the weight, as in `Linear`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -110,7 +111,7 @@ class GPT2(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
-        return linear(hidden, self.wte.weight)
+        return linear(hidden, self.wte.weight if self.packed_head is None else self.packed_head)
 
 
 class Block(nn.Module):

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpt2core.batching import Batch, pack
+from gpt2core.batching import Batch, pack, uses_varlen
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example, check_examples
-from gpt2core.kernels import has_varlen_attention
+from gpt2core.kernels import has_onednn_bf16
+from gpt2core.linear import Linear, Packed
 from gpt2core.lora import lora_layers
 from gpt2core.losses import batch_losses, token_losses
 from gpt2core.model import GPT2
@@ -105,7 +106,7 @@ def finetune(
     lora = next((layer.config for _, layer in lora_layers(model)), None)
     # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
-    use_varlen = config.precision != "fp32" and has_varlen_attention(device, model.config.head_width)
+    use_varlen = uses_varlen(device, _base_dtype(config), model.config.head_width)
 
     def indices_of(step: int) -> list[list[int]]:
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
@@ -231,6 +232,7 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
     with (
         ResourceMeter(device) as meter,
         _training(model, plan.config),
+        _packed(model),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
@@ -400,6 +402,11 @@ def _sum_gradients(weights: Sequence[nn.Parameter]) -> None:
         weight.grad = part.view_as(weight)
 
 
+def _base_dtype(config: TrainConfig | PretrainConfig) -> torch.dtype:
+    """Of frozen weights and activations."""
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+
+
 @contextmanager
 def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[None]:
     """Train mode, gradient checkpointing where configured, and weights in the dtypes of the precision.
@@ -407,13 +414,16 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
     On exit modes and dtypes are restored, and frozen weights hold exactly the values they had.
     """
     modes = [(module, module.training) for module in model.modules()]
-    frozen = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    frozen = _base_dtype(config)
     trained = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     checkpointing, deterministic = model.gradient_checkpointing, torch.are_deterministic_algorithms_enabled()
-    before = [(parameter, parameter.data) for parameter in model.parameters()]
-    for parameter, data in before:
+    before = []  # data and dtype of the weights that change
+    for parameter in model.parameters():
+        dtype = trained if parameter.requires_grad else frozen
+        if parameter.requires_grad or parameter.dtype != dtype:
+            before.append((parameter, parameter.data))
         parameter.grad = None
-        parameter.data = data.to(trained if parameter.requires_grad else frozen)
+        parameter.data = parameter.data.to(dtype)
     model.train()
     model.gradient_checkpointing = isinstance(config, TrainConfig) and config.gradient_checkpointing
     torch.use_deterministic_algorithms(deterministic or (isinstance(config, TrainConfig) and config.deterministic))
@@ -427,6 +437,32 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
         for parameter, data in before:
             parameter.grad = None
             parameter.data = parameter.data.to(data.dtype) if parameter.requires_grad else data
+
+
+@contextmanager
+def _packed(model: GPT2) -> Iterator[None]:
+    """Matrix products with packed weights, where an adapter is trained on a bf16 base on a CPU.
+
+    Meanwhile the parameters of the packed matrices are empty, so that they are in memory twice and not three times.
+    """
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    only_lora = all("lora_" in name for name in trained) and not any(
+        layer.config.dora for _, layer in lora_layers(model)
+    )
+    head = model.wte.weight.data
+    is_packable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_onednn_bf16()
+    layers = [module for module in model.modules() if isinstance(module, Linear)] if is_packable else []
+    try:
+        for layer in layers:
+            layer.packed = Packed.make(layer.weight.data)
+            layer.weight.data = head.new_empty(0)
+        model.packed_head = Packed.make(head) if is_packable else None
+        yield
+    finally:
+        for layer in layers:
+            if layer.packed is not None:
+                layer.weight.data, layer.packed = layer.packed.weight.to_dense(), None
+        model.packed_head = None
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

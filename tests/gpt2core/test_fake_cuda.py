@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt2core import losses, train
+from gpt2core import batching, train
 from gpt2core.batching import pack
 from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
@@ -101,7 +101,7 @@ def cuda(monkeypatch):
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-        for module in (train, losses, runner):
+        for module in (batching, runner):
             patch.setattr(module, "has_varlen_attention", lambda *_: True)
         with device:
             yield device

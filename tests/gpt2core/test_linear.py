@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2core.linear import SMALL, Linear, linear
+from gpt2core.kernels import has_onednn_bf16
+from gpt2core.linear import SMALL, Linear, Packed, linear
 
 
 def tensors(shape, width, dtype=torch.float32, frozen=False):
@@ -33,6 +34,20 @@ def test_output_and_gradients_are_those_of_f_linear(shape, width, has_bias, froz
     expected = torch.autograd.grad(exact, parameters, grad.double())
     for found, exact_grad in zip(torch.autograd.grad(y, parameters, grad), expected, strict=True):
         torch.testing.assert_close(found, exact_grad.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_onednn_bf16(), reason="no bf16 products on this processor")
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_packed_weights_give_the_output_and_gradient_of_f_linear(has_bias):
+    x, w, b = tensors((3, 101), 64, torch.bfloat16, frozen=True)
+    bias = b if has_bias else None
+    packed = Packed.make(w)
+    assert torch.equal(packed.weight.to_dense(), w)
+    y, exact = linear(x, packed, bias), F.linear(x.double(), w.double(), bias if bias is None else bias.double())
+    torch.testing.assert_close(y, exact.bfloat16(), rtol=0.01, atol=0.01)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (found,), (expected,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(exact, x, grad.double())
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 
 def test_the_result_is_the_same_without_gradients():
