@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from gpt2core.batching import uses_varlen
 from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack
 from gpt2core.inference.graphs import RowDecoder
@@ -16,7 +17,6 @@ from gpt2core.inference.native import Span
 from gpt2core.inference.quantized import Attention, QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
 from gpt2core.inference.scheduler import Output, Step
-from gpt2core.kernels import has_varlen_attention
 from gpt2core.sampling import NonFiniteLogits, choose, draw, most_likely
 from gpt2core.tensors import int_tensor, to_device
 
@@ -29,7 +29,7 @@ class ModelRunner:
         # of the last step with adapters; most steps use the same ones
         self._stack: AdapterStack | NativeAdapterStack | None = None
         self._decoder = RowDecoder(model, row_cache) if isinstance(row_cache, StaticRowCache) else None
-        self._use_varlen = model.dtype == torch.bfloat16 and has_varlen_attention(model.device, model.config.head_width)
+        self._use_varlen = uses_varlen(model.device, model.dtype, model.config.head_width)
 
     def run(self, step: Step) -> list[Output]:
         """Compute a step, extend its caches, and return an output for each of `step.sampled`."""

@@ -20,7 +20,6 @@ from gpt2core.batching import pack
 from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.generate import generate
-from gpt2core.inference import runner
 from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.graphs import RowDecoder
 from gpt2core.inference.quantized import QuantizedModel
@@ -101,8 +100,7 @@ def cuda(monkeypatch):
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-        for module in (batching, runner):
-            patch.setattr(module, "has_varlen_attention", lambda *_: True)
+        patch.setattr(batching, "has_varlen_attention", lambda *_: True)
         with device:
             yield device
 
