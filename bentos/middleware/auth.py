@@ -27,7 +27,10 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted = self._accepted_tokens(scope["path"]) if scope["type"] == "http" else None
-        if accepted is None or _has_token(scope, accepted):
+        if accepted is None and scope["type"] == "http" and _is_forged(scope):
+            message = "a page of another site sent this request; only application/json is accepted from there"
+            await error_response(ServiceError("forbidden", message))(scope, receive, send)
+        elif accepted is None or _has_token(scope, accepted):
             await self.app(scope, receive, send)
         elif not accepted:
             error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
@@ -69,12 +72,14 @@ def _token(authorization: str, scope: Scope) -> bytes:
 
 
 def _is_forged(scope: Scope) -> bool:
-    """Whether another site's page caused the browser to send this request, with its stored password.
+    """Whether another site's page caused the browser to send this request, with its stored password, if any.
 
     Sec-Fetch-Site says so, but only over https and for localhost. Reading is safe: that page cannot see the response.
+    JSON is safe: browsers send it to another site only if that site (or a proxy in front of it) permits it by CORS.
     """
     headers = Headers(scope=scope)
-    if scope["method"] in ("GET", "HEAD"):
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if scope["method"] in ("GET", "HEAD") or content_type == "application/json":
         return False
     if site := headers.get("sec-fetch-site"):
         return site not in ("same-origin", "none")
