@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from bentos.errors import ServiceError
-from bentos.limits import DEADLINE, MAX_BODY
+from bentos.limits import DEADLINE, MAX_BODY, MAX_ERRORS
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -49,6 +49,8 @@ async def read_body(request: Request, model: type[M]) -> M:
 
 def _refused(error: ValidationError) -> ServiceError:
     """The error for the first invalid field, with the reason."""
+    if error.error_count() > MAX_ERRORS:
+        return ServiceError("invalid_request", f"the body has {error.error_count()} unknown or invalid values")
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
     best = max(own, key=lambda one: _specificity(one["loc"], one["type"]))

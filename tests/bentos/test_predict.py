@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import json
+import re
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import pytest
 import requests
 from pydantic import ValidationError
 
-from bentos.limits import MAX_BODY
+from bentos.limits import MAX_BODY, MAX_ERRORS
 from bentos.openai.protocol import ChatRequest, CompletionRequest
 from bentos.schemas import DEFAULTS, PredictRequest
 from deploy import bento
@@ -198,6 +199,15 @@ def test_a_list_of_wrong_items_has_one_error_not_one_per_item():
         with pytest.raises(ValidationError) as caught:
             model.model_validate_json(json.dumps(body))
         assert caught.value.error_count() <= 4  # of the types of a prompt
+
+
+@pytest.mark.parametrize("field", [{}, {"logit_bias": {}}])
+def test_errors_beyond_a_limit_are_counted_instead_of_listed(url, field):
+    unknown = {f"field{i}": 1 for i in range(MAX_ERRORS + 1)}
+    body = dict.fromkeys(field, unknown) or unknown
+    response = requests.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 400
+    assert re.fullmatch(r"the body has \d{4} unknown or invalid values", error_of(response)["message"])
 
 
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])
