@@ -24,7 +24,7 @@ from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect, hardening, read_file, write_file
 from deploy.containers.images import service_image
 from deploy.containers.proxy import ADDRESS
-from deploy.server import SERVICE_VARIABLES, service_environment
+from deploy.server import service_environment
 from deploy.target import DeployError, Deployment, Version
 from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
@@ -214,7 +214,7 @@ class _ServiceGroup:
         environment = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
-            and {name: environment[name] for name in SERVICE_VARIABLES if name in environment} == service_environment()
+            and service_environment(environment) == service_environment()
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
             and is_ready(self.url)
         )
