@@ -8,12 +8,14 @@ import requests
 from starlette.responses import Response
 from starlette.testclient import TestClient
 
+from bentos import admin
 from bentos.middleware.auth import AuthMiddleware
 from tests.bentos.client import error_of
 
 
 def client(api_token: str = "", admin_token: str = "") -> TestClient:
-    return TestClient(AuthMiddleware(Response(status_code=204), api_token, admin_token, open_paths=["/livez"]))
+    app = AuthMiddleware(Response(status_code=204), api_token, admin_token, ["/livez"], admin.router.routes)
+    return TestClient(app)
 
 
 def basic(password: str) -> dict[str, str]:
@@ -37,6 +39,7 @@ def basic(password: str) -> dict[str, str]:
         ("/predict", {"Authorization": "Bearer é".encode()}, 401),
         ("/predict", {"Authorization": "Basic s3cret"}, 401),
         ("/v1/load_lora_adapter", {"Authorization": "Bearer s3cret"}, 401),
+        ("/v1/load_lora_adapter%0a", {"Authorization": "Bearer s3cret"}, 401),  # for the router the same route
         ("/v1/unload_lora_adapter", {"Authorization": "Bearer of-the-admin"}, 204),
     ],
 )
