@@ -7,13 +7,14 @@ import re
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import pytest
 import requests
 from pydantic import ValidationError
 
-from bentos.limits import MAX_BODY, MAX_ERRORS
+from bentos.limits import MAX_BODY, MAX_ERRORS, MAX_INCOMPLETE, SMALL_BODY
 from bentos.openai.protocol import ChatRequest, CompletionRequest
 from bentos.schemas import DEFAULTS, PredictRequest
 from deploy import bento
@@ -241,6 +242,19 @@ def test_a_chunked_body_is_not_read_beyond_the_limit(url):
         assert connection.getresponse().status == 413
     except OSError:
         assert closed
+
+
+def test_clients_that_send_large_bodies_slowly_do_not_fill_the_memory(url):
+    parts = urlsplit(url)
+    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {MAX_BODY}\r\n\r\n".encode()
+    large = json.dumps({"instruction": "Hello.", "input": " " * 2 * SMALL_BODY})
+    with ExitStack() as clients:
+        for _ in range(MAX_INCOMPLETE // MAX_BODY + 2):
+            client = clients.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=30))
+            client.sendall(head + b" " * (MAX_BODY - 1))
+        wait_until(lambda: post(url, large.encode()).status_code == 429, 30, "a refused body")
+        assert predict(url, instruction="Hello.").status_code == 200
+    wait_until(lambda: post(url, large.encode()).status_code != 429, 30, "an accepted body")
 
 
 @pytest.mark.parametrize(
