@@ -39,10 +39,8 @@ def make_app(address: Path = ADDRESS) -> web.Application:
             yield
 
     async def forward(request: web.Request) -> web.StreamResponse:
-        if not request.raw_path.startswith("/"):
-            return web.Response(
-                status=400, text="the request target is not a path\n"
-            )  # a URL, as if for a forward proxy
+        if not request.raw_path.startswith("/"):  # a URL, as for a forward proxy
+            return web.Response(status=400, text="the request target is not a path\n")
         with suppress(OSError, ValueError):  # the file is being written: use the last address
             app[CURRENT][:] = [_read(address)]
         if not app[CURRENT]:
