@@ -17,6 +17,7 @@ from typing import Any
 from docker import DockerClient
 from docker.errors import APIError, NotFound
 from docker.models.containers import Container
+from docker.types import LogConfig
 from docker.utils import parse_bytes
 
 from deploy import bento
@@ -39,6 +40,7 @@ POLL = 0.1  # seconds
 RESTART = {"Name": "unless-stopped"}
 HARDENING = hardening(tmpfs={"/tmp": "size=128m,mode=1777"}, pids_limit=512)
 PROXY_MEMORY = "256m"
+LOG_LIMIT = {"max-size": "10m", "max-file": "5"}  # as a kubelet's
 
 
 class DockerTarget:
@@ -166,6 +168,7 @@ class _ServiceGroup:
             mem_limit=self.config.memory,
             environment=environment,
             detach=True,
+            **self._log_limit(),
             **_files(environment),
             **HARDENING,
         )
@@ -242,8 +245,15 @@ class _ServiceGroup:
             mem_limit=PROXY_MEMORY,
             restart_policy=RESTART,
             detach=True,
+            **self._log_limit(),
             **HARDENING,
         )
+
+    def _log_limit(self) -> dict[str, Any]:
+        """Container options that rotate the logs of Docker's default driver, which would grow without limit."""
+        if self.client.info().get("LoggingDriver") != LogConfig.types.JSON:
+            return {}
+        return {"log_config": LogConfig(type=LogConfig.types.JSON, config=LOG_LIMIT)}
 
     def _start_proxy(self, proxy: Container) -> None:
         """Start the proxy, unless it runs, and wait until it reaches the current service."""
