@@ -1,7 +1,7 @@
 """GPT-2's byte-level BPE as a tiktoken.Encoding. Independent of prompts.
 
-Use `encode_ordinary` for user text: it encodes the spelling of a special token as plain text. Tokens that were added to the
-vocabulary as words ("special": false in tokenizer.json) are tokens in any text, as in transformers.
+Use `encode_ordinary` for user text: it encodes the spelling of a special token as plain text. Words that were added to
+the vocabulary ("special": false in tokenizer.json) are tokens in any text, as in transformers.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -144,7 +144,7 @@ def _read_tokenizer(file: Path) -> Vocabulary:
         pairs = [_pair(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
         tokens = {str(token["content"]): token for token in content.get("added_tokens") or ()}
         special = {text: _as_id(token["id"]) for text, token in tokens.items()}
-        added = frozenset(text for text, token in tokens.items() if not token.get("special", True))
+        words = {text for text, token in tokens.items() if not token.get("special", True)}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     if END_OF_TEXT in ids:
@@ -152,7 +152,7 @@ def _read_tokenizer(file: Path) -> Vocabulary:
     if END_OF_TEXT not in special:
         raise ValueError(f"{file} has no {END_OF_TEXT!r}")
     ordinary = {token: id for token, id in ids.items() if token not in special}
-    return Vocabulary(str(file), ordinary, pairs, special, added)
+    return Vocabulary(str(file), ordinary, pairs, special, frozenset(words - {END_OF_TEXT, ""}))
 
 
 def _pair(parts: Sequence[str]) -> tuple[str, str]:
