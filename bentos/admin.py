@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse
 
 from bentos.body import read_body
 from bentos.dependencies import served
-from bentos.openapi import ADMIN_ERRORS, operation
+from bentos.openapi import ERRORS, operation
 from bentos.schemas import AdapterVersion, CanaryRequest, CanaryStatus, LoadAdapterRequest, UnloadAdapterRequest
 
 router = APIRouter()
@@ -15,7 +15,7 @@ router = APIRouter()
 @router.post(
     "/v1/load_lora_adapter",
     response_model=AdapterVersion,
-    responses=ADMIN_ERRORS,
+    responses=ERRORS,
     openapi_extra=operation(LoadAdapterRequest),
 )
 async def load_adapter(request: Request) -> JSONResponse:
@@ -24,7 +24,7 @@ async def load_adapter(request: Request) -> JSONResponse:
     return JSONResponse((await served(request).generator.load(body.lora_name, body.lora_path)).model_dump())
 
 
-@router.post("/v1/unload_lora_adapter", responses=ADMIN_ERRORS, openapi_extra=operation(UnloadAdapterRequest))
+@router.post("/v1/unload_lora_adapter", responses=ERRORS, openapi_extra=operation(UnloadAdapterRequest))
 async def unload_adapter(request: Request) -> JSONResponse:
     """Unload an adapter."""
     body = await read_body(request, UnloadAdapterRequest)
@@ -32,15 +32,13 @@ async def unload_adapter(request: Request) -> JSONResponse:
     return JSONResponse({"unloaded": body.lora_name})
 
 
-@router.get("/v1/canary", response_model=CanaryStatus, responses=ADMIN_ERRORS)
+@router.get("/v1/canary", response_model=CanaryStatus, responses=ERRORS)
 async def canary_status(request: Request) -> JSONResponse:
     """The canary, and the completions of both versions since it started."""
     return JSONResponse(served(request).generator.canary_status().model_dump())
 
 
-@router.post(
-    "/v1/start_canary", response_model=CanaryStatus, responses=ADMIN_ERRORS, openapi_extra=operation(CanaryRequest)
-)
+@router.post("/v1/start_canary", response_model=CanaryStatus, responses=ERRORS, openapi_extra=operation(CanaryRequest))
 async def start_canary(request: Request) -> JSONResponse:
     """Send a share of the requests for the default model to a loaded adapter; or change the share.
 
@@ -51,7 +49,7 @@ async def start_canary(request: Request) -> JSONResponse:
     return JSONResponse(served(request).generator.canary_status().model_dump())
 
 
-@router.post("/v1/end_canary", response_model=CanaryStatus, responses=ADMIN_ERRORS)
+@router.post("/v1/end_canary", response_model=CanaryStatus, responses=ERRORS)
 async def end_canary(request: Request) -> JSONResponse:
     """End the canary: send all requests for the default model to the default adapter."""
     await served(request).generator.set_canary(None)

@@ -7,8 +7,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from bentos.dependencies import served
 from bentos.errors import ServiceError
-from bentos.limits import DEADLINE, MAX_BODY
+from bentos.limits import DEADLINE, MAX_BODY, MAX_ERRORS, MAX_INCOMPLETE, SMALL_BODY
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -25,19 +26,10 @@ async def read_body(request: Request, model: type[M]) -> M:
     if encoding.lower() != "identity":
         message = f"Content-Encoding is {encoding}; send the body uncompressed"
         raise ServiceError("unsupported_media_type", message)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(DEADLINE):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY:  # stop reading
-                    raise ServiceError("body_too_large", f"the body is larger than {MAX_BODY} bytes")
-    except TimeoutError:
-        message = f"the body was not complete after {DEADLINE:.0f} seconds"
-        raise ServiceError("request_timeout", message) from None
+    content = await _read(request)
     try:
         # tools on Windows start files with a byte order mark
-        return model.model_validate_json(body.removeprefix(BOM_UTF8).decode())
+        return model.model_validate_json(content.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         message = (
             f"the body must be JSON in UTF-8, which its byte {error.start} (0x{error.object[error.start]:02x}) is not"
@@ -47,8 +39,29 @@ async def read_body(request: Request, model: type[M]) -> M:
         raise _refused(error) from None
 
 
+async def _read(request: Request) -> bytearray:
+    body, incomplete = bytearray(), served(request).incomplete
+    try:
+        async with asyncio.timeout(DEADLINE):
+            async for chunk in request.stream():
+                body += chunk
+                incomplete.n_bytes += len(chunk)
+                if len(body) > MAX_BODY:  # stop reading
+                    raise ServiceError("body_too_large", f"the body is larger than {MAX_BODY} bytes")
+                if len(body) > SMALL_BODY and incomplete.n_bytes > MAX_INCOMPLETE:
+                    raise ServiceError("overloaded", "too many large bodies are being received; retry")
+    except TimeoutError:
+        message = f"the body was not complete after {DEADLINE:.0f} seconds"
+        raise ServiceError("request_timeout", message) from None
+    finally:
+        incomplete.n_bytes -= len(body)
+    return body
+
+
 def _refused(error: ValidationError) -> ServiceError:
     """The error for the first invalid field, with the reason."""
+    if error.error_count() > MAX_ERRORS:
+        return ServiceError("invalid_request", f"the body has {error.error_count()} unknown or invalid values")
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     own = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
     best = max(own, key=lambda one: _specificity(one["loc"], one["type"]))

@@ -24,7 +24,7 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from bentos.errors import STATUS, error_content
-from bentos.limits import HEAD_TIMEOUT, KEEP_ALIVE, MAX_HEAD
+from bentos.limits import DEADLINE, HEAD_TIMEOUT, KEEP_ALIVE, MAX_HEAD
 
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
@@ -96,7 +96,8 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits for headers: uvicorn buffers headers of any size, and has no time limit.
+    """uvicorn's protocol with limits for headers and for clients that do not read: uvicorn buffers headers of any size,
+    waits for their end forever, and keeps a response in memory for as long as its client reads nothing.
 
     uvicorn has such limits for its other parser, h11, only (https://github.com/Kludex/uvicorn/issues/157). It also
     closes idle connections after 5 s; a proxy that keeps them for longer sends requests into closed ones: a 502.
@@ -104,6 +105,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     _n_bytes = 0  # of the current request, without its body
     _timer: asyncio.TimerHandle | None = None  # runs until the headers are complete
+    _write_timer: asyncio.TimerHandle | None = None  # runs while the client reads less than is written
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -112,7 +114,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(DEADLINE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def data_received(self, data: bytes) -> None:
         self._n_bytes += len(data)

@@ -1,6 +1,6 @@
 """Typed dependencies of route handlers: the served model, and the state of the current request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from bentos.request_log import RequestLog
 
 
+@dataclass
+class Incomplete:
+    """The bodies that are being received: clients that send them slowly must not fill the memory."""
+
+    n_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Served:
     """Set once as `app.state.served`, by the service when it starts."""
@@ -23,6 +30,7 @@ class Served:
     started: int  # Unix seconds
     multi_turn: MultiTurn
     request_log: "RequestLog | None" = None  # None: switched off
+    incomplete: Incomplete = field(default_factory=Incomplete)
 
 
 def served(request: Request) -> Served:

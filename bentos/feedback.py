@@ -7,15 +7,13 @@ from starlette.responses import JSONResponse
 from bentos.body import read_body
 from bentos.dependencies import served
 from bentos.errors import ServiceError
-from bentos.openapi import LOG_ERRORS, operation
+from bentos.openapi import ERRORS, operation
 from bentos.schemas import FeedbackRequest, FeedbackResponse
 
 router = APIRouter()
 
 
-@router.post(
-    "/feedback", response_model=FeedbackResponse, responses=LOG_ERRORS, openapi_extra=operation(FeedbackRequest)
-)
+@router.post("/feedback", response_model=FeedbackResponse, responses=ERRORS, openapi_extra=operation(FeedbackRequest))
 async def feedback(request: Request) -> JSONResponse:
     """Log a rating of an answer, and its correction.
 

@@ -8,6 +8,8 @@ MAX_ADAPTERS = 32  # loaded in addition to the run's own
 ADAPTERS_POLL = 2.0  # seconds between two reads of the manifest of shared adapters
 
 MAX_BODY = 1_000_000  # bytes of a request's body
+MAX_INCOMPLETE, SMALL_BODY = 100_000_000, 64_000  # bytes of all bodies being received; beyond, only small ones are read
+MAX_ERRORS = 1_000  # of one body; more are counted, not listed: a list of 100,000 would block the event loop for 0.5 s
 MAX_HEAD = 64_000  # bytes of a request without its body: request line, headers, trailers, chunk framing
 HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to the end of its headers
 KEEP_ALIVE = 75  # seconds that an idle connection is kept: more than the 60 s of nginx and of load balancers

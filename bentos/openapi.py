@@ -7,9 +7,8 @@ from pydantic import BaseModel
 from bentos.schemas import ErrorResponse
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 408, 413, 415, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 503, 504)
 }
-ADMIN_ERRORS = LOG_ERRORS = {403: {"model": ErrorResponse}, **ERRORS}
 
 
 def operation(model: type[BaseModel], stream: bool = False) -> dict[str, Any]:

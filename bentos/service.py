@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from bentos import compat
+from bentos import admin, compat
 from bentos.app import app
 from bentos.dependencies import Served
 from bentos.middleware.access_log import AccessLogMiddleware
@@ -57,7 +57,7 @@ class GPT2Service(compat.WrappableService):
         compat.bound_metrics(app, path_label(_paths()))
         wrapped: ASGIApp = HeadMiddleware(app)
         wrapped = ErrorShapeMiddleware(wrapped)
-        wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, open_paths=PROBES)
+        wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, PROBES, admin.router.routes)
         wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)
         wrapped = DrainMiddleware(wrapped, PROBES, compat.stop_listening)
         return RequestIdMiddleware(wrapped, lineage().run.id)

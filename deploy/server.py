@@ -1,11 +1,12 @@
 """Serves a Bento in a child process; defines the environment variables of deployed services."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,19 +19,7 @@ from gpt2core.types import Sample
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
 STOP_TIMEOUT = 20  # seconds for a graceful shutdown
 SUPERVISED = (sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")))  # the server ends with this process
-# Variables of this process's environment that a deployed service gets: its settings (bentos/settings.py).
-PATH_VARIABLES = ("GPT2_ADAPTERS_DIR", "GPT2_REQUEST_LOG")
-SERVICE_VARIABLES = (
-    "GPT2_API_TOKEN",
-    "GPT2_ADMIN_TOKEN",
-    "GPT2_WEIGHTS",
-    "GPT2_FOLLOW_ADAPTERS",
-    "GPT2_REQUEST_LOG_TEXT",
-    "GPT2_MULTI_TURN",
-    "GPT2_ACCEPT_OTHER_BASE",
-    "OTEL_SDK_DISABLED",
-    *PATH_VARIABLES,
-)
+PATH_VARIABLES = ("GPT2_ADAPTERS_DIR", "GPT2_REQUEST_LOG")  # settings of the service that name files
 
 
 def verify_bento(tag: str, samples: Sequence[Sample], max_new_tokens: int, device: str) -> list[str]:
@@ -89,10 +78,16 @@ def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
             _stop(server)
 
 
-def service_environment() -> dict[str, str]:
-    """The non-empty `SERVICE_VARIABLES` of this process's environment; paths are absolute."""
-    given = {name: os.environ[name] for name in SERVICE_VARIABLES if os.environ.get(name)}
-    return {name: str(Path(value).absolute()) if name in PATH_VARIABLES else value for name, value in given.items()}
+def service_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that a deployed service gets: its settings (bentos/settings.py), with absolute paths.
+
+    Misspelled ones are among them, so that the service refuses to start.
+    """
+    return {
+        name: str(Path(value).absolute()) if name in PATH_VARIABLES else value
+        for name, value in environment.items()
+        if value and re.fullmatch(r"GPT2_(?!INSTRUCT_).*|OTEL_SDK_DISABLED", name)
+    }
 
 
 def _free_port() -> int:

@@ -1,9 +1,10 @@
 """GPT-2's byte-level BPE as a tiktoken.Encoding. Independent of prompts.
 
-Use `encode_ordinary` for user text: it encodes the spelling of a special token as plain text.
+Use `encode_ordinary` for user text: it encodes the spelling of a special token as plain text. Words that were added to
+the vocabulary ("special": false in tokenizer.json) are tokens in any text, as in transformers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,12 +44,23 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
                 f"files, or use the directory of a base ({type(error).__name__})"
             ) from None
     vocabulary = read_vocabulary(directory)
-    return tiktoken.Encoding(
+    encoding = tiktoken.Encoding if not vocabulary.added else _encoding_with(vocabulary.added)
+    return encoding(
         f"bpe-{directory.name}",
         pat_str=SPLIT_PATTERN,
         mergeable_ranks=_ranks(vocabulary),
         special_tokens=dict(vocabulary.special),
     )
+
+
+def _encoding_with(added: Set[str]) -> type[tiktoken.Encoding]:
+    """An encoding that finds these tokens in ordinary text, as transformers does with the words of `add_tokens`."""
+
+    class Encoding(tiktoken.Encoding):
+        def encode_ordinary(self, text: str) -> list[int]:
+            return self.encode(text, allowed_special=added, disallowed_special=())
+
+    return Encoding
 
 
 def count_tokens(directory: Path) -> int | None:
@@ -72,7 +84,8 @@ class Vocabulary:
     source: str  # names the files, for messages
     ids: Mapping[str, int]  # of ordinary tokens, in GPT-2's spelling
     merges: Sequence[tuple[str, str]]  # in order
-    special: Mapping[str, int]
+    special: Mapping[str, int]  # of tokens that no merge makes
+    added: Set[str] = frozenset()  # those of `special` that ordinary text may contain
 
     @property
     def merged(self) -> list[str]:
@@ -129,14 +142,17 @@ def _read_tokenizer(file: Path) -> Vocabulary:
     try:
         ids = {str(token): _as_id(id) for token, id in model["vocab"].items()}
         pairs = [_pair(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-        special = {str(token["content"]): _as_id(token["id"]) for token in content.get("added_tokens") or ()}
+        tokens = {str(token["content"]): token for token in content.get("added_tokens") or ()}
+        special = {text: _as_id(token["id"]) for text, token in tokens.items()}
+        words = {text for text, token in tokens.items() if not token.get("special", True)}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     if END_OF_TEXT in ids:
         special.setdefault(END_OF_TEXT, ids[END_OF_TEXT])
     if END_OF_TEXT not in special:
         raise ValueError(f"{file} has no {END_OF_TEXT!r}")
-    return Vocabulary(str(file), {token: id for token, id in ids.items() if token not in special}, pairs, special)
+    ordinary = {token: id for token, id in ids.items() if token not in special}
+    return Vocabulary(str(file), ordinary, pairs, special, frozenset(words - {END_OF_TEXT, ""}))
 
 
 def _pair(parts: Sequence[str]) -> tuple[str, str]:

@@ -58,10 +58,9 @@ MAY_IMPORT = {
     "bentos": {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
         *("llguidance",),  # grammar.py
-        *("pydantic_core",),  # body.py: the type of pydantic's error details
         *("_bentoml_sdk", "opentelemetry", "uvicorn"),  # compat.py
     },
-    "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},
+    "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic", "pydantic_core"},
     "bentos/middleware": {"bentos", "starlette"},
     "benchmarks": {
         *("benchmarks", "gpt2core", "torch", "deploy"),  # deploy: the service is built and served as in the pipeline

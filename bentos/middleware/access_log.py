@@ -69,7 +69,7 @@ def _write(scope: Scope, status: int, seconds: float, record: RequestRecord) -> 
     client = scope.get("client")
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "client": client[0] if client else None,
+        "client": client[0].removeprefix("::ffff:") if client else None,  # IPv4 on a socket of both families
         "method": scope["method"],
         "path": scope["path"],
         "status": status,  # 0: the client disconnected before there was one

@@ -6,28 +6,35 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bentos.errors import ServiceError, error_response
 
-ADMIN_PATHS = (
-    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
-    *("/v1/canary", "/v1/start_canary", "/v1/end_canary"),
-)
-
 
 class AuthMiddleware:
-    def __init__(self, app: ASGIApp, api_token: str, admin_token: str, open_paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_token: str,
+        admin_token: str,
+        open_paths: Collection[str],
+        admin_routes: Collection[BaseRoute],
+    ) -> None:
         """
         Args:
             api_token: required by all routes except `open_paths`; "": none is required.
-            admin_token: required by `ADMIN_PATHS`, and accepted everywhere; "": `ADMIN_PATHS` are disabled.
+            admin_token: required by `admin_routes`, and accepted everywhere; "": `admin_routes` are disabled.
         """
-        self.app, self.api_token, self.admin_token, self.open_paths = app, api_token, admin_token, open_paths
+        self.app, self.api_token, self.admin_token = app, api_token, admin_token
+        self.open_paths, self.admin_routes = open_paths, admin_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        accepted = self._accepted_tokens(scope["path"]) if scope["type"] == "http" else None
-        if accepted is None or _has_token(scope, accepted):
+        accepted = self._accepted_tokens(scope) if scope["type"] == "http" else None
+        if accepted is None and scope["type"] == "http" and _is_forged(scope):
+            message = "a page of another site sent this request; only application/json is accepted from there"
+            await error_response(ServiceError("forbidden", message))(scope, receive, send)
+        elif accepted is None or _has_token(scope, accepted):
             await self.app(scope, receive, send)
         elif not accepted:
             error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
@@ -38,11 +45,12 @@ class AuthMiddleware:
             error = ServiceError("unauthorized", "a valid token is required: Authorization: Bearer …, or X-Api-Key")
             await error_response(error, {"WWW-Authenticate": scheme})(scope, receive, send)
 
-    def _accepted_tokens(self, path: str) -> list[str] | None:
+    def _accepted_tokens(self, scope: Scope) -> list[str] | None:
         """None: no token is required; []: no token is accepted."""
-        if path in ADMIN_PATHS:
+        # The router's own matching, not a comparison of paths: it takes "/v1/load_lora_adapter\n" for that route too.
+        if any(route.matches(scope)[0] != Match.NONE for route in self.admin_routes):
             return [self.admin_token] if self.admin_token else []
-        if path in self.open_paths or not self.api_token:
+        if scope["path"] in self.open_paths or not self.api_token:
             return None
         return [token for token in (self.api_token, self.admin_token) if token]
 
@@ -69,12 +77,14 @@ def _token(authorization: str, scope: Scope) -> bytes:
 
 
 def _is_forged(scope: Scope) -> bool:
-    """Whether another site's page caused the browser to send this request, with its stored password.
+    """Whether another site's page caused the browser to send this request, with its stored password, if any.
 
     Sec-Fetch-Site says so, but only over https and for localhost. Reading is safe: that page cannot see the response.
+    JSON is safe: browsers send it to another site only if that site (or a proxy in front of it) permits it by CORS.
     """
     headers = Headers(scope=scope)
-    if scope["method"] in ("GET", "HEAD"):
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if scope["method"] in ("GET", "HEAD") or content_type == "application/json":
         return False
     if site := headers.get("sec-fetch-site"):
         return site not in ("same-origin", "none")

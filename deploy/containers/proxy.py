@@ -27,7 +27,8 @@ CURRENT = web.AppKey("current", list[str])  # the last address that was read, if
 
 def make_app(address: Path = ADDRESS) -> web.Application:
     """The proxy as an application. It reads the `address` file for each request."""
-    app = web.Application()
+    # bodies are forwarded as they are: decompressed, they would not match their headers
+    app = web.Application(handler_args={"auto_decompress": False})
     app[CURRENT] = []
 
     async def session(app: web.Application) -> AsyncIterator[None]:
@@ -38,6 +39,8 @@ def make_app(address: Path = ADDRESS) -> web.Application:
             yield
 
     async def forward(request: web.Request) -> web.StreamResponse:
+        if not request.raw_path.startswith("/"):  # a URL, as for a forward proxy
+            return web.Response(status=400, text="the request target is not a path\n")
         with suppress(OSError, ValueError):  # the file is being written: use the last address
             app[CURRENT][:] = [_read(address)]
         if not app[CURRENT]:

@@ -17,6 +17,7 @@ from typing import Any
 from docker import DockerClient
 from docker.errors import APIError, NotFound
 from docker.models.containers import Container
+from docker.types import LogConfig
 from docker.utils import parse_bytes
 
 from deploy import bento
@@ -24,7 +25,7 @@ from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect, hardening, read_file, write_file
 from deploy.containers.images import service_image
 from deploy.containers.proxy import ADDRESS
-from deploy.server import SERVICE_VARIABLES, service_environment
+from deploy.server import service_environment
 from deploy.target import DeployError, Deployment, Version
 from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
@@ -39,6 +40,7 @@ POLL = 0.1  # seconds
 RESTART = {"Name": "unless-stopped"}
 HARDENING = hardening(tmpfs={"/tmp": "size=128m,mode=1777"}, pids_limit=512)
 PROXY_MEMORY = "256m"
+LOG_LIMIT = {"max-size": "10m", "max-file": "5"}  # as a kubelet's
 
 
 class DockerTarget:
@@ -166,6 +168,7 @@ class _ServiceGroup:
             mem_limit=self.config.memory,
             environment=environment,
             detach=True,
+            **self._log_limit(),
             **_files(environment),
             **HARDENING,
         )
@@ -214,7 +217,7 @@ class _ServiceGroup:
         environment = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
-            and {name: environment[name] for name in SERVICE_VARIABLES if name in environment} == service_environment()
+            and service_environment(environment) == service_environment()
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
             and is_ready(self.url)
         )
@@ -242,8 +245,15 @@ class _ServiceGroup:
             mem_limit=PROXY_MEMORY,
             restart_policy=RESTART,
             detach=True,
+            **self._log_limit(),
             **HARDENING,
         )
+
+    def _log_limit(self) -> dict[str, Any]:
+        """Container options that rotate the logs of Docker's default driver, which would grow without limit."""
+        if self.client.info().get("LoggingDriver") != LogConfig.types.JSON:
+            return {}
+        return {"log_config": LogConfig(type=LogConfig.types.JSON, config=LOG_LIMIT)}
 
     def _start_proxy(self, proxy: Container) -> None:
         """Start the proxy, unless it runs, and wait until it reaches the current service."""

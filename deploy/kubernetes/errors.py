@@ -56,7 +56,7 @@ def translate_api_error(error: ApiException, method: str, path: str, connection:
             return NotFoundError(f"{host} has no such object: {message}")
         case 404:
             return KubeError(
-                f"{host} does not know {path}: Kubernetes 1.25 or later is required, and {source} must have the "
+                f"{host} does not know {path}: Kubernetes 1.27 or later is required, and {source} must have the "
                 "address of the API server"
             )
         case 403 if "exceeded quota" in message:

@@ -65,7 +65,8 @@ def test_the_runs_own_models_are_not_unloaded(url, name):
 
 def test_loading_requires_the_admin_token(url):
     assert admin(url, "load", token="other", lora_name="a", lora_path="good").status_code == 401
-    assert requests.post(f"{url}/v1/load_lora_adapter", json={}, timeout=10).status_code == 401
+    for end in ("", "%0a"):  # the router takes a path with a line break at its end for the one without
+        assert requests.post(f"{url}/v1/load_lora_adapter{end}", json={}, timeout=10).status_code == 401
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

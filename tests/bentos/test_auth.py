@@ -1,16 +1,21 @@
-"""API tokens. Without a server: the middleware around an app that always answers 204."""
+"""API tokens. Mostly without a server: the middleware around an app that always answers 204."""
 
 import base64
+import json
 
 import pytest
+import requests
 from starlette.responses import Response
 from starlette.testclient import TestClient
 
+from bentos import admin
 from bentos.middleware.auth import AuthMiddleware
+from tests.bentos.client import error_of
 
 
 def client(api_token: str = "", admin_token: str = "") -> TestClient:
-    return TestClient(AuthMiddleware(Response(status_code=204), api_token, admin_token, open_paths=["/livez"]))
+    app = AuthMiddleware(Response(status_code=204), api_token, admin_token, ["/livez"], admin.router.routes)
+    return TestClient(app)
 
 
 def basic(password: str) -> dict[str, str]:
@@ -34,6 +39,7 @@ def basic(password: str) -> dict[str, str]:
         ("/predict", {"Authorization": "Bearer é".encode()}, 401),
         ("/predict", {"Authorization": "Basic s3cret"}, 401),
         ("/v1/load_lora_adapter", {"Authorization": "Bearer s3cret"}, 401),
+        ("/v1/load_lora_adapter%0a", {"Authorization": "Bearer s3cret"}, 401),  # for the router the same route
         ("/v1/unload_lora_adapter", {"Authorization": "Bearer of-the-admin"}, 204),
     ],
 )
@@ -59,6 +65,29 @@ def test_a_page_of_another_site_cannot_use_the_password_that_the_browser_has_sto
             for method, own in [("GET", basic("admin")), ("POST", basic("admin")), ("POST", {"X-Api-Key": "admin"})]
         )
         assert (reading, writing, explicit) == (204, 401 if is_forged else 204, 204)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "origin", "status"),
+    [
+        ("text/plain;charset=UTF-8", "http://evil.example", 403),
+        ("application/x-www-form-urlencoded", "null", 403),
+        ("text/plain; application/json", "http://evil.example", 403),
+        (None, "http://evil.example", 403),
+        (None, None, 200),  # curl, and any other client that is not a browser
+        ("text/plain", "{url}", 200),
+        # a browser sends this to another site only with its permission, which this service does not give
+        ("application/json; charset=utf-8", "http://evil.example", 200),
+    ],
+)
+def test_without_a_token_a_page_of_another_site_cannot_send_a_request(url, content_type, origin, status):
+    given = {"Content-Type": content_type, "Origin": origin and origin.replace("{url}", url)}
+    body = json.dumps({"instruction": "Hello.", "max_new_tokens": 1}).encode()
+    headers = {name: value for name, value in given.items() if value is not None}
+    response = requests.post(f"{url}/predict", data=body, headers=headers, timeout=60)
+    assert response.status_code == status
+    if status == 403:
+        assert error_of(response)["type"] == "forbidden"
 
 
 def test_without_an_api_token_only_the_admin_routes_are_closed():

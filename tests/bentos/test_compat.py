@@ -145,6 +145,39 @@ def test_headers_are_limited_in_size_and_time(monkeypatch, data, expected):
     assert answer(compat.BoundedHttpProtocol, data) == expected
 
 
+async def answer_at_length(scope, receive, send):
+    await PlainTextResponse("a" * 30_000_000)(scope, receive, send)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_client_that_does_not_read_is_disconnected(monkeypatch, reads):
+    monkeypatch.setattr(compat, "DEADLINE", 60.0 if reads else 0.2)
+
+    async def run() -> bool:
+        """Whether the server closed the connection before the whole response was read."""
+        loop, made = asyncio.get_running_loop(), []
+
+        def make() -> compat.BoundedHttpProtocol:
+            made.append(compat.BoundedHttpProtocol(Config(answer_at_length, log_config=None), ServerState(), {}, loop))
+            return made[0]
+
+        server = await loop.create_server(make, "127.0.0.1")
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        size = 0
+        async with asyncio.timeout(30):
+            while not made or not made[0].transport.is_closing():
+                size += len(await reader.read(2**20)) if reads else 0
+                if size > 30_000_000:
+                    break
+                await asyncio.sleep(0.001)
+        writer.close()
+        server.close()
+        return size < 30_000_000
+
+    assert asyncio.run(run()) is not reads
+
+
 def test_idle_connections_are_kept_for_longer_than_proxies_keep_them():
     assert Config(read_and_answer).timeout_keep_alive < 60  # else this workaround is not needed
 

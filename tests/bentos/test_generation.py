@@ -2,18 +2,21 @@
 
 import asyncio
 from time import monotonic, sleep
+from types import SimpleNamespace
 
 import pytest
+from starlette.applications import Starlette
 from starlette.requests import Request
 
 from bentos import body, generation
 from bentos.completion import Completion, CompletionResult, GenerationRequest, merge, usage
+from bentos.dependencies import Served
 from bentos.errors import ServiceError, error_response
 from bentos.generation import TextGenerator
 from bentos.middleware.access_log import RequestRecord
 from bentos.schemas import TUNED, PredictRequest
 from gpt2core.engine import EngineFull
-from tests.helpers import wait_until
+from tests.helpers import make_lineage, wait_until
 
 
 @pytest.fixture
@@ -53,7 +56,9 @@ def test_a_body_is_awaited_until_the_deadline(monkeypatch):
     async def receive():
         await asyncio.sleep(60)
 
-    request = Request({"type": "http", "headers": []}, receive)
+    app = Starlette()
+    app.state.served = Served(SimpleNamespace(), make_lineage(), 0, "last")
+    request = Request({"type": "http", "headers": [], "app": app}, receive)
     with pytest.raises(ServiceError) as error:
         asyncio.run(body.read_body(request, PredictRequest))
     assert error_response(error.value).status_code == 408

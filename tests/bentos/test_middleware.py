@@ -41,7 +41,8 @@ ROUTES = [Route("/generate", generate), Route("/503", not_ours), Route("/readyz"
 
 def logged(capsys, path: str) -> list[dict]:
     app = RequestIdMiddleware(AccessLogMiddleware(Starlette(routes=ROUTES), skip_paths=["/readyz"]), "run-17")
-    TestClient(app).get(path, headers={"X-Request-Id": "mine"})
+    client = TestClient(app, client=("::ffff:192.0.2.1", 50000))  # IPv4, on a socket of both families
+    client.get(path, headers={"X-Request-Id": "mine"})
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -50,7 +51,7 @@ def test_the_access_log_sums_over_all_choices(capsys):
     assert line.pop("time")
     assert line.pop("milliseconds") >= 0
     assert line == {
-        "client": "testclient",
+        "client": "192.0.2.1",
         "method": "GET",
         "path": "/generate",
         "status": 200,

@@ -3,16 +3,18 @@
 import gzip
 import http.client
 import json
+import re
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import pytest
 import requests
 from pydantic import ValidationError
 
-from bentos.limits import MAX_BODY
+from bentos.limits import MAX_BODY, MAX_ERRORS, MAX_INCOMPLETE, SMALL_BODY
 from bentos.openai.protocol import ChatRequest, CompletionRequest
 from bentos.schemas import DEFAULTS, PredictRequest
 from deploy import bento
@@ -200,6 +202,15 @@ def test_a_list_of_wrong_items_has_one_error_not_one_per_item():
         assert caught.value.error_count() <= 4  # of the types of a prompt
 
 
+@pytest.mark.parametrize("field", [{}, {"logit_bias": {}}])
+def test_errors_beyond_a_limit_are_counted_instead_of_listed(url, field):
+    unknown = {f"field{i}": 1 for i in range(MAX_ERRORS + 1)}
+    body = dict.fromkeys(field, unknown) or unknown
+    response = requests.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 400
+    assert re.fullmatch(r"the body has \d{4} unknown or invalid values", error_of(response)["message"])
+
+
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])
 def test_a_multipart_body_is_a_400(url, content_type):
     response = post(url, b"--x", content_type)
@@ -231,6 +242,19 @@ def test_a_chunked_body_is_not_read_beyond_the_limit(url):
         assert connection.getresponse().status == 413
     except OSError:
         assert closed
+
+
+def test_clients_that_send_large_bodies_slowly_do_not_fill_the_memory(url):
+    parts = urlsplit(url)
+    head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {MAX_BODY}\r\n\r\n".encode()
+    large = json.dumps({"instruction": "Hello.", "input": " " * 2 * SMALL_BODY})
+    with ExitStack() as clients:
+        for _ in range(MAX_INCOMPLETE // MAX_BODY + 2):
+            client = clients.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=30))
+            client.sendall(head + b" " * (MAX_BODY - 1))
+        wait_until(lambda: post(url, large.encode()).status_code == 429, 30, "a refused body")
+        assert predict(url, instruction="Hello.").status_code == 200
+    wait_until(lambda: post(url, large.encode()).status_code != 429, 30, "an accepted body")
 
 
 @pytest.mark.parametrize(

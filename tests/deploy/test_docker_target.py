@@ -147,6 +147,8 @@ def test_all_containers_are_hardened_and_published_on_the_configured_host_only(e
         assert host["PidsLimit"] > 0
         assert host["Memory"] > 0
         assert not host["Privileged"]
+        if host["LogConfig"]["Type"] == "json-file":  # Docker's default, without a limit
+            assert host["LogConfig"]["Config"] == service.LOG_LIMIT
         bindings = [binding for ports in (host["PortBindings"] or {}).values() for binding in ports]
         assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
 

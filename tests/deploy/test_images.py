@@ -125,9 +125,10 @@ def test_the_service_runs_with_the_limits_and_configuration_of_its_pod(engine, f
         assert running.exec_run([spec["lifecycle"]["preStop"]["exec"]["command"][0], "0"]).exit_code == 0
 
 
-def test_the_service_listens_on_port_becomes_healthy_and_ends_with_0(engine, first):
+def test_the_service_listens_on_port_of_ipv6_and_ipv4_becomes_healthy_and_ends_with_0(engine, first):
     with container(engine, first.reference, environment={"PORT": "3456"}) as (started, url):
-        wait_until_ready(url)
+        wait_until_ready(url)  # by IPv4
+        assert f":{3456:04X} " in started.exec_run(["cat", "/proc/net/tcp6"]).output.decode()
         wait_until(lambda: health(started) == "healthy", TIMEOUT, "a passed health check")
         started.stop(timeout=TIMEOUT)
         assert started.wait()["StatusCode"] == 0

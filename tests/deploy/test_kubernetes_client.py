@@ -91,5 +91,5 @@ def test_an_untrusted_certificate_is_named(api, write_kubeconfig):
 
 def test_an_address_without_an_api_server_is_named(api, write_kubeconfig):
     file = write_kubeconfig(api.kubeconfig(server=f"https://127.0.0.1:{api.port}/elsewhere"))
-    with pytest.raises(KubeError, match=r"does not know /apis/.*Kubernetes 1.25 or later is required"):
+    with pytest.raises(KubeError, match=r"does not know /apis/.*Kubernetes 1.27 or later is required"):
         connect(kubeconfig=file)

@@ -128,12 +128,19 @@ def test_without_a_service_the_response_is_a_503_in_the_shape_of_every_error(pro
 
 @pytest.mark.parametrize("path", ["/predict?format=lambda&a=b%20c", "/a%2Fb", "/teapot"])
 def test_request_and_response_are_forwarded_unchanged(proxy, blue, path):
-    response = requests.post(proxy + path, data="é".encode(), headers={"X-Mine": "1"}, timeout=TIMEOUT)
+    headers = {"X-Mine": "1", "Content-Encoding": "gzip"}  # which it is not: the proxy does not decompress
+    response = requests.post(proxy + path, data="é".encode(), headers=headers, timeout=TIMEOUT)
     seen = response.json()
     assert (seen["path"], seen["body"], seen["headers"]["X-Mine"]) == (path, "é", "1")
     assert seen["headers"]["Host"] == proxy.removeprefix("http://")
     assert response.headers["X-Service"] == "kept"
     assert response.status_code == (418 if path == "/teapot" else 200)
+
+
+def test_a_request_target_that_is_a_url_is_a_400(proxy, blue):
+    client = http.client.HTTPConnection(proxy.removeprefix("http://"), timeout=TIMEOUT)
+    client.request("GET", "http://user@elsewhere.example/predict")
+    assert client.getresponse().status == 400
 
 
 def test_the_next_request_goes_to_the_new_service_on_the_same_connection(proxy, blue, address):

@@ -218,6 +218,18 @@ def test_tokenizer_json_alone_gives_the_same_ids(one_file, ours):
     assert alone.decode([400]) == "<pad>"
 
 
+def test_words_added_to_the_vocabulary_are_tokens_in_any_text_as_in_transformers(one_file):
+    theirs = GPT2TokenizerFast.from_pretrained(str(one_file))
+    theirs.add_tokens(["<user>", "gene", "générale"])
+    theirs.save_pretrained(one_file)
+    ours = load_tokenizer(one_file)
+    for text in ("<user> a gene", "genes<user><user>", "la générale", "x\n<user>\n", "<use", ""):
+        assert ours.encode_ordinary(text) == theirs(text)["input_ids"], ascii(text)
+    assert 400 not in ours.encode_ordinary("<pad>")  # special tokens stay plain text
+    edit_tokenizer(one_file, lambda content: [token.update(special=False) for token in content["added_tokens"]])
+    assert ours.eot_token not in load_tokenizer(one_file).encode_ordinary(END_OF_TEXT)  # and this one always
+
+
 def test_merges_of_tokenizer_json_may_be_strings(one_file, ours):
     edit_tokenizer(
         one_file, lambda content: content["model"].update(merges=list(map(" ".join, content["model"]["merges"])))

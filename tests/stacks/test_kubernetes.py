@@ -25,7 +25,7 @@ CONFIG = yaml.safe_load((ROOT / "configs" / "kubernetes.yaml").read_text())
 STACK = yaml.safe_load((ROOT / "stacks" / "kubernetes.yaml").read_text())
 CLUSTER = list(yaml.safe_load_all((ROOT / "stacks" / "cluster" / "steps.yaml").read_text()))
 NAMESPACE = STACK["components"]["step_operator"]["configuration"]["kubernetes_namespace"]
-VERSIONS = ["1.25", latest_version()]
+VERSIONS = ["1.27", latest_version()]
 
 
 @pytest.fixture(scope="module", params=["finetune", "evaluate"])
