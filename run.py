@@ -352,6 +352,7 @@ def _open_store() -> None:
 
 
 if __name__ == "__main__":
+    logging.raiseExceptions = False  # no traceback per log line if the log's reader has ended, as in `| head`
     try:
         main()
     except MemoryError:

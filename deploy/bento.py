@@ -20,7 +20,7 @@ import yaml
 
 from deploy.source import ROOT
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import checkpoint_files, list_files, read_json, verify_directory
+from gpt2core.files import checkpoint_files, list_files, naming_file, read_json, verify_directory
 from gpt2core.inference.native import NAME as NATIVE_LIBRARY
 from gpt2core.inference.native import library_file
 from gpt2core.types import AdapterRef, Lineage
@@ -197,7 +197,8 @@ def _store_model(name: str, directory: Path) -> str:
             logger.warning("%s; it is stored again", error)
             rmtree(stored)
     if not (stored / MODEL_FILE).is_file():
-        with bentoml.models.create(tag) as model:
+        size = sum(file.stat().st_size for file in directory.rglob("*"))
+        with naming_file(stored, size), bentoml.models.create(tag) as model:
             copytree(directory, model.path, dirs_exist_ok=True)
         stored.chmod(0o755)  # with BentoML's 0700, a container's user could not read it
     return tag

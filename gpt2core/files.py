@@ -4,10 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shutil import disk_usage
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -52,15 +53,22 @@ def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        number, reason = _cause(error)
+        if number not in NO_SPACE:
             raise
         wanted = "" if size is None else f"{size:,} bytes to write, "
-        detail = f"{error.strerror} ({wanted}{_free_bytes(file):,} bytes free)"
-        raise OSError(error.errno, detail, str(file)) from None
+        raise OSError(number, f"{reason} ({wanted}{_free_bytes(file):,} bytes free)", str(file)) from None
+
+
+def _cause(error: OSError) -> tuple[int | None, str | None]:
+    """Number and text; of `copytree`'s error, which is a list of (source, target, text), those of its first file."""
+    if isinstance(error, shutil.Error) and (found := re.search(r"\[Errno (\d+)\] ([^:']+)", str(error))):
+        return int(found[1]), found[2]
+    return error.errno, error.strerror
 
 
 def _free_bytes(file: Path) -> int:
-    return disk_usage(next(parent for parent in file.absolute().parents if parent.is_dir())).free
+    return shutil.disk_usage(next(parent for parent in file.absolute().parents if parent.is_dir())).free
 
 
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> Path:

@@ -10,7 +10,8 @@ import subprocess
 
 import pytest
 
-from gpt2core.checkpoint import atomic_write, directory_sha256, file_sha256, load_pretrained, save_pretrained
+from gpt2core.checkpoint import load_pretrained, save_pretrained
+from gpt2core.files import atomic_write, directory_sha256, file_sha256, naming_file
 
 
 @pytest.mark.parametrize(("call", "error"), [("replace", OSError("no space")), ("fsync", KeyboardInterrupt())])
@@ -36,10 +37,16 @@ def test_a_write_without_space_names_path_and_bytes_and_keeps_the_old_file(tmp_p
     try:
         with pytest.raises(OSError, match=rf"1,000,000 bytes to write, [\d,]+ bytes free.*{re.escape(str(file))}"):
             atomic_write(file, bytes(1_000_000))
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source" / "large").write_bytes(bytes(4000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        wanted = pytest.raises(OSError, match=r"4,000 bytes to write, [\d,]+ bytes free.*target'$")
+        with wanted, naming_file(tmp_path / "target", 4000):
+            shutil.copytree(tmp_path / "source", tmp_path / "target", copy_function=shutil.copyfile)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert file.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "source", "target"}
 
 
 def test_a_failing_save_leaves_the_previous_checkpoint(tiny_gpt2_dir, tmp_path, monkeypatch):
