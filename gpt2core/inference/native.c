@@ -19,6 +19,7 @@
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
+#define LINE 64            // bytes of the cache
 #define AHEAD 4096         // bytes, of the weights that are prefetched
 #define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
@@ -33,30 +34,43 @@ int interface(void) { return INTERFACE; }
 #define SPINS 2000  // of a waiting thread before it sleeps or yields: some tens of microseconds
 
 typedef struct {
+    _Alignas(LINE) atomic_ullong left;  // the first job, and the one behind the last, in the upper and the lower half
+} Share;
+
+typedef struct {
     void (*work)(void *, int64_t, int64_t);  // of the arguments; the first job, and the one behind the last
     void *arguments;
-    int64_t count;
-    atomic_long next;
+    Share *shares;  // of each thread
+    int n_shares;
 } Jobs;
 
 static _Atomic(Jobs *) current;
 static atomic_int n_inside, n_asleep, is_busy, n_workers;
 static atomic_uint generation;  // counts the values of `current`
 
-// Jobs next to each other read memory next to each other, which the processor then fetches ahead: take many at once, and
-// fewer towards the end, so that all threads end at the same time.
-static void take_jobs(Jobs *jobs) {
-    int64_t shares = 2 * (atomic_load(&n_workers) + 1);
-    for (long i = atomic_load(&jobs->next), n; i < jobs->count;) {
-        n = (jobs->count - i) / shares > 1 ? (jobs->count - i) / shares : 1;
-        if (!atomic_compare_exchange_weak(&jobs->next, &i, i + n)) continue;
-        jobs->work(jobs->arguments, i, i + n);
-        i = atomic_load(&jobs->next);
-    }
+// Take half of what is left of a share: of one's own from the beginning, of another thread's from the end.
+static int take(Share *share, int is_own, int64_t *first, int64_t *end) {
+    unsigned long long left = atomic_load(&share->left), rest;
+    do {
+        int64_t begin = left >> 32, stop = left & UINT32_MAX, n = (stop - begin + 1) / 2;
+        if (!n) return 0;
+        *first = is_own ? begin : stop - n;
+        *end = *first + n;
+        rest = is_own ? (uint64_t)*end << 32 | stop : (uint64_t)begin << 32 | *first;
+    } while (!atomic_compare_exchange_weak(&share->left, &left, rest));
+    return 1;
 }
 
-static void *worker(void *unused) {
-    (void)unused;
+// Jobs next to each other read memory next to each other, so a thread does the jobs of its share in order, and then helps
+// the others.
+static void take_jobs(Jobs *jobs, int64_t thread) {
+    int64_t first, end;
+    for (int i = 0; i < jobs->n_shares;)
+        if (take(jobs->shares + (thread + i) % jobs->n_shares, !i, &first, &end)) jobs->work(jobs->arguments, first, end);
+        else i++;
+}
+
+static void *worker(void *thread) {
     for (unsigned seen = 0;;) {
         for (int i = 0; i < SPINS && atomic_load(&generation) == seen; i++) _mm_pause();
         if (atomic_load(&generation) == seen) {
@@ -67,35 +81,37 @@ static void *worker(void *unused) {
         seen = atomic_load(&generation);
         atomic_fetch_add(&n_inside, 1);  // before `current` is read: from here, its owner waits
         Jobs *jobs = atomic_load(&current);
-        if (jobs) take_jobs(jobs);
+        if (jobs) take_jobs(jobs, (intptr_t)thread);
         atomic_fetch_sub(&n_inside, 1);
     }
     return NULL;
 }
 
 static void for_each(int64_t count, void (*work)(void *, int64_t, int64_t), void *arguments, int is_small) {
-    Jobs jobs = {work, arguments, count, 0};
-    int shares = !is_small && count > 1 && !atomic_exchange(&is_busy, 1);  // another thread has the pool: do without
-    if (shares) {
-        atomic_store(&current, &jobs);
-        atomic_fetch_add(&generation, 1);
-        if (atomic_load(&n_asleep)) syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    if (is_small || count < 2 || atomic_exchange(&is_busy, 1)) {  // another thread has the pool: do without
+        work(arguments, 0, count);
+        return;
     }
-    take_jobs(&jobs);
-    if (shares) {
-        atomic_store(&current, NULL);
-        for (int i = 0; atomic_load(&n_inside); i++)
-            if (i < SPINS) _mm_pause();
-            else sched_yield();
-        atomic_store(&is_busy, 0);
-    }
+    int64_t n = atomic_load(&n_workers) + 1;
+    Share shares[n];
+    for (int64_t i = 0; i < n; i++) atomic_init(&shares[i].left, (uint64_t)(count * i / n) << 32 | count * (i + 1) / n);
+    Jobs jobs = {work, arguments, shares, n};
+    atomic_store(&current, &jobs);
+    atomic_fetch_add(&generation, 1);
+    if (atomic_load(&n_asleep)) syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    take_jobs(&jobs, 0);
+    atomic_store(&current, NULL);
+    for (int i = 0; atomic_load(&n_inside); i++)
+        if (i < SPINS) _mm_pause();
+        else sched_yield();
+    atomic_store(&is_busy, 0);
 }
 
 // Use n threads, the caller's included.
 void set_threads(int n) {
     pthread_t thread;
     while (atomic_load(&n_workers) < n - 1) {
-        if (pthread_create(&thread, NULL, worker, NULL)) return;
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(atomic_load(&n_workers) + 1))) return;
         pthread_detach(thread);
         atomic_fetch_add(&n_workers, 1);
     }
@@ -231,17 +247,18 @@ ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t 
     }
 }
 
-INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows) {
+// Prefetches `lines` lines of the memory `ahead` for each four columns.
+INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows, const int8_t *ahead, const int lines) {
     int64_t in = p->matrix->in;
     const int8_t *w = p->matrix->weights + tile * TILE * in;
     const uint8_t *q = p->scratch.q + n * in;
     __m512i sums[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < in; k += 4, w += TILE * 4) {
+    for (int64_t k = 0; k < in; k += 4, w += TILE * 4, ahead += lines * LINE) {
         __m512i weights[COLUMNS];
         for (int c = 0; c < COLUMNS; c++) {
-            if (rows == 1) _mm_prefetch(w + AHEAD + c * LANES * 4, _MM_HINT_T1);  // more rows wait for no memory
+            if (c < lines) _mm_prefetch(ahead + c * LINE, _MM_HINT_T1);
             weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
         }
         for (int r = 0; r < rows; r++) {
@@ -257,14 +274,17 @@ INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows)
 static void compute_tiles(void *pointer, int64_t tile, int64_t end) {
     const Product *p = pointer;
     for (; tile < end; tile++) {
-        int64_t n = 0;
-        for (; n + ROWS <= p->n; n += ROWS) tile_rows(p, tile, n, ROWS);
+        int64_t n = 0, size = TILE * p->matrix->in;
+        const int8_t *here = p->matrix->weights + tile * size, *next = here + size;
+        for (; n + ROWS <= p->n; n += ROWS)  // two passes fetch half of the next tile each
+            if (n < 2 * ROWS && p->n >= 2 * ROWS) tile_rows(p, tile, n, ROWS, next + n / ROWS * size / 2, 2);
+            else tile_rows(p, tile, n, ROWS, next, 0);
         switch (p->n - n) {
-            case 5: tile_rows(p, tile, n, 5); break;
-            case 4: tile_rows(p, tile, n, 4); break;
-            case 3: tile_rows(p, tile, n, 3); break;
-            case 2: tile_rows(p, tile, n, 2); break;
-            case 1: tile_rows(p, tile, n, 1); break;
+            case 5: tile_rows(p, tile, n, 5, here, 0); break;
+            case 4: tile_rows(p, tile, n, 4, here, 0); break;
+            case 3: tile_rows(p, tile, n, 3, here, 0); break;
+            case 2: tile_rows(p, tile, n, 2, here, 0); break;
+            case 1: tile_rows(p, tile, n, 1, here + AHEAD, COLUMNS); break;
         }
     }
 }
