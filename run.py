@@ -259,10 +259,10 @@ def canary(
     """
     if (action == "start") == (name is None):
         raise click.UsageError("start needs NAME, the name of the adapter; the other actions take none")
-    from commands.canary import CanaryError, Service, decide, describe
+    from commands.canary import Service, decide, describe
 
     service = Service(url)
-    with _one_line(CanaryError):
+    with _one_line():
         if action == "decide":
             action, reason = decide(service.status(), max_failures, max_slowdown)
             click.echo(f"{action}: {reason}")
@@ -302,9 +302,7 @@ def image(which: str) -> None:
 
     The environment variables BASE_IMAGE, BUILD_IMAGE, TORCH_INDEX and BUILD_NETWORK configure the build.
     """
-    from deploy import bento
     from deploy.containers import images
-    from deploy.containers.client import EngineError
     from gpt2core.checkpoint import atomic_write
     from steps.outputs import outputs_dir
 
@@ -313,7 +311,7 @@ def image(which: str) -> None:
     newest = outputs_dir() / "latest" / "bento.txt"
     if which == "service" and not newest.is_file():
         raise click.ClickException("there is no Bento yet; make run builds one")
-    with _one_line(bento.BentoError, EngineError):
+    with _one_line():
         built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
     sbom = outputs_dir() / "images" / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)

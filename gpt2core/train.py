@@ -417,7 +417,7 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
     frozen = _base_dtype(config)
     trained = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
     checkpointing, deterministic = model.gradient_checkpointing, torch.are_deterministic_algorithms_enabled()
-    before = []  # data and dtype of the weights that change
+    before = []  # the weights that are converted, and their data
     for parameter in model.parameters():
         dtype = trained if parameter.requires_grad else frozen
         if parameter.requires_grad or parameter.dtype != dtype:

@@ -19,7 +19,7 @@
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
-#define LINE 64            // bytes of the cache
+#define LINE 64            // bytes of a cache line
 #define AHEAD 4096         // bytes, of the weights that are prefetched
 #define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
