@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 from uvicorn import Config
 from uvicorn.server import ServerState
 
@@ -149,21 +150,29 @@ async def answer_at_length(scope, receive, send):
     await PlainTextResponse("a" * 30_000_000)(scope, receive, send)
 
 
+async def request_from(
+    app: ASGIApp,
+) -> tuple[list[compat.BoundedHttpProtocol], asyncio.Server, asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send a request to a server of the app: its connections, the server, and the client's streams."""
+    loop, made = asyncio.get_running_loop(), list[compat.BoundedHttpProtocol]()
+
+    def make() -> compat.BoundedHttpProtocol:
+        made.append(compat.BoundedHttpProtocol(Config(app, log_config=None), ServerState(), {}, loop))
+        return made[-1]
+
+    server = await loop.create_server(make, "127.0.0.1")
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    return made, server, reader, writer
+
+
 @pytest.mark.parametrize("reads", [True, False])
 def test_a_client_that_does_not_read_is_disconnected(monkeypatch, reads):
     monkeypatch.setattr(compat, "DEADLINE", 60.0 if reads else 0.2)
 
     async def run() -> bool:
         """Whether the server closed the connection before the whole response was read."""
-        loop, made = asyncio.get_running_loop(), []
-
-        def make() -> compat.BoundedHttpProtocol:
-            made.append(compat.BoundedHttpProtocol(Config(answer_at_length, log_config=None), ServerState(), {}, loop))
-            return made[0]
-
-        server = await loop.create_server(make, "127.0.0.1")
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        made, server, reader, writer = await request_from(answer_at_length)
         size = 0
         async with asyncio.timeout(30):
             while not made or not made[0].transport.is_closing():
@@ -182,19 +191,11 @@ def test_idle_connections_are_kept_for_longer_than_proxies_keep_them():
     assert Config(read_and_answer).timeout_keep_alive < 60  # else this workaround is not needed
 
     async def kept() -> float:
-        loop, made = asyncio.get_running_loop(), []
-
-        def make() -> compat.BoundedHttpProtocol:
-            made.append(compat.BoundedHttpProtocol(Config(read_and_answer, log_config=None), ServerState(), {}, loop))
-            return made[0]
-
-        server = await loop.create_server(make, "127.0.0.1")
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        made, server, reader, writer = await request_from(read_and_answer)
         await reader.readuntil(b"ok")
         timer = made[0].timeout_keep_alive_task
         writer.close()
         server.close()
-        return timer.when() - loop.time()
+        return timer.when() - asyncio.get_running_loop().time()
 
     assert asyncio.run(kept()) > 60
