@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2core.config import GPT2Config
 from gpt2core.inference.adapters import Adapter
-from gpt2core.inference.native import CACHE_DTYPE, Span
+from gpt2core.inference.native import CACHE_DTYPE, Span, cache_heads
 from gpt2core.inference.request import Request
 from gpt2core.kernels import lazy_zeros, varlen_attention
 from gpt2core.tensors import int_tensor, to_device
@@ -25,11 +25,12 @@ def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device, ze
     """Memory for keys and values (..., H, T, D), uninitialized; or zeros, of which only written pages are allocated.
 
     In the dtype of native.py, which reads token by token, the heads of a token are next to each other in memory: a
-    sequence is then one piece per layer. torch's attention is faster if the tokens of a head are next to each other.
+    sequence is then one piece per layer. More heads hold the scales. torch's attention is faster if the tokens of a
+    head are next to each other.
     """
     *outer, H, T, D = shape
     by_token = dtype == CACHE_DTYPE
-    stored = (*outer, T, H, D) if by_token else shape
+    stored = (*outer, T, cache_heads(H, D), D) if by_token else shape
     cache = lazy_zeros(stored, dtype, device) if zeros else torch.empty(stored, dtype=dtype, device=device)
     return cache.transpose(-3, -2) if by_token else cache
 

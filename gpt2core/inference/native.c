@@ -14,12 +14,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 5        // of native.py; raised with every change of a structure or a function that it uses
+#define INTERFACE 6        // of native.py; raised with every change of a structure or a function that it uses
 #define LANES 16           // floats in a register
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
-#define LINE 64            // bytes of a cache line
+#define LINE 64            // bytes of a cache line, and of a register
 #define AHEAD 4096         // bytes, of the weights that are prefetched
 #define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
@@ -247,20 +247,18 @@ ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t 
     }
 }
 
-// Prefetches `lines` lines of the memory `ahead` for each four columns.
-INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows, const int8_t *ahead, const int lines) {
+// Fetches `lines` lines of the memory `ahead` for each four columns.
+INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows, const int8_t *ahead, int lines) {
     int64_t in = p->matrix->in;
     const int8_t *w = p->matrix->weights + tile * TILE * in;
     const uint8_t *q = p->scratch.q + n * in;
     __m512i sums[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < in; k += 4, w += TILE * 4, ahead += lines * LINE) {
+    for (int64_t k = 0; k < in; k += 4, w += TILE * 4) {
         __m512i weights[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) {
-            if (c < lines) _mm_prefetch(ahead + c * LINE, _MM_HINT_T1);
-            weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
-        }
+        for (int c = 0; c < lines; c++, ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, q + r * in + k, 4);
@@ -271,20 +269,25 @@ INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows,
     for (int r = 0; r < rows; r++) finish_row(p, sums[r], n + r, tile);
 }
 
+// The rows are divided evenly into passes of at most ROWS. A single pass fetches what it needs soon; of more, the first
+// four fetch an equal share of the next tile each, since memory then is as busy as the processor.
 static void compute_tiles(void *pointer, int64_t tile, int64_t end) {
     const Product *p = pointer;
+    int64_t size = TILE * p->matrix->in, passes = (p->n + ROWS - 1) / ROWS, fetching = passes < COLUMNS ? passes : COLUMNS;
     for (; tile < end; tile++) {
-        int64_t n = 0, size = TILE * p->matrix->in;
-        const int8_t *here = p->matrix->weights + tile * size, *next = here + size;
-        for (; n + ROWS <= p->n; n += ROWS)  // two passes fetch half of the next tile each
-            if (n < 2 * ROWS && p->n >= 2 * ROWS) tile_rows(p, tile, n, ROWS, next + n / ROWS * size / 2, 2);
-            else tile_rows(p, tile, n, ROWS, next, 0);
-        switch (p->n - n) {
-            case 5: tile_rows(p, tile, n, 5, here, 0); break;
-            case 4: tile_rows(p, tile, n, 4, here, 0); break;
-            case 3: tile_rows(p, tile, n, 3, here, 0); break;
-            case 2: tile_rows(p, tile, n, 2, here, 0); break;
-            case 1: tile_rows(p, tile, n, 1, here + AHEAD, COLUMNS); break;
+        const int8_t *here = p->matrix->weights + tile * size, *ahead = here + (passes == 1 ? AHEAD : size);
+        for (int64_t pass = 0; pass < passes; pass++) {
+            int64_t n = p->n * pass / passes, fetched = COLUMNS * pass / fetching;
+            int lines = pass < fetching ? COLUMNS * (pass + 1) / fetching - fetched : 0;
+            const int8_t *from = ahead + size / COLUMNS * fetched;
+            switch (p->n * (pass + 1) / passes - n) {
+                case 6: tile_rows(p, tile, n, 6, from, lines); break;
+                case 5: tile_rows(p, tile, n, 5, from, lines); break;
+                case 4: tile_rows(p, tile, n, 4, from, lines); break;
+                case 3: tile_rows(p, tile, n, 3, from, lines); break;
+                case 2: tile_rows(p, tile, n, 2, from, lines); break;
+                case 1: tile_rows(p, tile, n, 1, from, lines); break;
+            }
         }
     }
 }
@@ -296,14 +299,13 @@ void product(Product *p) {
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-#define TOKENS 4          // whose values are added at once
-#define SCORES (1 << 18)  // floats on the stack
-
-typedef uint16_t half;
+#define TOKENS 8     // whose values are added at once
+#define POSITIONS 16384  // at most, in a sequence: their scores are on the stack
+#define HEADS 4      // whose scores are summed at once
 
 typedef struct {
-    half *k, *v;  // (tokens, heads, width) of the sequence's first token in the first layer
-    int64_t layer_stride;  // in elements
+    int8_t *k, *v;  // of the sequence's first token in the first layer
+    int64_t layer_stride;  // in bytes
     int64_t past, n;  // tokens in the cache, and new ones behind them
     int64_t row;  // of the first new token
 } Sequence;
@@ -316,69 +318,149 @@ typedef struct {
     float scale;
 } Attention;
 
-INLINE __m512 load_half(const half *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+// Some heads, next to each other, of a sequence's keys or values: of each token first `width` bytes per head, x = scale *
+// (byte - zero), and then the scales of all its heads, padded to a multiple of the width.
+typedef struct {
+    int8_t *bytes;  // of the first of the heads
+    int64_t scales;  // bytes from there to its scale
+    int64_t stride;  // bytes from one token to the next
+} Cache;
 
-INLINE void store_half(half *y, const float *x, int64_t width) {
+#define KEY_ZERO 0x80  // keys are unsigned, as dpbusd needs them; values are signed
+
+// A query of one head in 16 bits, as two products of bytes: step * (256 * high + low).
+typedef struct {
+    __m512i high, low;
+    __m512i start;  // of the sums: takes away what KEY_ZERO adds
+} Query;
+
+INLINE __m512 load_scales(const Cache *cache, int64_t token, int64_t heads) {
+    return _mm512_maskz_loadu_ps((1u << heads) - 1, cache->bytes + token * cache->stride + cache->scales);
+}
+
+INLINE void prefetch_heads(const Cache *cache, int64_t token, int64_t bytes) {
+    const char *at = (const char *)cache->bytes + token * cache->stride;
+    for (int64_t i = 0; i < bytes; i += LINE) _mm_prefetch(at + i, _MM_HINT_T1);
+    _mm_prefetch(at + cache->scales, _MM_HINT_T1);
+}
+
+// The step so that x = step * a number from -most to most. NaN if x is not finite, so that its results are NaN too.
+INLINE float find_step(const float *x, int64_t width, float most) {
+    __m512 largest = _mm512_setzero_ps();
+    __mmask16 is_bad = 0;
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512 v = clamp(_mm512_loadu_ps(x + i), -65504.0f, 65504.0f);
-        _mm256_storeu_si256((__m256i *)(y + i), _mm512_cvtps_ph(v, 0));
+        __m512 v = _mm512_loadu_ps(x + i);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
+        is_bad |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN or infinite
     }
+    float step = _mm512_reduce_max_ps(largest) / most;
+    return is_bad ? __builtin_nanf("") : step > 1e-30f ? step : 1e-30f;
 }
 
-// One query of `heads` heads next to each other. Keys, and then values, are read in the order of memory. The values are
-// fetched ahead while the keys are used, and then the next sequence's keys.
-INLINE void attend_query(
-    const float *q, const half *k, const half *v, const half *next, float *y,
-    int64_t length, int64_t heads, int64_t row_width, float scale, const int width
-) {
-    int64_t padded = (length + LANES - 1) / LANES * LANES;
-    float p[heads][padded], scaled[heads * width];
-    for (int64_t i = 0; i < heads * width; i += LANES) {
-        _mm512_storeu_ps(scaled + i, _mm512_mul_ps(_mm512_loadu_ps(q + i), _mm512_set1_ps(scale)));
-        _mm512_storeu_ps(y + i, _mm512_setzero_ps());
-    }
-    for (int64_t i = 0; i < length; i++)
-        for (int64_t h = 0; h < heads; h++) {
-            __m512 product = _mm512_setzero_ps();
-            for (int64_t d = h * width; d < (h + 1) * width; d += LANES) {
-                product = _mm512_fmadd_ps(_mm512_loadu_ps(scaled + d), load_half(k + i * row_width + d), product);
-                if (d % (2 * LANES) == 0) _mm_prefetch(v + i * row_width + d, _MM_HINT_T1);  // a line is 32 elements
-            }
-            p[h][i] = _mm512_reduce_add_ps(product);
-        }
+ALONE void store_heads(const Cache *cache, int64_t token, const float *x, int64_t heads, int64_t width, int zero) {
+    int8_t *bytes = cache->bytes + token * cache->stride;
+    float *scales = (float *)(bytes + cache->scales);
     for (int64_t h = 0; h < heads; h++) {
-        __m512 most = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
-        for (int64_t i = length; i < padded; i++) p[h][i] = -FLT_MAX;
-        for (int64_t i = 0; i < length; i += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(p[h] + i));
-        most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-        for (int64_t i = 0; i < length; i += LANES) {
-            __m512 e = exponential(_mm512_sub_ps(_mm512_loadu_ps(p[h] + i), most));
-            if (length - i < LANES) e = _mm512_maskz_mov_ps((1u << (length - i)) - 1, e);
-            total = _mm512_add_ps(total, e);
-            _mm512_storeu_ps(p[h] + i, e);
+        scales[h] = find_step(x + h * width, width, 127);
+        for (int64_t i = h * width; i < (h + 1) * width; i += LANES) {
+            __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(1 / scales[h])));
+            _mm_storeu_si128((__m128i *)(bytes + i), _mm_xor_si128(_mm512_cvtsepi32_epi8(v), _mm_set1_epi8(zero)));
         }
-        __m512 inverse = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
-        for (int64_t i = 0; i < length; i += LANES)
-            _mm512_storeu_ps(p[h] + i, _mm512_mul_ps(_mm512_loadu_ps(p[h] + i), inverse));
     }
-    for (int64_t i = 0; i < length; i += TOKENS)
-        for (int64_t h = 0; h < heads; h++) {
-            float *own = y + h * width;
-            __m512 sums[width / LANES];
-            for (int d = 0; d < width / LANES; d++) sums[d] = _mm512_loadu_ps(own + d * LANES);
-            for (int64_t t = i; t < i + TOKENS && t < length; t++)
-                for (int d = 0; d < width / LANES; d++) {
-                    int64_t at = t * row_width + h * width + d * LANES;
-                    sums[d] = _mm512_fmadd_ps(_mm512_set1_ps(p[h][t]), load_half(v + at), sums[d]);
-                    if (d % 2 == 0) _mm_prefetch(next + at, _MM_HINT_T1);
-                }
-            for (int d = 0; d < width / LANES; d++) _mm512_storeu_ps(own + d * LANES, sums[d]);
-        }
 }
 
-INLINE half *keys_of(const Attention *a, int64_t job) {
+INLINE Query prepare_query(const float *x, float step, const int width) {
+    __m512i zero = _mm512_set1_epi8((char)KEY_ZERO), none = _mm512_setzero_si512();
+    int8_t high[LINE] = {0}, low[LINE] = {0};
+    for (int64_t i = 0; i < width; i += LANES) {
+        __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(1 / step)));
+        __m512i rest = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
+        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(rest));
+        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(v, rest), 8)));
+    }
+    Query q = {_mm512_loadu_si512(high), _mm512_loadu_si512(low), none};
+    __m512i sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(none, zero, q.high), 8);
+    q.start = _mm512_sub_epi32(none, _mm512_dpbusd_epi32(sum, zero, q.low));
+    return q;
+}
+
+INLINE __m128i sum_lanes(const __m512i *x) {  // of each of four
+    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// One query of at most LANES heads next to each other. Keys, and then values, are read in the order of memory. The values
+// are fetched ahead while the keys are used, and then the next sequence's keys. Scores are (tokens, LANES), of each head.
+INLINE void attend_query(
+    const float *q, const Cache *k, const Cache *v, const Cache *next, float *y, int64_t length, int64_t heads, float scale,
+    const int width
+) {
+    __m512 scores[length];
+    Query queries[LANES];
+    float steps[LANES] = {0};
+    for (int64_t h = 0; h < heads; h++) {
+        steps[h] = find_step(q + h * width, width, 127 * 256);
+        queries[h] = prepare_query(q + h * width, steps[h], width);
+    }
+    for (int64_t i = 0; i < length; i++) {
+        prefetch_heads(v, i, heads * width);
+        for (int64_t h = 0; h < heads; h += HEADS) {
+            __m512i sums[HEADS];
+            for (int j = 0; j < HEADS; j++) {
+                int64_t head = h + j < heads ? h + j : heads - 1;
+                const int8_t *at = k->bytes + i * k->stride + head * width;
+                __m512i key = _mm512_maskz_loadu_epi8(width == 64 ? ~0ull : (1ull << width) - 1, at);
+                __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), key, queries[head].high);
+                __m512i low = _mm512_dpbusd_epi32(queries[head].start, key, queries[head].low);
+                sums[j] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+            }
+            _mm_storeu_si128((__m128i *)(scores + i) + h / HEADS, sum_lanes(sums));
+        }
+    }
+    __m512 most = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
+    __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(steps), _mm512_set1_ps(scale));
+    for (int64_t i = 0; i < length; i++) {
+        scores[i] = _mm512_cvtepi32_ps(_mm512_castps_si512(scores[i]));
+        scores[i] = _mm512_mul_ps(scores[i], _mm512_mul_ps(scaled, load_scales(k, i, heads)));
+        most = _mm512_max_ps(most, scores[i]);
+    }
+    for (int64_t i = 0; i < length; i++) {
+        __m512 e = exponential(_mm512_sub_ps(scores[i], most));
+        total = _mm512_add_ps(total, e);
+        scores[i] = _mm512_mul_ps(e, load_scales(v, i, heads));
+    }
+    for (int64_t d = 0; d < heads * width; d += LANES) _mm512_storeu_ps(y + d, _mm512_setzero_ps());
+    for (int64_t i = 0; i < length; i += TOKENS) {
+        int64_t end = i + TOKENS < length ? i + TOKENS : length;
+        for (int64_t t = i; t < end; t++) prefetch_heads(next, t, heads * width);
+        for (int64_t h = 0; h < heads; h++) {
+            __m512 sums[width / LANES];
+            for (int d = 0; d < width / LANES; d++) sums[d] = _mm512_loadu_ps(y + h * width + d * LANES);
+            for (int64_t t = i; t < end; t++)
+                for (int d = 0; d < width / LANES; d++) {
+                    const int8_t *at = v->bytes + t * v->stride + h * width + d * LANES;
+                    __m512i value = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at));
+                    __m512 weight = _mm512_set1_ps(((float *)(scores + t))[h]);
+                    sums[d] = _mm512_fmadd_ps(weight, _mm512_cvtepi32_ps(value), sums[d]);
+                }
+            for (int d = 0; d < width / LANES; d++) _mm512_storeu_ps(y + h * width + d * LANES, sums[d]);
+        }
+    }
+    float inverse[LANES];
+    _mm512_storeu_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), total));
+    for (int64_t d = 0; d < heads * width; d += LANES)
+        _mm512_storeu_ps(y + d, _mm512_mul_ps(_mm512_loadu_ps(y + d), _mm512_set1_ps(inverse[d / width])));
+}
+
+INLINE Cache keys_of(const Attention *a, int64_t job) {
     const Sequence *s = a->sequences + job / a->heads;
-    return s->k + a->layer * s->layer_stride + job % a->heads * a->width;
+    int64_t head = job % a->heads, bytes = a->heads * a->width;
+    int64_t padded = (a->heads * (int64_t)sizeof(float) + a->width - 1) / a->width * a->width;
+    int8_t *first = s->k + a->layer * s->layer_stride + head * a->width;
+    return (Cache){first, bytes + head * (int64_t)(sizeof(float) - a->width), bytes + padded};
 }
 
 // A job is one head of one sequence.
@@ -387,20 +469,21 @@ static void attend_heads(void *pointer, int64_t job, int64_t end) {
     int64_t width = a->width, row_width = a->heads * width, last = a->n_sequences * a->heads - 1;
     for (int64_t heads; job < end; job += heads) {
         const Sequence *s = a->sequences + job / a->heads;
-        int64_t head = job % a->heads, most = SCORES / (s->past + s->n + LANES) + 1;
+        int64_t head = job % a->heads;
         heads = a->heads - head < end - job ? a->heads - head : end - job;
-        if (heads > most) heads = most;
-        half *k = keys_of(a, job), *v = k + (s->v - s->k);
+        if (heads > LANES) heads = LANES;
+        Cache k = keys_of(a, job), v = k, after = keys_of(a, job + heads < last ? job + heads : last);
+        v.bytes += s->v - s->k;
         for (int64_t i = 0; i < s->n; i++) {
             const float *qkv = a->qkv + (s->row + i) * 3 * row_width + head * width;
-            int64_t at = (s->past + i) * row_width, length = s->past + i + 1;
-            store_half(k + at, qkv + row_width, heads * width);
-            store_half(v + at, qkv + 2 * row_width, heads * width);
+            store_heads(&k, s->past + i, qkv + row_width, heads, width, KEY_ZERO);
+            store_heads(&v, s->past + i, qkv + 2 * row_width, heads, width, 0);
             float *y = a->y + (s->row + i) * row_width + head * width;
-            const half *next = i + 1 < s->n ? k : keys_of(a, job + heads < last ? job + heads : last);
-            if (width == 64) attend_query(qkv, k, v, next, y, length, heads, row_width, a->scale, 64);
-            else if (width == 32) attend_query(qkv, k, v, next, y, length, heads, row_width, a->scale, 32);
-            else attend_query(qkv, k, v, next, y, length, heads, row_width, a->scale, 16);
+            const Cache *next = i + 1 < s->n ? &k : &after;
+            int64_t length = s->past + i + 1;
+            if (width == 64) attend_query(qkv, &k, &v, next, y, length, heads, a->scale, 64);
+            else if (width == 32) attend_query(qkv, &k, &v, next, y, length, heads, a->scale, 32);
+            else attend_query(qkv, &k, &v, next, y, length, heads, a->scale, 16);
         }
     }
 }

@@ -31,10 +31,11 @@ from gpt2core.sampling import sampling_values
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 5  # as in native.c: a library that was compiled from another version is not used
-CACHE_DTYPE = torch.float16  # of keys and values: half the bytes that attention reads, at 11 bits
+INTERFACE = 6  # as in native.c: a library that was compiled from another version is not used
+CACHE_DTYPE = torch.int8  # of keys and values, with a scale for each token and head
 ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below that of int8 weights
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
+MAX_POSITIONS = 16384  # of a sequence: its scores are on the stack of a thread
 TILE = 64  # rows of W that are stored together
 LANES = 16  # floats in a register
 RANKS = 4  # low ranks are padded to a multiple of it
@@ -46,6 +47,7 @@ def is_available(config: GPT2Config) -> bool:
         config.n_embd % 16 == 0
         and config.mlp_width % 16 == 0
         and config.head_width in HEAD_WIDTHS
+        and config.n_positions <= MAX_POSITIONS
         and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
     )
     return suits and has_vnni() and _is_compiled()
@@ -223,12 +225,17 @@ def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers:
     return torch.tensor([one.token for one in draws])
 
 
+def cache_heads(n_head: int, head_width: int) -> int:
+    """Heads that a cache of CACHE_DTYPE has: behind those of the model, their scales take the bytes of some more."""
+    return n_head + -(-n_head * torch.float32.itemsize // head_width)
+
+
 class Span(NamedTuple):
     """Keys and values of one sequence in a cache of CACHE_DTYPE: of one token after the other, all heads."""
 
     k: int  # address of its first token's keys in the first layer
     v: int
-    layer_stride: int  # in elements, of k and of v
+    layer_stride: int  # in bytes, of k and of v
     past: int  # tokens that it holds
     n: int  # new tokens, which are written behind them
 

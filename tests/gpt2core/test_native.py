@@ -52,7 +52,7 @@ def quantized_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
 
 @needs_vnni
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 20), n_in=st.sampled_from([16, 64, 208]), n_out=st.integers(1, 150), seed=st.integers(0, 99))
+@given(n=st.integers(1, 40), n_in=st.sampled_from([16, 64, 208]), n_out=st.integers(1, 150), seed=st.integers(0, 99))
 def test_a_product_is_the_exact_one_of_the_quantized_operands(n, n_in, n_out, seed):
     x, weight, bias = random(n, n_in, seed=seed), random(n_out, n_in, seed=seed + 1), random(n_out, seed=seed + 2)
     linear = native.Int8Linear(weight, bias, native.Scratch(n_in, n_in))
@@ -99,10 +99,10 @@ def hidden_states(model: GPT2, ids: torch.Tensor) -> torch.Tensor:
 
 
 @needs_vnni
-@pytest.mark.parametrize("width", native.HEAD_WIDTHS)
+@pytest.mark.parametrize(("width", "n_head"), [*((width, 3) for width in native.HEAD_WIDTHS), (16, 17)])
 @torch.inference_mode()
-def test_the_layers_are_the_models_and_do_not_depend_on_how_a_prompt_is_divided(width):
-    model, ids = spread_model(3 * width, 3), torch.arange(40)
+def test_the_layers_are_the_models_and_do_not_depend_on_how_a_prompt_is_divided(width, n_head):
+    model, ids = spread_model(n_head * width, n_head), torch.arange(40)
     whole, expected = QuantizedModel(model, "int8"), hidden_states(model, ids)
     together = whole.hidden(ids, ids)
     assert whole.is_native
@@ -111,6 +111,24 @@ def test_the_layers_are_the_models_and_do_not_depend_on_how_a_prompt_is_divided(
     for start, end in pairwise([0, 7, 8, 9, 34, 40]):
         parts.append(whole.hidden(ids[start:end], ids[start:end], [native.span(kv, start, end - start)]))
     assert torch.equal(torch.cat(parts), together)
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_keys_and_values_are_stored_with_127_steps_and_a_scale_for_each_token_and_head():
+    model, ids = spread_model(), torch.arange(9)
+    H, D = CONFIG.n_head, CONFIG.head_width
+    whole = QuantizedModel(model, "int8", n_layer=1)
+    kv = whole._new_cache(len(ids))  # (1, 2, H and scales, T, D)
+    whole.hidden(ids, ids, [native.span(kv, 0, len(ids))])
+    scales = kv[0, :, H:].transpose(1, 2).reshape(2, len(ids), -1)[..., : 4 * H].contiguous().view(torch.float32)
+    steps = torch.stack([kv[0, 0, :H].view(torch.uint8).int() - 128, kv[0, 1, :H].int()])  # (2, H, T, D)
+    assert (steps.abs().amax(-1) == 127).all()
+    x = (whole.wte[ids] + whole.wpe[ids]).float()
+    qkv = whole.blocks[0].projections[0](x, whole.blocks[0].ln_1).unflatten(-1, (3, H, D))
+    exact = qkv[:, 1:].permute(1, 2, 0, 3)
+    error = (steps * scales.transpose(1, 2)[..., None] - exact).abs()
+    assert (error <= 0.501 * scales.transpose(1, 2)[..., None]).all()
 
 
 @needs_vnni
@@ -225,7 +243,8 @@ def test_completions_are_the_same_alone_together_in_chunks_and_from_two_engines(
 @needs_vnni
 def test_shapes_that_the_kernels_do_not_know_are_decoded_without_them():
     assert native.is_available(CONFIG)
-    for change in ({"n_head": 8}, {"n_embd": 24, "n_head": 1}, {"activation_function": "relu"}):
+    unknown = ({"n_head": 8}, {"n_embd": 24, "n_head": 1}, {"activation_function": "relu"}, {"n_positions": 16385})
+    for change in unknown:
         config = GPT2Config(**{**vars(CONFIG), **change})
         assert not native.is_available(config)
         with Engine(GPT2(config, torch.Generator().manual_seed(0)).eval(), 2, "int8") as engine:
