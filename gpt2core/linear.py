@@ -1,7 +1,8 @@
 """y = x W^T + b on a CPU through oneDNN, forward and backward: in fp32, and in bf16 with packed weights.
 
 torch sends fp32 products to MKL, which uses the vector units of one vendor's processors only: on an AMD EPYC with
-AVX-512 it reaches 45 % of oneDNN's throughput (`docs/decisions/0012-fp32-products-by-onednn.md`).
+AVX-512 it reaches 45 % of oneDNN's throughput (`docs/decisions/0012-fp32-products-by-onednn.md`). On a processor
+without bf16 instructions, bf16 products are computed in fp32 and rounded: the same sums, four times as fast.
 """
 
 from typing import Any, NamedTuple, Self, cast
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt2core.kernels import has_onednn, onednn_linear, prepack
+from gpt2core.kernels import has_bf16, has_onednn, onednn_linear, prepack
 
 SMALL = 2**20  # multiplications; below this, the call overhead of oneDNN exceeds what it saves
+FEW_ROWS = 32  # of x; below this, converting a bf16 weight to fp32 takes longer than it saves
 
 
 class Packed(NamedTuple):
@@ -47,25 +49,32 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Te
     """
     if isinstance(weight, Packed):
         return cast(Tensor, _PackedLinear.apply(x, weight, bias))
-    if (
-        x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or x.device.type != "cpu"
-        or x.numel() * len(weight) < SMALL
-        or torch.is_autocast_enabled("cpu")
-        or not has_onednn()
-    ):
-        return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return onednn_linear(x, weight, bias)
-    return cast(Tensor, _Linear.apply(x, weight, bias))
+    if _is_for_onednn(x, weight):
+        if torch.is_grad_enabled():
+            return cast(Tensor, _Linear.apply(x, weight, bias))
+        return _product(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_product` is faster than torch."""
+    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not has_onednn():
+        return False
+    if x.dtype == torch.bfloat16:
+        return x.numel() >= FEW_ROWS * x.shape[-1] and not has_bf16()
+    return x.dtype == torch.float32 and x.numel() * len(weight) >= SMALL
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Of x's dtype, computed in fp32."""
+    return onednn_linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return onednn_linear(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -76,10 +85,8 @@ class _Linear(torch.autograd.Function):
         weight_grad = None
         if weight_needs_grad:  # oneDNN copies its first operand: make that the smaller one
             n_out, n_in = weight.shape
-            weight_grad = (
-                onednn_linear(grads.t(), inputs.t()) if n_out < n_in else onednn_linear(inputs.t(), grads.t()).t()
-            )
-        x_grad = onednn_linear(grad, weight.t()) if x_needs_grad else None
+            weight_grad = _product(grads.t(), inputs.t()) if n_out < n_in else _product(inputs.t(), grads.t()).t()
+        x_grad = _product(grad, weight.t()) if x_needs_grad else None
         return x_grad, weight_grad, grads.sum(0) if bias_needs_grad else None
 
 

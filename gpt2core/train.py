@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gpt2core.batching import Batch, pack, uses_varlen
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example, check_examples
-from gpt2core.kernels import has_onednn_bf16
+from gpt2core.kernels import has_bf16
 from gpt2core.linear import Linear, Packed
 from gpt2core.lora import lora_layers
 from gpt2core.losses import batch_losses, token_losses
@@ -450,7 +450,7 @@ def _packed(model: GPT2) -> Iterator[None]:
         layer.config.dora for _, layer in lora_layers(model)
     )
     head = model.wte.weight.data
-    is_packable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_onednn_bf16()
+    is_packable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16()
     layers = [module for module in model.modules() if isinstance(module, Linear)] if is_packable else []
     try:
         for layer in layers:

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2core.kernels import has_onednn_bf16
-from gpt2core.linear import SMALL, Linear, Packed, linear
+from gpt2core import linear as module
+from gpt2core.linear import FEW_ROWS, SMALL, Linear, Packed, linear
 
 
 def tensors(shape, width, dtype=torch.float32, frozen=False):
@@ -36,7 +36,6 @@ def test_output_and_gradients_are_those_of_f_linear(shape, width, has_bias, froz
         torch.testing.assert_close(found, exact_grad.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not has_onednn_bf16(), reason="no bf16 products on this processor")
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_packed_weights_give_the_output_and_gradient_of_f_linear(has_bias):
     x, w, b = tensors((3, 101), 64, torch.bfloat16, frozen=True)
@@ -64,10 +63,35 @@ def test_an_expanded_gradient_is_supported():
     torch.testing.assert_close(x.grad, w.detach().sum(0).expand(301, 96), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_computed_by_torch(dtype):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_bf16_without_instructions_is_computed_in_fp32_and_rounded(monkeypatch, frozen):
+    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    inputs = tensors((301,), 64, torch.bfloat16, frozen)
+    wide = [t.detach().float().requires_grad_(t.requires_grad) for t in inputs]
+    y, exact = linear(*inputs), linear(*wide)
+    assert torch.equal(y, exact.bfloat16())
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    needed = 1 if frozen else 3
+    found = torch.autograd.grad(y, inputs[:needed], grad)
+    expected = torch.autograd.grad(exact, wide[:needed], grad.float())
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(one, other.bfloat16())
+    if not frozen:  # the gradient of the bias is summed in bf16
+        torch.testing.assert_close(found[2].float(), expected[2], rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize(("dtype", "has"), [(torch.bfloat16, True), (torch.float64, False)])
+def test_other_dtypes_are_computed_by_torch(monkeypatch, dtype, has):
+    monkeypatch.setattr(module, "has_bf16", lambda: has)
     x, w, b = tensors((301,), 64, dtype)
     assert torch.equal(linear(x, w, b), F.linear(x, w, b))
+
+
+def test_few_rows_of_bf16_are_computed_by_torch(monkeypatch):
+    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    x, w, b = tensors((301,), 64, torch.bfloat16)
+    few = x[: FEW_ROWS - 1]
+    assert torch.equal(linear(few, w, b), F.linear(few, w, b))
 
 
 def test_autocast_is_computed_by_torch():
