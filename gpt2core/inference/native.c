@@ -299,9 +299,8 @@ void product(Product *p) {
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-#define TOKENS 8     // whose values are added at once
-#define POSITIONS 16384  // at most, in a sequence: their scores are on the stack
-#define HEADS 4      // whose scores are summed at once
+#define TOKENS 8  // whose values are added at once
+#define HEADS 4   // whose scores are summed at once
 
 typedef struct {
     int8_t *k, *v;  // of the sequence's first token in the first layer
@@ -398,7 +397,7 @@ INLINE void attend_query(
     const float *q, const Cache *k, const Cache *v, const Cache *next, float *y, int64_t length, int64_t heads, float scale,
     const int width
 ) {
-    __m512 scores[length];
+    __m512 scores[length];  // on the stack: native.py limits the length
     Query queries[LANES];
     float steps[LANES] = {0};
     for (int64_t h = 0; h < heads; h++) {
