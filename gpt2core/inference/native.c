@@ -299,8 +299,8 @@ void product(Product *p) {
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-#define TOKENS 8  // whose values are added at once
-#define HEADS 4   // whose scores are summed at once
+#define FOUR 4     // bytes that dpbusd sums: heads whose scores, and tokens whose values are summed at once
+#define TOKENS 16  // whose values are read at once
 
 typedef struct {
     int8_t *k, *v;  // of the sequence's first token in the first layer
@@ -383,6 +383,21 @@ INLINE Query prepare_query(const float *x, float step, const int width) {
     return q;
 }
 
+INLINE __m512i load_bytes(const Cache *cache, int64_t token, int64_t head, const int width) {
+    __mmask64 mask = width == LINE ? ~0ull : (1ull << width) - 1;
+    return _mm512_maskz_loadu_epi8(mask, cache->bytes + token * cache->stride + head * width);
+}
+
+// Bytes of four tokens next to each other: of numbers 16 i + 4 j to 16 i + 4 j + 3 of each, in lanes 4 i to 4 i + 3 of y[j].
+INLINE void interleave(const __m512i *x, __m512i *y) {
+    __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpacklo_epi8(x[2], x[3]);
+    __m512i c = _mm512_unpackhi_epi8(x[0], x[1]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+    y[0] = _mm512_unpacklo_epi16(a, b);
+    y[1] = _mm512_unpackhi_epi16(a, b);
+    y[2] = _mm512_unpacklo_epi16(c, d);
+    y[3] = _mm512_unpackhi_epi16(c, d);
+}
+
 INLINE __m128i sum_lanes(const __m512i *x) {  // of each of four
     __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
     __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
@@ -406,17 +421,16 @@ INLINE void attend_query(
     }
     for (int64_t i = 0; i < length; i++) {
         prefetch_heads(v, i, heads * width);
-        for (int64_t h = 0; h < heads; h += HEADS) {
-            __m512i sums[HEADS];
-            for (int j = 0; j < HEADS; j++) {
+        for (int64_t h = 0; h < heads; h += FOUR) {
+            __m512i sums[FOUR];
+            for (int j = 0; j < FOUR; j++) {
                 int64_t head = h + j < heads ? h + j : heads - 1;
-                const int8_t *at = k->bytes + i * k->stride + head * width;
-                __m512i key = _mm512_maskz_loadu_epi8(width == 64 ? ~0ull : (1ull << width) - 1, at);
+                __m512i key = load_bytes(k, i, head, width);
                 __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), key, queries[head].high);
                 __m512i low = _mm512_dpbusd_epi32(queries[head].start, key, queries[head].low);
                 sums[j] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
             }
-            _mm_storeu_si128((__m128i *)(scores + i) + h / HEADS, sum_lanes(sums));
+            _mm_storeu_si128((__m128i *)(scores + i) + h / FOUR, sum_lanes(sums));
         }
     }
     __m512 most = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
@@ -426,32 +440,50 @@ INLINE void attend_query(
         scores[i] = _mm512_mul_ps(scores[i], _mm512_mul_ps(scaled, load_scales(k, i, heads)));
         most = _mm512_max_ps(most, scores[i]);
     }
+    __m512 largest = _mm512_set1_ps(1e-30f);
     for (int64_t i = 0; i < length; i++) {
         __m512 e = exponential(_mm512_sub_ps(scores[i], most));
-        total = _mm512_add_ps(total, e);
         scores[i] = _mm512_mul_ps(e, load_scales(v, i, heads));
+        largest = _mm512_max_ps(largest, scores[i]);
+        total = _mm512_fmadd_ps(scores[i], _mm512_setzero_ps(), _mm512_add_ps(total, e));  // NaN if the scale is
     }
-    for (int64_t d = 0; d < heads * width; d += LANES) _mm512_storeu_ps(y + d, _mm512_setzero_ps());
+    // The weights of the values in 16 bits, as their scores: the bytes of four tokens are next to each other.
+    __m512 step = _mm512_div_ps(largest, _mm512_set1_ps(65535.0f));
+    __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), step);
+    __m512i sums[heads][FOUR][2];
+    memset(sums, 0, sizeof sums);
     for (int64_t i = 0; i < length; i += TOKENS) {
-        int64_t end = i + TOKENS < length ? i + TOKENS : length;
-        for (int64_t t = i; t < end; t++) prefetch_heads(next, t, heads * width);
-        for (int64_t h = 0; h < heads; h++) {
-            __m512 sums[width / LANES];
-            for (int d = 0; d < width / LANES; d++) sums[d] = _mm512_loadu_ps(y + h * width + d * LANES);
-            for (int64_t t = i; t < end; t++)
-                for (int d = 0; d < width / LANES; d++) {
-                    const int8_t *at = v->bytes + t * v->stride + h * width + d * LANES;
-                    __m512i value = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at));
-                    __m512 weight = _mm512_set1_ps(((float *)(scores + t))[h]);
-                    sums[d] = _mm512_fmadd_ps(weight, _mm512_cvtepi32_ps(value), sums[d]);
-                }
-            for (int d = 0; d < width / LANES; d++) _mm512_storeu_ps(y + h * width + d * LANES, sums[d]);
+        int64_t n = length - i < TOKENS ? length - i : TOKENS;
+        __m512i weights[TOKENS / FOUR][2] = {0};  // high and low bytes
+        for (int64_t t = 0; t < n; t++) {
+            prefetch_heads(next, i + t, heads * width);
+            __m512i weight = _mm512_cvtps_epi32(_mm512_mul_ps(scores[i + t], inverse)), *four = weights[t / FOUR];
+            __m512i low = _mm512_and_epi32(weight, _mm512_set1_epi32(255));
+            four[0] = _mm512_or_epi32(four[0], _mm512_slli_epi32(_mm512_srli_epi32(weight, 8), t % FOUR * 8));
+            four[1] = _mm512_or_epi32(four[1], _mm512_slli_epi32(low, t % FOUR * 8));
         }
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t t = 0; t < n; t += FOUR) {
+                __m512i x[FOUR], values[FOUR];
+                for (int j = 0; j < FOUR; j++) x[j] = load_bytes(v, t + j < n ? i + t + j : i, h, width);
+                interleave(x, values);
+                for (int part = 0; part < 2; part++) {
+                    __m512i weight = _mm512_set1_epi32(((int32_t *)&weights[t / FOUR][part])[h]);
+                    for (int j = 0; j < FOUR; j++)
+                        sums[h][j][part] = _mm512_dpbusd_epi32(sums[h][j][part], weight, values[j]);
+                }
+            }
     }
-    float inverse[LANES];
-    _mm512_storeu_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), total));
-    for (int64_t d = 0; d < heads * width; d += LANES)
-        _mm512_storeu_ps(y + d, _mm512_mul_ps(_mm512_loadu_ps(y + d), _mm512_set1_ps(inverse[d / width])));
+    float factors[LANES], part[LANES];
+    _mm512_storeu_ps(factors, _mm512_div_ps(step, total));
+    for (int64_t h = 0; h < heads; h++)
+        for (int j = 0; j < FOUR; j++) {
+            __m512 high = _mm512_cvtepi32_ps(sums[h][j][0]), low = _mm512_cvtepi32_ps(sums[h][j][1]);
+            __m512 sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256), low);
+            _mm512_storeu_ps(part, _mm512_mul_ps(sum, _mm512_set1_ps(factors[h])));
+            for (int64_t d = 0; d < width; d += LANES)
+                memcpy(y + h * width + d + j * FOUR, part + d / FOUR, FOUR * sizeof(float));
+        }
 }
 
 INLINE Cache keys_of(const Attention *a, int64_t job) {

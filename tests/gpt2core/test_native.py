@@ -132,6 +132,23 @@ def test_keys_and_values_are_stored_with_127_steps_and_a_scale_for_each_token_an
 
 
 @needs_vnni
+@pytest.mark.parametrize("part", range(3), ids=["query", "key", "value"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@torch.inference_mode()
+def test_what_is_not_finite_makes_every_later_token_not_finite(part, value):
+    model, ids = spread_model(), torch.arange(20)
+    whole = QuantizedModel(model, "int8", n_layer=1)
+    kv = whole._new_cache(len(ids))
+    whole.hidden(ids[:3], ids[:3], [native.span(kv, 0, 3)])
+    bias = model.h[0].attn.c_attn.bias
+    bias[part * CONFIG.n_embd + 40] = value
+    bad = QuantizedModel(model, "int8", n_layer=1)
+    assert not bad.hidden(ids[3:4], ids[3:4], [native.span(kv, 3, 1)]).isfinite().any()
+    later = whole.hidden(ids[4:], ids[4:], [native.span(kv, 4, 16)])
+    assert later.isfinite().any() == (part == 0)  # queries are not kept
+
+
+@needs_vnni
 @torch.inference_mode()
 def test_each_row_is_changed_by_its_own_adapter_alone():
     model, ids = spread_model(), torch.arange(6)
