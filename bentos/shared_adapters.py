@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bentos.limits import ADAPTERS_POLL, MAX_ADAPTERS
 from bentos.metrics import render_gauges
 from bentos.schemas import BASE, TUNED, AdapterName, CanaryRequest
-from gpt2core.files import atomic_write, directory_sha256, to_json
+from gpt2core.files import atomic_write, directory_sha256, json_bytes
 
 MANIFEST = "adapters.json"
 
@@ -73,7 +73,7 @@ def publish(
             raise ValueError(f"{directory / path} is not a directory with an adapter")
     shared = {name: {"path": path, "sha256": directory_sha256(directory / path)} for name, path in adapters.items()}
     request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
-    content = to_json({"adapters": shared, "canary": request})
+    content = json_bytes({"adapters": shared, "canary": request})
     manifest = read(content)
     atomic_write(directory / MANIFEST, content)
     return manifest

@@ -5,7 +5,7 @@ from shutil import copy2
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
-from gpt2core.files import atomic_write, list_files, to_json
+from gpt2core.files import atomic_write, json_bytes, list_files
 from gpt2core.prompt import chat_template
 from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB, load_tokenizer
 from gpt2core.types import Evaluation, Lineage, SplitSummary
@@ -58,10 +58,10 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         "chat_template": chat_template(),
     }
-    files = {"tokenizer_config.json": to_json(tokenizer_config)}
+    files = {"tokenizer_config.json": json_bytes(tokenizer_config)}
     if model.config.generation_config is None:
         end = load_tokenizer(finished.base_dir).eot_token
-        files["generation_config.json"] = to_json({"bos_token_id": end, "eos_token_id": end, "do_sample": False})
+        files["generation_config.json"] = json_bytes({"bos_token_id": end, "eos_token_id": end, "do_sample": False})
     for name, content in files.items():
         atomic_write(out / name, content)
 

@@ -21,9 +21,9 @@ from gpt2core.files import (
     atomic_write,
     checkpoint_files,
     directory_sha256,
+    json_bytes,
     list_files,
     read_json,
-    to_json,
 )
 from gpt2core.records import records_sha256
 from gpt2core.types import BaseRef, JsonDataclass, Lineage, SplitSummary
@@ -80,7 +80,7 @@ def sign(directory: Path, key: Path) -> Path:
         "payload": base64.b64encode(payload).decode(),
         "signatures": [{"sig": base64.b64encode(signature).decode()}],
     }
-    atomic_write(directory / SIGNATURE, to_json(envelope))
+    atomic_write(directory / SIGNATURE, json_bytes(envelope))
     return directory / SIGNATURE
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.files import read_json, to_json, write_files
+from gpt2core.files import json_bytes, read_json, write_files
 from gpt2core.lora import add_lora, lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import PEFT_CONFIG, read_peft
@@ -42,7 +42,7 @@ def save_adapter(model: GPT2, directory: str | Path, base: Mapping[str, Any] | N
         # ties the two files together: `read_adapter` detects a crash between the two renames
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    return write_files(directory, {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: to_json(description)})
+    return write_files(directory, {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: json_bytes(description)})
 
 
 def load_adapter(

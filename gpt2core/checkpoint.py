@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter, save_adapter
 from gpt2core.config import GPT2Config
-from gpt2core.files import atomic_write, directory_sha256, file_sha256, read_json, read_text, to_json, write_files
+from gpt2core.files import atomic_write, directory_sha256, file_sha256, json_bytes, read_json, read_text, write_files
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
@@ -125,7 +125,7 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
     }
     if config.n_tokens is not None:
         description["n_tokens"] = config.n_tokens
-    files = {WEIGHTS: to_safetensors(state, {"format": "pt"}), CONFIG: to_json(description)}
+    files = {WEIGHTS: to_safetensors(state, {"format": "pt"}), CONFIG: json_bytes(description)}
     if config.generation_config is not None:
         files[GENERATION_CONFIG] = config.generation_config.encode()
     return write_files(directory, files)

@@ -121,7 +121,8 @@ def verify_directory(directory: str | Path, sha256: str, files: Collection[str] 
         )
 
 
-def to_json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """The content of a JSON file: indented, in ASCII."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig, LoraTarget
-from gpt2core.files import read_json, to_json, write_files
+from gpt2core.files import json_bytes, read_json, write_files
 from gpt2core.lora import TARGET_LAYERS, lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.tensors import check_weight, read_tensors
@@ -99,7 +99,7 @@ def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
         "inference_mode": True,
     }
     weights = to_safetensors(state, {"format": "pt"})
-    return write_files(directory, {PEFT_WEIGHTS: weights, PEFT_CONFIG: to_json(description)})
+    return write_files(directory, {PEFT_WEIGHTS: weights, PEFT_CONFIG: json_bytes(description)})
 
 
 def read_peft(

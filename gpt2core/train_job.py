@@ -16,7 +16,7 @@ from gpt2core.checkpoint import read_config, save_adapter
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import encode_records, split_records
 from gpt2core.distributed import finetune_adapter, rank
-from gpt2core.files import atomic_write, to_json
+from gpt2core.files import atomic_write, json_bytes
 from gpt2core.records import read_records
 from gpt2core.tokenizer import load_tokenizer
 
@@ -56,7 +56,7 @@ def run(job: Job) -> None:
     model, result = finetune_adapter(job.base, lora, train, val, config, log, out / "checkpoints")
     if rank() == 0:
         save_adapter(model, out / "adapter")
-        atomic_write(out / "history.json", to_json(result.history))
+        atomic_write(out / "history.json", json_bytes(result.history))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from zenml import get_step_context, step
 
 from steps.adapters.report import write_curves
 from steps.evaluate_text import TextScores
-from steps.outputs import to_json, write_outputs
+from steps.outputs import json_text, write_outputs
 
 
 @step(enable_cache=False)
@@ -16,7 +16,7 @@ def export_base(base: Path, history: list[dict[str, float]], metrics: TextScores
     with TemporaryDirectory() as directory:
         curves = write_curves(history, Path(directory), title=run_name).read_text()
     texts = {
-        "metrics.json": to_json(metrics.to_json()),
+        "metrics.json": json_text(metrics.to_json()),
         "samples.txt": "".join(f"{sample}\n\n" for sample in metrics.samples),
         "curves.html": curves,
     }

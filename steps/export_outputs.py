@@ -11,7 +11,7 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Evaluation, Lineage, Sample, SplitSummary
 from steps.adapters.base import REFERENCE, has_checkpoint, open_base
 from steps.config import PromoteConfig
-from steps.outputs import to_json, write_outputs
+from steps.outputs import json_text, write_outputs
 from steps.promote import Promotion, compared_on
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ def export_outputs(
         "report.html": str(report),
         "report.json": report_json,
         "curves.html": str(curves),
-        "metrics.json": to_json(_metrics(metrics, comparison, promote)),
+        "metrics.json": json_text(_metrics(metrics, comparison, promote)),
         "samples.jsonl": to_jsonl([sample.to_json() for sample in samples]),
-        "split.json": to_json(split.to_json()),
-        "lineage.json": to_json(lineage.to_json()),
+        "split.json": json_text(split.to_json()),
+        "lineage.json": json_text(lineage.to_json()),
         "bento.txt": lineage.bento + "\n",
     }
     folders = {"adapter": adapter}

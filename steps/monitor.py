@@ -17,7 +17,7 @@ from steps.adapters.drift import Drift, Signal, measure, write_drift
 from steps.adapters.webhook import WebhookError, post
 from steps.config import MonitorConfig
 from steps.metadata import attach_metadata
-from steps.outputs import outputs_dir, to_json
+from steps.outputs import json_text, outputs_dir
 from steps.traffic import Traffic, ratings_of, read_traffic, summary
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def detect_drift(
     page = write_drift(drift, evidently)
     directory = report_directory(get_step_context().pipeline_run.name)
     atomic_write(directory / "drift.html", page.encode())
-    atomic_write(directory / "drift.json", to_json(drift.to_json()).encode())
+    atomic_write(directory / "drift.json", json_text(drift.to_json()).encode())
     attach_metadata(
         "drift", {"drifted": drift.drifted, "verdict": drift.verdict, "run": run.name, "requests": drift.requests}
     )

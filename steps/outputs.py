@@ -69,7 +69,8 @@ def _link(link: Path, target: Path) -> None:
     os.replace(temporary, link)
 
 
-def to_json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """For people: indented, with non-ASCII characters as they are."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 

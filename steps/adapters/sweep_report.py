@@ -10,7 +10,7 @@ from pathlib import Path
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from gpt2core.files import atomic_write, to_json
+from gpt2core.files import atomic_write, json_bytes
 from gpt2core.trials import Trial
 from steps.adapters.pages import render
 from steps.config import TRIAL_METRICS, SweepConfig
@@ -35,7 +35,7 @@ def write_sweep(trials: Sequence[Trial], sweep: SweepConfig, directory: Path) ->
         samples=[trial for trial in trials if trial.sample],
         machines=machines,
     )
-    atomic_write(directory / "results.json", to_json({**about, "results": results}))
+    atomic_write(directory / "results.json", json_bytes({**about, "results": results}))
     atomic_write(directory / "table.md", _table(sweep, rows).encode())
     atomic_write(directory / "plot.svg", plot.encode())
     atomic_write(directory / "report.html", page.encode())

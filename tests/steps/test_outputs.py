@@ -40,8 +40,8 @@ def test_writing_a_run_twice_keeps_the_second(folder):
 
 
 def test_json_is_indented_and_readable():
-    assert outputs.to_json({"name": "Müller"}) == '{\n  "name": "Müller"\n}\n'
-    assert json.loads(outputs.to_json([1, None, "x"])) == [1, None, "x"]
+    assert outputs.json_text({"name": "Müller"}) == '{\n  "name": "Müller"\n}\n'
+    assert json.loads(outputs.json_text([1, None, "x"])) == [1, None, "x"]
 
 
 def test_a_stage_keeps_pointing_at_the_promoted_run(folder):
