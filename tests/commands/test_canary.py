@@ -105,3 +105,13 @@ def test_adapters_writes_the_manifest(tmp_path, adapter_dir):
         result = run("adapters", str(tmp_path), *words)
         assert result.exit_code in (1, 2)
         assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("option", ["--share", "--max-failures", "--max-slowdown"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_limit_that_is_not_a_finite_number_from_0_is_refused(option, value):
+    result = run("canary", "decide", option, value)
+    assert result.exit_code == 2
+    message = result.output.splitlines()[-1]
+    assert f"'{option}': {float(value)} is not" in message
+    assert "; pass" in message
