@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from math import inf
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from zenml.models import PipelineRunResponse
 
 
-class Number(click.FloatRange):
-    """A finite number from 0 to `max`. click.FloatRange accepts nan, which compares as within every range."""
+class Finite(click.FloatRange):
+    """click.FloatRange accepts nan."""
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(click.FLOAT.convert(value, param, ctx))
-        if not 0 <= number <= (inf if self.max is None else self.max) or number == inf:
-            limit = "0 or more" if self.max is None else f"from 0 to {self.max:g}"
-            self.fail(f"{number} is not allowed; pass a finite number, {limit}", param, ctx)
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
         return number
 
 
@@ -250,18 +249,18 @@ def rollback() -> None:
 @click.argument("name", required=False)
 @click.option("--url", default="http://localhost:3000", show_default=True, help="URL of one running service.")
 @click.option("--path", default="", help="start: directory of the adapter to load, below GPT2_ADAPTERS_DIR.")
-@click.option("--share", type=Number(0, 1), default=0.1, show_default=True, help="start: share of requests.")
+@click.option("--share", type=Finite(0, 1), default=0.1, show_default=True, help="start: share of requests.")
 @click.option("--shadow", is_flag=True, help="start: the canary only repeats requests; clients do not see its answers.")
 @click.option(
     "--max-failures",
-    type=Number(0, 1),
+    type=Finite(0, 1),
     default=0.01,
     show_default=True,
     help="decide: allowed increase of failed completions.",
 )
 @click.option(
     "--max-slowdown",
-    type=Number(0),
+    type=Finite(0),
     default=0.2,
     show_default=True,
     help="decide: allowed increase of the mean duration.",

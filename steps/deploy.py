@@ -3,6 +3,7 @@ from typing import Annotated, Any
 
 from zenml import get_step_context, step
 from zenml.client import Client
+from zenml.utils.pagination_utils import depaginate
 
 from deploy.bento import exists
 from deploy.config import DeployConfig
@@ -51,7 +52,8 @@ def rollback() -> Deployment:
     Raises:
         DeployError: nothing was deployed, there is no earlier version, or that version does not start.
     """
-    for artifact in Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1000).items:
+    newest_first = {"artifact": "deployment", "sort_by": "desc:created", "size": 1000}
+    for artifact in depaginate(Client().list_artifact_versions, **newest_first):
         config = DeployConfig(**artifact.load()["config"])
         target = open_target(config)
         if target is not None:

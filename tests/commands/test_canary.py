@@ -112,6 +112,4 @@ def test_adapters_writes_the_manifest(tmp_path, adapter_dir):
 def test_a_limit_that_is_not_a_finite_number_from_0_is_refused(option, value):
     result = run("canary", "decide", option, value)
     assert result.exit_code == 2
-    message = result.output.splitlines()[-1]
-    assert f"'{option}': {float(value)} is not" in message
-    assert "; pass" in message
+    assert f"'{option}': {float(value)} is not" in result.output
