@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Finite(click.FloatRange):
     """click.FloatRange accepts nan."""
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         if not isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
