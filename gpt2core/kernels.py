@@ -30,7 +30,8 @@ def has_onednn() -> bool:
 def has_bf16() -> bool:
     """Whether oneDNN computes bf16 products by instructions of this processor.
 
-    On x86 processors without them it has a fifth of its fp32 throughput. Private because torch has no public test.
+    On x86 processors without them it has a fifth of its fp32 throughput. Private because torch has no public test for
+    oneDNN's support. For the processor's, `torch.cpu.get_capabilities` is public, but perhaps not in torch 2.11.
     """
     if not (has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False

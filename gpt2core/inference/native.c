@@ -447,7 +447,7 @@ INLINE void attend_query(
         largest = _mm512_max_ps(largest, scores[i]);
         total = _mm512_fmadd_ps(scores[i], _mm512_setzero_ps(), _mm512_add_ps(total, e));  // NaN if the scale is
     }
-    // The weights of the values in 16 bits, as their scores: the bytes of four tokens are next to each other.
+    // The values' weights as two bytes each, in 16 bits: the high bytes of four tokens are together, and the low ones.
     __m512 step = _mm512_div_ps(largest, _mm512_set1_ps(65535.0f));
     __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), step);
     __m512i sums[heads][FOUR][2];
