@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import tiktoken
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -118,14 +119,10 @@ class Stage:
             Path(os.environ.get("INSTRUCTION_DATA", SHARED / "instruction-data.json")),
         )
         public = file.is_file() and config.vocab_size >= GPT2Config().vocab_size
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
-        cached = any(Path(os.environ["TIKTOKEN_CACHE_DIR"]).glob("*"))
+        tokenizer = _gpt2_tokenizer() if public else None
+        has_tokenizer = tokenizer is not None
         # the demo's tokenizer is trained on the demo's texts: it only makes records longer
-        tokenizer = (
-            load_tokenizer("gpt2")
-            if public and cached
-            else make_tokenizer("gpt2-nano", 0, 18, self.scratch / "tokenizer")
-        )
+        tokenizer = tokenizer or make_tokenizer("gpt2-nano", 0, 18, self.scratch / "tokenizer")
         records = read_records(file) if public else write_records(make_world(0), 0)
         train = split_records(records, seed=0).train[: self.sizes.n_records]
         examples = [
@@ -134,13 +131,23 @@ class Stage:
             if one.prompt_length < config.n_positions - 8
         ]
         n_tokens = sum(len(example.input_ids) - 1 for example in examples)
-        data = {"records": len(examples), "tokens": n_tokens, "public": public, "gpt2_tokenizer": public and cached}
+        data = {"records": len(examples), "tokens": n_tokens, "public": public, "gpt2_tokenizer": has_tokenizer}
         self.record(data=data)
         return examples
 
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _gpt2_tokenizer() -> tiktoken.Encoding | None:
+    """GPT-2's tokenizer, if its files are here: the environment may name a directory of other ones."""
+    if (files := SHARED / "tiktoken").is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(files)
+    try:
+        return load_tokenizer("gpt2")
+    except OSError:  # without a network
+        return None
 
 
 def trainable_model(config: GPT2Config) -> GPT2:
@@ -204,9 +211,11 @@ def _train_peer(stage: Stage, preset: str) -> None:
     sizes = stage.sizes
     trainer = Trainer(stage.base(preset, trainable_model), torch.bfloat16, device=stage.device)
     data = sorted(stage.examples(preset), key=lambda example: len(example.input_ids))  # least padding
-    # warm-up with the longest records, which need most memory
+    data = data[-sizes.peer_steps * sizes.batch_size :]
+    # the longest records need most memory
     batch_size, _ = _largest(sizes.batch_size, lambda n: trainer.train(data[-n:], n))
-    rate = trainer.train(data[-sizes.peer_steps * sizes.batch_size :], batch_size)
+    trainer.train(data, batch_size)  # a first time, since memory is allocated for each new length
+    rate = trainer.train(data, batch_size)
     figures = {"tokens_per_second": rate, "steps": sizes.peer_steps, "batch_size": batch_size}
     stage.record(**{f"{preset}.peer.{name}": value for name, value in figures.items()})
 
@@ -483,7 +492,8 @@ def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str,
     """The entry of a stage, run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--stage", name, "--scratch", str(scratch)]
     if name == "tests":
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpt2core/test_gpu.py", "-v", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
+        command += [f"tests/gpt2core/test_{name}.py" for name in ("gpu", "cuda")]
         command += ["-p", "no:cacheprovider", "-W", "ignore"]
     environment = os.environ | {"GPU_CHECK_DEVICE": device, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a killed process is complete
