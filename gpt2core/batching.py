@@ -1,4 +1,4 @@
-"""Training batches: examples packed into one row, without padding."""
+"""Training batches: examples packed into one row, without padding or, for CUDA graphs, with a few tokens of it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,17 +11,26 @@ from gpt2core.kernels import has_varlen_attention
 from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
 from gpt2core.tensors import int_tensor, to_device
 
+IGNORED = -100  # a label without a loss, as in F.cross_entropy
+PADDING = 64  # tokens in a sequence of padding at most; longer ones would make attention's blocks larger
+
 
 class Batch(NamedTuple):
     """Token ids in B rows of T tokens. Examples are packed into one row, with their shared prefix stored once."""
 
     input_ids: Tensor  # (B, T)
-    labels: Tensor  # (n): the next tokens that count in the loss
+    labels: Tensor  # (n): the next tokens that count in the loss, and IGNORED
     n_tokens: int  # a shared prefix counts once per example
     labeled: Tensor | None = None  # (n) index of the token before each label in the flattened rows; None: all tokens
     owners: Tensor | None = None  # (n) the index of each label's example
     positions: Tensor | None = None  # (B, T) within the example; None: each row is one text
     sequences: Sequences | None = None  # which tokens of the row attend to which
+    n_ignored: int = 0  # of the labels: IGNORED, at the end
+
+    @property
+    def n_labels(self) -> int:
+        """Labels that count in the loss."""
+        return self.labels.numel() - self.n_ignored
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
@@ -39,6 +48,7 @@ def pack(
     device: torch.device | str = "cpu",
     share_prefix: bool = True,
     use_varlen: bool = False,
+    padded: bool = False,
 ) -> Batch:
     """Pack the examples into one row, the longest first.
 
@@ -46,6 +56,8 @@ def pack(
         share_prefix: compute the prefix that all examples share (such as the prompt's preamble) only once. Losses and
             gradients do not change. The prefix ends before the first token with a label.
         use_varlen: for `varlen_attention`, if `uses_varlen`.
+        padded: with `use_varlen`, add tokens and labels that do not change the loss, so that few shapes occur: up to
+            6 % and 13 % more.
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
@@ -60,16 +72,34 @@ def pack(
         labels += ids[first[i] :]
         labeled += range(start + first[i] - 1, start + len(ids) - 1)
         owners += [i] * (len(ids) - first[i])
+    texts, n_tokens, n_labels = [lengths[i] for i in order], sum(lengths) + shared * len(examples), len(labels)
+    if padded:
+        step = _step_of_sizes(len(input_ids), 16)
+        n_texts = -(-step // PADDING)
+        n = n_texts + -(len(input_ids) + n_texts) % step  # at least one token in each
+        texts += [n // n_texts + (i < n % n_texts) for i in range(n_texts)]
+        input_ids += [0] * n
+        positions += [0] * n
+        n_ignored = -n_labels % _step_of_sizes(n_labels, 8)
+        labels += [IGNORED] * n_ignored
+        labeled += [len(input_ids) - 1] * n_ignored
+        owners += [0] * n_ignored
     kind = VarlenSequences if use_varlen else PaddedSequences
     return Batch(
         int_tensor(input_ids)[None],
         int_tensor(labels),
-        sum(lengths) + shared * len(examples),
+        n_tokens,
         int_tensor(labeled),
         int_tensor(owners),
         int_tensor(positions)[None],
-        kind.make(shared, [lengths[i] for i in order]),
+        kind.make(shared, texts),
+        len(labels) - n_labels,
     ).to(device)
+
+
+def _step_of_sizes(n: int, n_sizes: int) -> int:
+    """What to round n up to a multiple of, so that only `n_sizes` numbers are between two powers of two."""
+    return max(1, 2 ** (n.bit_length() - 1) // n_sizes)
 
 
 def uses_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core.batching import Batch, pack, uses_varlen
+from gpt2core.batching import IGNORED, Batch, pack, uses_varlen
 from gpt2core.data import Example
 from gpt2core.model import GPT2, evaluating
 
 
 def batch_losses(model: GPT2, batch: Batch) -> Tensor:
-    """Cross-entropy (n) of the n labels, in fp32. Head and last MLP compute only their tokens."""
+    """Cross-entropy (n) of the n labels, in fp32, 0 for IGNORED. Head and last MLP compute only their tokens."""
     hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labeled)
     logits = model.head(hidden.flatten(0, -2)).float()
-    return F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+    return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED, reduction="none")
 
 
 @torch.no_grad()

@@ -29,8 +29,10 @@ class VarlenSequences:
     places: Tensor  # the inverse: (P * (S + 1)) where the prefix is among the keys, then (N - P) each other token
     ends_q: Tensor  # as `varlen_attention` takes them
     ends_k: Tensor
-    max_q: int
+    max_q: int  # at least, as multiples of LIMIT, so that few different ones occur
     max_k: int
+
+    LIMIT = 128
 
     @classmethod
     def make(cls, shared: int, lengths: Sequence[int]) -> Self:
@@ -47,7 +49,8 @@ class VarlenSequences:
             start += length
         ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
         places = int_tensor(of_prefix + own)
-        return cls(shared, int_tensor(keys), places, ends_q, ends_k, max(n_queries), max(n_keys))
+        max_q, max_k = (-(-max(n) // cls.LIMIT) * cls.LIMIT for n in (n_queries, n_keys))
+        return cls(shared, int_tensor(keys), places, ends_q, ends_k, max_q, max_k)
 
     def to(self, device: torch.device | str) -> Self:
         keys, places = to_device(self.keys, device), to_device(self.places, device)

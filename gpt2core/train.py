@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,10 +22,11 @@ from gpt2core.data import Example, check_examples
 from gpt2core.kernels import has_bf16
 from gpt2core.linear import Linear, Packed
 from gpt2core.lora import lora_layers
-from gpt2core.losses import batch_losses, token_losses
+from gpt2core.losses import token_losses
 from gpt2core.model import GPT2
 from gpt2core.optimizers import finetuning_optimizers, learning_rate_factor, pretraining_optimizers
 from gpt2core.resources import ResourceMeter, mean_utilization, peak_memory_mib
+from gpt2core.step_graphs import StepGraphs, add_gradients
 from gpt2core.training_state import Progress, TrainingState
 from gpt2core.types import TrainSummary
 
@@ -107,6 +109,8 @@ def finetune(
     # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
     use_varlen = uses_varlen(device, _base_dtype(config), model.config.head_width)
+    # a graph repeats what it was captured with, also random numbers
+    use_graphs = use_varlen and _trains_only_lora(model) and share_prefix and not config.gradient_checkpointing
 
     def indices_of(step: int) -> list[list[int]]:
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
@@ -117,7 +121,7 @@ def finetune(
 
     def batches_of(step: int) -> list[Batch]:
         shares = [part[rank::world_size] for part in indices_of(step)]
-        options = config.loss_on, device, share_prefix, use_varlen
+        options = config.loss_on, device, share_prefix, use_varlen, use_graphs
         return [pack([train[i] for i in own], *options) for own in shares if own]
 
     def describe(step: int) -> str:
@@ -139,6 +143,7 @@ def finetune(
         validate_every=config.validate_every_epochs * steps_per_epoch if val else total_steps,
         checkpoint_every=total_steps if checkpoint_dir is None else config.checkpoint_every_epochs * steps_per_epoch,
         patience=config.patience,
+        use_graphs=use_graphs,
         fingerprint=_fingerprint(
             config, [[*example.input_ids, example.prompt_length] for example in (*train, *val)], lora
         ),
@@ -199,6 +204,7 @@ def pretrain(
         validate_every=config.max_steps,
         checkpoint_every=config.max_steps if checkpoint_dir is None else config.checkpoint_every_steps,
         patience=None,
+        use_graphs=False,
         fingerprint=_fingerprint(config, tokens.tolist()),
     )
     return _run(model, plan, log, checkpoint_dir)
@@ -217,6 +223,7 @@ class _Plan:
     validate_every: int  # steps
     checkpoint_every: int  # steps
     patience: int | None  # validations without a new best loss after which training stops
+    use_graphs: bool  # batches are padded for `StepGraphs`
     fingerprint: str
 
     def is_due(self, step: int, every: int) -> bool:
@@ -248,9 +255,12 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
         losses: list[Tensor] = []  # of steps since they were last read
         batches = _Batches(plan)
+        # an adapter casts its own inputs; autocast is for training the fp32 weights of the base
+        mixed = plan.config.precision == "bf16-mixed" and not _trains_only_lora(model)
+        add = StepGraphs(model) if plan.use_graphs else partial(add_gradients, model, mixed=mixed)
         while state.progress.step < plan.total_steps and not state.progress.should_stop_early(plan.patience):
             with _naming_batch(plan, state):
-                values = _step(model, plan, state, batches, losses, meter)
+                values = _step(plan, state, batches, add, losses, meter)
             step = state.progress.step
             if values:
                 log(step, values)
@@ -307,7 +317,12 @@ class _Batches:
 
 
 def _step(
-    model: GPT2, plan: _Plan, state: TrainingState, batches: _Batches, losses: list[Tensor], meter: ResourceMeter
+    plan: _Plan,
+    state: TrainingState,
+    batches: _Batches,
+    add_gradients: Callable[[Batch, int], Tensor],
+    losses: list[Tensor],
+    meter: ResourceMeter,
 ) -> dict[str, float]:
     """Take one optimizer step; return the values to log, empty unless a log entry is due.
 
@@ -318,22 +333,16 @@ def _step(
     config, progress, weights = plan.config, state.progress, state.weights
     learning_rate = state.scale_learning_rates(learning_rate_factor(progress.step, plan.total_steps, config))
     parts = batches.take(progress.step)
-    own_labels, own_tokens = sum(part.labels.numel() for part in parts), sum(part.n_tokens for part in parts)
+    own_labels, own_tokens = sum(part.n_labels for part in parts), sum(part.n_tokens for part in parts)
     n_labels, n_tokens = map(int, _summed(own_labels, own_tokens))
-    # an adapter casts its own inputs; autocast is for training the fp32 weights of the base
-    full = any("lora_" not in name for name in weights)
-    autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=full and config.precision == "bf16-mixed")
     step_loss = torch.zeros((), device=state.device)
     for part in parts:
-        with autocast:
-            loss = batch_losses(model, part).sum()
-        (loss / n_labels).backward()
-        step_loss += loss.detach()
+        step_loss += add_gradients(part, n_labels)
     _sum_gradients([*weights.values()])
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf)
     for optimizer in state.optimizers:
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not plan.use_graphs)
 
     losses.append(step_loss)
     progress.step += 1
@@ -396,10 +405,11 @@ def _sum_gradients(weights: Sequence[nn.Parameter]) -> None:
     for weight in weights:
         if weight.grad is None:  # this process had no example in the batch
             weight.grad = torch.zeros_like(weight)
-    flat = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None])
+    grads = [weight.grad for weight in weights if weight.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
-        weight.grad = part.view_as(weight)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))  # in place, where a CUDA graph adds to it
 
 
 def _base_dtype(config: TrainConfig | PretrainConfig) -> torch.dtype:
@@ -439,16 +449,17 @@ def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[Non
             parameter.data = parameter.data.to(data.dtype) if parameter.requires_grad else data
 
 
+def _trains_only_lora(model: GPT2) -> bool:
+    return all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+
+
 @contextmanager
 def _packed(model: GPT2) -> Iterator[None]:
     """Matrix products with packed weights, where an adapter is trained on a bf16 base on a CPU.
 
     Meanwhile the parameters of the packed matrices are empty, so that they are in memory twice and not three times.
     """
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    only_lora = all("lora_" in name for name in trained) and not any(
-        layer.config.dora for _, layer in lora_layers(model)
-    )
+    only_lora = _trains_only_lora(model) and not any(layer.config.dora for _, layer in lora_layers(model))
     head = model.wte.weight.data
     is_packable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16()
     layers = [module for module in model.modules() if isinstance(module, Linear)] if is_packable else []

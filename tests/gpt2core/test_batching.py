@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from gpt2core import sequences
 from gpt2core.batching import pack
 from gpt2core.data import Example
+from gpt2core.losses import batch_losses
 from gpt2core.model import GPT2
 
 LONG, SHORT = Example([1, 2, 3, 4, 5], 3), Example([1, 2, 8], 2)
@@ -56,6 +57,37 @@ def attention_by_sequence(q, k, v, ends_q, ends_k, max_q, max_k, scale):
         mask = torch.ones(a.shape[1], b.shape[1], dtype=torch.bool).tril(b.shape[1] - a.shape[1])
         parts.append(F.scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale).transpose(0, 1))
     return torch.cat(parts)
+
+
+def test_padding_rounds_sizes_up_to_few_values():
+    shapes = set[tuple[int, ...]]()
+    for n in range(1000, 1400):
+        examples = [Example([*range(200)], 30), Example([*range(n - 198)], 5)]
+        batch = pack(examples, "response", share_prefix=False, use_varlen=True, padded=True)
+        n_tokens, n_labels = batch.input_ids.numel(), batch.labels.numel()
+        assert n < n_tokens <= 1.07 * n
+        assert n - 33 <= n_labels <= 1.13 * (n - 33)
+        assert batch.n_labels == n - 33
+        assert batch.n_tokens == n
+        assert int(batch.sequences.ends_q[-1]) == n_tokens
+        shapes.add((n_tokens, n_labels))
+    assert len(shapes) < 15
+
+
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_padding_changes_neither_losses_nor_gradients(monkeypatch, tiny_config, loss_on):
+    monkeypatch.setattr(sequences, "varlen_attention", attention_by_sequence)
+    examples = [Example([7, 7, 7, *range(n)], 3) for n in (2, 20, 9, 8, 3, 30)]
+    model, found = GPT2(tiny_config, torch.Generator().manual_seed(0)), []
+    for padded in (False, True):
+        model.zero_grad()
+        batch = pack(examples, loss_on, use_varlen=True, padded=padded)
+        losses = batch_losses(model, batch)
+        losses.sum().backward()
+        found.append([losses[: batch.n_labels], *(weight.grad for weight in model.parameters())])
+        assert not losses[batch.n_labels :].any()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.detach().abs().max()))
 
 
 @pytest.mark.parametrize("loss_on", ["response", "all"])  # with and without a shared prefix

@@ -1,0 +1,64 @@
+"""CUDA graphs of training steps, on a CPU: a replay computes what was captured once more, on the captured tensors."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt2core import sequences
+from gpt2core.batching import pack
+from gpt2core.config import LoraConfig
+from gpt2core.data import Example
+from gpt2core.lora import add_lora, lora_layers
+from gpt2core.model import GPT2
+from gpt2core.step_graphs import StepGraphs, _Graph, add_gradients
+from tests.gpt2core.test_batching import attention_by_sequence
+from tests.helpers import randomise_lora
+
+
+@pytest.fixture
+def model(tiny_config, monkeypatch):
+    monkeypatch.setattr(sequences, "varlen_attention", attention_by_sequence)
+    model = GPT2(tiny_config, torch.Generator().manual_seed(0))
+    return randomise_lora(add_lora(model, LoraConfig(rank=2), seed=0)).train()
+
+
+def batches(n: int, padded: bool):
+    """Of two shapes, with other tokens each."""
+    for i in range(n):
+        examples = [Example([7, 7, *((i + j * k) % 97 for k in range(8 + j + 9 * (i % 2)))], 4) for j in range(3)]
+        yield pack(examples, "response", use_varlen=True, padded=padded)
+
+
+def gradients(model) -> list[torch.Tensor]:
+    return [weight.grad for _, layer in lora_layers(model) for weight in (layer.lora_A, layer.lora_B)]
+
+
+def test_replays_give_the_losses_and_add_the_gradients_of_plain_steps(model, monkeypatch):
+    captured = []
+
+    def capture(graphs, batch):
+        graph = SimpleNamespace(replay=lambda: loss.copy_(add_gradients(model, batch, graphs._n_labels)))
+        loss = torch.zeros(())
+        captured.append(batch)
+        return _Graph(graph, batch, loss)
+
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
+    found, expected, step, copy = [], [], StepGraphs(model), deepcopy(model)
+    for divisor, (batch, plain) in enumerate(zip(batches(8, True), batches(8, False), strict=True), 1):
+        found.append(float(step(batch, divisor)))
+        expected.append(float(add_gradients(copy, plain, divisor)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(captured) == 2
+    for one, other in zip(gradients(model), gradients(copy), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_without_graphs_training_goes_on(model, caplog):
+    """Here capturing fails: there is no CUDA."""
+    caplog.set_level("WARNING")
+    step = StepGraphs(model)
+    losses = [float(step(batch, 5)) for batch in batches(6, True)]
+    assert caplog.text.count("no CUDA graph") == 1
+    assert losses == pytest.approx([float(add_gradients(model, batch, 5)) for batch in batches(6, False)], rel=1e-4)
