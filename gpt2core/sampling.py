@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.tensors import int_tensor, to_device
+from gpt2core.tensors import int_tensor, read_later, to_device
 
 
 class NonFiniteLogits(RuntimeError):
@@ -135,6 +135,7 @@ def choose(
     best: Tensor | None = None,
     most_likely: Callable[[Tensor], Tensor] = most_likely,
     draw: Callable[[Sequence[Tensor], Sequence[GenerationConfig], Sequence[float]], Tensor] = draw,
+    ahead: Callable[[Tensor], None] | None = None,
 ) -> list[int | Exception]:
     """The next token of each completion, from logits (B, V); for a row that failed, its exception instead.
 
@@ -144,6 +145,7 @@ def choose(
         samplers: None for a row to ignore.
         best: what `most_likely` finds, (B), if it is known.
         most_likely, draw: the functions of this module, or faster ones with their results.
+        ahead: called with the tokens (B), -1 for a row that failed, before the host waits for them.
     """
     best = most_likely(logits) if best is None else best
     outputs: dict[int, int | Exception] = {}
@@ -162,7 +164,13 @@ def choose(
         parts.append(most_likely(torch.stack([scores[i] for i in controlled])))
     if drawn:
         parts.append(draw([scores[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
-    found: list[int] = torch.cat(parts).tolist()  # waits for the device
+    on_device = torch.cat(parts)
+    reading = read_later(on_device)
+    if ahead is not None:
+        places = {i: len(best) + k for k, i in enumerate([*controlled, *drawn])}  # in `on_device`; the last one counts
+        index = to_device(int_tensor([places.get(i, i) for i in range(len(best))]), best.device)
+        ahead(on_device.index_select(0, index) if places else on_device)
+    found: list[int] = reading()
     likely, others = found[: len(best)], found[len(best) :]
     after_controls = dict(zip(controlled, others[: len(controlled)], strict=True))
     tokens = dict(zip(drawn, others[len(controlled) :], strict=True))

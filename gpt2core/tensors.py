@@ -1,8 +1,9 @@
 """Tensors read from safetensors files and copied to a device, and the check of weights."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,21 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Start to copy a tensor to the host; the function waits for the copy, not for what the device does after it."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # in pinned memory
+    event.record()
+
+    def read() -> list[Any]:
+        event.synchronize()
+        values: list[Any] = copy.tolist()
+        return values
+
+    return read
 
 
 def check_weight(source: object, key: str, tensor: Tensor) -> None:

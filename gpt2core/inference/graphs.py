@@ -6,6 +6,7 @@ graph per number of rows and columns (both powers of two), captured when it is f
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +15,36 @@ from torch import Tensor
 from gpt2core.inference.adapters import AdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.inference.request import Request
 from gpt2core.sampling import most_likely
 from gpt2core.tensors import int_tensor, to_device
 
 logger = logging.getLogger(__name__)
 
 
+Outputs = tuple[Tensor, Tensor]  # logits (B, token_count) and the most likely tokens (B)
+
+
 @dataclass(frozen=True, eq=False)
 class _Graph:
     graph: "torch.cuda.CUDAGraph"
-    outputs: tuple[Tensor, Tensor]  # written by each replay
+    outputs: Outputs  # written by each replay
+
+
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A step that was started before the tokens of the one before it were on the host."""
+
+    requests: Sequence[Request | None]
+    lengths: Sequence[int]
+    stack: AdapterStack | None
+    outputs: Outputs
+
+    def covers(self, cache: StaticRowCache, stack: AdapterStack | None) -> bool:
+        """Whether it computed what the next step needs: rows may have become free, and nothing else may differ."""
+        now = list(zip(cache.requests, cache.lengths, strict=True))
+        then = zip(self.requests, self.lengths, strict=True)
+        return stack is self.stack and all(row[0] is None or row == own for row, own in zip(now, then, strict=False))
 
 
 class RowDecoder:
@@ -32,29 +53,53 @@ class RowDecoder:
         # per row: its last token, the position of that, and the index of its adapter in the stack
         self._inputs = torch.zeros(3, cache.max_batch, dtype=torch.long, device=model.device)
         self._graphs: dict[tuple[int, int, AdapterStack | None], _Graph] = {}
+        self._ahead: _Ahead | None = None
         self.uses_graphs = model.device.type == "cuda"
 
-    def run(self, stack: AdapterStack | None) -> tuple[Tensor, Tensor]:
+    def run(self, stack: AdapterStack | None) -> Outputs:
         """Logits (B, token_count) of the next token of the cache's B rows, and the most likely tokens (B).
 
         Valid until the next call. Those of free rows are meaningless.
         """
-        cache = self._cache
-        ids, positions, adapters = cache.inputs()
+        cache, ahead, n_rows = self._cache, self._ahead, len(self._cache.requests)
+        self._ahead = None
+        if ahead is not None and ahead.covers(cache, stack):
+            logits, best = ahead.outputs
+        else:
+            self._set_inputs(stack)
+            logits, best = self._outputs(stack)
+        cache.end_step()
+        return logits[:n_rows], best[:n_rows]
+
+    def run_ahead(self, tokens: Tensor, stack: AdapterStack | None) -> None:
+        """Start the step after the last one with its tokens (B), which the host does not know yet.
+
+        The device then computes while the host reads them. Rows are independent: those that end with their token are
+        computed in vain, and everything is computed again if others have joined.
+        """
+        cache, n_rows = self._cache, len(tokens)
+        self._inputs[0, :n_rows] = tokens.clamp(min=0)
+        self._inputs[1, :n_rows].add_(1).clamp_(max=cache.n_positions - 1)
+        self._ahead = _Ahead([*cache.requests], [*cache.lengths], stack, self._outputs(stack))
+
+    def _set_inputs(self, stack: AdapterStack | None) -> None:
+        ids, positions, adapters = self._cache.inputs()
         indices = [-1] * len(ids) if stack is None else stack.indices(adapters)
-        n, width = cache.shape()
+        n, _ = self._cache.shape()
         beyond = n - len(ids)  # rows beyond the last request: token 0 at position 0
         inputs = int_tensor([*ids, *[0] * beyond, *positions, *[0] * beyond, *indices, *[-1] * beyond])
         self._inputs[:, :n] = to_device(inputs, self._model.device).view(3, n)
-        logits, best = self._replay(n, width, stack) if self.uses_graphs else self._compute(n, width, stack)
-        cache.end_step()
-        return logits[: len(ids)], best[: len(ids)]
+
+    def _outputs(self, stack: AdapterStack | None) -> Outputs:
+        n, width = self._cache.shape()
+        return self._replay(n, width, stack) if self.uses_graphs else self._compute(n, width, stack)
 
     def forget_stack(self) -> None:
-        """Release every graph that uses adapters."""
+        """Release everything that uses adapters."""
+        self._ahead = None
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[2] is None}
 
-    def _compute(self, n: int, width: int, stack: AdapterStack | None) -> tuple[Tensor, Tensor]:
+    def _compute(self, n: int, width: int, stack: AdapterStack | None) -> Outputs:
         model, cache = self._model, self._cache
         ids, positions, adapters = self._inputs[:, :n].unbind()
         cache.begin_rows(positions, width)
@@ -67,7 +112,7 @@ class RowDecoder:
         logits = model.logits(hidden)
         return logits, most_likely(logits)
 
-    def _replay(self, n: int, width: int, stack: AdapterStack | None) -> tuple[Tensor, Tensor]:
+    def _replay(self, n: int, width: int, stack: AdapterStack | None) -> Outputs:
         """As `_compute`, by a graph; without graphs from the first that cannot be captured."""
         key = n, width, stack
         if key not in self._graphs:

@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GPT2Config
+from gpt2core.inference import cuda
 from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.native import CACHE_DTYPE, Span, cache_heads
 from gpt2core.inference.request import Request
 from gpt2core.kernels import lazy_zeros, varlen_attention
 from gpt2core.tensors import int_tensor, to_device
 
-BLOCK = 8  # tokens; prompts share cached prefixes in blocks of this size
+# Tokens in a block, the unit in which prompts share cached prefixes. Each block is a copy, and on a GPU launching that
+# takes longer than computing a few tokens.
+BLOCK, BLOCK_CUDA = 8, 64
 
 
 def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device, zeros: bool = False) -> Tensor:
@@ -47,8 +50,8 @@ class PrefillCache:
         self.kv = new_cache(shape, dtype, device)
         self.length = 0
         for block in prefix:
-            self.kv[..., self.length : self.length + BLOCK, :] = block
-            self.length += BLOCK
+            self.kv[..., self.length : self.length + block.shape[-2], :] = block
+            self.length += block.shape[-2]
 
     @property
     def remaining(self) -> int:
@@ -190,7 +193,7 @@ class RowCache:
         self.requests[row], self.lengths[row] = prefill.request, prefill.length
         if self.end < prefill.length:
             self._move(max(self.lengths))
-        self.kv[:, row, :, :, self._columns(row)] = prefill.kv
+        self._write(row, prefill.kv)
 
     def remove(self, row: int) -> None:
         """Free the row and erase its keys and values."""
@@ -210,9 +213,8 @@ class RowCache:
                 self.lengths.pop()
             elif 2 * self.n_active <= len(self.requests):
                 row, last = self.requests.index(None), len(self.requests) - 1
-                columns = self._columns(last)
-                self.kv[:, row, :, :, columns] = self.kv[:, last, :, :, columns]
                 self.requests[row], self.lengths[row] = self.requests[last], self.lengths[last]
+                self._write(row, self.kv[:, last, :, :, self._columns(last)])
                 self.remove(last)
             else:
                 return
@@ -221,6 +223,10 @@ class RowCache:
     def _columns(self, row: int) -> slice:
         """Where the row's own tokens are."""
         return slice(self.end - self.lengths[row], self.end)
+
+    def _write(self, row: int, kv: Tensor) -> None:
+        """Set the keys and values (n_layer, 2, H, T, D) of all the row's tokens."""
+        self.kv[:, row, :, :, self._columns(row)] = kv
 
     def _move(self, end: int) -> None:
         """Move the rows' columns so that they end at `end`, rounded up to ALIGN, with SPARE columns to grow into."""
@@ -242,7 +248,8 @@ class StaticRowCache(RowCache):
     """Rows at fixed addresses, for steps that are replayed as a CUDA graph: a token's column is its position.
 
     kv has n_positions columns for each of max_batch rows from the start. A step computes the first rows and columns of
-    it, and masks what is beyond each row's own token. `begin_rows` takes the place of `begin_step`.
+    it. Without kernels for this GPU, it masks what is beyond each row's own token. `begin_rows` takes the place of
+    `begin_step`.
     """
 
     WIDTH = 128  # columns that a step computes at least; more are a power of two
@@ -252,57 +259,73 @@ class StaticRowCache(RowCache):
         super().__init__(config, dtype, device, max_batch)
         self.kv = self._allocate(config.n_positions)
         self._rows = torch.arange(max_batch, device=device)
+        self._kernels = cuda.kernels_for(config, dtype, device)  # they read a row's own columns alone
 
     def shape(self) -> tuple[int, int]:
         """Rows and columns that the next step needs, rounded up so that few different steps occur."""
         n, width = _power_of_two(len(self.requests)), _power_of_two(max(self.lengths) + 1)
-        return min(n, self.max_batch), min(max(width, self.WIDTH), self.n_positions)
+        width = self.n_positions if self._kernels is not None else max(width, self.WIDTH)
+        return min(n, self.max_batch), min(width, self.n_positions)
 
     def begin_rows(self, positions: Tensor, width: int) -> None:
         """Prepare `attend` for the next token of each of the first B rows, at positions (B), within `width` columns."""
         B = len(positions)
+        self._places = self._rows[:B], positions
+        if self._kernels is not None:
+            return
         window = self.kv[:, :B, ..., :width, :]  # (n_layer, B, 2, H, W, D)
-        self._windows, self._places = window.unbind(), (self._rows[:B], positions)
+        self._windows = window.unbind()
         beyond = torch.arange(width, device=self.kv.device) > positions[:, None]
         self._bias = torch.zeros(beyond.shape, dtype=self.kv.dtype, device=self.kv.device)
         self._bias = self._bias.masked_fill_(beyond, -torch.inf)[:, None, None]  # (B, 1, 1, W)
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         rows, positions = self._places
+        if self._kernels is not None:
+            return self._kernels.attend(qkv, self.kv[layer], positions, scale)
         window = self._windows[layer]  # (B, 2, H, W, D)
         window[rows, :, :, positions] = qkv[:, 1:]
         q = qkv[:, 0, :, None]  # (B, H, 1, D)
         y = F.scaled_dot_product_attention(q, window[:, 0], window[:, 1], attn_mask=self._bias, scale=scale)
         return y.flatten(1)
 
+    def remove(self, row: int) -> None:
+        self.requests[row], self.lengths[row] = None, 0
+
     def clear(self) -> None:
         self.requests, self.lengths = [], []
-        self.kv.zero_()
 
     def _columns(self, row: int) -> slice:
         return slice(0, self.lengths[row])
+
+    def _write(self, row: int, kv: Tensor) -> None:
+        if self._kernels is None:  # of earlier requests, also of those that ended because of NaN
+            self.kv[:, row].zero_()
+        super()._write(row, kv)
 
     def _move(self, end: int) -> None:
         """Nothing ever moves."""
 
 
 class PrefixCache:
-    """Keys and values of prompt prefixes in blocks of BLOCK tokens; evicts the least recently used ones.
+    """Keys and values of prompt prefixes in blocks of tokens; evicts the least recently used ones.
 
     A block is looked up by the adapter and all tokens up to the block's end: its keys and values depend on them.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._bytes = max_bytes, 0
+    def __init__(self, max_bytes: int, block: int) -> None:
+        """`block`: tokens in a block."""
+        self._max_bytes, self._bytes, self._block = max_bytes, 0, block
         self._blocks: OrderedDict[tuple[Adapter | None, tuple[int, ...]], Tensor] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._blocks)
+    @property
+    def n_tokens(self) -> int:
+        return len(self._blocks) * self._block
 
     def find(self, adapter: Adapter | None, input_ids: Sequence[int]) -> list[Tensor]:
-        """The blocks (n_layer, 2, H, BLOCK, D) that the prompt starts with, never including its last token."""
+        """The blocks (n_layer, 2, H, block, D) that the prompt starts with, never including its last token."""
         found = []
-        for end in range(BLOCK, len(input_ids), BLOCK):
+        for end in range(self._block, len(input_ids), self._block):
             key = adapter, tuple(input_ids[:end])
             if key not in self._blocks:
                 break
@@ -313,11 +336,11 @@ class PrefixCache:
     def store(self, prefill: PrefillCache) -> None:
         """Keep the blocks of a prompt that has been read."""
         request = prefill.request
-        for end in range(BLOCK, len(request.input_ids), BLOCK):
+        for end in range(self._block, len(request.input_ids), self._block):
             key = request.adapter, tuple(request.input_ids[:end])
             if key in self._blocks:
                 continue
-            block = prefill.kv[..., end - BLOCK : end, :].clone()
+            block = prefill.kv[..., end - self._block : end, :].clone()
             self._blocks[key] = block
             self._bytes += block.nbytes
         while self._bytes > self._max_bytes:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.generate import generate
-from gpt2core.inference import native
+from gpt2core.inference import cuda, native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import new_cache
 from gpt2core.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
-from gpt2core.model import GPT2, Block, evaluating
+from gpt2core.model import GPT2, Block, aligned, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,15 @@ class QuantizedModel:
         self.config, self.weights = model.config, weights
         self.perplexity_increase: float | None = None  # relative to fp32, where `quantize_fastest` measured it
         self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # of activations
+        self._kernels = cuda.kernels_for(model.config, self.dtype, self.device)
         scratch = None  # of native.py, where that computes the layers
         if weights == "int8" and native.is_available(model.config):
             scratch = native.Scratch(model.config.n_embd, model.config.mlp_width)
         self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), _Norm(model.ln_f)
-        self.head = _projection(self.wte[: self.config.token_count], None, weights, scratch)
-        self.blocks = [_Block(cast(Block, block), weights, scratch) for block in list(model.h)[:n_layer]]
+        head = self.wte[: self.config.token_count]
+        self.head = _projection(aligned(head) if self.device.type == "cuda" else head, None, weights, scratch)
+        kernels = scratch or self._kernels
+        self.blocks = [_Block(cast(Block, block), weights, kernels) for block in list(model.h)[:n_layer]]
         self._native_layers = None
         if scratch is not None:
             self._native_layers = native.Layers(cast(list[native.Block], self.blocks), model.config.n_head, scratch)
@@ -112,7 +115,7 @@ class QuantizedModel:
         """Logits (N, token_count), fp32, of hidden states (N, C): without those embedding rows that have no token."""
         if isinstance(self.head, native.Int8Linear):
             return self.head(hidden, self.ln_f)
-        return self.head(self.ln_f(hidden).to(self.dtype)).float()
+        return self.head(self.ln_f(hidden).to(self.dtype))[:, : self.config.token_count].float()
 
     def _new_cache(self, n: int) -> Tensor:
         """Keys and values (n_layer, 2, H, n, D) of one sequence."""
@@ -134,14 +137,24 @@ class QuantizedModel:
                 adapters.add_delta_(y, layer, path, x)
             return y
 
+        normalized = self.blocks[0].ln_1(x).to(self.dtype)
         for layer, block in enumerate(self.blocks):
             c_attn, attn_proj, c_fc, mlp_proj = block.projections
-            qkv = project(c_attn, "attn.c_attn", block.ln_1(x).to(self.dtype))  # (N, 3 * C)
-            y = attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1)))
-            x = x + project(attn_proj, "attn.c_proj", y)
-            a = project(c_fc, "mlp.c_fc", block.ln_2(x).to(self.dtype))
-            x = x + project(mlp_proj, "mlp.c_proj", block.activation(a))
-        return x
+            qkv = project(c_attn, "attn.c_attn", normalized)  # (N, 3 * C)
+            y = project(attn_proj, "attn.c_proj", attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1))))
+            x, normalized = self._add(x, y, block.ln_2)
+            y = project(mlp_proj, "mlp.c_proj", block.activation(project(c_fc, "mlp.c_fc", normalized)))
+            if layer + 1 == len(self.blocks):
+                break
+            x, normalized = self._add(x, y, self.blocks[layer + 1].ln_1)
+        return x + y
+
+    def _add(self, x: Tensor, y: Tensor, norm: "_Norm") -> tuple[Tensor, Tensor]:
+        """The sum of x (N, C), fp32, and y (N, C), and its normalization in y's dtype; x becomes invalid."""
+        if self._kernels is not None:
+            return x, self._kernels.add_norm(x, y, norm.weight, norm.bias, norm.eps)
+        x = x + y
+        return x, norm(x).to(self.dtype)
 
 
 def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
@@ -221,14 +234,14 @@ class _Norm:
 
 
 class _Block:
-    def __init__(self, block: Block, weights: WeightFormat, scratch: native.Scratch | None) -> None:
+    def __init__(self, block: Block, weights: WeightFormat, kernels: native.Scratch | cuda.Kernels | None) -> None:
         def projection(path: str) -> Projection:
             layer = block.get_submodule(path)
             linear = cast(nn.Linear, layer.linear if isinstance(layer, LoraLinear) else layer)
             weight = linear.weight.detach()
             if isinstance(layer, LoraLinear) and not layer.merged:
                 weight = weight.float() + layer.delta_weight().detach()
-            return _projection(weight, linear.bias.detach(), weights, scratch)
+            return _projection(weight, linear.bias.detach(), weights, kernels)
 
         self.ln_1, self.ln_2 = _Norm(block.ln_1), _Norm(block.ln_2)
         self.projections = [projection(path) for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
@@ -237,15 +250,18 @@ class _Block:
 
 
 def _projection(
-    weight: Tensor, bias: Tensor | None, weights: WeightFormat, scratch: native.Scratch | None = None
+    weight: Tensor, bias: Tensor | None, weights: WeightFormat, kernels: native.Scratch | cuda.Kernels | None = None
 ) -> Projection:
-    """x W^T + b for x (N, in), from W (out, in)."""
-    if scratch is not None:
-        return native.Int8Linear(weight.float(), bias, scratch)
+    """x W^T + b for x (N, in), from W (out, in), by such kernels."""
+    if isinstance(kernels, native.Scratch):
+        return native.Int8Linear(weight.float(), bias, kernels)
     if weights == "int8":
         return _int8_projection(weight.float(), None if bias is None else bias.float())
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+    if kernels is not None and bias is not None:
+        product, own_bias = kernels.product, bias
+        return lambda x: product(x, weight, own_bias) if len(x) in cuda.PRODUCT_ROWS else F.linear(x, weight, bias)
     large = dtype == torch.bfloat16 or weight.numel() >= LARGE
     if large and weight.device.type == "cpu" and has_onednn():
         packed = prepack(weight)

@@ -104,6 +104,11 @@ class Request:
         """Whether it is cancelled or past its deadline."""
         return self._cancelled or (self._deadline is not None and now > self._deadline)
 
+    @property
+    def n_left(self) -> int:
+        """Tokens that are still to be generated at most."""
+        return self._max_new_tokens - len(self.tokens)
+
     def append(self, token: int) -> bool:
         """Add a generated token; returns whether the completion is finished."""
         with self._progress:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import isfinite
 from typing import cast
 
@@ -37,9 +38,14 @@ class ModelRunner:
         if self._decoder is None or not step.rows:
             return self._sample(self._logits(step), step.sampled)
         uses_adapters = any(request is not None and request.adapter is not None for request in step.rows)
-        logits, best = self._decoder.run(cast(AdapterStack, self._stack) if uses_adapters else None)
+        stack = cast(AdapterStack, self._stack) if uses_adapters else None
+        logits, best = self._decoder.run(stack)
         if not step.chunks:
-            return self._sample(logits, step.sampled, best)
+            running = [request for request in step.rows if request is not None]
+            # the next step overwrites the logits
+            is_next_alike = all(r.n_logprobs is None for r in running) and any(r.n_left > 1 for r in running)
+            ahead = partial(self._decoder.run_ahead, stack=stack) if is_next_alike else None
+            return self._sample(logits, step.sampled, best, ahead)
         return self._sample(torch.cat([logits, self._logits(Step([], step.chunks))]), step.sampled)
 
     def drop_adapter(self, adapter: Adapter) -> None:
@@ -123,10 +129,16 @@ class ModelRunner:
         if self._decoder is not None:
             self._decoder.forget_stack()
 
-    def _sample(self, logits: Tensor, requests: Sequence[Request | None], best: Tensor | None = None) -> list[Output]:
+    def _sample(
+        self,
+        logits: Tensor,
+        requests: Sequence[Request | None],
+        best: Tensor | None = None,
+        ahead: Callable[[Tensor], None] | None = None,
+    ) -> list[Output]:
         """The output of each row of logits (n, token_count); that of a row without a request is meaningless.
 
-        An error is also an output: it ends only its own request.
+        An error is also an output: it ends only its own request. `best` and `ahead` as in `choose`.
         """
         if not requests:
             return []
@@ -136,6 +148,7 @@ class ModelRunner:
             [[] if request is None else request.tokens for request in requests],
             best,
             *((native.most_likely, native.draw) if self._model.is_native else (most_likely, draw)),
+            ahead,
         )
         for i, request in enumerate(requests):
             if request is not None and request.n_logprobs is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from gpt2core.inference.adapters import Adapter
-from gpt2core.inference.kv_cache import BLOCK, PrefillCache, PrefixCache, RowCache, StaticRowCache
+from gpt2core.inference.kv_cache import BLOCK, BLOCK_CUDA, PrefillCache, PrefixCache, RowCache, StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import EngineClosed, Request
 
@@ -18,7 +18,7 @@ Output = int | Exception  # of a request in a step: its next token, or why there
 
 PREFILL_TOKENS = 256  # prompt tokens read per step at most: bounds how long a long prompt delays decoding requests
 PREFILL_TOKENS_CUDA = 4096  # as many take a GPU about as long
-PREFIX_BYTES = 64 * 2**20  # of the prefix cache
+PREFIX_BYTES, PREFIX_BYTES_CUDA = 64 * 2**20, 2**30  # of the prefix cache
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Scheduler:
         self._model, self._max_batch = model, max_batch
         self._waiting: deque[Request] = deque()
         self._prefills: list[PrefillCache] = []
-        self._prefix_cache = PrefixCache(PREFIX_BYTES)
+        self._prefix_cache = PrefixCache(PREFIX_BYTES_CUDA, BLOCK_CUDA) if on_gpu else PrefixCache(PREFIX_BYTES, BLOCK)
 
     @property
     def n_waiting(self) -> int:
@@ -81,7 +81,7 @@ class Scheduler:
 
     @property
     def n_cached_prefix_tokens(self) -> int:
-        return len(self._prefix_cache) * BLOCK
+        return self._prefix_cache.n_tokens
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)

@@ -73,6 +73,14 @@ def tiny_gpt2_dir(make_hf, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="session")
+def wide_gpt2_dir(make_hf, tmp_path_factory):
+    """With heads of GPT-2's width, which a GPU's kernels are written for."""
+    directory = tmp_path_factory.mktemp("wide-gpt2")
+    make_hf(n_embd=128, n_positions=256).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
 def model(tiny_gpt2_dir):
     return load_pretrained(tiny_gpt2_dir)

@@ -7,6 +7,7 @@ is, and fails at a tensor on the wrong device and at a result whose shape depend
 import traceback
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from gpt2core.inference.scheduler import Scheduler
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
 from gpt2core.sampling import Sampler
+from gpt2core.step_graphs import StepGraphs, _Graph, add_gradients
 from gpt2core.train import finetune
 
 DEVICE = torch.device("cuda", 0)
@@ -57,7 +59,8 @@ class FakeCuda(FakeTensorMode):
                 return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name == "_local_scalar_dense" or (name == "_to_copy" and kwargs.get("device") == torch.device("cpu")):
-            self._note("read")
+            if not kwargs.get("non_blocking"):
+                self._note("read")
             found = torch.ones(tensors[0].shape, dtype=kwargs.get("dtype", tensors[0].dtype))
             return found if name == "_to_copy" else found.item()
         is_copy = name in ("_to_copy", "copy_", "to") and (kwargs.get("non_blocking") or any(x is True for x in args))
@@ -96,6 +99,8 @@ def cuda(monkeypatch):
         patch.setattr(torch.Tensor, "pin_memory", pin)
         patch.setattr(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist())
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: device._note("wait"))
+        patch.setattr(torch.cuda, "Event", lambda: event)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
@@ -136,6 +141,26 @@ def test_training_waits_for_the_gpu_only_to_log(tiny_config, monkeypatch, cuda, 
     ]
 
 
+def test_a_graph_of_a_training_step_neither_waits_nor_copies_from_the_host(tiny_config, monkeypatch, cuda):
+    """Graphs need a GPU: here each replay computes what was captured."""
+    n_replays = 0
+
+    def capture(graphs, batch):
+        def replay():
+            nonlocal n_replays
+            n_replays += 1
+            before = [*cuda.waits], cuda.copies
+            add_gradients(graphs._model, batch, graphs._n_labels)
+            assert ([*cuda.waits], cuda.copies) == before
+
+        return _Graph(SimpleNamespace(replay=replay), batch, torch.zeros((), device=DEVICE))
+
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
+    finetune(make_model(tiny_config, LoraConfig(rank=2)), EXAMPLES, [], replace(CONFIG, batch_size=20, epochs=5))
+    assert n_replays == 4
+    assert cuda.waits == [*2 * ["read in _read_losses", "read in _step"], "read in check_finite"]
+
+
 def test_validation_reads_once(tiny_config, cuda):
     finetune(make_model(tiny_config, LoraConfig(rank=2)), EXAMPLES, EXAMPLES[:7], replace(CONFIG, epochs=1))
     validated = ["read in _read_losses", "read in _step", "read in check_finite", "read in token_losses"]
@@ -145,7 +170,7 @@ def test_validation_reads_once(tiny_config, cuda):
 def test_generate_waits_once_per_token(tiny_config, cuda):
     config = GenerationConfig(max_new_tokens=5, temperature=0.7, seed=0)
     generate(make_model(tiny_config, LoraConfig(rank=2)), [[1, 2, 3], [4, 5]], config)
-    assert cuda.waits == 5 * ["read in choose"]
+    assert cuda.waits == 5 * ["wait in read"]
 
 
 def random_adapter(rank):
@@ -204,11 +229,9 @@ def test_a_decoding_step_waits_once_and_its_graph_never(tiny_config, cuda, monke
             adapter = [None, *adapters][i % 3]
             sampler = Sampler(config, prompt, DEVICE)
             scheduler.add(Request(prompt, sampler, config.max_new_tokens, adapter, None, None, None))
-        n_steps = 0
         while scheduler.admit() or (step := scheduler.next_step()) is not None:
             cuda.waits.clear()
             scheduler.complete_step(step, runner.run(step))
-            assert cuda.waits == ["read in choose"]
-            n_steps += 1
-    assert n_steps > len(waits_in_graph) > 12
+            assert cuda.waits == ["wait in read"]
+    assert len(waits_in_graph) > 12
     assert not any(waits_in_graph)

@@ -14,6 +14,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import GPT2LMHeadModel
 
+from gpt2core import step_graphs
 from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
@@ -23,6 +24,7 @@ from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import add_lora, lora_layers, merge_lora, unmerge_lora
 from gpt2core.losses import token_losses
 from gpt2core.model import GPT2, KVCache
+from gpt2core.step_graphs import StepGraphs
 from gpt2core.train import finetune
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
 from tests.helpers import randomise_lora, same_state, snapshot
@@ -178,6 +180,25 @@ def test_training_steps_do_not_wait_for_the_gpu(tiny_gpt2_dir):
     assert waits(2) == waits(8) > 0
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
+def test_graphs_of_training_steps_give_the_losses_of_the_same_kernels_launched_one_by_one(tiny_gpt2_dir, monkeypatch):
+    config = replace(CONFIG, epochs=4, batch_size=12, precision="bf16-mixed", log_every_steps=1)
+    captured, capture = [], StepGraphs._capture
+
+    def counted(graphs, batch):
+        captured.append(capture(graphs, batch))
+        return captured[-1]
+
+    monkeypatch.setattr(StepGraphs, "_capture", counted)
+    found = tuned(tiny_gpt2_dir, DEVICE, config)[1]
+    assert captured
+    monkeypatch.setattr(step_graphs, "MAX_GRAPHS", 0)
+    n_captured, expected = len(captured), tuned(tiny_gpt2_dir, DEVICE, config)[1]
+    assert len(captured) == n_captured
+    for key in ("train/loss", "train/grad_norm"):
+        close(*(torch.tensor([entry[key] for entry in one.history]) for one in (found, expected)), "bf16")
+
+
 def test_gradients_of_the_adapter_are_those_of_peft(tiny_gpt2_dir):
     ours = randomise_lora(
         add_lora(load(tiny_gpt2_dir, device="cpu"), LoraConfig(rank=3, targets=("o", "proj")), seed=0)
@@ -269,10 +290,11 @@ def test_each_request_uses_its_own_adapter(tiny_gpt2_dir, tmp_path):
 
 
 @pytest.mark.parametrize("n", [1, 7])
-def test_bf16_decoding_takes_tokens_that_fp32_finds_as_likely(tiny_gpt2_dir, n):
+def test_bf16_decoding_takes_tokens_that_fp32_finds_as_likely(wide_gpt2_dir, n):
     """In bf16 another token may be the largest by rounding: compare probabilities instead of tokens."""
-    reference, prompts = load(tiny_gpt2_dir, device="cpu"), random_prompts(n, 30, seed=2)
-    with Engine(load(tiny_gpt2_dir), 8, "bf16", static_cache=True) as engine:
+    reference, prompts = load(wide_gpt2_dir, device="cpu"), random_prompts(n, 150, seed=2)
+    with Engine(load(wide_gpt2_dir), 8, "bf16", static_cache=True) as engine:
+        assert (engine._model._kernels is not None) == (DEVICE == "cuda")
         for _ in range(2):  # then with prefixes in the cache
             requests = [engine.submit(p, GenerationConfig(max_new_tokens=20), logprobs=1) for p in prompts]
             completions = [request.result(120) for request in requests]
@@ -289,10 +311,10 @@ def test_bf16_decoding_takes_tokens_that_fp32_finds_as_likely(tiny_gpt2_dir, n):
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
-def test_graphs_give_the_completions_of_the_same_kernels_launched_one_by_one(tiny_gpt2_dir, weights, caplog):
-    completions, prompts, configs = [], random_prompts(20), mixed_configs(20)
+def test_graphs_give_the_completions_of_the_same_kernels_launched_one_by_one(wide_gpt2_dir, weights, caplog):
+    completions, prompts, configs = [], random_prompts(20, 150), mixed_configs(20)
     for uses_graphs in (DEVICE == "cuda", False):
-        with Engine(load(tiny_gpt2_dir), 8, weights, static_cache=True) as engine:
+        with Engine(load(wide_gpt2_dir), 8, weights, static_cache=True) as engine:
             decoder = engine._runner._decoder
             decoder.uses_graphs = uses_graphs
             # one after the other: which requests run together must not depend on time

@@ -2,12 +2,13 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, LoraConfig
-from gpt2core.engine import Engine
+from gpt2core.engine import Engine, NonFiniteLogits
 from gpt2core.generate import generate
 from gpt2core.inference import kv_cache, scheduler
 from gpt2core.inference.graphs import RowDecoder
@@ -68,6 +69,55 @@ def test_a_graph_that_cannot_be_captured_is_logged_and_decoding_continues_withou
         completions = [engine.submit(*pair).result(60) for pair in zip(prompts, configs, strict=True)]
     assert completions == each_alone(model, prompts, configs)
     assert "decoding without: operation not permitted" in caplog.text
+
+
+def test_a_step_is_started_before_its_tokens_are_read_and_computed_once(model, monkeypatch):
+    """Only what a request that ends before its maximum would have continued with is computed in vain."""
+    steps, outputs = [], RowDecoder._outputs
+    monkeypatch.setattr(RowDecoder, "_outputs", lambda *arguments: steps.append(1) or outputs(*arguments))
+    for config in (
+        GenerationConfig(max_new_tokens=9),
+        GenerationConfig(max_new_tokens=9, temperature=0.7, seed=1),
+        GenerationConfig(max_new_tokens=9, repetition_penalty=1.3),
+        GenerationConfig(max_new_tokens=9, repetition_penalty=1.3, temperature=0.7, top_k=5, seed=2),
+    ):
+        steps.clear()
+        assert decode_all(model, [[1, 2, 3]], [config], 2, True) == each_alone(model, [[1, 2, 3]], [config])
+        assert len(steps) == 8  # the first token is the prompt's
+    drawn = GenerationConfig(max_new_tokens=9, temperature=2.0, seed=0)
+    [completion] = each_alone(model, [[1, 2, 3]], [drawn])
+    stop = next(i for i, token in enumerate(completion) if token not in completion[:i] and i > 0)
+    steps.clear()
+    ending = replace(drawn, eos_id=completion[stop])
+    assert decode_all(model, [[1, 2, 3]], [ending], 2, True) == [completion[: stop + 1]]
+    assert len(steps) == stop + 1
+
+
+def test_with_log_probabilities_no_step_is_started_early(model):
+    """They are computed from logits that the next step overwrites on a GPU."""
+    with Engine(model, 4, "fp32", static_cache=True) as engine:
+        config = GenerationConfig(max_new_tokens=9)
+        requests = [engine.submit([1, 2, 3], config, logprobs=None if i else 2) for i in range(3)]
+        for request in requests:
+            request.result(60)
+        assert engine._runner._decoder._ahead is None
+
+
+def test_a_request_that_failed_does_not_affect_the_next_one_in_its_row(model):
+    """Its keys and values are NaN, also in the column that was computed ahead."""
+    model.wpe.weight.data[40] = 3e38
+    good = GenerationConfig(max_new_tokens=20)
+    with Engine(model, 1, "fp32", static_cache=True) as engine:
+        expected = engine.submit([5, 6], good).result(60)
+        with pytest.raises(NonFiniteLogits):
+            engine.submit([5, 6], GenerationConfig(max_new_tokens=50)).result(60)
+        assert engine.submit([5, 6], good).result(60) == expected
+    with Engine(model, 3, "fp32", static_cache=True) as engine:  # rows move when half of them are free
+        bad = [engine.submit([7, 8, 9], GenerationConfig(max_new_tokens=50)) for _ in range(2)]
+        assert engine.submit([5, 6], good).result(60) == expected
+        for request in bad:
+            with pytest.raises(NonFiniteLogits):
+                request.result(60)
 
 
 def test_moving_rows_when_columns_run_out_does_not_change_completions(model, monkeypatch):

@@ -1,0 +1,185 @@
+"""The kernels of cuda.cu: compiled at run time by NVRTC, which every CUDA build of torch brings along.
+
+They need neither a compiler in the image nor CUDA's toolkit. Where they cannot be compiled, or do not support the
+model's shape, torch's operators compute the same.
+"""
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2core.config import GPT2Config
+
+logger = logging.getLogger(__name__)
+
+HEAD_WIDTH = 64  # that the attention is written for
+THREADS, PRODUCT_WARPS = 256, 4  # as in cuda.cu
+PRODUCT_ROWS = (1, 2, 4)
+SOURCE = Path(__file__).with_name("cuda.cu")
+
+
+def kernels_for(config: GPT2Config, dtype: torch.dtype, device: torch.device) -> "Kernels | None":
+    """The kernels, if they can compute such a model here."""
+    suits = config.head_width == HEAD_WIDTH and config.n_embd % 8 == 0 and config.mlp_width % 8 == 0
+    return _compiled(device) if suits and dtype == torch.bfloat16 and device.type == "cuda" else None
+
+
+class Kernels:
+    """Each method is a launch on the current stream, also into a CUDA graph. Arguments must be contiguous."""
+
+    def __init__(self, cubin: bytes) -> None:
+        """Load a compiled cuda.cu.
+
+        Raises:
+            OSError, RuntimeError: there is no driver, or it refuses.
+        """
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        module = ctypes.c_void_p()
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
+        self._functions = {}
+        for name in ("attend", "add_norm", *(f"product_{n}" for n in PRODUCT_ROWS)):
+            self._functions[name] = ctypes.c_void_p()
+            found = self._driver.cuModuleGetFunction(ctypes.byref(self._functions[name]), module, name.encode())
+            self._check(found)
+
+    def attend(self, qkv: Tensor, kv: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """Attention (B, H * D) of a token per row at its position (B), given qkv (B, 3, H, D).
+
+        Stores its key and value in the cache kv (max_batch, 2, H, columns, D), and reads no column after it.
+        """
+        B, _, H, D = qkv.shape
+        out = qkv.new_empty(B, H * D)
+        self._launch("attend", (H, B), THREADS, out, kv, qkv, positions, H, kv.shape[3], scale)
+        return out
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Add y (N, C) to x (N, C), fp32, in place; returns the result normalized, in bf16."""
+        N, C = x.shape
+        out = torch.empty_like(y)
+        self._launch("add_norm", (N, 1), THREADS, out, x, y, weight, bias, C, eps)
+        return out
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x W^T + b for x (N, in) of PRODUCT_ROWS rows."""
+        N, (n_out, n_in) = len(x), weight.shape
+        out = x.new_empty(N, n_out)
+        blocks = -(-n_out // PRODUCT_WARPS)
+        self._launch(f"product_{N}", (blocks, 1), 32 * PRODUCT_WARPS, out, x, weight, bias, n_in, n_out)
+        return out
+
+    def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
+        values = [_as_c(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        shared_bytes = 0
+        launch = self._driver.cuLaunchKernel
+        self._check(
+            launch(self._functions[name], *grid, 1, threads, 1, 1, shared_bytes, stream, pointers, ctypes.c_void_p())
+        )
+
+    def _check(self, result: int) -> None:
+        if result:
+            message = ctypes.c_char_p()
+            self._driver.cuGetErrorString(result, ctypes.byref(message))
+            raise RuntimeError(f"CUDA: {(message.value or b'unknown error').decode()}")
+
+
+def _as_c(value: Tensor | int | float) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+@cache
+@torch.inference_mode()
+def _compiled(device: torch.device) -> Kernels | None:
+    """The kernels, compiled for a device and compared with torch; None with a warning if that fails."""
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # makes the context current that the driver's calls need
+            kernels = Kernels(compile_kernels(f"sm_{major}{minor}"))
+            check(kernels, device)
+        return kernels
+    except Exception as error:  # decoding then uses torch's operators
+        reason = str(error).partition("\n")[0]
+        logger.warning("no kernels for this GPU, decoding with torch's operators, which is slower: %s", reason)
+        return None
+
+
+def check(kernels: Kernels, device: torch.device) -> None:
+    """Compare the kernels with torch's operators, on a device.
+
+    Raises:
+        AssertionError: one of them computes something else.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+    def compare(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)  # bf16 has 8 bits
+
+    qkv, kv, lengths = random(3, 3, 2, HEAD_WIDTH), random(3, 2, 2, 300, HEAD_WIDTH), [1, 40, 300]
+    expected = []
+    for row, length in enumerate(lengths):
+        kv[row, :, :, length - 1 :] = torch.nan  # the new token's place, and what must not be read
+        keys, values = torch.cat([kv[row, :, :, : length - 1], qkv[row, 1:, :, None]], 2).float()
+        q = qkv[row, 0, :, None].float()
+        expected.append(F.scaled_dot_product_attention(q, keys, values, scale=0.2).flatten())
+    positions = torch.tensor([length - 1 for length in lengths], device=device)
+    compare(kernels.attend(qkv, kv, positions, 0.2), torch.stack(expected))
+    stored = [kv[row, :, :, length - 1] for row, length in enumerate(lengths)]
+    compare(torch.stack(stored), qkv[:, 1:].float())
+
+    x, y, weight, bias = random(3, 776).float(), random(3, 776), random(776).float(), random(776).float()
+    total = x + y
+    compare(kernels.add_norm(x, y, weight, bias, 1e-5), F.layer_norm(total, (776,), weight, bias))
+    compare(x, total)
+
+    for n in PRODUCT_ROWS:
+        inputs, matrix, own_bias = random(n, 1288), random(37, 1288) / 36, random(37)
+        compare(kernels.product(inputs, matrix, own_bias), F.linear(inputs.float(), matrix.float(), own_bias.float()))
+
+
+def compile_kernels(architecture: str) -> bytes:
+    """Machine code of cuda.cu for an architecture such as "sm_90"; needs no GPU.
+
+    Raises:
+        OSError: there is no NVRTC of torch's CUDA version.
+        RuntimeError: with the compiler's messages.
+    """
+    nvrtc = _nvrtc()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), b"cuda.cu", 0, None, None)
+    options = (ctypes.c_char_p * 1)(f"--gpu-architecture={architecture}".encode())
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), options):
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"cuda.cu cannot be compiled for {architecture}: {log.value.decode()}")
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _nvrtc() -> ctypes.CDLL:
+    name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError:  # not on the loader's path, but next to torch, where pip installs it
+        files = [*Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}")]
+        if not files:
+            raise
+        return ctypes.CDLL(str(files[0]))

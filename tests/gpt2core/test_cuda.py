@@ -1,0 +1,117 @@
+"""The kernels of cuda.cu against torch: on a GPU, and compiled for the CPU with emulated threads (cuda_emulator.h)."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2core.config import GPT2Config
+from gpt2core.inference import cuda
+
+COMPILER = shutil.which("c++")
+NAMES = ("attend", "add_norm", *(f"product_{n}" for n in cuda.PRODUCT_ROWS))
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request, tmp_path_factory):
+    """`Kernels`, and `kernels.device` for their arguments; emulated, their launches run on the CPU."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        found = cuda.kernels_for(GPT2Config(), torch.bfloat16, torch.device("cuda", 0))
+        assert found is not None
+        found.device = "cuda"
+        return found
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    source = tmp_path_factory.mktemp("cuda") / "cuda.cpp"
+    emulator = Path(__file__).with_name("cuda_emulator.h")
+    launchers = "\n".join(f"LAUNCHER({name})" for name in NAMES)
+    source.write_text(f'#include "{emulator}"\n#include "{cuda.SOURCE}"\n{launchers}\n')
+    library = source.with_suffix(".so")
+    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    emulated = ctypes.CDLL(str(library))
+
+    class Emulated(cuda.Kernels):
+        device = "cpu"
+
+        def __init__(self):
+            pass
+
+        def _launch(self, name, grid, threads, *arguments):
+            values = [cuda._as_c(argument) for argument in arguments]
+            pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+            getattr(emulated, f"launch_{name}")(*grid, threads, pointers)
+
+    return Emulated()
+
+
+def test_the_check_before_their_use_finds_each_difference(kernels):
+    class Other:
+        """The kernels, one of which has another result."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def __getattr__(self, name):
+            own = getattr(kernels, name)
+            return own if name != self.name else lambda *arguments: own(*arguments).roll(1, -1)
+
+    cuda.check(kernels, torch.device(kernels.device))
+    for name in ("attend", "add_norm", "product"):
+        with pytest.raises(AssertionError):
+            cuda.check(Other(name), torch.device(kernels.device))
+
+
+def random(kernels, *shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(kernels.device, dtype)
+
+
+def test_attention_of_rows_of_different_lengths_reads_and_extends_their_caches(kernels):
+    H, D, columns = 3, cuda.HEAD_WIDTH, 300
+    positions = torch.tensor([0, 1, 31, 32, 127, 128, 299], device=kernels.device)
+    B = len(positions)
+    kv, qkv = random(kernels, B + 2, 2, H, columns, D), random(kernels, B, 3, H, D)
+    before, expected = kv.clone(), []
+    for row, position in enumerate(positions.tolist()):
+        kv[row, :, :, position + 1 :] = torch.nan  # must not be read
+        before[row, :, :, position + 1 :] = torch.nan
+        before[row, :, :, position] = qkv[row, 1:]
+        k, v = before[row, :, :, : position + 1].float()
+        expected.append(F.scaled_dot_product_attention(qkv[row, 0, :, None].float(), k, v, scale=0.2).flatten())
+    found = kernels.attend(qkv, kv, positions, 0.2)
+    torch.testing.assert_close(found.float(), torch.stack(expected), rtol=0.01, atol=0.01)
+    assert torch.equal(kv.view(torch.int16), before.view(torch.int16))
+
+
+def test_a_row_with_nan_does_not_affect_the_others(kernels):
+    qkv, positions = random(kernels, 3, 3, 2, 64), torch.zeros(3, dtype=torch.long, device=kernels.device)
+    kv = torch.zeros(3, 2, 2, 8, 64, dtype=torch.bfloat16, device=kernels.device)
+    qkv[1, 2, 0, 5] = torch.nan
+    found = kernels.attend(qkv, kv, positions, 1.0).view(3, 2, 64)
+    assert found.isnan().nonzero().tolist() == [[1, 0, 5]]
+    assert torch.equal(found[[0, 2]], qkv[[0, 2], 2])
+
+
+@pytest.mark.parametrize("n", [16, 768, 1600])
+def test_the_sum_is_normalized(kernels, n):
+    x, y = random(kernels, 3, n, dtype=torch.float32), random(kernels, 3, n)
+    weight, bias = random(kernels, n).float(), random(kernels, 1, n)[0].float()
+    expected = x + y
+    found = kernels.add_norm(x, y, weight, bias, 1e-5)
+    assert torch.equal(x, expected)
+    torch.testing.assert_close(found.float(), F.layer_norm(expected, (n,), weight, bias, 1e-5), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("N", cuda.PRODUCT_ROWS)
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 3), (768, 6), (1600, 9)])
+def test_products_of_few_rows(kernels, N, n_in, n_out):
+    x, weight, bias = random(kernels, N, n_in), random(kernels, n_out, n_in), random(kernels, n_out)
+    found = kernels.product(x, weight, bias)
+    torch.testing.assert_close(found.float(), F.linear(x.float(), weight.float(), bias.float()), rtol=0.01, atol=0.01)
+    assert torch.equal(found[-1:], kernels.product(x[-1:], weight, bias))
