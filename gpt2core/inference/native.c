@@ -19,8 +19,10 @@
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
+#define GROUP 48           // rows whose sums are kept together
+#define BLOCK 256          // columns of a tile that all rows of a group are multiplied with in turn: 16 kB
 #define LINE 64            // bytes of a cache line, and of a register
-#define AHEAD 4096         // bytes, of the weights that are prefetched
+#define AHEAD 4096         // bytes, of the weights that a single pass fetches
 #define INLINE static inline __attribute__((always_inline))
 #define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
 
@@ -247,49 +249,66 @@ ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t 
     }
 }
 
-// Fetches `lines` lines of the memory `ahead` for each four columns.
-INLINE void tile_rows(const Product *p, int64_t tile, int64_t n, const int rows, const int8_t *ahead, int lines) {
-    int64_t in = p->matrix->in;
-    const int8_t *w = p->matrix->weights + tile * TILE * in;
-    const uint8_t *q = p->scratch.q + n * in;
-    __m512i sums[ROWS][COLUMNS];
+// Adds to `sums` the products of so many rows q, `in` bytes apart, with n_in columns of a tile, from w. Meanwhile it fetches
+// n_in / share lines of the memory `ahead`.
+INLINE void add_products(
+    const uint8_t *q, int64_t in, const int rows, const int8_t *w, int64_t n_in, __m512i *sums, const int8_t *ahead, int share
+) {
+    __m512i own[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < in; k += 4, w += TILE * 4) {
+        for (int c = 0; c < COLUMNS; c++) own[r][c] = _mm512_load_si512(sums + r * COLUMNS + c);
+    int due = 0;
+    for (int64_t k = 0; k < n_in; k += 4, w += TILE * 4) {
         __m512i weights[COLUMNS];
-        for (int c = 0; c < lines; c++, ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (due += COLUMNS; due >= share; due -= share, ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T1);
         for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, q + r * in + k, 4);
             __m512i x = _mm512_set1_epi32(four);
-            for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], x, weights[c]);
+            for (int c = 0; c < COLUMNS; c++) own[r][c] = _mm512_dpbusd_epi32(own[r][c], x, weights[c]);
         }
     }
-    for (int r = 0; r < rows; r++) finish_row(p, sums[r], n + r, tile);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < COLUMNS; c++) _mm512_store_si512(sums + r * COLUMNS + c, own[r][c]);
 }
 
-// The rows are divided evenly into passes of at most ROWS. A single pass fetches what it needs soon; of more, the first
-// four fetch an equal share of the next tile each, since memory then is as busy as the processor.
-static void compute_tiles(void *pointer, int64_t tile, int64_t end) {
-    const Product *p = pointer;
-    int64_t size = TILE * p->matrix->in, passes = (p->n + ROWS - 1) / ROWS, fetching = passes < COLUMNS ? passes : COLUMNS;
-    for (; tile < end; tile++) {
-        const int8_t *here = p->matrix->weights + tile * size, *ahead = here + (passes == 1 ? AHEAD : size);
+// A tile's products with at most GROUP rows from n on, divided evenly into passes of at most ROWS. All passes read the same
+// BLOCK columns before the next ones, and share the fetching of those: only the first pass reads a block from beyond the L1
+// cache. A core waits for few lines at a time, and those that are fetched ahead count too.
+ALONE void tile_rows(const Product *p, int64_t tile, int64_t n, int64_t n_rows) {
+    int64_t in = p->matrix->in, passes = (n_rows + ROWS - 1) / ROWS, block = passes == 1 ? in : BLOCK;
+    __m512i sums[GROUP][COLUMNS];
+    for (int64_t r = 0; r < n_rows; r++)
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < in; k += block) {
+        int64_t n_in = in - k < block ? in - k : block;
+        const int8_t *w = p->matrix->weights + (tile * in + k) * TILE, *ahead = w + (passes == 1 ? AHEAD : BLOCK * TILE);
         for (int64_t pass = 0; pass < passes; pass++) {
-            int64_t n = p->n * pass / passes, fetched = COLUMNS * pass / fetching;
-            int lines = pass < fetching ? COLUMNS * (pass + 1) / fetching - fetched : 0;
-            const int8_t *from = ahead + size / COLUMNS * fetched;
-            switch (p->n * (pass + 1) / passes - n) {
-                case 6: tile_rows(p, tile, n, 6, from, lines); break;
-                case 5: tile_rows(p, tile, n, 5, from, lines); break;
-                case 4: tile_rows(p, tile, n, 4, from, lines); break;
-                case 3: tile_rows(p, tile, n, 3, from, lines); break;
-                case 2: tile_rows(p, tile, n, 2, from, lines); break;
-                case 1: tile_rows(p, tile, n, 1, from, lines); break;
+            int64_t first = n_rows * pass / passes, rows = n_rows * (pass + 1) / passes - first;
+            const uint8_t *q = p->scratch.q + (n + first) * in + k;
+            const int8_t *own = ahead + n_in * pass / passes * LINE;
+            switch (rows) {
+                case 6: add_products(q, in, 6, w, n_in, sums[first], own, passes); break;
+                case 5: add_products(q, in, 5, w, n_in, sums[first], own, passes); break;
+                case 4: add_products(q, in, 4, w, n_in, sums[first], own, passes); break;
+                case 3: add_products(q, in, 3, w, n_in, sums[first], own, passes); break;
+                case 2: add_products(q, in, 2, w, n_in, sums[first], own, passes); break;
+                case 1: add_products(q, in, 1, w, n_in, sums[first], own, passes); break;
             }
         }
     }
+    for (int64_t r = 0; r < n_rows; r++) finish_row(p, sums[r], n + r, tile);
+}
+
+static void compute_tiles(void *pointer, int64_t tile, int64_t end) {
+    const Product *p = pointer;
+    int64_t groups = (p->n + GROUP - 1) / GROUP;
+    for (; tile < end; tile++)
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t n = p->n * group / groups;
+            tile_rows(p, tile, n, p->n * (group + 1) / groups - n);
+        }
 }
 
 void product(Product *p) {
