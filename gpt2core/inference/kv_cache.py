@@ -310,13 +310,17 @@ class StaticRowCache(RowCache):
 class PrefixCache:
     """Keys and values of prompt prefixes in blocks of tokens; evicts the least recently used ones.
 
-    A block is looked up by the adapter and all tokens up to the block's end: its keys and values depend on them.
+    A block is looked up by the adapter and all tokens up to the block's end: its keys and values depend on them. Memory
+    is used again and never released: a page of new memory costs a CPU more than copying to it.
     """
+
+    CHUNK = 32  # blocks that are allocated together
 
     def __init__(self, max_bytes: int, block: int) -> None:
         """`block`: tokens in a block."""
         self._max_bytes, self._bytes, self._block = max_bytes, 0, block
         self._blocks: OrderedDict[tuple[Adapter | None, tuple[int, ...]], Tensor] = OrderedDict()
+        self._free: list[Tensor] = []
 
     @property
     def n_tokens(self) -> int:
@@ -337,20 +341,23 @@ class PrefixCache:
         """Keep the blocks of a prompt that has been read."""
         request = prefill.request
         for end in range(self._block, len(request.input_ids), self._block):
-            key = request.adapter, tuple(request.input_ids[:end])
-            if key in self._blocks:
-                continue
-            block = prefill.kv[..., end - self._block : end, :].clone()
-            self._blocks[key] = block
-            self._bytes += block.nbytes
-        while self._bytes > self._max_bytes:
-            _, block = self._blocks.popitem(last=False)
-            self._bytes -= block.nbytes
+            key, block = (request.adapter, tuple(request.input_ids[:end])), prefill.kv[..., end - self._block : end, :]
+            if key not in self._blocks and (place := self._place(block)) is not None:
+                self._blocks[key] = place.copy_(block)
 
     def drop(self, adapter: Adapter) -> None:
         """Forget everything that was computed with the adapter."""
-        for key in [key for key in self._blocks if key[0] is adapter]:
-            self._bytes -= self._blocks.pop(key).nbytes
+        self._free += [self._blocks.pop(key) for key in [key for key in self._blocks if key[0] is adapter]]
+
+    def _place(self, block: Tensor) -> Tensor | None:
+        """Memory for such a block; None if there is none for a single one."""
+        n = min(self.CHUNK, (self._max_bytes - self._bytes) // block.nbytes)
+        if not self._free and n:
+            chunk = block.new_empty(n, *block.transpose(-3, -2).shape).transpose(-3, -2)
+            self._free, self._bytes = [*chunk], self._bytes + chunk.nbytes
+        if self._free:
+            return self._free.pop()
+        return self._blocks.popitem(last=False)[1] if self._blocks else None
 
 
 def _power_of_two(n: int) -> int:

@@ -142,7 +142,8 @@ def test_the_prefix_cache_stays_within_its_memory_limit(model, monkeypatch):
     with Engine(model, 4, "fp32") as engine:
         for prompt in random_prompts(8):
             engine.submit(prompt, GenerationConfig(max_new_tokens=1)).result(60)
-        assert engine.stats()["cached_prefix_tokens"] <= 3 * kv_cache.BLOCK
+        assert engine.stats()["cached_prefix_tokens"] == 3 * kv_cache.BLOCK
+        assert engine._scheduler._prefix_cache._bytes == 3 * block
 
 
 @pytest.mark.parametrize("static_cache", [False, True])
