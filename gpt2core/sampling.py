@@ -240,7 +240,7 @@ def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
         return False
     if completion[-1] in config.stop_token_ids or (completion[-1] == config.eos_id and not config.ignore_eos):
         return True
-    return any(tuple(completion[-len(stop) :]) == stop for stop in config.stop)
+    return bool(config.stop) and any(tuple(completion[-len(stop) :]) == stop for stop in config.stop)
 
 
 @cache

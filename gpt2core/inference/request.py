@@ -57,7 +57,8 @@ class Request:
         self._max_new_tokens, self._deadline, self._on_progress = max_new_tokens, deadline, on_progress
         self._cancelled = False
         self._error: Exception | None = None
-        self._progress = Condition()  # notified at each token, for iterators
+        self._progress = Condition()  # notified at each token, if an iterator waits
+        self._n_waiting = 0
         # For `result`: a thread that was woken at each token would take processor time from the engine.
         self._finished = Event()
 
@@ -88,9 +89,11 @@ class Request:
         n = 0
         while n < len(self.tokens) or self.finish_reason is None:
             with self._progress:
+                self._n_waiting += 1  # before looking: whoever appends a token looks at it afterwards
                 while n == len(self.tokens) and self.finish_reason is None:
                     self._progress.wait()
-                new = self.tokens[n:]
+                self._n_waiting -= 1
+            new = self.tokens[n:]
             yield from new
             n += len(new)
         if self._error is not None:
@@ -111,15 +114,16 @@ class Request:
 
     def append(self, token: int) -> bool:
         """Add a generated token; returns whether the completion is finished."""
-        with self._progress:
-            self.token_times.append(monotonic())
-            self.tokens.append(token)
-            if self.sampler.has_ended(self.tokens):
-                self.finish_reason = "stop"
-            elif len(self.tokens) >= self._max_new_tokens:
-                self.finish_reason = "length"
-            finished = self.finish_reason is not None
-            self._progress.notify_all()
+        self.token_times.append(monotonic())
+        self.tokens.append(token)
+        if self.sampler.has_ended(self.tokens):
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self._max_new_tokens:
+            self.finish_reason = "length"
+        finished = self.finish_reason is not None
+        if self._n_waiting:
+            with self._progress:
+                self._progress.notify_all()
         if finished:
             self._finished.set()
         self._report()
