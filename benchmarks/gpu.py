@@ -33,7 +33,7 @@ from benchmarks.measure import versions
 from benchmarks.models import random_adapter, random_model, training_flop
 from benchmarks.peer import Decoder, Trainer
 from benchmarks.sides import Ours
-from gpt2core.batching import pack
+from gpt2core.batching import Batch, pack
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, TrainConfig
 from gpt2core.data import Example, encode_records, read_records, split_records
@@ -45,6 +45,7 @@ from gpt2core.kernels import has_varlen_attention
 from gpt2core.lora import add_lora
 from gpt2core.losses import batch_losses
 from gpt2core.model import GPT2
+from gpt2core.step_graphs import StepGraphs
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import TrainResult, finetune
 
@@ -158,9 +159,19 @@ def trainable_model(config: GPT2Config) -> GPT2:
 def training(stage: Stage) -> None:
     """The run of mariovas3/llms (gpt2-medium, 48 epochs, batches of 128, bf16), compared with transformers and PEFT."""
     stage.record(variable_length_attention=has_varlen_attention(torch.device(stage.device), 64))
+    n_graphs, capture = 0, StepGraphs._capture
+
+    def counted(graphs: StepGraphs, batch: Batch) -> Any:
+        nonlocal n_graphs
+        found = capture(graphs, batch)
+        n_graphs += 1
+        return found
+
+    StepGraphs._capture = counted  # type: ignore[assignment, method-assign]
     for preset in stage.sizes.train:
         with stage.attempt(preset):
             _train(stage, preset)
+    stage.record(graphs=n_graphs)
     first = stage.sizes.train[0]
     with stage.attempt(f"{first}.peer"):
         _train_peer(stage, first)
@@ -254,9 +265,10 @@ def decoding(stage: Stage) -> None:
 
 
 def _record_graphs(stage: Stage, engine: Ours) -> None:
-    """Record whether steps were CUDA graphs and prompts were read together (both optional), and peak memory."""
+    """Record which of the optional fast paths were used, and peak memory."""
     decoder = engine.engine._runner._decoder
     stage.record(uses_graphs=decoder is not None and decoder.uses_graphs)
+    stage.record(uses_kernels=engine.engine._model._kernels is not None)
     stage.record(variable_length_attention=engine.engine._runner._use_varlen)
     if stage.device == "cuda":
         stage.record(
