@@ -24,7 +24,6 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-import tiktoken
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -141,8 +140,8 @@ class Stage:
             torch.cuda.synchronize()
 
 
-def _gpt2_tokenizer() -> tiktoken.Encoding | None:
-    """GPT-2's tokenizer, if its files are here: the environment may name a directory of other ones."""
+def _gpt2_tokenizer() -> Any:
+    """GPT-2's tokenizer; None if its files are not here. The environment may name a directory of other ones."""
     if (files := SHARED / "tiktoken").is_dir():
         os.environ["TIKTOKEN_CACHE_DIR"] = str(files)
     try:

@@ -12,7 +12,7 @@ from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
 from gpt2core.tensors import int_tensor, to_device
 
 IGNORED = -100  # a label without a loss, as in F.cross_entropy
-PADDING = 64  # tokens in a sequence of padding at most; longer ones would make attention's blocks larger
+PADDING = 64  # tokens in a sequence of padding, about; a long one would raise the longest sequence of the batch
 
 
 class Batch(NamedTuple):
@@ -55,9 +55,9 @@ def pack(
     Args:
         share_prefix: compute the prefix that all examples share (such as the prompt's preamble) only once. Losses and
             gradients do not change. The prefix ends before the first token with a label.
-        use_varlen: for `varlen_attention`, if `uses_varlen`.
-        padded: with `use_varlen`, add tokens and labels that do not change the loss, so that few shapes occur: up to
-            6 % and 13 % more.
+        use_varlen: with `VarlenSequences` instead of `PaddedSequences`; what `uses_varlen` returns.
+        padded: with `use_varlen`, round the numbers of tokens and labels up to few values (buckets), by at most 6 % and
+            13 %. What is added does not change the loss.
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
@@ -74,13 +74,13 @@ def pack(
         owners += [i] * (len(ids) - first[i])
     texts, n_tokens, n_labels = [lengths[i] for i in order], sum(lengths) + shared * len(examples), len(labels)
     if padded:
-        step = _step_of_sizes(len(input_ids), 16)
+        step = _bucket_step(len(input_ids), 16)
         n_texts = -(-step // PADDING)
         n = n_texts + -(len(input_ids) + n_texts) % step  # at least one token in each
         texts += [n // n_texts + (i < n % n_texts) for i in range(n_texts)]
         input_ids += [0] * n
         positions += [0] * n
-        n_ignored = -n_labels % _step_of_sizes(n_labels, 8)
+        n_ignored = -n_labels % _bucket_step(n_labels, 8)
         labels += [IGNORED] * n_ignored
         labeled += [len(input_ids) - 1] * n_ignored
         owners += [0] * n_ignored
@@ -97,9 +97,9 @@ def pack(
     ).to(device)
 
 
-def _step_of_sizes(n: int, n_sizes: int) -> int:
-    """What to round n up to a multiple of, so that only `n_sizes` numbers are between two powers of two."""
-    return max(1, 2 ** (n.bit_length() - 1) // n_sizes)
+def _bucket_step(n: int, n_buckets: int) -> int:
+    """What to round n up to a multiple of: there are `n_buckets` of them between two powers of two."""
+    return max(1, 2 ** (n.bit_length() - 1) // n_buckets)
 
 
 def uses_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:

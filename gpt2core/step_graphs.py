@@ -1,8 +1,9 @@
 """Forward and backward passes of finetuning as CUDA graphs.
 
-A step of gpt2-medium launches 1,400 kernels: that takes the host 52 ms, and computing them an H200 22 ms. A graph
-launches them all at once. It computes on tensors of one shape and at one address, so batches are padded to few shapes
-(`pack`), and each shape has a graph of its own. Gradients are added to those that the weights have.
+Launching the 1,362 kernels of a step of gpt2-medium takes the host 52 ms; an H200 computes them in 24 ms (2026-11-28).
+A graph launches them all at once. It computes on tensors of one shape and at one address, so batches are padded to few
+shapes (`pack`), and each shape has a graph of its own. Gradients are added to those that the weights have: these must
+stay where they are, so they are set to zero in place.
 """
 
 import logging
@@ -51,10 +52,10 @@ class StepGraphs:
         self._is_enabled = True
 
     def __call__(self, batch: Batch, n_labels: int) -> Tensor:
-        """The sum is valid until the next call."""
+        """The returned sum is overwritten by the next call."""
         key = _shape(batch)
         if key not in self._graphs and len(self._graphs) < MAX_GRAPHS:
-            self._graphs[key] = None  # what libraries allocate at their first call must not be part of a graph
+            self._graphs[key] = None  # a warm-up: what libraries allocate at their first call must not be captured
         elif self._is_enabled and key in self._graphs:
             try:
                 graph = self._graphs[key] = self._graphs[key] or self._capture(batch)
@@ -91,7 +92,7 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
 
 
 def _shape(batch: Batch) -> tuple[object, ...]:
-    """Equal for batches that the same kernels compute."""
+    """The key of a batch's graph: shapes, and the arguments of attention that are not tensors."""
     sequences = batch.sequences
     assert isinstance(sequences, VarlenSequences)
     sizes = tuple(tensor.shape for tensor in _tensors(batch))

@@ -109,7 +109,7 @@ def finetune(
     # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
     use_varlen = uses_varlen(device, _base_dtype(config), model.config.head_width)
-    # a graph repeats what it was captured with, also random numbers
+    # with dropout nothing is shared, and graphs have not been tested
     use_graphs = use_varlen and _trains_only_lora(model) and share_prefix and not config.gradient_checkpointing
 
     def indices_of(step: int) -> list[list[int]]:

@@ -104,6 +104,7 @@ EXTRAS = {
 COMPAT = {
     "gpt2core/kernels.py",
     "gpt2core/inference/native.py",
+    "gpt2core/inference/cuda.py",
     "bentos/compat.py",
     "pipelines/zenml_compat.py",
 }

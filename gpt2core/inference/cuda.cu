@@ -1,6 +1,5 @@
-// A decoding step on a GPU, where torch's operators are small kernels that cost more to launch than to compute:
-// attention of one token per row with the tokens in its cache, an addition with the normalization after it, and
-// products of few rows. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
+// Kernels of a decoding step: attention of one query per row with the row's KV cache, the residual addition fused with
+// layer norm, and linear layers for few rows. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
 
 typedef unsigned short bf16;  // its bits
 
@@ -35,38 +34,39 @@ __device__ float warp_sum(float x, int lanes) {  // over groups of so many lanes
   return x;
 }
 
-#define WIDTH 64                // D
+#define HEAD_DIM 64             // D
 #define THREADS 256             // of a block
 #define GROUPS (THREADS / 8)    // 8 threads share a key: 16 bytes each
-#define AHEAD 4                 // keys per group that are loaded together
+#define UNROLL 4                // 16-byte loads in flight per thread
 
-// Attention (B, H * D) of a token per row at its position, given qkv (B, 3, H, D); stores its key and value.
-// kv (max_batch, 2, H, columns, D) is a layer's cache. One block per head and row.
+// Attention (B, H * D) of one query per row, at its position, given qkv (B, 3, H, D); stores its key and value in a
+// layer's cache kv (max_batch, 2, H, columns, D). One block per head and row. Online softmax: each group of threads keeps
+// the largest score, the sum of the weights and the weighted sum of the values of its keys; they are merged at the end.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(bf16 *out, bf16 *kv, const bf16 *qkv, const long long *positions, int n_head, int columns, float scale) {
-  __shared__ float tops[GROUPS], sums[GROUPS], parts[GROUPS][WIDTH];
+  __shared__ float tops[GROUPS], sums[GROUPS], parts[GROUPS][HEAD_DIM];
   int head = blockIdx.x, row = blockIdx.y, group = threadIdx.x / 8, first = threadIdx.x % 8 * 8;
   int position = positions[row];
-  const bf16 *own = qkv + ((size_t)row * 3 * n_head + head) * WIDTH + first;
-  bf16 *keys = kv + ((size_t)row * 2 * n_head + head) * columns * WIDTH + first;
-  bf16 *values = keys + (size_t)n_head * columns * WIDTH;
+  const bf16 *own = qkv + ((size_t)row * 3 * n_head + head) * HEAD_DIM + first;
+  bf16 *keys = kv + ((size_t)row * 2 * n_head + head) * columns * HEAD_DIM + first;
+  bf16 *values = keys + (size_t)n_head * columns * HEAD_DIM;
   if (group == 0) {
-    *(uint4 *)(keys + (size_t)position * WIDTH) = *(const uint4 *)(own + n_head * WIDTH);
-    *(uint4 *)(values + (size_t)position * WIDTH) = *(const uint4 *)(own + 2 * n_head * WIDTH);
+    *(uint4 *)(keys + (size_t)position * HEAD_DIM) = *(const uint4 *)(own + n_head * HEAD_DIM);
+    *(uint4 *)(values + (size_t)position * HEAD_DIM) = *(const uint4 *)(own + 2 * n_head * HEAD_DIM);
   }
   __syncthreads();
   float q[8], top = -INF, sum = 0, total[8] = {0};
   unpack(q, *(const uint4 *)own);
-  for (int start = group; start - group <= position; start += AHEAD * GROUPS) {
-    uint4 k[AHEAD], v[AHEAD];
+  for (int start = group; start - group <= position; start += UNROLL * GROUPS) {
+    uint4 k[UNROLL], v[UNROLL];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
+    for (int i = 0; i < UNROLL; i++) {
       int column = min(start + i * GROUPS, position);
-      k[i] = *(const uint4 *)(keys + (size_t)column * WIDTH);
-      v[i] = *(const uint4 *)(values + (size_t)column * WIDTH);
+      k[i] = *(const uint4 *)(keys + (size_t)column * HEAD_DIM);
+      v[i] = *(const uint4 *)(values + (size_t)column * HEAD_DIM);
     }
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
+    for (int i = 0; i < UNROLL; i++) {
       float x[8];
       unpack(x, k[i]);
       float score = scale * warp_sum(dot(q, x), 8);
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int j = 0; j < 8; j++) parts[group][first + j] = total[j];
   __syncthreads();
-  if (threadIdx.x >= WIDTH) return;
+  if (threadIdx.x >= HEAD_DIM) return;
   float largest = -INF, all = 0, y = 0;
   for (int i = 0; i < GROUPS; i++) largest = fmaxf(largest, tops[i]);
   for (int i = 0; i < GROUPS; i++) {
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     all += weight * sums[i];
     y += weight * parts[i][threadIdx.x];
   }
-  out[((size_t)row * n_head + head) * WIDTH + threadIdx.x] = to_bf16(y / all);
+  out[((size_t)row * n_head + head) * HEAD_DIM + threadIdx.x] = to_bf16(y / all);
 }
 
 __device__ float block_sum(float x, float *shared) {
@@ -105,7 +105,7 @@ __device__ float block_sum(float x, float *shared) {
   return sum;
 }
 
-// x (N, n) += y (N, n), and out (N, n) = x, normalized. One block per row.
+// x (N, n) += y (N, n), and out (N, n) = layer_norm(x). One block per row.
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_norm(bf16 *out, float *x, const bf16 *y, const float *weight, const float *bias, int n, float eps) {
   __shared__ float shared[THREADS / 32];
@@ -124,27 +124,28 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 #define WARPS 4  // of a block
 
-// out (N, n_out) = x (N, n_in) W^T + bias for N = 1, 2 or 4, where n_in is a multiple of 8. One warp per output.
+// out (N, n_out) = x (N, n_in) W^T + bias for N = 1, 2 or 4, where n_in is a multiple of 8. One warp per output, since
+// such a layer is as fast as its weights are read.
 template <int N>
-__device__ void product(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {
+__device__ void linear(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {
   int lane = threadIdx.x % 32, output = blockIdx.x * WARPS + threadIdx.x / 32;
   if (output >= n_out) return;
   float sums[N] = {0};
   weight += (size_t)output * n_in;
-  for (int start = lane * 8; start < n_in; start += AHEAD * 256) {
-    uint4 w[AHEAD];
+  for (int start = lane * 8; start < n_in; start += UNROLL * 256) {
+    uint4 w[UNROLL];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++)
+    for (int i = 0; i < UNROLL; i++)
       if (start + i * 256 < n_in) w[i] = *(const uint4 *)(weight + start + i * 256);
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
+    for (int i = 0; i < UNROLL; i++) {
       if (start + i * 256 >= n_in) continue;
-      float parts[8], own[8];
-      unpack(parts, w[i]);
+      float w8[8], x8[8];
+      unpack(w8, w[i]);
 #pragma unroll
       for (int row = 0; row < N; row++) {
-        unpack(own, *(const uint4 *)(x + (size_t)row * n_in + start + i * 256));
-        sums[row] += dot(parts, own);
+        unpack(x8, *(const uint4 *)(x + (size_t)row * n_in + start + i * 256));
+        sums[row] += dot(w8, x8);
       }
     }
   }
@@ -155,12 +156,12 @@ __device__ void product(bf16 *out, const bf16 *x, const bf16 *weight, const bf16
   }
 }
 
-#define PRODUCT(N)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                          \
-      product_##N(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {            \
-    product<N>(out, x, weight, bias, n_in, n_out);                                                                  \
+#define LINEAR(N)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                               \
+      linear_##N(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {  \
+    linear<N>(out, x, weight, bias, n_in, n_out);                                                        \
   }
 
-PRODUCT(1)
-PRODUCT(2)
-PRODUCT(4)
+LINEAR(1)
+LINEAR(2)
+LINEAR(4)

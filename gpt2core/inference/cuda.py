@@ -1,6 +1,6 @@
 """The kernels of cuda.cu: compiled at run time by NVRTC, which every CUDA build of torch brings along.
 
-They need neither a compiler in the image nor CUDA's toolkit. Where they cannot be compiled, or do not support the
+They need neither a compiler in the image nor the CUDA toolkit. Where they cannot be compiled, or do not support the
 model's shape, torch's operators compute the same.
 """
 
@@ -19,8 +19,8 @@ from gpt2core.config import GPT2Config
 logger = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64  # that the attention is written for
-THREADS, PRODUCT_WARPS = 256, 4  # as in cuda.cu
-PRODUCT_ROWS = (1, 2, 4)
+THREADS, LINEAR_WARPS = 256, 4  # as in cuda.cu
+LINEAR_ROWS = (1, 2, 4)
 SOURCE = Path(__file__).with_name("cuda.cu")
 
 
@@ -31,7 +31,10 @@ def kernels_for(config: GPT2Config, dtype: torch.dtype, device: torch.device) ->
 
 
 class Kernels:
-    """Each method is a launch on the current stream, also into a CUDA graph. Arguments must be contiguous."""
+    """Each method launches one kernel on the current stream, and can be captured in a CUDA graph.
+
+    Arguments must be contiguous.
+    """
 
     def __init__(self, cubin: bytes) -> None:
         """Load a compiled cuda.cu.
@@ -43,13 +46,13 @@ class Kernels:
         module = ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
         self._functions = {}
-        for name in ("attend", "add_norm", *(f"product_{n}" for n in PRODUCT_ROWS)):
+        for name in ("attend", "add_norm", *(f"linear_{n}" for n in LINEAR_ROWS)):
             self._functions[name] = ctypes.c_void_p()
             found = self._driver.cuModuleGetFunction(ctypes.byref(self._functions[name]), module, name.encode())
             self._check(found)
 
     def attend(self, qkv: Tensor, kv: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """Attention (B, H * D) of a token per row at its position (B), given qkv (B, 3, H, D).
+        """Attention (B, H * D) of one query per row, at its position (B), given qkv (B, 3, H, D).
 
         Stores its key and value in the cache kv (max_batch, 2, H, columns, D), and reads no column after it.
         """
@@ -59,18 +62,18 @@ class Kernels:
         return out
 
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Add y (N, C) to x (N, C), fp32, in place; returns the result normalized, in bf16."""
+        """Add y (N, C), bf16, to x (N, C), fp32, in place; returns layer_norm(x) (N, C) in bf16."""
         N, C = x.shape
         out = torch.empty_like(y)
         self._launch("add_norm", (N, 1), THREADS, out, x, y, weight, bias, C, eps)
         return out
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x W^T + b for x (N, in) of PRODUCT_ROWS rows."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """`F.linear` for x (N, in) of LINEAR_ROWS rows."""
         N, (n_out, n_in) = len(x), weight.shape
         out = x.new_empty(N, n_out)
-        blocks = -(-n_out // PRODUCT_WARPS)
-        self._launch(f"product_{N}", (blocks, 1), 32 * PRODUCT_WARPS, out, x, weight, bias, n_in, n_out)
+        blocks = -(-n_out // LINEAR_WARPS)
+        self._launch(f"linear_{N}", (blocks, 1), 32 * LINEAR_WARPS, out, x, weight, bias, n_in, n_out)
         return out
 
     def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
@@ -144,9 +147,9 @@ def check(kernels: Kernels, device: torch.device) -> None:
     compare(kernels.add_norm(x, y, weight, bias, 1e-5), F.layer_norm(total, (776,), weight, bias))
     compare(x, total)
 
-    for n in PRODUCT_ROWS:
+    for n in LINEAR_ROWS:
         inputs, matrix, own_bias = random(n, 1288), random(37, 1288) / 36, random(37)
-        compare(kernels.product(inputs, matrix, own_bias), F.linear(inputs.float(), matrix.float(), own_bias.float()))
+        compare(kernels.linear(inputs, matrix, own_bias), F.linear(inputs.float(), matrix.float(), own_bias.float()))
 
 
 def compile_kernels(architecture: str) -> bytes:

@@ -1,8 +1,9 @@
 """Decoding one token for every row of a `StaticRowCache`: on a GPU by replaying a CUDA graph.
 
-A step of gpt2 is about 200 kernels of a few microseconds: launching them one by one takes longer than computing them. A
-graph launches them all at once. It computes at fixed addresses, so the inputs are copied to a buffer, and there is one
-graph per number of rows and columns (both powers of two), captured when it is first needed.
+A step of gpt2 is 100 kernels (200 without those of cuda.cu) of a few microseconds: launching them one by one takes
+longer than computing them. A graph launches them all at once. It computes at fixed addresses, so the inputs are copied
+to a buffer. There is one graph per number of rows, rounded up to a power of two, and stack of adapters; without
+cuda.cu also per number of columns. Each is captured when it is first needed.
 """
 
 import logging
@@ -33,7 +34,7 @@ class _Graph:
 
 @dataclass(frozen=True, eq=False)
 class _Ahead:
-    """A step that was started before the tokens of the one before it were on the host."""
+    """A step that was launched before the host had read the tokens of the one before it."""
 
     requests: Sequence[Request | None]
     lengths: Sequence[int]
@@ -41,13 +42,15 @@ class _Ahead:
     outputs: Outputs
 
     def covers(self, cache: StaticRowCache, stack: AdapterStack | None) -> bool:
-        """Whether it computed what the next step needs: rows may have become free, and nothing else may differ."""
+        """Whether its outputs are those of the cache's next step: the same rows, apart from those that became free."""
         now = list(zip(cache.requests, cache.lengths, strict=True))
         then = zip(self.requests, self.lengths, strict=True)
         return stack is self.stack and all(row[0] is None or row == own for row, own in zip(now, then, strict=False))
 
 
 class RowDecoder:
+    """Computes the decoding steps of a cache's rows."""
+
     def __init__(self, model: QuantizedModel, cache: StaticRowCache) -> None:
         self._model, self._cache = model, cache
         # per row: its last token, the position of that, and the index of its adapter in the stack
@@ -59,7 +62,7 @@ class RowDecoder:
     def run(self, stack: AdapterStack | None) -> Outputs:
         """Logits (B, token_count) of the next token of the cache's B rows, and the most likely tokens (B).
 
-        Valid until the next call. Those of free rows are meaningless.
+        The next `run` or `run_ahead` overwrites them. Those of free rows are meaningless.
         """
         cache, ahead, n_rows = self._cache, self._ahead, len(self._cache.requests)
         self._ahead = None
@@ -72,10 +75,10 @@ class RowDecoder:
         return logits[:n_rows], best[:n_rows]
 
     def run_ahead(self, tokens: Tensor, stack: AdapterStack | None) -> None:
-        """Start the step after the last one with its tokens (B), which the host does not know yet.
+        """Launch the next step from the tokens (B) of the last one, before the host reads them.
 
-        The device then computes while the host reads them. Rows are independent: those that end with their token are
-        computed in vain, and everything is computed again if others have joined.
+        The device then computes it while the host processes the tokens (asynchronous scheduling). For rows that end
+        with their token the result is ignored; if requests join, all of it is, and the step is computed again.
         """
         cache, n_rows = self._cache, len(tokens)
         self._inputs[0, :n_rows] = tokens.clamp(min=0)
@@ -113,7 +116,7 @@ class RowDecoder:
         return logits, most_likely(logits)
 
     def _replay(self, n: int, width: int, stack: AdapterStack | None) -> Outputs:
-        """As `_compute`, by a graph; without graphs from the first that cannot be captured."""
+        """As `_compute`, by a graph. After the first one that cannot be captured, all steps run without graphs."""
         key = n, width, stack
         if key not in self._graphs:
             try:

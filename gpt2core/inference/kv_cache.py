@@ -19,8 +19,8 @@ from gpt2core.inference.request import Request
 from gpt2core.kernels import lazy_zeros, varlen_attention
 from gpt2core.tensors import int_tensor, to_device
 
-# Tokens in a block, the unit in which prompts share cached prefixes. Each block is a copy, and on a GPU launching that
-# takes longer than computing a few tokens.
+# Tokens in a block, the unit in which prompts share cached prefixes. Each block is a copy, and launching that takes
+# 20 us: longer than a GPU takes for a few tokens.
 BLOCK, BLOCK_CUDA = 8, 64
 
 
@@ -248,8 +248,9 @@ class StaticRowCache(RowCache):
     """Rows at fixed addresses, for steps that are replayed as a CUDA graph: a token's column is its position.
 
     kv has n_positions columns for each of max_batch rows from the start. A step computes the first rows and columns of
-    it. Without kernels for this GPU, it masks what is beyond each row's own token. `begin_rows` takes the place of
-    `begin_step`.
+    it. The kernels of cuda.py read only the columns of a row's own tokens; without them attention reads all of these
+    columns and masks the others. `begin_rows` takes the place of `begin_step`. A row is not erased when its request
+    ends, since a step that was launched ahead may still write to it.
     """
 
     WIDTH = 128  # columns that a step computes at least; more are a power of two
@@ -299,7 +300,7 @@ class StaticRowCache(RowCache):
         return slice(0, self.lengths[row])
 
     def _write(self, row: int, kv: Tensor) -> None:
-        if self._kernels is None:  # of earlier requests, also of those that ended because of NaN
+        if self._kernels is None:  # masked columns must be finite, and earlier requests may have left NaN
             self.kv[:, row].zero_()
         super()._write(row, kv)
 
@@ -310,8 +311,8 @@ class StaticRowCache(RowCache):
 class PrefixCache:
     """Keys and values of prompt prefixes in blocks of tokens; evicts the least recently used ones.
 
-    A block is looked up by the adapter and all tokens up to the block's end: its keys and values depend on them. Memory
-    is used again and never released: a page of new memory costs a CPU more than copying to it.
+    A block is looked up by the adapter and all tokens up to the block's end: its keys and values depend on them. The
+    memory of evicted blocks is used again and never freed: on a CPU, touching a new page costs more than the copy.
     """
 
     CHUNK = 32  # blocks that are allocated together
@@ -350,7 +351,7 @@ class PrefixCache:
         self._free += [self._blocks.pop(key) for key in [key for key in self._blocks if key[0] is adapter]]
 
     def _place(self, block: Tensor) -> Tensor | None:
-        """Memory for such a block; None if there is none for a single one."""
+        """Memory for such a block, if need be that of the least recently used one; None if the limit is below one."""
         n = min(self.CHUNK, (self._max_bytes - self._bytes) // block.nbytes)
         if not self._free and n:
             chunk = block.new_empty(n, *block.transpose(-3, -2).shape).transpose(-3, -2)

@@ -20,7 +20,7 @@
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
 #define GROUP 48           // rows whose sums are kept together
-#define BLOCK 256          // columns of a tile that all rows of a group are multiplied with in turn: 16 kB
+#define BLOCK 256          // inputs: of a tile's weights, those of as many inputs are multiplied with all rows at once (16 kB)
 #define LINE 64            // bytes of a cache line, and of a register
 #define AHEAD 4096         // bytes, of the weights that a single pass fetches
 #define INLINE static inline __attribute__((always_inline))
@@ -249,8 +249,8 @@ ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t 
     }
 }
 
-// Adds to `sums` the products of so many rows q, `in` bytes apart, with n_in columns of a tile, from w. Meanwhile it fetches
-// n_in / share lines of the memory `ahead`.
+// sums[r] += q[r] * w for `rows` rows q, which are `in` bytes apart, and n_in inputs of a tile's weights. It also prefetches
+// n_in / share lines of the memory `ahead` into the L2 cache.
 INLINE void add_products(
     const uint8_t *q, int64_t in, const int rows, const int8_t *w, int64_t n_in, __m512i *sums, const int8_t *ahead, int share
 ) {
@@ -260,7 +260,8 @@ INLINE void add_products(
     int due = 0;
     for (int64_t k = 0; k < n_in; k += 4, w += TILE * 4) {
         __m512i weights[COLUMNS];
-        for (due += COLUMNS; due >= share; due -= share, ahead += LINE) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (due += COLUMNS; due >= share; due -= share, ahead += LINE)  // four inputs have COLUMNS lines
+            _mm_prefetch(ahead, _MM_HINT_T1);
         for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
         for (int r = 0; r < rows; r++) {
             int32_t four;
@@ -273,9 +274,9 @@ INLINE void add_products(
         for (int c = 0; c < COLUMNS; c++) _mm512_store_si512(sums + r * COLUMNS + c, own[r][c]);
 }
 
-// A tile's products with at most GROUP rows from n on, divided evenly into passes of at most ROWS. All passes read the same
-// BLOCK columns before the next ones, and share the fetching of those: only the first pass reads a block from beyond the L1
-// cache. A core waits for few lines at a time, and those that are fetched ahead count too.
+// A tile's products with at most GROUP rows from n on, divided evenly into passes of at most ROWS. For each BLOCK of inputs all
+// passes run before the next block, which they prefetch: only the first pass reads the block from the L2 cache, the others
+// from the L1 cache. A core has few line fill buffers, and reads from the L2 cache and prefetches both need them.
 ALONE void tile_rows(const Product *p, int64_t tile, int64_t n, int64_t n_rows) {
     int64_t in = p->matrix->in, passes = (n_rows + ROWS - 1) / ROWS, block = passes == 1 ? in : BLOCK;
     __m512i sums[GROUP][COLUMNS];

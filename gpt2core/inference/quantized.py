@@ -150,7 +150,7 @@ class QuantizedModel:
         return x + y
 
     def _add(self, x: Tensor, y: Tensor, norm: "_Norm") -> tuple[Tensor, Tensor]:
-        """The sum of x (N, C), fp32, and y (N, C), and its normalization in y's dtype; x becomes invalid."""
+        """x (N, C), fp32, + y (N, C), and layer norm of the sum in y's dtype. The kernels add to x in place."""
         if self._kernels is not None:
             return x, self._kernels.add_norm(x, y, norm.weight, norm.bias, norm.eps)
         x = x + y
@@ -260,8 +260,8 @@ def _projection(
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
     weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
     if kernels is not None and bias is not None:
-        product, own_bias = kernels.product, bias
-        return lambda x: product(x, weight, own_bias) if len(x) in cuda.PRODUCT_ROWS else F.linear(x, weight, bias)
+        linear, own_bias = kernels.linear, bias
+        return lambda x: linear(x, weight, own_bias) if len(x) in cuda.LINEAR_ROWS else F.linear(x, weight, bias)
     large = dtype == torch.bfloat16 or weight.numel() >= LARGE
     if large and weight.device.type == "cpu" and has_onednn():
         packed = prepack(weight)

@@ -32,3 +32,19 @@ def save_random_adapter(model: GPT2, config: LoraConfig, seed: int, directory: P
         if name.endswith("lora_B"):
             parameter.data.normal_(0, spread, generator=generator)
     return save_adapter(model, directory)
+
+
+def check_bf16_completion(
+    reference: GPT2, prompt: list[int], completion: list[int], logprobs: list[float] | None = None
+) -> None:
+    """The tokens of a greedy completion in bf16, and their log probabilities, are about as likely in fp32.
+
+    By rounding another token may be the largest. Logits of these models spread over about 10, and bf16 has 8 bits.
+    """
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt + completion[:-1]]))[0, len(prompt) - 1 :]
+    expected = logits.log_softmax(-1)
+    own = expected.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    assert (expected.max(-1).values - own).max() < 0.15
+    if logprobs is not None:
+        torch.testing.assert_close(torch.tensor(logprobs), own, rtol=0, atol=0.15)

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2core.config import GPT2Config
+from gpt2core.checkpoint import load_adapter, load_pretrained
+from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
+from gpt2core.engine import Engine
 from gpt2core.inference import cuda
+from tests.gpt2core.decoding import check_bf16_completion, random_prompts, save_random_adapter
 
 COMPILER = shutil.which("c++")
-NAMES = ("attend", "add_norm", *(f"product_{n}" for n in cuda.PRODUCT_ROWS))
+NAMES = ("attend", "add_norm", *(f"linear_{n}" for n in cuda.LINEAR_ROWS))
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -63,9 +66,29 @@ def test_the_check_before_their_use_finds_each_difference(kernels):
             return own if name != self.name else lambda *arguments: own(*arguments).roll(1, -1)
 
     cuda.check(kernels, torch.device(kernels.device))
-    for name in ("attend", "add_norm", "product"):
+    for name in ("attend", "add_norm", "linear"):
         with pytest.raises(AssertionError):
             cuda.check(Other(name), torch.device(kernels.device))
+
+
+@pytest.mark.parametrize("max_batch", [2, 3])  # linear layers by kernels, and by torch
+def test_the_engine_decodes_with_them(kernels, wide_gpt2_dir, tmp_path, monkeypatch, max_batch):
+    """More requests than rows, of different lengths, with adapters, and some with log probabilities."""
+    monkeypatch.setattr(cuda, "kernels_for", lambda config, dtype, device: kernels)
+    models = [load_pretrained(wide_gpt2_dir), load_pretrained(wide_gpt2_dir)]
+    directory = save_random_adapter(load_pretrained(wide_gpt2_dir), LoraConfig(rank=2), 1, tmp_path)
+    load_adapter(models[1], directory)
+    prompts = random_prompts(5, 60, seed=3)
+    with Engine(load_pretrained(wide_gpt2_dir, device=kernels.device), max_batch, "bf16", static_cache=True) as engine:
+        engine.load_adapter("x", directory)
+        requests = [
+            engine.submit(prompt, GenerationConfig(2 + i), "x" if i % 3 == 1 else None, logprobs=1 if i > 2 else None)
+            for i, prompt in enumerate(prompts)
+        ]
+        completions = [request.result(120) for request in requests]
+    for i, (prompt, request, completion) in enumerate(zip(prompts, requests, completions, strict=True)):
+        logprobs = [one.logprob for one in request.logprobs] or None
+        check_bf16_completion(models[i % 3 == 1], prompt, completion, logprobs)
 
 
 def random(kernels, *shape, dtype=torch.bfloat16):
@@ -108,10 +131,10 @@ def test_the_sum_is_normalized(kernels, n):
     torch.testing.assert_close(found.float(), F.layer_norm(expected, (n,), weight, bias, 1e-5), rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("N", cuda.PRODUCT_ROWS)
+@pytest.mark.parametrize("N", cuda.LINEAR_ROWS)
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 3), (768, 6), (1600, 9)])
-def test_products_of_few_rows(kernels, N, n_in, n_out):
+def test_linear_layers_of_few_rows(kernels, N, n_in, n_out):
     x, weight, bias = random(kernels, N, n_in), random(kernels, n_out, n_in), random(kernels, n_out)
-    found = kernels.product(x, weight, bias)
+    found = kernels.linear(x, weight, bias)
     torch.testing.assert_close(found.float(), F.linear(x.float(), weight.float(), bias.float()), rtol=0.01, atol=0.01)
-    assert torch.equal(found[-1:], kernels.product(x[-1:], weight, bias))
+    assert torch.equal(found[-1:], kernels.linear(x[-1:], weight, bias))

@@ -26,7 +26,7 @@ from gpt2core.losses import token_losses
 from gpt2core.model import GPT2, KVCache
 from gpt2core.step_graphs import StepGraphs
 from gpt2core.train import finetune
-from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
+from tests.gpt2core.decoding import check_bf16_completion, mixed_configs, random_prompts, save_random_adapter
 from tests.helpers import randomise_lora, same_state, snapshot
 
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
@@ -300,14 +300,7 @@ def test_bf16_decoding_takes_tokens_that_fp32_finds_as_likely(wide_gpt2_dir, n):
             completions = [request.result(120) for request in requests]
         assert engine._runner._use_varlen == (DEVICE == "cuda")
     for prompt, request, completion in zip(prompts, requests, completions, strict=True):
-        with torch.no_grad():
-            logits = reference(torch.tensor([prompt + completion[:-1]]))[0, len(prompt) - 1 :]
-        expected, best = logits.log_softmax(-1), logits.log_softmax(-1).max(-1).values
-        own = expected.gather(1, torch.tensor(completion)[:, None])[:, 0]
-        found = torch.tensor([one.logprob for one in request.logprobs])
-        # logits here spread over about 10; bf16 has 8 bits
-        torch.testing.assert_close(found, own, rtol=0, atol=0.15)
-        assert (best - own).max() < 0.15
+        check_bf16_completion(reference, prompt, completion, [one.logprob for one in request.logprobs])
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
