@@ -145,7 +145,7 @@ def choose(
         samplers: None for a row to ignore.
         best: what `most_likely` finds, (B), if it is known.
         most_likely, draw: the functions of this module, or faster ones with their results.
-        ahead: called with the tokens (B), -1 for a row that failed, before the host waits for them.
+        ahead: called with the tokens (B) before the host waits for them; those of rows that fail are not ids.
     """
     best = most_likely(logits) if best is None else best
     outputs: dict[int, int | Exception] = {}

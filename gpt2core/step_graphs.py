@@ -75,7 +75,11 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         # graphs never run at the same time, so they share memory
         pool = next((one.graph.pool() for one in self._graphs.values() if one is not None), None)
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),  # which is restored if capturing fails
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             loss = add_gradients(self._model, batch, self._n_labels)
         logger.debug("captured a CUDA graph of a training step of %d tokens", batch.input_ids.numel())
         return _Graph(graph, batch, loss)

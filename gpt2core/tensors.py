@@ -45,8 +45,8 @@ def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
     """Start to copy a tensor to the host; the function waits for the copy, not for what the device does after it."""
     if tensor.device.type != "cuda":
         return tensor.tolist
-    copy, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # in pinned memory
-    event.record()
+    copy = tensor.to("cpu", non_blocking=True)  # in pinned memory
+    event = torch.cuda.current_stream(tensor.device).record_event()
 
     def read() -> list[Any]:
         event.synchronize()

@@ -36,13 +36,13 @@ class Kernels:
     Arguments must be contiguous.
     """
 
-    def __init__(self, cubin: bytes) -> None:
-        """Load a compiled cuda.cu.
+    def __init__(self, cubin: bytes, device: torch.device) -> None:
+        """Load a compiled cuda.cu onto a device.
 
         Raises:
             OSError, RuntimeError: there is no driver, or it refuses.
         """
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver, self._device = ctypes.CDLL("libcuda.so.1"), device
         module = ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
         self._functions = {}
@@ -79,12 +79,11 @@ class Kernels:
     def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
         values = [_as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        shared_bytes = 0
-        launch = self._driver.cuLaunchKernel
-        self._check(
-            launch(self._functions[name], *grid, 1, threads, 1, 1, shared_bytes, stream, pointers, ctypes.c_void_p())
-        )
+        shared_bytes, launch = 0, self._driver.cuLaunchKernel
+        with torch.cuda.device(self._device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            sizes = (*grid, 1, threads, 1, 1, shared_bytes)
+            self._check(launch(self._functions[name], *sizes, stream, pointers, ctypes.c_void_p()))
 
     def _check(self, result: int) -> None:
         if result:
@@ -107,7 +106,7 @@ def _compiled(device: torch.device) -> Kernels | None:
         major, minor = torch.cuda.get_device_capability(device)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes the context current that the driver's calls need
-            kernels = Kernels(compile_kernels(f"sm_{major}{minor}"))
+            kernels = Kernels(compile_kernels(f"sm_{major}{minor}"), device)
             check(kernels, device)
         return kernels
     except Exception as error:  # decoding then uses torch's operators

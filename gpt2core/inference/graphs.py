@@ -44,8 +44,9 @@ class _Ahead:
     def covers(self, cache: StaticRowCache, stack: AdapterStack | None) -> bool:
         """Whether its outputs are those of the cache's next step: the same rows, apart from those that became free."""
         now = list(zip(cache.requests, cache.lengths, strict=True))
-        then = zip(self.requests, self.lengths, strict=True)
-        return stack is self.stack and all(row[0] is None or row == own for row, own in zip(now, then, strict=False))
+        then = list(zip(self.requests, self.lengths, strict=True))
+        is_alike = all(row[0] is None or row == own for row, own in zip(now, then, strict=False))
+        return stack is self.stack and len(now) <= len(then) and is_alike
 
 
 class RowDecoder:
@@ -81,7 +82,8 @@ class RowDecoder:
         with their token the result is ignored; if requests join, all of it is, and the step is computed again.
         """
         cache, n_rows = self._cache, len(tokens)
-        self._inputs[0, :n_rows] = tokens.clamp(min=0)
+        # what is not a token is that of a row that failed: -1, or behind the last one if it was drawn
+        self._inputs[0, :n_rows] = tokens.clamp(0, self._model.config.token_count - 1)
         self._inputs[1, :n_rows].add_(1).clamp_(max=cache.n_positions - 1)
         self._ahead = _Ahead([*cache.requests], [*cache.lengths], stack, self._outputs(stack))
 
@@ -141,7 +143,10 @@ class RowDecoder:
             graph = torch.cuda.CUDAGraph()
             # other threads load adapters meanwhile; graphs never run at the same time, so they share memory
             pool = next((one.graph.pool() for one in self._graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # which is restored if capturing fails
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
                 outputs = self._compute(n, width, stack)
         logger.debug("captured a CUDA graph for %d rows of %d columns", n, width)
         return _Graph(graph, outputs)

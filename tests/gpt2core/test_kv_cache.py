@@ -5,6 +5,7 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, LoraConfig
@@ -12,6 +13,11 @@ from gpt2core.engine import Engine, NonFiniteLogits
 from gpt2core.generate import generate
 from gpt2core.inference import kv_cache, scheduler
 from gpt2core.inference.graphs import RowDecoder
+from gpt2core.inference.quantized import QuantizedModel
+from gpt2core.inference.request import Request
+from gpt2core.inference.runner import ModelRunner
+from gpt2core.inference.scheduler import Scheduler
+from gpt2core.sampling import Sampler
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
 from tests.gpt2core.test_batching import attention_by_sequence
 from tests.helpers import wait_until
@@ -93,6 +99,40 @@ def test_a_step_is_started_before_its_tokens_are_read_and_computed_once(model, m
     assert len(steps) == stop + 1
 
 
+def test_a_step_ahead_is_not_used_for_requests_that_joined_after_it(model):
+    """Also if the only row that it computed has become free."""
+    quantized = QuantizedModel(model, "fp32")
+    scheduler = Scheduler(quantized, 4, static_cache=True)
+    runner = ModelRunner(quantized, scheduler.row_cache)
+
+    def add(prompt, n, **options):
+        config = GenerationConfig(n, **options)
+        request = Request(prompt, Sampler(config, prompt, quantized.device), n, None, None, None, None)
+        scheduler.add(request)
+        return request
+
+    def step():
+        scheduler.admit()
+        if (now := scheduler.next_step()) is not None:
+            with torch.inference_mode():
+                scheduler.complete_step(now, runner.run(now))
+
+    [expected] = each_alone(model, [[1, 2]], [GenerationConfig(9)])
+    first = add([1, 2], 9)
+    while len(first.tokens) < 3:
+        step()
+    assert runner._decoder._ahead is not None
+    first.cancel()  # its step ahead stays
+    others = [add([3, 4, i], 6) for i in range(3)]
+    step()  # reads the prompts, without rows
+    others[0].cancel()
+    while not all(request.finish_reason for request in others):
+        step()
+    assert first.tokens == expected[: len(first.tokens)]
+    config = GenerationConfig(6)
+    assert [r.tokens for r in others[1:]] == each_alone(model, [[3, 4, 1], [3, 4, 2]], [config, config])
+
+
 def test_with_log_probabilities_no_step_is_started_early(model):
     """They are computed from logits that the next step overwrites on a GPU."""
     with Engine(model, 4, "fp32", static_cache=True) as engine:
@@ -103,17 +143,18 @@ def test_with_log_probabilities_no_step_is_started_early(model):
         assert engine._runner._decoder._ahead is None
 
 
-def test_a_request_that_failed_does_not_affect_the_next_one_in_its_row(model):
-    """Its keys and values are NaN, also in the column that was computed ahead."""
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_request_that_failed_does_not_affect_the_next_one_in_its_row(model, temperature):
+    """Its keys and values are NaN, also in the column that was computed ahead, and its token is not an id."""
     model.wpe.weight.data[40] = 3e38
-    good = GenerationConfig(max_new_tokens=20)
+    good, bad_config = GenerationConfig(max_new_tokens=20), GenerationConfig(50, temperature=temperature, seed=0)
     with Engine(model, 1, "fp32", static_cache=True) as engine:
         expected = engine.submit([5, 6], good).result(60)
         with pytest.raises(NonFiniteLogits):
-            engine.submit([5, 6], GenerationConfig(max_new_tokens=50)).result(60)
+            engine.submit([5, 6], bad_config).result(60)
         assert engine.submit([5, 6], good).result(60) == expected
     with Engine(model, 3, "fp32", static_cache=True) as engine:  # rows move when half of them are free
-        bad = [engine.submit([7, 8, 9], GenerationConfig(max_new_tokens=50)) for _ in range(2)]
+        bad = [engine.submit([7, 8, 9], bad_config) for _ in range(2)]
         assert engine.submit([5, 6], good).result(60) == expected
         for request in bad:
             with pytest.raises(NonFiniteLogits):
