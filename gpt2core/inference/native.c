@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 6        // of native.py; raised with every change of a structure or a function that it uses
+#define INTERFACE 7        // of native.py; raised with every change of a structure or a function that it uses
 #define LANES 16           // floats in a register
 #define COLUMNS 4          // registers of outputs that a tile has
 #define TILE (LANES * COLUMNS)
@@ -676,31 +676,81 @@ void most_likely(Logits *l) { for_each(l->n, find_largest_each, l, l->n < 2); }
 
 typedef struct {
     const float *logits;  // (width)
-    float *weights;       // (width) scratch: the probabilities, relative to the largest
+    float *weights;       // (2, width) scratch: the probabilities, relative to the largest
     int64_t width, top_k;
     double top_p, number;  // number: uniformly distributed from 0 to below 1
     float temperature, min_p;
     int64_t token;  // the result
 } Draw;
 
-// The largest limit such that the sum of the weights >= limit (counts: their number) reaches `target`. A radix selection: floats
-// from 0 to 1 have the order of their lowest 30 bits.
-ALONE float find_limit(const float *weights, int64_t width, double target, int counts) {
-    uint32_t bits, last = 0;
-    double sum = 0;  // of those that are larger
-    for (int shift = 20; shift >= 0; shift -= 10) {
-        double sums[1024] = {0};
-        for (int64_t i = 0; i < width; i++) {
-            memcpy(&bits, weights + i, 4);
-            if (bits >> (shift + 10) == last) sums[bits >> shift & 1023] += counts ? 1 : weights[i];
+#define LIMITS 8
+
+typedef struct {
+    const float *weights;  // among which the limit is searched
+    int64_t width;
+    float *rest;  // memory for them
+    double above, target;  // the sum of the larger weights, and what it has to reach with the limit
+    int counts;  // instead of adding them
+} Search;
+
+// The largest i such that the sum of the weights >= limits[i] reaches the target, otherwise 0. Narrows the search down to the
+// weights below the next limit.
+ALONE int find_interval(Search *s, const uint32_t *limits) {
+    __m512 bounds[LIMITS];
+    __m512d sums[LIMITS], low = _mm512_set1_pd(1), high = low;
+    for (int j = 0; j < LIMITS; j++) {
+        bounds[j] = _mm512_castsi512_ps(_mm512_set1_epi32((int)limits[j]));
+        sums[j] = _mm512_setzero_pd();
+    }
+    for (int64_t i = 0; i < s->width; i += LANES) {
+        __m512 v = _mm512_maskz_loadu_ps(s->width - i < LANES ? (1u << (s->width - i)) - 1 : 0xffff, s->weights + i);
+        if (!s->counts) {
+            low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+            high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
         }
-        uint32_t digit = 1023;
-        for (; digit && sum + sums[digit] < target; digit--) sum += sums[digit];
-        last = last << 10 | digit;
+        for (int j = 1; j < LIMITS; j++) {
+            __mmask16 mask = _mm512_cmp_ps_mask(v, bounds[j], _CMP_GE_OQ);
+            sums[j] = _mm512_mask_add_pd(sums[j], (__mmask8)mask, sums[j], low);
+            sums[j] = _mm512_mask_add_pd(sums[j], (__mmask8)(mask >> 8), sums[j], high);
+        }
+    }
+    int found = LIMITS - 1;
+    double sum, larger = 0;
+    for (; found && s->above + (sum = _mm512_reduce_add_pd(sums[found])) < s->target; found--) larger = sum;
+    s->above += larger;
+    int64_t n = 0;
+    for (int64_t i = 0; i < s->width; i += LANES) {
+        __mmask16 mask = s->width - i < LANES ? (1u << (s->width - i)) - 1 : 0xffff;
+        __m512 v = _mm512_maskz_loadu_ps(mask, s->weights + i);
+        mask = _mm512_mask_cmp_ps_mask(mask, v, bounds[found], _CMP_GE_OQ);
+        if (found < LIMITS - 1) mask = _mm512_mask_cmp_ps_mask(mask, v, bounds[found + 1], _CMP_LT_OQ);
+        int kept = __builtin_popcount(mask);
+        _mm512_mask_storeu_ps(s->rest + n, (1u << kept) - 1, _mm512_maskz_compress_ps(mask, v));
+        n += kept;
+    }
+    s->weights = s->rest;
+    s->width = n;
+    return found;
+}
+
+// The largest limit such that the sum of the weights >= limit (counts: their number) reaches `target`: by exponents, and then
+// by three bits of the mantissa at a time. The bits of positive floats have their order. Weights are at most 1.
+static float find_limit(const float *weights, int64_t width, double target, int counts, float *rest) {
+    Search s = {weights, width, rest, 0, target, counts};
+    uint32_t limits[LIMITS] = {0}, bits = 0;
+    for (uint32_t exponent = 127; !bits && exponent >= LIMITS; exponent -= LIMITS - 1) {
+        for (uint32_t j = 1; j < LIMITS; j++) limits[j] = (exponent - LIMITS + 1 + j) << 23;
+        bits = limits[find_interval(&s, limits)];
+    }
+    if (!bits) return 0;  // the weights above 2^-125 do not reach it
+    for (int shift = 20; s.width > 1; shift = shift > 3 ? shift - 3 : 0) {
+        for (uint32_t j = 0; j < LIMITS; j++) limits[j] = bits + (j << shift);
+        bits = limits[find_interval(&s, limits)];
+        if (!shift) break;
     }
     float limit;
-    memcpy(&limit, &last, 4);
-    return limit;
+    memcpy(&limit, &bits, 4);
+    return s.width == 1 ? *s.weights : limit;
 }
 
 INLINE float sum_block(const float *weights, int64_t left, float smallest) {
@@ -729,9 +779,9 @@ static void draw_row(Draw *d) {
         __mmask16 is_possible = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
         _mm512_mask_storeu_ps(d->weights + i, mask, _mm512_maskz_mov_ps(is_possible, exponential(x)));
     }
-    float smallest = d->top_k < width ? find_limit(d->weights, width, (double)d->top_k, 1) : 0;
+    float smallest = d->top_k < width ? find_limit(d->weights, width, (double)d->top_k, 1, d->weights + width) : 0;
     if (d->top_p < 1) {
-        float limit = find_limit(d->weights, width, d->top_p * sum_weights(d, smallest), 0);
+        float limit = find_limit(d->weights, width, d->top_p * sum_weights(d, smallest), 0, d->weights + width);
         if (limit > smallest) smallest = limit;
     }
     if (d->min_p > smallest) smallest = d->min_p;  // the largest weight is 1

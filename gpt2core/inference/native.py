@@ -31,7 +31,7 @@ from gpt2core.sampling import sampling_values
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 6  # as in native.c: a library that was compiled from another version is not used
+INTERFACE = 7  # as in native.c: a library that was compiled from another version is not used
 CACHE_DTYPE = torch.int8  # of keys and values, with a scale for each token and head
 ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below that of int8 weights
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
@@ -216,7 +216,7 @@ def most_likely(logits: Tensor) -> Tensor:
 def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers: Sequence[float]) -> Tensor:
     """`gpt2core.sampling.draw` for contiguous scores in fp32."""
     width = len(scores[0])
-    weights = torch.empty(len(scores), width)
+    weights = torch.empty(len(scores), 2, width)
     draws = (_Draw * len(scores))()
     for one, logits, own, config, number in zip(draws, scores, weights, configs, numbers, strict=True):
         one.logits, one.weights, one.width, one.number = logits.data_ptr(), own.data_ptr(), width, number
