@@ -9,6 +9,7 @@ stay where they are, so they are set to zero in place.
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,13 +44,17 @@ class _Graph:
 
 
 class StepGraphs:
-    """`add_gradients` for padded batches on a GPU. A shape's first batch is computed without a graph."""
+    """`add_gradients` for padded batches on a GPU. A shape's first batch is computed without a graph.
+
+    The first replay of all is compared with the same step without a graph. If capturing or this fails, training goes on
+    without graphs, with a warning.
+    """
 
     def __init__(self, model: GPT2) -> None:
         self._model, self._device = model, model.wte.weight.device
         self._n_labels = torch.ones((), device=self._device)
         self._graphs: dict[tuple[object, ...], _Graph | None] = {}  # None: that shape was seen once
-        self._is_enabled = True
+        self._is_enabled, self._is_checked = True, False
 
     def __call__(self, batch: Batch, n_labels: int) -> Tensor:
         """The returned sum is overwritten by the next call."""
@@ -59,17 +64,41 @@ class StepGraphs:
         elif self._is_enabled and key in self._graphs:
             try:
                 graph = self._graphs[key] = self._graphs[key] or self._capture(batch)
+                if not self._is_checked:
+                    self._check(graph, batch, n_labels)
+                return self._replay(graph, batch, n_labels)
             except Exception as error:  # whatever it is, training can go on
                 logger.warning("no CUDA graph of a training step, training without, which is slower: %s", error)
                 self._is_enabled = False
                 self._graphs.clear()
-            else:
-                self._n_labels.fill_(n_labels)
-                for own, other in zip(_tensors(graph.batch), _tensors(batch), strict=True):
-                    own.copy_(other)
-                graph.graph.replay()
-                return graph.loss
         return add_gradients(self._model, batch, n_labels)
+
+    def _replay(self, graph: _Graph, batch: Batch, n_labels: int) -> Tensor:
+        self._n_labels.fill_(n_labels)
+        for own, other in zip(_tensors(graph.batch), _tensors(batch), strict=True):
+            own.copy_(other)
+        graph.graph.replay()
+        return graph.loss
+
+    def _check(self, graph: _Graph, batch: Batch, n_labels: int) -> None:
+        """Compare a replay with the step without a graph. Gradients stay as they are.
+
+        Raises:
+            RuntimeError: the loss or the gradients differ by more than rounding.
+        """
+        grads = [weight.grad for weight in self._model.parameters() if weight.grad is not None]
+        before, losses, added = [grad.clone() for grad in grads], list[Tensor](), list[list[Tensor]]()
+        for compute in (partial(add_gradients, self._model), partial(self._replay, graph)):
+            losses.append(compute(batch, n_labels).clone())
+            added.append([grad - old for grad, old in zip(grads, before, strict=True)])
+            for grad, old in zip(grads, before, strict=True):
+                grad.copy_(old)
+        norms = torch.stack([one.norm() for one in added[0]])
+        errors = torch.stack([(one - other).norm() for one, other in zip(*added, strict=True)])
+        is_equal = (errors <= 0.1 * norms + 0.001 * norms.norm()).all()  # bf16, and sums in another order
+        if not bool(is_equal & ((losses[0] - losses[1]).abs() <= 0.01 * losses[0].abs())):
+            raise RuntimeError("its gradients are not those of the step without a graph")
+        self._is_checked = True
 
     def _capture(self, batch: Batch) -> _Graph:
         graph = torch.cuda.CUDAGraph()

@@ -177,7 +177,8 @@ def test_training_steps_do_not_wait_for_the_gpu(tiny_gpt2_dir):
         return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
 
     waits(1)  # what happens only once in a process
-    assert waits(2) == waits(8) > 0
+    # in three epochs a graph is captured, whose check waits once
+    assert waits(3) == waits(8) > 0
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")

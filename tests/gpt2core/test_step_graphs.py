@@ -35,24 +35,47 @@ def gradients(model) -> list[torch.Tensor]:
     return [weight.grad for _, layer in lora_layers(model) for weight in (layer.lora_A, layer.lora_B)]
 
 
-def test_replays_give_the_losses_and_add_the_gradients_of_plain_steps(model, monkeypatch):
+def stand_in(monkeypatch, factor: float = 1.0) -> list:
+    """Replays compute what was captured, times `factor`; returns the captured batches."""
     captured = []
 
     def capture(graphs, batch):
-        graph = SimpleNamespace(replay=lambda: loss.copy_(add_gradients(model, batch, graphs._n_labels)))
+        graph = SimpleNamespace(
+            replay=lambda: loss.copy_(add_gradients(graphs._model, batch, graphs._n_labels / factor))
+        )
         loss = torch.zeros(())
         captured.append(batch)
         return _Graph(graph, batch, loss)
 
     monkeypatch.setattr(StepGraphs, "_capture", capture)
+    return captured
+
+
+def compare_with_plain_steps(model) -> None:
     found, expected, step, copy = [], [], StepGraphs(model), deepcopy(model)
     for divisor, (batch, plain) in enumerate(zip(batches(8, True), batches(8, False), strict=True), 1):
         found.append(float(step(batch, divisor)))
         expected.append(float(add_gradients(copy, plain, divisor)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert len(captured) == 2
     for one, other in zip(gradients(model), gradients(copy), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_replays_give_the_losses_and_add_the_gradients_of_plain_steps(model, monkeypatch, caplog):
+    caplog.set_level("WARNING")
+    captured = stand_in(monkeypatch)
+    compare_with_plain_steps(model)
+    assert len(captured) == 2
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.8, 2.0, float("nan")])
+def test_graphs_with_other_gradients_are_not_used(model, monkeypatch, caplog, factor):
+    caplog.set_level("WARNING")
+    captured = stand_in(monkeypatch, factor or 1e-9)
+    compare_with_plain_steps(model)
+    assert len(captured) == 1
+    assert caplog.text.count("its gradients are not those") == 1
 
 
 def test_without_graphs_training_goes_on(model, caplog):
