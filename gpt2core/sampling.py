@@ -167,9 +167,12 @@ def choose(
     on_device = torch.cat(parts)
     reading = read_later(on_device)
     if ahead is not None:
-        places = {i: len(best) + k for k, i in enumerate([*controlled, *drawn])}  # in `on_device`; the last one counts
-        index = to_device(int_tensor([places.get(i, i) for i in range(len(best))]), best.device)
-        ahead(on_device.index_select(0, index) if places else on_device)
+        chosen = on_device
+        if scores:
+            places = {i: k for k, i in enumerate([*range(len(best)), *controlled, *drawn])}  # the last one counts
+            index = int_tensor([places[i] for i in range(len(best))])
+            chosen = on_device.index_select(0, to_device(index, best.device))
+        ahead(chosen)
     found: list[int] = reading()
     likely, others = found[: len(best)], found[len(best) :]
     after_controls = dict(zip(controlled, others[: len(controlled)], strict=True))
