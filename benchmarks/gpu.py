@@ -40,7 +40,7 @@ from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.files import atomic_write
-from gpt2core.kernels import has_varlen_attention
+from gpt2core.kernels import capture_graph, has_varlen_attention
 from gpt2core.lora import add_lora
 from gpt2core.losses import batch_losses
 from gpt2core.model import GPT2
@@ -373,9 +373,7 @@ def _graph_of(step: Callable[[], object], model: GPT2) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     model.zero_grad()  # so that the gradients are in the graph's memory
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = capture_graph(step, model.wte.weight.device)
     return graph.replay
 
 

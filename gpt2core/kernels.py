@@ -9,16 +9,18 @@ import logging
 import mmap
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def has_onednn() -> bool:
@@ -169,6 +171,25 @@ def softmax_gradient(grad: Tensor, y: Tensor) -> Tensor:
     Private because written with public operators it takes three passes, and rounds to y's dtype after each.
     """
     return cast(Tensor, torch._softmax_backward_data(grad, y, -1, y.dtype))
+
+
+def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = None) -> "tuple[torch.cuda.CUDAGraph, T]":
+    """`compute` as a CUDA graph, and what it returned: tensors that each replay writes.
+
+    Args:
+        pool: that of a graph which never runs at the same time, to share its memory; None: new memory.
+
+    Raises:
+        RuntimeError: the device cannot capture it. The current stream is as before.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),  # torch.cuda.graph does not restore it after an error
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),  # other threads may use the device
+    ):
+        outputs = compute()
+    return graph, outputs
 
 
 def release_openmp_workers() -> None:

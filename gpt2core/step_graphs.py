@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.batching import Batch
+from gpt2core.kernels import capture_graph
 from gpt2core.losses import batch_losses
 from gpt2core.model import GPT2
 from gpt2core.sequences import VarlenSequences
@@ -51,8 +52,8 @@ class StepGraphs:
     """
 
     def __init__(self, model: GPT2) -> None:
-        self._model, self._device = model, model.wte.weight.device
-        self._n_labels = torch.ones((), device=self._device)
+        self._model = model
+        self._n_labels = torch.ones((), device=model.wte.weight.device)
         self._graphs: dict[tuple[object, ...], _Graph | None] = {}  # None: that shape was seen once
         self._is_enabled, self._is_checked = True, False
 
@@ -67,7 +68,7 @@ class StepGraphs:
                 if not self._is_checked:
                     self._check(graph, batch, n_labels)
                 return self._replay(graph, batch, n_labels)
-            except Exception as error:  # whatever it is, training can go on
+            except Exception as error:  # any error: training does not need graphs
                 logger.warning("no CUDA graph of a training step, training without, which is slower: %s", error)
                 self._is_enabled = False
                 self._graphs.clear()
@@ -101,15 +102,9 @@ class StepGraphs:
         self._is_checked = True
 
     def _capture(self, batch: Batch) -> _Graph:
-        graph = torch.cuda.CUDAGraph()
-        # graphs never run at the same time, so they share memory
         pool = next((one.graph.pool() for one in self._graphs.values() if one is not None), None)
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.stream(torch.cuda.current_stream(self._device)),  # which is restored if capturing fails
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-        ):
-            loss = add_gradients(self._model, batch, self._n_labels)
+        compute = partial(add_gradients, self._model, batch, self._n_labels)
+        graph, loss = capture_graph(compute, self._n_labels.device, pool)
         logger.debug("captured a CUDA graph of a training step of %d tokens", batch.input_ids.numel())
         return _Graph(graph, batch, loss)
 

@@ -79,6 +79,9 @@ class Kernels:
     def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
         values = [_as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        self._call(name, grid, threads, pointers)
+
+    def _call(self, name: str, grid: tuple[int, int], threads: int, pointers: "ctypes.Array[ctypes.c_void_p]") -> None:
         shared_bytes, launch = 0, self._driver.cuLaunchKernel
         with torch.cuda.device(self._device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

@@ -9,6 +9,7 @@ cuda.cu also per number of columns. Each is captured when it is first needed.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gpt2core.inference.adapters import AdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import Request
+from gpt2core.kernels import capture_graph
 from gpt2core.sampling import most_likely
 from gpt2core.tensors import int_tensor, to_device
 
@@ -123,7 +125,7 @@ class RowDecoder:
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._capture(n, width, stack)
-            except Exception as error:  # whatever it is, decoding must go on
+            except Exception as error:  # any error: decoding does not need graphs
                 logger.warning("no CUDA graph for %d rows of %d columns, decoding without: %s", n, width, error)
                 self.uses_graphs = False
                 self._graphs.clear()
@@ -133,20 +135,15 @@ class RowDecoder:
         return self._graphs[key].outputs
 
     def _capture(self, n: int, width: int, stack: AdapterStack | None) -> _Graph:
+        compute, device = partial(self._compute, n, width, stack), self._model.device
         # what libraries allocate at their first call must not be part of the graph; the step can be repeated
-        with torch.cuda.device(self._model.device):
+        with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._compute(n, width, stack)
+                compute()
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # other threads load adapters meanwhile; graphs never run at the same time, so they share memory
-            pool = next((one.graph.pool() for one in self._graphs.values()), None)
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),  # which is restored if capturing fails
-                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-            ):
-                outputs = self._compute(n, width, stack)
+        pool = next((one.graph.pool() for one in self._graphs.values()), None)
+        graph, outputs = capture_graph(compute, device, pool)
         logger.debug("captured a CUDA graph for %d rows of %d columns", n, width)
         return _Graph(graph, outputs)

@@ -46,9 +46,7 @@ def kernels(request, tmp_path_factory):
         def __init__(self):
             pass
 
-        def _launch(self, name, grid, threads, *arguments):
-            values = [cuda._as_c(argument) for argument in arguments]
-            pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        def _call(self, name, grid, threads, pointers):
             getattr(emulated, f"launch_{name}")(*grid, threads, pointers)
 
     return Emulated()
