@@ -89,7 +89,7 @@ class Request:
         n = 0
         while n < len(self.tokens) or self.finish_reason is None:
             with self._progress:
-                self._n_waiting += 1  # before looking: whoever appends a token looks at it afterwards
+                self._n_waiting += 1  # before the check: `append` reads it after adding a token, so no wake-up is lost
                 while n == len(self.tokens) and self.finish_reason is None:
                     self._progress.wait()
                 self._n_waiting -= 1

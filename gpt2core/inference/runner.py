@@ -43,8 +43,8 @@ class ModelRunner:
         if not step.chunks:
             running = [request for request in step.rows if request is not None]
             # the next step overwrites the logits
-            is_next_alike = all(r.n_logprobs is None for r in running) and any(r.n_left > 1 for r in running)
-            ahead = partial(self._decoder.run_ahead, stack=stack) if is_next_alike else None
+            can_overlap = all(r.n_logprobs is None for r in running) and any(r.n_left > 1 for r in running)
+            ahead = partial(self._decoder.run_ahead, stack=stack) if can_overlap else None
             return self._sample(logits, step.sampled, best, ahead)
         return self._sample(torch.cat([logits, self._logits(Step([], step.chunks))]), step.sampled)
 

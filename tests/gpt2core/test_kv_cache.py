@@ -78,7 +78,7 @@ def test_a_graph_that_cannot_be_captured_is_logged_and_decoding_continues_withou
 
 
 def test_a_step_is_started_before_its_tokens_are_read_and_computed_once(model, monkeypatch):
-    """Only what a request that ends before its maximum would have continued with is computed in vain."""
+    """One step more is computed only if a request ends before its maximum."""
     steps, outputs = [], RowDecoder._outputs
     monkeypatch.setattr(RowDecoder, "_outputs", lambda *arguments: steps.append(1) or outputs(*arguments))
     for config in (
@@ -105,8 +105,8 @@ def test_a_step_ahead_is_not_used_for_requests_that_joined_after_it(model):
     scheduler = Scheduler(quantized, 4, static_cache=True)
     runner = ModelRunner(quantized, scheduler.row_cache)
 
-    def add(prompt, n, **options):
-        config = GenerationConfig(n, **options)
+    def add(prompt, n):
+        config = GenerationConfig(n)
         request = Request(prompt, Sampler(config, prompt, quantized.device), n, None, None, None, None)
         scheduler.add(request)
         return request
