@@ -79,7 +79,7 @@ class Ours:
         self, base: Path, weights: Weights = "auto", max_batch: int = 16, adapters: Sequence[Path] = ()
     ) -> None:
         """`adapters` are loaded as "0", "1", …"""
-        self.engine = Engine(load_pretrained(base, device=best_device()), max_batch, weights)
+        self.engine = Engine(load_pretrained(base, device=best_device(), mapped=True), max_batch, weights)
         for i, directory in enumerate(adapters):
             self.engine.load_adapter(str(i), directory)
         self.engine.start()

@@ -67,7 +67,7 @@ class TextGenerator:
         self._shadows = Shadows(self._submit_shadow, self._compare_shadow, self._drop_shadow)
         self._shadow_status = ShadowStatus()
         self._changing = asyncio.Lock()
-        model = load_pretrained(base_dir, device=best_device())
+        model = load_pretrained(base_dir, device=best_device(), mapped=True)
         self.engine = Engine(model, MAX_BATCH, weights, MAX_QUEUE, base_sha256, accept_other_base)
         self._load(TUNED, Path(adapter_dir))
         self.engine.start()

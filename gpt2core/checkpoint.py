@@ -52,13 +52,20 @@ class _Stored(NamedTuple):
 
 
 def load_pretrained(
-    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    mapped: bool = False,
 ) -> GPT2:
     """Read a Hugging Face GPT-2 checkpoint (one file or sharded); the model is in eval mode.
 
     The model's config keeps the ids of special tokens and the text of generation_config.json, which `save_pretrained`
     writes back. Where the directory has a tokenizer with fewer ids than the embedding has rows, `config.n_tokens` is
     their number: the rows beyond are padding and must not be sampled.
+
+    Args:
+        mapped: on a CPU, weights stored in `dtype` remain in their files and take no memory of the process: for a model
+            that is copied into an engine at once. It computes slower, must not be trained, and changes with the files.
 
     Raises:
         FileNotFoundError: config.json or the safetensors files are missing.
@@ -76,14 +83,18 @@ def load_pretrained(
     expected = model.state_dict()
     state: dict[str, Tensor] = {}
     for name in list(stored):
-        file, key, tensor = stored.pop(name)  # each tensor is freed when it is converted
+        file, key, tensor = stored.pop(name)
         if name != "lm_head.weight" and name not in expected:
             raise ValueError(f"{file}: key {key!r} is not a key of GPT-2 with n_layer={config.n_layer}")
         target = expected["wte.weight" if name == "lm_head.weight" else name]
         transposed = name.endswith(CONV1D)
         _check_shape(file, key, tensor, target.T if transposed else target)
         check_weight(file, key, tensor)
-        state[name] = (tensor.T if transposed else tensor).to(dtype).contiguous()
+        tensor = tensor.T if transposed else tensor
+        if mapped:
+            state[name] = tensor.to(dtype)
+        else:
+            state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     head = state.pop("lm_head.weight", None)
     for name in expected:
         if name not in state:
@@ -173,7 +184,7 @@ def _read_weights(directory: Path, device: str | torch.device) -> dict[str, _Sto
     """All tensors by this project's names, without masks. A tied checkpoint may contain only the head."""
     stored = {}
     for file in _weight_files(directory):
-        for key, tensor in read_tensors(file, device).items():
+        for key, tensor in read_tensors(file, device, mapped=True).items():
             name = key.removeprefix("transformer.")
             if not name.endswith(MASKS):
                 stored[name] = _Stored(file, key, tensor)

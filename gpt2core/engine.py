@@ -20,7 +20,7 @@ from gpt2core.inference.quantized import QuantizedModel, quantize_fastest
 from gpt2core.inference.request import EngineClosed, Request
 from gpt2core.inference.runner import ModelRunner
 from gpt2core.inference.scheduler import Scheduler
-from gpt2core.kernels import limit_openmp_threads, release_openmp_workers
+from gpt2core.kernels import limit_openmp_threads, release_openmp_workers, returning_freed_memory
 from gpt2core.model import GPT2
 from gpt2core.sampling import Grammar, NonFiniteLogits, Sampler, check_tokens
 
@@ -48,7 +48,7 @@ class Engine:
     ) -> None:
         """
         Args:
-            model: its LoRA layers are merged into a copy; must not change while the engine is in use.
+            model: is copied, with its LoRA layers merged.
             max_batch: requests that run at the same time; others wait, first come, first served.
             weights: a format, or "auto": the fastest one that predicts as well as fp32, found by measuring.
             max_queue: maximum number of waiting requests; None: unlimited.
@@ -60,7 +60,8 @@ class Engine:
         """
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
-        self._model = quantize_fastest(model, max_batch) if weights == "auto" else QuantizedModel(model, weights)
+        with returning_freed_memory():
+            self._model = quantize_fastest(model, max_batch) if weights == "auto" else QuantizedModel(model, weights)
         self._max_queue = max_queue
         self._base_sha256, self._accept_other_base = base_sha256, accept_other_base
         self._scheduler = Scheduler(self._model, max_batch, static_cache)

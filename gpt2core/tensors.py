@@ -14,8 +14,12 @@ from gpt2core.files import check_exists
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # not the 8-bit types, which need scales
 
 
-def read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def read_tensors(file: Path, device: str | torch.device = "cpu", mapped: bool = False) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
+
+    Args:
+        mapped: on a CPU, the tensors are the mapped file: they take no memory that the system cannot reclaim, must not
+            be written, and change with the file.
 
     Raises:
         FileNotFoundError, ValueError: naming the file.
@@ -23,8 +27,8 @@ def read_tensors(file: Path, device: str | torch.device = "cpu") -> dict[str, Te
     check_exists(file)
     try:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
-            # cloned: otherwise the tensors are the mapped file, change with it, and keep all of it in memory
-            return {key: tensors.get_tensor(key).clone() for key in tensors.keys()}
+            read = ((key, tensors.get_tensor(key)) for key in tensors.keys())
+            return {key: tensor if mapped else tensor.clone() for key, tensor in read}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated ({error}); download or save it again") from None
 

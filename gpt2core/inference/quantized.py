@@ -19,7 +19,7 @@ from gpt2core.generate import generate
 from gpt2core.inference import cuda, native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import new_cache
-from gpt2core.kernels import has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
+from gpt2core.kernels import has_bf16, has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
 from gpt2core.model import GPT2, Block, aligned, evaluating
 
@@ -31,13 +31,13 @@ Attention = Callable[[int, Tensor], Tensor] | Sequence[native.Span]
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
-SAMPLE_TOKENS = 64  # of the text on which that is measured
+SAMPLES, SAMPLE_TOKENS = 8, 16  # texts on which that is measured, and tokens that are drawn for each
 SMALL = 2**22  # weights; a smaller model stays in fp32, as it was evaluated: it fits into a processor's caches
 LARGE = 2**18  # weights; for smaller fp32 matrices oneDNN's call overhead exceeds its gain
 
 
 class QuantizedModel:
-    """GPT-2 for inference, its matrices copied into `weights` where needed. The model must not change meanwhile."""
+    """GPT-2 for inference, with its own copy of the weights: matrices in the format `weights`."""
 
     def __init__(self, model: GPT2, weights: WeightFormat, n_layer: int | None = None) -> None:
         """LoRA layers are merged into the copies. `n_layer`: only the first blocks.
@@ -60,7 +60,8 @@ class QuantizedModel:
         scratch = None  # of native.py, where that computes the layers
         if weights == "int8" and native.is_available(model.config):
             scratch = native.Scratch(model.config.n_embd, model.config.mlp_width)
-        self.wte, self.wpe, self.ln_f = model.wte.weight.detach(), model.wpe.weight.detach(), _Norm(model.ln_f)
+        self.wte, self.wpe = (_copy(embedding.weight) for embedding in (model.wte, model.wpe))
+        self.ln_f = _Norm(model.ln_f)
         head = self.wte[: self.config.token_count]
         self.head = _projection(aligned(head) if self.device.type == "cuda" else head, None, weights, scratch)
         kernels = scratch or self._kernels
@@ -169,7 +170,8 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
         return QuantizedModel(model, "bf16")
     if sum(weight.numel() for weight in model.parameters()) < SMALL:
         return QuantizedModel(model, "fp32")
-    candidates = supported_formats(device)
+    # without bf16 instructions, bf16 is emulated: not worth measuring
+    candidates = [weights for weights in supported_formats(device) if weights != "bf16" or has_bf16()]
     seconds = {weights: _step_seconds(QuantizedModel(model, weights, n_layer=2), max_batch) for weights in candidates}
     faster = [weights for weights in candidates if seconds[weights] * MIN_SPEEDUP < seconds["fp32"]]
     for weights in [*sorted(faster, key=seconds.__getitem__), *candidates[:1]]:
@@ -215,19 +217,29 @@ def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
     """
     config, n_tokens = model.config, model.config.token_count
     bos = config.bos_token_id
-    start = [bos if bos is not None and bos < n_tokens else n_tokens - 1]  # GPT-2's end of text is its last token
-    drawing = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, temperature=1.0, seed=0)
-    [tokens] = generate(model, [start], drawing)
-    ids = torch.tensor(start + tokens)  # (T)
-    with evaluating(model):
-        expected = model(ids[None])[0, :, :n_tokens].float().log_softmax(-1)  # (T, token_count)
-    found = quantized.logits(quantized.hidden(ids, torch.arange(len(ids)))).log_softmax(-1)
-    return expm1(min(float(F.kl_div(found, expected, log_target=True, reduction="batchmean")), 700.0))
+    start = bos if bos is not None and bos < n_tokens else n_tokens - 1  # GPT-2's end of text is its last token
+
+    def log_probabilities(ids: Tensor) -> Tensor:
+        """By the model, (B, T, token_count) for ids (B, T)."""
+        with evaluating(model):
+            return model(ids)[..., :n_tokens].float().log_softmax(-1)
+
+    likely = log_probabilities(torch.tensor([[start]]))[0, 0].exp()
+    firsts = torch.multinomial(likely, SAMPLES, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [[start, first] for first in firsts]  # different ones, since one seed draws all texts
+    completions = generate(model, prompts, GenerationConfig(SAMPLE_TOKENS, temperature=1.0, seed=0))
+    ids = torch.tensor([prompt + tokens for prompt, tokens in zip(prompts, completions, strict=True)])  # (B, T)
+    positions = torch.arange(ids.shape[1])
+    found = torch.stack([quantized.logits(quantized.hidden(row, positions)) for row in ids]).log_softmax(-1)
+    divergence = F.kl_div(
+        found.flatten(0, 1), log_probabilities(ids).flatten(0, 1), log_target=True, reduction="batchmean"
+    )
+    return expm1(min(float(divergence), 700.0))
 
 
 class _Norm:
     def __init__(self, norm: nn.LayerNorm) -> None:
-        self.weight, self.bias, self.eps = norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
+        self.weight, self.bias, self.eps = _copy(norm.weight, torch.float32), _copy(norm.bias, torch.float32), norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
@@ -238,15 +250,20 @@ class _Block:
         def projection(path: str) -> Projection:
             layer = block.get_submodule(path)
             linear = cast(nn.Linear, layer.linear if isinstance(layer, LoraLinear) else layer)
-            weight = linear.weight.detach()
+            weight = _copy(linear.weight)  # freed below where the format has a layout of its own
             if isinstance(layer, LoraLinear) and not layer.merged:
                 weight = weight.float() + layer.delta_weight().detach()
-            return _projection(weight, linear.bias.detach(), weights, kernels)
+            return _projection(weight, _copy(linear.bias), weights, kernels)
 
         self.ln_1, self.ln_2 = _Norm(block.ln_1), _Norm(block.ln_2)
         self.projections = [projection(path) for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
         self.scale = block.attn.scale
         self.activation = block.mlp.activate
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy; None: of the same type."""
+    return tensor.detach().to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _projection(

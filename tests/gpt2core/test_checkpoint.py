@@ -90,6 +90,15 @@ def test_loaded_tensors_do_not_change_with_their_file(directory, tmp_path):
     assert all(map(torch.equal, tensors, before))
 
 
+def test_a_mapped_model_is_the_file_and_predicts_the_same(directory):
+    mapped = load_pretrained(directory, mapped=True)
+    torch.testing.assert_close(mapped(IDS), load_pretrained(directory)(IDS), **TOLERANCE)
+    file = directory / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert not any(parameter.any() for parameter in mapped.parameters())
+
+
 def test_keys_may_lack_the_transformer_prefix(directory, change, undamaged):
     change(lambda tensors: {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()})
     assert same_state(snapshot(load_pretrained(directory)), undamaged)

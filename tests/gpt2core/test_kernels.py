@@ -1,6 +1,7 @@
 """Each private call still exists and computes what is expected, and torch still has no public replacement."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,31 @@ def test_lazy_zeros_take_no_memory_and_torchs_still_do():
     MiB = 2**20
     assert int(run(RESIDENT, "lazy")) < 64 * MiB  # of 256 MiB
     assert int(run(RESIDENT, "torch")) > 192 * MiB
+
+
+FREED = """
+import sys, torch
+from contextlib import nullcontext
+from gpt2core.kernels import returning_freed_memory
+
+def allocated():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+torch.ones(2**22)  # 16 MiB: when it is freed, glibc begins to keep blocks of up to that size
+before = allocated()
+with returning_freed_memory() if sys.argv[1] == "return" else nullcontext():
+    temporary = [torch.ones(2**20) for _ in range(32)]  # 128 MiB
+    kept = torch.ones(2**14)  # behind them in memory
+    del temporary
+print((allocated() - before) * 1024)
+"""
+
+
+@needs_proc
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
+def test_freed_memory_is_returned_and_still_kept_by_default():
+    assert int(run(FREED, "return")) < 16 * 2**20
+    assert int(run(FREED, "keep")) > 16 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
