@@ -16,7 +16,7 @@ class DeployConfig:
     require_stage: Literal["", "staging", "production"] = ""  # of the model version; "": any
     host: str = "127.0.0.1"  # docker: the address to listen on; 0.0.0.0 also accepts requests from other machines
     port: int = 3000  # docker: also names the deployment
-    memory: str = "2g"  # docker: limit, above which the container is killed; gpt2-nano takes 340 MB
+    memory: str = ""  # limit, above which the service is killed; "": 2g (docker), or as in k8s/ (kubernetes)
     image: str = ""  # kubernetes: the image that nodes pull, name:tag or name@sha256:…
     kubeconfig: str = ""  # kubernetes; "": $KUBECONFIG, the pod's service account, or ~/.kube/config
     context: str = ""  # kubernetes; "": the kubeconfig's current context
@@ -27,8 +27,8 @@ class DeployConfig:
         check_types(self)
         check_field(self, "host", _is_ipv4(self.host), "an IPv4 address of this machine, or 0.0.0.0 for all of them")
         check_field(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
-        memory = re.fullmatch(r"[1-9]\d*[mg]", self.memory) is not None
-        check_field(self, "memory", memory, "a number with m or g, like 2g")
+        memory = re.fullmatch(r"([1-9]\d*[mg])?", self.memory) is not None
+        check_field(self, "memory", memory, "a number with m or g, like 2g, or empty")
         reference = r"[^:@]+(:(?!latest$)[\w.-]+|(:[\w.-]+)?@sha256:[0-9a-f]{64})"
         image = re.fullmatch(reference, self.image.rpartition("/")[2]) is not None
         rule = "name:tag (not latest) or name@sha256:… of an image that the cluster's nodes can pull"

@@ -39,7 +39,7 @@ STOP_TIMEOUT = 75  # seconds; longer than the service's time limit for a request
 POLL = 0.1  # seconds
 RESTART = {"Name": "unless-stopped"}
 HARDENING = hardening(tmpfs={"/tmp": "size=128m,mode=1777"}, pids_limit=512)
-PROXY_MEMORY = "256m"
+MEMORY, PROXY_MEMORY = "2g", "256m"  # limits; gpt2-nano takes 340 MB
 LOG_LIMIT = {"max-size": "10m", "max-file": "5"}  # as a kubelet's
 
 
@@ -124,6 +124,7 @@ class _ServiceGroup:
     def __init__(self, client: DockerClient, config: DeployConfig) -> None:
         self.client = client
         self.config = config
+        self._memory = config.memory or MEMORY
         self.name = f"{bento.NAME}-{config.port}"
         self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"  # noqa: S104 (compares)
 
@@ -165,7 +166,7 @@ class _ServiceGroup:
             labels={DEPLOYMENT_LABEL: self.name, BENTO_LABEL: tag},
             network=self.name,
             ports={PORT: ("127.0.0.1",)},
-            mem_limit=self.config.memory,
+            mem_limit=self._memory,
             environment=environment,
             detach=True,
             **self._log_limit(),
@@ -218,7 +219,7 @@ class _ServiceGroup:
         return (
             current.image.id == image
             and service_environment(environment) == service_environment()
-            and current.attrs["HostConfig"]["Memory"] == parse_bytes(self.config.memory)
+            and current.attrs["HostConfig"]["Memory"] == parse_bytes(self._memory)
             and is_ready(self.url)
         )
 

@@ -15,15 +15,23 @@ SEARCHABLE = ("run-id", "commit", "adapter-sha256", "data-train-sha256")  # ids 
 LABEL_LENGTH = 63  # Kubernetes' limit; one character less than a sha256
 
 
-def render(image: str, lineage: Lineage, namespace: str) -> list[Manifest]:
-    """The manifests of k8s/; the Deployment comes last because its pods need the other objects."""
+def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> list[Manifest]:
+    """The manifests of k8s/; the Deployment comes last because its pods need the other objects.
+
+    Args:
+        memory: request and limit of a pod, like 2g; "": as in k8s/.
+    """
     manifests: list[Manifest] = [yaml.safe_load(file.read_text()) for file in sorted(MANIFESTS.glob("*.yaml"))]
     for manifest in manifests:
         manifest["metadata"]["name" if manifest["kind"] == "Namespace" else "namespace"] = namespace
     manifests.sort(key=lambda manifest: manifest["kind"] == "Deployment")
     deployment = manifests[-1]
     template = deployment["spec"]["template"]
-    container_of(deployment)["image"] = image
+    container = container_of(deployment)
+    container["image"] = image
+    if memory:
+        for amounts in container["resources"].values():
+            amounts["memory"] = f"{memory.upper()}i"  # 2g: 2 GiB, as docker counts
     for metadata in (deployment["metadata"], template["metadata"]):
         metadata["labels"] = metadata["labels"] | labels(lineage)
         metadata["annotations"] = metadata.get("annotations", {}) | annotations(lineage)

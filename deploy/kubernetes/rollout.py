@@ -50,7 +50,7 @@ class KubernetesTarget:
             previous=None if before is None else version_of(before),
         )
         try:
-            self._apply(render(image, lineage, cluster.namespace))
+            self._apply(render(image, lineage, cluster.namespace, self.config.memory))
             try:
                 rolled_out = wait_for_rollout(cluster)
                 _verify_service(cluster, lineage.bento, samples, max_new_tokens)

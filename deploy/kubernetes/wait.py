@@ -106,7 +106,7 @@ class _Rollout:
         code = f"exit code {ended['exitCode']}" if "exitCode" in ended else "exit code unknown"
         if ended.get("reason") == "OOMKilled":
             limit = _memory_limit(pod, container["name"])
-            return f"OOMKilled, {code}, memory limit {limit}; raise resources.limits.memory in k8s/30-deployment.yaml"
+            return f"OOMKilled, {code}, memory limit {limit}; raise deploy.memory"
         return f"{state}, {code}; {FATAL_STATES[CRASHED]}\n{self._crash_log(pod['metadata']['name'])}"
 
     def _crash_log(self, pod: str) -> str:

@@ -9,7 +9,7 @@ from deploy.config import DeployConfig
         ({"target": "moon"}, "DeployConfig.target"),
         ({"host": "localhost"}, "DeployConfig.host is 'localhost'; it must be an IPv4 address"),
         ({"port": 0}, "DeployConfig.port is 0; it must be from 1 to 65535"),
-        ({"memory": "lots"}, "DeployConfig.memory is 'lots'; it must be a number with m or g"),
+        ({"memory": "lots"}, "DeployConfig.memory is 'lots'; it must be a number with m or g, like 2g, or empty"),
         ({"require_stage": "live"}, "DeployConfig.require_stage"),
         ({"target": "kubernetes"}, "DeployConfig.image is ''"),
         ({"target": "kubernetes", "image": "host:5000/gpt2"}, "DeployConfig.image"),

@@ -93,6 +93,18 @@ def test_describe_names_the_version_that_serves(config, api):
     assert target.describe() == Version(LINEAGE.bento, OLD, 1)
 
 
+def test_the_memory_of_a_pod_can_be_configured_and_is_as_in_the_file_otherwise(api, config, first):
+    def memory():
+        [container] = api.object("deployments")["spec"]["template"]["spec"]["containers"]
+        return {kind: amounts["memory"] for kind, amounts in container["resources"].items()}
+
+    assert memory() == {"requests": "512Mi", "limits": "1536Mi"}
+    deploy(config, memory="4g")
+    assert memory() == {"requests": "4Gi", "limits": "4Gi"}
+    deploy(config)
+    assert memory() == {"requests": "512Mi", "limits": "1536Mi"}
+
+
 def test_deploying_the_same_version_again_starts_no_pod(api, config, first):
     again = deploy(config)
     assert (again.outcome, again.revision) == ("deployed", 1)
@@ -107,7 +119,7 @@ def test_deploying_the_same_version_again_starts_no_pod(api, config, first):
         ("InvalidImageName", ["not a valid image reference"]),
         ("CreateContainerConfigError", ["environment and volumes"]),
         ("CrashLoopBackOff", ["CrashLoopBackOff", "exit code 3", "it crashed: no such model"]),
-        ("OOMKilled", ["OOMKilled, exit code 137, memory limit 1536Mi", "resources.limits.memory"]),
+        ("OOMKilled", ["OOMKilled, exit code 137, memory limit 1536Mi", "raise deploy.memory"]),
         ("unschedulable", ["no progress within its deadline", "Insufficient cpu"]),
         ("quota", ["no pod could be created", "exceeded quota: small, requested: cpu=1"]),
         ("unready", ["no progress within its deadline", "unready status: [gpt2-instruct]"]),
