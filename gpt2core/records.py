@@ -15,7 +15,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from gpt2core.record_formats import CHATS, LABELS, PAIR, REQUIRED, TEXTS, format_of, ignored_keys, shorten, to_records
+from gpt2core.record_formats import (
+    CHATS,
+    LABELS,
+    PAIR,
+    REQUIRED,
+    SHAREGPT,
+    TEXTS,
+    begins_with_answer,
+    format_of,
+    ignored_keys,
+    shorten,
+    to_records,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +119,7 @@ def make_records(
     records: list[Record] = []
     problems: list[str] = []
     formats, ignored = Counter[str](), Counter[str]()
+    skipped = 0
     for row in rows:
         found: list[Record | str]
         try:
@@ -115,6 +128,7 @@ def make_records(
             found = [str(error)]
         formats[format_of(row.value, columns)] += 1
         ignored.update(ignored_keys(row.value, columns))
+        skipped += begins_with_answer(row.value, columns)
         # by content: numbers would put conversations of different files into one group
         digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
         for answer, record in enumerate(found, 1):
@@ -136,6 +150,9 @@ def make_records(
     if ignored:
         keys = ", ".join(f"{shorten(key)} in {count}" for key, count in ignored.most_common(SHOWN_PROBLEMS))
         logger.warning("%s: keys that are not used: %s (data.columns maps names)", source, keys)
+    if skipped:
+        what = "begin with an answer instead of a question; this answer is skipped"
+        logger.warning("%s: %d of %d conversations %s", source, skipped, formats[SHAREGPT], what)
     return records
 
 
