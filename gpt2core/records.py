@@ -243,9 +243,12 @@ def _decode(content: bytes, file: Path) -> str:
 
 
 def _csv_rows(text: str, file: Path) -> Iterator[Row]:
-    """The rows of a CSV file as objects; the separator is the one of , ; and tab that the header has most often."""
-    lines = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), delimiter=_separator(text, file), strict=True)
+    """The rows of a CSV file as objects."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the process; the default refuses 128 KiB
+    stream = io.StringIO(text.lstrip("\ufeff"), newline="")
+    separator = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=lambda each: _header_width(stream, each))
+    stream.seek(0)
+    lines = csv.reader(stream, delimiter=separator, strict=True)
     header: list[str] = []
     number, start = 0, 1
     try:
@@ -270,11 +273,14 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
         raise ValueError(f"{file}, line {start} (record {number + 1}): {error}") from None
 
 
-def _separator(text: str, file: Path) -> str:
-    if file.suffix.lower() == ".tsv":
-        return "\t"
-    header = re.split("[\r\n]", text.lstrip("\ufeff\r\n"), maxsplit=1)[0]
-    return max(",;\t", key=header.count)
+def _header_width(stream: io.StringIO, separator: str) -> int:
+    """The number of columns with this separator, which quoted names may contain; 0 if the header cannot be read."""
+    stream.seek(0)
+    try:
+        rows = csv.reader(stream, delimiter=separator, strict=True)
+        return next((len(cells) for cells in rows if any(cell.strip() for cell in cells)), 0)
+    except csv.Error:
+        return 0
 
 
 class _Forbidden(ValueError):

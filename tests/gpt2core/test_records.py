@@ -344,6 +344,22 @@ def test_the_1100_records_of_mariovas3_llms_are_read():
     assert records[0]["instruction"].startswith("Evaluate the following phrase")
 
 
+@pytest.mark.parametrize(
+    ("header", "column"),
+    [
+        ('"instruction, full";output', "instruction, full"),
+        ('"a, b, c";output', "a, b, c"),
+        ('"a; b; c",output', "a; b; c"),
+        ('"two\nlines, here";output', "two\nlines, here"),
+        (' \n"a, b";output', "a, b"),
+    ],
+)
+def test_separators_within_quotes_of_the_header_do_not_count(write, header, column):
+    separator = header.removesuffix("output")[-1]
+    file = write("a.csv", f"{header}\nSay é.{separator}é\n")
+    assert read_records(file, columns={"instruction": column}) == [GOOD]
+
+
 def test_a_long_cell_of_a_csv_file_is_read(tmp_path):
     (tmp_path / "a.csv").write_text(f"instruction,output\na,{'x' * 200_000}\n")
     assert len(read_records(tmp_path / "a.csv")[0]["output"]) == 200_000
