@@ -12,8 +12,9 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-CHECKPOINT_FILES = (
-    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+CHECKPOINT_FILES = (  # and those that the index names: `shard_files`
+    *(_WEIGHTS, _INDEX, "model-*-of-*.safetensors"),
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
 )
 
@@ -98,8 +99,33 @@ def list_files(directory: str | Path, exclude: Collection[str] = ()) -> list[str
 
 
 def checkpoint_files(directory: str | Path) -> list[str]:
-    """The names of the files that define model and tokenizer in a base's directory; its sha256 covers these."""
-    return sorted({file.name for pattern in CHECKPOINT_FILES for file in Path(directory).glob(pattern)})
+    """The names of the files that define model and tokenizer in a base's directory; its sha256 covers these.
+
+    Raises:
+        ValueError: as `shard_files`.
+    """
+    found = {file.name for pattern in CHECKPOINT_FILES for file in Path(directory).glob(pattern)}
+    return sorted(found | {name for name in shard_files(directory) if (Path(directory) / name).is_file()})
+
+
+def shard_files(directory: str | Path) -> list[str]:
+    """The names of the files that the index of a sharded checkpoint names, whether they exist or not; [] without one.
+
+    Raises:
+        ValueError: the index is damaged, or a name is not the plain name of a safetensors file: a downloaded checkpoint
+            must not reach outside its directory.
+    """
+    index = Path(directory) / _INDEX
+    if (index.parent / _WEIGHTS).is_file() or not index.is_file():  # an index beside the whole file is not used
+        return []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: 'weight_map' must map keys to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: shard {name!r} is not the plain name of a .safetensors file")
+    return names
 
 
 def verify_directory(directory: str | Path, sha256: str, files: Collection[str] | None = None) -> None:

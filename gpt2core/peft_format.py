@@ -5,6 +5,7 @@ PEFT adapts whole layers: one pair of matrices for the fused c_attn, where this 
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gpt2core.tensors import check_weight, read_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_BIN = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 _KEY = re.compile(
-    r"(?:base_model\.model\.)?(?:transformer\.)?h\.(\d{1,9})\."
+    r"(?:base_model\.model\.)?(transformer\.|)h\.(\d{1,9})\."
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
 )
 # Keys of adapter_config.json that are translated, or that do not change what a trained adapter computes.
@@ -110,7 +111,7 @@ def read_peft(
     An adapted c_attn becomes one pair for each of q, k and v that it changes: with the same lora_A and a third of
     lora_B, without the columns of lora_B that are zero there. Layers of a lower rank are padded with zeros, and those
     that the config leaves out are zero. With DoRA all three are adapted: where lora_B is zero, the length may differ
-    from the base's.
+    from the base's; and no block may be left out, since the lengths of its base are not known here.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter needs a feature of PEFT that this
@@ -123,10 +124,11 @@ def read_peft(
             f"{directory} has only {PEFT_BIN}, which can execute code and is not read; load it with PEFT and "
             f"save_pretrained it as {PEFT_WEIGHTS}"
         )
-    layers = _read_layers(directory / PEFT_WEIGHTS, config, device, description)
+    layers, prefix = _read_layers(directory / PEFT_WEIGHTS, config, device, description)
     use_rslora, use_dora = (bool(description.get(key)) for key in ("use_rslora", "use_dora"))
     scalings = {
-        key: _scaling(directory / PEFT_CONFIG, description, key, len(parts["A"])) for key, parts in layers.items()
+        (layer, path): _scaling(directory / PEFT_CONFIG, description, f"{prefix}h.{layer}.{path}", len(parts["A"]))
+        for (layer, path), parts in layers.items()
     }
     pairs = {
         (layer, target): _used_columns(parts["A"], part)
@@ -191,36 +193,56 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
     for key, value in description.items():
         if value and key not in _UNDERSTOOD:
             raise ValueError(f"{file}: {key} is {value!r}; this feature of PEFT is not supported")
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = description.get(key)
+        is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if value is not None and not isinstance(value, str) and not is_list:
+            raise ValueError(f"{file}: {key} is {value!r}; it must be a string or a list of strings")
 
 
 def _read_layers(
     file: Path, config: GPT2Config, device: str | torch.device, description: Mapping[str, Any]
-) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """(index of the block, its layer) -> A (r, in), B (out, r) and with DoRA magnitude (out); fp32, checked."""
+) -> tuple[dict[tuple[int, str], dict[str, Tensor]], str]:
+    """(index of the block, its layer) -> A (r, in), B (out, r) and with DoRA magnitude (out); fp32, checked.
+
+    And what precedes "h." in the names of PEFT's modules: "transformer.", or "" for a model without its head.
+    """
     needed = ("A", "B", "magnitude") if description.get("use_dora") else ("A", "B")
     C, M = config.n_embd, config.mlp_width
     sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    prefixes = set()
     for key, tensor in read_tensors(file, device).items():
         match = _KEY.fullmatch(key)
-        if match is None or int(match[1]) >= config.n_layer or (match[3] or match[4]) not in needed:
+        prefix, layer, path, matrix, magnitude = match.groups("") if match else ("", config.n_layer, "", "", "")
+        if int(layer) >= config.n_layer or (matrix or magnitude) not in needed:
             raise ValueError(f"{file}: key {key!r} is not an adapted layer of a GPT-2 with n_layer={config.n_layer}")
-        width, out = sizes[match[2]]
+        width, out = sizes[path]
         expected: tuple[int, ...] = (out,)
-        if match[3] and tensor.dim() == 2:
-            expected = (tensor.shape[0], width) if match[3] == "A" else (out, tensor.shape[1])
-        if tuple(tensor.shape) != expected or tensor.dim() != (2 if match[3] else 1) or 0 in tensor.shape:
+        if matrix and tensor.dim() == 2:
+            expected = (tensor.shape[0], width) if matrix == "A" else (out, tensor.shape[1])
+        if tuple(tensor.shape) != expected or tensor.dim() != (2 if matrix else 1) or 0 in tensor.shape:
             raise ValueError(f"{file}: key {key!r} has the shape {tuple(tensor.shape)}, which does not fit {expected}")
         check_weight(file, key, tensor)
-        found.setdefault((int(match[1]), match[2]), {})[match[3] or match[4]] = tensor.float()
+        prefixes.add(prefix)
+        found.setdefault((int(layer), path), {})[matrix or magnitude] = tensor.float()
     paths = sorted({path for _, path in found})
     if not paths:
         raise ValueError(f"{file} has no tensors")
+    if len(prefixes) > 1:
+        raise ValueError(f"{file} has keys both with and without 'transformer.' before 'h.'; they are of two models")
+    [prefix] = prefixes
     layers = {}
     for layer in range(config.n_layer):
         for path in paths:
-            pair, is_adapted = found.get((layer, path), {}), _is_adapted(description, layer, path)
-            if not pair and not is_adapted and "magnitude" not in needed:
+            pair, is_adapted = found.get((layer, path), {}), _is_adapted(description, f"{prefix}h.{layer}.{path}")
+            if not pair and not is_adapted:
+                if "magnitude" in needed:
+                    raise ValueError(
+                        f"{file.parent / PEFT_CONFIG} leaves out h.{layer}.{path} but adapts this layer of other "
+                        "blocks; with use_dora, only adapters of all blocks are supported: merge it by PEFT's "
+                        "merge_and_unload and use the result as the base"
+                    )
                 continue
             missing = next((part for part in needed if part not in pair), None)
             if missing is not None:
@@ -231,19 +253,35 @@ def _read_layers(
                 ranks = f"{pair['A'].shape[0]} and {pair['B'].shape[1]}"
                 raise ValueError(f"{file}: lora_A and lora_B of h.{layer}.{path} have different ranks, {ranks}")
             layers[layer, path] = pair
-    return layers
+    return layers, prefix
 
 
-def _is_adapted(description: Mapping[str, Any], layer: int, path: str) -> bool:
-    """Whether PEFT adapts a layer of the given kind: by a pattern, or by the blocks to transform."""
-    names = (f"transformer.h.{layer}.{path}", f"h.{layer}.{path}")  # the model with or without its head
-    targets, excluded = (description.get(key) or [] for key in ("target_modules", "exclude_modules"))
-    if any(_matches(name, excluded) for name in names):
+def _is_adapted(description: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT adapts the module of this name, as its `check_target_module_exists` decides it."""
+    targets, excluded = description.get("target_modules"), description.get("exclude_modules")
+    if excluded and _matches(name, excluded):
         return False
-    if isinstance(targets, str) and targets != "all-linear":
-        return any(_matches(name, targets) for name in names)
+    if targets is None:
+        targets = ["c_attn"]  # PEFT's default for GPT-2
+    elif isinstance(targets, str):
+        if targets.lower() != "all-linear":
+            return _matches(name, targets)
+        targets = ["c_attn", "c_proj", "c_fc"]
     layers = description.get("layers_to_transform")
-    return layers is None or layer in (layers if isinstance(layers, list) else [layers])
+    if layers is None or layers == [] or name in targets:  # a full name counts in any block
+        return _matches(name, targets)
+    return _matches(name, targets) and _block(description, name) in (layers if isinstance(layers, list) else [layers])
+
+
+def _block(description: Mapping[str, Any], name: str) -> int | None:
+    """The index of the module's block; None where PEFT finds none, as in "h.0.attn.c_attn" without a pattern."""
+    patterns = description.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in [rf"(?:^|.*?\.){each}" for each in patterns] or [r".*?\.[^.]*"]:
+        with suppress(re.error):
+            if match := re.match(rf"{pattern}\.(?P<block>\d+)\.", name):
+                return int(match["block"])
+    return None
 
 
 def _matches(name: str, modules: Any) -> bool:
@@ -256,9 +294,8 @@ def _matches(name: str, modules: Any) -> bool:
         return False
 
 
-def _scaling(file: Path, description: Mapping[str, Any], key: tuple[int, str], rank: int) -> tuple[float, float]:
+def _scaling(file: Path, description: Mapping[str, Any], module: str, rank: int) -> tuple[float, float]:
     """Numerator and denominator of a layer's scaling; kept apart so that whole numbers stay exact."""
-    module = f"transformer.h.{key[0]}.{key[1]}"
     r = _by_module(description, "rank_pattern", module, description.get("r"))
     alpha = _by_module(description, "alpha_pattern", module, description.get("lora_alpha"))
     if r != rank or isinstance(r, bool):

@@ -4,8 +4,8 @@
 |---|---|
 | Alpaca | instruction, output; input, group and family where known |
 | prompt and completion | prompt, completion; both may be lists of messages |
-| OpenAI's chat | messages: a list of {"role", "content"}; weight 0: context, not to be learned |
-| ShareGPT | conversations: a list of {"from", "value"} |
+| OpenAI's chat | messages: a list of {"role", "content"}; "weight": 0 or "train": false: context, not to be learned |
+| ShareGPT | conversations: a list of {"from", "value"}; an answer before the first question is skipped |
 
 A conversation becomes one record for each answer of the assistant: its instruction is the user's turn before it, and
 its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is dropped, as in the service.
@@ -15,6 +15,7 @@ A value with keys of several formats is read as the first one in the table whose
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from gpt2core.prompt import format_turns
@@ -22,7 +23,8 @@ from gpt2core.prompt import format_turns
 TEXTS = ("instruction", "input", "output")
 LABELS = ("group", "family")
 REQUIRED = ("instruction", "output")
-CHATS = ("messages", "conversations")
+SHAREGPT = "conversations"
+CHATS = ("messages", SHAREGPT)
 PAIR = ("prompt", "completion")
 COLUMNS = (*TEXTS, *LABELS, *PAIR, *CHATS)  # keys that `columns` can map
 _FORMATS = {"instruction/output": REQUIRED, "prompt/completion": PAIR, **{key: (key,) for key in CHATS}}
@@ -39,13 +41,29 @@ def format_of(value: Any, columns: Mapping[str, str]) -> str:
 
 
 def ignored_keys(value: Any, columns: Mapping[str, str]) -> list[str]:
-    """The keys of a value whose content is not used in any record."""
+    """The keys of a value whose content is not used in any record; those of its turns are like "messages[].name"."""
     if not isinstance(value, dict):
         return []
     value = _rename(value, _applying(value, columns))
     name = _format(value)
-    used = (*LABELS, *(TEXTS if name == "instruction/output" else _FORMATS.get(name, ())))
-    return [key for key, inner in value.items() if key not in used and inner not in (None, "", [], {})]
+    read = TEXTS if name == "instruction/output" else _FORMATS.get(name, ())
+    unused = [key for key, inner in value.items() if key not in (*LABELS, *read) and inner not in _EMPTY]
+    for key in (key for key in read if key in CHATS or isinstance(value.get(key), list)):
+        with suppress(ValueError):  # no list of turns, which `to_records` refuses
+            unused += dict.fromkeys(f"{key}[].{each}" for turn in _messages(value, key) for each in _unused_keys(turn))
+    return unused
+
+
+def begins_with_answer(value: Any, columns: Mapping[str, str]) -> bool:
+    """Whether the first turn of a conversation is skipped: an answer in ShareGPT's format, like a greeting."""
+    if not isinstance(value, dict):
+        return False
+    value = _rename(value, _applying(value, columns))
+    if _format(value) == SHAREGPT:
+        with suppress(ValueError):
+            roles = [_role(turn) for turn in _messages(value, SHAREGPT)]
+            return next((role for role in roles if role != "system"), "") == "assistant"
+    return False
 
 
 def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -98,15 +116,10 @@ def _format(value: Mapping[str, Any]) -> str:
 
 
 def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -> list[dict[str, Any]]:
-    messages = value[key]
-    if isinstance(messages, str):  # a cell of a CSV file
-        try:
-            messages = json.loads(messages)
-        except ValueError as error:
-            raise ValueError(f"{key!r} is text that is not JSON: {error}") from None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{key!r} is {shorten(messages)}; it must be a list of turns")
+    messages = _messages(value, key)
     turns = [turn for i, message in enumerate(messages) if (turn := _turn(message, f"{key}[{i}]"))[0] != "system"]
+    if key == SHAREGPT and turns and turns[0][0] == "assistant":  # as FastChat and axolotl do
+        turns = turns[1:]
     texts = [(role, text) for role, text, _ in turns]
     labels = {name: value[name] for name in LABELS if name in value}
     found = []
@@ -124,28 +137,63 @@ def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -
     return [labels | record for record in found]
 
 
+def _messages(value: Mapping[str, Any], key: str) -> list[Any]:
+    messages = value.get(key)
+    if key in CHATS and isinstance(messages, str):  # a cell of a CSV file
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{key!r} is text that is not JSON: {error}") from None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{key!r} is {shorten(messages)}; it must be a list of turns")
+    return messages
+
+
+def _role(message: Any) -> str:
+    """user, assistant or system; "" if it is none of them."""
+    role = message.get(_key(message, _ROLE_KEYS)) if isinstance(message, dict) else None
+    return _ROLES.get(role, "") if isinstance(role, str) else ""
+
+
+def _key(message: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The first of the keys that the message has."""
+    return next((key for key in keys if key in message), keys[0])
+
+
+def _unused_keys(message: Any) -> list[str]:
+    if not isinstance(message, dict):
+        return []
+    used = (_key(message, _ROLE_KEYS), _key(message, _CONTENT_KEYS))
+    # a question is never learned, so a flag that says so is obeyed
+    flags = [flag for flag in _FLAGS if _role(message) == "assistant" or not message.get(flag)]
+    return [key for key, inner in message.items() if key not in (*used, *flags) and inner not in _EMPTY]
+
+
 def _turn(message: Any, location: str) -> tuple[str, str, bool]:
     """Role (user, assistant or system), text, and whether it is trained on (assistant only)."""
     if not isinstance(message, dict):
         raise ValueError(f"{location} is {shorten(message)}; it must be an object with 'role' and 'content'")
-    role, content = (next((message[k] for k in keys if k in message), None) for keys in (_ROLE_KEYS, _CONTENT_KEYS))
-    if role not in _ROLES:
-        raise ValueError(f"{location}: the role is {shorten(role)}; it must be one of {', '.join(_ROLES)}")
+    role, content = _role(message), message.get(_key(message, _CONTENT_KEYS))
+    if not role:
+        given = shorten(message.get(_key(message, _ROLE_KEYS)))
+        raise ValueError(f"{location}: the role is {given}; it must be one of {', '.join(_ROLES)}")
     if isinstance(content, list):  # OpenAI's content parts
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else content
     if not isinstance(content, str):
         raise ValueError(f"{location}: the content is {shorten(content)}; it must be text")
-    if _ROLES[role] != "system" and not content.strip():
+    if role != "system" and not content.strip():
         raise ValueError(f"{location}: the content is empty")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise ValueError(f"{location}: the weight is {shorten(weight)}; it must be 0 or 1")
-    return _ROLES[role], content, weight != 0
+    for flag in _FLAGS:
+        if message.get(flag) not in (None, 0, 1):
+            raise ValueError(f"{location}: {flag!r} is {shorten(message[flag])}; it must be 0 or 1, false or true")
+    return role, content, all(message.get(flag) != 0 for flag in _FLAGS)
 
 
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+_FLAGS = ("weight", "train")  # OpenAI's and axolotl's; 0 or false: the answer is not learned
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 def shorten(value: Any) -> str:

@@ -15,7 +15,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from gpt2core.record_formats import CHATS, LABELS, PAIR, REQUIRED, TEXTS, format_of, ignored_keys, shorten, to_records
+from gpt2core.record_formats import (
+    CHATS,
+    LABELS,
+    PAIR,
+    REQUIRED,
+    SHAREGPT,
+    TEXTS,
+    begins_with_answer,
+    format_of,
+    ignored_keys,
+    shorten,
+    to_records,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +119,7 @@ def make_records(
     records: list[Record] = []
     problems: list[str] = []
     formats, ignored = Counter[str](), Counter[str]()
+    skipped = 0
     for row in rows:
         found: list[Record | str]
         try:
@@ -115,6 +128,7 @@ def make_records(
             found = [str(error)]
         formats[format_of(row.value, columns)] += 1
         ignored.update(ignored_keys(row.value, columns))
+        skipped += begins_with_answer(row.value, columns)
         # by content: numbers would put conversations of different files into one group
         digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
         for answer, record in enumerate(found, 1):
@@ -136,6 +150,9 @@ def make_records(
     if ignored:
         keys = ", ".join(f"{shorten(key)} in {count}" for key, count in ignored.most_common(SHOWN_PROBLEMS))
         logger.warning("%s: keys that are not used: %s (data.columns maps names)", source, keys)
+    if skipped:
+        what = "begin with an answer instead of a question; this answer is skipped"
+        logger.warning("%s: %d of %d conversations %s", source, skipped, formats[SHAREGPT], what)
     return records
 
 
@@ -226,9 +243,12 @@ def _decode(content: bytes, file: Path) -> str:
 
 
 def _csv_rows(text: str, file: Path) -> Iterator[Row]:
-    """The rows of a CSV file as objects; the separator is the one of , ; and tab that the header has most often."""
-    lines = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), delimiter=_separator(text, file), strict=True)
+    """The rows of a CSV file as objects."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the process; the default refuses 128 KiB
+    stream = io.StringIO(text.lstrip("\ufeff"), newline="")
+    separator = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=lambda each: _header_width(stream, each))
+    stream.seek(0)
+    lines = csv.reader(stream, delimiter=separator, strict=True)
     header: list[str] = []
     number, start = 0, 1
     try:
@@ -253,11 +273,14 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
         raise ValueError(f"{file}, line {start} (record {number + 1}): {error}") from None
 
 
-def _separator(text: str, file: Path) -> str:
-    if file.suffix.lower() == ".tsv":
-        return "\t"
-    header = re.split("[\r\n]", text.lstrip("\ufeff\r\n"), maxsplit=1)[0]
-    return max(",;\t", key=header.count)
+def _header_width(stream: io.StringIO, separator: str) -> int:
+    """The number of columns with this separator, which quoted names may contain; 0 if the header cannot be read."""
+    stream.seek(0)
+    try:
+        rows = csv.reader(stream, delimiter=separator, strict=True)
+        return next((len(cells) for cells in rows if any(cell.strip() for cell in cells)), 0)
+    except csv.Error:
+        return 0
 
 
 class _Forbidden(ValueError):

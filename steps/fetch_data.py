@@ -105,7 +105,7 @@ def _read_file(path: Path, data: DataConfig) -> list[Record]:
             for record in _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
         ]
     if is_table(path):
-        return make_records(read_rows(path), str(path), columns=data.columns)
+        return make_records(read_rows(path, data.columns), str(path), columns=data.columns)
     return read_records(path, columns=data.columns)
 
 

@@ -4,14 +4,16 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from gpt2core.checkpoint import directory_sha256, read_config
-from gpt2core.files import CHECKPOINT_FILES, checkpoint_files
+from gpt2core.files import CHECKPOINT_FILES, checkpoint_files, shard_files
 from gpt2core.records import SUFFIXES
 from gpt2core.types import BaseRef
 
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these is sufficient
 
 
@@ -37,13 +39,11 @@ def fetch_base(base: BaseRef) -> Fetched:
     Raises:
         HubError: the download fails, files are missing, or the sha256 differs.
     """
-    path = (
-        Path(base.name) if Path(base.name).is_dir() else _download("base", base.name, base.revision, CHECKPOINT_FILES)
-    )
-    files = checkpoint_files(path)
-    if missing := _missing(files):
-        raise HubError(f"{base.name} has no {missing}; use a GPT-2 checkpoint that has it")
     try:
+        path = Path(base.name) if Path(base.name).is_dir() else _download_base(base)
+        files = checkpoint_files(path)
+        if missing := _missing(path, files):
+            raise HubError(f"{base.name} has no {missing}")
         config = read_config(path / "config.json")
     except ValueError as error:
         raise HubError(f"{base.name} is not a GPT-2 that this project can load: {error}") from None
@@ -87,14 +87,35 @@ def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
     return directory / path
 
 
-def _missing(files: Sequence[str]) -> str:
+def _missing(path: Path, files: Sequence[str]) -> str:
+    """What a checkpoint's directory lacks, and the way out; "" if nothing."""
+    use_another = "use a GPT-2 checkpoint that has it"
     if "config.json" not in files:
-        return "config.json"
+        return f"config.json; {use_another}"
+    if absent := _absent_shards(path):
+        return f"{absent[0]}, which its index names; copy or download it again"
     if not any(file.endswith(".safetensors") for file in files):
-        return "safetensors weights"
+        others = sorted({file.name for pattern in PICKLES for file in path.glob(pattern)})
+        found = f" (only {', '.join(others)})" if others else ""
+        return (
+            f"safetensors weights{found}. Pickles like pytorch_model.bin can run any code and are not read: where you "
+            "trust one, load it by transformers' GPT2LMHeadModel.from_pretrained and write it by save_pretrained, with "
+            "its tokenizer, to a directory for base.name"
+        )
     if not any(set(tokenizer) <= set(files) for tokenizer in TOKENIZERS):
-        return "tokenizer.json, nor vocab.json and merges.txt"
+        return f"tokenizer.json, nor vocab.json and merges.txt; {use_another}"
     return ""
+
+
+def _absent_shards(path: Path) -> list[str]:
+    return [name for name in shard_files(path) if not (path / name).is_file()]
+
+
+def _download_base(base: BaseRef) -> Path:
+    path = _download("base", base.name, base.revision, CHECKPOINT_FILES)
+    if others := _absent_shards(path):  # shards that are not called model-*-of-*: into the same directory
+        _download("base", base.name, base.revision, [escape(name) for name in others])
+    return path
 
 
 def _download(

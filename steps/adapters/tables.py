@@ -1,7 +1,7 @@
 """Parquet files and directories of the datasets library, by pyarrow."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2core.files import read_json
-from gpt2core.records import PARTS, SUFFIXES, Row
+from gpt2core.record_formats import COLUMNS
+from gpt2core.records import NO_COLUMNS, PARTS, SUFFIXES, Row
 
 PARQUET = ".parquet"
 SPLITS, STATE = "dataset_dict.json", "state.json"  # of a saved DatasetDict, and of a saved Dataset
@@ -20,23 +21,28 @@ def is_table(path: Path) -> bool:
     return path.is_dir() or (path.is_file() and path.suffix.lower() == PARQUET)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[Row]:
     """The rows of a .parquet file, of a directory of them, or of a directory that `datasets` wrote by `save_to_disk`.
 
     A directory may have parts: those of a DatasetDict, or those that its Parquet files name (see `text_files`).
 
+    Args:
+        columns: key of a record -> its name in the files. Where Python cannot represent a value, the other columns have
+            True in its place.
+
     Raises:
-        ValueError: naming the file that is damaged or of another kind.
+        ValueError: naming the file that is damaged or of another kind, or has such a value in a column of records.
     """
+    used = {*COLUMNS, *columns.values()}
     if path.is_file():
-        yield from _rows(_read_parquet(path), "", path)
+        yield from _rows(_read_parquet(path), "", path, used)
     elif (path / SPLITS).is_file():
         for name in read_json(path / SPLITS).get("splits") or ():
             if str(name).lower() not in PARTS:
                 raise ValueError(f"{path} has a part {name!r}; the known ones are {', '.join(PARTS)}")
-            yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name))
+            yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name), used)
     elif (path / STATE).is_file():
-        yield from _rows(_read_dataset(path), "", path)
+        yield from _rows(_read_dataset(path), "", path, used)
     else:
         files = [(file, part) for file, part in _files(path) if file.suffix.lower() == PARQUET]
         if not files:
@@ -45,7 +51,7 @@ def read_rows(path: Path) -> Iterator[Row]:
                 f"{path} is a directory without Parquet files or a dataset of the datasets library (found: {found})"
             )
         for file, part in files:
-            yield from _rows(_read_parquet(file), part, file)
+            yield from _rows(_read_parquet(file), part, file, used)
 
 
 def text_files(path: Path) -> list[tuple[Path, str]]:
@@ -117,16 +123,27 @@ def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word in PARTS]
 
 
-def _rows(table: pa.Table, part: str, source: Path) -> Iterator[Row]:
+def _rows(table: pa.Table, part: str, source: Path, used: Collection[str]) -> Iterator[Row]:
     number = 0
     for batch in table.to_batches():
-        try:
-            values = batch.to_pylist()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} has text that is not UTF-8: {error}") from None
-        for value in values:
+        names = batch.schema.names
+        values = {name: _values(column, name, source, used) for name, column in zip(names, batch.columns, strict=True)}
+        for i in range(batch.num_rows):
             number += 1
-            yield Row(f"{source.name}, record {number}", value, part)
+            yield Row(f"{source.name}, record {number}", {name: column[i] for name, column in values.items()}, part)
+
+
+def _values(column: pa.Array, name: str, source: Path, used: Collection[str]) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, ArithmeticError, LookupError) as error:  # not UTF-8; a year above 9999; an unknown time zone
+        if name in used:
+            raise ValueError(
+                f"{source}: the column {name!r}, of type {column.type}, has a value that cannot be read ({error}); "
+                "write it as UTF-8 text"
+            ) from None
+        values = [is_valid or None for is_valid in column.is_valid().to_pylist()]
+    return values
 
 
 def _read_parquet(file: Path) -> pa.Table:

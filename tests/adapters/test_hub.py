@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from steps.adapters.hub import HubError, fetch_base
 from steps.config import DataConfig
 from steps.fetch_data import read_source
 
+INDEX = "model.safetensors.index.json"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 IMPORT = "from gpt2core.types import BaseRef; from steps.adapters.hub import fetch_base"
@@ -64,6 +66,54 @@ def test_sharded_weights_are_part_of_the_digest(copy):
     shard = next(copy.glob("model-00001-of-*"))
     shard.write_bytes(shard.read_bytes() + b" ")
     assert fetch(copy).ref.sha256 != before
+
+
+@pytest.fixture
+def renamed(copy):
+    """Shards with names of another tool, through the index."""
+    model = GPT2LMHeadModel.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="2KB")
+    for shard in copy.glob("model-*-of-*.safetensors"):
+        shard.rename(copy / shard.name.replace("model-", "weights_"))
+    index = copy / INDEX
+    index.write_text(index.read_text().replace("model-", "weights_"))
+    return copy
+
+
+def test_shards_of_any_name_are_found_by_the_index_and_are_part_of_the_digest(renamed):
+    before = fetch(renamed)
+    load_pretrained(before.path)
+    shards = sorted(file.name for file in renamed.glob("weights_*"))
+    others = ["config.json", "generation_config.json", "merges.txt", INDEX, "vocab.json"]
+    assert before.ref.sha256 == directory_sha256(renamed, [*others, *shards])
+    (renamed / shards[0]).write_bytes((renamed / shards[0]).read_bytes() + b" ")
+    assert fetch(renamed).ref.sha256 != before.ref.sha256
+    (renamed / shards[-1]).unlink()
+    with pytest.raises(HubError, match=f"{shards[-1]}, which its index names"):
+        fetch(renamed)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "x.bin", ""])
+def test_an_index_that_reaches_outside_its_directory_is_refused(renamed, name):
+    (renamed.parent / "secret.safetensors").write_bytes(b"")
+    (renamed / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+    with pytest.raises(HubError, match=rf"{INDEX}: shard '{name}' is not the plain name of a .safetensors file"):
+        fetch(renamed)
+
+
+def test_an_index_beside_the_whole_model_does_not_change_the_digest(copy):
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "other.safetensors"}}))
+    (copy / "other.safetensors").write_bytes(b"")
+    names = ["config.json", "generation_config.json", "merges.txt", "model.safetensors", INDEX, "vocab.json"]
+    assert fetch(copy).ref.sha256 == directory_sha256(copy, names)
+
+
+def test_pickled_weights_are_named_with_the_reason_and_the_way_out(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(HubError, match=r"only pytorch_model\.bin\)\. Pickles .* can run any code.*save_pretrained"):
+        fetch(copy)
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "model.safetensors"])
@@ -154,10 +204,10 @@ def dataset(tmp_path):
     return directory
 
 
-@pytest.fixture
-def hub(dataset):
-    """The two routes of the hub that a download of `someone/records` uses."""
-    files = {file.name: file.read_bytes() for file in dataset.iterdir()}
+@contextmanager
+def serve(directory):
+    """The two routes of the hub that the download of a repository with the directory's files uses."""
+    files = {file.name: file.read_bytes() for file in directory.iterdir()}
     requested = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -165,10 +215,10 @@ def hub(dataset):
             requested.append(self.path)
             path = urlsplit(self.path).path
             name = path.rpartition("/")[2]
-            if path == f"/api/datasets/someone/records/tree/{REVISION}":
+            if path.startswith("/api/") and path.endswith(f"/tree/{REVISION}"):
                 entries = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files.items()]
                 self.answer(json.dumps(entries).encode())
-            elif path == f"/datasets/someone/records/resolve/{REVISION}/{name}":
+            elif path.endswith(f"/resolve/{REVISION}/{name}"):
                 self.answer(files[name], {"ETag": f'"{name}"', "X-Repo-Commit": REVISION})
             else:
                 self.send_error(404)
@@ -190,6 +240,23 @@ def hub(dataset):
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_port}", requested
         server.shutdown()
+
+
+@pytest.fixture
+def hub(dataset):
+    with serve(dataset) as served:
+        yield served
+
+
+def test_shards_of_any_name_are_downloaded(renamed, tmp_path):
+    (renamed / "pytorch_model.bin").write_bytes(b"")
+    local = fetch(renamed).ref
+    code = f"{IMPORT}; print(fetch_base(BaseRef('someone/gpt2', '{REVISION}', '{local.sha256}')).path)"
+    with serve(renamed) as (endpoint, requested):
+        environment = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not any("pytorch_model" in path for path in requested)
 
 
 def test_a_dataset_is_downloaded_at_its_commit_and_within_its_bounds(hub, tmp_path):

@@ -1,3 +1,5 @@
+import logging
+
 import datasets
 import pandas as pd
 import pyarrow as pa
@@ -76,10 +78,25 @@ def test_errors_name_the_file_and_the_record(tmp_path):
         read(file)
     binary = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     pq.write_table(pa.table({"instruction": binary}), file)
-    with pytest.raises(ValueError, match=r"a\.parquet has text that is not UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.parquet: the column 'instruction', of type string, .*'utf-8' codec"):
         read(file)
     pd.DataFrame([ROWS[0], {"instruction": "x", "output": None}]).to_parquet(file)
     with pytest.raises(ValueError, match=r"a\.parquet, record 2: 'output' is null"):
         read(file)
     with pytest.raises(ValueError, match=r"without Parquet files or .* \(found: nothing\)"):
         list(read_rows((tmp_path / "empty").mkdir() or tmp_path / "empty"))
+
+
+def test_a_value_that_python_cannot_represent_is_an_error_in_a_column_of_records_only(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    file = tmp_path / "a.parquet"
+    table = pa.Table.from_pylist(ROWS[:2])
+    table = table.append_column("when", pa.array([2**62, None], pa.timestamp("us")))  # the year 148107
+    pq.write_table(table, file)
+    assert read(file) == ROWS[:2]
+    assert 'keys that are not used: "when" in 1' in caplog.text
+    message = (
+        r"a\.parquet: the column 'when', of type timestamp\[us\], has a value that cannot be read \(date value out"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(file, {"input": "when"}))

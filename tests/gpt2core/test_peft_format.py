@@ -28,10 +28,10 @@ def bare(tiny_gpt2_dir):
 def save(hf, tmp_path):
     """A function (values of peft.LoraConfig) -> the model with random adapter, and its directory as PEFT saves it."""
 
-    def make(**values):
+    def make(base=hf, **values):
         torch.manual_seed(0)
         model = peft.get_peft_model(
-            deepcopy(hf), peft.LoraConfig(**{"r": 3, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | values)
+            deepcopy(base), peft.LoraConfig(**{"r": 3, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"} | values)
         )
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -57,6 +57,17 @@ def save(hf, tmp_path):
         ({"target_modules": ["c_attn", "mlp.c_proj"], "layers_to_transform": [1]}, ("q", "k", "v", "proj")),
         ({"target_modules": r".*h\.0\.attn\.c_proj|.*\.c_fc", "use_rslora": True}, ("o", "fc")),
         ({"target_modules": ["c_attn"], "exclude_modules": r".*h\.1\..*"}, ("q", "k", "v")),
+        ({"target_modules": ["transformer.h.1.attn.c_attn"]}, ("q", "k", "v")),
+        ({"target_modules": ["0.attn.c_attn"]}, ("q", "k", "v")),
+        ({"target_modules": ["h.1.mlp.c_fc", "c_attn"]}, ("q", "k", "v", "fc")),
+        (
+            {"target_modules": ["transformer.h.0.attn.c_attn", "c_fc"], "layers_to_transform": 1},
+            ("q", "k", "v", "fc"),
+        ),
+        (
+            {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "transformer.h"},
+            ("q", "k", "v"),
+        ),
     ],
     ids=str,
 )
@@ -69,6 +80,25 @@ def test_an_adapter_saved_by_peft_computes_the_logits_of_peft(bare, save, values
         logits = bare(IDS)
         torch.testing.assert_close(logits, theirs(IDS).logits, **TOLERANCE)
         torch.testing.assert_close(merge_lora(bare)(IDS), logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rank_pattern": {"^h.0.attn.c_attn": 5}, "alpha_pattern": {"^h.1.attn.c_attn": 3}},
+        {"target_modules": r"h\.1\.attn\.c_attn|.*c_fc"},
+        {"layers_to_transform": [1], "layers_pattern": "h"},
+    ],
+    ids=str,
+)
+def test_an_adapter_of_a_gpt2_without_its_head_computes_the_hidden_states_of_peft(hf, bare, save, values):
+    theirs, directory = save(
+        hf.transformer, **{"target_modules": ["c_attn"], "task_type": "FEATURE_EXTRACTION"} | values
+    )
+    load_adapter(bare, directory)
+    with torch.no_grad():
+        logits = hf.lm_head(theirs(IDS).last_hidden_state)
+        torch.testing.assert_close(bare(IDS), logits, **TOLERANCE)
 
 
 @settings(max_examples=15)
@@ -113,6 +143,8 @@ def describe(directory, **values):
         ({"r": 2**70}, "the rank of"),
         ({"lora_alpha": "16"}, "lora_alpha of transformer.h.0.attn.c_attn is '16'"),
         ({"lora_dropout": 2}, "LoraConfig.dropout is 2"),
+        ({"target_modules": 3}, "target_modules is 3; it must be a string or a list of strings"),
+        ({"exclude_modules": [None]}, r"exclude_modules is \[None\]; it must be"),
     ],
     ids=str,
 )
@@ -140,6 +172,10 @@ PREFIX = "base_model.model.transformer.h."
         (lambda t: t.update({f"{PREFIX}0.attn.c_attn.lora_A.weight": torch.ones(2, 32)}), "different ranks, 2 and 3"),
         (lambda t: t[f"{PREFIX}0.attn.c_attn.lora_A.weight"].fill_(torch.nan), "lora_A.weight' has NaN or infinite"),
         (lambda t: t.clear(), "has no tensors"),
+        (
+            lambda t: t.update({"base_model.model.h.0.attn.c_attn.lora_A.weight": torch.ones(3, 32)}),
+            "keys both with and without 'transformer.'",
+        ),
         (lambda t: [t.pop(key) for key in list(t) if ".h.1." in key], "lora_A of h.1.attn.c_attn is missing"),
     ],
 )
@@ -158,8 +194,15 @@ def test_weights_of_layers_that_the_config_leaves_out_are_refused(bare, save):
     describe(directory, layers_to_transform=[0])  # PEFT would not use those of the other layer
     with pytest.raises(ValueError, match=r"has weights of h.1.attn.c_attn, which adapter_config.json leaves out"):
         load_adapter(bare, directory)
+    _, directory = save(target_modules=["c_attn"])
+    describe(directory, target_modules=["0.attn.c_attn"])
+    with pytest.raises(ValueError, match=r"has weights of h.1.attn.c_attn, which adapter_config.json leaves out"):
+        load_adapter(bare, directory)
+
+
+def test_dora_of_only_some_blocks_is_refused_with_the_way_out(bare, save):
     _, directory = save(target_modules=["c_attn"], layers_to_transform=[0], use_dora=True)
-    with pytest.raises(ValueError, match=r"lora_A of h.1.attn.c_attn is missing"):
+    with pytest.raises(ValueError, match=r"adapter_config.json leaves out h.1.attn.c_attn .*merge_and_unload"):
         load_adapter(bare, directory)
 
 

@@ -112,12 +112,13 @@ def test_a_conversation_becomes_one_record_for_each_answer_with_the_earlier_turn
     assert (question["instruction"], question["output"]) == ("Bye.", "")
 
 
-@pytest.mark.parametrize("layout", ["weight", "prompt"])
+@pytest.mark.parametrize("layout", ["weight", "train", "prompt"])
 def test_an_answer_of_weight_0_and_those_of_a_prompt_are_context_only(write, layout):
     bad = [{"role": "user", "content": "Say e."}, {"role": "assistant", "content": "E"}]
     value = {"prompt": bad + SAY[:1], "completion": SAY[1:]}
-    if layout == "weight":
-        value = {"messages": [bad[0], bad[1] | {"weight": 0}, SAY[0], SAY[1] | {"weight": 1}]}
+    if layout != "prompt":
+        no, yes = {"weight": (0, 1), "train": (False, True)}[layout]
+        value = {"messages": [bad[0] | {layout: no}, bad[1] | {layout: no}, SAY[0], SAY[1] | {layout: yes}]}
     expected = GOOD | {"input": "User: Say e.\nAssistant: E"}
     assert read_records(write("a.jsonl", json.dumps(value))) == [expected]
     [question] = read_records(write("a.jsonl", json.dumps({"prompt": bad + SAY[:1]})), ("instruction",))
@@ -134,6 +135,40 @@ def test_keys_that_no_record_gets_are_named_in_a_warning(write, caplog):
     assert read_records(write("a.json", json.dumps(rows[1:])), columns=columns) == [GOOD | {"input": "lost"}]
     assert read_records(write("a.jsonl", json.dumps({"messages": SAY, "group": "g"}))) == [GOOD | {"group": "g"}]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_keys_of_turns_that_no_record_gets_are_named_too(write, caplog):
+    caplog.set_level(logging.WARNING)
+    call = {"role": "assistant", "content": "é", "tool_calls": [{"id": "1"}], "name": None, "weight": 1}
+    turns = [SAY[0] | {"train": True, "weight": 0}, call]
+    turns = [{"role": "system", "content": "Be brief.", "name": "x"}, *turns]
+    cell = json.dumps(turns).replace('"', '""')
+    unused = '"messages[].name" in 1, "messages[].train" in 1, "messages[].tool_calls" in 1 (data.columns'
+    for name, text in (("a.jsonl", json.dumps({"messages": turns * 2})), ("a.csv", f'messages\n"{cell}"\n')):
+        caplog.clear()
+        read_records(write(name, text))
+        assert f"{name}: keys that are not used: {unused}" in caplog.text
+    caplog.clear()
+    read_records(write("a.jsonl", json.dumps({"prompt": SAY[:1], "completion": [call]})))
+    assert '"completion[].tool_calls" in 1 (' in caplog.text
+    caplog.clear()
+    read_records(write("a.jsonl", json.dumps({"prompt": '[{"a": 1}]', "completion": "x"})))
+    read_records(write("a.jsonl", json.dumps({"messages": [SAY[0] | {"train": False}, SAY[1] | {"train": True}]})))
+    assert not caplog.records
+
+
+def test_an_answer_before_the_first_question_of_sharegpt_is_skipped_and_counted(write, caplog):
+    caplog.set_level(logging.WARNING)
+    turns = [{"from": "human", "value": "Say é."}, {"from": "gpt", "value": "é"}]
+    system, greeting = {"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello!"}
+    rows = [{"conversations": conversation} for conversation in (turns, [greeting, *turns], [system, greeting, *turns])]
+    assert read_records(write("a.jsonl", "\n".join(map(json.dumps, rows)))) == [GOOD] * 3
+    [record] = caplog.records
+    assert record.getMessage().endswith(
+        "a.jsonl: 2 of 3 conversations begin with an answer instead of a question; this answer is skipped"
+    )
+    with pytest.raises(ValueError, match="comes after no turn"):  # OpenAI's format has no such habit
+        read_records(write("a.jsonl", json.dumps({"messages": [SAY[1], *SAY]})))
 
 
 def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
@@ -233,12 +268,16 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.json", f'{{"train": [{LINE},\n{{}}]}}', ["train record 2 (line 2)", "no 'instruction'"]),
         ("a.jsonl", '{"messages": []}', ["record 1 (line 1)", "'messages' is []", "list of turns"]),
         ("a.jsonl", '{"messages": [{"role": "tool", "content": "x"}]}', ["messages[0]: the role is", "tool"]),
-        ("a.jsonl", '{"conversations": [{"from": "gpt", "value": "x"}]}', ["comes after no turn"]),
+        ("a.jsonl", '{"conversations": [{"from": "gpt", "value": "x"}]}', ["no answer", "to learn"]),
+        ("a.jsonl", json.dumps({"conversations": [{"from": "gpt", "value": "x"}] * 2}), ["comes after no turn"]),
+        ("a.jsonl", '{"messages": [{"role": ["user"], "content": "x"}]}', ['messages[0]: the role is ["user"]']),
+        ("a.csv", f'messages\n"{"[" * 100_000}"\n', ["'messages' is text that is not JSON"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["no answer of the assistant"]),
         ("a.jsonl", '{"prompt": "x"}', ["no 'completion'"]),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}', ["'completion' is \"y\""]),
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0}]}), ["no answer", "to learn"]),
-        ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0.5}]}), ["messages[1]: the weight is 0.5"]),
+        ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0.5}]}), ["messages[1]: 'weight' is 0.5"]),
+        ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"train": "no"}]}), ["messages[1]: 'train' is \"no\""]),
         ("a.json", b"\x1f\x8b\x08\0\0", ["compressed by gzip"]),
         ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS", "git lfs pull"]),
     ],
@@ -303,6 +342,22 @@ def test_the_1100_records_of_mariovas3_llms_are_read():
     records = read_records(Path(file))
     assert len(records) == 1100
     assert records[0]["instruction"].startswith("Evaluate the following phrase")
+
+
+@pytest.mark.parametrize(
+    ("header", "column"),
+    [
+        ('"instruction, full";output', "instruction, full"),
+        ('"a, b, c";output', "a, b, c"),
+        ('"a; b; c",output', "a; b; c"),
+        ('"two\nlines, here";output', "two\nlines, here"),
+        (' \n"a, b";output', "a, b"),
+    ],
+)
+def test_separators_within_quotes_of_the_header_do_not_count(write, header, column):
+    separator = header.removesuffix("output")[-1]
+    file = write("a.csv", f"{header}\nSay é.{separator}é\n")
+    assert read_records(file, columns={"instruction": column}) == [GOOD]
 
 
 def test_a_long_cell_of_a_csv_file_is_read(tmp_path):
