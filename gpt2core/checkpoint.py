@@ -18,7 +18,7 @@ from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
 from gpt2core.tensors import check_weight, read_tensors
-from gpt2core.tokenizer import count_tokens
+from gpt2core.tokenizer import read_token_ids
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -156,8 +156,9 @@ def read_config(file: Path) -> GPT2Config:
     if generation_config.is_file():
         read_json(generation_config)  # refuses a damaged one
         described["generation_config"] = read_text(generation_config)
-    n_tokens, n_rows = count_tokens(file.parent), values.get("vocab_size", GPT2Config.vocab_size)
-    if n_tokens is not None and isinstance(n_rows, int):
+    token_ids, n_rows = read_token_ids(file.parent), values.get("vocab_size", GPT2Config.vocab_size)
+    if token_ids is not None and isinstance(n_rows, int):
+        n_tokens = max(token_ids.values()) + 1
         if n_tokens > n_rows:
             raise ValueError(
                 f"{file}: vocab_size is {n_rows}, but the tokenizer beside it has {n_tokens} ids; they do not match"

@@ -15,6 +15,7 @@ from typing import Any
 CHECKPOINT_FILES = (
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    "added_tokens.json",
 )
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota or limit of a file's size reached
