@@ -43,6 +43,13 @@ GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
 # fields of GPT2Config that do not describe the architecture
 _SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
+# other names that transformers reads: GPT2Config.attribute_map
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 class _Stored(NamedTuple):
@@ -149,6 +156,11 @@ def read_config(file: Path) -> GPT2Config:
     for key, only in supported.items():
         if values.get(key, only) != only:
             raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported")
+    for alias, name in _ALIASES.items():
+        if alias in values and values.setdefault(name, values[alias]) != values[alias]:
+            raise ValueError(
+                f"{file}: {alias} is {values[alias]!r}, but {name} is {values[name]!r}; remove one of them"
+            )
     known = {field.name for field in fields(GPT2Config)} - {"generation_config"}
     described: dict[str, Any] = {key: value for key, value in values.items() if key in known}
     described["norm_position"] = norm_position

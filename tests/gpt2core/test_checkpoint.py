@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter, save_pretrained
@@ -134,6 +135,23 @@ def test_weights_are_read_in_the_requested_dtype_whatever_dtype_is_stored(direct
 def test_a_tied_checkpoint_may_have_the_head_alone(directory, change, undamaged):
     change(lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}))
     assert same_state(snapshot(load_pretrained(directory)), undamaged)
+
+
+@pytest.mark.parametrize(("alias", "name"), HFConfig.attribute_map.items())
+def test_a_size_may_have_the_name_that_transformers_gives_it(directory, configure, alias, name):
+    file = directory / "config.json"
+    values = json.loads(file.read_text())
+    if name == "n_head":
+        values[name] = 8  # not that of the tiny checkpoint
+    values[alias] = values.pop(name)
+    file.write_text(json.dumps(values))
+    model, reference = load_pretrained(directory), GPT2LMHeadModel.from_pretrained(directory).eval()
+    assert getattr(model.config, name) == getattr(reference.config, name) == values[alias]
+    torch.testing.assert_close(model(IDS), reference(IDS).logits, **TOLERANCE)
+    configure(**{name: values[alias]})
+    assert load_pretrained(directory).config == model.config
+    configure(**{name: values[alias] * 2})
+    refused(directory, f"{file}: {alias} is {values[alias]}, but {name} is {values[alias] * 2}; remove one of them")
 
 
 # ------------------------------------------------------------------------------------------ special tokens, vocabulary
