@@ -7,7 +7,7 @@ from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
 from gpt2core.files import atomic_write, json_bytes, list_files
 from gpt2core.prompt import chat_template
-from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB, load_tokenizer
+from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB
 from gpt2core.types import Evaluation, Lineage, SplitSummary
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from steps.adapters.model_card import CARD, evaluated_card
@@ -60,8 +60,8 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
     }
     files = {"tokenizer_config.json": json_bytes(tokenizer_config)}
     if model.config.generation_config is None:
-        end = load_tokenizer(finished.base_dir).eot_token
-        files["generation_config.json"] = json_bytes({"bos_token_id": end, "eos_token_id": end, "do_sample": False})
+        ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+        files["generation_config.json"] = json_bytes(ids | {"do_sample": False})
     for name, content in files.items():
         atomic_write(out / name, content)
 

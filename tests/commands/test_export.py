@@ -3,6 +3,7 @@
 import json
 from shutil import copytree
 
+import gguf
 import pytest
 import torch
 from click.testing import CliRunner
@@ -32,14 +33,19 @@ def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
     monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
     run = tmp_path / "latest"
     copytree(adapter_dir, run / "adapter")
-    write_base(run, BaseRef(str(base_dir), "", directory_sha256(base_dir, checkpoint_files(base_dir))), {})
-    (run / "base").symlink_to(base_dir)
+    describe_base(run, base_dir)
     lineage = make_lineage(adapter=describe_adapter(adapter_dir))
     evaluation = Evaluation(lineage.metrics.base, lineage.metrics.tuned, {}, lineage.metrics.train)
     split = SplitSummary(*(SplitPart(sha256, 10) for sha256 in lineage.data.values()))
     for name, content in (("lineage", lineage), ("metrics", evaluation), ("split", split)):
         (run / f"{name}.json").write_text(json.dumps(content.to_json()))
     return tmp_path
+
+
+def describe_base(run, base_dir):
+    write_base(run, BaseRef(str(base_dir), "", directory_sha256(base_dir, checkpoint_files(base_dir))), {})
+    (run / "base").unlink(missing_ok=True)
+    (run / "base").symlink_to(base_dir)
 
 
 def export(out, *options: str):
@@ -90,6 +96,25 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
     assert card.data.library_name == "transformers"
     assert "| Exact match | 0.5 | 0.5 |" in card.text
     assert load_pretrained(out).config.token_count == len(tokenizer)
+
+
+@pytest.mark.parametrize("own", ['{"eos_token_id": 5, "temperature": 0.5}', None])
+def test_exports_of_a_base_with_another_end_token_end_where_training_ends_an_answer(
+    outputs, base_dir, tmp_path_factory, own
+):
+    base = copytree(base_dir, tmp_path_factory.mktemp("other") / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"bos_token_id": 5, "eos_token_id": 5}))
+    if own:
+        (base / "generation_config.json").write_text(own)
+    describe_base(outputs / "latest", base)
+    export(outputs / "hf", "hf")
+    export(outputs / "gguf", "gguf")
+    model, end = AutoModelForCausalLM.from_pretrained(outputs / "hf"), load_tokenizer(base).eot_token
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [end, 5]
+    assert AutoTokenizer.from_pretrained(outputs / "hf").eos_token_id == end
+    field = gguf.GGUFReader(outputs / "gguf" / "model.gguf").fields["tokenizer.ggml.eos_token_id"]
+    assert field.contents() == end
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])

@@ -168,6 +168,55 @@ def test_special_tokens_and_generation_config_survive_load_merge_and_save(direct
     assert load_pretrained(tmp_path / "merged").config == load_pretrained(directory).config
 
 
+@pytest.fixture
+def end(directory, configure, change):
+    """The id of the tokenizer's end of text, which the checkpoint generates after every text."""
+    end = train_tokenizer(["a b c"], 300, directory).eot_token
+    shape = (end + 1, 32)
+    configure(vocab_size=shape[0])
+
+    def always_end(tensors):
+        wte = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 100
+        wte[end] = 1
+        ones = {"transformer.ln_f.weight": torch.zeros(32), "transformer.ln_f.bias": torch.ones(32)}
+        tensors.update({"transformer.wte.weight": wte, **ones})
+
+    change(always_end)
+    return end
+
+
+@pytest.mark.parametrize("with_generation_config", [True, False])
+@pytest.mark.parametrize("found", [7, [7, 8], None, 50256])
+def test_transformers_ends_a_completion_of_a_saved_model_at_the_tokens_that_training_ends_answers_with(
+    directory, configure, tmp_path, end, found, with_generation_config
+):
+    configure(bos_token_id=50256, eos_token_id=found)
+    values = {"eos_token_id": found, "bos_token_id": 50256, "pad_token_id": 50256, "max_length": 90}
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if with_generation_config:
+        (directory / "generation_config.json").write_text(json.dumps(values))
+    saved = save_pretrained(load_pretrained(directory), tmp_path / "saved")
+    kept = [id for id in (found if isinstance(found, list) else [found]) if id not in (None, 50256)]
+    expected = [end, *kept] if kept else end
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (end, expected)
+    if with_generation_config:
+        written = json.loads((saved / "generation_config.json").read_text())
+        assert written == values | {"eos_token_id": expected, "bos_token_id": None, "pad_token_id": None}
+    model = GPT2LMHeadModel.from_pretrained(saved)
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False).tolist() == [[5, 6, end]]
+    assert load_pretrained(saved).config == load_pretrained(directory).config
+
+
+def test_ids_outside_of_the_vocabulary_are_not_written_and_unknown_ones_are_null(directory, configure, tmp_path):
+    configure(bos_token_id=None, eos_token_id=[97, 3])
+    (directory / "generation_config.json").write_text('{"eos_token_id": 50256}')
+    saved = save_pretrained(load_pretrained(directory), tmp_path / "saved")
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 3)
+    assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] is None
+
+
 def test_a_damaged_generation_config_is_named(directory):
     (directory / "generation_config.json").write_text("{")
     refused(directory, "generation_config.json is not valid JSON")
