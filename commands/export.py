@@ -1,21 +1,27 @@
 """`python run.py export`: the model of a finished run in the formats of other programs."""
 
+import logging
 from pathlib import Path
 from shutil import copy2
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
 from gpt2core.files import atomic_write, json_bytes, list_files
+from gpt2core.lora import lora_config
 from gpt2core.prompt import chat_template
-from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB, load_tokenizer
+from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB
 from gpt2core.types import Evaluation, Lineage, SplitSummary
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from steps.adapters.model_card import CARD, evaluated_card
 
+logger = logging.getLogger(__name__)
 FORMATS = {  # name -> the library that loads it, and the description in its model card
     "peft": ("peft", "The adapter in PEFT's format."),
     "hf": ("transformers", "The base with the adapter merged into its weights, for transformers."),
-    "gguf": ("", "For llama.cpp: `model.gguf` is the base with the adapter merged, `adapter.gguf` the adapter alone."),
+    "gguf": (
+        "",
+        "For llama.cpp: `model.gguf` is the base with the adapter merged, `adapter.gguf` (not of a DoRA) the adapter.",
+    ),
 }
 
 
@@ -40,8 +46,12 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
         _write_hf(finished, out)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_gguf_adapter(finished.load(merge=False), out / "adapter.gguf")
         write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize)
+        adapter = finished.load(merge=False)
+        if lora_config(adapter).dora:
+            logger.warning("%s: no adapter.gguf, because llama.cpp has no DoRA; model.gguf has the adapter merged", out)
+        else:
+            write_gguf_adapter(adapter, out / "adapter.gguf")
     atomic_write(out / CARD, card.encode())
     return [out / name for name in list_files(out)]
 
@@ -60,8 +70,8 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
     }
     files = {"tokenizer_config.json": json_bytes(tokenizer_config)}
     if model.config.generation_config is None:
-        end = load_tokenizer(finished.base_dir).eot_token
-        files["generation_config.json"] = json_bytes({"bos_token_id": end, "eos_token_id": end, "do_sample": False})
+        ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+        files["generation_config.json"] = json_bytes(ids | {"do_sample": False})
     for name, content in files.items():
         atomic_write(out / name, content)
 

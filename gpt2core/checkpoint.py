@@ -3,7 +3,7 @@
 Only safetensors and JSON are read and written, so a file cannot execute code when it is loaded.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
 from gpt2core.tensors import check_weight, read_tensors
-from gpt2core.tokenizer import count_tokens
+from gpt2core.tokenizer import END_OF_TEXT, read_token_ids
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -43,6 +43,13 @@ GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
 # fields of GPT2Config that do not describe the architecture
 _SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
+# other names that transformers reads: GPT2Config.attribute_map
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 class _Stored(NamedTuple):
@@ -60,8 +67,9 @@ def load_pretrained(
     """Read a Hugging Face GPT-2 checkpoint (one file or sharded); the model is in eval mode.
 
     The model's config keeps the ids of special tokens and the text of generation_config.json, which `save_pretrained`
-    writes back. Where the directory has a tokenizer with fewer ids than the embedding has rows, `config.n_tokens` is
-    their number: the rows beyond are padding and must not be sampled.
+    writes back, without ids outside of the vocabulary. The tokenizer's end of text, with which training ends every
+    answer, is added to the ids that end a completion. Where the directory has a tokenizer with fewer ids than the
+    embedding has rows, `config.n_tokens` is their number: the rows beyond are padding and must not be sampled.
 
     Args:
         mapped: on a CPU, weights stored in `dtype` remain in their files and take no memory of the process: for a model
@@ -124,13 +132,12 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
         check_weight("the model", name, tensor)
         state[f"transformer.{name}"] = (tensor.T if name.endswith(CONV1D) else tensor).contiguous().cpu()
     config = model.config
-    last_id = config.token_count - 1  # GPT-2 numbers <|endoftext|> last, and so does the nano tokenizer
     description = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2" if config.norm_position == "pre" else POST_NORM,
         "tie_word_embeddings": True,
-        "bos_token_id": last_id if config.bos_token_id is None else config.bos_token_id,
-        "eos_token_id": last_id if config.eos_token_id is None else config.eos_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
         "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
         **{key: value for key, value in asdict(config).items() if key not in _SEPARATE},
     }
@@ -160,24 +167,59 @@ def read_config(file: Path) -> GPT2Config:
     for key, only in supported.items():
         if values.get(key, only) != only:
             raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported")
+    for alias, name in _ALIASES.items():
+        if alias in values and values.setdefault(name, values[alias]) != values[alias]:
+            raise ValueError(
+                f"{file}: {alias} is {values[alias]!r}, but {name} is {values[name]!r}; remove one of them"
+            )
     known = {field.name for field in fields(GPT2Config)} - {"generation_config"}
     described: dict[str, Any] = {key: value for key, value in values.items() if key in known}
     described["norm_position"] = norm_position
-    generation_config = file.parent / GENERATION_CONFIG
-    if generation_config.is_file():
-        read_json(generation_config)  # refuses a damaged one
-        described["generation_config"] = read_text(generation_config)
-    n_tokens, n_rows = count_tokens(file.parent), values.get("vocab_size", GPT2Config.vocab_size)
-    if n_tokens is not None and isinstance(n_rows, int):
+    token_ids, n_rows = read_token_ids(file.parent), values.get("vocab_size", GPT2Config.vocab_size)
+    if token_ids is not None and isinstance(n_rows, int):
+        n_tokens = max(token_ids.values()) + 1
         if n_tokens > n_rows:
             raise ValueError(
                 f"{file}: vocab_size is {n_rows}, but the tokenizer beside it has {n_tokens} ids; they do not match"
             )
         described["n_tokens"] = n_tokens if n_tokens < n_rows else None
     try:
-        return GPT2Config(**described)
+        config = GPT2Config(**described)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    return _with_special_ids(config, (token_ids or {}).get(END_OF_TEXT), file.parent / GENERATION_CONFIG)
+
+
+def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Path) -> GPT2Config:
+    """The config with the text of the file, if there is one, and with ids in both that fit the vocabulary.
+
+    Args:
+        end: the tokenizer's end of text, if known; it then ends a completion, in addition to the ids of the files.
+    """
+    n_tokens = config.token_count
+    begin, ends = _known_ids(config.bos_token_id, n_tokens), _known_ids(config.eos_token_id, n_tokens, end)
+    config = replace(config, bos_token_id=end if begin is None else begin, eos_token_id=ends)
+    if not generation_config.is_file():
+        return config
+    values, text = read_json(generation_config), read_text(generation_config)
+    ids: dict[str, Any] = {
+        key: _known_ids(values[key], n_tokens) for key in ("bos_token_id", "pad_token_id") if key in values
+    }
+    ids["eos_token_id"] = _known_ids(values.get("eos_token_id"), n_tokens, end)
+    if any(values.get(key) != value for key, value in ids.items()):
+        text = json_bytes(values | ids).decode()
+    return replace(config, generation_config=text)
+
+
+def _known_ids(found: Any, n_tokens: int, end: int | None = None) -> Any:
+    """The id or ids that are below `n_tokens`, and `end`; None if there are none."""
+    listed = list(found) if isinstance(found, list | tuple) else [found]
+    ids = [id for id in listed if type(id) is int and 0 <= id < n_tokens]
+    if end is not None and end not in ids:
+        ids.insert(0, end)
+    if ids == listed:
+        return found
+    return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def _read_weights(directory: Path, device: str | torch.device) -> dict[str, _Stored]:

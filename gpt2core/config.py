@@ -46,7 +46,7 @@ class GPT2Config:
     # post: LN(x + f(x)) (arXiv:1706.03762); for experiments only: the engine and transformers support pre alone
     norm_position: Literal["pre", "post"] = "pre"
     layer_init: Literal["fresh", "clone"] = "fresh"  # clone: all blocks start as copies of the first
-    bos_token_id: int | None = None  # None: not known; these two and generation_config are kept for other programs
+    bos_token_id: int | None = None  # these two and generation_config are kept for other programs; None: not known
     eos_token_id: int | tuple[int, ...] | None = None
     n_tokens: int | None = None  # ids that the tokenizer has, if fewer than vocab_size: the rows beyond are padding
     generation_config: str | None = None  # text of generation_config.json

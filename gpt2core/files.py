@@ -16,6 +16,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKPOINT_FILES = (  # and those that the index names: `shard_files`
     *(_WEIGHTS, _INDEX, "model-*-of-*.safetensors"),
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    "added_tokens.json",
 )
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota or limit of a file's size reached

@@ -4,7 +4,7 @@ Use `encode_ordinary` for user text: it encodes the spelling of a special token 
 the vocabulary ("special": false in tokenizer.json) are tokens in any text, as in transformers.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,17 +12,21 @@ from typing import Any
 
 import tiktoken
 
+from gpt2core.added_words import FLAGS, AddedWord, EncodingWithWords
 from gpt2core.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
+ADDED_TOKENS = "added_tokens.json"
 # GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit changes the tokens
 # of longer runs of whitespace only: without it, tiktoken panics (not an Exception) at a million of them.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
 
 
 def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
-    """The tokenizer named "gpt2", or that of a directory with vocab.json and merges.txt, or with tokenizer.json.
+    """The tokenizer named "gpt2", or that of a directory with tokenizer.json, or with vocab.json and merges.txt.
+
+    If a directory has both, as transformers 4 writes it, tokenizer.json is used: only that has the added words.
 
     Raises:
         FileNotFoundError: the directory has no tokenizer files.
@@ -44,37 +48,25 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
                 f"files, or use the directory of a base ({type(error).__name__})"
             ) from None
     vocabulary = read_vocabulary(directory)
-    encoding = tiktoken.Encoding if not vocabulary.added else _encoding_with(vocabulary.added)
-    return encoding(
-        f"bpe-{directory.name}",
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks=_ranks(vocabulary),
-        special_tokens=dict(vocabulary.special),
-    )
+    values: dict[str, Any] = {
+        "name": f"bpe-{directory.name}",
+        "pat_str": SPLIT_PATTERN,
+        "mergeable_ranks": _ranks(vocabulary),
+        "special_tokens": dict(vocabulary.special),
+    }
+    return EncodingWithWords(vocabulary.added, **values) if vocabulary.added else tiktoken.Encoding(**values)
 
 
-def _encoding_with(added: Set[str]) -> type[tiktoken.Encoding]:
-    """An encoding that finds these tokens in ordinary text, as transformers does with the words of `add_tokens`."""
-
-    class Encoding(tiktoken.Encoding):
-        def encode_ordinary(self, text: str) -> list[int]:
-            return self.encode(text, allowed_special=added, disallowed_special=())
-
-    return Encoding
-
-
-def count_tokens(directory: Path) -> int | None:
-    """Number of ids (the highest plus one) of the directory's tokenizer; None if it has none.
+def read_token_ids(directory: Path) -> dict[str, int] | None:
+    """The id of each token of the directory's tokenizer, special and added ones included; None if it has none.
 
     Raises:
         ValueError: as `load_tokenizer`.
     """
-    if not any((directory / name).is_file() for name in (VOCAB, TOKENIZER)):
-        return None
-    if (directory / VOCAB).is_file():
-        return max(_read_vocab(directory / VOCAB).values()) + 1
-    vocabulary = read_vocabulary(directory)
-    return max(*vocabulary.ids.values(), *vocabulary.special.values()) + 1
+    if (directory / TOKENIZER).is_file():
+        vocabulary = _read_tokenizer(directory / TOKENIZER)
+        return {**vocabulary.ids, **vocabulary.special}
+    return _read_vocab(directory) if (directory / VOCAB).is_file() else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ class Vocabulary:
     ids: Mapping[str, int]  # of ordinary tokens, in GPT-2's spelling
     merges: Sequence[tuple[str, str]]  # in order
     special: Mapping[str, int]  # of tokens that no merge makes
-    added: Set[str] = frozenset()  # those of `special` that ordinary text may contain
+    added: Mapping[str, AddedWord]  # found in ordinary text before any merge; each is in `special` or in `ids`
 
     @property
     def merged(self) -> list[str]:
@@ -99,37 +91,44 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     Raises:
         FileNotFoundError, ValueError: as `load_tokenizer`.
     """
-    if (directory / TOKENIZER).is_file() and not ((directory / VOCAB).is_file() and (directory / MERGES).is_file()):
+    if (directory / TOKENIZER).is_file():
         return _read_tokenizer(directory / TOKENIZER)
     for file in (directory / VOCAB, directory / MERGES):
         if not file.is_file():
             raise FileNotFoundError(
-                f"{file} does not exist; a tokenizer directory has {VOCAB} and {MERGES}, or {TOKENIZER}"
+                f"{file} does not exist; a tokenizer directory has {TOKENIZER}, or {VOCAB} and {MERGES}"
             )
-    ids = _read_vocab(directory / VOCAB)
+    ids = _read_vocab(directory)
     if END_OF_TEXT not in ids:
         raise ValueError(f"{directory / VOCAB} has no {END_OF_TEXT!r}")
     special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
     lines = read_text(directory / MERGES).split("\n")
     merges = [line.rstrip("\r") for line in lines]
     pairs = [_pair(merge.split(" ")) for merge in merges if merge and not merge.startswith("#version")]
-    return Vocabulary(f"{directory / VOCAB} with {MERGES}", ids, pairs, special)
+    return Vocabulary(f"{directory / VOCAB} with {MERGES}", ids, pairs, special, added={})
 
 
-def _read_vocab(file: Path) -> dict[str, int]:
+def _read_vocab(directory: Path) -> dict[str, int]:
+    file, added = directory / VOCAB, directory / ADDED_TOKENS
     ids = read_json(file)
     if not ids or not all(type(id) is int and id >= 0 for id in ids.values()):
         raise ValueError(f"{file}: a vocabulary maps tokens to ids, which are 0 or more")
+    if added.is_file() and (words := [word for word in read_json(added) if word not in ids]):
+        raise ValueError(  # the file does not say which of them are special, and how the others are found in text
+            f"{added} adds {words[0]!r} to {VOCAB}, which only {TOKENIZER} describes completely; write one with "
+            "transformers: AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
+        )
     return ids
 
 
 def _read_tokenizer(file: Path) -> Vocabulary:
     """The file of the tokenizers library, the only one that transformers 5 writes."""
     content = read_json(file)
-    model, pre_tokenizer = (content.get(key) or {} for key in ("model", "pre_tokenizer"))
+    model, pre_tokenizer, post_processor = (
+        content.get(key) or {} for key in ("model", "pre_tokenizer", "post_processor")
+    )
     is_gpt2 = (
-        isinstance(model, dict)
-        and isinstance(pre_tokenizer, dict)
+        all(isinstance(part, dict) for part in (model, pre_tokenizer, post_processor))
         and model.get("type") == "BPE"
         and pre_tokenizer.get("type") == "ByteLevel"
         and not pre_tokenizer.get("add_prefix_space")
@@ -139,20 +138,37 @@ def _read_tokenizer(file: Path) -> Vocabulary:
     )
     if not is_gpt2:
         raise ValueError(f"{file} is not a GPT-2 tokenizer: a byte-level BPE without normalizer and prefix space")
+    # transformers 5 writes a TemplateProcessing without special tokens, which adds nothing
+    kind = post_processor.get("type", "ByteLevel")
+    if kind != "ByteLevel" and (kind != "TemplateProcessing" or post_processor.get("special_tokens")):
+        raise ValueError(
+            f"{file}: post_processor is a {kind}, which may add tokens to every text; only GPT-2's ByteLevel is "
+            'supported. Set "post_processor" to null to use the tokenizer without these tokens'
+        )
     try:
         ids = {str(token): _as_id(id) for token, id in model["vocab"].items()}
         pairs = [_pair(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-        tokens = {str(token["content"]): token for token in content.get("added_tokens") or ()}
-        special = {text: _as_id(token["id"]) for text, token in tokens.items()}
-        words = {text for text, token in tokens.items() if not token.get("special", True)}
+        listed = {str(token["content"]): token for token in content.get("added_tokens") or ()}
+        listed_ids = {text: _as_id(token["id"]) for text, token in listed.items()}
+        added = {
+            text: AddedWord(listed_ids[text], *(token.get(flag) is True for flag in FLAGS))
+            for text, token in listed.items()
+            if not token.get("special", True) and text not in (END_OF_TEXT, "")
+        }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    for text, id in listed_ids.items():
+        if ids.get(text, id) != id:
+            raise ValueError(f"{file} is damaged: {text!r} is {id} in added_tokens and {ids[text]} in the vocabulary")
+    made = {*_byte_of_character(), *map("".join, pairs)} - {END_OF_TEXT}
+    # A padding token, for example, may be one that merges make: it stays one of them.
+    special = {text: id for text, id in listed_ids.items() if text not in ids or text not in made}
     if END_OF_TEXT in ids:
-        special.setdefault(END_OF_TEXT, ids[END_OF_TEXT])
+        special[END_OF_TEXT] = ids[END_OF_TEXT]
     if END_OF_TEXT not in special:
         raise ValueError(f"{file} has no {END_OF_TEXT!r}")
     ordinary = {token: id for token, id in ids.items() if token not in special}
-    return Vocabulary(str(file), ordinary, pairs, special, frozenset(words - {END_OF_TEXT, ""}))
+    return Vocabulary(str(file), ordinary, pairs, special, added)
 
 
 def _pair(parts: Sequence[str]) -> tuple[str, str]:

@@ -96,7 +96,9 @@ def pretrain_text(
     """
     tokenizer = train_tokenizer(documents, config.vocab_size, directory)
     # a small text has fewer words than the vocabulary may have: every id must be a token
-    model = GPT2(replace(config, vocab_size=tokenizer.n_vocab), torch.Generator().manual_seed(seed)).to(device)
+    end = tokenizer.eot_token
+    config = replace(config, vocab_size=tokenizer.n_vocab, bos_token_id=end, eos_token_id=end)
+    model = GPT2(config, torch.Generator().manual_seed(seed)).to(device)
     tokens = encode_documents(documents, tokenizer)
     result = None
     if pretrain_config is not None:

@@ -60,7 +60,16 @@ def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str) -> N
 
 
 def write_gguf_adapter(model: GPT2, file: Path) -> None:
-    """Write the model's adapter, which must not be merged, for `llama.cpp --lora`; the scaling is part of lora_b."""
+    """Write the model's adapter, which must not be merged, for `llama.cpp --lora`; the scaling is part of lora_b.
+
+    Raises:
+        ValueError: the adapter is a DoRA.
+    """
+    if lora_config(model).dora:
+        raise ValueError(
+            "the adapter has DoRA's magnitudes (lora.dora is true), which llama.cpp's adapters do not have; write the "
+            "merged model instead"
+        )
     scaling = lora_config(model).scaling
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_type("adapter")
@@ -78,10 +87,26 @@ def write_gguf_adapter(model: GPT2, file: Path) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, n_rows: int) -> None:
+    """
+    Raises:
+        ValueError: an added word has a flag that llama.cpp does not have.
+    """
     vocabulary, end = read_vocabulary(directory), load_tokenizer(directory).eot_token
+    for text, word in vocabulary.added.items():
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if getattr(word, flag):
+                raise ValueError(
+                    f"{vocabulary.source}: the added token {text!r} has {flag}, which llama.cpp does not have; set it "
+                    "to false in the base, or export for transformers"
+                )
+    words = {text: word.id for text, word in vocabulary.added.items()}
     tokens = [f"[PAD{i}]" for i in range(n_rows)]  # rows of the embedding without a token
     types = [gguf.TokenType.UNUSED] * n_rows
-    for ids, kind in ((vocabulary.ids, gguf.TokenType.NORMAL), (vocabulary.special, gguf.TokenType.CONTROL)):
+    for ids, kind in (
+        (vocabulary.ids, gguf.TokenType.NORMAL),
+        (vocabulary.special, gguf.TokenType.CONTROL),
+        (words, gguf.TokenType.USER_DEFINED),  # found in any text, and printed
+    ):
         for token, id in ids.items():
             tokens[id], types[id] = token, kind
     writer.add_tokenizer_model("gpt2")

@@ -3,25 +3,28 @@
 import json
 from shutil import copytree
 
+import gguf
 import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy.bento import describe_adapter
-from gpt2core.checkpoint import load_adapter, load_pretrained
-from gpt2core.config import GenerationConfig
+from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter
+from gpt2core.config import GenerationConfig, LoraConfig
 from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.generate import generate
+from gpt2core.lora import add_lora
 from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef, Evaluation, SplitPart, SplitSummary
 from run import main
 from steps.adapters.base import write_base
-from steps.adapters.gguf_file import write_gguf
-from tests.helpers import make_lineage
+from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
+from tests.helpers import make_lineage, randomise_lora
 
 PROMPT = format_prompt("Name a river.")
 
@@ -30,7 +33,11 @@ PROMPT = format_prompt("Name a river.")
 def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
     """A run on a base from a directory, of which outputs/ has the reference and a link."""
     monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
-    run = tmp_path / "latest"
+    write_run(tmp_path / "latest", base_dir, adapter_dir)
+    return tmp_path
+
+
+def write_run(run, base_dir, adapter_dir):
     copytree(adapter_dir, run / "adapter")
     write_base(run, BaseRef(str(base_dir), "", directory_sha256(base_dir, checkpoint_files(base_dir))), {})
     (run / "base").symlink_to(base_dir)
@@ -39,7 +46,6 @@ def outputs(tmp_path, base_dir, adapter_dir, monkeypatch):
     split = SplitSummary(*(SplitPart(sha256, 10) for sha256 in lineage.data.values()))
     for name, content in (("lineage", lineage), ("metrics", evaluation), ("split", split)):
         (run / f"{name}.json").write_text(json.dumps(content.to_json()))
-    return tmp_path
 
 
 def export(out, *options: str):
@@ -92,6 +98,25 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
     assert load_pretrained(out).config.token_count == len(tokenizer)
 
 
+@pytest.mark.parametrize("own", ['{"eos_token_id": 5, "temperature": 0.5}', None])
+def test_exports_of_a_base_with_another_end_token_end_where_training_ends_an_answer(
+    outputs, base_dir, adapter_dir, tmp_path_factory, own
+):
+    base = copytree(base_dir, tmp_path_factory.mktemp("other") / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"bos_token_id": 5, "eos_token_id": 5}))
+    if own:
+        (base / "generation_config.json").write_text(own)
+    write_run(outputs / "other", base, adapter_dir)
+    export(outputs / "hf", "hf", "--run", "other")
+    export(outputs / "gguf", "gguf", "--run", "other")
+    model, end = AutoModelForCausalLM.from_pretrained(outputs / "hf"), load_tokenizer(base).eot_token
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == [end, 5]
+    assert AutoTokenizer.from_pretrained(outputs / "hf").eos_token_id == end
+    field = gguf.GGUFReader(outputs / "gguf" / "model.gguf").fields["tokenizer.ggml.eos_token_id"]
+    assert field.contents() == end
+
+
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 def test_transformers_reads_the_gguf_file(tmp_path, prompt, expected, tuned, kind):
     options = [] if kind == "f32" else ["--quantize", kind]
@@ -106,6 +131,71 @@ def test_transformers_reads_the_gguf_file(tmp_path, prompt, expected, tuned, kin
     torch.testing.assert_close(logits, own, rtol=0, atol={"f32": 1e-4, "f16": 1e-2, "q8_0": 0.2}[kind])
     if kind == "f32":
         assert greedy(model, prompt) == expected
+
+
+@pytest.fixture
+def words_dir(base_dir, tmp_path):
+    """A base whose tokenizer has added words and a padding token, and the tokenizer of transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer.add_tokens(["<user>", "TP53", "TP53BP1"])
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "words")
+    tokenizer.save_pretrained(tmp_path / "words")
+    return tmp_path / "words", tokenizer
+
+
+def test_added_words_are_user_defined_tokens_of_a_gguf_file(words_dir, tmp_path):
+    directory, tokenizer = words_dir
+    write_gguf(load_pretrained(directory), directory, tmp_path / "model.gguf", "f32")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+    n = len(tokenizer)
+    assert tokens[n - 4 :] == ["<user>", "TP53", "TP53BP1", "<pad>"]
+    assert types[n - 4 :] == [gguf.TokenType.USER_DEFINED] * 3 + [gguf.TokenType.CONTROL]
+    assert types[tokenizer.eos_token_id] == gguf.TokenType.CONTROL
+
+
+def test_llama_cpp_finds_and_prints_added_words(words_dir, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    directory, tokenizer = words_dir
+    write_gguf(load_pretrained(directory), directory, tmp_path / "model.gguf", "f32")
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    text = "x <user> y TP53BP1, TP53"
+    ids = llama.tokenize(text.encode(), add_bos=False, special=False)
+    assert ids == tokenizer(text)["input_ids"] == load_tokenizer(directory).encode_ordinary(text)
+    assert llama.detokenize(ids).decode() == text
+    pad = tokenizer.pad_token_id
+    assert pad not in llama.tokenize(b"<pad>", add_bos=False, special=False)
+    llama.close()
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_a_flag_that_llama_cpp_does_not_have_is_refused(words_dir, tmp_path, flag):
+    directory, tokenizer = words_dir
+    tokenizer.add_tokens([AddedToken("<user>", **{flag: True})])
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(
+        ValueError, match=f"tokenizer.json: the added token '<user>' has {flag}, which llama.cpp does not"
+    ):
+        write_gguf(load_pretrained(directory), directory, tmp_path / "model.gguf", "f32")
+
+
+def test_a_dora_is_exported_to_gguf_merged_alone(outputs, base_dir, tmp_path, prompt):
+    model = randomise_lora(add_lora(load_pretrained(base_dir), LoraConfig(rank=4, dora=True)))
+    with pytest.raises(ValueError, match=r"DoRA's magnitudes .lora.dora is true.*merged model"):
+        write_gguf_adapter(model, tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()
+    write_run(outputs / "dora", base_dir, save_adapter(model, tmp_path / "adapter"))
+    files = export(tmp_path / "out", "gguf", "--run", "dora")
+    assert [file.rpartition("/")[2] for file in files] == ["README.md", "model.gguf"]
+    values = {"gguf_file": "model.gguf", "n_positions": len(model.wpe.weight), "dtype": torch.float32}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **values).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged(torch.tensor([prompt])).logits, model(torch.tensor([prompt])), rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter, save_pretrained
@@ -145,6 +146,23 @@ def test_a_tied_checkpoint_may_have_the_head_alone(directory, change, undamaged)
     assert same_state(snapshot(load_pretrained(directory)), undamaged)
 
 
+@pytest.mark.parametrize(("alias", "name"), HFConfig.attribute_map.items())
+def test_a_size_may_have_the_name_that_transformers_gives_it(directory, configure, alias, name):
+    file = directory / "config.json"
+    values = json.loads(file.read_text())
+    if name == "n_head":
+        values[name] = 8  # not that of the tiny checkpoint
+    values[alias] = values.pop(name)
+    file.write_text(json.dumps(values))
+    model, reference = load_pretrained(directory), GPT2LMHeadModel.from_pretrained(directory).eval()
+    assert getattr(model.config, name) == getattr(reference.config, name) == values[alias]
+    torch.testing.assert_close(model(IDS), reference(IDS).logits, **TOLERANCE)
+    configure(**{name: values[alias]})
+    assert load_pretrained(directory).config == model.config
+    configure(**{name: values[alias] * 2})
+    refused(directory, f"{file}: {alias} is {values[alias]}, but {name} is {values[alias] * 2}; remove one of them")
+
+
 # ------------------------------------------------------------------------------------------ special tokens, vocabulary
 
 
@@ -157,6 +175,55 @@ def test_special_tokens_and_generation_config_survive_load_merge_and_save(direct
     assert (config["bos_token_id"], config["eos_token_id"]) == (3, [5, 7])
     assert (tmp_path / "merged" / "generation_config.json").read_text() == generation_config
     assert load_pretrained(tmp_path / "merged").config == load_pretrained(directory).config
+
+
+@pytest.fixture
+def end(directory, configure, change):
+    """The id of the tokenizer's end of text, which the checkpoint generates after every text."""
+    end = train_tokenizer(["a b c"], 300, directory).eot_token
+    shape = (end + 1, 32)
+    configure(vocab_size=shape[0])
+
+    def always_end(tensors):
+        wte = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 100
+        wte[end] = 1
+        ones = {"transformer.ln_f.weight": torch.zeros(32), "transformer.ln_f.bias": torch.ones(32)}
+        tensors.update({"transformer.wte.weight": wte, **ones})
+
+    change(always_end)
+    return end
+
+
+@pytest.mark.parametrize("with_generation_config", [True, False])
+@pytest.mark.parametrize("found", [7, [7, 8], None, 50256])
+def test_transformers_ends_a_completion_of_a_saved_model_at_the_tokens_that_training_ends_answers_with(
+    directory, configure, tmp_path, end, found, with_generation_config
+):
+    configure(bos_token_id=50256, eos_token_id=found)
+    values = {"eos_token_id": found, "bos_token_id": 50256, "pad_token_id": 50256, "max_length": 90}
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if with_generation_config:
+        (directory / "generation_config.json").write_text(json.dumps(values))
+    saved = save_pretrained(load_pretrained(directory), tmp_path / "saved")
+    kept = [id for id in (found if isinstance(found, list) else [found]) if id not in (None, 50256)]
+    expected = [end, *kept] if kept else end
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (end, expected)
+    if with_generation_config:
+        written = json.loads((saved / "generation_config.json").read_text())
+        assert written == values | {"eos_token_id": expected, "bos_token_id": None, "pad_token_id": None}
+    model = GPT2LMHeadModel.from_pretrained(saved)
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False).tolist() == [[5, 6, end]]
+    assert load_pretrained(saved).config == load_pretrained(directory).config
+
+
+def test_ids_outside_of_the_vocabulary_are_not_written_and_unknown_ones_are_null(directory, configure, tmp_path):
+    configure(bos_token_id=None, eos_token_id=[97, 3])
+    (directory / "generation_config.json").write_text('{"eos_token_id": 50256}')
+    saved = save_pretrained(load_pretrained(directory), tmp_path / "saved")
+    config = json.loads((saved / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 3)
+    assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] is None
 
 
 def test_a_damaged_generation_config_is_named(directory):

@@ -4,15 +4,16 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2TokenizerFast
+from tokenizers import AddedToken, ByteLevelBPETokenizer
+from transformers import AutoTokenizer, GPT2TokenizerFast
 
-from gpt2core.tokenizer import END_OF_TEXT, count_tokens, load_tokenizer
+from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer, read_token_ids, read_vocabulary
 
 PIECES = [
     *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "I'M", "don't", "’s", "''s", "'s's"),
@@ -214,7 +215,7 @@ def test_tokenizer_json_alone_gives_the_same_ids(one_file, ours):
     alone = load_tokenizer(one_file)
     for text in [*EXAMPLES, *PIECES, "<pad>"]:
         assert alone.encode_ordinary(text) == ours.encode_ordinary(text), ascii(text)
-    assert (alone.eot_token, alone.n_vocab, count_tokens(one_file)) == (ours.eot_token, 401, 401)
+    assert (alone.eot_token, alone.n_vocab, len(read_token_ids(one_file))) == (ours.eot_token, 401, 401)
     assert alone.decode([400]) == "<pad>"
 
 
@@ -228,6 +229,134 @@ def test_words_added_to_the_vocabulary_are_tokens_in_any_text_as_in_transformers
     assert 400 not in ours.encode_ordinary("<pad>")  # special tokens stay plain text
     edit_tokenizer(one_file, lambda content: [token.update(special=False) for token in content["added_tokens"]])
     assert ours.eot_token not in load_tokenizer(one_file).encode_ordinary(END_OF_TEXT)  # and this one always
+
+
+def save_with(reference, directory, words):
+    reference.add_tokens(words)
+    reference.save_pretrained(directory)
+    return load_tokenizer(directory), reference
+
+
+WORDS = {
+    "prefixes": (["TP53", "TP53BP1", "TP", "w1", "w10"], ["TP53BP1", "TP53BP", "w1 w10 w100", "TPTP53"]),
+    "lstrip": ([AddedToken("<a>", lstrip=True)], ["x <a> y", "x\u2003\n <a><a>", "<a>", " <a>", "x\x1f<a>"]),
+    "rstrip": ([AddedToken("<a>", rstrip=True), " b"], ["x <a> \n y", "<a>  <a>", "<a> b", "<a>\x1c", "x<a>"]),
+    "both": ([AddedToken("<a>", lstrip=True, rstrip=True)], ["x <a> <a> y", " <a>\u3000", "<a>"]),
+    "single word": (
+        [AddedToken("gene", single_word=True), "<a>"],
+        [
+            "genes",
+            "a gene.",
+            "gene_",
+            "xgene gene gene",
+            "gene<a>gene",
+            "gene\u0301",
+            "gene²",
+            "geneⓐ",
+            "gene\u200d",
+            "é gene",
+        ],
+    ),
+    "not normalized": ([AddedToken("ab", normalized=False), AddedToken("cab", normalized=True)], ["cab", "cabcab ab"]),
+    "made by merges": (["the", "T", "é"], ["other the then", "TheT", "café"]),
+    "whitespace": (["\n\n", "    ", " foo"], ["a\n\n\nb     c", "a foo foo"]),
+}
+
+
+@pytest.mark.parametrize(("words", "texts"), WORDS.values(), ids=WORDS)
+def test_added_words_are_found_as_transformers_finds_them(tokenizer_dir, tmp_path, words, texts):
+    ours, theirs = save_with(GPT2TokenizerFast.from_pretrained(str(tokenizer_dir)), tmp_path / "words", words)
+    for text in texts:
+        assert ours.encode_ordinary(text) == theirs(text)["input_ids"], ascii(text)
+
+
+def test_any_text_with_added_words_has_the_ids_of_transformers(tokenizer_dir, tmp_path):
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    words = [
+        AddedToken(word, **{flag: bool(i >> bit & 1) for bit, flag in enumerate(flags)})
+        for i, word in enumerate(["a", "ab", "abc", "b", "bca", " a", "c ", "cc", "é", "\n", "ba", "cab", "b b", "ca"])
+    ]
+    ours, theirs = save_with(GPT2TokenizerFast.from_pretrained(str(tokenizer_dir)), tmp_path / "words", words)
+
+    @MANY
+    @given(st.text("abc é\n\u3000.", max_size=20))
+    def compare(text):
+        assert ours.encode_ordinary(text) == theirs(text)["input_ids"]
+
+    compare()
+
+
+def test_every_character_beside_a_single_word_counts_as_in_the_tokenizers_library(tokenizer_dir, tmp_path):
+    word = AddedToken("Q#", single_word=True)
+    ours, theirs = save_with(GPT2TokenizerFast.from_pretrained(str(tokenizer_dir)), tmp_path / "words", [word])
+    id, known = read_vocabulary(tmp_path / "words").added["Q#"].id, [*range(0xD800), *range(0xE000, 0x20000)]
+    texts = [f"Q#{chr(code)}" for code in known if unicodedata.category(chr(code)) != "Cn"]  # of Python's Unicode
+    for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
+        assert (id in ours.encode_ordinary(text)) == (id in ids), ascii(text)
+
+
+def test_text_with_ten_thousand_added_words_is_encoded_at_once(tokenizer_dir, tmp_path):
+    words = [f"{prefix}{i}" for prefix in ("gene", "GENE") for i in range(5_000)]
+    ours, theirs = save_with(GPT2TokenizerFast.from_pretrained(str(tokenizer_dir)), tmp_path / "words", words)
+    text = "gene1 gene12 GENE4999 genes GENE5000 gene04" * 1000  # plain alternatives would take seconds
+    assert ours.encode_ordinary(text) == theirs(text)["input_ids"]
+
+
+def test_hundreds_of_words_that_begin_each_other_are_found(tokenizer_dir, tmp_path):
+    words = [" " * n for n in range(2, 600)]
+    ours, theirs = save_with(GPT2TokenizerFast.from_pretrained(str(tokenizer_dir)), tmp_path / "words", words)
+    for text in (" " * 70 + "a  b", " " * 599 + "a", " " * 1000):
+        assert ours.encode_ordinary(text) == theirs(text)["input_ids"]
+
+
+def test_a_special_token_that_merges_make_stays_an_ordinary_one(tokenizer_dir, tmp_path, ours):
+    reference = GPT2TokenizerFast.from_pretrained(str(tokenizer_dir))
+    reference.add_special_tokens({"pad_token": "!"})  # common for GPT-2, which has no padding token
+    reference.save_pretrained(tmp_path / "padded")
+    padded = load_tokenizer(tmp_path / "padded")
+    for text in ("Stop!", "!", "a!b !!!"):
+        assert padded.encode_ordinary(text) == ours.encode_ordinary(text)
+    assert padded.n_vocab == ours.n_vocab == 400
+
+
+def test_an_id_of_an_added_token_that_differs_from_the_vocabulary_is_refused(one_file):
+    edit_tokenizer(one_file, lambda content: content["added_tokens"][1].update(content="!"))
+    with pytest.raises(ValueError, match=r"tokenizer.json is damaged: '!' is 400 in added_tokens and \d+ in the"):
+        load_tokenizer(one_file)
+
+
+def test_the_files_of_transformers_4_are_read_with_the_added_words(one_file, tokenizer_dir):
+    ours, _ = save_with(GPT2TokenizerFast.from_pretrained(str(one_file)), one_file, ["<user>"])
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer_dir / name, one_file)
+    (one_file / "added_tokens.json").write_text('{"<pad>": 400, "<user>": 401}')
+    both = load_tokenizer(one_file)
+    text = "a <user> b"
+    assert (
+        both.encode_ordinary(text)
+        == ours.encode_ordinary(text)
+        == AutoTokenizer.from_pretrained(one_file)(text)["input_ids"]
+    )
+    assert (both.n_vocab, len(read_token_ids(one_file)), both.decode([401])) == (402, 402, "<user>")
+
+
+def test_added_tokens_without_tokenizer_json_are_refused_with_the_way_out(broken):
+    (broken / "added_tokens.json").write_text('{"<user>": 400}')
+    for read in (load_tokenizer, read_token_ids):
+        with pytest.raises(ValueError, match=r"added_tokens.json adds '<user>' to vocab.json.*save_pretrained"):
+            read(broken)
+    (broken / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    AutoTokenizer.from_pretrained(broken).save_pretrained(broken)
+    assert 400 in load_tokenizer(broken).encode_ordinary("a <user> b")
+
+
+def test_a_post_processor_that_adds_tokens_is_refused(one_file, ours):
+    GPT2TokenizerFast.from_pretrained(str(one_file), add_bos_token=True).save_pretrained(one_file)
+    with pytest.raises(ValueError, match=r'post_processor is a TemplateProcessing.*Set "post_processor" to null'):
+        load_tokenizer(one_file)
+    for harmless in (None, {"type": "ByteLevel", "trim_offsets": True}):
+        edit_tokenizer(one_file, lambda content, value=harmless: content.update(post_processor=value))
+        assert load_tokenizer(one_file).encode_ordinary("A fox") == ours.encode_ordinary("A fox")
 
 
 def test_merges_of_tokenizer_json_may_be_strings(one_file, ours):
@@ -264,9 +393,9 @@ def test_another_tokenizer_json_is_refused_with_its_name(one_file, change, messa
         load_tokenizer(one_file)
 
 
-def test_the_number_of_ids_is_counted_without_loading(tokenizer_dir, tmp_path):
-    assert count_tokens(tokenizer_dir) == 400
-    assert count_tokens(tmp_path) is None
+def test_ids_are_read_without_loading_the_tokenizer(tokenizer_dir, tmp_path):
+    assert sorted(read_token_ids(tokenizer_dir).values()) == list(range(400))
+    assert read_token_ids(tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------ GPT-2's own BPE
