@@ -299,7 +299,7 @@ def profiling(stage: Stage) -> None:
     with stage.attempt("training"):
         base, examples = stage.base(preset, trainable_model), stage.examples(preset)
         model = add_lora(load_pretrained(base, device=stage.device), LoraConfig(rank=8), seed=0)
-        config = TrainConfig(batch_size=sizes.batch_size, precision="bf16-mixed", learning_rate=3e-4, max_steps=4)
+        config = TrainConfig(batch_size=sizes.batch_size, precision="bf16-mixed", learning_rate=3e-4, max_steps=40)
         stage.record(training=_profile(stage, lambda: finetune(model, examples, [], config)))
     prompts, engine = _prompts(stage), Ours(stage.base(sizes.decode), "bf16", max(sizes.n_requests))
     for n in (1, max(sizes.n_requests)):

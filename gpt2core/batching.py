@@ -12,6 +12,9 @@ from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
 from gpt2core.tensors import int_tensor, to_device
 
 IGNORED = -100  # a label without a loss, as in F.cross_entropy
+# Sizes of padded batches are rounded up to multiples: a 16th of the tokens and half of the labels at the last power of
+# two, at least of these. A shape costs two slow steps, so few shapes save more than padding costs.
+LEAST_TOKENS, LEAST_LABELS = 4096, 1024
 PADDING = 64  # tokens in a sequence of padding, about; a long one would raise the longest sequence of the batch
 
 
@@ -74,13 +77,13 @@ def pack(
         owners += [i] * (len(ids) - first[i])
     texts, n_tokens, n_labels = [lengths[i] for i in order], sum(lengths) + shared * len(examples), len(labels)
     if padded:
-        step = _bucket_step(len(input_ids), 16)
+        step = _bucket_step(max(len(input_ids), LEAST_TOKENS), 16)
         n_texts = -(-step // PADDING)
         n = n_texts + -(len(input_ids) + n_texts) % step  # at least one token in each
         texts += [n // n_texts + (i < n % n_texts) for i in range(n_texts)]
         input_ids += [0] * n
         positions += [0] * n
-        n_ignored = -n_labels % _bucket_step(n_labels, 8)
+        n_ignored = -n_labels % _bucket_step(max(n_labels, LEAST_LABELS), 2)
         labels += [IGNORED] * n_ignored
         labeled += [len(input_ids) - 1] * n_ignored
         owners += [0] * n_ignored

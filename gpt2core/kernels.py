@@ -5,6 +5,7 @@ and when torch's public API does the same, so that the workaround can go.
 """
 
 import ctypes
+import gc
 import logging
 import mmap
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from math import prod
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 import torch
@@ -174,6 +176,15 @@ def softmax_gradient(grad: Tensor, y: Tensor) -> Tensor:
     return cast(Tensor, torch._softmax_backward_data(grad, y, -1, y.dtype))
 
 
+_CAPTURING = Lock()  # a process can capture one graph at a time
+
+
+@cache
+def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
+    """The same one for all graphs of a device, which can then share memory."""
+    return torch.cuda.Stream(device)
+
+
 def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = None) -> "tuple[torch.cuda.CUDAGraph, T]":
     """`compute` as a CUDA graph, and what it returned: tensors that each replay writes.
 
@@ -183,13 +194,22 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
     Raises:
         RuntimeError: the device cannot capture it. The current stream is as before.
     """
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(device),
-        torch.cuda.stream(torch.cuda.current_stream(device)),  # torch.cuda.graph does not restore it after an error
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),  # other threads may use the device
-    ):
-        outputs = compute()
+    graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
+    if pool is None:  # else what was freed on the way to the first graph is not missed
+        torch.cuda.empty_cache()
+        pool = torch.cuda.graph_pool_handle()
+    # torch.cuda.graph would wait for the device and empty the allocator's caches each time, for 100 ms or so
+    with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(_capture_stream(device)):
+        gc.disable()  # freeing another graph is not allowed meanwhile
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may use the device
+            try:
+                outputs = compute()
+            finally:
+                graph.capture_end()
+        finally:
+            if was_enabled:
+                gc.enable()
     return graph, outputs
 
 

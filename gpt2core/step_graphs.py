@@ -8,6 +8,7 @@ stay where they are, so they are set to zero in place.
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +61,7 @@ class StepGraphs:
     def __call__(self, batch: Batch, n_labels: int) -> Tensor:
         """The returned sum is overwritten by the next call."""
         key = _shape(batch)
-        if key not in self._graphs and len(self._graphs) < MAX_GRAPHS:
+        if self._is_enabled and key not in self._graphs and len(self._graphs) < MAX_GRAPHS:
             self._graphs[key] = None  # a warm-up: what libraries allocate at their first call must not be captured
         elif self._is_enabled and key in self._graphs:
             try:
@@ -69,10 +70,22 @@ class StepGraphs:
                     self._check(graph, batch, n_labels)
                 return self._replay(graph, batch, n_labels)
             except Exception as error:  # any error: training does not need graphs
-                logger.warning("no CUDA graph of a training step, training without, which is slower: %s", error)
-                self._is_enabled = False
-                self._graphs.clear()
+                self._stop(error)
+        if not any(self._graphs.values()):
+            return add_gradients(self._model, batch, n_labels)
+        try:
+            with _restoring_gradients(self._model, always=False):
+                return add_gradients(self._model, batch, n_labels)
+        except torch.OutOfMemoryError as error:  # the graphs keep memory that this step may need
+            self._stop(error)
+        torch.cuda.empty_cache()  # not above: the error's traceback refers to tensors
         return add_gradients(self._model, batch, n_labels)
+
+    def _stop(self, error: Exception) -> None:
+        reason = error.__context__ or error  # that of an error within a capture, which then ends with another one
+        logger.warning("no CUDA graph of a training step, training without, which is slower: %s", reason)
+        self._is_enabled = False
+        self._graphs.clear()
 
     def _replay(self, graph: _Graph, batch: Batch, n_labels: int) -> Tensor:
         self._n_labels.fill_(n_labels)
@@ -87,13 +100,11 @@ class StepGraphs:
         Raises:
             RuntimeError: the loss or the gradients differ by more than rounding.
         """
-        grads = [weight.grad for weight in self._model.parameters() if weight.grad is not None]
-        before, losses, added = [grad.clone() for grad in grads], list[Tensor](), list[list[Tensor]]()
+        losses, added = list[Tensor](), list[list[Tensor]]()
         for compute in (partial(add_gradients, self._model), partial(self._replay, graph)):
-            losses.append(compute(batch, n_labels).clone())
-            added.append([grad - old for grad, old in zip(grads, before, strict=True)])
-            for grad, old in zip(grads, before, strict=True):
-                grad.copy_(old)
+            with _restoring_gradients(self._model, always=True) as grads:
+                losses.append(compute(batch, n_labels).clone())
+                added.append([grad - before for grad, before in grads])
         norms = torch.stack([one.norm() for one in added[0]])
         errors = torch.stack([(one - other).norm() for one, other in zip(*added, strict=True)])
         is_equal = (errors <= 0.1 * norms + 0.001 * norms.norm()).all()  # bf16, and sums in another order
@@ -107,6 +118,20 @@ class StepGraphs:
         graph, loss = capture_graph(compute, self._n_labels.device, pool)
         logger.debug("captured a CUDA graph of a training step of %d tokens", batch.input_ids.numel())
         return _Graph(graph, batch, loss)
+
+
+@contextmanager
+def _restoring_gradients(model: GPT2, always: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The gradients and what they were before. They are set to that at the end: always, or only after an error."""
+    grads = [(weight.grad, weight.grad.clone()) for weight in model.parameters() if weight.grad is not None]
+    is_done = False
+    try:
+        yield grads
+        is_done = True
+    finally:
+        if always or not is_done:
+            for grad, before in grads:
+                grad.copy_(before)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

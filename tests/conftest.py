@@ -43,7 +43,7 @@ def pytest_ignore_collect(collection_path, config):
     if config.option.markexpr != "gpu" or "tests" not in collection_path.parts:
         return None
     path = collection_path.relative_to(ROOT / "tests").as_posix()
-    return None if path in (".", "gpt2core", "gpt2core/test_gpu.py") else True
+    return None if path in (".", "gpt2core", "gpt2core/test_gpu.py", "gpt2core/test_cuda.py") else True
 
 
 @pytest.fixture(scope="session")

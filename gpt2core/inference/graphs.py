@@ -126,7 +126,12 @@ class RowDecoder:
             try:
                 self._graphs[key] = self._capture(n, width, stack)
             except Exception as error:  # any error: decoding does not need graphs
-                logger.warning("no CUDA graph for %d rows of %d columns, decoding without: %s", n, width, error)
+                logger.warning(
+                    "no CUDA graph for %d rows of %d columns, decoding without: %s",
+                    n,
+                    width,
+                    error.__context__ or error,
+                )
                 self.uses_graphs = False
                 self._graphs.clear()
                 return self._compute(n, width, stack)

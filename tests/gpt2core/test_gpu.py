@@ -176,7 +176,7 @@ def test_training_steps_do_not_wait_for_the_gpu(tiny_gpt2_dir):
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
 
-    waits(1)  # what happens only once in a process
+    waits(3)  # what happens only once in a process
     # in three epochs a graph is captured, whose check waits once
     assert waits(3) == waits(8) > 0
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt2core import sequences
+from gpt2core import batching, sequences, step_graphs
 from gpt2core.batching import pack
 from gpt2core.config import LoraConfig
 from gpt2core.data import Example
@@ -20,6 +20,8 @@ from tests.helpers import randomise_lora
 @pytest.fixture
 def model(tiny_config, monkeypatch):
     monkeypatch.setattr(sequences, "varlen_attention", attention_by_sequence)
+    monkeypatch.setattr(batching, "LEAST_TOKENS", 1)  # otherwise batches as small as these have one shape
+    monkeypatch.setattr(batching, "LEAST_LABELS", 1)
     model = GPT2(tiny_config, torch.Generator().manual_seed(0))
     return randomise_lora(add_lora(model, LoraConfig(rank=2), seed=0)).train()
 
@@ -76,6 +78,38 @@ def test_graphs_with_other_gradients_are_not_used(model, monkeypatch, caplog, fa
     compare_with_plain_steps(model)
     assert len(captured) == 1
     assert caplog.text.count("its gradients are not those") == 1
+
+
+@pytest.mark.parametrize("call", [2, 3])  # the check of the first graph, and the first batch of another shape
+def test_running_out_of_memory_beside_graphs_ends_them_and_changes_no_gradient(model, monkeypatch, caplog, call):
+    """Where the graphs keep too much memory, a step without one fails in the middle of its backward pass."""
+    calls, failing = [], next(layer for _, layer in lora_layers(model)).lora_A
+
+    def counted(*arguments):
+        calls.append(arguments)
+        hook = None
+        if len(calls) == call:
+            hook = failing.register_post_accumulate_grad_hook(out_of_memory)
+        try:
+            return add_gradients(*arguments)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def out_of_memory(weight):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    caplog.set_level("WARNING")
+    monkeypatch.setattr(step_graphs, "add_gradients", counted)
+    stand_in(monkeypatch)
+    small, large = batches(2, True)
+    step, copy = StepGraphs(model), deepcopy(model)
+    for batch in (small, small, large, small):
+        step(batch, 3)
+        add_gradients(copy, batch, 3)
+    assert caplog.text.count("no CUDA graph of a training step, training without, which is slower: CUDA out of") == 1
+    for one, other in zip(gradients(model), gradients(copy), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_without_graphs_training_goes_on(model, caplog):
