@@ -13,7 +13,16 @@ from torch import Tensor
 
 from gpt2core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter, save_adapter
 from gpt2core.config import GPT2Config
-from gpt2core.files import atomic_write, directory_sha256, file_sha256, json_bytes, read_json, read_text, write_files
+from gpt2core.files import (
+    atomic_write,
+    directory_sha256,
+    file_sha256,
+    json_bytes,
+    read_json,
+    read_text,
+    shard_files,
+    write_files,
+)
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
@@ -243,14 +252,8 @@ def _weight_files(directory: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
         )
-    index = read_json(directory / INDEX)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{directory / INDEX}: 'weight_map' must map keys to file names")
-    names = sorted(set(weight_map.values()))
+    names = shard_files(directory)
     for name in names:
-        if Path(name).name != name:  # a downloaded checkpoint must not reach outside its directory
-            raise ValueError(f"{directory / INDEX}: shard {name!r} is not a plain file name")
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} does not exist, but {INDEX} names it")
     return [directory / name for name in names]

@@ -422,7 +422,7 @@ def test_an_index_cannot_reach_outside_its_directory(sharded, name):
     index["weight_map"]["transformer.wte.weight"] = name
     file.write_text(json.dumps(index))
     save_file({"transformer.wte.weight": torch.zeros(97, 32)}, sharded.parent / "x.safetensors")
-    refused(sharded, f"{file}: shard '{name}' is not a plain file name")
+    refused(sharded, f"{file}: shard '{name}' is not the plain name of a .safetensors file")
 
 
 @pytest.mark.parametrize("weight_map", [[], None, {"wte.weight": 5}], ids=repr)
