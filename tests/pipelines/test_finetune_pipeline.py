@@ -31,6 +31,7 @@ from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import Lineage, TrainSummary
 from run import main
+from steps.outputs import RUN_ID
 from tests.copies import ROOT
 from tests.deploy import kube_api
 from tests.deploy.kube_api import TOKEN
@@ -56,7 +57,16 @@ def test_every_step_completes_and_the_command_says_where_the_results_are(dev_run
 
 def test_outputs_latest_links_to_the_files_of_the_run(dev_run):
     assert dev_run.directory.name == dev_run.record.name
-    assert {path.name for path in dev_run.directory.iterdir()} == FILES | {"adapter", "base", "bento.txt"}
+    assert {path.name for path in dev_run.directory.iterdir()} == FILES | {"adapter", "base", "bento.txt", RUN_ID}
+
+
+def test_a_second_run_of_the_same_name_is_one_line_and_the_first_keeps_its_directory(outputs, dev_run, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"run_name: {dev_run.record.name}\n{Path(DEV).read_text()}")
+    result = invoke(outputs, config=str(config))
+    [line] = [line for line in result.output.splitlines() if line]
+    assert line.startswith(f"Error: {config}: run_name is {dev_run.record.name!r}, but a run in ZenML's store has")
+    assert (dev_run.directory / "lineage.json").is_file()
 
 
 def test_split_json_has_the_digest_and_size_of_each_part(dev_run):
