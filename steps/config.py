@@ -67,6 +67,11 @@ class DataConfig:
         check_field(self, "val_fraction", 0 <= self.val_fraction < 0.5, "0, for no validation, or below 0.5")
         check_field(self, "test_fraction", 0 < self.test_fraction < 0.5, "above 0 and below 0.5")
 
+    def check_patience(self, train: TrainConfig) -> None:
+        """`check_patience` for what the configuration says; the step `split_data` checks the records."""
+        if not self.val_fraction and not self.val_path and self.source in ("bundled", "url"):
+            check_patience(train.patience, self, n_val=0)
+
 
 @dataclass(frozen=True)
 class BaseConfig:
@@ -218,6 +223,15 @@ def check_rank(lora: LoraConfig, n_embd: int) -> None:
     """
     if lora.rank > n_embd:
         raise ValueError(f"lora.rank is {lora.rank}; it must be at most {n_embd}, the width of the base (n_embd)")
+
+
+def check_patience(patience: int | None, data: DataConfig, n_val: int) -> None:
+    """Raise ValueError if training is to stop by the validation loss, but there are no validation records."""
+    if patience is not None and not n_val:
+        raise ValueError(
+            f"train.patience is {patience}, but there are no validation records; raise data.val_fraction, which is "
+            f"{data.val_fraction:g}, or set train.patience to null"
+        )
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,14 @@ def test_too_few_records_fail_before_pretraining(outputs, tmp_path):
     assert "prepare_base" not in newest_run().steps
 
 
+def test_patience_without_validation_records_in_the_file_fails_before_pretraining(outputs, tmp_path):
+    file = tmp_path / "few.json"
+    file.write_text(json.dumps([{"instruction": f"Say {i}.", "output": str(i)} for i in range(8)]))
+    result = invoke(outputs, "data.source=file", f"data.path={file}", "train.patience=3", "seed=5")
+    assert "train.patience is 3, but there are no validation records" in result.output
+    assert "prepare_base" not in newest_run().steps
+
+
 def test_a_file_of_records_is_read_in_every_run(outputs, dev_run, tmp_path):
     file = tmp_path / "mine.jsonl"
     values = ("data.source=file", f"data.path={file}", f"data.n_facts={N_FACTS}")
