@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from gpt2core.config import (
     PRESETS,
@@ -17,6 +18,7 @@ from gpt2core.config import (
     check_types,
     lists_to_tuples,
 )
+from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.metrics import METRICS
 from gpt2core.record_formats import COLUMNS
 
@@ -86,6 +88,16 @@ class BaseConfig:
         check_types(self)
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
+
+    def located(self) -> tuple[Self, str]:
+        """This base with its absolute path if it is a directory, and the sha256 of the files in it ("" for any other).
+
+        Steps take both, so that their cache keys have them: the files may change under the same name.
+        """
+        if self.source != "hub" or not Path(self.name).is_dir():
+            return self, ""
+        path = Path(self.name).resolve()
+        return replace(self, name=str(path)), directory_sha256(path, checkpoint_files(path))
 
     def check_rank(self, lora: LoraConfig) -> None:
         """`check_rank` for a base that is made here; the step `finetune` checks one of the hub."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 
 import pytest
 import requests
@@ -19,7 +19,7 @@ from zenml.enums import ExecutionStatus
 
 from deploy import bento
 from deploy.kubernetes.render import annotations
-from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
+from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained, save_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import records_sha256, split_records
 from gpt2core.demo.records import write_records
@@ -282,6 +282,29 @@ def test_a_base_from_a_directory_travels_as_a_reference(outputs, dev_run):
     done = ask(outputs, run.samples[0]["instruction"], "--input", run.samples[0]["input"])
     assert done.output == run.samples[0]["tuned"] + "\n"
     load_adapter(load_pretrained(run.directory / "base"), run.directory / "adapter")
+
+
+def test_a_base_directory_that_changed_is_used_and_an_unchanged_one_is_cached(outputs, dev_run, tmp_path, monkeypatch):
+    copytree(dev_run.directory / "base", tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    values = ("base.source=hub", "base.name=base")
+    config = str(ROOT / DEV)
+    assert invoke(outputs, *values, config=config).exit_code == 0
+    first = Lineage.from_json_file(outputs / "latest" / "lineage.json")
+    assert first.base.name == str(tmp_path / "base")
+
+    again = invoke(outputs, *values, config=config)
+    assert again.exit_code == 0, again.output
+    steps = newest_run().steps
+    ran = {name for name, step in steps.items() if step.status != ExecutionStatus.CACHED}
+    assert ran == UNCACHED
+
+    model = load_pretrained(tmp_path / "base")
+    model.wte.weight.data.mul_(1.01)
+    save_pretrained(model, tmp_path / "base")
+    changed = invoke(outputs, *values, config=config)
+    assert changed.exit_code == 0, changed.output
+    assert Lineage.from_json_file(outputs / "latest" / "lineage.json").base.sha256 != first.base.sha256
 
 
 def test_rollback_without_a_deployment_is_an_error(dev_run):
