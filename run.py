@@ -327,16 +327,16 @@ def image(which: str) -> None:
     """
     from deploy.containers import images
     from gpt2core.checkpoint import atomic_write
-    from steps.outputs import outputs_dir
+    from steps.outputs import shared_path
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger(images.__name__).setLevel(logging.DEBUG)
-    newest = outputs_dir() / "latest" / "bento.txt"
+    newest = shared_path("latest") / "bento.txt"
     if which == "service" and not newest.is_file():
         raise click.ClickException("there is no Bento yet; make run builds one")
     with _one_line():
         built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
-    sbom = outputs_dir() / "images" / f"{built.reference.replace(':', '-')}.cdx.json"
+    sbom = shared_path("images") / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)
     click.echo(f"SBOM: {sbom}\n{built.reference}")
 

@@ -11,7 +11,7 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
 from steps.adapters.comparison import Compared, ComparedRun, write_comparison
 from steps.adapters.statistics import differences, intervals, score
-from steps.outputs import outputs_dir
+from steps.outputs import outputs_dir, shared_path
 
 
 class CompareError(ValueError):
@@ -42,7 +42,7 @@ def compare(names: Sequence[str]) -> tuple[str, Path]:
         differences=[_differences(run, runs[0]) for run in runs[1:]],
         changed_answers=[each for each in by_record if len({s.tuned_scores.exact_match for s in each}) > 1],
     )
-    return _table(compared), write_comparison(compared, outputs_dir() / "compare.html")
+    return _table(compared), write_comparison(compared, shared_path("compare.html"))
 
 
 def _find(name: str) -> TracedRun:

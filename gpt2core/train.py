@@ -179,11 +179,13 @@ def pretrain(
     """
     T, device = model.config.n_positions, model.wte.weight.device
     per_step = config.batch_size * config.gradient_accumulation_steps
-    steps_per_pass = (len(tokens) - T - 1) // T // per_step
+    sequences = (len(tokens) - T - 1) // T
+    steps_per_pass = sequences // per_step
     if steps_per_pass < 1:
-        raise ValueError(
-            f"{len(tokens)} tokens are too few for a step of {per_step} sequences of {T}; lower batch_size"
-        )
+        way_out = f"lower batch_size or gradient_accumulation_steps to a product of at most {sequences}"
+        if sequences < 1:  # not even a step of one
+            way_out = "use a longer text, or a lower model.n_positions"
+        raise ValueError(f"{len(tokens)} tokens are too few for a step of {per_step} sequences of {T}; {way_out}")
 
     def batches_of(step: int) -> list[Batch]:
         this_pass, step_in_pass = divmod(step, steps_per_pass)

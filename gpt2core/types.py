@@ -259,7 +259,7 @@ class Commit(JsonDataclass):
 
 @dataclass(frozen=True)
 class BaseRef(JsonDataclass):
-    """The base model; revision is "" unless it comes from the hub."""
+    """The base model; revision is "" unless it comes from the hub. The name of a directory is its absolute path."""
 
     name: str
     revision: str

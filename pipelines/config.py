@@ -57,6 +57,10 @@ def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
     Args:
         source: where the configuration comes from, for the message.
     """
+    names = list(signature(pipeline.entrypoint).parameters)
+    if isinstance(config, Mapping):
+        known = list(PipelineRunConfiguration.model_fields)
+        check_names(config, known, "", source, {name: f"parameters.{name}" for name in names if name not in known})
     _check_keys(config, PipelineRunConfiguration, "", source)
     for name in ("parameters", "steps", "model"):
         if not isinstance(config.get(name), Mapping | None):
@@ -65,7 +69,7 @@ def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
     check_names(config.get("steps") or {}, sorted(steps), "steps", source)
     parameters = config.get("parameters") or {}
     types = get_type_hints(pipeline.entrypoint, include_extras=True)
-    check_names(parameters, list(signature(pipeline.entrypoint).parameters), "parameters", source)
+    check_names(parameters, names, "parameters", source)
     for name, value in parameters.items():
         _check_keys(value, types[name], f"parameters.{name}", source)
         _check_value(value, types[name], f"parameters.{name}", source)
@@ -84,7 +88,7 @@ def _set_value(config: dict[str, Any], assignment: str) -> None:
         value = load_yaml(text)
     except ValueError as error:
         raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from None
-    *parents, last = path.split(".")
+    *parents, last = path.removeprefix("parameters.").split(".")
     mapping = config
     for key in ("parameters", *parents):
         if mapping.get(key) is None:
@@ -178,9 +182,21 @@ def _shorten(value: Any) -> str:
     return short.repr(value)
 
 
+# pydantic's names of Python types -> those of YAML
+_YAML_TERMS = {
+    "a valid tuple": "a list",
+    "a valid list": "a list",
+    "a valid dictionary": "a mapping",
+    "Tuple ": "The list ",
+}
+
+
 def _first(error: ValidationError, path: str) -> str:
     detail = error.errors()[0]
     where = ".".join([path, *map(str, detail["loc"])]).strip(".")
+    message = detail["msg"].removeprefix("Value error, ")
+    for python, yaml in _YAML_TERMS.items():
+        message = message.replace(python, yaml)
     is_number = detail["type"] == "string_type" and isinstance(detail["input"], int | float)
     quotes = "; put it in quotes" if is_number else ""
-    return f"{where}: {detail['msg'].removeprefix('Value error, ')} (got {_shorten(detail['input'])}){quotes}"
+    return f"{where}: {message} (got {_shorten(detail['input'])}){quotes}"

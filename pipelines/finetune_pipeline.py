@@ -51,12 +51,14 @@ def finetune_pipeline(
     if lora.dora:  # the service applies adapters unmerged, which the engine cannot do with DoRA
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
     base.check_rank(lora)
+    data.check_patience(train)
+    base, base_sha256 = base.located()
     # Local files may change under the same name, so they are always read. Later steps are cached by the records.
     fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
-    records = fetch(data, base, seed)
-    train_records, val_records, test_records, split = split_data(records, data, seed)
+    records = fetch(data, base, seed, base_sha256)
+    train_records, val_records, test_records, split = split_data(records, data, seed, train.patience)
     # After the split, which fails early if the data is wrong.
-    base_dir = prepare_base(base, data.n_facts, seed, after="split_data")
+    base_dir = prepare_base(base, data.n_facts, seed, base_sha256, after="split_data")
     adapter, history, train_summary = finetune(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )

@@ -17,6 +17,7 @@ from pipelines.config import read_config, set_values
 from pipelines.interrupts import interruptible
 from pipelines.notify import notifying_webhook
 from pipelines.processes import Process, fail_killed_runs
+from pipelines.run_name import check_unused_run_name
 from pipelines.stack import check_stack
 from pipelines.zenml_compat import INTERRUPTIONS, short_errors, short_store_errors, verified_cache
 from steps.config import BaseConfig, default_learning_rate
@@ -39,7 +40,7 @@ def start(
         options: further options of `Pipeline.with_options`.
 
     Raises:
-        ConfigError: the configuration or the active stack is not usable; nothing has run.
+        ConfigError: the configuration, its run_name or the active stack is not usable; nothing has run.
         RunError: ZenML's database failed, a step failed (ZenML's log of the step has the traceback), or the run was
             stopped.
     """
@@ -48,6 +49,7 @@ def start(
         set_values(config, assignments, pipeline)
     if {"base", "train"} <= signature(pipeline.entrypoint).parameters.keys() and _finetunes(config):
         _set_learning_rate(config)
+    check_unused_run_name(config, config_file)
     check_stack(config, config_file)
     # Recorded here: a step's container has no git.
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}

@@ -24,9 +24,9 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     """Data, split and base use the run's seed, adapters the trial's. Variants of decoding alone share an adapter."""
     shared = _SharedSteps()
 
-    def prepare(data: Any, base: Any) -> Any:
+    def prepare(data: Any, base: Any, base_sha256: str) -> Any:
         fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
-        records = fetch(data, base, seed, id=shared.name("fetch_data"))
+        records = fetch(data, base, seed, base_sha256, id=shared.name("fetch_data"))
         return split_data(records, data, seed, id=shared.name("split_data"))
 
     def train_adapters(parts: Any, base: Any, lora: Any, train: Any) -> list[Any]:
@@ -43,11 +43,12 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     def run(label: str, parameters: Parameters, trial_seed: int) -> Any:
         data, base, lora, generation = (parameters[name] for name in ("data", "base", "lora", "generation"))
         train = replace(parameters["train"], seed=trial_seed)
-        parts = shared.get("data", (data, base), lambda: prepare(data, base))
+        base, base_sha256 = shared.get("located", base, base.located)
+        parts = shared.get("data", (data, base), lambda: prepare(data, base, base_sha256))
         base_dir = shared.get(
             "base",
             (base, data.n_facts),
-            lambda: prepare_base(base, data.n_facts, seed, id=shared.name("prepare_base")),
+            lambda: prepare_base(base, data.n_facts, seed, base_sha256, id=shared.name("prepare_base")),
         )
         adapters = shared.get(
             "adapters", (data, base, lora, train), lambda: train_adapters(parts, base_dir, lora, train)

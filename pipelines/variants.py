@@ -42,6 +42,7 @@ def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
         if sweep.kind == "finetune":
             try:
                 variant["base"].check_rank(variant["lora"])
+                variant["data"].check_patience(variant["train"])
             except ValueError as error:
                 raise ConfigError(f"sweep.variants.{label}: {error}") from None
     return variants

@@ -6,7 +6,7 @@ from zenml.types import HTMLString
 from gpt2core.trials import Trial
 from steps.adapters.sweep_report import write_sweep
 from steps.config import SweepConfig
-from steps.outputs import outputs_dir
+from steps.outputs import shared_path
 
 
 @step(enable_cache=False)
@@ -14,6 +14,6 @@ def compare_trials(
     trials: list[Trial], sweep: SweepConfig
 ) -> tuple[Annotated[HTMLString, "sweep_report"], Annotated[str, "table"], Annotated[str, "directory"]]:
     """Compare all trials, as a page and as a table; also written below outputs/experiments/."""
-    directory = outputs_dir() / "experiments" / (sweep.name if sweep.scale == "small" else f"{sweep.name}-full")
+    directory = shared_path("experiments") / (sweep.name if sweep.scale == "small" else f"{sweep.name}-full")
     write_sweep(trials, sweep, directory)
     return HTMLString((directory / "report.html").read_text()), (directory / "table.md").read_text(), str(directory)

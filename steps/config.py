@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from gpt2core.config import (
     PRESETS,
@@ -17,6 +18,7 @@ from gpt2core.config import (
     check_types,
     lists_to_tuples,
 )
+from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.metrics import METRICS
 from gpt2core.record_formats import COLUMNS
 
@@ -67,6 +69,11 @@ class DataConfig:
         check_field(self, "val_fraction", 0 <= self.val_fraction < 0.5, "0, for no validation, or below 0.5")
         check_field(self, "test_fraction", 0 < self.test_fraction < 0.5, "above 0 and below 0.5")
 
+    def check_patience(self, train: TrainConfig) -> None:
+        """`check_patience` for what the configuration says; the step `split_data` checks the records."""
+        if not self.val_fraction and not self.val_path and self.source in ("bundled", "url"):
+            check_patience(train.patience, self, n_val=0)
+
 
 @dataclass(frozen=True)
 class BaseConfig:
@@ -81,6 +88,16 @@ class BaseConfig:
         check_types(self)
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
+
+    def located(self) -> tuple[Self, str]:
+        """This base with its absolute path if it is a directory, and the sha256 of the files in it ("" for any other).
+
+        Steps take both, so that their cache keys have them: the files may change under the same name.
+        """
+        if self.source != "hub" or not Path(self.name).is_dir():
+            return self, ""
+        path = Path(self.name).resolve()
+        return replace(self, name=str(path)), directory_sha256(path, checkpoint_files(path))
 
     def check_rank(self, lora: LoraConfig) -> None:
         """`check_rank` for a base that is made here; the step `finetune` checks one of the hub."""
@@ -218,6 +235,15 @@ def check_rank(lora: LoraConfig, n_embd: int) -> None:
     """
     if lora.rank > n_embd:
         raise ValueError(f"lora.rank is {lora.rank}; it must be at most {n_embd}, the width of the base (n_embd)")
+
+
+def check_patience(patience: int | None, data: DataConfig, n_val: int) -> None:
+    """Raise ValueError if training is to stop by the validation loss, but there are no validation records."""
+    if patience is not None and not n_val:
+        raise ValueError(
+            f"train.patience is {patience}, but there are no validation records; raise data.val_fraction, which is "
+            f"{data.val_fraction:g}, or set train.patience to null"
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from zenml import get_step_context, step
 
+from gpt2core.types import RunRef
 from steps.adapters.report import write_curves
 from steps.evaluate_text import TextScores
 from steps.outputs import json_text, write_outputs
@@ -12,12 +13,12 @@ from steps.outputs import json_text, write_outputs
 @step(enable_cache=False)
 def export_base(base: Path, history: list[dict[str, float]], metrics: TextScores) -> Annotated[str, "outputs"]:
     """Write the base and its results below outputs/. outputs/latest stays a finetuning."""
-    run_name = get_step_context().pipeline_run.name
+    run = get_step_context().pipeline_run
     with TemporaryDirectory() as directory:
-        curves = write_curves(history, Path(directory), title=run_name).read_text()
+        curves = write_curves(history, Path(directory), title=run.name).read_text()
     texts = {
         "metrics.json": json_text(metrics.to_json()),
         "samples.txt": "".join(f"{sample}\n\n" for sample in metrics.samples),
         "curves.html": curves,
     }
-    return str(write_outputs(run_name, texts, {"base": base}, pointers=()))
+    return str(write_outputs(RunRef(str(run.id), run.name), texts, {"base": base}, pointers=()))

@@ -8,7 +8,7 @@ from zenml.types import HTMLString
 
 from gpt2core.data import to_jsonl
 from gpt2core.metrics import METRICS
-from gpt2core.types import Comparison, Evaluation, Lineage, Sample, SplitSummary
+from gpt2core.types import Comparison, Evaluation, Lineage, RunRef, Sample, SplitSummary
 from steps.adapters.base import REFERENCE, has_checkpoint, open_base
 from steps.config import PromoteConfig
 from steps.outputs import json_text, write_outputs
@@ -51,7 +51,8 @@ def export_outputs(
         texts[REFERENCE] = (base / REFERENCE).read_text()
         links["base"] = open_base(base)
     pointers = ["latest", *([promotion.stage] if promotion.promoted else [])]
-    directory = write_outputs(get_step_context().pipeline_run.name, texts, folders, links, pointers)
+    run = get_step_context().pipeline_run
+    directory = write_outputs(RunRef(str(run.id), run.name), texts, folders, links, pointers)
     for name, metric in METRICS.items():
         base_score, tuned_score = getattr(metrics.base, name), getattr(metrics.tuned, name)
         champion = comparison.champion_scores

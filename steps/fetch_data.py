@@ -30,14 +30,19 @@ PAST_PARTICIPLES = {"error": "refused", "drop": "dropped", "truncate": "truncate
 
 
 @step(cache_policy=code_of(__name__))
-def fetch_data(data: DataConfig, base: BaseConfig, seed: int) -> Annotated[list[Record], "records"]:
+def fetch_data(
+    data: DataConfig, base: BaseConfig, seed: int, base_sha256: str = ""
+) -> Annotated[list[Record], "records"]:
     """Instruction records: bundled, from a URL with a known sha256, from a dataset of the hub, or from a file.
 
     All problems of the records are reported here, before pretraining: later steps do not know the locations in the
     user's file.
+
+    Args:
+        base_sha256: as `BaseConfig.located`.
     """
     records, origin = read_source(data, seed)
-    tokenizer, context_length = _tokenizer(base, data.n_facts, seed)
+    tokenizer, context_length = _tokenizer(base, base_sha256, data.n_facts, seed)
     try:
         kept, too_long = limit_lengths(records, tokenizer, context_length, data.too_long)
     except ValueError as error:
@@ -126,10 +131,10 @@ def _sha256(path: str) -> str:
     return directory_sha256(path) if Path(path).is_dir() else file_sha256(path)
 
 
-def _tokenizer(base: BaseConfig, n_facts: int | None, seed: int) -> tuple[Encoding, int]:
+def _tokenizer(base: BaseConfig, sha256: str, n_facts: int | None, seed: int) -> tuple[Encoding, int]:
     """The base's tokenizer and its context length in tokens."""
     if base.source == "hub":
-        directory = fetch_base(BaseRef(base.name, base.revision, sha256="")).path
+        directory = fetch_base(BaseRef(base.name, base.revision, sha256)).path
         return load_tokenizer(directory), read_config(directory / CONFIG).n_positions
     with TemporaryDirectory() as temporary:
         tokenizer = make_tokenizer(base.name, seed, n_facts, Path(temporary))

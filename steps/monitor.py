@@ -17,7 +17,7 @@ from steps.adapters.drift import Drift, Signal, measure, write_drift
 from steps.adapters.webhook import WebhookError, post
 from steps.config import MonitorConfig
 from steps.metadata import attach_metadata
-from steps.outputs import json_text, outputs_dir
+from steps.outputs import check_run_name, json_text, shared_path
 from steps.traffic import Traffic, ratings_of, read_traffic, summary
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,13 @@ def alert(drift: Drift, monitor: MonitorConfig) -> Annotated[list[str], "alerted
 
 
 def report_directory(run_name: str) -> Path:
-    """Of a monitoring run: drift.html and drift.json."""
-    return outputs_dir() / "monitoring" / run_name
+    """Of a monitoring run: drift.html and drift.json.
+
+    Raises:
+        ValueError: as `check_run_name`.
+    """
+    check_run_name(run_name)
+    return shared_path("monitoring") / run_name
 
 
 def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse:

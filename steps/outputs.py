@@ -9,10 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import copyfile, copytree, rmtree
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 from uuid import uuid4
 
 from gpt2core.files import atomic_write, naming_file
+from gpt2core.types import RunRef
+
+# What outputs/ has beside the directories of runs
+Shared = Literal["latest", "staging", "production", "experiments", "monitoring", "images", "wandb", "compare.html"]
+RUN_ID = ".run_id"  # lineage.json has the id of the run that built the Bento, which a cached run did not
+MAX_NAME = 200  # bytes; file systems allow 255, and the directory's temporary name is longer
 
 
 def outputs_dir() -> Path:
@@ -20,8 +26,24 @@ def outputs_dir() -> Path:
     return Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or Path(__file__).parent.parent / "outputs")
 
 
+def shared_path(name: Shared) -> Path:
+    return outputs_dir() / name
+
+
+def check_run_name(name: str) -> None:
+    """Raise ValueError unless the run's results can have a directory of this name in outputs/."""
+    plain = name.isprintable() and not {"/", "\\"} & {*name} and not name.startswith(".")
+    if not plain or not 0 < len(name.encode()) <= MAX_NAME:
+        raise ValueError(
+            f"the run's name is {name[:MAX_NAME]!r}; it must be a directory name of 1 to {MAX_NAME} bytes, without "
+            "slashes and not starting with a dot"
+        )
+    if name.lower() in get_args(Shared):  # some file systems ignore case
+        raise ValueError(f"the run's name is {name!r}, which outputs/ uses itself; use another name")
+
+
 def write_outputs(
-    run_name: str,
+    run: RunRef,
     texts: Mapping[str, str | bytes],
     folders: Mapping[str, Path],
     links: Mapping[str, Path] = MappingProxyType({}),
@@ -33,24 +55,43 @@ def write_outputs(
 
     Args:
         pointers: names of links in outputs/.
+
+    Raises:
+        ValueError: as `check_run_name`.
+        FileExistsError: the directory exists and is not of this run; it stays as it is.
     """
-    directory, partial = outputs_dir() / run_name, outputs_dir() / f".{run_name}"
+    check_run_name(run.name)
+    directory, partial = outputs_dir() / run.name, outputs_dir() / f".{run.name}-{run.id}"
+    written = _written_before(directory, run)
     try:
-        _fill(partial, texts, folders, links)
-        rmtree(directory, ignore_errors=True)  # of a step that is retried
+        _fill(partial, {**texts, RUN_ID: run.id}, folders, links)
+        if written:
+            rmtree(directory)
         os.replace(partial, directory)
     except BaseException:
         rmtree(partial, ignore_errors=True)
         raise
     for name in pointers:
-        _link(outputs_dir() / name, Path(run_name))
+        _link(outputs_dir() / name, Path(run.name))
     return directory
+
+
+def _written_before(directory: Path, run: RunRef) -> bool:
+    """Whether this run has written the directory, in an earlier attempt of a step that is retried."""
+    if not os.path.lexists(directory):
+        return False
+    marker = directory / RUN_ID
+    if not marker.is_file() or marker.read_text() != run.id:
+        raise FileExistsError(
+            f"{directory} exists, but is not of the run {run.id}; move it away, or give the next run another run_name"
+        )
+    return True
 
 
 def _fill(
     directory: Path, texts: Mapping[str, str | bytes], folders: Mapping[str, Path], links: Mapping[str, Path]
 ) -> None:
-    rmtree(directory, ignore_errors=True)  # of a run that was killed here
+    rmtree(directory, ignore_errors=True)  # of an attempt that was killed here
     directory.mkdir(parents=True)
     for name, text in texts.items():
         atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
@@ -76,4 +117,4 @@ def json_text(value: Any) -> str:
 
 def wandb_directory() -> Path:
     """The directory of wandb's files, including those of offline runs."""
-    return outputs_dir() / "wandb"
+    return shared_path("wandb")

@@ -19,13 +19,17 @@ from steps.metadata import attach_metadata
 
 @step(cache_policy=code_of(__name__), output_materializers={"base": DirectoryMaterializer})
 def prepare_base(
-    base: BaseConfig, n_facts: int | None, seed: int
+    base: BaseConfig, n_facts: int | None, seed: int, base_sha256: str = ""
 ) -> Annotated[Path, ArtifactConfig(name="base", artifact_type=ArtifactType.MODEL)]:
-    """The base: a directory with the nano model, pretrained here, or with a reference to a model of the hub."""
+    """The base: a directory with the nano model, pretrained here, or with a reference to a model of the hub.
+
+    Args:
+        base_sha256: as `BaseConfig.located`.
+    """
     with output_directory("base-") as directory:
         figures: Figures
         if base.source == "hub":
-            fetched = fetch_base(BaseRef(base.name, base.revision, sha256=""))
+            fetched = fetch_base(BaseRef(base.name, base.revision, base_sha256))
             ref, figures = fetched.ref, {"path": str(fetched.path)}
         else:
             figures = _make(base, n_facts, seed, directory)

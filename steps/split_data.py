@@ -5,21 +5,26 @@ from zenml import step
 from gpt2core.data import Record, Split, records_sha256, split_records
 from gpt2core.types import SplitPart, SplitSummary
 from steps.cache import code_of
-from steps.config import DataConfig
+from steps.config import DataConfig, check_patience
 from steps.metadata import attach_metadata
 
 
 @step(cache_policy=code_of(__name__))
 def split_data(
-    records: list[Record], data: DataConfig, seed: int
+    records: list[Record], data: DataConfig, seed: int, patience: int | None = None
 ) -> tuple[
     Annotated[list[Record], "train_records"],
     Annotated[list[Record], "val_records"],
     Annotated[list[Record], "test_records"],
     Annotated[SplitSummary, "split"],
 ]:
-    """Split into train, validation and test records with whole groups; also returns size and sha256 of each part."""
+    """Split into train, validation and test records with whole groups; also returns size and sha256 of each part.
+
+    Args:
+        patience: of training, which fails without validation records; checked here, before pretraining.
+    """
     parts = split_records(records, seed if data.order == "seed" else None, data.val_fraction, data.test_fraction)
+    check_patience(patience, data, len(parts.val))
     summary = {
         name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)
     }

@@ -39,8 +39,10 @@ def fetch_base(base: BaseRef) -> Fetched:
     Raises:
         HubError: the download fails, files are missing, or the sha256 differs.
     """
+    is_directory = Path(base.name).is_dir()
     try:
-        path = Path(base.name) if Path(base.name).is_dir() else _download_base(base)
+        # Resolved, because later commands have another working directory and links such as outputs/latest change.
+        path = Path(base.name).resolve() if is_directory else _download_base(base)
         files = checkpoint_files(path)
         if missing := _missing(path, files):
             raise HubError(f"{base.name} has no {missing}")
@@ -57,8 +59,8 @@ def fetch_base(base: BaseRef) -> Fetched:
             f"{base.name} at {base.revision or path} has sha256 {found}, but {base.sha256} was recorded; "
             "it changed after the run"
         )
-    revision = "" if Path(base.name).is_dir() else base.revision
-    return Fetched(BaseRef(base.name, revision, found), path)
+    name, revision = (str(path), "") if is_directory else (base.name, base.revision)
+    return Fetched(BaseRef(name, revision, found), path)
 
 
 def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:

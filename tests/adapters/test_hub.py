@@ -56,6 +56,15 @@ def test_a_directory_is_a_base_named_by_its_path_with_the_digest_of_its_model_fi
     load_pretrained(fetched.path)
 
 
+def test_the_reference_to_a_directory_holds_in_another_working_directory(copy, monkeypatch, tmp_path):
+    monkeypatch.chdir(copy)
+    fetched = fetch("../base")
+    monkeypatch.chdir("/")
+    assert fetch_base(fetched.ref) == fetched
+    (tmp_path / "link").symlink_to(copy)
+    assert fetch(tmp_path / "link").ref == fetched.ref  # a link like outputs/latest may change
+
+
 def test_sharded_weights_are_part_of_the_digest(copy):
     model = GPT2LMHeadModel.from_pretrained(copy)
     (copy / "model.safetensors").unlink()

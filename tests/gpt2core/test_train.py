@@ -481,9 +481,10 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(small, monkey
     assert taken["AdamW"] == {id(p) for p in small.parameters()} - matrices
 
 
-def test_a_text_too_short_for_a_step_is_refused(small):
-    with pytest.raises(ValueError, match="40 tokens are too few for a step of 8 sequences of 16"):
-        pretrain(small, torch.zeros(40, dtype=torch.long), PretrainConfig())
+@pytest.mark.parametrize(("tokens", "way_out"), [(40, "product of at most 1"), (32, "lower model.n_positions")])
+def test_a_text_too_short_for_a_step_is_refused(small, tokens, way_out):
+    with pytest.raises(ValueError, match=f"{tokens} tokens are too few for a step of 8 sequences of 16; .*{way_out}"):
+        pretrain(small, torch.zeros(tokens, dtype=torch.long), PretrainConfig())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

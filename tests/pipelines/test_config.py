@@ -80,6 +80,9 @@ def test_a_misspelled_key_at_any_level_is_refused_with_the_correct_one(key):
         ),
         ("parameters: {base: {pretrain: {max_step: 1}}}", ["parameters.base.pretrain.max_step", "max_steps"]),
         ("parameter: {seed: 1}", ["parameter", "parameters"]),
+        ("train: {epochs: 3}", ["'train'", "did you mean 'parameters.train'?"]),
+        ("seed: 3", ["'seed'", "did you mean 'parameters.seed'?"]),
+        ("lorra: {rank: 3}", ["'lorra'", "did you mean 'parameters.lora'?"]),
         ("steps: {finetun: {enable_cache: false}}", ["steps.finetun", "finetune"]),
         ("steps: {finetune: {enable_cach: false}}", ["steps.finetune.enable_cach", "enable_cache"]),
         ("steps: {finetune: {settings: {resources: {gpu_cout: 1}}}}", ["settings.resources.gpu_cout", "gpu_count"]),
@@ -91,6 +94,8 @@ def test_a_misspelled_key_at_any_level_is_refused_with_the_correct_one(key):
         ("parameters: {lora: {rank: 0}}", ["parameters.lora", "rank", "0", "at least 1"]),
         ("parameters: {lora: {rank: eight}}", ["parameters.lora.rank", "eight"]),
         ("parameters: {lora: {targets: [q, w]}}", ["targets", "w"]),
+        ("parameters: {lora: {targets: q}}", ["mine.yaml: parameters.lora.targets: Input should be a list (got 'q')"]),
+        ("parameters: {data: {columns: x}}", ["data.columns", "should be a mapping (got 'x')"]),
         ("parameters: {seed: true}", ["parameters.seed", "True"]),
         ("parameters: {train: 3}", ["parameters.train", "3", "mapping"]),
         ("parameters: {train: {seed: 3}}", ["parameters.train.seed", "parameters.seed"]),
@@ -132,6 +137,12 @@ def test_set_changes_a_nested_value():
     config = {"parameters": {"seed": 1}}
     set_values(config, ["base.pretrain.max_steps=7"], finetune_pipeline)
     assert config == {"parameters": {"seed": 1, "base": {"pretrain": {"max_steps": 7}}}}
+
+
+def test_set_accepts_the_path_of_a_key_in_the_file():
+    config: dict = {}
+    set_values(config, ["parameters.train.epochs=2", "parameters.seed=1"], finetune_pipeline)
+    assert config == {"parameters": {"train": {"epochs": 2}, "seed": 1}}
 
 
 def test_set_reads_values_as_yaml():
@@ -226,3 +237,21 @@ def test_a_rank_above_the_width_of_the_base_is_refused_before_anything_runs():
     given |= {"generation": GenerationConfig()}
     with pytest.raises(ConfigError, match=r"sweep\.variants\.lora\.rank 129: .* at most 128"):
         variants_of(SweepConfig(grid={"lora.rank": [8, 129]}), given)
+
+
+def test_patience_without_validation_records_is_refused_before_anything_runs():
+    without = DataConfig(val_fraction=0)
+    with pytest.raises(ValueError, match=r"train\.patience is 3, but .*data\.val_fraction, which is 0"):
+        finetune_pipeline.entrypoint(data=without, train=TrainConfig(patience=3))
+    given = {"data": without, "base": BaseConfig(), "lora": LoraConfig(), "train": TrainConfig()}
+    given |= {"generation": GenerationConfig()}
+    with pytest.raises(ConfigError, match=r"sweep\.variants\.train\.patience 3: train\.patience is 3"):
+        variants_of(SweepConfig(grid={"train.patience": [3]}), given)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [DataConfig(), DataConfig(source="file", path="parts/", val_fraction=0)],  # the directory may have a part
+)
+def test_patience_with_validation_records_is_allowed(data):
+    data.check_patience(TrainConfig(patience=3))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 
 import pytest
 import requests
@@ -19,7 +19,7 @@ from zenml.enums import ExecutionStatus
 
 from deploy import bento
 from deploy.kubernetes.render import annotations
-from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
+from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained, save_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import records_sha256, split_records
 from gpt2core.demo.records import write_records
@@ -31,6 +31,7 @@ from gpt2core.prompt import format_prompt
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import Lineage, TrainSummary
 from run import main
+from steps.outputs import RUN_ID
 from tests.copies import ROOT
 from tests.deploy import kube_api
 from tests.deploy.kube_api import TOKEN
@@ -56,7 +57,16 @@ def test_every_step_completes_and_the_command_says_where_the_results_are(dev_run
 
 def test_outputs_latest_links_to_the_files_of_the_run(dev_run):
     assert dev_run.directory.name == dev_run.record.name
-    assert {path.name for path in dev_run.directory.iterdir()} == FILES | {"adapter", "base", "bento.txt"}
+    assert {path.name for path in dev_run.directory.iterdir()} == FILES | {"adapter", "base", "bento.txt", RUN_ID}
+
+
+def test_a_second_run_of_the_same_name_is_one_line_and_the_first_keeps_its_directory(outputs, dev_run, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"run_name: {dev_run.record.name}\n{Path(DEV).read_text()}")
+    result = invoke(outputs, config=str(config))
+    [line] = [line for line in result.output.splitlines() if line]
+    assert line.startswith(f"Error: {config}: run_name is {dev_run.record.name!r}, but a run in ZenML's store has")
+    assert (dev_run.directory / "lineage.json").is_file()
 
 
 def test_split_json_has_the_digest_and_size_of_each_part(dev_run):
@@ -239,6 +249,14 @@ def test_too_few_records_fail_before_pretraining(outputs, tmp_path):
     assert "prepare_base" not in newest_run().steps
 
 
+def test_patience_without_validation_records_in_the_file_fails_before_pretraining(outputs, tmp_path):
+    file = tmp_path / "few.json"
+    file.write_text(json.dumps([{"instruction": f"Say {i}.", "output": str(i)} for i in range(8)]))
+    result = invoke(outputs, "data.source=file", f"data.path={file}", "train.patience=3", "seed=5")
+    assert "train.patience is 3, but there are no validation records" in result.output
+    assert "prepare_base" not in newest_run().steps
+
+
 def test_a_file_of_records_is_read_in_every_run(outputs, dev_run, tmp_path):
     file = tmp_path / "mine.jsonl"
     values = ("data.source=file", f"data.path={file}", f"data.n_facts={N_FACTS}")
@@ -264,6 +282,29 @@ def test_a_base_from_a_directory_travels_as_a_reference(outputs, dev_run):
     done = ask(outputs, run.samples[0]["instruction"], "--input", run.samples[0]["input"])
     assert done.output == run.samples[0]["tuned"] + "\n"
     load_adapter(load_pretrained(run.directory / "base"), run.directory / "adapter")
+
+
+def test_a_base_directory_that_changed_is_used_and_an_unchanged_one_is_cached(outputs, dev_run, tmp_path, monkeypatch):
+    copytree(dev_run.directory / "base", tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    values = ("base.source=hub", "base.name=base")
+    config = str(ROOT / DEV)
+    assert invoke(outputs, *values, config=config).exit_code == 0
+    first = Lineage.from_json_file(outputs / "latest" / "lineage.json")
+    assert first.base.name == str(tmp_path / "base")
+
+    again = invoke(outputs, *values, config=config)
+    assert again.exit_code == 0, again.output
+    steps = newest_run().steps
+    ran = {name for name, step in steps.items() if step.status != ExecutionStatus.CACHED}
+    assert ran == UNCACHED
+
+    model = load_pretrained(tmp_path / "base")
+    model.wte.weight.data.mul_(1.01)
+    save_pretrained(model, tmp_path / "base")
+    changed = invoke(outputs, *values, config=config)
+    assert changed.exit_code == 0, changed.output
+    assert Lineage.from_json_file(outputs / "latest" / "lineage.json").base.sha256 != first.base.sha256
 
 
 def test_rollback_without_a_deployment_is_an_error(dev_run):

@@ -83,7 +83,7 @@ def test_a_post_norm_base_from_a_file_is_evaluated_but_refused_by_finetune(invok
     [
         (b"", (), "text.txt has no text"),
         (b"caf\xe9", (), "text.txt"),
-        (b"short", (), "too few for a step"),
+        (b"short", (), "too few for a step of 8 sequences of 128; use a longer text, or a lower model.n_positions"),
         (b"long enough", ("text.max_bytes=3",), "has 11 bytes, more than text.max_bytes=3"),
         (b"", ("text.url=http://x",), "empty unless text.source is url"),
         (b"", ("model.n_head=7",), "n_embd=128 is not divisible by n_head=7"),

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from zenml.client import Client
 
+from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.interrupts import SECONDS, interruptible
 from pipelines.processes import Process, fail_killed_runs
@@ -60,6 +61,31 @@ def test_the_default_learning_rate_depends_on_the_base(started, tmp_path, text, 
 
 def test_values_of_the_command_line_reach_an_empty_parameters_key(started, tmp_path):
     assert started(tmp_path, "parameters:", "tracking.wandb=off", "seed=3")["parameters"]["tracking"]["wandb"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("experiments", "outputs/ uses itself"),
+        ("latest", "outputs/ uses itself"),
+        ("/some/where", "must be a directory name"),
+        ("exp/1", "must be a directory name"),
+        ("../elsewhere", "must be a directory name"),
+        ("run-{dat}", r"only \{date\}, \{time\} and `substitutions` are replaced"),
+        ("run-{", "'{'"),
+        ("mine", "outputs/mine exists; use another name"),
+    ],
+)
+def test_a_name_that_no_run_can_have_is_refused_before_anything_runs(started, tmp_path, monkeypatch, name, reason):
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path / "outputs"))
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"mine\.yaml: run_name is .*{reason}"):
+        started(tmp_path, f"run_name: '{name}'")
+
+
+def test_placeholders_of_a_run_name_are_allowed(started, tmp_path):
+    name = "GPT-2 {who} {date} {time}"
+    assert started(tmp_path, f"run_name: '{name}'\nsubstitutions: {{who: me}}")["run_name"] == name
 
 
 def test_the_run_records_commit_and_process(started, tmp_path):

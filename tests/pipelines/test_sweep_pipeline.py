@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import get_type_hints
 
 import pytest
@@ -12,8 +13,10 @@ from pydantic import TypeAdapter
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
+from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config
 from gpt2core.evaluate import text_loss
+from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.model import GPT2
 from gpt2core.trials import ATTENTION
 from pipelines.config import read_config
@@ -111,6 +114,18 @@ def test_a_pretraining_sweep_keeps_a_diverged_training_as_a_result(tmp_path):
     assert results["pre"][0]["sample"].startswith("The")
     assert (results["huge"][0]["metrics"]["val_loss"], results["huge"][0]["sample"]) == (None, "(diverged)")
     assert "| huge | none | none |" in result.output
+
+
+def test_a_base_directory_that_changed_is_used_by_the_next_sweep(tmp_path, base_dir):
+    base = copytree(base_dir, tmp_path / "base")
+    values = FINETUNE | {"base": {"source": "hub", "name": str(base)}, "sweep": {"variants": {"x": {}}, "seeds": [0]}}
+    assert run_sweep(tmp_path, values).exit_code == 0
+    model = load_pretrained(base)
+    model.wte.weight.data.mul_(1.01)
+    save_pretrained(model, base)
+    assert run_sweep(tmp_path, values).exit_code == 0
+    [reference] = newest_run().steps["prepare_base"].outputs["base"]
+    assert reference.run_metadata["sha256"] == directory_sha256(base, checkpoint_files(base))
 
 
 def test_repeated_trainings_are_compared_and_attention_is_measured(tmp_path):
