@@ -11,10 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
-
-from gpt2core.checkpoint import load_pretrained
-from steps.adapters.gguf_file import write_gguf
 
 PROMPT_BATCH = 512  # prompt tokens that llama.cpp computes at once, its default
 
@@ -27,31 +23,33 @@ def find_version(package: str) -> str | None:
         return None
 
 
+def make_gguf(base: Path, kind: str) -> Path:
+    """A file of the checkpoint `base`, which has its tokenizer, for llama.cpp. `kind`: q8_0, f16 or f32."""
+    from gpt2core.checkpoint import load_pretrained  # here, since a process that only runs llama.cpp needs no torch
+    from steps.adapters.gguf_file import write_gguf
+
+    file = Path(mkdtemp()) / "model.gguf"
+    write_gguf(load_pretrained(base), base, file, kind)
+    return file
+
+
 class LlamaCpp:
     """llama.cpp through its C API; decodes all sequences in one batch, like its server."""
 
-    def __init__(self, base: Path, kind: str, max_batch: int) -> None:
-        """
-        Args:
-            base: a checkpoint with its tokenizer.
-            kind: of the GGUF file: q8_0, f16 or f32.
-        """
+    def __init__(self, file: Path, max_batch: int, n_threads: int) -> None:
+        """`file`: in GGUF, as `make_gguf` writes it."""
         import llama_cpp
 
         self.api = llama_cpp
-        file = Path(mkdtemp()) / "model.gguf"
-        model = load_pretrained(base)
-        write_gguf(model, base, file, kind)
-        self.context_length = model.config.n_positions
-        self.vocab_size = model.config.vocab_size
         self.log = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self.log, None)
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx = max_batch * self.context_length
+        options.n_ctx = max_batch * llama_cpp.llama_model_n_ctx_train(self.model)
         options.n_seq_max = max_batch
         options.n_batch = options.n_ubatch = PROMPT_BATCH
-        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        options.n_threads = options.n_threads_batch = n_threads
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         self.batch = llama_cpp.llama_batch_init(PROMPT_BATCH, 0, 1)
 
@@ -98,7 +96,7 @@ class LlamaCpp:
 class CTranslate2:
     """CTranslate2's Generator, which decodes all sequences in one batch."""
 
-    def __init__(self, base: Path, kind: str) -> None:
+    def __init__(self, base: Path, kind: str, n_threads: int) -> None:
         """
         Args:
             base: a checkpoint with its tokenizer.
@@ -110,9 +108,8 @@ class CTranslate2:
         directory = Path(mkdtemp()) / "model"
         TransformersConverter(str(base)).convert(str(directory), quantization=kind)
         self.vocabulary: list[str] = json.loads((directory / "vocabulary.json").read_text())
-        threads = torch.get_num_threads()
         self.generator: Any = ctranslate2.Generator(
-            str(directory), device="cpu", compute_type=kind, inter_threads=1, intra_threads=threads
+            str(directory), device="cpu", compute_type=kind, inter_threads=1, intra_threads=n_threads
         )
 
     def rate(self, prompts: Sequence[Sequence[int]], n_new: int) -> float:
@@ -133,7 +130,7 @@ class CTranslate2:
 class OpenVino:
     """OpenVINO GenAI: continuous batching for several requests, LLMPipeline for one."""
 
-    def __init__(self, base: Path, kind: str, max_batch: int) -> None:
+    def __init__(self, base: Path, kind: str, max_batch: int, n_threads: int) -> None:
         """
         Args:
             base: a checkpoint.
@@ -149,7 +146,7 @@ class OpenVino:
             write_openvino(base, directory, kind)
         self.api, self.tensor = openvino_genai, openvino.Tensor
         # a pinned thread waits for other programs on its core
-        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": n_threads, "ENABLE_CPU_PINNING": False}
         if kind == "f32":
             options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         self.pipeline: Any

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.engines import CTranslate2, LlamaCpp, OpenVino, find_version
+from benchmarks.engines import CTranslate2, LlamaCpp, OpenVino, find_version, make_gguf
 from benchmarks.measure import Row, interleave, make_row, matmul_rate, read_bandwidth, request_count
 from benchmarks.models import matrix_weights, random_adapter, random_model, training_flop, with_random_adapter
 from benchmarks.peer import Decoder, Trainer, best_trainer
@@ -172,12 +172,12 @@ def batch(setting: Setting) -> list[Row]:
 def engines(setting: Setting) -> list[Row]:
     """Concurrent requests, compared with other engines; the row of a missing engine says so."""
     rows = []
-    base = _with_tokenizer(setting)
+    base, n_threads = _with_tokenizer(setting.base, setting), torch.get_num_threads()
     peers: list[tuple[str, str, Callable[[int], Side]]] = [
-        ("llama.cpp Q8_0", "llama-cpp-python", lambda n: Side(LlamaCpp, base, "q8_0", n)),
-        ("llama.cpp F16", "llama-cpp-python", lambda n: Side(LlamaCpp, base, "f16", n)),
-        ("CTranslate2 int8", "ctranslate2", lambda n: Side(CTranslate2, base, "int8")),
-        ("OpenVINO GenAI int8", "openvino-genai", lambda n: Side(OpenVino, base, "int8", n)),
+        ("llama.cpp Q8_0", "llama-cpp-python", lambda n: Side(LlamaCpp, make_gguf(base, "q8_0"), n, n_threads)),
+        ("llama.cpp F16", "llama-cpp-python", lambda n: Side(LlamaCpp, make_gguf(base, "f16"), n, n_threads)),
+        ("CTranslate2 int8", "ctranslate2", lambda n: Side(CTranslate2, base, "int8", n_threads)),
+        ("OpenVINO GenAI int8", "openvino-genai", lambda n: Side(OpenVino, base, "int8", n, n_threads)),
     ]
     for n in (1, 16, 32):
         with ExitStack() as stack:
@@ -226,26 +226,36 @@ def adapters(setting: Setting) -> list[Row]:
 
 
 def memory(setting: Setting) -> list[Row]:
-    """Peak memory of finetuning, with each side in its own process."""
+    """Memory of finetuning and of serving, with each side in its own process."""
     config = GPT2Config.preset(setting.medium)
     directory = setting.directory / "medium"
     save_pretrained(GPT2(config, torch.Generator().manual_seed(0)), directory)
 
-    def peak(side: str) -> float:
-        command = [sys.executable, "-m", "benchmarks.memory", side, str(directory), str(min(128, config.n_positions))]
+    def measure(side: str, model: Path) -> float:
+        command = [sys.executable, "-m", "benchmarks.memory", side, str(model), str(min(128, config.n_positions))]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the {side} side of the memory row failed:\n{done.stderr[-2000:]}")
         return int(done.stdout.split()[-1]) / 2**20
 
-    values = interleave({"ours": lambda run: peak("ours"), "peer": lambda run: peak("peer")}, 1)
+    sides = {
+        "ours": lambda run: measure("finetune", directory),
+        "peer": lambda run: measure("finetune-peer", directory),
+    }
+    values = interleave(sides, 1)
     name = f"peak memory of finetuning {setting.medium}, bf16"
-    return [make_row(name, "MiB", values["ours"], values["peer"], setting.command, less_is_better=True)]
+    rows = [make_row(name, "MiB", values["ours"], values["peer"], setting.command, less_is_better=True)]
+    ours, peer = measure("serve", directory), None
+    if found := find_version("llama-cpp-python"):
+        file = make_gguf(_with_tokenizer(directory, setting), "q8_0")
+        peer = [measure("serve-peer", file)]
+    name, note = f"memory of serving {setting.medium}, 16 requests", f"peer: llama.cpp Q8_0, {found or 'not installed'}"
+    return [*rows, make_row(name, "MiB", [ours], peer, setting.command, less_is_better=True, note=note)]
 
 
 def serve(setting: Setting) -> list[Row]:
     """The served Bento compared with its own engine, and with a plain FastAPI server."""
-    directory = _with_tokenizer(setting)
+    directory = _with_tokenizer(setting.base, setting)
     adapter = random_adapter(load_pretrained(setting.base), setting.directory / "adapter", 0)
     with ExitStack() as stack:
         engine = stack.enter_context(Side(Ours, setting.base, "auto", 16, [adapter]))
@@ -384,12 +394,12 @@ def _engine_rate(engine: Side, setting: Setting, n: int, run: int) -> float:
     return rate
 
 
-def _with_tokenizer(setting: Setting) -> Path:
+def _with_tokenizer(base: Path, setting: Setting) -> Path:
     """The checkpoint with a tokenizer that has every id of its vocabulary."""
-    directory = setting.directory / "with-tokenizer"
-    copytree(setting.base, directory)
+    directory = base.with_name(f"{base.name}-with-tokenizer")
+    copytree(base, directory)
     copytree(setting.directory / "tokenizer", directory, dirs_exist_ok=True)
-    widen_tokenizer(directory, load_pretrained(setting.base).config.vocab_size)
+    widen_tokenizer(directory, load_pretrained(directory, mapped=True).config.vocab_size)
     return directory
 
 

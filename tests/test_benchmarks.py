@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import gpu, growth
-from benchmarks.engines import CTranslate2, LlamaCpp, OpenVino, find_version
+from benchmarks.engines import CTranslate2, LlamaCpp, OpenVino, find_version, make_gguf
 from benchmarks.measure import interleave, make_row
 from benchmarks.run import main, render_table
 from gpt2core.checkpoint import load_pretrained
@@ -25,7 +25,7 @@ KEYS = {"name", "ours", "peer", "ratio", "unit", "runs", "spread", "limit", "sha
 SLOW = [pytest.param(group, marks=pytest.mark.slow) for group in ("engines", "serve", "pipeline")]
 
 
-@pytest.mark.parametrize("group", ["train", "decode", "adapters", *SLOW])
+@pytest.mark.parametrize("group", ["train", "decode", "adapters", "memory", *SLOW])
 def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
     command = [sys.executable, "-m", "benchmarks.run", "--only", group, *TINY, "--out", str(tmp_path)]
     done = run(command, capture_output=True, text=True)  # a subprocess, because `serve` uses its own BentoML store
@@ -42,21 +42,21 @@ def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("package", "side", "options"),
+    ("package", "start"),
     [
-        ("llama-cpp-python", LlamaCpp, ("f32", 3)),
-        ("ctranslate2", CTranslate2, ("float32",)),
-        ("openvino-genai", OpenVino, ("f32", 1)),
-        ("openvino-genai", OpenVino, ("f32", 3)),
+        ("llama-cpp-python", lambda base: LlamaCpp(make_gguf(base, "f32"), 3, 2)),
+        ("ctranslate2", lambda base: CTranslate2(base, "float32", 2)),
+        ("openvino-genai", lambda base: OpenVino(base, "f32", 1, 2)),
+        ("openvino-genai", lambda base: OpenVino(base, "f32", 3, 2)),
     ],
 )
-def test_the_engines_of_others_generate_our_tokens(base_dir, package, side, options):
+def test_the_engines_of_others_generate_our_tokens(base_dir, package, start):
     if find_version(package) is None:  # importing OpenVINO here would send usage data
         pytest.skip(f"`make bench` installs {package}")
     model = load_pretrained(base_dir)
     ids = torch.randint(model.config.token_count, (3, 9), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [ids[0][:3], ids[1][:5], ids[2]]  # CTranslate2 repeats the others if one has a single token
-    engine = side(base_dir, *options)
+    engine = start(base_dir)
     assert engine.generate(prompts, 6) == generate(model, prompts, GenerationConfig(max_new_tokens=6))
 
 
