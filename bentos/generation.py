@@ -360,14 +360,16 @@ class TextGenerator:
         self.engine.unload_adapter(name)
 
     def _observe(self, result: CompletionResult) -> None:
-        if self._metrics is not None:
-            self._metrics.observe(result)
-        if self._request_log is not None:
-            self._request_log.write(result, self.tokenizer.decode)
-        arm = self._arms.get(result.request.model)
-        if arm is not None and arm.adapter == result.adapter:
-            canary.observe(arm, result)
-        self._shadows.request_ended(result if self._is_shadowed(result) else None)
+        try:
+            if self._metrics is not None:
+                self._metrics.observe(result)
+            if self._request_log is not None:
+                self._request_log.write(result, self.tokenizer.decode)
+            arm = self._arms.get(result.request.model)
+            if arm is not None and arm.adapter == result.adapter:
+                canary.observe(arm, result)
+        finally:  # a request that counts as in flight for ever would stop shadow mode
+            self._shadows.request_ended(result if self._is_shadowed(result) else None)
 
     def _is_shadowed(self, result: CompletionResult) -> bool:
         """Only greedy completions, because sampled ones differ by chance; without grammar, which is used once."""

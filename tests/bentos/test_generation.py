@@ -118,6 +118,14 @@ def test_a_completion_that_the_engine_drops_is_a_503(generator, monkeypatch):
     assert error_response(error.value).status_code == 503
 
 
+def test_a_completion_is_no_longer_in_flight_even_if_recording_it_fails(generator):
+    metrics = SimpleNamespace(observe=lambda result: 1 / 0)
+    generator._metrics = metrics
+    with pytest.raises(ZeroDivisionError):
+        complete(generator)
+    assert generator._shadows._in_flight == 0
+
+
 def test_merging_ends_with_the_first_error(generator, monkeypatch):
     monkeypatch.setattr(generator.engine, "_step", lambda: 1 / 0)
 

@@ -109,9 +109,10 @@ def test_an_answer_is_limited_by_the_context(url, tuned):
     assert response["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e300])
-def test_extreme_temperatures_are_answered(url, temperature):
-    assert predict(url, instruction="Hello.", temperature=temperature, seed=0).status_code == 200
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e39, 1e300])
+@pytest.mark.parametrize("controls", [{}, {"min_tokens": 5}])
+def test_extreme_temperatures_are_answered(url, temperature, controls):
+    assert predict(url, instruction="Hello.", temperature=temperature, seed=0, **controls).status_code == 200
 
 
 @pytest.mark.parametrize(
