@@ -132,15 +132,19 @@ class TextGenerator:
                 message = f"{param}: there is no token id {token}; ids are from 0 to {self.tokenizer.n_vocab - 1}"
                 raise ServiceError("invalid_request", message, param) from None
 
-    async def grammars(self, structure: Structure | None, n: int) -> list[Grammar | None]:
+    async def grammars(self, structure: Structure, n: int, deadline: float) -> list[Grammar | None]:
         """The grammars of `n` completions.
 
         Raises:
-            ServiceError: the schema, the regex or the choice is invalid or not supported.
+            ServiceError: the schema, the regex or the choice is invalid, not supported or too large, or the deadline
+                (by `time.monotonic`) has passed.
         """
-        if structure is None:
-            return [None] * n
-        return [*await asyncio.to_thread(self._grammars.compile, structure, n)]
+        try:
+            async with asyncio.timeout(deadline - monotonic()):
+                return [*await asyncio.wrap_future(self._grammars.submit(structure, n))]
+        except TimeoutError:
+            message = f"{structure.param}: it was not compiled in time; make it simpler, or retry"
+            raise ServiceError("deadline_exceeded", message, structure.param) from None
 
     def submit(
         self,

@@ -15,7 +15,7 @@ from bentos.errors import ServiceError, error_response
 from bentos.limits import DEADLINE
 from bentos.openapi import ERRORS, operation
 from bentos.schemas import Envelope, ErrorResponse, PredictRequest, PredictResponse
-from bentos.streaming import event_stream, unless_disconnected
+from bentos.streaming import event_stream, grammars, unless_disconnected
 
 Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
 
@@ -54,7 +54,7 @@ async def _predict(request: Request, may_stream: bool) -> Response:
         message = f"max_new_tokens is {body.max_new_tokens}, but the context holds {generator.n_positions} tokens"
         raise ServiceError("invalid_request", message, "max_new_tokens")
     config = generator.config(body.max_new_tokens, body.sampling())
-    [grammar] = await generator.grammars(body.structure(), 1)
+    [grammar] = await grammars(request, body.structure(), 1, deadline)
     generation = GenerationRequest(
         generator.encode_instruction(body.instruction, body.input),
         config,

@@ -17,7 +17,7 @@ from bentos.errors import ServiceError
 from bentos.openai.logprobs import TextOffsets
 from bentos.openai.protocol import OpenAIRequest
 from bentos.schemas import TUNED
-from bentos.streaming import event_stream, unless_disconnected
+from bentos.streaming import event_stream, grammars, unless_disconnected
 
 if TYPE_CHECKING:
     from bentos.generation import TextGenerator
@@ -58,8 +58,8 @@ class Route(ABC):
 async def respond(request: Request, route: Route, deadline: float) -> Response:
     generator = served(request).generator
     body = route.body
-    grammars = await generator.grammars(body.structure(), len(route.prompts) * (body.n or 1))
-    generation = generation_requests(route, generator, grammars, deadline, request)
+    own = await grammars(request, body.structure(), len(route.prompts) * (body.n or 1), deadline)
+    generation = generation_requests(route, generator, own, deadline, request)
     completions = generator.submit(generation, route.prompt_field, record(request).add)
     builder = _ResponseBuilder(route, completions, request_id(request), served(request).lineage.bento)
     if not route.body.stream:

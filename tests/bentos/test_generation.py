@@ -1,12 +1,13 @@
 """`bentos.generation` and `bentos.completion` without a server, where time and failures can be controlled."""
 
 import asyncio
+from threading import Event
 from time import monotonic, sleep
 from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from bentos import body, generation
 from bentos.completion import Completion, CompletionResult, GenerationRequest, merge, usage
@@ -14,7 +15,8 @@ from bentos.dependencies import Served
 from bentos.errors import ServiceError, error_response
 from bentos.generation import TextGenerator
 from bentos.middleware.access_log import RequestRecord
-from bentos.schemas import TUNED, PredictRequest
+from bentos.schemas import TUNED, PredictRequest, Structure
+from bentos.streaming import grammars
 from gpt2core.engine import EngineFull
 from tests.helpers import make_lineage, wait_until
 
@@ -70,6 +72,32 @@ def test_decoding_ends_at_the_deadline(slow_generator):
     assert error_response(error.value).status_code == 504
     assert slow_generator.engine.stats()["running"] == 0
     assert complete(slow_generator, max_new_tokens=1)[1].finish_reason == "length"
+
+
+@pytest.fixture
+def stuck_compiler(generator):
+    """Its thread is busy with another grammar, until the test has ended."""
+    go_on = Event()
+    generator._grammars._compiling.submit(go_on.wait)
+    yield generator
+    go_on.set()
+
+
+def test_a_grammar_is_awaited_until_the_deadline(stuck_compiler):
+    with pytest.raises(ServiceError) as error:
+        asyncio.run(stuck_compiler.grammars(Structure("regex", "a", "guided_regex"), 1, monotonic() + 0.05))
+    assert (error_response(error.value).status_code, error.value.param) == (504, "guided_regex")
+
+
+def test_a_client_disconnect_ends_the_wait_for_a_grammar(stuck_compiler):
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    app = Starlette()
+    app.state.served = Served(stuck_compiler, make_lineage(), 0, "last")
+    request = Request({"type": "http", "headers": [], "app": app}, receive)
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(grammars(request, Structure("regex", "a", "guided_regex"), 1, monotonic() + 60))
 
 
 def test_a_cancelled_completion_leaves_the_engine(slow_generator):
