@@ -15,7 +15,7 @@ HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to 
 KEEP_ALIVE = 75  # seconds that an idle connection is kept: more than the 60 s of nginx and of load balancers
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 
-MAX_STOPS = 16  # stop strings of one request
+MAX_STOPS, MAX_STOP_LENGTH = 16, 400  # stop strings of one request, and the characters of each
 MAX_GUIDED_CHOICES = 256  # texts of guided_choice
 MAX_STRUCTURE = 16_000  # characters of a regex, of a schema, or of all choices: a mask takes 0.1 s for one such literal
 MAX_PATTERNS = 10  # different patterns and formats of one schema: to combine 13 took 4 s, to combine 29 did not end

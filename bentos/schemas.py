@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.errors import ServiceError
-from bentos.limits import MAX_COMMENT, MAX_CORRECTION, MAX_GUIDED_CHOICES, MAX_STOP_TOKENS, MAX_STOPS
+from bentos.limits import (
+    MAX_COMMENT,
+    MAX_CORRECTION,
+    MAX_GUIDED_CHOICES,
+    MAX_STOP_LENGTH,
+    MAX_STOP_TOKENS,
+    MAX_STOPS,
+)
 from gpt2core.config import GenerationConfig
 
 DEFAULTS = GenerationConfig()
@@ -36,7 +43,8 @@ LogitBias = Annotated[
     ),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Stop = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 # Report one error for a list of a million invalid items: a million errors would block the event loop for seconds.
 FAIL_FAST = Field(fail_fast=True)
@@ -91,8 +99,8 @@ class Structured(BaseModel):
 
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = Field(None, description="a JSON schema, or its text")
-    guided_regex: Annotated[str, Field(min_length=1)] | None = None
-    guided_choice: Annotated[list[Stop], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None = None
 
     def structure(self) -> Structure | None:
         """

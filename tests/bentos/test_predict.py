@@ -143,6 +143,8 @@ def test_extreme_temperatures_are_answered(url, temperature, controls):
         (b'{"instruction": "a", "seed": 99999999999999999999}', "seed"),
         (b'{"instruction": "a", "stop": ""}', "stop"),
         (b'{"instruction": "a", "stop": [1]}', "stop"),
+        (b'{"instruction": "a", "stop": "%s"}' % (b"b" * 401), "stop"),
+        (b'{"instruction": "a", "stop": ["%s"]}' % (b"b" * 401), "stop"),
         (b'{"instruction": "a", "temprature": 1}', "temprature"),
     ],
 )
