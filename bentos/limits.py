@@ -22,7 +22,7 @@ MAX_PATTERNS = 10  # different patterns and formats of one schema: to combine 13
 MAX_MULTIPLE = 10_000  # least common multiple of a schema's multipleOf: 99,999 took 1.5 s, 999,983 did not end
 GRAMMAR_FUEL = 20_000  # work units of llguidance for a grammar; its default, 1,000,000, allows 11 s per token
 MASK_TIMEOUT = 5.0  # seconds that the engine waits for the allowed tokens of one completion
-MAX_STOP_TOKENS = 64  # stop_token_ids of one request
+MAX_STOP_TOKENS, MAX_BIASES = 64, 1_024  # stop_token_ids and logit_bias of one request
 MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 

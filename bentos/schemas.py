@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from bentos.errors import ServiceError
 from bentos.limits import (
+    MAX_BIASES,
     MAX_COMMENT,
     MAX_CORRECTION,
     MAX_GUIDED_CHOICES,
@@ -34,9 +35,11 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TOKEN_KEY = r"^[0-9]{1,9}$"  # noqa: S105 (of token ids)
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
+    Field(max_length=MAX_BIASES),
     WithJsonSchema(
         {
             "type": "object",
+            "maxProperties": MAX_BIASES,
             "patternProperties": {TOKEN_KEY: {"type": "number", "minimum": -100, "maximum": 100}},
             "additionalProperties": False,
         }

@@ -264,6 +264,6 @@ def check_tokens(config: GenerationConfig, model: GPT2Config) -> None:
         ValueError: `logit_bias` or `stop_token_ids` contains an id that the model never generates.
     """
     for name, tokens in (("logit_bias", dict(config.logit_bias)), ("stop_token_ids", config.stop_token_ids)):
-        for token in tokens:
+        for token in (min(tokens), max(tokens)) if tokens else ():
             if not 0 <= token < model.token_count:
                 raise ValueError(f"{name} contains the token id {token}; ids are from 0 to {model.token_count - 1}")

@@ -89,15 +89,19 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     conversation_id: Label = None
     request_id: Label = None
 
-    def sampling(self, choice: int = 0) -> dict[str, Any]:
-        """Keywords of `GenerationConfig` for one of the `n` choices, with OpenAI's meaning of some values."""
+    def seeds(self) -> list[int | None]:
+        """One for each of the `n` choices."""
+        return [None if self.seed is None else (self.seed + choice) % 2**63 for choice in range(self.n or 1)]
+
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `GenerationConfig` for the first choice, with OpenAI's meaning of some values."""
         values = super().sampling()
         if self.top_p == 0:  # the smallest set of tokens that reaches probability 0 is the most likely token
             values |= {"temperature": 0.0, "top_p": None}
         if self.top_k is not None and self.top_k < 1:
             values["top_k"] = None
         if self.seed is not None:
-            values["seed"] = (self.seed + choice) % 2**63
+            values["seed"] = self.seeds()[0]
         return values
 
 

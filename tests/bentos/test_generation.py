@@ -1,6 +1,7 @@
 """`bentos.generation` and `bentos.completion` without a server, where time and failures can be controlled."""
 
 import asyncio
+from dataclasses import replace
 from threading import Event
 from time import monotonic, sleep
 from types import SimpleNamespace
@@ -15,8 +16,12 @@ from bentos.dependencies import Served
 from bentos.errors import ServiceError, error_response
 from bentos.generation import TextGenerator
 from bentos.middleware.access_log import RequestRecord
+from bentos.openai.completions import CompletionRoute
+from bentos.openai.protocol import CompletionRequest
+from bentos.openai.serving import generation_requests
 from bentos.schemas import TUNED, PredictRequest, Structure
 from bentos.streaming import grammars
+from gpt2core.config import GenerationConfig
 from gpt2core.engine import EngineFull
 from tests.helpers import make_lineage, wait_until
 
@@ -72,6 +77,19 @@ def test_decoding_ends_at_the_deadline(slow_generator):
     assert error_response(error.value).status_code == 504
     assert slow_generator.engine.stats()["running"] == 0
     assert complete(slow_generator, max_new_tokens=1)[1].finish_reason == "length"
+
+
+def test_the_controls_of_a_request_are_checked_once_for_all_its_choices(generator, monkeypatch):
+    configs = []
+    check = GenerationConfig.__post_init__
+    monkeypatch.setattr(GenerationConfig, "__post_init__", lambda config: (configs.append(config), check(config)))
+    body = CompletionRequest(prompt=["a", "b"], n=3, seed=-1, temperature=1.0, logit_bias={"1": 2.0})
+    request = Request({"type": "http", "headers": [], "state": {"request_id": "id-1"}})
+    route = CompletionRoute(body, generator)
+    requests = generation_requests(route, generator, [None] * 6, monotonic() + 60, request)
+    assert len(configs) == 1
+    assert [one.config.seed for one in requests] == [2**63 - 1, 0, 1] * 2
+    assert all(replace(one.config, seed=0) == replace(configs[0], seed=0) for one in requests)
 
 
 @pytest.fixture

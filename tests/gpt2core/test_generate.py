@@ -139,7 +139,7 @@ def test_ignore_eos_generates_beyond_end_of_text(model):
     assert generate(model, [PROMPTS[0]], config) == [free]
 
 
-@pytest.mark.parametrize("controls", [{"logit_bias": {97: 1.0}}, {"stop_token_ids": [-1]}])
+@pytest.mark.parametrize("controls", [{"logit_bias": {1: 1.0, 97: 1.0}}, {"stop_token_ids": [-1, 2]}])
 def test_a_control_of_a_token_that_does_not_exist_is_refused(model, controls):
     name = next(iter(controls))
     with pytest.raises(ValueError, match=rf"{name} contains the token id \S+; ids are from 0 to 96"):
