@@ -49,12 +49,12 @@ async def _predict(request: Request, may_stream: bool) -> Response:
     body = await read_body(request, PredictRequest)
     stream = body.stream and may_stream
     generator = served(request).generator
-    generator.check_model(body.adapter, "adapter")
     if body.max_new_tokens > generator.n_positions:
         message = f"max_new_tokens is {body.max_new_tokens}, but the context holds {generator.n_positions} tokens"
         raise ServiceError("invalid_request", message, "max_new_tokens")
     config = generator.config(body.max_new_tokens, body.sampling())
     [grammar] = await grammars(request, body.structure(), 1, deadline)
+    generator.check_model(body.adapter, "adapter")  # after the last await, during which it could be unloaded
     generation = GenerationRequest(
         generator.encode_instruction(body.instruction, body.input),
         config,

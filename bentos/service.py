@@ -53,6 +53,7 @@ class GPT2Service(compat.WrappableService):
     def wrap(self, app: Starlette) -> ASGIApp:
         compat.bound_heads()
         compat.remove_timeout(app)
+        compat.remove_redirects(app)
         if not settings().tracing:
             compat.remove_tracing(app)
         compat.bound_metrics(app, path_label(_paths()))

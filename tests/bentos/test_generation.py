@@ -1,6 +1,7 @@
 """`bentos.generation` and `bentos.completion` without a server, where time and failures can be controlled."""
 
 import asyncio
+import json
 from dataclasses import replace
 from threading import Event
 from time import monotonic, sleep
@@ -10,7 +11,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 
-from bentos import body, generation
+from bentos import body, generation, predict
 from bentos.completion import Completion, CompletionResult, GenerationRequest, merge, usage
 from bentos.dependencies import Served
 from bentos.errors import ServiceError, error_response
@@ -105,6 +106,34 @@ def test_a_grammar_is_awaited_until_the_deadline(stuck_compiler):
     with pytest.raises(ServiceError) as error:
         asyncio.run(stuck_compiler.grammars(Structure("regex", "a", "guided_regex"), 1, monotonic() + 0.05))
     assert (error_response(error.value).status_code, error.value.param) == (504, "guided_regex")
+
+
+@pytest.mark.parametrize("choice", [["a"], None])
+def test_an_adapter_that_is_unloaded_while_a_grammar_is_compiled_is_a_404(generator, adapter_dir, monkeypatch, choice):
+    generator._load("other", adapter_dir)
+    compiling = generator.grammars
+
+    async def grammars_and_unload(structure, n, deadline):
+        generator._unload("other")
+        return await compiling(structure, n, deadline)
+
+    monkeypatch.setattr(generator, "grammars", grammars_and_unload)
+    if choice is None:
+        generator._unload("other")
+    values = {"instruction": "Hello.", "adapter": "other", "guided_choice": choice}
+    messages = [{"type": "http.request", "body": json.dumps(values).encode()}]
+
+    async def receive():
+        if not messages:
+            await asyncio.sleep(60)
+        return messages.pop()
+
+    app = Starlette()
+    app.state.served = Served(generator, make_lineage(), 0, "last")
+    scope = {"type": "http", "headers": [], "app": app, "state": {"request_id": "id-1", "record": RequestRecord()}}
+    with pytest.raises(ServiceError) as error:
+        asyncio.run(predict.predict(Request(scope, receive)))
+    assert (error.value.type, error.value.param) == ("model_not_found", "adapter")
 
 
 def test_a_client_disconnect_ends_the_wait_for_a_grammar(stuck_compiler):

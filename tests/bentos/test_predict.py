@@ -261,10 +261,17 @@ def test_clients_that_send_large_bodies_slowly_do_not_fill_the_memory(url):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/predict", 405), ("POST", "/nothing", 404), ("PUT", "/metadata", 405)]
+    ("method", "path", "status"),
+    [
+        ("GET", "/predict", 405),
+        ("POST", "/nothing", 404),
+        ("PUT", "/metadata", 405),
+        ("POST", "/predict/", 404),
+        ("GET", "/v1/models/", 404),
+    ],
 )
 def test_an_unknown_route_has_the_shape_of_every_error(url, method, path, status):
-    response = requests.request(method, url + path, timeout=10)
+    response = requests.request(method, url + path, timeout=10, allow_redirects=False)
     assert response.status_code == status
     error_of(response)
 

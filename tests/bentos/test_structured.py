@@ -1,21 +1,28 @@
 """Structured output, echo, and the routes that vLLM's clients use."""
 
+import asyncio
 import json
 import re
 from random import Random
-from threading import Event
+from threading import Event, current_thread, main_thread
+from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
+from starlette.applications import Starlette
+from starlette.requests import Request
 
 from bentos import grammar
+from bentos.dependencies import Served
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
+from bentos.openai import tokenize
 from bentos.schemas import Structure
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine
 from tests.bentos.client import error_of, metric, predict
+from tests.helpers import make_lineage
 
 
 def random_schema(random: Random, depth: int = 0) -> dict:
@@ -236,6 +243,43 @@ def test_tokenize_and_detokenize_are_inverse(url, tokenizer):
     usage = requests.post(f"{url}/v1/chat/completions", json=chat | {"max_tokens": 1}, timeout=60).json()["usage"]
     assert n_chat == usage["prompt_tokens"]
     assert error_of(requests.post(f"{url}/detokenize", json={"tokens": [10**6]}, timeout=10))["param"] == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (tokenize.tokenize, {"prompt": "Hello.", "return_token_strs": True}),
+        (tokenize.tokenize, {"messages": [{"role": "user", "content": "Go."}]}),
+        (tokenize.detokenize, {"tokens": [1, 2]}),
+    ],
+)
+def test_tokens_are_converted_outside_of_the_event_loop(tokenizer, route, body):
+    threads = []
+
+    class Recording:
+        def __getattr__(self, name):
+            threads.append(current_thread())
+            return getattr(tokenizer, name)
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    def encode(instruction, input=""):
+        return Recording().encode_ordinary(instruction)
+
+    generator = SimpleNamespace(
+        tokenizer=Recording(),
+        n_positions=128,
+        check_model=lambda *_: None,
+        check_known=lambda *_: None,
+        encode_instruction=encode,
+    )
+    app = Starlette()
+    app.state.served = Served(generator, make_lineage(), 0, "last")
+    request = Request({"type": "http", "headers": [], "app": app}, receive)
+    assert asyncio.run(route(request)).status_code == 200
+    assert threads
+    assert main_thread() not in threads
 
 
 def test_vllms_gauges_are_there(url):
