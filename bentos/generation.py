@@ -352,12 +352,24 @@ class TextGenerator:
 
     def _load(self, name: str, directory: Path, sha256: str | None = None) -> AdapterVersion:
         files = list_files(directory, exclude=[MODEL_FILE])
+        if name != TUNED:
+            self._check_links(directory, files)
         version = AdapterVersion(name=name, sha256=directory_sha256(directory, files))
         if sha256 not in (None, version.sha256):
             raise ValueError(f"{directory} has the sha256 {version.sha256}, not {sha256} as {MANIFEST} says")
         self.engine.load_adapter(name, directory)
         self._adapters[name] = version
         return version
+
+    def _check_links(self, directory: Path, files: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: a file is a symbolic link to outside of the directory of adapters.
+        """
+        root = Path(self._adapters_dir).resolve()
+        for file in files:
+            if root not in (directory / file).resolve().parents:
+                raise ValueError(f"{directory / file} is a link to a file outside of GPT2_ADAPTERS_DIR")
 
     def _unload(self, name: str) -> None:
         del self._adapters[name]

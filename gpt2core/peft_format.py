@@ -22,6 +22,7 @@ from gpt2core.model import GPT2
 from gpt2core.tensors import check_weight, read_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_BIN = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+MAX_CONFIG = 1_000_000  # bytes of an adapter's configuration
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.)?h\.(\d{1,9})\."
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
@@ -121,7 +122,7 @@ def read_peft(
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter needs a feature of PEFT that this
             project does not have; the message names it.
     """
-    description = read_json(directory / PEFT_CONFIG)
+    description = read_json(directory / PEFT_CONFIG, MAX_CONFIG)
     _check_supported(directory / PEFT_CONFIG, description)
     if not (directory / PEFT_WEIGHTS).is_file() and (directory / PEFT_BIN).is_file():
         raise FileNotFoundError(

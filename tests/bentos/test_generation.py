@@ -110,6 +110,7 @@ def test_a_grammar_is_awaited_until_the_deadline(stuck_compiler):
 
 @pytest.mark.parametrize("choice", [["a"], None])
 def test_an_adapter_that_is_unloaded_while_a_grammar_is_compiled_is_a_404(generator, adapter_dir, monkeypatch, choice):
+    generator._adapters_dir = str(adapter_dir.parent)
     generator._load("other", adapter_dir)
     compiling = generator.grammars
 
