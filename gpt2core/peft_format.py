@@ -215,8 +215,7 @@ def _is_text(value: object) -> bool:
 
 def _check_pattern(file: Path, key: str, pattern: str) -> None:
     """Refuse a pattern whose matching may take for ever: `re` backtracks, and no other thread runs meanwhile."""
-    is_simple = len(pattern) <= _MAX_PATTERN and _ways(pattern) <= _MAX_WAYS
-    if not is_simple:
+    if len(pattern) > _MAX_PATTERN or _ways(f"({pattern})") > _MAX_WAYS:  # in a group, as `_by_module` matches it
         raise ValueError(
             f"{file}: {key} has the pattern {reprlib.repr(pattern)}, whose matching can take too long; it must have at "
             f"most {_MAX_PATTERN} characters, few of * + ? | and no repeated group: list the modules' names instead"

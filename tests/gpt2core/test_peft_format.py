@@ -124,6 +124,7 @@ def describe(directory, **values):
         ({"target_modules": ".?" * 28 + "!"}, "target_modules has the pattern"),
         ({"target_modules": "(?x)(.+) *!"}, "target_modules has the pattern"),
         ({"rank_pattern": {"([a-z]+)+!": 3}}, r"rank_pattern has the pattern '\(\[a-z"),
+        ({"rank_pattern": {"?x:(.+) *!": 3}}, "rank_pattern has the pattern"),
         ({"alpha_pattern": {"a" * 1_001: 3}}, "alpha_pattern has the pattern"),
     ],
     ids=lambda value: str(value)[:60],
