@@ -12,7 +12,7 @@ from bentos import admin, feedback, metadata, page, predict
 from bentos.errors import ServiceError, error_response
 from bentos.openai import chat, completions, models, tokenize
 
-app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None, openapi_url=None)
+app = FastAPI(title="gpt2-instruct", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 for module in (page, predict, completions, chat, models, admin, tokenize, feedback, metadata):
     app.include_router(module.router)
 

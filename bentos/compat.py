@@ -63,6 +63,11 @@ def remove_timeout(app: Starlette) -> None:
     _remove(app, TimeoutMiddleware)
 
 
+def remove_redirects(app: Starlette) -> None:
+    """No redirect of /predict/ to /predict: it would go to the http URL of whatever the Host header names."""
+    app.router.redirect_slashes = False
+
+
 def remove_tracing(app: Starlette) -> None:
     """Remove BentoML's tracing: it records a span per message even without an exporter, 20 % of the HTTP overhead."""
     _remove(app, OpenTelemetryMiddleware)

@@ -132,15 +132,19 @@ class TextGenerator:
                 message = f"{param}: there is no token id {token}; ids are from 0 to {self.tokenizer.n_vocab - 1}"
                 raise ServiceError("invalid_request", message, param) from None
 
-    async def grammars(self, structure: Structure | None, n: int) -> list[Grammar | None]:
+    async def grammars(self, structure: Structure, n: int, deadline: float) -> list[Grammar | None]:
         """The grammars of `n` completions.
 
         Raises:
-            ServiceError: the schema, the regex or the choice is invalid or not supported.
+            ServiceError: the schema, the regex or the choice is invalid, not supported or too large, or the deadline
+                (by `time.monotonic`) has passed.
         """
-        if structure is None:
-            return [None] * n
-        return [*await asyncio.to_thread(self._grammars.compile, structure, n)]
+        try:
+            async with asyncio.timeout(deadline - monotonic()):
+                return [*await asyncio.wrap_future(self._grammars.submit(structure, n))]
+        except TimeoutError:
+            message = f"{structure.param}: it was not compiled in time; make it simpler, or retry"
+            raise ServiceError("deadline_exceeded", message, structure.param) from None
 
     def submit(
         self,
@@ -348,6 +352,8 @@ class TextGenerator:
 
     def _load(self, name: str, directory: Path, sha256: str | None = None) -> AdapterVersion:
         files = list_files(directory, exclude=[MODEL_FILE])
+        if name != TUNED:
+            self._check_links(directory, files)
         version = AdapterVersion(name=name, sha256=directory_sha256(directory, files))
         if sha256 not in (None, version.sha256):
             raise ValueError(f"{directory} has the sha256 {version.sha256}, not {sha256} as {MANIFEST} says")
@@ -355,19 +361,31 @@ class TextGenerator:
         self._adapters[name] = version
         return version
 
+    def _check_links(self, directory: Path, files: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: a file is a symbolic link to outside of the directory of adapters.
+        """
+        root = Path(self._adapters_dir).resolve()
+        for file in files:
+            if root not in (directory / file).resolve().parents:
+                raise ValueError(f"{directory / file} is a link to a file outside of GPT2_ADAPTERS_DIR")
+
     def _unload(self, name: str) -> None:
         del self._adapters[name]
         self.engine.unload_adapter(name)
 
     def _observe(self, result: CompletionResult) -> None:
-        if self._metrics is not None:
-            self._metrics.observe(result)
-        if self._request_log is not None:
-            self._request_log.write(result, self.tokenizer.decode)
-        arm = self._arms.get(result.request.model)
-        if arm is not None and arm.adapter == result.adapter:
-            canary.observe(arm, result)
-        self._shadows.request_ended(result if self._is_shadowed(result) else None)
+        try:
+            if self._metrics is not None:
+                self._metrics.observe(result)
+            if self._request_log is not None:
+                self._request_log.write(result, self.tokenizer.decode)
+            arm = self._arms.get(result.request.model)
+            if arm is not None and arm.adapter == result.adapter:
+                canary.observe(arm, result)
+        finally:  # a request that counts as in flight for ever would stop shadow mode
+            self._shadows.request_ended(result if self._is_shadowed(result) else None)
 
     def _is_shadowed(self, result: CompletionResult) -> bool:
         """Only greedy completions, because sampled ones differ by chance; without grammar, which is used once."""

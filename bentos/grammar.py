@@ -4,13 +4,18 @@ llguidance computes the masks in a separate thread, while the engine's thread co
 """
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from decimal import Decimal
+from math import lcm
+from typing import Any
 
 import llguidance
 import llguidance.tiktoken
 import tiktoken
 
 from bentos.errors import ServiceError
+from bentos.limits import GRAMMAR_FUEL, MASK_TIMEOUT, MAX_MULTIPLE, MAX_PATTERNS, MAX_STRUCTURE
 from bentos.schemas import Structure
 
 
@@ -19,49 +24,61 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: tiktoken.Encoding) -> None:
         self._tokenizer = llguidance.tiktoken.lltokenizer_from_encoding(tokenizer, eos_token=tokenizer.eot_token)
-        self._threads = ThreadPoolExecutor(1, "grammar")
+        self._limits = llguidance.LLParserLimits(initial_lexer_fuel=GRAMMAR_FUEL)
+        self._masks = ThreadPoolExecutor(1, "grammar-masks")
+        self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
+
+    def submit(self, structure: Structure, n: int) -> "Future[list[LlguidanceGrammar]]":
+        """`compile` in a separate thread."""
+        return self._compiling.submit(self.compile, structure, n)
 
     def compile(self, structure: Structure, n: int) -> "list[LlguidanceGrammar]":
         """For `n` completions.
 
         Raises:
-            ServiceError: the schema, the regex or the choice is invalid, is not supported, or matches no text.
+            ServiceError: the schema, the regex or the choice is invalid, is not supported, is too large, or matches no
+                text.
         """
         try:
             grammar = _source(structure)
-            if error := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer):
+            if error := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer, limits=self._limits):
                 raise ValueError(error)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _refused(structure.param, str(error)) from None
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         first = matcher.compute_bitmask()  # fails if no token is allowed at the start
         if matcher.is_error():
             raise _refused(structure.param, f"no text matches it: {matcher.get_error()}")
-        return [LlguidanceGrammar(matcher.deep_copy(), first, structure.param, self._threads) for _ in range(n)]
+        return [LlguidanceGrammar(matcher.deep_copy(), first, structure.param, self._masks) for _ in range(n)]
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._masks, self._compiling):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 class LlguidanceGrammar:
     """A `gpt2core.sampling.Grammar`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, first: bytes, param: str, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, first: bytes, param: str, masks: ThreadPoolExecutor) -> None:
         """
         Args:
             first: the mask of the first token.
             param: the field of the request, for errors.
+            masks: the threads that compute the masks of the other tokens.
         """
-        self._matcher, self._param, self._threads = matcher, param, threads
+        self._matcher, self._param, self._masks = matcher, param, masks
         self.complete = False
         self._mask: Future[bytes] | bytes = first
 
     def allowed(self) -> bytes:
         """
         Raises:
-            ServiceError: the state of the grammar has become too large.
+            ServiceError: the state of the grammar has become too large, or computing the tokens takes too long.
         """
-        mask = self._mask if isinstance(self._mask, bytes) else self._mask.result()
+        try:
+            mask = self._mask if isinstance(self._mask, bytes) else self._mask.result(MASK_TIMEOUT)
+        except TimeoutError:  # the engine waits, with all its requests
+            raise _refused(self._param, f"its next tokens were not known after {MASK_TIMEOUT:g} seconds") from None
         self._check()
         return mask
 
@@ -70,7 +87,7 @@ class LlguidanceGrammar:
         self._check()
         self.complete = self._matcher.is_stopped()
         if not self.complete:
-            self._mask = self._threads.submit(self._matcher.compute_bitmask)
+            self._mask = self._masks.submit(self._matcher.compute_bitmask)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -83,10 +100,12 @@ def _refused(param: str, reason: str) -> ServiceError:
 
 
 def _source(structure: Structure) -> str:
+    text = structure.value if isinstance(structure.value, str) else json.dumps(structure.value, ensure_ascii=False)
+    if len(text) > MAX_STRUCTURE:
+        raise ValueError(f"it has {len(text)} characters; it must have at most {MAX_STRUCTURE}")
     if structure.kind == "json":
-        schema = structure.value
-        if isinstance(schema, str):
-            schema = json.loads(schema)
+        schema = json.loads(text)
+        _check_schema(schema)
         # The whitespace of json.dumps: otherwise a small model fills the token limit with line breaks.
         return llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -94,3 +113,44 @@ def _source(structure: Structure) -> str:
     if structure.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(structure.value)
     return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, structure.value)))
+
+
+def _check_schema(schema: Any) -> None:
+    """Refuse what llguidance would compile for minutes, in growing memory.
+
+    Raises:
+        ValueError: naming the keyword, its value and the limit.
+    """
+    patterns, multiple = set[str](), 1
+    for one in _objects(schema):
+        patterns |= {value for key in ("pattern", "format") if isinstance(value := one.get(key), str)}
+        if isinstance(by_pattern := one.get("patternProperties"), dict):
+            patterns |= by_pattern.keys()
+        if isinstance(step := one.get("multipleOf"), int | float) and not isinstance(step, bool):
+            multiple = lcm(multiple, _digits(step) or 1)
+    if len(patterns) > MAX_PATTERNS:
+        raise ValueError(f"it has {len(patterns)} different patterns and formats; it must have at most {MAX_PATTERNS}")
+    if multiple > MAX_MULTIPLE:
+        raise ValueError(
+            f"the least common multiple of its multipleOf, without decimal points, must be at most {MAX_MULTIPLE}"
+        )
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value, itself included. Not recursive."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            yield one
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+
+
+def _digits(number: float) -> int:
+    """A finite number without its decimal point: 25 for 2.5, and 1 for 0.001."""
+    _, digits, exponent = Decimal(str(number)).as_tuple()
+    if not isinstance(exponent, int):
+        raise ValueError(f"multipleOf is {number}; it must be finite")
+    return int("".join(map(str, digits))) * 10 ** max(exponent, 0)

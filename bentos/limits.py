@@ -15,9 +15,14 @@ HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to 
 KEEP_ALIVE = 75  # seconds that an idle connection is kept: more than the 60 s of nginx and of load balancers
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 
-MAX_STOPS = 16  # stop strings of one request
+MAX_STOPS, MAX_STOP_LENGTH = 16, 400  # stop strings of one request, and the characters of each
 MAX_GUIDED_CHOICES = 256  # texts of guided_choice
-MAX_STOP_TOKENS = 64  # stop_token_ids of one request
+MAX_STRUCTURE = 16_000  # characters of a regex, of a schema, or of all choices: a mask takes 0.1 s for one such literal
+MAX_PATTERNS = 10  # different patterns and formats of one schema: to combine 13 took 4 s, to combine 29 did not end
+MAX_MULTIPLE = 10_000  # least common multiple of a schema's multipleOf: 99,999 took 1.5 s, 999,983 did not end
+GRAMMAR_FUEL = 20_000  # work units of llguidance for a grammar; its default, 1,000,000, allows 11 s per token
+MASK_TIMEOUT = 5.0  # seconds that the engine waits for the allowed tokens of one completion
+MAX_STOP_TOKENS, MAX_BIASES = 64, 1_024  # stop_token_ids and logit_bias of one request
 MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 

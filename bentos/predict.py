@@ -15,7 +15,7 @@ from bentos.errors import ServiceError, error_response
 from bentos.limits import DEADLINE
 from bentos.openapi import ERRORS, operation
 from bentos.schemas import Envelope, ErrorResponse, PredictRequest, PredictResponse
-from bentos.streaming import event_stream, unless_disconnected
+from bentos.streaming import event_stream, grammars, unless_disconnected
 
 Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
 
@@ -49,12 +49,12 @@ async def _predict(request: Request, may_stream: bool) -> Response:
     body = await read_body(request, PredictRequest)
     stream = body.stream and may_stream
     generator = served(request).generator
-    generator.check_model(body.adapter, "adapter")
     if body.max_new_tokens > generator.n_positions:
         message = f"max_new_tokens is {body.max_new_tokens}, but the context holds {generator.n_positions} tokens"
         raise ServiceError("invalid_request", message, "max_new_tokens")
     config = generator.config(body.max_new_tokens, body.sampling())
-    [grammar] = await generator.grammars(body.structure(), 1)
+    [grammar] = await grammars(request, body.structure(), 1, deadline)
+    generator.check_model(body.adapter, "adapter")  # after the last await, during which it could be unloaded
     generation = GenerationRequest(
         generator.encode_instruction(body.instruction, body.input),
         config,

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bentos.errors import ServiceError
-from bentos.limits import MAX_COMMENT, MAX_CORRECTION, MAX_GUIDED_CHOICES, MAX_STOP_TOKENS, MAX_STOPS
+from bentos.limits import (
+    MAX_BIASES,
+    MAX_COMMENT,
+    MAX_CORRECTION,
+    MAX_GUIDED_CHOICES,
+    MAX_STOP_LENGTH,
+    MAX_STOP_TOKENS,
+    MAX_STOPS,
+)
 from gpt2core.config import GenerationConfig
 
 DEFAULTS = GenerationConfig()
@@ -27,16 +35,19 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TOKEN_KEY = r"^[0-9]{1,9}$"  # noqa: S105 (of token ids)
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
+    Field(max_length=MAX_BIASES),
     WithJsonSchema(
         {
             "type": "object",
+            "maxProperties": MAX_BIASES,
             "patternProperties": {TOKEN_KEY: {"type": "number", "minimum": -100, "maximum": 100}},
             "additionalProperties": False,
         }
     ),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Stop = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 # Report one error for a list of a million invalid items: a million errors would block the event loop for seconds.
 FAIL_FAST = Field(fail_fast=True)
@@ -91,8 +102,8 @@ class Structured(BaseModel):
 
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = Field(None, description="a JSON schema, or its text")
-    guided_regex: Annotated[str, Field(min_length=1)] | None = None
-    guided_choice: Annotated[list[Stop], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=MAX_GUIDED_CHOICES)] | None = None
 
     def structure(self) -> Structure | None:
         """

@@ -26,6 +26,7 @@ from bentos.middleware.error_shape import ErrorShapeMiddleware
 from bentos.middleware.head import HeadMiddleware
 from bentos.middleware.metrics_path import path_label
 from bentos.middleware.request_id import RequestIdMiddleware
+from bentos.middleware.unhandled import UnhandledErrorMiddleware
 from bentos.openapi import set_limits
 from bentos.settings import Settings
 from gpt2core.files import list_files, read_json, verify_directory
@@ -52,12 +53,14 @@ class GPT2Service(compat.WrappableService):
     def wrap(self, app: Starlette) -> ASGIApp:
         compat.bound_heads()
         compat.remove_timeout(app)
+        compat.remove_redirects(app)
         if not settings().tracing:
             compat.remove_tracing(app)
         compat.bound_metrics(app, path_label(_paths()))
         wrapped: ASGIApp = HeadMiddleware(app)
         wrapped = ErrorShapeMiddleware(wrapped)
         wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, PROBES, admin.router.routes)
+        wrapped = UnhandledErrorMiddleware(wrapped)
         wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)
         wrapped = DrainMiddleware(wrapped, PROBES, compat.stop_listening)
         return RequestIdMiddleware(wrapped, lineage().run.id)

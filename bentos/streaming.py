@@ -1,16 +1,21 @@
-"""Whole responses and server-sent events. A client disconnect cancels their completions."""
+"""What a request waits for: its grammars, whole responses and server-sent events. A client disconnect ends it."""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bentos.completion import Completion
+from bentos.dependencies import served
 from bentos.errors import ServiceError, error_content
+from bentos.schemas import Structure
+
+if TYPE_CHECKING:
+    from gpt2core.sampling import Grammar
 
 T = TypeVar("T")
 # Characters that JSON allows in strings, and at which some clients split lines (httpx: str.splitlines).
@@ -37,6 +42,19 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T], co
     finally:
         working.cancel()
         disconnected.cancel()
+
+
+async def grammars(
+    request: Request, structure: Structure | None, n: int, deadline: float
+) -> "Sequence[Grammar | None]":
+    """The grammars of the request's `n` completions.
+
+    Raises:
+        ClientDisconnect, ServiceError
+    """
+    if structure is None:
+        return [None] * n
+    return await unless_disconnected(request, served(request).generator.grammars(structure, n, deadline), [])
 
 
 async def event_stream(

@@ -15,7 +15,7 @@ from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.files import json_bytes, read_json, write_files
 from gpt2core.lora import add_lora, lora_config, lora_layers
 from gpt2core.model import GPT2
-from gpt2core.peft_format import PEFT_CONFIG, read_peft
+from gpt2core.peft_format import MAX_CONFIG, PEFT_CONFIG, read_peft
 from gpt2core.prompt import PROMPT_TEMPLATE
 from gpt2core.tensors import check_weight, read_tensors
 
@@ -90,7 +90,7 @@ def read_adapter(
     if not (directory / ADAPTER_CONFIG).is_file() and (directory / PEFT_CONFIG).is_file():
         return read_peft(directory, config, device)
     file = directory / ADAPTER_WEIGHTS
-    description = read_json(directory / ADAPTER_CONFIG)
+    description = read_json(directory / ADAPTER_CONFIG, MAX_CONFIG)
     lora = _read_lora_config(directory / ADAPTER_CONFIG, description)
     _check_prompt(directory / ADAPTER_CONFIG, description.get("prompt"))
     _check_base(directory / ADAPTER_CONFIG, description.get("base"), base_sha256, accept_other_base)

@@ -1,6 +1,7 @@
 """Configuration of model, LoRA, training and decoding. Every default is written here and nowhere else."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from types import MappingProxyType, NoneType, UnionType
@@ -245,6 +246,13 @@ class GenerationConfig:
         check_field(self, "logit_bias", all(-100 <= bias <= 100 for bias in biases.values()), "biases in [-100, 100]")
         in_limit = 0 <= self.min_tokens <= self.max_new_tokens
         check_field(self, "min_tokens", in_limit, "0 or more, and at most max_new_tokens")
+
+    def with_seed(self, seed: int) -> "GenerationConfig":
+        """The same with another seed, without checking the other fields again: a logit_bias can be large."""
+        other = copy(self)
+        object.__setattr__(other, "seed", seed)
+        check_field(other, "seed", _is_seed(seed), "in [0, 2**63)")
+        return other
 
 
 def _check_training(config: TrainConfig | PretrainConfig) -> None:

@@ -166,12 +166,15 @@ def read_text(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, max_bytes: int = 2**28) -> dict[str, Any]:
     """The JSON object in the file.
 
     Raises:
         FileNotFoundError, ValueError: naming the file.
     """
+    check_exists(file)
+    if (size := file.stat().st_size) > max_bytes:  # before all of it is in memory
+        raise ValueError(f"{file} has {size:,} bytes; it must have at most {max_bytes:,}")
     text = read_text(file)
     try:
         value = json.loads(text)

@@ -4,10 +4,12 @@ PEFT adapts whole layers: one pair of matrices for the fused c_attn, where this 
 """
 
 import re
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
-from math import isfinite, sqrt
+from math import inf, prod, sqrt
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from gpt2core.model import GPT2
 from gpt2core.tensors import check_weight, read_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_BIN = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+MAX_CONFIG = 1_000_000  # bytes of an adapter's configuration
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(transformer\.|)h\.(\d{1,9})\."
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
@@ -51,6 +54,9 @@ _UNDERSTOOD = {
     *("megatron_core", "qalora_group_size"),
     *("runtime_config", "eva_config", "ensure_weight_tying"),
 }
+_MAX_PATTERN = 1_000  # characters of a pattern
+_MAX_NAME = 28  # characters of a module's name: transformer.h.47.attn.c_attn
+_MAX_WAYS = 100_000  # to match a pattern: a few milliseconds
 # Initializations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -117,7 +123,7 @@ def read_peft(
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter needs a feature of PEFT that this
             project does not have; the message names it.
     """
-    description = read_json(directory / PEFT_CONFIG)
+    description = read_json(directory / PEFT_CONFIG, MAX_CONFIG)
     _check_supported(directory / PEFT_CONFIG, description)
     if not (directory / PEFT_WEIGHTS).is_file() and (directory / PEFT_BIN).is_file():
         raise FileNotFoundError(
@@ -195,9 +201,42 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
             raise ValueError(f"{file}: {key} is {value!r}; this feature of PEFT is not supported")
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = description.get(key)
-        is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        if value is not None and not isinstance(value, str) and not is_list:
-            raise ValueError(f"{file}: {key} is {value!r}; it must be a string or a list of strings")
+        if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_text, value)))):
+            raise ValueError(f"{file}: {key} is {value!r}; it must be a pattern, a list of names, or null")
+        # a list of modules has names, one of layers_pattern patterns
+        for pattern in [value] if isinstance(value, str) else (value or ()) if key == "layers_pattern" else ():
+            _check_pattern(file, key, pattern)
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = description.get(key)
+        for pattern in value if isinstance(value, dict) else ():
+            _check_pattern(file, key, pattern)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _check_pattern(file: Path, key: str, pattern: str) -> None:
+    """Refuse a pattern whose matching may take for ever: `re` backtracks, and no other thread runs meanwhile."""
+    if len(pattern) > _MAX_PATTERN or _ways(f"({pattern})") > _MAX_WAYS:  # in a group, as `_by_module` matches it
+        raise ValueError(
+            f"{file}: {key} has the pattern {reprlib.repr(pattern)}, whose matching can take too long; it must have at "
+            f"most {_MAX_PATTERN} characters, few of * + ? | and no repeated group: list the modules' names instead"
+        )
+
+
+def _ways(pattern: str) -> float:
+    """An upper limit for the ways in which a pattern can match a module's name.
+
+    A repetition has as many as the name has places, and a group as many as it has alternatives. Unlimited if a group is
+    repeated, which may contain repetitions, or if the pattern is verbose and hides them.
+    """
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # no escapes, no classes
+    if re.search(r"\)[*+{]|\(\?[A-Za-z-]*x", plain):
+        return inf
+    n_repeats, n_optional = len(re.findall(r"[*+{]", plain)), len(re.findall(r"(?<![(*+?}])\?", plain))
+    alternatives = prod(1 + part.count("|") for part in re.split(r"[()]", plain))
+    return _MAX_NAME**n_repeats * 2**n_optional * alternatives
 
 
 def _read_layers(
@@ -300,7 +339,7 @@ def _scaling(file: Path, description: Mapping[str, Any], module: str, rank: int)
     alpha = _by_module(description, "alpha_pattern", module, description.get("lora_alpha"))
     if r != rank or isinstance(r, bool):
         raise ValueError(f"{file}: the rank of {module} is {r!r}, but its weights have rank {rank}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not isfinite(alpha):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= float_info.max:
         raise ValueError(f"{file}: lora_alpha of {module} is {alpha!r}; it must be a finite number")
     return float(alpha), sqrt(rank) if description.get("use_rslora") else float(rank)
 

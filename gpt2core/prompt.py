@@ -86,7 +86,19 @@ def parse_reply(raw: str) -> str:
 
 def cut_reply(raw: str) -> str:
     """`parse_reply` for a completion that may continue: trailing whitespace stays."""
+    text = without_prompt(raw)
+    return text[: next_section(text)]
+
+
+def without_prompt(raw: str) -> str:
+    """The answer in a raw completion, and the sections after it."""
     text = raw.split(END_OF_TEXT, 1)[0].lstrip()
     if text.startswith((PREAMBLE, RESPONSE)):
         text = text.partition(RESPONSE)[2]
-    return _NEXT_SECTION.split(text.lstrip(), maxsplit=1)[0]
+    return text.lstrip()
+
+
+def next_section(text: str, first: int = 0) -> int | None:
+    """Where the first section begins, at `first` or later."""
+    found = _NEXT_SECTION.search(text, first)
+    return None if found is None else found.start()

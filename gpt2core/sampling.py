@@ -186,16 +186,21 @@ def choose(
                 raise NonFiniteLogits
             if token < 0:
                 raise ValueError("no token may follow: the controls of this request exclude all of them")
-            outputs[i] = sampler.accept(tokens.get(i, token))
+            token = tokens.get(i, token)
+            if token >= logits.shape[1]:  # would fail the next step, and so every request of it
+                last = logits.shape[1] - 1
+                raise RuntimeError(f"token {token} was drawn, but the ids of the model are from 0 to {last}")
+            outputs[i] = sampler.accept(token)
         except Exception as error:
             outputs[i] = error
     return [outputs.get(i, 0) for i in range(len(samplers))]
 
 
 def sampling_values(config: GenerationConfig, vocab_size: int) -> tuple[float, int, float, float]:
-    """temperature (not 0 in fp32), top_k, top_p and min_p, with values that have no effect for those not set."""
+    """temperature (neither 0 nor inf in fp32), top_k, top_p and min_p; without effect where they are not set."""
+    temperature = min(max(config.temperature, 1e-30), 1e30)  # -inf, of an excluded token, / inf would be NaN
     top_p = 1.0 if config.top_p is None else config.top_p
-    return max(config.temperature, 1e-30), min(config.top_k or vocab_size, vocab_size), top_p, config.min_p or 0.0
+    return temperature, min(config.top_k or vocab_size, vocab_size), top_p, config.min_p or 0.0
 
 
 def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
@@ -259,6 +264,6 @@ def check_tokens(config: GenerationConfig, model: GPT2Config) -> None:
         ValueError: `logit_bias` or `stop_token_ids` contains an id that the model never generates.
     """
     for name, tokens in (("logit_bias", dict(config.logit_bias)), ("stop_token_ids", config.stop_token_ids)):
-        for token in tokens:
+        for token in (min(tokens), max(tokens)) if tokens else ():
             if not 0 <= token < model.token_count:
                 raise ValueError(f"{name} contains the token id {token}; ids are from 0 to {model.token_count - 1}")

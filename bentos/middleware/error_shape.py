@@ -1,9 +1,9 @@
 """Gives errors of BentoML and the router (unknown route, wrong method, unhandled exception) the common error shape."""
 
-import json
 from http import HTTPStatus
 
 from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bentos.errors import error_content, is_error
@@ -29,7 +29,7 @@ class ErrorShapeMiddleware:
             else:
                 body.extend(message.get("body", b""))
                 if not message.get("more_body", False):
-                    content = bytes(body) if is_error(body) else _shape(start["status"], scope)
+                    content = bytes(body) if is_error(body) else bytes(error_of_status(start["status"], scope).body)
                     headers = MutableHeaders(scope=start)
                     headers["Content-Type"], headers["Content-Length"] = "application/json", str(len(content))
                     await send(start)
@@ -38,6 +38,7 @@ class ErrorShapeMiddleware:
         await self.app(scope, receive, shaped)
 
 
-def _shape(status: int, scope: Scope) -> bytes:
+def error_of_status(status: int, scope: Scope) -> JSONResponse:
+    """The response to a request that failed for no known reason."""
     phrase = HTTPStatus(status).phrase
-    return json.dumps(error_content(phrase.lower(), f"{scope['method']} {scope['path']}: {phrase}")).encode()
+    return JSONResponse(error_content(phrase.lower(), f"{scope['method']} {scope['path']}: {phrase}"), status)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOPS
+from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOP_LENGTH, MAX_STOPS
 from bentos.schemas import DEFAULTS, FAIL_FAST, TUNED, WHOLE, Sampling, Structured, Token
 
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
@@ -36,6 +36,7 @@ No = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
 Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
 Label = Any  # labels for the sender's use, without influence on the completion
 
+StopOrEmpty = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # capped at the context length
 Tokens = Annotated[list[Token], Field(min_length=1, json_schema_extra={"maxItems": "n_prompt"}), FAIL_FAST]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
@@ -74,7 +75,7 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(DEFAULTS.top_p, description="0: greedy")
     top_k: Annotated[int, Field(ge=-1), WHOLE] | None = Field(DEFAULTS.top_k, description="0 and -1: no limit")
     seed: Annotated[int, WHOLE] | None = Field(DEFAULTS.seed, description="each further choice adds one")
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopOrEmpty | Annotated[list[StopOrEmpty], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="include_usage: only with stream")
     user: Label = None
@@ -88,15 +89,19 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     conversation_id: Label = None
     request_id: Label = None
 
-    def sampling(self, choice: int = 0) -> dict[str, Any]:
-        """Keywords of `GenerationConfig` for one of the `n` choices, with OpenAI's meaning of some values."""
+    def seeds(self) -> list[int | None]:
+        """One for each of the `n` choices."""
+        return [None if self.seed is None else (self.seed + choice) % 2**63 for choice in range(self.n or 1)]
+
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `GenerationConfig` for the first choice, with OpenAI's meaning of some values."""
         values = super().sampling()
         if self.top_p == 0:  # the smallest set of tokens that reaches probability 0 is the most likely token
             values |= {"temperature": 0.0, "top_p": None}
         if self.top_k is not None and self.top_k < 1:
             values["top_k"] = None
         if self.seed is not None:
-            values["seed"] = (self.seed + choice) % 2**63
+            values["seed"] = self.seeds()[0]
         return values
 
 

@@ -17,7 +17,7 @@ from bentos.errors import ServiceError
 from bentos.openai.logprobs import TextOffsets
 from bentos.openai.protocol import OpenAIRequest
 from bentos.schemas import TUNED
-from bentos.streaming import event_stream, unless_disconnected
+from bentos.streaming import event_stream, grammars, unless_disconnected
 
 if TYPE_CHECKING:
     from bentos.generation import TextGenerator
@@ -58,8 +58,8 @@ class Route(ABC):
 async def respond(request: Request, route: Route, deadline: float) -> Response:
     generator = served(request).generator
     body = route.body
-    grammars = await generator.grammars(body.structure(), len(route.prompts) * (body.n or 1))
-    generation = generation_requests(route, generator, grammars, deadline, request)
+    own = await grammars(request, body.structure(), len(route.prompts) * (body.n or 1), deadline)
+    generation = generation_requests(route, generator, own, deadline, request)
     completions = generator.submit(generation, route.prompt_field, record(request).add)
     builder = _ResponseBuilder(route, completions, request_id(request), served(request).lineage.bento)
     if not route.body.stream:
@@ -89,11 +89,12 @@ def generation_requests(
         raise ServiceError("invalid_request", "stream_options: only together with stream", "stream_options")
     stop = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
 
-    def one(prompt: list[int], choice: int, grammar: "Grammar | None") -> GenerationRequest:
-        config = generator.config(max(route.max_new_tokens, 1), body.sampling(choice))
+    config = generator.config(max(route.max_new_tokens, 1), body.sampling())
+
+    def one(prompt: list[int], seed: int | None, grammar: "Grammar | None") -> GenerationRequest:
         return GenerationRequest(
             prompt,
-            config,
+            config if seed is None else config.with_seed(seed),
             model,
             deadline,
             request_id(request),
@@ -107,8 +108,8 @@ def generation_requests(
             echo=route.tokenizer.decode(prompt) if route.echo else None,
         )
 
-    each = [(prompt, choice) for prompt in route.prompts for choice in range(body.n or 1)]
-    return [one(prompt, choice, grammar) for (prompt, choice), grammar in zip(each, grammars, strict=True)]
+    each = [(prompt, seed) for prompt in route.prompts for seed in body.seeds()]
+    return [one(prompt, seed, grammar) for (prompt, seed), grammar in zip(each, grammars, strict=True)]
 
 
 class _ResponseBuilder:

@@ -2,17 +2,21 @@
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
+from functools import lru_cache
 
 import tiktoken
 
-from gpt2core.prompt import MARKERS, cut_reply
+from gpt2core.prompt import MARKERS, next_section, without_prompt
+
+LONGEST_MARKER = max(map(len, MARKERS)) + 1  # with the whitespace before it
 
 
 class IncrementalDetokenizer:
     """Converts tokens to text incrementally; the concatenated results are the completion's text.
 
     Holds back what may still change: incomplete UTF-8 characters, a possible start of a stop string or (in a clean
-    answer) of a prompt header, and whitespace that may be trailing.
+    answer) of a prompt header, and whitespace that may be trailing. A token takes time in proportion to its own
+    text, apart from copies: searching all of a long text again for each token would take minutes.
     """
 
     def __init__(
@@ -33,9 +37,11 @@ class IncrementalDetokenizer:
         self._hidden = {tokenizer.eot_token, *hidden}
         self._min_tokens, self._n_tokens, self._search_from = min_tokens, 0, 0
         self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._raw = ""
+        self._raw = self._text = ""  # all characters so far, and what the last `_emit` found in them
+        self._body = ""  # of a clean answer: the text that it is the beginning of
+        self._section: int | None = None  # where the answer ends in `_body`, if it does
         self._n_emitted = 0
-        self._held_texts = (*stops, *MARKERS) if clean else tuple(stops)
+        self._held = [_Overlap(text) for text in ((*stops, *MARKERS) if clean else stops)]
         self.stopped = False  # whether the text ended at a stop string
 
     def push(self, token: int) -> str:
@@ -54,25 +60,70 @@ class IncrementalDetokenizer:
         return self._emit(final=True)
 
     def _emit(self, final: bool) -> str:
-        text = cut_reply(self._raw) if self._clean else self._raw
+        text = self._answer() if self._clean else self._raw
+        n_known = len(self._text) if text.startswith(self._text) else 0
+        self._text = text
         if self._n_tokens <= self._min_tokens and self._min_tokens:
             self._search_from = len(text)
-        starts = [start for stop in self._stops if (start := text.find(stop, self._search_from)) >= 0]
+        starts = [
+            start
+            for stop in self._stops
+            if (start := _find(text, stop, max(self._search_from, n_known - len(stop) + 1))) >= 0
+        ]
+        n_held = max((held.read(text, n_known) for held in self._held), default=0)
         if starts:
             self.stopped = True
             text = text[: min(starts)]
         elif not final:
-            text = text[: len(text) - max((_overlap(text, held) for held in self._held_texts), default=0)]
+            text = text[: len(text) - n_held]
         if self._clean:
             text = text.rstrip()
         new = text[self._n_emitted :]
         self._n_emitted += len(new)
         return new
 
+    def _answer(self) -> str:
+        """`gpt2core.prompt.cut_reply` of the characters so far."""
+        body = without_prompt(self._raw)
+        if not body.startswith(self._body):  # what seemed to be its beginning was a prompt or a header
+            self._body, self._section = "", None
+        if self._section is None:
+            self._section = next_section(body, max(0, len(self._body) - LONGEST_MARKER))
+        self._body = body
+        return body[: self._section]
 
-def _overlap(text: str, held: str) -> int:
-    """The length of the longest proper prefix of `held` that the text ends with."""
-    start = text.find(held[0], max(0, len(text) - len(held) + 1))
-    while start >= 0 and not held.startswith(text[start:]):
-        start = text.find(held[0], start + 1)
-    return len(text) - start if start >= 0 else 0
+
+class _Overlap:
+    """The length of the longest proper prefix of `held` that a growing text ends with (Knuth, Morris, Pratt, 1977)."""
+
+    def __init__(self, held: str) -> None:
+        self._held, self._borders, self._n = held, _borders(held), 0
+
+    def read(self, text: str, n_known: int) -> int:
+        """The length for a text; `n_known`: it begins with the last one, which had so many characters, or 0."""
+        held, borders, n = self._held, self._borders, self._n if n_known else 0
+        for character in text[n_known or max(0, len(text) - len(held)) :]:
+            while n and held[n] != character:
+                n = borders[n]
+            n += held[n] == character
+            if n == len(held):
+                n = borders[n]
+        self._n = n
+        return n
+
+
+@lru_cache(maxsize=256)
+def _borders(text: str) -> list[int]:
+    """For each length n, the length of the longest proper prefix of text[:n] that text[:n] ends with."""
+    borders = [0, 0]
+    n = 0
+    for character in text[1:]:
+        while n and text[n] != character:
+            n = borders[n]
+        n += text[n] == character
+        borders.append(n)
+    return borders
+
+
+def _find(text: str, stop: str, first: int) -> int:
+    return text.find(stop, first)

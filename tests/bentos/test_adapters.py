@@ -47,6 +47,31 @@ def test_only_adapters_below_the_directory_and_free_names_are_loaded(url, name, 
     assert error_of(response)["param"] in ("lora_name", "lora_path")
 
 
+def test_files_may_be_links_to_files_below_the_directory_alone(url, adapters):
+    """Kubernetes and the cache of Hugging Face make such links."""
+    for name, target in (("linked", adapters / "good"), ("escaping", adapters.parent / "outside")):
+        (adapters / name).mkdir()
+        for file in target.iterdir():
+            (adapters / name / file.name).symlink_to(file)
+    assert admin(url, "load", lora_name="linked", lora_path="linked").status_code == 200
+    assert admin(url, "unload", lora_name="linked").status_code == 200
+    response = admin(url, "load", lora_name="escaping", lora_path="escaping")
+    assert response.status_code == 400
+    assert error_of(response)["type"] == "invalid_adapter"
+    assert "is a link to a file outside of GPT2_ADAPTERS_DIR" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter_config.json"])
+def test_a_huge_configuration_is_refused_and_not_read(url, adapters, name):
+    directory = adapters / f"huge-{name}"
+    directory.mkdir()
+    with (directory / name).open("wb") as stream:
+        stream.truncate(1_000_001)  # sparse
+    response = admin(url, "load", lora_name="huge", lora_path=directory.name)
+    assert response.status_code == 400
+    assert f"{name} has 1,000,001 bytes; it must have at most 1,000,000" in error_of(response)["message"]
+
+
 def test_an_adapter_of_another_base_is_refused_with_both_digests(url, adapters):
     shutil.copytree(adapters / "good", adapters / "foreign", dirs_exist_ok=True)
     file = adapters / "foreign" / "adapter.json"

@@ -74,6 +74,7 @@ def test_a_page_of_another_site_cannot_use_the_password_that_the_browser_has_sto
         ("application/x-www-form-urlencoded", "null", 403),
         ("text/plain; application/json", "http://evil.example", 403),
         (None, "http://evil.example", 403),
+        (None, "http://[", 403),
         (None, None, 200),  # curl, and any other client that is not a browser
         ("text/plain", "{url}", 200),
         # a browser sends this to another site only with its permission, which this service does not give

@@ -1,20 +1,28 @@
 """`bentos.generation` and `bentos.completion` without a server, where time and failures can be controlled."""
 
 import asyncio
+import json
+from dataclasses import replace
+from threading import Event
 from time import monotonic, sleep
 from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from bentos import body, generation
+from bentos import body, generation, predict
 from bentos.completion import Completion, CompletionResult, GenerationRequest, merge, usage
 from bentos.dependencies import Served
 from bentos.errors import ServiceError, error_response
 from bentos.generation import TextGenerator
 from bentos.middleware.access_log import RequestRecord
-from bentos.schemas import TUNED, PredictRequest
+from bentos.openai.completions import CompletionRoute
+from bentos.openai.protocol import CompletionRequest
+from bentos.openai.serving import generation_requests
+from bentos.schemas import TUNED, PredictRequest, Structure
+from bentos.streaming import grammars
+from gpt2core.config import GenerationConfig
 from gpt2core.engine import EngineFull
 from tests.helpers import make_lineage, wait_until
 
@@ -72,6 +80,74 @@ def test_decoding_ends_at_the_deadline(slow_generator):
     assert complete(slow_generator, max_new_tokens=1)[1].finish_reason == "length"
 
 
+def test_the_controls_of_a_request_are_checked_once_for_all_its_choices(generator, monkeypatch):
+    configs = []
+    check = GenerationConfig.__post_init__
+    monkeypatch.setattr(GenerationConfig, "__post_init__", lambda config: (configs.append(config), check(config)))
+    body = CompletionRequest(prompt=["a", "b"], n=3, seed=-1, temperature=1.0, logit_bias={"1": 2.0})
+    request = Request({"type": "http", "headers": [], "state": {"request_id": "id-1"}})
+    route = CompletionRoute(body, generator)
+    requests = generation_requests(route, generator, [None] * 6, monotonic() + 60, request)
+    assert len(configs) == 1
+    assert [one.config.seed for one in requests] == [2**63 - 1, 0, 1] * 2
+    assert all(replace(one.config, seed=0) == replace(configs[0], seed=0) for one in requests)
+
+
+@pytest.fixture
+def stuck_compiler(generator):
+    """Its thread is busy with another grammar, until the test has ended."""
+    go_on = Event()
+    generator._grammars._compiling.submit(go_on.wait)
+    yield generator
+    go_on.set()
+
+
+def test_a_grammar_is_awaited_until_the_deadline(stuck_compiler):
+    with pytest.raises(ServiceError) as error:
+        asyncio.run(stuck_compiler.grammars(Structure("regex", "a", "guided_regex"), 1, monotonic() + 0.05))
+    assert (error_response(error.value).status_code, error.value.param) == (504, "guided_regex")
+
+
+@pytest.mark.parametrize("choice", [["a"], None])
+def test_an_adapter_that_is_unloaded_while_a_grammar_is_compiled_is_a_404(generator, adapter_dir, monkeypatch, choice):
+    generator._adapters_dir = str(adapter_dir.parent)
+    generator._load("other", adapter_dir)
+    compiling = generator.grammars
+
+    async def grammars_and_unload(structure, n, deadline):
+        generator._unload("other")
+        return await compiling(structure, n, deadline)
+
+    monkeypatch.setattr(generator, "grammars", grammars_and_unload)
+    if choice is None:
+        generator._unload("other")
+    values = {"instruction": "Hello.", "adapter": "other", "guided_choice": choice}
+    messages = [{"type": "http.request", "body": json.dumps(values).encode()}]
+
+    async def receive():
+        if not messages:
+            await asyncio.sleep(60)
+        return messages.pop()
+
+    app = Starlette()
+    app.state.served = Served(generator, make_lineage(), 0, "last")
+    scope = {"type": "http", "headers": [], "app": app, "state": {"request_id": "id-1", "record": RequestRecord()}}
+    with pytest.raises(ServiceError) as error:
+        asyncio.run(predict.predict(Request(scope, receive)))
+    assert (error.value.type, error.value.param) == ("model_not_found", "adapter")
+
+
+def test_a_client_disconnect_ends_the_wait_for_a_grammar(stuck_compiler):
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    app = Starlette()
+    app.state.served = Served(stuck_compiler, make_lineage(), 0, "last")
+    request = Request({"type": "http", "headers": [], "app": app}, receive)
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(grammars(request, Structure("regex", "a", "guided_regex"), 1, monotonic() + 60))
+
+
 def test_a_cancelled_completion_leaves_the_engine(slow_generator):
     async def give_up() -> None:
         (completion,) = submit(slow_generator, max_new_tokens=60)
@@ -116,6 +192,14 @@ def test_a_completion_that_the_engine_drops_is_a_503(generator, monkeypatch):
     with pytest.raises(ServiceError) as error:
         complete(generator)
     assert error_response(error.value).status_code == 503
+
+
+def test_a_completion_is_no_longer_in_flight_even_if_recording_it_fails(generator):
+    metrics = SimpleNamespace(observe=lambda result: 1 / 0)
+    generator._metrics = metrics
+    with pytest.raises(ZeroDivisionError):
+        complete(generator)
+    assert generator._shadows._in_flight == 0
 
 
 def test_merging_ends_with_the_first_error(generator, monkeypatch):

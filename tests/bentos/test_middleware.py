@@ -16,6 +16,7 @@ from bentos.middleware.access_log import AccessLogMiddleware
 from bentos.middleware.drain import DrainMiddleware
 from bentos.middleware.error_shape import ErrorShapeMiddleware
 from bentos.middleware.request_id import RequestIdMiddleware
+from bentos.middleware.unhandled import UnhandledErrorMiddleware
 from gpt2core.config import GenerationConfig
 
 
@@ -88,6 +89,38 @@ def test_errors_of_the_inner_app_get_the_shape_of_all_errors(path, code, status)
     assert response.json()["error"].keys() == {"type", "message", "param", "code"}
     assert response.json()["error"]["code"] == code
     assert ("X-Kept" in response.headers) == (path == "/503")
+
+
+def broken(request: Request) -> PlainTextResponse:
+    raise RuntimeError("as if a handler were wrong")
+
+
+async def raising(scope, receive, send) -> None:
+    raise RuntimeError("as if a middleware were wrong")
+
+
+async def breaking_off(scope, receive, send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"half", "more_body": True})
+    raise RuntimeError("as if a stream were wrong")
+
+
+@pytest.mark.parametrize("app", [ErrorShapeMiddleware(Starlette(routes=[Route("/x", broken)])), raising])
+def test_an_unexpected_error_is_a_500_and_is_logged_but_not_raised_to_the_server(app, caplog):
+    response = TestClient(UnhandledErrorMiddleware(app)).get("/x")
+    assert response.status_code == 500
+    assert response.json()["error"] == {
+        "type": "internal server error",
+        "message": "GET /x: Internal Server Error",
+        "param": None,
+        "code": "internal_server_error",
+    }
+    assert "RuntimeError: as if" in caplog.text
+
+
+def test_an_error_in_the_middle_of_a_response_closes_its_connection():
+    with pytest.raises(RuntimeError):
+        TestClient(UnhandledErrorMiddleware(breaking_off)).get("/x")
 
 
 def test_while_draining_readiness_fails_and_responses_close_their_connection():

@@ -78,6 +78,7 @@ def test_defaults_of_openai_and_harmless_extras_are_accepted(url, route):
                 ("frequency_penalty", 2.5),
                 ("logit_bias", {"1000000": 1}),
                 ("logit_bias", {"a": 1}),
+                ("logit_bias", {str(token): 1 for token in range(1_025)}),
                 ("min_p", 1.5),
                 ("min_tokens", 5),
                 ("repetition_penalty", 0),

@@ -109,9 +109,10 @@ def test_an_answer_is_limited_by_the_context(url, tuned):
     assert response["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e300])
-def test_extreme_temperatures_are_answered(url, temperature):
-    assert predict(url, instruction="Hello.", temperature=temperature, seed=0).status_code == 200
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e39, 1e300])
+@pytest.mark.parametrize("controls", [{}, {"min_tokens": 5}])
+def test_extreme_temperatures_are_answered(url, temperature, controls):
+    assert predict(url, instruction="Hello.", temperature=temperature, seed=0, **controls).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,8 @@ def test_extreme_temperatures_are_answered(url, temperature):
         (b'{"instruction": "a", "seed": 99999999999999999999}', "seed"),
         (b'{"instruction": "a", "stop": ""}', "stop"),
         (b'{"instruction": "a", "stop": [1]}', "stop"),
+        (b'{"instruction": "a", "stop": "%s"}' % (b"b" * 401), "stop"),
+        (b'{"instruction": "a", "stop": ["%s"]}' % (b"b" * 401), "stop"),
         (b'{"instruction": "a", "temprature": 1}', "temprature"),
     ],
 )
@@ -258,10 +261,17 @@ def test_clients_that_send_large_bodies_slowly_do_not_fill_the_memory(url):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/predict", 405), ("POST", "/nothing", 404), ("PUT", "/metadata", 405)]
+    ("method", "path", "status"),
+    [
+        ("GET", "/predict", 405),
+        ("POST", "/nothing", 404),
+        ("PUT", "/metadata", 405),
+        ("POST", "/predict/", 404),
+        ("GET", "/v1/models/", 404),
+    ],
 )
 def test_an_unknown_route_has_the_shape_of_every_error(url, method, path, status):
-    response = requests.request(method, url + path, timeout=10)
+    response = requests.request(method, url + path, timeout=10, allow_redirects=False)
     assert response.status_code == status
     error_of(response)
 

@@ -1,18 +1,28 @@
 """Structured output, echo, and the routes that vLLM's clients use."""
 
+import asyncio
 import json
 import re
 from random import Random
+from threading import Event, current_thread, main_thread
+from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
+from starlette.applications import Starlette
+from starlette.requests import Request
 
+from bentos import grammar
+from bentos.dependencies import Served
+from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
+from bentos.openai import tokenize
 from bentos.schemas import Structure
 from gpt2core.config import GenerationConfig
 from gpt2core.engine import Engine
 from tests.bentos.client import error_of, metric, predict
+from tests.helpers import make_lineage
 
 
 def random_schema(random: Random, depth: int = 0) -> dict:
@@ -67,8 +77,8 @@ def test_completions_of_500_random_schemas_conform(tuned, tokenizer):
         requests = []
         for seed, schema in enumerate(schemas):
             config = GenerationConfig(limit, temperature=3.0, seed=seed, eos_id=tokenizer.eot_token)
-            [grammar] = compiler.compile(Structure("json", schema, "guided_json"), 1)
-            requests.append(engine.submit([1], config, grammar=grammar))
+            [own] = compiler.compile(Structure("json", schema, "guided_json"), 1)
+            requests.append(engine.submit([1], config, grammar=own))
         for schema, request in zip(schemas, requests, strict=True):
             tokens = [token for token in request.result(120) if token != tokenizer.eot_token]
             if request.finish_reason == "stop":
@@ -109,9 +119,13 @@ def test_every_route_returns_text_that_matches(url, fields, accepts):
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"guided_regex": "a", "stop": "b"}, "stop"),
         ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": "[" * 5_000}, "guided_json"),
+        ({"guided_json": '{"type": "array", "items": ' * 500 + "{}" + "}" * 500}, "guided_json"),
         ({"guided_json": {"$ref": "#"}}, "guided_json"),
         ({"guided_regex": r"[^\s\S]"}, "guided_regex"),
         ({"guided_regex": r"(\p{L}{1,500}|\w{1,300}){1,100}", "max_new_tokens": 80}, "guided_regex"),
+        ({"guided_regex": "a{100000}"}, "guided_regex"),
+        ({"guided_regex": "(a{3000}){3000}"}, "guided_regex"),
     ],
 )
 def test_structures_that_cannot_be_followed_are_refused(url, fields, param):
@@ -119,6 +133,65 @@ def test_structures_that_cannot_be_followed_are_refused(url, fields, param):
     assert response.status_code == 400
     assert error_of(response)["param"] == param
     assert "\n" not in error_of(response)["message"]
+
+
+def patterns(n: int) -> dict:
+    """A schema that combines n patterns."""
+    return {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(n)]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("regex", "a" * 16_001, "it has 16001 characters; it must have at most 16000"),
+        ("choice", ["a" * 9_000, "b" * 9_000], "it has 18008 characters; it must have at most 16000"),
+        ("json", {"const": "a" * 16_000}, "it has 16013 characters; it must have at most 16000"),
+        ("json", '{"type": "string", "pattern": "%s"}' % ("a" * 16_000), "it has 16033 characters"),
+        ("json", patterns(29), "it has 29 different patterns and formats; it must have at most 10"),
+        ("json", {"patternProperties": {f"^{i}": {} for i in range(11)}}, "it has 11 different patterns and formats"),
+        ("json", {"type": "integer", "multipleOf": 99_999_989}, "the least common multiple of its multipleOf"),
+        ("json", {"type": "number", "multipleOf": 0.99999989}, "the least common multiple of its multipleOf"),
+        ("json", {"allOf": [{"multipleOf": n} for n in (9_973, 0, 9_967)]}, "the least common multiple"),
+        ("json", '{"multipleOf": 1e999}', "multipleOf is inf; it must be finite"),
+    ],
+)
+def test_structures_that_would_compile_for_minutes_are_refused_before(tokenizer, monkeypatch, kind, value, message):
+    compiler = GrammarCompiler(tokenizer)
+    monkeypatch.setattr(grammar, "llguidance", None)
+    with pytest.raises(ServiceError) as error:
+        compiler.compile(Structure(kind, value, "field"), 1)
+    compiler.close()
+    assert error.value.message.startswith(f"field: {message}")
+
+
+def test_ordinary_numbers_and_patterns_are_accepted(tokenizer):
+    properties = {
+        "price": {"type": "number", "multipleOf": 0.01},
+        "share": {"type": "integer", "multipleOf": 25},
+        "pattern": {"type": "string", "pattern": r"^\w{1,300}$"},  # also as a property's name
+        **{name: {"type": "string", "format": name} for name in ("date-time", "email", "uuid", "ipv4")},
+        **{f"text{i}": {"type": "string", "maxLength": 2_000} for i in range(100)},
+    }
+    compiler = GrammarCompiler(tokenizer)
+    assert compiler.compile(Structure("json", {"type": "object", "properties": properties}, "guided_json"), 2)
+    assert compiler.compile(Structure("regex", "a" * 2_000, "guided_regex"), 1)
+    compiler.close()
+
+
+def test_a_mask_that_is_not_ready_in_time_is_an_error_of_its_completion(tokenizer, monkeypatch):
+    monkeypatch.setattr(grammar, "MASK_TIMEOUT", 0.01)
+    compiler, go_on = GrammarCompiler(tokenizer), Event()
+    [late, other] = compiler.compile(Structure("regex", "[ab]{9}", "guided_regex"), 2)
+    compiler._masks.submit(go_on.wait)
+    late.accept(tokenizer.encode("a")[0])
+    with pytest.raises(ServiceError) as error:
+        late.allowed()
+    assert error.value.message == "guided_regex: its next tokens were not known after 0.01 seconds"
+    go_on.set()
+    monkeypatch.setattr(grammar, "MASK_TIMEOUT", 60)
+    other.accept(tokenizer.encode("a")[0])
+    assert any(other.allowed())
+    compiler.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -170,6 +243,43 @@ def test_tokenize_and_detokenize_are_inverse(url, tokenizer):
     usage = requests.post(f"{url}/v1/chat/completions", json=chat | {"max_tokens": 1}, timeout=60).json()["usage"]
     assert n_chat == usage["prompt_tokens"]
     assert error_of(requests.post(f"{url}/detokenize", json={"tokens": [10**6]}, timeout=10))["param"] == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (tokenize.tokenize, {"prompt": "Hello.", "return_token_strs": True}),
+        (tokenize.tokenize, {"messages": [{"role": "user", "content": "Go."}]}),
+        (tokenize.detokenize, {"tokens": [1, 2]}),
+    ],
+)
+def test_tokens_are_converted_outside_of_the_event_loop(tokenizer, route, body):
+    threads = []
+
+    class Recording:
+        def __getattr__(self, name):
+            threads.append(current_thread())
+            return getattr(tokenizer, name)
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    def encode(instruction, input=""):
+        return Recording().encode_ordinary(instruction)
+
+    generator = SimpleNamespace(
+        tokenizer=Recording(),
+        n_positions=128,
+        check_model=lambda *_: None,
+        check_known=lambda *_: None,
+        encode_instruction=encode,
+    )
+    app = Starlette()
+    app.state.served = Served(generator, make_lineage(), 0, "last")
+    request = Request({"type": "http", "headers": [], "app": app}, receive)
+    assert asyncio.run(route(request)).status_code == 200
+    assert threads
+    assert main_thread() not in threads
 
 
 def test_vllms_gauges_are_there(url):

@@ -21,7 +21,7 @@ from gpt2core.engine import Engine
 from gpt2core.generate import generate, stream
 from gpt2core.lora import add_lora
 from gpt2core.model import GPT2
-from gpt2core.sampling import distribution, draw, ended
+from gpt2core.sampling import Sampler, choose, distribution, draw, ended
 from tests.gpt2core.decoding import random_prompts
 
 PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2], [50, 51]]
@@ -139,7 +139,7 @@ def test_ignore_eos_generates_beyond_end_of_text(model):
     assert generate(model, [PROMPTS[0]], config) == [free]
 
 
-@pytest.mark.parametrize("controls", [{"logit_bias": {97: 1.0}}, {"stop_token_ids": [-1]}])
+@pytest.mark.parametrize("controls", [{"logit_bias": {1: 1.0, 97: 1.0}}, {"stop_token_ids": [-1, 2]}])
 def test_a_control_of_a_token_that_does_not_exist_is_refused(model, controls):
     name = next(iter(controls))
     with pytest.raises(ValueError, match=rf"{name} contains the token id \S+; ids are from 0 to 96"):
@@ -243,6 +243,23 @@ def test_rows_that_are_not_finite_do_not_disturb_others():
 def test_tiny_temperatures_are_greedy(model, temperature):
     greedy = generate(model, PROMPTS, GenerationConfig(max_new_tokens=5))
     assert generate(model, PROMPTS, sampling(max_new_tokens=5, temperature=temperature)) == greedy
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e308])
+def test_huge_temperatures_draw_every_possible_token_alike_and_no_other(temperature):
+    logits = torch.tensor([3.0, -torch.inf, -2.0])  # -inf: excluded by min_tokens or a grammar
+    found = probabilities(logits[None], [sampling(temperature=temperature)])[0]
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.0, 0.5]))
+    assert draw([logits] * 2, [sampling(temperature=temperature)] * 2, [0.4, 0.6]).tolist() == [0, 2]
+
+
+def test_a_drawn_token_that_does_not_exist_is_an_error_of_its_row_alone():
+    configs = [sampling(), sampling(), GenerationConfig()]
+    samplers = [Sampler(config, [1], torch.device("cpu")) for config in configs]
+    drawn = torch.tensor([5, 2])
+    first, second, third = choose(samplers, torch.eye(3, 5), [[]] * 3, draw=lambda *_: drawn)
+    assert str(first) == "token 5 was drawn, but the ids of the model are from 0 to 4"
+    assert (second, third) == (2, 2)
 
 
 def test_the_seed_determines_a_sampled_completion(model):

@@ -200,6 +200,7 @@ DRAWS = [
         {"min_p": 1.0},
     ],
     *[{"top_k": 40, "top_p": 0.5}, {"top_k": 300, "top_p": 0.95, "min_p": 0.02}, {"temperature": 1e-40}],
+    {"temperature": 1e39},
 ]
 
 

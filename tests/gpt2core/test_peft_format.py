@@ -143,10 +143,24 @@ def describe(directory, **values):
         ({"r": 2**70}, "the rank of"),
         ({"lora_alpha": "16"}, "lora_alpha of transformer.h.0.attn.c_attn is '16'"),
         ({"lora_dropout": 2}, "LoraConfig.dropout is 2"),
-        ({"target_modules": 3}, "target_modules is 3; it must be a string or a list of strings"),
+        ({"target_modules": 3}, "target_modules is 3; it must be a pattern, a list of names, or null"),
         ({"exclude_modules": [None]}, r"exclude_modules is \[None\]; it must be"),
+        ({"layers_to_transform": [0], "layers_pattern": ["([a-z]+)+!"]}, "layers_pattern has the pattern"),
+        ({"lora_alpha": 10**400}, "lora_alpha of transformer.h.0.attn.c_attn is 1000"),
+        ({"alpha_pattern": {"c_attn": 10**400}}, "lora_alpha of transformer.h.0.attn.c_attn is 1000"),
+        ({"exclude_modules": True}, "exclude_modules is True; it must be a pattern, a list of names, or null"),
+        ({"target_modules": [1]}, r"target_modules is \[1\]; it must be a pattern, a list of names, or null"),
+        ({"target_modules": "(([a-z_0-9.])+)+!"}, "target_modules has the pattern"),
+        ({"exclude_modules": "(a|a)*!"}, "exclude_modules has the pattern"),
+        ({"target_modules": ".*" * 9}, "target_modules has the pattern"),
+        ({"target_modules": "(.|.)" * 28 + "!"}, "target_modules has the pattern"),
+        ({"target_modules": ".?" * 28 + "!"}, "target_modules has the pattern"),
+        ({"target_modules": "(?x)(.+) *!"}, "target_modules has the pattern"),
+        ({"rank_pattern": {"([a-z]+)+!": 3}}, r"rank_pattern has the pattern '\(\[a-z"),
+        ({"rank_pattern": {"?x:(.+) *!": 3}}, "rank_pattern has the pattern"),
+        ({"alpha_pattern": {"a" * 1_001: 3}}, "alpha_pattern has the pattern"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_an_unsupported_feature_or_a_wrong_value_is_refused_by_name(bare, save, values, message):
     _, directory = save(target_modules=["c_attn"])
@@ -154,6 +168,23 @@ def test_an_unsupported_feature_or_a_wrong_value_is_refused_by_name(bare, save, 
     with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
         load_adapter(bare, directory)
     assert not list(lora_layers(bare))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(attn|mlp)\.c_(attn|proj|fc)",
+        r".*h\.[0-5]\.attn\.c_attn",
+        r"(?!.*lm_head).*\.attn\.c_attn",
+        r"(transformer\.)?h\.\d+\.attn\.c_attn",
+        r".*h.*(attn|mlp).*(c_attn|c_proj)",
+        r"transformer\.h\.(?:0|1|2|3|4|5|6|7|8|9|10|11)\.(attn|mlp)\.c_[a-z]{2,4}",
+    ],
+)
+def test_patterns_that_people_write_are_supported(bare, save, pattern):
+    _, directory = save(target_modules=pattern)
+    lora, _ = read_adapter(directory, bare.config)
+    assert "q" in lora.targets
 
 
 PREFIX = "base_model.model.transformer.h."
