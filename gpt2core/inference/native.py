@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.kernels import has_vnni, on_huge_pages
+from gpt2core.kernels import has_vnni, huge_pages
 from gpt2core.lora import TARGET_LAYERS
 from gpt2core.sampling import sampling_values
 
@@ -37,6 +37,7 @@ ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below
 HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
 MAX_POSITIONS = 16384  # of a sequence: its scores are on the stack of a thread
 TILE = 64  # rows of W that are stored together
+ROWS = 8 * TILE  # that are quantized at a time
 LANES = 16  # floats in a register
 RANKS = 4  # low ranks are padded to a multiple of it
 
@@ -176,20 +177,26 @@ class Scratch:
 
 
 class Int8Linear:
-    """x W^T + b, from W (out, in) in fp32."""
+    """x W^T + b, from W (out, in)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self.shape = n_out, n_in = weight.shape
-        padding = -n_out % TILE
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # (out)
-        whole = F.pad((weight / scale[:, None]).round().to(torch.int8), (0, 0, 0, padding))
-        self._tensors = (
-            on_huge_pages(whole.view(-1, TILE, n_in // 4, 4).transpose(1, 2)),
-            F.pad(scale, (0, padding)),
-            F.pad(weight.new_zeros(n_out) if bias is None else bias.float(), (0, padding)),
-            whole.sum(1, dtype=torch.int32),
-        )
-        self._matrix = _Matrix(*(one.data_ptr() for one in self._tensors), n_in, n_out, len(self._tensors[0]))
+        n_tiles = -(-n_out // TILE)
+        tiles = huge_pages((n_tiles, n_in // 4, TILE), torch.int32)  # of four int8 weights each
+        scale, own_bias, sums = torch.zeros(3, n_tiles * TILE)
+        if bias is not None:
+            own_bias[:n_out] = bias
+        rows = torch.empty(min(n_out, ROWS), n_in)
+        for first in range(0, n_out, ROWS):
+            part = weight[first : first + ROWS]
+            own, at = rows[: len(part)].copy_(part), slice(first, first + len(part))
+            scale[at] = (torch.maximum(own.amax(1), -own.amin(1)) / 127).clamp(min=1e-30)
+            own.div_(scale[at, None]).round_()
+            sums[at] = own.sum(1)  # exact: of at most 2**17 numbers up to 127
+            whole = F.pad(own.to(torch.int8), (0, 0, 0, -len(own) % TILE)).view(torch.int32).view(-1, TILE, n_in // 4)
+            tiles[first // TILE :][: len(whole)] = whole.transpose(1, 2)
+        self._tensors = tiles, scale, own_bias, sums.to(torch.int32)
+        self._matrix = _Matrix(*(one.data_ptr() for one in self._tensors), n_in, n_out, n_tiles)
         self.address = ctypes.addressof(self._matrix)
         self._scratch = scratch
 
@@ -258,7 +265,8 @@ class LowRankMatrices:
             a, b = F.pad(a, padding).unflatten(0, (-1, RANKS)), F.pad(b.T, padding)
             parts += a.unflatten(2, (-1, LANES)).transpose(1, 2), b.unflatten(1, (-1, LANES)).transpose(0, 1)
             shapes[layer, target] = b.shape  # (rank, width)
-        self._kept = on_huge_pages(torch.cat([part.flatten() for part in parts]))
+        flat = torch.cat([part.flatten() for part in parts])
+        self._kept = huge_pages(flat.shape, flat.dtype).copy_(flat)
         self.entries: dict[tuple[int, str], _LowRank] = {}
         address = self._kept.data_ptr()
         for i, ((layer, target), (rank, width)) in enumerate(shapes.items()):

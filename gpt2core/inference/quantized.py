@@ -250,10 +250,10 @@ class _Block:
         def projection(path: str) -> Projection:
             layer = block.get_submodule(path)
             linear = cast(nn.Linear, layer.linear if isinstance(layer, LoraLinear) else layer)
-            weight = _copy(linear.weight)  # freed below where the format has a layout of its own
+            weight = linear.weight.detach()
             if isinstance(layer, LoraLinear) and not layer.merged:
                 weight = weight.float() + layer.delta_weight().detach()
-            return _projection(weight, _copy(linear.bias), weights, kernels)
+            return _projection(weight, linear.bias.detach(), weights, kernels)
 
         self.ln_1, self.ln_2 = _Norm(block.ln_1), _Norm(block.ln_2)
         self.projections = [projection(path) for path in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
@@ -269,13 +269,13 @@ def _copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _projection(
     weight: Tensor, bias: Tensor | None, weights: WeightFormat, kernels: native.Scratch | cuda.Kernels | None = None
 ) -> Projection:
-    """x W^T + b for x (N, in), from W (out, in), by such kernels."""
+    """x W^T + b for x (N, in), from a copy of W (out, in), by such kernels."""
     if isinstance(kernels, native.Scratch):
-        return native.Int8Linear(weight.float(), bias, kernels)
+        return native.Int8Linear(weight, bias, kernels)
     if weights == "int8":
-        return _int8_projection(weight.float(), None if bias is None else bias.float())
+        return _int8_projection(weight.float().contiguous(), None if bias is None else _copy(bias, torch.float32))
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    weight, bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+    weight, bias = _copy(weight, dtype), None if bias is None else _copy(bias, dtype)
     if kernels is not None and bias is not None:
         linear, own_bias = kernels.linear, bias
         return lambda x: linear(x, weight, own_bias) if len(x) in cuda.LINEAR_ROWS else F.linear(x, weight, bias)
