@@ -31,7 +31,7 @@ Attention = Callable[[int, Tensor], Tensor] | Sequence[native.Span]
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
-SAMPLES, SAMPLE_TOKENS = 8, 16  # texts on which that is measured, and tokens that are drawn for each
+SAMPLES, SAMPLE_TOKENS = 4, 32  # texts on which that is measured, and tokens that are drawn for each
 SMALL = 2**22  # weights; a smaller model stays in fp32, as it was evaluated: it fits into a processor's caches
 LARGE = 2**18  # weights; for smaller fp32 matrices oneDNN's call overhead exceeds its gain
 
