@@ -1,13 +1,12 @@
-"""The protocol of deploy targets, their outcome, and the factory `open_target`.
+"""The protocol of deploy targets, and their outcome.
 
-To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it from `open_target`.
+To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it in `deploy/targets.py`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from deploy.config import DeployConfig
 from gpt2core.types import JsonDataclass, Lineage, Sample
 
 
@@ -80,19 +79,3 @@ class Target(Protocol):
 
     def describe(self) -> Version | None:
         """The version that currently serves users; None if there is none."""
-
-
-def open_target(config: DeployConfig) -> Target | None:
-    """The target that the configuration names; None for "none". The client libraries are imported for the chosen one.
-
-    Kubernetes needs docker's client too, which resolves the digest of the image.
-    """
-    if config.target == "docker":
-        from deploy.containers.service import DockerTarget
-
-        return DockerTarget(config)
-    if config.target == "kubernetes":
-        from deploy.kubernetes.rollout import KubernetesTarget
-
-        return KubernetesTarget(config)
-    return None

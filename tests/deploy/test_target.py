@@ -5,7 +5,8 @@ import sys
 
 from deploy.config import DeployConfig
 from deploy.kubernetes.rollout import KubernetesTarget
-from deploy.target import Deployment, Version, open_target
+from deploy.target import Deployment, Version
+from deploy.targets import open_target
 
 
 def test_none_opens_no_target():

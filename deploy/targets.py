@@ -1,0 +1,20 @@
+"""The deploy target that a configuration names."""
+
+from deploy.config import DeployConfig
+from deploy.target import Target
+
+
+def open_target(config: DeployConfig) -> Target | None:
+    """The target that the configuration names; None for "none". The client libraries are imported for the chosen one.
+
+    Kubernetes needs docker's client too, which resolves the digest of the image.
+    """
+    if config.target == "docker":
+        from deploy.containers.service import DockerTarget
+
+        return DockerTarget(config)
+    if config.target == "kubernetes":
+        from deploy.kubernetes.rollout import KubernetesTarget
+
+        return KubernetesTarget(config)
+    return None
