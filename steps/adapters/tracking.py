@@ -115,6 +115,7 @@ def _start(
             disable_git=True,
             silent=True,
         )
+        wandb.setup(settings)  # silent for the login too, which would ask for a key in a terminal and wait
         return wandb.init(
             project=tracking.project,
             name=run_name,

@@ -104,6 +104,31 @@ def test_a_missing_login_or_network_is_a_warning_and_training_continues(tmp_path
     assert "the run is not tracked" in caplog.text
 
 
+def test_in_a_terminal_a_missing_login_is_a_warning_and_not_a_question(tmp_path):
+    code = (
+        "with track(TrackingConfig('online'), 'run', 'id', {}, pathlib.Path('wandb')) as log: log(1, {})\n"
+        "print('trained')"
+    )
+    terminal, own = os.openpty()
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environ |= {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORT + code],
+            stdin=own,
+            stdout=own,
+            stderr=own,
+            cwd=tmp_path,
+            env=environ,
+            timeout=120,
+        )
+        assert done.returncode == 0
+        assert b"trained" in os.read(terminal, 65536)
+    finally:
+        os.close(own)
+        os.close(terminal)
+
+
 def test_a_tracker_that_fails_during_the_run_is_one_warning(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING), track(OFFLINE, "run", "id", {}, tmp_path / "wandb") as log:
         monkeypatch.setattr(wandb.run, "log", lambda *_, **__: 1 / 0)
