@@ -5,26 +5,30 @@ CONFIG ?= configs/local.yaml
 PORT ?= 3000
 HOST ?= 0.0.0.0
 
-.PHONY: install run test test-slow test-kubeflow chaos lint audit hashes licenses format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
+.PHONY: help install run test test-slow test-kubeflow chaos lint audit hashes licenses format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
 
-install: .venv/.installed
+help:  ## show this list
+	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r names text; do \
+		printf '%-15s %s\n' "$${names%% *}" "$$text"; done
+
+install: .venv/.installed  ## install everything into .venv; the other targets do so themselves
 
 .venv/.installed: pyproject.toml constraints.txt setup.py gpt2core/inference/native.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-run: install
+run: install  ## run the whole pipeline with CONFIG (configs/local.yaml)
 	$(BIN)/python run.py finetune --config $(CONFIG)
 
-test: install
+test: install  ## run the tests but the slow ones
 	$(BIN)/pytest --cov --cov-report=term
 
-test-slow: install
+test-slow: install  ## run the slow tests
 	$(BIN)/pytest -m slow
 
 # The tests that need kfp, in a separate environment: kfp requires an older protobuf than constraints.txt and pins one package.
-test-kubeflow: .venv-kubeflow/.installed
+test-kubeflow: .venv-kubeflow/.installed  ## run the tests that need kfp, in an environment of its own
 	.venv-kubeflow/bin/pytest tests/stacks -k kubeflow
 
 .venv-kubeflow/.installed: pyproject.toml constraints.txt
@@ -35,79 +39,79 @@ test-kubeflow: .venv-kubeflow/.installed
 	touch $@
 
 # Inject faults into runs of configs/dev.yaml and print the effects; KILLS=1 is the short form (docs/reliability.md).
-chaos: install
+chaos: install  ## inject faults into runs, and print the effects
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),5)
 
-lint: install
+lint: install  ## check style, types and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # Check the pinned dependencies for known vulnerabilities; needs PyPI's advisories, so CI does not depend on it.
-audit: install
+audit: install  ## check the pinned dependencies for known vulnerabilities
 	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 # Run after changing bentos/requirements.txt, pyproject.toml or constraints.txt: writes the hashes of all files on the index for
 # the images of service and steps, for every platform. Not torch and its CUDA libraries, whose wheels come from TORCH_INDEX.
 COMPILE := uv pip compile --quiet --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
 	--python-platform linux
-hashes: install
+hashes: install  ## write the hashes of the packages in the images
 	grep == bentos/requirements.txt | grep -v ^torch== | $(BIN)/$(COMPILE) - --no-deps -o bentos/requirements-hashed.txt
 	echo torch | $(BIN)/$(COMPILE) pyproject.toml --extra pipeline --extra serve --extra deploy bentos/requirements.txt \
 		-c constraints.txt --excludes /dev/stdin -o requirements-hashed.txt
 
-licenses: install
+licenses: install  ## list the licenses of the dependencies
 	@$(BIN)/python -m tests.test_licenses
 
-format: install
+format: install  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-serve: install
+serve: install  ## serve the newest run on PORT (3000)
 	@test -f outputs/latest/bento.txt || { echo "There is no Bento yet; build one with: make run" >&2; exit 1; }
 	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --host $(HOST) --port $(PORT)
 
-report:
+report:  ## open the report of the newest run
 	@test -f outputs/latest/report.html || { echo "There is no report yet; write one with: make run" >&2; exit 1; }
 	@realpath outputs/latest/report.html
 	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
 		$(PYTHON) -m webbrowser "file://$$(realpath outputs/latest/report.html)"; fi
 
-dashboard: install
+dashboard: install  ## open ZenML's dashboard
 	$(BIN)/zenml login --local
 
 # Compare with other implementations. Use an idle machine. ONLY=train,decode measures those groups only.
 # Peers that cannot be installed are skipped, and their rows say so.
-bench: install
+bench: install  ## compare with other implementations; ONLY=train,decode measures those groups
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt openvino-genai nncf
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
-bench-growth: install
+bench-growth: install  ## draw scaling curves
 	$(BIN)/python -m benchmarks.growth
 
 # Test and measure on a CUDA device, in under 8 minutes. Installs nothing: PYTHON must have torch, transformers, peft,
 # tiktoken, safetensors and pytest. DEVICE=cpu is a dry run at the smallest size; ONLY=tests,training runs those stages.
-gpu-check:
+gpu-check:  ## test and measure on a CUDA device
 	$(PYTHON) -m benchmarks.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
 
 # BASE_IMAGE, BUILD_IMAGE and TORCH_INDEX (an index of CUDA wheels for a GPU image) are explained in the Dockerfiles.
-image: install
+image: install  ## build the image of the newest run
 	@$(BIN)/python run.py image service
 
-image-train: install
+image-train: install  ## build the image of the steps
 	@$(BIN)/python run.py image steps
 
 # Register a stack of stacks/ and make it the active one; safe to repeat. stack-kubernetes reads ARTIFACT_STORE, REGISTRY
 # and KUBERNETES_CONTEXT from the environment, stack-kubeflow KUBEFLOW_HOST instead of KUBERNETES_CONTEXT.
-stack-local stack-docker stack-kubernetes stack-kubeflow: stack-%: install
+stack-local stack-docker stack-kubernetes stack-kubeflow: stack-%: install  ## register a stack and make it active (also stack-docker, -kubernetes, -kubeflow)
 	$(BIN)/python -m stacks.register $*
 
 # NAME is a file of configs/experiments; SCALE=full needs a GPU and the weights of gpt2.
-experiment: install
+experiment: install  ## run the sweep NAME of configs/experiments
 	$(BIN)/python run.py sweep --config configs/experiments/$(NAME).yaml --set sweep.scale=$(or $(SCALE),small)
 
-clean:
+clean:  ## remove outputs/ and caches
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -14,6 +14,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from deploy.source import describe_commit
 from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
+from pipelines.errors import ConfigError
 from pipelines.interrupts import interruptible
 from pipelines.notify import notifying_webhook
 from pipelines.processes import Process, fail_killed_runs
@@ -21,6 +22,7 @@ from pipelines.run_name import check_unused_run_name
 from pipelines.stack import check_stack
 from pipelines.zenml_compat import INTERRUPTIONS, short_errors, short_store_errors, verified_cache
 from steps.config import BaseConfig, default_learning_rate
+from steps.outputs import check_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,10 @@ def start(
     if {"base", "train"} <= signature(pipeline.entrypoint).parameters.keys() and _finetunes(config):
         _set_learning_rate(config)
     check_unused_run_name(config, config_file)
+    try:
+        check_outputs()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the results cannot be written: {error}") from None
     check_stack(config, config_file)
     # Recorded here: a step's container has no git.
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import copyfile, copytree, rmtree
+from tempfile import NamedTemporaryFile
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 from uuid import uuid4
@@ -17,6 +18,7 @@ from gpt2core.types import RunRef
 
 # What outputs/ has beside the directories of runs
 Shared = Literal["latest", "staging", "production", "experiments", "monitoring", "images", "wandb", "compare.html"]
+LINKS = ("latest", "staging", "production")  # to directories of runs
 RUN_ID = ".run_id"  # lineage.json has the id of the run that built the Bento, which a cached run did not
 MAX_NAME = 200  # bytes; file systems allow 255, and the directory's temporary name is longer
 
@@ -40,6 +42,21 @@ def check_run_name(name: str) -> None:
         )
     if name.lower() in get_args(Shared):  # some file systems ignore case
         raise ValueError(f"the run's name is {name!r}, which outputs/ uses itself; use another name")
+
+
+def check_outputs() -> None:
+    """
+    Raises:
+        OSError: outputs/ cannot be written.
+        ValueError: it has a directory where a run makes a link.
+    """
+    directory = outputs_dir()
+    directory.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=directory):
+        pass
+    for name in LINKS:
+        if (directory / name).is_dir() and not (directory / name).is_symlink():
+            raise ValueError(f"{directory / name} is a directory, but a run makes a link of this name; move it away")
 
 
 def write_outputs(
@@ -107,7 +124,11 @@ def _link(link: Path, target: Path) -> None:
     """Create or replace a link atomically."""
     temporary = link.with_name(f".{link.name}-{uuid4().hex}")
     temporary.symlink_to(target, target_is_directory=True)
-    os.replace(temporary, link)
+    try:
+        os.replace(temporary, link)
+    except OSError:
+        temporary.unlink()
+        raise
 
 
 def json_text(value: Any) -> str:

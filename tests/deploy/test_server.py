@@ -83,7 +83,7 @@ def test_a_server_and_its_workers_end_with_a_killed_parent(tag):
         started = set(psutil.Process(parent.pid).children(recursive=True))
         parent.kill()
     assert len(started) >= 2
-    wait_until(lambda: all_ended(started), 30, "the end of the server")
+    wait_until(lambda: all_ended(started), 120, "the end of the server")
 
 
 def test_answers_of_another_device_need_the_agreed_share_only(tag, url):

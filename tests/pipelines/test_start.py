@@ -83,6 +83,22 @@ def test_a_name_that_no_run_can_have_is_refused_before_anything_runs(started, tm
         started(tmp_path, f"run_name: '{name}'")
 
 
+@pytest.mark.parametrize("name", ["latest", "staging", "production"])
+def test_a_directory_where_a_run_makes_a_link_is_reported_before_anything_runs(started, tmp_path, monkeypatch, name):
+    """As after copying outputs/ without its links."""
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path / "outputs"))
+    (tmp_path / "outputs" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"outputs/{name} is a directory, but a run makes a link"):
+        started(tmp_path, "")
+
+
+def test_outputs_that_cannot_be_written_are_reported_before_anything_runs(started, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path / "file" / "outputs"))
+    with pytest.raises(ConfigError, match=r"the results cannot be written: .*file/outputs"):
+        started(tmp_path, "")
+
+
 def test_placeholders_of_a_run_name_are_allowed(started, tmp_path):
     name = "GPT-2 {who} {date} {time}"
     assert started(tmp_path, f"run_name: '{name}'\nsubstitutions: {{who: me}}")["run_name"] == name
