@@ -72,7 +72,7 @@ def sign(directory: Path, key: Path) -> Path:
     """
     _verify_directory(directory, None)
     private = _load_key(key, load_pem_private_key, Ed25519PrivateKey)
-    lineage = _read(Lineage, directory / LINEAGE)
+    lineage = _read_lineage(directory / LINEAGE)
     payload = json.dumps(STATEMENT | {"subject": _subjects(lineage)}, sort_keys=True).encode()
     signature = private.sign(_to_sign(payload))
     envelope = {
@@ -85,7 +85,7 @@ def sign(directory: Path, key: Path) -> Path:
 
 
 def _verify_directory(directory: Path, key: Path | None) -> list[str]:
-    lineage = _read(Lineage, directory / LINEAGE)
+    lineage = _read_lineage(directory / LINEAGE)
     lines = []
     if (directory / "adapter").is_dir():
         lines.append(_same("adapter", directory_sha256(directory / "adapter"), lineage.adapter.sha256))
@@ -210,6 +210,13 @@ def _to_sign(payload: bytes) -> bytes:
     """DSSE's pre-authentication encoding: type and payload with their lengths."""
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _read_lineage(file: Path) -> Lineage:
+    try:
+        return bento.complete_lineage(file)
+    except (OSError, ValueError) as error:
+        raise VerifyError(str(error)) from None
 
 
 def _read(kind: type[T], file: Path) -> T:
