@@ -124,7 +124,7 @@ def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -
         lines.append(_same("lineage in the Bento", _digest(lineage), _digest(expected)))
     lines += _verify_records(lineage)
     if key is not None:
-        lines.append(_check_signature(outputs_dir() / lineage.run.name / SIGNATURE, key, lineage))
+        lines.append(_check_signature(_signature_of(lineage), key, lineage))
     return lines
 
 
@@ -165,6 +165,25 @@ def _verify_records(lineage: Lineage) -> list[str]:
     except (OSError, ValueError) as error:
         raise VerifyError(f"the records of run {lineage.run.name} cannot be read: {error}") from None
     return [_same(f"{part} records", records_sha256(loaded[part]), digest) for part, digest in lineage.data.items()]
+
+
+def _signature_of(lineage: Lineage) -> Path:
+    """The newest signature in the directories of outputs/ with the Bento: cached reruns have it too.
+
+    Raises:
+        VerifyError: none of them is signed.
+    """
+    own = outputs_dir() / lineage.run.name
+    stated = (file for file in outputs_dir().glob("*/bento.txt") if file.read_text().strip() == lineage.bento)
+    directories = {own, *(file.parent.resolve() for file in stated)}  # resolved: outputs/latest is a link
+    signatures = [directory / SIGNATURE for directory in directories if (directory / SIGNATURE).is_file()]
+    if not signatures:
+        directory = next((each for each in sorted(directories) if (each / LINEAGE).is_file()), own)
+        raise VerifyError(
+            f"no directory of the Bento {lineage.bento} in {outputs_dir()} is signed; "
+            f"`python run.py sign {directory} --key KEY` signs it"
+        )
+    return max(signatures, key=lambda file: file.stat().st_mtime_ns)
 
 
 def _check_signature(file: Path, key: Path, lineage: Lineage) -> str:
