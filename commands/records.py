@@ -27,13 +27,14 @@ def collect(log: str | Path, out: Path) -> Collected:
     output of the newest correction. Unusable lines are reported and skipped.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such log, no correction in it can be used, or `out` is not usable.
+        FileNotFoundError, ValueError: there is no such log, no correction in it can be used and `out` does not exist,
+            or `out` is not usable.
     """
     if out.suffix.lower() != ".jsonl":
         raise ValueError(f"--out is {out}; it must end in .jsonl")
     traffic = read_traffic(log)
     found, problems = _corrections(traffic)
-    if not found:
+    if not found and not out.exists():  # an existing file can be trained on without new corrections
         reason = f"; {problems[0]}" if problems else ""
         raise ValueError(f"{log} has {len(traffic.feedback)} ratings, but no usable correction{reason}")
     records, changed = read_records(out) if out.exists() else [], 0

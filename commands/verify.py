@@ -72,7 +72,7 @@ def sign(directory: Path, key: Path) -> Path:
     """
     _verify_directory(directory, None)
     private = _load_key(key, load_pem_private_key, Ed25519PrivateKey)
-    lineage = _read(Lineage, directory / LINEAGE)
+    lineage = _read_lineage(directory / LINEAGE)
     payload = json.dumps(STATEMENT | {"subject": _subjects(lineage)}, sort_keys=True).encode()
     signature = private.sign(_to_sign(payload))
     envelope = {
@@ -85,7 +85,7 @@ def sign(directory: Path, key: Path) -> Path:
 
 
 def _verify_directory(directory: Path, key: Path | None) -> list[str]:
-    lineage = _read(Lineage, directory / LINEAGE)
+    lineage = _read_lineage(directory / LINEAGE)
     lines = []
     if (directory / "adapter").is_dir():
         lines.append(_same("adapter", directory_sha256(directory / "adapter"), lineage.adapter.sha256))
@@ -124,7 +124,7 @@ def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -
         lines.append(_same("lineage in the Bento", _digest(lineage), _digest(expected)))
     lines += _verify_records(lineage)
     if key is not None:
-        lines.append(_check_signature(outputs_dir() / lineage.run.name / SIGNATURE, key, lineage))
+        lines.append(_check_signature(_signature_of(lineage), key, lineage))
     return lines
 
 
@@ -165,6 +165,25 @@ def _verify_records(lineage: Lineage) -> list[str]:
     except (OSError, ValueError) as error:
         raise VerifyError(f"the records of run {lineage.run.name} cannot be read: {error}") from None
     return [_same(f"{part} records", records_sha256(loaded[part]), digest) for part, digest in lineage.data.items()]
+
+
+def _signature_of(lineage: Lineage) -> Path:
+    """The newest signature in the directories of outputs/ with the Bento: cached reruns have it too.
+
+    Raises:
+        VerifyError: none of them is signed.
+    """
+    own = outputs_dir() / lineage.run.name
+    stated = (file for file in outputs_dir().glob("*/bento.txt") if file.read_text().strip() == lineage.bento)
+    directories = {own, *(file.parent.resolve() for file in stated)}  # resolved: outputs/latest is a link
+    signatures = [directory / SIGNATURE for directory in directories if (directory / SIGNATURE).is_file()]
+    if not signatures:
+        directory = next((each for each in sorted(directories) if (each / LINEAGE).is_file()), own)
+        raise VerifyError(
+            f"no directory of the Bento {lineage.bento} in {outputs_dir()} is signed; "
+            f"`python run.py sign {directory} --key KEY` signs it"
+        )
+    return max(signatures, key=lambda file: file.stat().st_mtime_ns)
 
 
 def _check_signature(file: Path, key: Path, lineage: Lineage) -> str:
@@ -210,6 +229,13 @@ def _to_sign(payload: bytes) -> bytes:
     """DSSE's pre-authentication encoding: type and payload with their lengths."""
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _read_lineage(file: Path) -> Lineage:
+    try:
+        return bento.complete_lineage(file)
+    except (OSError, ValueError) as error:
+        raise VerifyError(str(error)) from None
 
 
 def _read(kind: type[T], file: Path) -> T:

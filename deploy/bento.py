@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from shutil import copy2, copytree, ignore_patterns, rmtree
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 
@@ -118,6 +119,29 @@ def lineage(tag: str) -> Lineage:
     return Lineage.from_json_file(_in_store("bentos", tag) / "src" / "lineage.json")
 
 
+def complete_lineage(file: Path) -> Lineage:
+    """The lineage in the file, which must contain nothing else: digests and signatures cover only its own keys.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    found, stated = Lineage.from_json_file(file), read_json(file)
+    if stated != found.to_json():
+        key = _different_key(stated, found.to_json())
+        raise ValueError(
+            f"{file} was changed, or is of another version of this project, which alone can check it: {key} is not as "
+            "this version writes it"
+        )
+    return found
+
+
+def _different_key(stated: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """The key, like run.name, of the first value in which they differ."""
+    key = next(key for key in [*stated, *known] if (key in stated) != (key in known) or stated[key] != known[key])
+    inner = stated.get(key, ""), known.get(key, "")
+    return f"{key}.{_different_key(*inner)}" if all(isinstance(each, dict) for each in inner) else key
+
+
 def models(tag: str) -> dict[str, Path]:
     """The stored directories of a Bento's base and adapter."""
     found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text())["args"]
@@ -134,7 +158,7 @@ def verify_version(tag: str) -> None:
     added = ("lineage.json", "bentofile.yaml")  # by `build`, by BentoML
     files = [file for file in list_files(source, exclude=added) if "__pycache__" not in file]
     code = directory_sha256(source, files)
-    version = _version(code, stored, replace(lineage(tag), bento=""))
+    version = _version(code, stored, replace(complete_lineage(source / "lineage.json"), bento=""))
     if f"{NAME}:{version}" != tag:
         raise BentoError(f"its code or lineage was changed: their digest is {version}")
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -170,18 +171,27 @@ def read_json(file: Path, max_bytes: int = 2**28) -> dict[str, Any]:
     """The JSON object in the file.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file.
+        FileNotFoundError, ValueError: naming the file; also for a repeated key, which readers may read differently.
     """
     check_exists(file)
     if (size := file.stat().st_size) > max_bytes:  # before all of it is in memory
         raise ValueError(f"{file} has {size:,} bytes; it must have at most {max_bytes:,}")
     text = read_text(file)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} contains a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; json.loads would keep the last value of a repeated key."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated!r} is repeated")
     return value
 
 

@@ -336,6 +336,8 @@ class MonitorConfig:
         check_field(self, "log", bool(self.log), "the file of GPT2_REQUEST_LOG")
         for name in ("max_requests", "min_requests", "min_ratings"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
+        enough = self.max_requests >= self.min_requests  # else there would never be a decision
+        check_field(self, "max_requests", enough, f"at least min_requests ({self.min_requests})")
         for name in ("max_length_change", "max_p95_seconds"):
             check_field(self, name, getattr(self, name) > 0, "above 0")
         for name in ("max_unknown_words", "max_similarity_loss", "max_unfinished", "max_bad_ratings"):

@@ -3,13 +3,15 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
 OPENAI_IDS = ("chatcmpl-", "cmpl-")  # prefixes of the request id in OpenAI's routes
+MAX_NUMBER = 2**53  # integers up to it are exact in float64
 
 
 @dataclass
@@ -50,6 +52,7 @@ def _add(traffic: Traffic, location: str, line: bytes) -> None:
         value = json.loads(line)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
+        _check_values(value)
         lost = int(value.get("lost_before") or 0)
         if "rating" in value:
             traffic.feedback.append((location, LoggedFeedback.from_json(value)))
@@ -60,6 +63,15 @@ def _add(traffic: Traffic, location: str, line: bytes) -> None:
         traffic.lost += lost
     except (ValueError, TypeError, RecursionError) as error:
         traffic.problems.append(f"{location}: {error}")
+
+
+def _check_values(line: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number or a text that reports and records cannot contain, such as 1e999 and "\\ud800"."""
+    for key, value in line.items():
+        if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:  # `not`: NaN too
+            raise ValueError(f"{key!r} is not a number of at most {MAX_NUMBER:,}")
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{key!r} is not Unicode text: it has a lone surrogate")
 
 
 def completion_of(feedback: LoggedFeedback, known: Container[str]) -> str | None:

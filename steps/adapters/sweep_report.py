@@ -1,5 +1,6 @@
 """Results of a sweep: results.json, a Markdown table, a plot by matplotlib, and a page with all of them."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gpt2core.files import atomic_write, json_bytes
 from gpt2core.trials import Trial
@@ -52,30 +54,40 @@ def _spread(trials: Sequence[Trial], metric: str) -> str:
 
 
 def _table(sweep: SweepConfig, rows: Mapping[str, Sequence[str]]) -> str:
-    lines = [f"| {sweep.variable} | {' | '.join(sweep.metrics)} |", "|---" * (len(sweep.metrics) + 1) + "|"]
-    lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items()]
+    lines = [f"| {_cell(sweep.variable)} | {' | '.join(sweep.metrics)} |", "|---" * (len(sweep.metrics) + 1) + "|"]
+    lines += [f"| {_cell(label)} | {' | '.join(cells)} |" for label, cells in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """The text in one cell of a Markdown table."""
+    return re.sub(r"([\\|])", r"\\\1", " ".join(text.splitlines()))
 
 
 def _plot(trials: Mapping[str, Sequence[Trial]], metric: str) -> str:
     """SVG: losses by step, one line per seed, if there are any; and the metric by variant, one point per seed."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    curves: dict[str, Line2D] = {}  # the first one of each variant, for the legend
     for i, (label, found) in enumerate(trials.items()):
-        for j, trial in enumerate(found):
+        for trial in found:
             if trial.curve:
                 steps, losses = zip(*trial.curve, strict=True)
-                left.plot(steps, losses, color=f"C{i % 10}", label=None if j else label, linewidth=1)
+                [curve] = left.plot(steps, losses, color=f"C{i % 10}", linewidth=1)
+                curves.setdefault(label, curve)
             if (value := trial.metrics[metric]) is not None:
                 right.plot(value, i, "o", color=f"C{i % 10}", alpha=0.6)
-    if left.lines:
-        left.legend(fontsize="x-small")
+    if curves:
+        # Texts are set afterwards: legend() would parse $ as mathtext and leave out a label that starts with _
+        legend = left.legend(list(curves.values()), [""] * len(curves), fontsize="x-small")
+        for text, label in zip(legend.get_texts(), curves, strict=True):
+            text.set(text=label, parse_math=False)
         left.set(xlabel="step", ylabel="loss (nats per token)")
     else:
         figure.delaxes(left)
-    right.set_yticks(range(len(trials)), list(trials), fontsize="x-small")
+    right.set_yticks(range(len(trials)), list(trials), fontsize="x-small", parse_math=False)
     right.invert_yaxis()  # the first variant on top, as in the table
     right.set_xlabel(metric)
-    text = StringIO()
-    figure.savefig(text, format="svg")
-    return text.getvalue()
+    svg = StringIO()
+    figure.savefig(svg, format="svg")
+    return svg.getvalue()

@@ -113,3 +113,27 @@ def test_a_log_without_a_usable_correction_is_one_line_and_writes_nothing(log, t
         assert text in shown.output
         assert len(shown.output.splitlines()) == 1
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_a_log_without_a_usable_correction_keeps_the_records_of_an_existing_file(log, tmp_path):
+    out = tmp_path / "new.jsonl"
+    out.write_text('{"instruction": "Say yes.", "input": "", "output": "yes"}\n')
+    before = read_records(out)
+    log.write_feedback("a", "bad", None, None)
+    log.close()
+    shown = run_records(tmp_path / "requests.jsonl", "--out", out)
+    assert (shown.exit_code, shown.output) == (0, f"{out}: 1 records, 0 of them new or changed\n")
+    assert read_records(out) == before
+
+
+def test_a_correction_that_is_not_unicode_text_is_named_by_its_line(log, tmp_path):
+    answered(log, "a", "Say yes.")
+    log.write_feedback("a", "bad", "yes", None)
+    log.close()
+    file = tmp_path / "requests.jsonl"
+    damaged = json.loads(file.read_bytes().splitlines()[-1]) | {"correction": "\ud800"}
+    file.write_bytes(file.read_bytes() + json.dumps(damaged).encode() + b"\n")
+    shown = run_records(file, "--out", tmp_path / "new.jsonl")
+    assert shown.exit_code == 0, shown.output
+    assert f"{file}:3: " in shown.stderr
+    assert read_records(tmp_path / "new.jsonl")[0]["output"] == "yes"

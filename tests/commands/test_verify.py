@@ -99,6 +99,51 @@ def test_a_changed_lineage_or_another_key_fails_the_signature(signed, keys):
     assert "signs another lineage" in invoke("verify", signed, "--key", keys["public"]).output
 
 
+def test_a_bento_is_verified_with_the_signature_of_a_cached_rerun(signed, tag, keys, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
+    (tmp_path / "latest").symlink_to("run")  # the rerun; the Bento is of run-verify
+    (signed / "bento.txt").write_text(tag + "\n")
+    result = invoke("verify", tag, "--key", keys["public"])
+    assert result.exit_code == 0, result.output
+    assert "signature of the lineage: valid" in result.output
+    assert "is not signed with the key" in invoke("verify", tag, "--key", keys["other"]).output
+
+
+def test_a_bento_without_a_signature_names_the_directory_to_sign(signed, tag, keys, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
+    (signed / "bento.txt").write_text(tag + "\n")
+    (signed / "lineage.sig.json").unlink()
+    result = invoke("verify", tag, "--key", keys["public"])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert f"`python run.py sign {signed} --key KEY` signs it" in result.output
+
+
+@pytest.mark.parametrize(
+    "added", ['"approved_by": "x"', '"adapter": {"sha256": "forged"}', '"run": {"x": 1}', '"model_version": "gpt2/9"']
+)
+def test_a_value_that_the_signature_does_not_cover_is_found(signed, tag, keys, added):
+    for name, file in (
+        (signed, signed / "lineage.json"),
+        (tag, bento.bentoml_home() / "bentos" / tag.replace(":", "/") / "src" / "lineage.json"),
+    ):
+        before = file.read_text()
+        try:
+            file.write_text(before.replace("{", f"{{{added},", 1))
+            result = invoke("verify", name, "--key", keys["public"])
+        finally:
+            file.write_text(before)
+        assert (result.exit_code, result.output.count("\n")) == (1, 1)
+        assert "lineage.json" in result.output
+        assert re.search("approved_by is not as this version|the key '.*' is repeated", result.output)
+
+
+def test_a_nested_value_that_the_signature_does_not_cover_is_found(signed, keys):
+    lineage = json.loads((signed / "lineage.json").read_text())
+    lineage["run"]["approved_by"] = "x"
+    (signed / "lineage.json").write_text(json.dumps(lineage))
+    assert "run.approved_by is not as" in invoke("verify", signed, "--key", keys["public"]).output
+
+
 @pytest.mark.parametrize("file", ["src/bentos/service.py", "src/lineage.json", "src/gpt2core/model.py"])
 def test_changed_code_or_lineage_of_a_bento_is_found(tag, file):
     path = bento.bentoml_home() / "bentos" / tag.replace(":", "/") / file

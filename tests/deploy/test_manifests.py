@@ -163,6 +163,14 @@ def test_the_adapters_patch_mounts_the_volume_that_the_service_follows(deploymen
     assert writer["metadata"]["labels"].items().isdisjoint(POD_LABELS.items())  # the Service selects no pod to fill it
 
 
+def test_the_nightly_job_drops_corrections_longer_than_the_context():
+    [_, job] = OPTIONAL["retrain"]
+    [container] = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    script = container["command"][-1].replace("\\\n", "")
+    [finetune] = [line for line in script.splitlines() if "run.py finetune" in line]
+    assert "--set data.too_long=drop" in finetune
+
+
 def test_optional_manifests_are_outside_the_applied_folder():
     # no recursion in kubectl, and no file without an extension
     assert {path.name for path in (ROOT / "k8s").iterdir()} == {*MANIFESTS, "optional", "Kustomization"}

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from gpt2core.checkpoint import load_pretrained, save_pretrained
-from gpt2core.files import atomic_write, directory_sha256, file_sha256, naming_file
+from gpt2core.files import atomic_write, directory_sha256, file_sha256, naming_file, read_json
 
 
 @pytest.mark.parametrize(("call", "error"), [("replace", OSError("no space")), ("fsync", KeyboardInterrupt())])
@@ -104,3 +104,9 @@ def test_the_digest_depends_on_contents_and_names(tree, edit):
 
 def test_the_digest_of_a_file_is_its_sha256(tree):
     assert file_sha256(tree / "b") == hashlib.sha256(b"1").hexdigest()
+
+
+def test_a_repeated_key_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1, "b": {"c": 1, "c": 2}}')
+    with pytest.raises(ValueError, match=r"x\.json .*the key 'c' is repeated"):
+        read_json(tmp_path / "x.json")

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from zenml.client import Client
 from zenml.enums import StackComponentType
 
+from gpt2core.prompt import format_prompt
 from gpt2core.records import to_jsonl
 from gpt2core.types import LoggedFeedback
 from pipelines.errors import ConfigError
@@ -166,7 +167,10 @@ def test_the_cron_job_retrains_on_drift_and_only_then(traffic, dev_run, outputs,
     assert total == n_runs
     first = json.loads(traffic.other.read_bytes().splitlines()[0])["request_id"]
     correction = LoggedFeedback("2026-01-01T00:00:00+00:00", first, "bad", "Ottawa")
-    log.write_bytes(traffic.other.read_bytes() + to_jsonl([correction.to_json()]))
+    too_long = LoggedFeedback("2026-01-01T00:00:00+00:00", "long", "bad", "word " * 2000)  # longer than the context
+    prompt = {"request_id": "long", "prompt": format_prompt("Write a very long answer.")}
+    asked = json.loads(traffic.other.read_bytes().splitlines()[0]) | prompt
+    log.write_bytes(traffic.other.read_bytes() + to_jsonl([asked, correction.to_json(), too_long.to_json()]))
     output, total = run_script()
     assert "Drift of " in output
     assert total == n_runs + 1

@@ -1,0 +1,41 @@
+"""The files of a sweep's results, with names of variants that matplotlib and Markdown give a meaning."""
+
+import pytest
+
+from gpt2core.trials import Trial
+from steps.adapters.sweep_report import write_sweep
+from steps.config import SweepConfig
+
+LABELS = (r"lr $\frac$", "_hidden", "a|b", "a\nb", "plain")
+
+
+@pytest.fixture
+def written(tmp_path):
+    sweep = SweepConfig(variants={label: {} for label in LABELS}, variable="x|y", metrics=("exact_match",))
+    trials = [
+        Trial(label, seed, "a machine", {"exact_match": 0.5}, [[1, 2.0], [2, 1.0]] if seed or label != "plain" else [])
+        for label in LABELS
+        for seed in sweep.seeds
+    ]
+    write_sweep(trials, sweep, tmp_path)
+    return tmp_path
+
+
+def test_the_plot_shows_every_label_as_it_is(written):
+    plot = (written / "plot.svg").read_text()
+    for label in LABELS:
+        shown = [f"<!-- {line} -->" for line in label.split("\n")]
+        assert all(plot.count(line) == 2 for line in shown), label  # in the legend and at the axis
+
+
+def test_a_label_is_one_cell_of_the_table(written):
+    rows = (written / "table.md").read_text().splitlines()
+    assert rows == [
+        r"| x\|y | exact_match |",
+        "|---|---|",
+        r"| lr $\\frac$ | 0.5 ± 0 |",
+        "| _hidden | 0.5 ± 0 |",
+        r"| a\|b | 0.5 ± 0 |",
+        "| a b | 0.5 ± 0 |",
+        "| plain | 0.5 ± 0 |",
+    ]
