@@ -3,6 +3,7 @@ from typing import Annotated, Any, Literal
 
 from zenml import get_step_context, log_metadata, step
 from zenml.client import Client
+from zenml.models import ModelVersionResponse
 
 from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Difference, Evaluation, JsonDataclass
@@ -96,6 +97,19 @@ def compared_on(comparison: Comparison, metric: str) -> dict[str, Any]:
 def _figures(found: Difference) -> str:
     interval = f"95 % interval {found.ci95[0]:+.4f} to {found.ci95[1]:+.4f}, " if found.ci95 else ""
     return f"{found.difference:+.4f} ({interval}p {found.p_value:.3g}, n {found.n})"
+
+
+def in_stage(model: str, stage: str) -> ModelVersionResponse | None:
+    """The version of the model that is in the stage now; None if there is none."""
+    try:
+        return Client().get_model_version(model, stage)
+    except KeyError:
+        return None
+
+
+def version_name(version: ModelVersionResponse) -> str:
+    """As lineage and promotions name it: name/number."""
+    return f"{version.model.name}/{version.name}"
 
 
 def check_stage(required: Literal["", "staging", "production"], promotion: Promotion, built_by: str) -> None:

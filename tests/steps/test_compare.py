@@ -1,4 +1,56 @@
-from steps.compare import unseen_records
+from types import SimpleNamespace
+
+import pytest
+
+from gpt2core.metrics import RecordScores
+from gpt2core.types import Sample
+from steps import compare as compare_module
+from steps.compare import compare, unseen_records
+from steps.config import EvaluateConfig, PromoteConfig
+
+WRONG, RIGHT = RecordScores(0.0, 0.0, 0.0, 2.0), RecordScores(1.0, 1.0, 1.0, 1.0)
+SAMPLES = [Sample(f"Say {i}.", "", str(i), "no", str(i), True, "", WRONG, RIGHT) for i in range(4)]
+RECORDS = [{"instruction": sample.instruction, "input": "", "output": sample.output} for sample in SAMPLES]
+
+
+class BrokenVersion:
+    """A champion without a file of its training records: ZenML's error for a list is a RuntimeError."""
+
+    name, model = "7", SimpleNamespace(name="gpt2-instruct")
+
+    def get_artifact(self, name):
+        def load():
+            raise RuntimeError(f"Metadata file not found at {name}/metadata.json")
+
+        return SimpleNamespace(load=load)
+
+
+@pytest.fixture
+def compared(monkeypatch, tmp_path):
+    """The comparison with `BrokenVersion` in the stage."""
+    monkeypatch.setattr(compare_module, "in_stage", lambda *_: BrokenVersion())
+    monkeypatch.setattr(compare_module, "get_step_context", lambda: SimpleNamespace(model=BrokenVersion.model))
+    monkeypatch.setattr(compare_module, "attach_metadata", lambda *_: None)
+
+    def run(**promote):
+        _, comparison, repeats = compare.entrypoint(
+            list(SAMPLES), RECORDS, tmp_path, EvaluateConfig(), PromoteConfig(**promote)
+        )
+        assert repeats == ""
+        return comparison
+
+    return run
+
+
+def test_a_champion_with_a_missing_file_does_not_stop_the_run(compared):
+    comparison = compared()
+    assert comparison.champion == "gpt2-instruct/7"
+    assert "the files of the champion gpt2-instruct/7 cannot be read: Metadata file not found" in comparison.note
+
+
+def test_an_ignored_champion_is_not_loaded(compared):
+    comparison = compared(champion="ignore")
+    assert (comparison.champion, comparison.note) == ("", "promote.champion is ignore")
 
 
 def test_a_champion_is_compared_on_records_whose_question_and_group_it_has_not_seen():
