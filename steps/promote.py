@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from zenml import get_step_context, log_metadata, step
+from zenml import Model, get_step_context, log_metadata, step
 from zenml.client import Client
 from zenml.models import ModelVersionResponse
 
@@ -35,6 +35,8 @@ def promote(
     else:
         promoted, reason = decide(comparison, promote)
     version = get_step_context().model
+    if promoted and promote.champion != "ignore":
+        promoted, reason = _unchanged(comparison.champion, version, promote.stage, reason)
     if promoted:
         version.set_stage(promote.stage, force=True)
     promotion = Promotion(
@@ -49,6 +51,21 @@ def promote(
     evidence = {"promotion": promotion.to_json(), "comparison": compared_on(comparison, promote.metric)}
     log_metadata(metadata={model: scores[model] for model in ("base", "tuned")} | evidence, infer_model=True)
     return promotion
+
+
+def _unchanged(champion: str, own: Model, stage: str, reason: str) -> tuple[bool, str]:
+    """Whether the stage still holds the champion that this run was compared with, and the reason.
+
+    A concurrent run may have promoted its model since. The run's own version is there if this step is retried.
+    """
+    found = in_stage(own.name, stage)
+    now = "" if found is None else version_name(found)
+    if now in (champion, f"{own.name}/{own.version}"):
+        return True, reason
+    return False, (
+        f"the champion changed during the run: stage {stage} held {champion or 'no model version'} when the models "
+        f"were compared, and now holds {now or 'none'}; run again"
+    )
 
 
 def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
