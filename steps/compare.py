@@ -103,7 +103,8 @@ def _with_champion(
         comparison,
         tuned_vs_champion=differences(tuned, rival, groups),
         note=f"compared with {name} on {len(unseen)} of {len(samples)} test records"
-        + (", those that it was not trained on" if len(unseen) < len(samples) else ""),
+        + (", those that it was not trained on" if len(unseen) < len(samples) else "")
+        + ("" if _same_tokens(tuned, rival) else "; perplexity is compared per token of the tuned model's tokenizer"),
         worst=worst_difference(tuned, rival, groups, promote.metric, promote.alpha),
         champion_scores=answers.scores,
         champion_intervals=intervals(rival, groups),
@@ -125,6 +126,10 @@ def _earlier(
 
 def _answers_of(samples: Sequence[Sample], *models: str) -> list[list[Answer]]:
     return [[sample.answer(model) for sample in samples] for model in models]
+
+
+def _same_tokens(tuned: Sequence[Answer], rival: Sequence[Answer]) -> bool:
+    return all(new.reference_tokens == old.reference_tokens for new, old in zip(tuned, rival, strict=True))
 
 
 def _load(version: ModelVersionResponse) -> Champion:

@@ -88,8 +88,13 @@ def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
         if promote.champion == "required":
             return False, f"promote.champion is required, but {comparison.note}"
         return True, f"better than the base: {against_base}; {comparison.note}"
-    if comparison.tuned_vs_champion is None or comparison.worst is None:
+    if comparison.tuned_vs_champion is None:
         return False, f"{comparison.note}; with promote.champion=ignore, the champion does not count"
+    if comparison.worst is None:
+        return False, (
+            f"not shown to be as good as the champion: {promote.metric} has no bound with so few independent records "
+            f"or an infinite loss: {comparison.note}; with promote.champion=ignore, the champion does not count"
+        )
     champion = comparison.tuned_vs_champion[promote.metric]
     against = (
         f"{promote.metric} differs from that of {comparison.champion} by {_figures(champion)}; at level "
