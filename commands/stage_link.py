@@ -27,8 +27,8 @@ def check_stage_link(stage: str) -> None:
         logger.warning("%s is the run %s, but this ZenML store has no model version in stage %s", link, run, stage)
         return
     adapter = version.get_artifact("adapter")
-    found = lineage.adapter.sha256 if adapter is None else str(adapter.run_metadata["sha256"])
-    if found != lineage.adapter.sha256:
+    found = "" if adapter is None else str(adapter.run_metadata.get("sha256", ""))
+    if found not in ("", lineage.adapter.sha256):  # "": the artifact was deleted
         raise ValueError(
             f"{link} is the run {run} with the adapter {lineage.adapter.sha256[:12]}, but {version_name(version)} in "
             f"stage {stage} has the adapter {found[:12]}; repeat the run of {version_name(version)}, which corrects "
