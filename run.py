@@ -128,6 +128,7 @@ def ask(
         raise click.UsageError("pass either INSTRUCTION or --file")
     if file is not None and input:
         raise click.UsageError("--input goes with INSTRUCTION; in a file, each record has its own")
+    _check_stages(name)
     from commands.ask import TunedModel, read_questions
 
     with _one_line():
@@ -154,6 +155,7 @@ def export(kind: str, out: str, name: str, quantize: str | None) -> None:
     """
     if quantize is not None and kind != "gguf":
         raise click.UsageError("--quantize goes with --format gguf")
+    _check_stages(name)
     from commands.export import export as write
 
     with _one_line():
@@ -200,6 +202,7 @@ def compare(names: tuple[str, ...]) -> None:
     if len(names) < 2:
         raise click.UsageError("pass at least two runs; `ls outputs` shows their names")
     _open_store()
+    _check_stages(*names)
     from commands.compare import compare as compare_runs
 
     with _one_line():
@@ -370,6 +373,19 @@ def _open_store() -> None:
 
     with _one_line():
         open_store()
+
+
+def _check_stages(*names: str) -> None:
+    """Check those of the names that are stages; ZenML is not loaded without one."""
+    stages = {"staging", "production"}.intersection(names)
+    if not stages:
+        return
+    _open_store()
+    from commands.stage_link import check_stage_link
+
+    with _one_line():
+        for stage in sorted(stages):
+            check_stage_link(stage)
 
 
 if __name__ == "__main__":

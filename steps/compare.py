@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 from zenml import get_step_context, step
-from zenml.client import Client
 from zenml.models import ModelVersionResponse
 
 from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
@@ -25,6 +24,7 @@ from steps.adapters.statistics import differences, intervals, worst_difference
 from steps.config import EvaluateConfig, PromoteConfig
 from steps.materializers import SampleListMaterializer
 from steps.metadata import attach_metadata
+from steps.promote import in_stage, version_name
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,11 @@ def compare(
     tuned, base = _answers_of(samples, "tuned", "base")
     against_base = differences(tuned, base, [sample.group for sample in samples])
     comparison, repeats = Comparison(against_base, "", None, ""), ""
-    version = _in_stage(promote.stage)
-    if version is None:
+    ignored = promote.champion == "ignore"
+    version = None if ignored else in_stage(get_step_context().model.name, promote.stage)
+    if ignored:
+        comparison = replace(comparison, note="promote.champion is ignore")
+    elif version is None:
         comparison = replace(comparison, note=f"no model version is in stage {promote.stage} yet")
     else:
         samples, comparison, repeats = _with_champion(
@@ -65,13 +68,6 @@ def compare(
     return samples, comparison, repeats
 
 
-def _in_stage(stage: str) -> ModelVersionResponse | None:
-    try:
-        return Client().get_model_version(get_step_context().model.name, stage)
-    except KeyError:
-        return None
-
-
 def _with_champion(
     samples: list[Sample],
     comparison: Comparison,
@@ -81,11 +77,11 @@ def _with_champion(
     evaluate: EvaluateConfig,
     promote: PromoteConfig,
 ) -> tuple[list[Sample], Comparison, str]:
-    comparison = replace(comparison, champion=f"{version.model.name}/{version.name}")
+    comparison = replace(comparison, champion=version_name(version))
     name = f"the champion {comparison.champion}"
     try:
         champion = _load(version)
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: ZenML's, for a list
         return samples, replace(comparison, note=f"the files of {name} cannot be read: {error}"), ""
     try:
         if directory_sha256(champion.adapter) == directory_sha256(adapter):
@@ -107,7 +103,8 @@ def _with_champion(
         comparison,
         tuned_vs_champion=differences(tuned, rival, groups),
         note=f"compared with {name} on {len(unseen)} of {len(samples)} test records"
-        + (", those that it was not trained on" if len(unseen) < len(samples) else ""),
+        + (", those that it was not trained on" if len(unseen) < len(samples) else "")
+        + ("" if _same_tokens(tuned, rival) else "; perplexity is compared per token of the tuned model's tokenizer"),
         worst=worst_difference(tuned, rival, groups, promote.metric, promote.alpha),
         champion_scores=answers.scores,
         champion_intervals=intervals(rival, groups),
@@ -129,6 +126,10 @@ def _earlier(
 
 def _answers_of(samples: Sequence[Sample], *models: str) -> list[list[Answer]]:
     return [[sample.answer(model) for sample in samples] for model in models]
+
+
+def _same_tokens(tuned: Sequence[Answer], rival: Sequence[Answer]) -> bool:
+    return all(new.reference_tokens == old.reference_tokens for new, old in zip(tuned, rival, strict=True))
 
 
 def _load(version: ModelVersionResponse) -> Champion:

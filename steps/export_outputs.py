@@ -1,7 +1,7 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from zenml import get_step_context, step
 from zenml.types import HTMLString
@@ -11,8 +11,8 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Evaluation, Lineage, RunRef, Sample, SplitSummary
 from steps.adapters.base import REFERENCE, has_checkpoint, open_base
 from steps.config import PromoteConfig
-from steps.outputs import json_text, write_outputs
-from steps.promote import Promotion, compared_on
+from steps.outputs import adapter_in, json_text, shared_path, write_outputs
+from steps.promote import Promotion, compared_on, in_stage, version_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def export_outputs(
     comparison: Comparison,
     promote: PromoteConfig,
 ) -> Annotated[str, "outputs"]:
-    """Write the run's results below outputs/, and link outputs/<stage> to them if it was promoted."""
+    """Write the run's results below outputs/; link outputs/<stage> to them if the stage holds this run's model."""
     texts: dict[str, str | bytes] = {
         "report.html": str(report),
         "report.json": report_json,
@@ -50,8 +50,11 @@ def export_outputs(
     else:
         texts[REFERENCE] = (base / REFERENCE).read_text()
         links["base"] = open_base(base)
-    pointers = ["latest", *([promotion.stage] if promotion.promoted else [])]
-    run = get_step_context().pipeline_run
+    context = get_step_context()
+    pointers = ["latest"]
+    if _is_in_stage(context.model.name, promote.stage, promotion, lineage.adapter.sha256):
+        pointers.append(promote.stage)
+    run = context.pipeline_run
     directory = write_outputs(RunRef(str(run.id), run.name), texts, folders, links, pointers)
     for name, metric in METRICS.items():
         base_score, tuned_score = getattr(metrics.base, name), getattr(metrics.tuned, name)
@@ -61,6 +64,20 @@ def export_outputs(
     logger.info("%s", promotion.reason)
     logger.info("report: %s", directory / "report.html")
     return str(directory)
+
+
+def _is_in_stage(model: str, stage: Literal["staging", "production"], promotion: Promotion, adapter: str) -> bool:
+    """Whether outputs/<stage> is to link to this run: the stage holds its model version, or one with the same adapter.
+
+    The link to the run of the latter stays. It is missing or wrong if that run stopped after `promote`, its directory
+    was deleted, or the stage was changed in ZenML.
+    """
+    version = in_stage(model, stage)
+    if version is None:
+        return False
+    if version_name(version) == promotion.model_version:
+        return True
+    return version_name(version) == promotion.champion and adapter_in(shared_path(stage)) != adapter
 
 
 def _metrics(metrics: Evaluation, comparison: Comparison, promote: PromoteConfig) -> dict[str, Any]:

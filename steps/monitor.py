@@ -43,7 +43,13 @@ def detect_drift(
     signals: list[Signal] = []
     evidently = ""
     if len(completions) >= monitor.min_requests:
-        train, samples = artifacts["train_records"].load(), artifacts["samples"].load()
+        try:
+            train, samples = artifacts["train_records"].load(), artifacts["samples"].load()
+        except (KeyError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: ZenML's, for a list
+            raise ValueError(
+                f"the files of the run {run.name} cannot be read: {error}; finetune again with its configuration, "
+                "which repeats the steps without files, and set monitor.run to the new run"
+            ) from None
         signals, evidently = measure(completions, ratings, train, samples, monitor)
     drift = Drift(
         drifted=any(signal.drifted for signal in signals),

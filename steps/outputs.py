@@ -1,6 +1,6 @@
-"""outputs/<run name>/ with a run's results as files, for users; no step reads them back.
+"""outputs/<run name>/ with a run's results as files, for users; no step reads results from them.
 
-outputs/latest links to the newest run, outputs/staging and outputs/production to the newest one promoted to the stage.
+outputs/latest links to the newest run, outputs/staging and outputs/production to one of the model in the stage.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from uuid import uuid4
 
 from gpt2core.files import atomic_write, naming_file
-from gpt2core.types import RunRef
+from gpt2core.types import Lineage, RunRef
 
 # What outputs/ has beside the directories of runs
 Shared = Literal["latest", "staging", "production", "experiments", "monitoring", "images", "wandb", "compare.html"]
@@ -30,6 +30,14 @@ def outputs_dir() -> Path:
 
 def shared_path(name: Shared) -> Path:
     return outputs_dir() / name
+
+
+def adapter_in(directory: Path) -> str:
+    """The sha256 of the adapter in a run's directory, by its lineage; "" if there is no complete directory."""
+    try:
+        return Lineage.from_json_file(directory / "lineage.json").adapter.sha256 if directory.is_dir() else ""
+    except (FileNotFoundError, ValueError):
+        return ""
 
 
 def check_run_name(name: str) -> None:

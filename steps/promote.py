@@ -1,8 +1,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from zenml import get_step_context, log_metadata, step
+from zenml import Model, get_step_context, log_metadata, step
 from zenml.client import Client
+from zenml.models import ModelVersionResponse
 
 from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Difference, Evaluation, JsonDataclass
@@ -34,6 +35,8 @@ def promote(
     else:
         promoted, reason = decide(comparison, promote)
     version = get_step_context().model
+    if promoted and promote.champion != "ignore":
+        promoted, reason = _unchanged(comparison.champion, version, promote.stage, reason)
     if promoted:
         version.set_stage(promote.stage, force=True)
     promotion = Promotion(
@@ -48,6 +51,21 @@ def promote(
     evidence = {"promotion": promotion.to_json(), "comparison": compared_on(comparison, promote.metric)}
     log_metadata(metadata={model: scores[model] for model in ("base", "tuned")} | evidence, infer_model=True)
     return promotion
+
+
+def _unchanged(champion: str, own: Model, stage: str, reason: str) -> tuple[bool, str]:
+    """Whether the stage still holds the champion that this run was compared with, and the reason.
+
+    A concurrent run may have promoted its model since. The run's own version is there if this step is retried.
+    """
+    found = in_stage(own.name, stage)
+    now = "" if found is None else version_name(found)
+    if now in (champion, f"{own.name}/{own.version}"):
+        return True, reason
+    return False, (
+        f"the champion changed during the run: stage {stage} held {champion or 'no model version'} when the models "
+        f"were compared, and now holds {now or 'none'}; run again"
+    )
 
 
 def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
@@ -70,8 +88,13 @@ def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
         if promote.champion == "required":
             return False, f"promote.champion is required, but {comparison.note}"
         return True, f"better than the base: {against_base}; {comparison.note}"
-    if comparison.tuned_vs_champion is None or comparison.worst is None:
+    if comparison.tuned_vs_champion is None:
         return False, f"{comparison.note}; with promote.champion=ignore, the champion does not count"
+    if comparison.worst is None:
+        return False, (
+            f"not shown to be as good as the champion: {promote.metric} has no bound with so few independent records "
+            f"or an infinite loss: {comparison.note}; with promote.champion=ignore, the champion does not count"
+        )
     champion = comparison.tuned_vs_champion[promote.metric]
     against = (
         f"{promote.metric} differs from that of {comparison.champion} by {_figures(champion)}; at level "
@@ -96,6 +119,19 @@ def compared_on(comparison: Comparison, metric: str) -> dict[str, Any]:
 def _figures(found: Difference) -> str:
     interval = f"95 % interval {found.ci95[0]:+.4f} to {found.ci95[1]:+.4f}, " if found.ci95 else ""
     return f"{found.difference:+.4f} ({interval}p {found.p_value:.3g}, n {found.n})"
+
+
+def in_stage(model: str, stage: str) -> ModelVersionResponse | None:
+    """The version of the model that is in the stage now; None if there is none."""
+    try:
+        return Client().get_model_version(model, stage)
+    except KeyError:
+        return None
+
+
+def version_name(version: ModelVersionResponse) -> str:
+    """As lineage and promotions name it: name/number."""
+    return f"{version.model.name}/{version.name}"
 
 
 def check_stage(required: Literal["", "staging", "production"], promotion: Promotion, built_by: str) -> None:

@@ -19,6 +19,7 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Answer, Difference, Evaluation, Sample
 
 N_RESAMPLES = 9999
+MIN_GROUPS = 10  # independent records for a bound of perplexity
 POWER = 0.8  # for the smallest detectable difference
 _BATCH = 2**21  # values that one batch of resamples may hold
 Values = NDArray[np.float64]
@@ -94,11 +95,15 @@ def worst_difference(
 ) -> float | None:
     """The one-sided bound at 1 - alpha of how much worse the new model may be; negative: worse. None: no bound.
 
-    For shares, one record won and one lost are added (A. Agresti and Y. Min, Statistics in Medicine 24, 2005): without
-    them a bootstrap of few changed answers gives too narrow an interval.
+    For scores from 0 to 1, one record won and one lost are added (A. Agresti and Y. Min, Statistics in Medicine 24,
+    2005): without them a bootstrap of few changed answers gives too narrow an interval, and one of equal answers has
+    width 0. Perplexity has no largest loss to add, so it has no bound below `MIN_GROUPS` independent records.
     """
     sums = _by_group(_paired(new, old, metric), groups)
-    if METRICS[metric].is_share:
+    if metric == "perplexity":
+        if sums.shape[1] < MIN_GROUPS:
+            return None
+    else:
         sums = np.concatenate([sums, [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]], axis=1)
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0
 
@@ -159,8 +164,13 @@ def _values(answers: Sequence[Answer], metric: str) -> tuple[Values, Values]:
 
 
 def _paired(new: Sequence[Answer], old: Sequence[Answer], metric: str) -> Values:
-    """Values and weights of the new and of the old model: (4, records)."""
-    return np.stack([*_values(new, metric), *_values(old, metric)])
+    """Values and weights of the new and of the old model: (4, records).
+
+    Perplexities per token of two tokenizers cannot be compared, but the nats of one text can: both models' are divided
+    by the tokens of the new one. The other metrics have equal weights.
+    """
+    (values, weights), (others, _) = _values(new, metric), _values(old, metric)
+    return np.stack([values, weights, others, weights])
 
 
 def _score(metric: str, value: Values, weight: Values, axis: int) -> Values:

@@ -87,10 +87,35 @@ def test_the_bound_of_a_worse_model_depends_on_the_number_of_records():
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_a_few_equal_answers_do_not_show_that_two_models_are_equal(metric):
+    same = answers([0.5, 0.5])
+    bound = worst_difference(same, same, [""] * 2, metric, 0.05)
+    assert bound is None if metric == "perplexity" else bound < -0.05
+    many = answers(BINARY * 5)
+    assert worst_difference(many, many, ALONE * 5, metric, 0.05) > -0.02
+
+
+def test_perplexities_of_two_tokenizers_are_compared_per_token_of_the_new_model():
+    # Both lose the same nats on each reference, but the old one's tokens are half as long.
+    generator = np.random.default_rng(2)
+    nats = generator.normal(8.0, 1.0, 40)
+    new = answers([0] * 40, list(nats / 4), tokens=4)
+    old = answers([0] * 40, list(nats / 8), tokens=8)
+    found = difference(new, old, ALONE, "perplexity")
+    assert (found.difference, found.p_value) == (pytest.approx(0, abs=1e-9), 1.0)
+    assert worst_difference(new, old, ALONE, "perplexity", 0.05) == pytest.approx(0, abs=1e-9)
+    more = nats + generator.normal(2.0, 0.1, 40)
+    worse = answers([0] * 40, list(more / 8), tokens=8)
+    assert difference(worse, new, ALONE, "perplexity").difference > 0
+    assert difference(new, worse, ALONE, "perplexity").difference < 0
+    assert worst_difference(worse, new, ALONE, "perplexity", 0.05) < 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_data_that_allow_no_interval(metric):
     one = answers([1])
     found = difference(answers([1], 0.5), answers([1], 1.0), [""], metric)
-    assert worst_difference(one, one, [""], "token_f1", 0.05) is None
+    assert worst_difference(one, one, [""], "token_f1", 0.05) < -0.3
     assert (found.ci95, found.p_value, found.detectable) == ([], 1.0, None)
     endless = answers([1, 1, 1], [1.0, math.inf, 1.0])
     if metric == "perplexity":

@@ -234,6 +234,41 @@ def test_the_promoted_run_is_found_at_outputs_staging(outputs, dev_run, cached_r
     assert ask(outputs, instruction, "--run", "staging").exit_code == 0
 
 
+def test_a_missing_stage_link_is_repaired_by_a_run_of_the_same_model(outputs, cached_run):
+    link = outputs / "staging"
+    link.unlink()
+    again = finetune(outputs, "promote.metric=perplexity")
+    repaired = link.resolve()
+    point_to(link, cached_run)
+    assert repaired == again.directory
+
+
+def test_a_stage_changed_in_zenml_rejects_the_old_link_until_its_run_is_repeated(outputs, cached_run, other_rank):
+    link = outputs / "staging"
+    before, after = (
+        Client().get_model_version("gpt2-instruct", run.record.model_version.name) for run in (cached_run, other_rank)
+    )
+    after.set_stage("staging", force=True)
+    try:
+        done = ask(outputs, "Hello?", "--run", "staging")
+        again = finetune(outputs, "lora.rank=2", "tracking.wandb=offline")
+        repaired = link.resolve()
+    finally:
+        after.set_stage("none")
+        before.set_stage("staging", force=True)
+        point_to(link, cached_run)
+    assert done.exit_code == 1
+    assert f"is the run {cached_run.record.name}" in done.output
+    adapter = other_rank.lineage.adapter.sha256[:12]
+    assert f"gpt2-instruct/{after.name} in stage staging has the adapter {adapter}" in done.output
+    assert repaired == again.directory
+
+
+def point_to(link, run):
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.directory.name)
+
+
 def ask(outputs, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPT2_INSTRUCT_OUTPUTS", str(outputs))

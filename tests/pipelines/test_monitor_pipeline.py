@@ -126,6 +126,19 @@ def test_a_failing_webhook_fails_the_run_in_one_line_and_loses_no_report(monitor
     assert newest_run().steps["detect_drift"].outputs["drift"][0].load().drifted
 
 
+def test_a_run_whose_files_are_missing_is_named_with_a_way_out(monitor, traffic, dev_run):
+    records = Path(dev_run.record.steps["split_data"].outputs["train_records"][0].uri)
+    moved = records.rename(records.with_name("moved"))
+    try:
+        result, _ = monitor(traffic.same)
+    finally:
+        moved.rename(records)
+    assert result.exit_code == 1
+    last = result.output.splitlines()[-1]
+    assert f"the files of the run {dev_run.record.name} cannot be read" in last
+    assert "set monitor.run to the new run" in last
+
+
 def test_the_alerter_of_the_stack_is_told(monitor, traffic, tmp_path):
     client, before = Client(), Client().active_stack_model
     client.create_flavor(f"{file_alerter.__name__}.FileAlerterFlavor", StackComponentType.ALERTER)

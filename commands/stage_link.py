@@ -1,0 +1,36 @@
+"""Whether outputs/staging and outputs/production link to the model that is in the stage now."""
+
+import logging
+
+from gpt2core.types import Lineage
+from steps.outputs import outputs_dir
+from steps.promote import in_stage, version_name
+
+logger = logging.getLogger(__name__)
+
+
+def check_stage_link(stage: str) -> None:
+    """Reject outputs/<stage> if another model is in the stage: the stage can be changed in ZenML, without a run.
+
+    Only warns if no model is in the stage, as on another machine than that of the runs.
+
+    Raises:
+        FileNotFoundError, ValueError: the lineage is missing or damaged, or naming both models.
+    """
+    link = outputs_dir() / stage
+    if not link.is_dir():
+        return  # the command says so
+    lineage = Lineage.from_json_file(link / "lineage.json")
+    model, run = lineage.model_version.partition("/")[0], link.resolve().name
+    version = in_stage(model, stage)
+    if version is None:
+        logger.warning("%s is the run %s, but this ZenML store has no model version in stage %s", link, run, stage)
+        return
+    adapter = version.get_artifact("adapter")
+    found = "" if adapter is None else str(adapter.run_metadata.get("sha256", ""))
+    if found not in ("", lineage.adapter.sha256):  # "": the artifact was deleted
+        raise ValueError(
+            f"{link} is the run {run} with the adapter {lineage.adapter.sha256[:12]}, but {version_name(version)} in "
+            f"stage {stage} has the adapter {found[:12]}; repeat the run of {version_name(version)}, which corrects "
+            f"the link, or use the name of a run instead of {stage}"
+        )
