@@ -220,12 +220,13 @@ def returning_freed_memory() -> Iterator[None]:
     quantizing gpt2-medium took 1.9 GB that way, which the process kept. torch has no call for it.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # of glibc only
-    mmap_threshold = -3
+    trim_threshold, mmap_threshold = -1, -3
     set_option(mmap_threshold, 2**18)
     try:
         yield
-    finally:
-        set_option(mmap_threshold, 2**25)  # which glibc's own adjustment reaches once a large tensor was freed
+    finally:  # as glibc's own adjustment, which these calls end, sets both once a large tensor was freed
+        set_option(mmap_threshold, 2**25)
+        set_option(trim_threshold, 2**26)
 
 
 def release_openmp_workers() -> None:
