@@ -14,6 +14,8 @@ from torch import Tensor
 from gpt2core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter, save_adapter
 from gpt2core.config import GPT2Config
 from gpt2core.files import (
+    INDEX,
+    WEIGHTS,
     atomic_write,
     directory_sha256,
     file_sha256,
@@ -47,7 +49,7 @@ __all__ = [
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 stores these as (in, out)
 MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old checkpoints
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
 # fields of GPT2Config that do not describe the architecture

@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHECKPOINT_FILES = (  # and those that the index names: `shard_files`
-    *(_WEIGHTS, _INDEX, "model-*-of-*.safetensors"),
+    *(WEIGHTS, INDEX, "model-*-of-*.safetensors"),
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
     "added_tokens.json",
 )
@@ -117,8 +117,8 @@ def shard_files(directory: str | Path) -> list[str]:
         ValueError: the index is damaged, or a name is not the plain name of a safetensors file: a downloaded checkpoint
             must not reach outside its directory.
     """
-    index = Path(directory) / _INDEX
-    if (index.parent / _WEIGHTS).is_file() or not index.is_file():  # an index beside the whole file is not used
+    index = Path(directory) / INDEX
+    if (index.parent / WEIGHTS).is_file() or not index.is_file():  # an index beside the whole file is not used
         return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

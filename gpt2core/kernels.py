@@ -11,7 +11,7 @@ import mmap
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from math import prod
 from threading import Lock
@@ -204,8 +204,11 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may use the device
             try:
                 outputs = compute()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which says only that the capture has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         finally:
             if was_enabled:
                 gc.enable()
@@ -214,7 +217,7 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
 
 @contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Within it, the memory of freed tensors goes back to the system at once.
+    """Until its end, the memory of freed tensors goes back to the system at once.
 
     Otherwise glibc's allocator keeps blocks of up to 32 MiB, and seldom reuses them for aligned ones such as torch's:
     quantizing gpt2-medium took 1.9 GB that way, which the process kept. torch has no call for it.

@@ -82,8 +82,7 @@ class StepGraphs:
         return add_gradients(self._model, batch, n_labels)
 
     def _stop(self, error: Exception) -> None:
-        reason = error.__context__ or error  # that of an error within a capture, which then ends with another one
-        logger.warning("no CUDA graph of a training step, training without, which is slower: %s", reason)
+        logger.warning("no CUDA graph of a training step, training without, which is slower: %s", error)
         self._is_enabled = False
         self._graphs.clear()
 

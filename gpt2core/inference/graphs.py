@@ -126,8 +126,7 @@ class RowDecoder:
             try:
                 self._graphs[key] = self._capture(n, width, stack)
             except Exception as error:  # any error: decoding does not need graphs
-                reason = error.__context__ or error  # that of an error within the capture, which then ends with another
-                logger.warning("no CUDA graph for %d rows of %d columns, decoding without: %s", n, width, reason)
+                logger.warning("no CUDA graph for %d rows of %d columns, decoding without: %s", n, width, error)
                 self.uses_graphs = False
                 self._graphs.clear()
                 return self._compute(n, width, stack)
