@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from threading import Thread
+from threading import Lock, Thread
 
 import psutil
+
+_KILLING = Lock()
 
 
 def main(command: list[str]) -> int:
@@ -21,14 +23,16 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     Thread(target=_kill_after_parent, daemon=True).start()
     code = child.wait()
-    return code if code >= 0 else 128 - code
+    with _KILLING:  # this thread's end would end the other one, with descendants still running
+        return code if code >= 0 else 128 - code
 
 
 def _kill_after_parent() -> None:
     os.read(sys.stdin.fileno(), 1)  # returns when the parent's end is closed
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    with _KILLING:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 if __name__ == "__main__":

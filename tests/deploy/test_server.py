@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import requests
 
 from deploy import bento
 from deploy.bento import BentoError
-from deploy.server import serve, service_environment, verify_bento
+from deploy.server import SUPERVISED, serve, service_environment, verify_bento
 from deploy.verify import VerificationError, request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
@@ -83,7 +84,7 @@ def test_a_server_and_its_workers_end_with_a_killed_parent(tag):
         started = set(psutil.Process(parent.pid).children(recursive=True))
         parent.kill()
     assert len(started) >= 2
-    wait_until(lambda: all_ended(started), 120, "the end of the server")
+    wait_until(lambda: all_ended(started), 30, "the end of the server")
 
 
 def test_answers_of_another_device_need_the_agreed_share_only(tag, url):
@@ -171,3 +172,20 @@ def test_a_damaged_base_is_not_served_and_building_again_repairs_it(base_dir, ad
         assert base.read_bytes() == whole
     finally:
         base.write_bytes(whole)
+
+
+def test_the_supervisor_kills_all_descendants_before_it_ends():
+    script = "for i in $(seq 60); do sleep 600 & done; echo started; wait"
+    command = [*SUPERVISED, "sh", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as supervisor:
+        assert supervisor.stdout.readline() == b"started\n"
+        started = psutil.Process(supervisor.pid).children(recursive=True)
+        supervisor.stdin.close()
+        supervisor.wait()
+    try:
+        assert len(started) >= 61
+        wait_until(lambda: all_ended(started), 30, "the end of the descendants")
+    finally:
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
