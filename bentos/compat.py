@@ -8,7 +8,10 @@ import json
 import os
 import select
 import socket
+import struct
+from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -24,9 +27,10 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from bentos.errors import STATUS, error_content
-from bentos.limits import DEADLINE, HEAD_TIMEOUT, KEEP_ALIVE, MAX_HEAD
+from bentos.limits import DEADLINE, HEAD_TIMEOUT, KEEP_ALIVE, LAST_HANDSHAKES, MAX_HEAD
 
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
+SO_ATTACH_FILTER = 26  # of Linux; not in Python's socket module
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
 
 
@@ -194,16 +198,38 @@ async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
 
     uvicorn only closes this process's descriptor of the listening socket. BentoML's parent process has one too, so the
     kernel would accept connections for another second, and reset them when the parent exits. `shutdown` stops the
-    listening itself (Linux). It resets connections in the kernel's queue, so these are accepted first.
+    listening itself (Linux). It resets connections that are not accepted yet, so a packet filter keeps new ones out
+    first: a client that tries to connect meanwhile does so again after a second, and is refused then.
     """
     servers = getattr(getattr(sigterm_handler, "__self__", None), "servers", [])
+    for listening in [listening for server in servers for listening in server.sockets]:
+        with socket.socket(fileno=os.dup(listening.fileno())) as duplicate:
+            _drop_new_connections(duplicate)
+            await asyncio.sleep(LAST_HANDSHAKES)  # the event loop accepts
+            while select.select([duplicate], [], [], 0)[0]:
+                await asyncio.sleep(0.01)
+            duplicate.shutdown(socket.SHUT_RDWR)
     for server in servers:
-        for listening in server.sockets:
-            with socket.socket(fileno=os.dup(listening.fileno())) as duplicate:
-                while select.select([duplicate], [], [], 0)[0]:
-                    await asyncio.sleep(0)  # the event loop accepts
-                duplicate.shutdown(socket.SHUT_RDWR)
         server.close()
+
+
+def _drop_new_connections(listening: socket.socket) -> None:
+    """Make the kernel drop the first packet of each new connection, and accept those of connections in progress.
+
+    Only for TCP on Linux; elsewhere nothing happens.
+    """
+    program = (  # classic BPF: code, jump if true, jump if false, operand
+        (0x30, 0, 0, 13),  # load the flags of the TCP header
+        (0x54, 0, 0, 0x12),  # SYN and ACK
+        (0x15, 0, 1, 0x02),  # SYN alone?
+        (0x06, 0, 0, 0),  # drop the packet
+        (0x06, 0, 0, 0xFFFFFFFF),  # take all of it
+    )
+    code = array("B", b"".join(struct.pack("HBBI", *line) for line in program))
+    with suppress(OSError):  # gVisor has no filters
+        listening.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program), code.buffer_info()[0])
+        )
 
 
 def _remove(app: Starlette, middleware: type) -> None:

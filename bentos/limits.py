@@ -27,4 +27,5 @@ MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback
 MAX_PROMPTS = MAX_CHOICES = 8  # of one request to the OpenAI routes; their product fits into the queue
 
 DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections
+LAST_HANDSHAKES = 0.2  # seconds in which connections that are being opened at that moment are accepted
 LAST_REQUESTS = 1.0  # seconds after that in which open connections may still send a request

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import socket
 
 import bentoml
 import pytest
@@ -199,3 +200,47 @@ def test_idle_connections_are_kept_for_longer_than_proxies_keep_them():
         return timer.when() - asyncio.get_running_loop().time()
 
     assert asyncio.run(kept()) > 60
+
+
+def request(port: int) -> str:
+    """One request on a connection of its own: the version of the response, "refused", or the error."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            return connection.recv(100).decode() or "closed"
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError as error:
+        return str(error)
+
+
+def requests_until_refused(port: int) -> set[str]:
+    return set(iter(lambda: request(port), "refused"))
+
+
+async def answers_while_the_port_closes() -> set[str]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"answer")
+        writer.close()
+
+    class Server:  # uvicorn's
+        def __init__(self, *servers: asyncio.Server) -> None:
+            self.servers = servers
+
+        def handle_exit(self) -> None: ...
+
+    listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    with listening.dup():  # the parent's
+        server = await asyncio.start_server(answer, sock=listening)
+        port = listening.getsockname()[1]
+        clients = [asyncio.create_task(asyncio.to_thread(requests_until_refused, port)) for _ in range(16)]
+        await asyncio.sleep(0.1)
+        await compat.stop_listening(Server(server).handle_exit)
+        return set().union(*await asyncio.gather(*clients))
+
+
+def test_no_connection_is_reset_or_forgotten_while_the_port_closes():
+    """Without the packet filter, one round in three or four failed."""
+    for _ in range(8):
+        assert asyncio.run(answers_while_the_port_closes()) == {"answer"}
