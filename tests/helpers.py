@@ -90,7 +90,7 @@ def same_state(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor
     )
 
 
-def randomise_lora(model: GPT2, std: float = 0.3) -> GPT2:
+def randomize_lora(model: GPT2, std: float = 0.3) -> GPT2:
     """Give the LoRA weights random values, in place: lora_B is zero otherwise."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from gpt2core.types import BaseRef, Evaluation, SplitPart, SplitSummary
 from run import main
 from steps.adapters.base import write_base
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
-from tests.helpers import make_lineage, randomise_lora
+from tests.helpers import make_lineage, randomize_lora
 
 PROMPT = format_prompt("Name a river.")
 
@@ -183,7 +183,7 @@ def test_a_flag_that_llama_cpp_does_not_have_is_refused(words_dir, tmp_path, fla
 
 
 def test_a_dora_is_exported_to_gguf_merged_alone(outputs, base_dir, tmp_path, prompt):
-    model = randomise_lora(add_lora(load_pretrained(base_dir), LoraConfig(rank=4, dora=True)))
+    model = randomize_lora(add_lora(load_pretrained(base_dir), LoraConfig(rank=4, dora=True)))
     with pytest.raises(ValueError, match=r"DoRA's magnitudes .lora.dora is true.*merged model"):
         write_gguf_adapter(model, tmp_path / "adapter.gguf")
     assert not (tmp_path / "adapter.gguf").exists()

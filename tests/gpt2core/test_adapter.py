@@ -17,7 +17,7 @@ from gpt2core.engine import Engine
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.model import GPT2
 from gpt2core.prompt import PROMPT_TEMPLATE
-from tests.helpers import randomise_lora, same_state, snapshot
+from tests.helpers import randomize_lora, same_state, snapshot
 
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
 LORA = LoraConfig(rank=3, alpha=5.0, targets=LORA_TARGETS)
@@ -33,7 +33,7 @@ def bare(tiny_gpt2_dir):
 @pytest.fixture
 def adapter(tiny_gpt2_dir, tmp_path):
     """The directory of a random adapter."""
-    return save_adapter(randomise_lora(add_lora(load_pretrained(tiny_gpt2_dir), LORA)), tmp_path / "adapter")
+    return save_adapter(randomize_lora(add_lora(load_pretrained(tiny_gpt2_dir), LORA)), tmp_path / "adapter")
 
 
 @settings(max_examples=12)
@@ -45,7 +45,7 @@ def adapter(tiny_gpt2_dir, tmp_path):
 )
 def test_an_adapter_round_trips_exactly(tiny_gpt2_dir, tmp_path_factory, targets, rank, dropout, into_adapted):
     config = LoraConfig(rank=rank, targets=targets, dropout=dropout)
-    model = randomise_lora(add_lora(load_pretrained(tiny_gpt2_dir), config)).eval()
+    model = randomize_lora(add_lora(load_pretrained(tiny_gpt2_dir), config)).eval()
     target = load_pretrained(tiny_gpt2_dir)
     if into_adapted:
         add_lora(target, config)
@@ -58,14 +58,14 @@ def test_an_adapter_round_trips_exactly(tiny_gpt2_dir, tmp_path_factory, targets
 
 
 def test_the_adapter_of_a_bf16_base_is_exact_in_fp32(tiny_gpt2_dir, tmp_path):
-    model = randomise_lora(add_lora(load_pretrained(tiny_gpt2_dir, torch.bfloat16), LORA))
+    model = randomize_lora(add_lora(load_pretrained(tiny_gpt2_dir, torch.bfloat16), LORA))
     loaded = load_adapter(load_pretrained(tiny_gpt2_dir, torch.bfloat16), save_adapter(model, tmp_path))
     assert same_state(snapshot(loaded), snapshot(model))
     assert {tensor.dtype for tensor in load_file(tmp_path / "adapter.safetensors").values()} == {torch.float32}
 
 
 def test_the_adapter_of_a_merged_model_is_that_of_the_unmerged_one(bare, tmp_path):
-    model = randomise_lora(add_lora(bare, LORA))
+    model = randomize_lora(add_lora(bare, LORA))
     save_adapter(model, tmp_path / "before")
     save_adapter(merge_lora(model), tmp_path / "after")
     assert directory_sha256(tmp_path / "before") == directory_sha256(tmp_path / "after")
@@ -124,7 +124,7 @@ def test_an_adapter_from_before_the_template_was_stored_is_accepted(bare, adapte
 
 
 def test_an_adapter_of_another_base_is_refused_unless_it_is_accepted(bare, tiny_gpt2_dir, tmp_path, caplog):
-    model = randomise_lora(add_lora(load_pretrained(tiny_gpt2_dir), LORA))
+    model = randomize_lora(add_lora(load_pretrained(tiny_gpt2_dir), LORA))
     adapter = save_adapter(model, tmp_path, base={"name": "nano", "sha256": "a" * 64})
     with pytest.raises(ValueError, match=r"adapter.json: .* base 'nano' with sha256 'aaa.* has sha256 bbb"):
         load_adapter(bare, adapter, base_sha256="b" * 64)
@@ -206,7 +206,7 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "parts"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_adapter_is_named_and_the_model_is_unchanged(bare, adapter, damage, parts, into_adapted):
     if into_adapted:
-        randomise_lora(add_lora(bare, LORA))
+        randomize_lora(add_lora(bare, LORA))
     before, trainable = snapshot(bare), [p.requires_grad for p in bare.parameters()]
     damage(adapter)
     with pytest.raises((ValueError, FileNotFoundError)) as error:

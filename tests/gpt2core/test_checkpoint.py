@@ -18,7 +18,7 @@ from gpt2core.demo.base import train_tokenizer
 from gpt2core.lora import add_lora, merge_lora
 from gpt2core.model import GPT2
 from gpt2core.tokenizer import load_tokenizer
-from tests.helpers import randomise_lora, same_state, snapshot
+from tests.helpers import randomize_lora, same_state, snapshot
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_model
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def test_the_loaded_model_is_in_eval_mode_and_trainable(directory):
 
 def test_loaded_tensors_do_not_change_with_their_file(directory, tmp_path):
     model = load_pretrained(directory)
-    adapter = save_adapter(randomise_lora(add_lora(load_pretrained(directory), LoraConfig())), tmp_path / "adapter")
+    adapter = save_adapter(randomize_lora(add_lora(load_pretrained(directory), LoraConfig())), tmp_path / "adapter")
     _, state = read_adapter(adapter, model.config)
     tensors = [*model.parameters(), *state.values()]
     before = [tensor.detach().clone() for tensor in tensors]

@@ -27,7 +27,7 @@ from gpt2core.model import GPT2, KVCache
 from gpt2core.step_graphs import StepGraphs
 from gpt2core.train import finetune
 from tests.gpt2core.decoding import check_bf16_completion, mixed_configs, random_prompts, save_random_adapter
-from tests.helpers import randomise_lora, same_state, snapshot
+from tests.helpers import randomize_lora, same_state, snapshot
 
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_cpu(tiny_gpt2_dir, precision):
 @precisions
 def test_merging_keeps_the_logits_and_unmerging_restores_every_bit(tiny_gpt2_dir, precision):
     lora = LoraConfig(rank=4, targets=ALL_TARGETS)
-    model = randomise_lora(add_lora(load(tiny_gpt2_dir, precision, "cpu"), lora, seed=0), 0.05).to(DEVICE)
+    model = randomize_lora(add_lora(load(tiny_gpt2_dir, precision, "cpu"), lora, seed=0), 0.05).to(DEVICE)
     ids = torch.arange(30, device=DEVICE)[None]
     before = snapshot(model)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_merging_keeps_the_logits_and_unmerging_restores_every_bit(tiny_gpt2_dir
 
 
 def test_an_adapter_saved_on_the_gpu_is_the_same_on_the_cpu(tiny_gpt2_dir, tmp_path):
-    model = randomise_lora(add_lora(load(tiny_gpt2_dir, device="cpu"), LoraConfig(), seed=0)).to(DEVICE)
+    model = randomize_lora(add_lora(load(tiny_gpt2_dir, device="cpu"), LoraConfig(), seed=0)).to(DEVICE)
     save_adapter(model, tmp_path)
     loaded = load_adapter(load(tiny_gpt2_dir, device="cpu"), tmp_path)
     assert same_state(snapshot(loaded), snapshot(model.cpu()))
@@ -201,7 +201,7 @@ def test_graphs_of_training_steps_give_the_losses_of_the_same_kernels_launched_o
 
 
 def test_gradients_of_the_adapter_are_those_of_peft(tiny_gpt2_dir):
-    ours = randomise_lora(
+    ours = randomize_lora(
         add_lora(load(tiny_gpt2_dir, device="cpu"), LoraConfig(rank=3, targets=("o", "proj")), seed=0)
     )
     peft = PeftConfig(r=3, lora_alpha=16, target_modules=["c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")

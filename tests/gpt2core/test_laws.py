@@ -13,7 +13,7 @@ from gpt2core.lora import add_lora, merge_lora, remove_lora, unmerge_lora
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt, split_prompt
 from tests.gpt2core.test_prompt import MESSY
-from tests.helpers import randomise_lora, same_state, snapshot
+from tests.helpers import randomize_lora, same_state, snapshot
 
 FEW = settings(max_examples=15)
 SMALL = GPT2Config(vocab_size=17, n_positions=24, n_embd=8, n_layer=2, n_head=2)
@@ -50,7 +50,7 @@ def make_model(config: GPT2Config, dtype: torch.dtype = torch.float32) -> GPT2:
 def test_unmerging_is_the_inverse_of_merging_bit_for_bit(targets, rank, alpha, rslora, dora, dtype, times):
     model = make_model(SMALL, dtype)
     base = snapshot(model)
-    randomise_lora(add_lora(model, LoraConfig(rank, alpha, tuple(targets), rslora=rslora, dora=dora)))
+    randomize_lora(add_lora(model, LoraConfig(rank, alpha, tuple(targets), rslora=rslora, dora=dora)))
     adapted = snapshot(model)
     for _ in range(times):
         unmerge_lora(merge_lora(merge_lora(model)))

@@ -14,7 +14,7 @@ from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, save
 from gpt2core.config import LORA_TARGETS, LoraConfig
 from gpt2core.engine import Engine
 from gpt2core.lora import add_lora, lora_config, lora_layers, merge_lora, remove_lora
-from tests.helpers import randomise_lora, same_state, snapshot
+from tests.helpers import randomize_lora, same_state, snapshot
 
 # The same fp32 sums in another order, as in test_model.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -36,7 +36,7 @@ def bare(tiny_gpt2_dir):
 @pytest.fixture
 def adapted(bare):
     """Every layer adapted, alpha other than the rank, both matrices random."""
-    return randomise_lora(add_lora(bare, ALL, seed=0))
+    return randomize_lora(add_lora(bare, ALL, seed=0))
 
 
 @FEW
@@ -48,7 +48,7 @@ def test_peft_loads_the_export_and_computes_the_same_logits(
     model = load_pretrained(tiny_gpt2_dir)
     plain = model(ids)
     lora = LoraConfig(rank=rank, alpha=alpha, targets=targets, rslora=rslora, dora=dora)
-    randomise_lora(add_lora(model, lora))
+    randomize_lora(add_lora(model, lora))
     export_peft(model, directory)
     theirs = peft.PeftModel.from_pretrained(deepcopy(hf), str(directory)).eval()
     with torch.no_grad():
@@ -65,14 +65,14 @@ def test_merging_leaves_the_outputs_and_adding_too(tiny_gpt2_dir, targets, dora)
     added = add_lora(model, LoraConfig(rank=3, alpha=7.0, targets=targets, dora=dora))(ids)
     # DoRA divides a length by itself, computed twice
     torch.testing.assert_close(added, before, **(TOLERANCE if dora else {"rtol": 0, "atol": 0}))
-    unmerged = randomise_lora(model)(ids)
+    unmerged = randomize_lora(model)(ids)
     torch.testing.assert_close(merge_lora(model)(ids), unmerged, **TOLERANCE)
 
 
 def test_saving_and_loading_keep_the_variant_and_the_engine_refuses_dora_by_name(bare, tiny_gpt2_dir, tmp_path):
     lora = LoraConfig(rank=3, alpha=None, targets=("q", "o"), rslora=True, dora=True, b_lr_ratio=4.0)
     ids = tokens(2, 12)
-    save_adapter(randomise_lora(add_lora(bare, lora)), tmp_path)
+    save_adapter(randomize_lora(add_lora(bare, lora)), tmp_path)
     loaded = load_adapter(load_pretrained(tiny_gpt2_dir), tmp_path)
     assert lora_config(loaded) == lora
     assert lora.scaling == pytest.approx(6 / math.sqrt(3))
@@ -128,7 +128,7 @@ def test_the_order_of_the_targets_does_not_matter(tiny_gpt2_dir):
         for targets in (("q", "v", "fc", "proj"), ("proj", "v", "fc", "q"))
     ]
     assert same_state(*map(snapshot, models))
-    one, other = (randomise_lora(model)(tokens(1, 8)) for model in models)
+    one, other = (randomize_lora(model)(tokens(1, 8)) for model in models)
     assert torch.equal(one, other)
 
 
@@ -144,7 +144,7 @@ def explicit_delta(layer, blocks):
 @FEW
 @given(TARGETS)
 def test_gradients_are_those_of_the_explicit_formula(tiny_gpt2_dir, targets):
-    model = randomise_lora(add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=5.0, targets=targets)))
+    model = randomize_lora(add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=5.0, targets=targets)))
     ids = tokens(2, 12)
     weight = torch.randn(2, 12, 97, generator=torch.Generator().manual_seed(1))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -172,7 +172,7 @@ def test_merging_adds_the_explicit_formula(adapted):
 @pytest.mark.parametrize("merged", [False, True])
 def test_removing_restores_keys_values_and_trainability(bare, merged):
     before, trainable = snapshot(bare), {name: p.requires_grad for name, p in bare.named_parameters()}
-    randomise_lora(add_lora(bare, ALL))
+    randomize_lora(add_lora(bare, ALL))
     if merged:
         merge_lora(bare)
     remove_lora(bare)
@@ -200,7 +200,7 @@ def test_training_changes_only_the_adapter(adapted):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dropout_acts_only_in_training(bare, dropout):
     ids = tokens(2, 8)
-    model = randomise_lora(add_lora(bare, LoraConfig(rank=3, targets=LORA_TARGETS, dropout=dropout)))
+    model = randomize_lora(add_lora(bare, LoraConfig(rank=3, targets=LORA_TARGETS, dropout=dropout)))
     model.eval()
     deterministic = model(ids)
     assert torch.equal(model(ids), deterministic)
@@ -241,8 +241,8 @@ def test_merging_a_non_finite_adapter_is_refused_without_a_change(adapted, matri
 
 def test_the_adapter_stays_fp32_beside_a_bf16_base(bare):
     ids = tokens(2, 12)
-    exact = randomise_lora(add_lora(deepcopy(bare), ALL), 0.1)
-    model = randomise_lora(add_lora(bare.bfloat16(), ALL), 0.1)
+    exact = randomize_lora(add_lora(deepcopy(bare), ALL), 0.1)
+    model = randomize_lora(add_lora(bare.bfloat16(), ALL), 0.1)
     assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if "lora_" not in name} == {torch.bfloat16}
     logits = model(ids)

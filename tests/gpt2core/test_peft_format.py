@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, read_adapter
 from gpt2core.config import LORA_TARGETS, LoraConfig
 from gpt2core.lora import add_lora, lora_config, lora_layers, merge_lora
-from tests.helpers import randomise_lora, same_state, snapshot
+from tests.helpers import randomize_lora, same_state, snapshot
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_model
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,7 @@ def test_importing_an_export_gives_the_same_adapter(tiny_gpt2_dir, tmp_path_fact
     directory = tmp_path_factory.mktemp("peft")
     ordered = tuple(target for target in LORA_TARGETS if target in targets)
     model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=rank, alpha=alpha, targets=ordered, dropout=0.1))
-    export_peft(randomise_lora(model), directory)
+    export_peft(randomize_lora(model), directory)
     again = load_adapter(load_pretrained(tiny_gpt2_dir), directory)
     assert lora_config(again) == lora_config(model)
     assert same_state(snapshot(again), snapshot(model))

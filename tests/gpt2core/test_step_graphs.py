@@ -14,7 +14,7 @@ from gpt2core.lora import add_lora, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.step_graphs import StepGraphs, _Graph, add_gradients
 from tests.gpt2core.test_batching import attention_by_sequence
-from tests.helpers import randomise_lora
+from tests.helpers import randomize_lora
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def model(tiny_config, monkeypatch):
     monkeypatch.setattr(batching, "LEAST_TOKENS", 1)  # otherwise batches as small as these have one shape
     monkeypatch.setattr(batching, "LEAST_LABELS", 1)
     model = GPT2(tiny_config, torch.Generator().manual_seed(0))
-    return randomise_lora(add_lora(model, LoraConfig(rank=2), seed=0)).train()
+    return randomize_lora(add_lora(model, LoraConfig(rank=2), seed=0)).train()
 
 
 def batches(n: int, padded: bool):

@@ -24,7 +24,7 @@ from gpt2core.model import GPT2
 from gpt2core.optimizers import learning_rate_factor
 from gpt2core.train import finetune, pretrain, training_steps
 from tests.copies import ROOT
-from tests.helpers import randomise_lora, same_state, snapshot
+from tests.helpers import randomize_lora, same_state, snapshot
 
 MAGNITUDE = "lora_magnitude_vector.default.weight"
 
@@ -381,7 +381,7 @@ def test_dropout_is_active_in_training_and_not_in_validation(tiny_gpt2_dir):
     losses = []
     for dropout in (0.0, 0.5):
         model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, dropout=dropout), seed=0)
-        randomise_lora(model)
+        randomize_lora(model)
         result = finetune(model, examples(), examples(5), config(epochs=1, learning_rate=1e-12, log_every_steps=3))
         losses.append(result.history[-1])
     assert losses[0]["train/loss"] != losses[1]["train/loss"]
