@@ -73,6 +73,12 @@ def tiny_gpt2_dir(make_hf, tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def bare(tiny_gpt2_dir):
+    """That model without LoRA."""
+    return load_pretrained(tiny_gpt2_dir)
+
+
 @pytest.fixture(scope="session")
 def wide_gpt2_dir(make_hf, tmp_path_factory):
     """With heads of GPT-2's width, which a GPU's kernels are written for."""

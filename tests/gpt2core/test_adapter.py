@@ -26,11 +26,6 @@ KEY = "h.1.mlp.c_fc.lora_A"
 
 
 @pytest.fixture
-def bare(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
-@pytest.fixture
 def adapter(tiny_gpt2_dir, tmp_path):
     """The directory of a random adapter."""
     return save_adapter(randomize_lora(add_lora(load_pretrained(tiny_gpt2_dir), LORA)), tmp_path / "adapter")

@@ -29,11 +29,6 @@ def tokens(*shape):
 
 
 @pytest.fixture
-def bare(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
-@pytest.fixture
 def adapted(bare):
     """Every layer adapted, alpha other than the rank, both matrices random."""
     return randomize_lora(add_lora(bare, ALL, seed=0))

@@ -20,11 +20,6 @@ IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def bare(tiny_gpt2_dir):
-    return load_pretrained(tiny_gpt2_dir)
-
-
-@pytest.fixture
 def save(hf, tmp_path):
     """A function (values of peft.LoraConfig) -> the model with random adapter, and its directory as PEFT saves it."""
 
