@@ -12,7 +12,10 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("Error: this Python lacks the project's packages; run `make install`, then `source .venv/bin/activate`")
 
 if TYPE_CHECKING:
     from zenml.models import PipelineRunResponse
