@@ -134,6 +134,7 @@ class Engine:
             TypeError, ValueError: an invalid prompt (as for `generate`), an unknown adapter, or invalid logprobs.
             EngineFull: the queue is full; try again later.
             EngineClosed: the engine accepts no more requests.
+            RuntimeError: the engine is not started.
         """
         release_openmp_workers()
         check_prompt(input_ids, self.config)
@@ -145,6 +146,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine is closed")
+            if self._thread.ident is None:
+                raise RuntimeError("the engine is not started; use `with Engine(...) as engine:`, or engine.start()")
             if adapter is not None and adapter not in self._adapters:
                 loaded = ", ".join(sorted(self._adapters)) or "none"
                 raise ValueError(f"there is no adapter {adapter!r}; loaded: {loaded}")
