@@ -493,3 +493,8 @@ def test_pretraining_in_bf16_learns_too(small, precision):
     config = PretrainConfig(max_steps=60, batch_size=4, warmup_steps=5, precision=precision)
     assert pretrain(small, tokens, config).history[-1]["train/loss"] < 0.5
     assert small.wte.weight.dtype == torch.float32
+
+
+def test_several_devices_without_a_process_group_are_refused(model):
+    with pytest.raises(ValueError, match=r"devices is 2, .*; use finetune_adapter of gpt2core\.distributed"):
+        finetune(model, examples(), [], config(devices=2))
