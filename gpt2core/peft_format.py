@@ -61,11 +61,14 @@ _MAX_WAYS = 100_000  # to match a pattern: a few milliseconds
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
+def export_peft(model: GPT2, directory: str | Path, base: str | None = None) -> Path:
     """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
 
     The n pairs of a fused c_attn become one pair of rank n * R whose lora_B is zero outside the adapted thirds; alpha
     grows with the rank, so the scaling stays the same. DoRA's lengths are those of the base outside these thirds.
+
+    Args:
+        base: path or Hub name of the base, which PEFT loads if it is not given a model; None: not known.
 
     Raises:
         ValueError: the model has no LoRA layers, or their weights are not finite.
