@@ -137,7 +137,7 @@ class Engine:
             RuntimeError: the engine is not started.
         """
         release_openmp_workers()
-        check_prompt(input_ids, self.config)
+        input_ids = check_prompt(input_ids, self.config)
         check_tokens(config, self.config)
         if logprobs is not None and not 0 <= logprobs <= self.config.token_count:
             raise ValueError(f"logprobs is {logprobs}; it must be from 0 to {self.config.token_count}, or None")
@@ -154,9 +154,7 @@ class Engine:
             if self._max_queue is not None and self._scheduler.n_waiting >= self._max_queue:
                 raise EngineFull(f"{self._scheduler.n_waiting} requests are waiting already; try again later")
             own = None if adapter is None else self._adapters[adapter]
-            request = Request(
-                list(input_ids), sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs
-            )
+            request = Request(input_ids, sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs)
             self._scheduler.add(request)
             self._changed.notify_all()
         return request

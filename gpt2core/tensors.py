@@ -1,9 +1,10 @@
 """Tensors read from safetensors files and copied to a device, and the check of weights."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +42,15 @@ def _device_name(device: str | torch.device) -> str:
     except RuntimeError as error:
         raise ValueError(f"device {device!r} is not known to torch ({error})") from None
     return "cpu" if known.type == "cpu" else str(known)
+
+
+def as_ints(ids: Iterable[SupportsIndex]) -> list[int]:
+    """The ids of a sequence, an array or a tensor.
+
+    Raises:
+        TypeError: one of them is not an integer.
+    """
+    return [index(id) for id in ids]
 
 
 def int_tensor(values: Sequence[int]) -> Tensor:
