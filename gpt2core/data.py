@@ -179,7 +179,7 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
     groups = _groups(records)
     if seed is None:
         return groups
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     families = Counter(records[group[0]].get("family", "") for group in groups)
     rank: Counter[str] = Counter()
