@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import tiktoken
@@ -21,6 +22,7 @@ from gpt2core.records import (  # re-exported: the public path of these names
     records_sha256,
     to_jsonl,
 )
+from gpt2core.tensors import as_ints
 
 __all__ = [
     "REQUIRED",
@@ -59,8 +61,12 @@ class Split(NamedTuple):
 class Example:
     """One record as tokens: prompt, response, end of text."""
 
-    input_ids: list[int]
+    input_ids: list[int]  # or an array or a tensor, which becomes a list
     prompt_length: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_ids", as_ints(self.input_ids))
+        object.__setattr__(self, "prompt_length", index(self.prompt_length))
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
     groups = _groups(records)
     if seed is None:
         return groups
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     families = Counter(records[group[0]].get("family", "") for group in groups)
     rank: Counter[str] = Counter()

@@ -443,3 +443,13 @@ def test_a_key_missing_from_all_shards_is_named_with_the_index(sharded):
 def test_pickled_weights_are_not_read(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     refused(directory, "neither model.safetensors nor", "pytorch_model.bin", kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu", 0)], ids=repr)
+def test_a_device_may_have_an_index(directory, device):
+    assert load_pretrained(directory, device=device).wte.weight.device.type == "cpu"
+
+
+def test_an_unknown_device_is_not_reported_as_a_damaged_file(directory):
+    with pytest.raises(ValueError, match=r"^device 'gpu' is not known to torch .*cuda"):
+        load_pretrained(directory, device="gpu")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -83,6 +84,10 @@ def test_another_seed_gives_another_split():
     one, other = (split_records(numbered(100), seed).test for seed in (0, 1))
     assert one != other
     assert one != numbered(100)[:10]
+
+
+def test_a_seed_may_be_a_number_of_numpy():
+    assert split_records(numbered(20), np.int64(1)) == split_records(numbered(20), 1)
 
 
 def test_families_are_represented_in_proportion_in_each_part():
