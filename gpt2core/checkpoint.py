@@ -1,6 +1,6 @@
-"""GPT-2 checkpoints in Hugging Face's format; also re-exports the public functions for adapters and digests.
+"""GPT-2 checkpoints in Hugging Face's format. Also re-exports the public functions for adapters and digests.
 
-Only safetensors and JSON are read and written, so a file cannot execute code when it is loaded.
+Only safetensors and JSON are read and written, so loading a file cannot execute code.
 """
 
 from dataclasses import asdict, fields, replace
@@ -65,7 +65,7 @@ _ALIASES = {
 
 class _Stored(NamedTuple):
     file: Path
-    key: str  # in the file
+    key: str  # name of the tensor in the file
     tensor: Tensor
 
 
@@ -75,16 +75,17 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     mapped: bool = False,
 ) -> GPT2:
-    """Read a Hugging Face GPT-2 checkpoint (one file or sharded); the model is in eval mode.
+    """Read a Hugging Face GPT-2 checkpoint (one file or sharded). The model is in eval mode.
 
-    The model's config keeps the ids of special tokens and the text of generation_config.json, which `save_pretrained`
-    writes back, without ids outside of the vocabulary. The tokenizer's end of text, with which training ends every
-    answer, is added to the ids that end a completion. Where the directory has a tokenizer with fewer ids than the
-    embedding has rows, `config.n_tokens` is their number: the rows beyond are padding and must not be sampled.
+    The model's config keeps the ids of special tokens and the text of generation_config.json, without ids outside the
+    vocabulary; `save_pretrained` writes them back. Training ends every answer with the tokenizer's end of text, so it
+    is added to the ids that end a completion. If the tokenizer in the directory has fewer ids than the embedding has
+    rows, `config.n_tokens` is the number of its ids: the further rows are padding and must not be sampled.
 
     Args:
-        mapped: on a CPU, weights stored in `dtype` remain in their files and take no memory of the process: for a model
-            that is copied into an engine at once. It computes slower, must not be trained, and changes with the files.
+        mapped: map weights that are stored in `dtype` instead of reading them (only on a CPU). They take no memory of
+            the process. Use it for a model that is copied into an engine at once: it is slower, must not be trained,
+            and changes if the files change.
 
     Raises:
         FileNotFoundError: config.json or the safetensors files are missing.
@@ -125,10 +126,10 @@ def load_pretrained(
 
 
 def save_pretrained(model: GPT2, directory: str | Path) -> Path:
-    """Write config.json, model.safetensors and, if the model came with one, generation_config.json for transformers.
+    """Write config.json and model.safetensors for transformers, and generation_config.json if the model has its text.
 
-    A model with norm_position "post" gets another model_type, which only this project reads: transformers would load
-    its weights as those of a GPT-2 and compute something else.
+    A model with norm_position "post" gets another model_type, which only this project can read. As a "gpt2",
+    transformers would load it, and compute something else.
 
     Raises:
         ValueError: the model has LoRA layers that are not merged, or weights that are not finite.
@@ -161,7 +162,7 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
 
 
 def read_config(file: Path) -> GPT2Config:
-    """GPT2Config from a Hugging Face config.json, with the generation_config.json and tokenizer in its directory.
+    """Read a GPT2Config from Hugging Face's config.json, and the generation_config.json and tokenizer in its directory.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pretrained`.
@@ -202,10 +203,10 @@ def read_config(file: Path) -> GPT2Config:
 
 
 def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Path) -> GPT2Config:
-    """The config with the text of the file, if there is one, and with ids in both that fit the vocabulary.
+    """Add the text of generation_config.json, if it exists, to the config. Remove ids outside the vocabulary from both.
 
     Args:
-        end: the tokenizer's end of text, if known; it then ends a completion, in addition to the ids of the files.
+        end: the tokenizer's end of text; it is added to the ids that end a completion. None: not known.
     """
     n_tokens = config.token_count
     begin, ends = _known_ids(config.bos_token_id, n_tokens), _known_ids(config.eos_token_id, n_tokens, end)
@@ -223,7 +224,7 @@ def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Pa
 
 
 def _known_ids(found: Any, n_tokens: int, end: int | None = None) -> Any:
-    """The id or ids that are below `n_tokens`, and `end`; None if there are none."""
+    """Return the id or ids below `n_tokens`, and `end` if it is not None; None if there are none."""
     listed = list(found) if isinstance(found, list | tuple) else [found]
     ids = [id for id in listed if type(id) is int and 0 <= id < n_tokens]
     if end is not None and end not in ids:
@@ -234,7 +235,7 @@ def _known_ids(found: Any, n_tokens: int, end: int | None = None) -> Any:
 
 
 def _read_weights(directory: Path, device: str | torch.device) -> dict[str, _Stored]:
-    """All tensors by this project's names, without masks. A tied checkpoint may contain only the head."""
+    """Read all tensors, by this project's names, without masks. A tied checkpoint may contain only the head."""
     stored = {}
     for file in _weight_files(directory):
         for key, tensor in read_tensors(file, device, mapped=True).items():

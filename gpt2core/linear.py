@@ -18,7 +18,7 @@ SMALL = 2**20  # multiplications; below this, oneDNN's call overhead is larger t
 FEW_ROWS = 32  # rows of x; below this, converting a bf16 weight to fp32 takes longer than it saves
 
 
-class Packed(NamedTuple):
+class PrepackedWeight(NamedTuple):
     """A frozen weight matrix, prepacked in oneDNN's memory layout.
 
     Without prepacking, oneDNN reorders the weight in every product, for a twelfth of the time. There are two copies,
@@ -37,19 +37,19 @@ class Packed(NamedTuple):
 class Linear(nn.Linear):
     """`nn.Linear`, computed by `linear`."""
 
-    packed: Packed | None = None  # replaces the weight during a training that does not change it
+    prepacked: PrepackedWeight | None = None  # replaces the weight during a training that does not change it
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return linear(x, self.weight if self.prepacked is None else self.prepacked, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PrepackedWeight, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`, with another order of summation: (..., out) for x (..., in) and weight (out, in).
 
     With a prepacked weight, x must have the weight's dtype, and the bias gets no gradient.
     """
-    if isinstance(weight, Packed):
-        return cast(Tensor, _PackedLinear.apply(x, weight, bias))
+    if isinstance(weight, PrepackedWeight):
+        return cast(Tensor, _PrepackedLinear.apply(x, weight, bias))
     if _is_for_onednn(x, weight):
         if torch.is_grad_enabled():
             return cast(Tensor, _Linear.apply(x, weight, bias))
@@ -91,11 +91,11 @@ class _Linear(torch.autograd.Function):
         return x_grad, weight_grad, grads.sum(0) if bias_needs_grad else None
 
 
-class _PackedLinear(torch.autograd.Function):
+class _PrepackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        ctx.transposed = packed.transposed
-        return onednn_linear(x, packed.weight, bias)
+    def forward(ctx: Any, x: Tensor, prepacked: PrepackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.transposed = prepacked.transposed
+        return onednn_linear(x, prepacked.weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2core.config import GPT2Config
-from gpt2core.linear import Linear, Packed, linear
+from gpt2core.linear import Linear, PrepackedWeight, linear
 from gpt2core.sequences import Sequences
 
 ALIGNED = 64  # rows of the head are padded to a multiple of this
@@ -53,7 +53,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # set by `gpt2core.train`; has an effect only in train mode
-        self.packed_head: Packed | None = None  # replaces the head's weight, as in `Linear`
+        self.prepacked_head: PrepackedWeight | None = None  # replaces the head's weight, as in `Linear`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -121,8 +121,8 @@ class GPT2(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Compute the logits (..., V) of hidden states (..., C)."""
-        if self.packed_head is not None:
-            return linear(hidden, self.packed_head)
+        if self.prepacked_head is not None:
+            return linear(hidden, self.prepacked_head)
         weight = self.wte.weight
         if hidden.device.type == "cuda" and hidden.numel() >= ALIGNED * hidden.shape[-1]:
             return linear(hidden, aligned(weight))[..., : len(weight)]

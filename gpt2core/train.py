@@ -20,7 +20,7 @@ from gpt2core.batching import Batch, pack, uses_varlen
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example, check_examples
 from gpt2core.kernels import has_bf16
-from gpt2core.linear import Linear, Packed
+from gpt2core.linear import Linear, PrepackedWeight
 from gpt2core.lora import lora_layers
 from gpt2core.losses import token_losses
 from gpt2core.model import GPT2
@@ -249,7 +249,7 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
     with (
         ResourceMeter(device) as meter,
         _training(model, plan.config),
-        _packed(model),
+        _prepacked_weights(model),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has its own generators
@@ -467,7 +467,7 @@ def _trains_only_lora(model: GPT2) -> bool:
 
 
 @contextmanager
-def _packed(model: GPT2) -> Iterator[None]:
+def _prepacked_weights(model: GPT2) -> Iterator[None]:
     """Context manager that prepacks the weights if only an adapter is trained, on a bf16 base on a CPU.
 
     A prepacked matrix has two copies. Its original parameter is emptied for this time; otherwise, three copies would be
@@ -475,19 +475,19 @@ def _packed(model: GPT2) -> Iterator[None]:
     """
     only_lora = _trains_only_lora(model) and not any(layer.config.dora for _, layer in lora_layers(model))
     head = model.wte.weight.data
-    is_packable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16()
-    layers = [module for module in model.modules() if isinstance(module, Linear)] if is_packable else []
+    is_prepackable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16()
+    layers = [module for module in model.modules() if isinstance(module, Linear)] if is_prepackable else []
     try:
         for layer in layers:
-            layer.packed = Packed.make(layer.weight.data)
+            layer.prepacked = PrepackedWeight.make(layer.weight.data)
             layer.weight.data = head.new_empty(0)
-        model.packed_head = Packed.make(head) if is_packable else None
+        model.prepacked_head = PrepackedWeight.make(head) if is_prepackable else None
         yield
     finally:
         for layer in layers:
-            if layer.packed is not None:
-                layer.weight.data, layer.packed = layer.packed.weight.to_dense(), None
-        model.packed_head = None
+            if layer.prepacked is not None:
+                layer.weight.data, layer.prepacked = layer.prepacked.weight.to_dense(), None
+        model.prepacked_head = None
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

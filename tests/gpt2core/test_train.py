@@ -241,7 +241,7 @@ def test_the_precision_sets_the_dtypes_during_training(model, precision, base, l
     layer = model.h[0].attn.c_attn
     layer.register_forward_hook(
         lambda module, _, y: seen.add(
-            (module.linear.weight.dtype, module.lora_A.dtype, y.dtype, module.linear.packed is not None)
+            (module.linear.weight.dtype, module.lora_A.dtype, y.dtype, module.linear.prepacked is not None)
         )
     )
     finetune(model, examples(), [], config(precision=precision))
