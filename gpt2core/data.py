@@ -17,6 +17,7 @@ from gpt2core.records import (  # re-exported: the public path of these names
     TEXTS,
     Record,
     check_records,
+    check_texts,
     location_of,
     read_records,
     records_sha256,
@@ -97,7 +98,7 @@ def find_markers(records: Sequence[Record]) -> list[str]:
     return [
         location_of(records, i)
         for i, record in enumerate(records)
-        if any(marker in record.get(key, "") for key in TEXTS for marker in MARKERS)
+        if any(marker in (record.get(key) or "") for key in TEXTS for marker in MARKERS)
     ]
 
 
@@ -113,8 +114,9 @@ def split_records(
     """Split by the records' own `part`. A part without records is split off from the train records.
 
     Raises:
-        ValueError: as `split_evenly`.
+        ValueError: a text is missing or not a string (see `check_records`); otherwise as `split_evenly`.
     """
+    check_texts(records)
     given: dict[str, list[Record]] = {name: [] for name in Split._fields}
     for record in records:
         given[record.get("part") or "train"].append({key: text for key, text in record.items() if key != "part"})
@@ -165,7 +167,7 @@ def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: floa
 
 def question(record: Record) -> tuple[str, str]:
     """Return the question of a record: its instruction and input."""
-    return record["instruction"], record.get("input", "")
+    return record["instruction"], record.get("input") or ""
 
 
 def same_question(record: Record) -> tuple[str, str]:
@@ -273,8 +275,10 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
     example's tokens.
 
     Raises:
-        ValueError: records have more than `context_length` tokens; the message names them.
+        ValueError: records have more than `context_length` tokens, or a text is missing or not a string; the message
+            names them.
     """
+    check_texts(records)
     examples = [_encode(record, tokenizer) for record in records]
     found = _too_long(records, examples, context_length)
     if found:

@@ -115,6 +115,20 @@ def test_even_few_records_have_a_test_record():
     assert [len(part) for part in split_records(numbered(3), 0, 0.0, 0.0)] == [3, 0, 0]
 
 
+def test_records_made_in_memory_may_have_no_input_and_are_otherwise_refused_by_number(tokenizer):
+    records = [record | {"input": None} for record in numbered(20)]
+    outputs = [[record["output"] for record in part] for part in split_records(records, 0)]
+    assert outputs == [[record["output"] for record in part] for part in split_records(numbered(20), 0)]
+    assert encode_records(records, tokenizer, 1000) == encode_records(numbered(20), tokenizer, 1000)
+    assert find_markers(records) == []
+    for wrong, problem in [({"output": 5}, "'output' is 5, a int"), ({"instruction": None}, "'instruction' is null")]:
+        for refuse in (lambda each: split_records(each, 0), lambda each: encode_records(each, tokenizer, 1000)):
+            with pytest.raises(ValueError, match=f"record 2: {problem}"):
+                refuse([GOOD, GOOD | wrong])
+    with pytest.raises(ValueError, match="record 2: no 'output' in"):
+        split_records([GOOD, {"instruction": "Say 1."}], 0)
+
+
 def test_records_with_markers_are_found_by_their_place():
     records = [
         GOOD,
