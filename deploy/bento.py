@@ -21,7 +21,7 @@ import yaml
 
 from deploy.source import ROOT, code_files
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import checkpoint_files, list_files, naming_file, read_json, verify_directory
+from gpt2core.files import checkpoint_files, file_sha256, list_files, naming_file, read_json, verify_directory
 from gpt2core.inference.native import NAME as NATIVE_LIBRARY
 from gpt2core.inference.native import library_file
 from gpt2core.types import AdapterRef, Lineage
@@ -85,6 +85,12 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
         arguments = [part for name, model in models.items() for part in ("--arg", f"{name}={model}")]
         _run("build", "--version", version, *arguments, "-f", "bentos/bentofile.yaml", ".", cwd=context)
     return tag
+
+
+def kernels_sha256() -> str:
+    """The sha256 of the compiled kernels that `build` adds; "" without them."""
+    kernels = library_file()
+    return file_sha256(kernels) if kernels else ""
 
 
 def exists(tag: str) -> bool:

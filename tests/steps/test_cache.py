@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import pytest
+from zenml.utils import source_utils
 
-from deploy import source
+from deploy import bento, source
 from steps import cache
+from steps.package import package
 
 
 def files_of(module: str, *others: str) -> set[str]:
@@ -88,3 +90,15 @@ def test_files_that_no_module_names_are_in_no_key(write_code):
         dict.fromkeys(("steps/.env", "steps/one.pem", "steps/one.so", "steps/one.j2", "steps/page.html.j2~"), "")
     )
     assert files_of("steps.one") == used.keys()
+
+
+def test_the_key_of_package_covers_the_kernels(tmp_path, monkeypatch):
+    """They are not in git, and in the image of the steps not in the checkout."""
+    library = tmp_path / "library.so"
+    monkeypatch.setattr(bento, "library_file", lambda: library if library.exists() else None)
+    digest = source_utils.load(package.configuration.cache_policy.cache_func)
+    found = [digest()]
+    for content in (b"one", b"two"):
+        library.write_bytes(content)
+        found.append(digest())
+    assert len(set(found)) == 3
