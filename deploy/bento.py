@@ -184,10 +184,13 @@ def bentoml_command(verb: str) -> list[str]:
 
 
 def bentoml_environment() -> dict[str, str]:
-    """This process's environment, without variables that would import this checkout's code or change the port."""
-    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT")
+    """This process's environment, without variables that would import this checkout's code or change the port.
+
+    The output is UTF-8: BentoML prints characters that a latin-1 locale lacks.
+    """
+    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT", "PYTHONIOENCODING")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
-    return kept | {"BENTOML_DO_NOT_TRACK": "true"}
+    return kept | {"BENTOML_DO_NOT_TRACK": "true", "PYTHONUTF8": "1"}
 
 
 def bentoml_home() -> Path:
