@@ -341,7 +341,10 @@ def image(which: str) -> None:
     if which == "service" and not newest.is_file():
         raise click.ClickException("there is no Bento yet; make run builds one")
     with _one_line():
-        built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
+        if which == "steps":
+            built = images.build_steps()
+        else:
+            built = images.build_service(newest.read_text(encoding="utf-8").strip())
     sbom = shared_path("images") / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)
     click.echo(f"SBOM: {sbom}\n{built.reference}")

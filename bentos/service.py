@@ -160,7 +160,7 @@ def _check_writable(name: str, file: Path) -> None:
     """Create the file of a setting, if it does not exist."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
+        file.open("ab").close()
     except OSError as error:
         raise ValueError(f"{name} is {str(file)!r}, which cannot be written: {error.strerror}") from None
 

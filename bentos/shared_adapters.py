@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bentos.limits import ADAPTERS_POLL, MAX_ADAPTERS
 from bentos.metrics import render_gauges
 from bentos.schemas import BASE, TUNED, AdapterName, CanaryRequest
-from gpt2core.files import atomic_write, directory_sha256, json_bytes
+from gpt2core.files import directory_sha256, json_bytes, write_files
 
 MANIFEST = "adapters.json"
 
@@ -75,7 +75,7 @@ def publish(
     request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
     content = json_bytes({"adapters": shared, "canary": request})
     manifest = read(content)
-    atomic_write(directory / MANIFEST, content)
+    write_files(directory, {MANIFEST: content})
     return manifest
 
 

@@ -81,7 +81,8 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
         if is_intact(tag):
             return tag
         rmtree(_in_store("bentos", tag), ignore_errors=True)
-        (context / "lineage.json").write_text(json.dumps(replace(lineage, bento=tag).to_json(), indent=2))
+        described = json.dumps(replace(lineage, bento=tag).to_json(), indent=2)
+        (context / "lineage.json").write_text(described, encoding="utf-8")
         arguments = [part for name, model in models.items() for part in ("--arg", f"{name}={model}")]
         _run("build", "--version", version, *arguments, "-f", "bentos/bentofile.yaml", ".", cwd=context)
     return tag
@@ -98,7 +99,8 @@ def exists(tag: str) -> bool:
     bento = _in_store("bentos", tag) / "bento.yaml"
     if not bento.is_file():
         return False
-    models = [model for service in yaml.safe_load(bento.read_text())["services"] for model in service["models"]]
+    services = yaml.safe_load(bento.read_text(encoding="utf-8"))["services"]
+    models = [model for service in services for model in service["models"]]
     return all((_in_store("models", model["tag"]) / MODEL_FILE).is_file() for model in models)
 
 
@@ -149,7 +151,7 @@ def _different_key(stated: Mapping[str, Any], known: Mapping[str, Any]) -> str:
 
 def models(tag: str) -> dict[str, Path]:
     """The stored directories of a Bento's base and adapter."""
-    found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text())["args"]
+    found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text(encoding="utf-8"))["args"]
     return {name: _in_store("models", found[name]) for name in ("base", "adapter")}
 
 
@@ -187,10 +189,13 @@ def bentoml_command(verb: str) -> list[str]:
 
 
 def bentoml_environment() -> dict[str, str]:
-    """This process's environment, without variables that would import this checkout's code or change the port."""
-    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT")
+    """This process's environment, without variables that would import this checkout's code or change the port.
+
+    The output is UTF-8: BentoML prints characters that a latin-1 locale lacks.
+    """
+    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT", "PYTHONIOENCODING")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
-    return kept | {"BENTOML_DO_NOT_TRACK": "true"}
+    return kept | {"BENTOML_DO_NOT_TRACK": "true", "PYTHONUTF8": "1"}
 
 
 def bentoml_home() -> Path:
@@ -245,6 +250,8 @@ def _in_store(kind: str, tag: str) -> Path:
 
 def _run(verb: str, *arguments: str, cwd: Path) -> None:
     command = [*bentoml_command(verb), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=bentoml_environment(), capture_output=True, text=True)  # noqa: S603 (no shell)
+    done = subprocess.run(  # noqa: S603 (no shell)
+        command, cwd=cwd, env=bentoml_environment(), capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0:
         raise BentoError(f"bentoml {verb} failed:\n{log_tail(done.stdout + done.stderr)}")

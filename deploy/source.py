@@ -63,7 +63,9 @@ def _git(*arguments: str) -> str:
     """The output of a git command; "" without git or a checkout, as in a container."""
     try:
         command = ["git", "-C", str(ROOT), *arguments]  # the user's own git, found in PATH
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)  # noqa: S603 (no shell)
+        done = subprocess.run(  # noqa: S603 (no shell)
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

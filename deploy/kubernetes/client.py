@@ -140,7 +140,7 @@ class Cluster:
 
     def check_permissions(self) -> None:
         """Raise KubeError naming every permission that a deployment needs and the credentials lack."""
-        [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text()) if each["kind"] == "Role"]
+        [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text(encoding="utf-8")) if each["kind"] == "Role"]
         missing = [
             f"{verb} {resource}{f'.{group}' if group else ''}"
             for rule in role["rules"]
@@ -256,7 +256,9 @@ def _contexts(files: str) -> list[str]:
     names = []
     for file in filter(os.path.isfile, files.split(os.pathsep)):
         try:
-            names += [entry["name"] for entry in yaml.safe_load(Path(file).read_text())["contexts"] or ()]
+            names += [
+                entry["name"] for entry in yaml.safe_load(Path(file).read_text(encoding="utf-8"))["contexts"] or ()
+            ]
         except (yaml.YAMLError, OSError, UnicodeDecodeError, TypeError, KeyError):
             raise KubeError(f"{file} is not a kubeconfig: it must be YAML with a list of contexts") from None
     return names

@@ -21,7 +21,9 @@ def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> li
     Args:
         memory: request and limit of a pod, like 2g; "": as in k8s/.
     """
-    manifests: list[Manifest] = [yaml.safe_load(file.read_text()) for file in sorted(MANIFESTS.glob("*.yaml"))]
+    manifests: list[Manifest] = [
+        yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(MANIFESTS.glob("*.yaml"))
+    ]
     for manifest in manifests:
         manifest["metadata"]["name" if manifest["kind"] == "Namespace" else "namespace"] = namespace
     manifests.sort(key=lambda manifest: manifest["kind"] == "Deployment")
@@ -47,7 +49,7 @@ def render_revision(replica_set: Manifest, namespace: str) -> Manifest:
     template = replica_set["spec"]["template"]
     labels = {key: value for key, value in template["metadata"]["labels"].items() if key != "pod-template-hash"}
     annotations = template["metadata"].get("annotations", {})
-    deployment: Manifest = yaml.safe_load((MANIFESTS / "30-deployment.yaml").read_text())
+    deployment: Manifest = yaml.safe_load((MANIFESTS / "30-deployment.yaml").read_text(encoding="utf-8"))
     deployment["metadata"] |= {
         "namespace": namespace,
         "labels": labels,

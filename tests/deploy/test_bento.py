@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -166,3 +168,11 @@ def test_an_export_is_a_tar_archive_with_the_models(tag, tmp_path):
 def test_an_export_of_a_missing_bento_is_an_error_with_the_log(tmp_path):
     with pytest.raises(BentoError, match=r"(?s)bentoml export failed.*gpt2-instruct:none"):
         bento.export("gpt2-instruct:none", tmp_path / "bento.tar")
+
+
+def test_the_output_of_bentoml_is_utf_8_in_every_locale(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    command = [sys.executable, "-c", "import sys; print(sys.stdout.encoding, sys.flags.utf8_mode)"]
+    done = subprocess.run(command, env=bento.bentoml_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["utf-8", "1"]
