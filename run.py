@@ -243,9 +243,10 @@ def sign(directory: Path, key: Path) -> None:
 @main.command()
 def rollback() -> None:
     """Roll back the last deployment to the version before it."""
+    from pipelines.interrupts import interruptible
     from steps.deploy import rollback as roll_back
 
-    with _one_line():
+    with _one_line(), interruptible():
         outcome = roll_back()
     click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))
 
