@@ -16,8 +16,8 @@ from bentos.settings import LogText
 from bentos.shadow import Comparison
 from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
-MAX_BYTES, BACKUPS = 10_000_000, 5  # of a file before it is rotated; older files that are kept
-MAX_WAITING = 1_000  # lines waiting for a slow disk; further ones are dropped and counted
+MAX_BYTES, BACKUPS = 10_000_000, 5  # size at which the file is rotated; number of older files that are kept
+MAX_WAITING = 1_000  # lines that may wait for a slow disk; further lines are dropped and counted
 
 logger = logging.getLogger(__name__)
 
