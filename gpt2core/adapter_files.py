@@ -1,4 +1,4 @@
-"""Adapter directories: adapter.safetensors and adapter.json. `read_adapter` also reads PEFT's format."""
+"""Adapter directories with adapter.safetensors and adapter.json. `read_adapter` also reads PEFT's format."""
 
 import hashlib
 import logging
@@ -39,7 +39,7 @@ def save_adapter(model: GPT2, directory: str | Path, base: Mapping[str, Any] | N
         "lora": asdict(config),
         "base": dict(base or {}),
         "prompt": {"name": PROMPT_TEMPLATE.name, "sha256": PROMPT_TEMPLATE.sha256},
-        # ties the two files together: `read_adapter` detects a crash between the two renames
+        # by this digest, `read_adapter` detects files that do not belong together after a crash between the two writes
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
     return write_files(directory, {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: json_bytes(description)})
@@ -48,11 +48,11 @@ def save_adapter(model: GPT2, directory: str | Path, base: Mapping[str, Any] | N
 def load_adapter(
     model: GPT2, directory: str | Path, base_sha256: str | None = None, accept_other_base: bool = False
 ) -> GPT2:
-    """Read an adapter (this project's, or PEFT's) into the model, in place, adding LoRA layers where there are none.
+    """Read an adapter (this project's or PEFT's format) into the model, in place; add LoRA layers if there are none.
 
     Args:
-        base_sha256: digest of the model's base, compared with the one that the adapter names, if both are known.
-        accept_other_base: warn instead of raising where they differ.
+        base_sha256: digest of the model's base, compared with the base's digest in the adapter if both are known.
+        accept_other_base: if the digests differ, log a warning instead of raising an error.
 
     Raises:
         FileNotFoundError: a file of the adapter is missing.
@@ -81,7 +81,7 @@ def read_adapter(
     base_sha256: str | None = None,
     accept_other_base: bool = False,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read an adapter's LoRA config and weights; checks names and shapes against a model of `config`.
+    """Read an adapter's LoRA config and weights, and check names and shapes against a model of `config`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`.
@@ -126,7 +126,7 @@ def _read_lora_config(file: Path, description: Mapping[str, Any]) -> LoraConfig:
 
 
 def _check_prompt(file: Path, prompt: Any) -> None:
-    """Reject an adapter trained with another prompt template; old adapters without the key are accepted."""
+    """Reject an adapter that was trained with another prompt template. Old adapters without the key are accepted."""
     if prompt is None:
         return
     name, sha256 = (prompt.get(key) for key in ("name", "sha256")) if isinstance(prompt, dict) else (prompt, None)
@@ -138,7 +138,7 @@ def _check_prompt(file: Path, prompt: Any) -> None:
 
 
 def _check_base(file: Path, base: Any, sha256: str | None, accept_other: bool) -> None:
-    """Reject an adapter trained on another base, if both digests are known."""
+    """Reject an adapter that was trained on another base, if both digests are known."""
     named = base.get("sha256") if isinstance(base, dict) else None
     if sha256 is None or named is None or named == sha256:
         return

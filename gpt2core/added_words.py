@@ -1,4 +1,4 @@
-"""Words that were added to a tokenizer's vocabulary, found in text as the tokenizers library finds them."""
+"""Words that were added to a tokenizer's vocabulary, and their search in text, as in the tokenizers library."""
 
 import re
 import unicodedata
@@ -10,8 +10,8 @@ from typing import Any
 
 import tiktoken
 
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of AddedWord and in tokenizer.json
-# Unicode's White_Space and \w, with which the library implements the flags; those of Python's `re` differ
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # fields of AddedWord, keys in tokenizer.json
+# Unicode's White_Space and \w, with which the library implements the flags; \s and \w of Python's `re` differ
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _SPACES = re.compile(f"[{_WHITESPACE}]*")
 _WORD_CATEGORIES = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}
@@ -23,10 +23,10 @@ class AddedWord:
     """A word of transformers' `add_tokens`, with the flags of its AddedToken."""
 
     id: int
-    single_word: bool = False  # found only where no letter or digit is next to it
-    lstrip: bool = False  # takes the whitespace to its left
-    rstrip: bool = False
-    normalized: bool = True  # found only in what the words without this flag leave
+    single_word: bool = False  # found only if no letter or digit is next to it
+    lstrip: bool = False  # includes the whitespace to its left
+    rstrip: bool = False  # includes the whitespace to its right
+    normalized: bool = True  # found only in the text that remains between words without this flag
 
 
 class EncodingWithWords(tiktoken.Encoding):
@@ -52,7 +52,7 @@ def _find_words(piece: str | int, pattern: re.Pattern[str], words: Mapping[str, 
     if isinstance(piece, int):
         yield piece
         return
-    end = 0  # of the previous word
+    end = 0  # end of the previous word
     for match in pattern.finditer(piece):
         word, (start, stop) = words[match[0]], match.span()
         if word.single_word and (_is_word(piece[start - 1 : start]) or _is_word(piece[stop : stop + 1])):
@@ -70,7 +70,7 @@ def _find_words(piece: str | int, pattern: re.Pattern[str], words: Mapping[str, 
 
 
 def _is_word(character: str) -> bool:
-    """Whether a character, or "" beyond the ends of a text, is a word character for the library."""
+    """Return whether the library counts a character as a word character; "", beyond the ends of a text, is not one."""
     return bool(character) and (
         unicodedata.category(character) in _WORD_CATEGORIES
         or character in "\u200c\u200d"
@@ -79,11 +79,11 @@ def _is_word(character: str) -> bool:
 
 
 def _longest_of(words: Sequence[str], depth: int = 0) -> str:
-    """A regular expression that matches the longest of the words.
+    """Return a regular expression that matches the longest of the words.
 
-    Prefixes are factored out: plain alternatives take 12 us per character of the text with 10,000 words.
+    Common prefixes are factored out. With 10,000 words, plain alternatives take 12 us per character of the text.
     """
-    if depth == 50:  # hundreds of nested groups, of words like runs of blanks, are a RecursionError of `re`
+    if depth == 50:  # `re` raises RecursionError for hundreds of nested groups, as words like runs of blanks make them
         return f"(?:{'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})"
     by_first = defaultdict(list)
     for word in words:

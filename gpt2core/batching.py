@@ -1,4 +1,4 @@
-"""Training batches: examples packed into one row, without padding or, for CUDA graphs, with a few tokens of it."""
+"""Training batches: examples packed into one row. Only batches for CUDA graphs are padded, by a few tokens."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,32 +11,33 @@ from gpt2core.kernels import has_varlen_attention
 from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
 from gpt2core.tensors import int_tensor, to_device
 
-IGNORED = -100  # a label without a loss, as in F.cross_entropy
-# Sizes of padded batches are rounded up to multiples: a 16th of the tokens and half of the labels at the last power of
-# two, at least of these. A shape costs two slow steps, so few shapes save more than padding costs.
+IGNORED = -100  # label that does not count in the loss, as in F.cross_entropy
+# The numbers of tokens and labels of a padded batch are rounded up to multiples of a step. The step is 1/16 (tokens) or
+# 1/2 (labels) of the largest power of two up to the number. The steps of these two numbers are the smallest ones. The
+# first two batches of every shape are slow, so a small number of shapes saves more time than the padding costs.
 LEAST_TOKENS, LEAST_LABELS = 4096, 1024
-PADDING = 64  # tokens in a sequence of padding, about; a long one would raise the longest sequence of the batch
+PADDING = 64  # approximate length of a padding sequence; a long one could become the longest sequence of the batch
 
 
 class Batch(NamedTuple):
-    """Token ids in B rows of T tokens. Examples are packed into one row, with their shared prefix stored once."""
+    """Token ids in B rows of T tokens. `pack` makes one row of all examples and stores their shared prefix once."""
 
     input_ids: Tensor  # (B, T)
-    labels: Tensor  # (n): the next tokens that count in the loss, and IGNORED
+    labels: Tensor  # (n): token ids to predict; the padding labels at the end are IGNORED
     n_tokens: int  # a shared prefix counts once per example
-    labeled: Tensor | None = None  # (n) index of the token before each label in the flattened rows; None: all tokens
-    owners: Tensor | None = None  # (n) the index of each label's example
-    positions: Tensor | None = None  # (B, T) within the example; None: each row is one text
+    labeled: Tensor | None = None  # (n): index, in the flattened rows, of the token before each label; None: all tokens
+    owners: Tensor | None = None  # (n): index of each label's example
+    positions: Tensor | None = None  # (B, T): position of each token in its example; None: each row is one sequence
     sequences: Sequences | None = None  # which tokens of the row attend to which
-    n_ignored: int = 0  # of the labels: IGNORED, at the end
+    n_ignored: int = 0  # number of padding labels
 
     @property
     def n_labels(self) -> int:
-        """Labels that count in the loss."""
+        """Number of labels that count in the loss."""
         return self.labels.numel() - self.n_ignored
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device."""
+        """Return the batch on a device."""
         moved: dict[str, Any] = {
             name: part.to(device) if isinstance(part, Sequences) else to_device(part, device)
             for name, part in self._asdict().items()
@@ -58,18 +59,19 @@ def pack(
     Args:
         share_prefix: compute the prefix that all examples share (such as the prompt's preamble) only once. Losses and
             gradients do not change. The prefix ends before the first token with a label.
-        use_varlen: with `VarlenSequences` instead of `PaddedSequences`; what `uses_varlen` returns.
-        padded: with `use_varlen`, round the numbers of tokens and labels up to few values (buckets), by at most 6 % and
-            13 %. What is added does not change the loss.
+        use_varlen: use variable-length flash attention (`VarlenSequences`) instead of padded groups
+            (`PaddedSequences`). Pass the result of `uses_varlen`.
+        padded: round the numbers of tokens and labels up to bucket sizes, by at most 6 % and 13 %; requires
+            `use_varlen`. Padding does not change the loss.
     """
-    first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # first token with a loss
+    first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # index of the first label
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
-    lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is only ever a label
+    lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is a label only
     input_ids, positions = [*examples[0].input_ids[:shared]], list(range(shared))
     labels, labeled, owners = list[int](), list[int](), list[int]()
     order = sorted(range(len(examples)), key=lambda i: -lengths[i])
     for i in order:
-        ids, start = examples[i].input_ids, len(input_ids) - shared  # where the example would begin without sharing
+        ids, start = examples[i].input_ids, len(input_ids) - shared  # token k >= shared gets the row index start + k
         input_ids += ids[shared:-1]
         positions += range(shared, len(ids) - 1)
         labels += ids[first[i] :]
@@ -79,7 +81,7 @@ def pack(
     if padded:
         step = _bucket_step(max(len(input_ids), LEAST_TOKENS), 16)
         n_texts = -(-step // PADDING)
-        n = n_texts + -(len(input_ids) + n_texts) % step  # at least one token in each
+        n = n_texts + -(len(input_ids) + n_texts) % step  # every padding sequence has at least one token
         texts += [n // n_texts + (i < n % n_texts) for i in range(n_texts)]
         input_ids += [0] * n
         positions += [0] * n
@@ -101,17 +103,17 @@ def pack(
 
 
 def _bucket_step(n: int, n_buckets: int) -> int:
-    """What to round n up to a multiple of: there are `n_buckets` of them between two powers of two."""
+    """Return the step to whose multiples n is rounded up: there are `n_buckets` steps between two powers of two."""
     return max(1, 2 ** (n.bit_length() - 1) // n_buckets)
 
 
 def uses_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """What `pack` gets as `use_varlen`, for activations of this dtype."""
+    """Return whether `pack` can use variable-length flash attention: bf16 activations, and support by the device."""
     return dtype == torch.bfloat16 and has_varlen_attention(device, head_width)
 
 
 def _common_prefix(examples: Sequence[Example], at_most: int) -> int:
-    """Number of tokens, `at_most` that many, that all examples start with."""
+    """Return the length of the prefix that all examples share, at most `at_most` tokens."""
     smallest, largest = min(example.input_ids for example in examples), max(example.input_ids for example in examples)
     for i, (one, other) in enumerate(zip(smallest[:at_most], largest[:at_most], strict=False)):
         if one != other:

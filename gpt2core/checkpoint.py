@@ -1,6 +1,6 @@
-"""GPT-2 checkpoints in Hugging Face's format; also re-exports the public functions for adapters and digests.
+"""GPT-2 checkpoints in Hugging Face's format. Also re-exports the public functions for adapters and digests.
 
-Only safetensors and JSON are read and written, so a file cannot execute code when it is loaded.
+Only safetensors and JSON are read and written, so loading a file cannot execute code.
 """
 
 from dataclasses import asdict, fields, replace
@@ -28,7 +28,7 @@ from gpt2core.files import (
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
-from gpt2core.tensors import check_weight, read_tensors
+from gpt2core.tensors import WEIGHT_TYPES, check_weight, is_finite, read_tensors
 from gpt2core.tokenizer import END_OF_TEXT, read_token_ids
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 stores these as (in, out)
 MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old checkpoints
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
@@ -65,7 +66,7 @@ _ALIASES = {
 
 class _Stored(NamedTuple):
     file: Path
-    key: str  # in the file
+    key: str  # name of the tensor in the file
     tensor: Tensor
 
 
@@ -75,16 +76,17 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     mapped: bool = False,
 ) -> GPT2:
-    """Read a Hugging Face GPT-2 checkpoint (one file or sharded); the model is in eval mode.
+    """Read a Hugging Face GPT-2 checkpoint (one file or sharded). The model is in eval mode.
 
-    The model's config keeps the ids of special tokens and the text of generation_config.json, which `save_pretrained`
-    writes back, without ids outside of the vocabulary. The tokenizer's end of text, with which training ends every
-    answer, is added to the ids that end a completion. Where the directory has a tokenizer with fewer ids than the
-    embedding has rows, `config.n_tokens` is their number: the rows beyond are padding and must not be sampled.
+    The model's config keeps the ids of special tokens and the text of generation_config.json, without ids outside the
+    vocabulary; `save_pretrained` writes them back. Training ends every answer with the tokenizer's end of text, so it
+    is added to the ids that end a completion. If the tokenizer in the directory has fewer ids than the embedding has
+    rows, `config.n_tokens` is the number of its ids: the further rows are padding and must not be sampled.
 
     Args:
-        mapped: on a CPU, weights stored in `dtype` remain in their files and take no memory of the process: for a model
-            that is copied into an engine at once. It computes slower, must not be trained, and changes with the files.
+        mapped: map weights that are stored in `dtype` instead of reading them (only on a CPU). They take no memory of
+            the process. Use it for a model that is copied into an engine at once: it is slower, must not be trained,
+            and changes if the files change.
 
     Raises:
         FileNotFoundError: config.json or the safetensors files are missing.
@@ -92,6 +94,8 @@ def load_pretrained(
             tokenizer has more ids than the embedding has rows, or the config needs a feature that this GPT-2 does not
             have; the message names file, key and both values.
     """
+    if dtype not in WEIGHT_TYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(map(str, WEIGHT_TYPES))}")
     directory = Path(directory)
     config = read_config(directory / CONFIG)
     stored = _read_weights(directory, device)
@@ -114,6 +118,8 @@ def load_pretrained(
             state[name] = tensor.to(dtype)
         else:
             state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if tensor.dtype != dtype and not is_finite(state[name]):
+            raise ValueError(f"{file}: tensor {key!r} has values beyond the range of {dtype}; use another dtype")
     head = state.pop("lm_head.weight", None)
     for name in expected:
         if name not in state:
@@ -125,10 +131,10 @@ def load_pretrained(
 
 
 def save_pretrained(model: GPT2, directory: str | Path) -> Path:
-    """Write config.json, model.safetensors and, if the model came with one, generation_config.json for transformers.
+    """Write config.json and model.safetensors for transformers, and generation_config.json if the model has its text.
 
-    A model with norm_position "post" gets another model_type, which only this project reads: transformers would load
-    its weights as those of a GPT-2 and compute something else.
+    A model with norm_position "post" gets another model_type, which only this project can read. As a "gpt2",
+    transformers would load it, and compute something else.
 
     Raises:
         ValueError: the model has LoRA layers that are not merged, or weights that are not finite.
@@ -161,11 +167,16 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
 
 
 def read_config(file: Path) -> GPT2Config:
-    """GPT2Config from a Hugging Face config.json, with the generation_config.json and tokenizer in its directory.
+    """Read a GPT2Config from Hugging Face's config.json, and the generation_config.json and tokenizer in its directory.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
+    if not file.is_file() and (file.parent / "hparams.json").is_file():
+        raise FileNotFoundError(
+            f"{file.parent} is in OpenAI's TensorFlow format (hparams.json), which is not read; use the same model of "
+            "the Hugging Face Hub, for example openai-community/gpt2-medium for 355M"
+        )
     values = read_json(file)
     norm_position = "post" if values.get("model_type") == POST_NORM else "pre"
     model_type = POST_NORM if norm_position == "post" else "gpt2"
@@ -202,10 +213,10 @@ def read_config(file: Path) -> GPT2Config:
 
 
 def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Path) -> GPT2Config:
-    """The config with the text of the file, if there is one, and with ids in both that fit the vocabulary.
+    """Add the text of generation_config.json, if it exists, to the config. Remove ids outside the vocabulary from both.
 
     Args:
-        end: the tokenizer's end of text, if known; it then ends a completion, in addition to the ids of the files.
+        end: the tokenizer's end of text; it is added to the ids that end a completion. None: not known.
     """
     n_tokens = config.token_count
     begin, ends = _known_ids(config.bos_token_id, n_tokens), _known_ids(config.eos_token_id, n_tokens, end)
@@ -223,7 +234,7 @@ def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Pa
 
 
 def _known_ids(found: Any, n_tokens: int, end: int | None = None) -> Any:
-    """The id or ids that are below `n_tokens`, and `end`; None if there are none."""
+    """Return the id or ids below `n_tokens`, and `end` if it is not None; None if there are none."""
     listed = list(found) if isinstance(found, list | tuple) else [found]
     ids = [id for id in listed if type(id) is int and 0 <= id < n_tokens]
     if end is not None and end not in ids:
@@ -234,7 +245,7 @@ def _known_ids(found: Any, n_tokens: int, end: int | None = None) -> Any:
 
 
 def _read_weights(directory: Path, device: str | torch.device) -> dict[str, _Stored]:
-    """All tensors by this project's names, without masks. A tied checkpoint may contain only the head."""
+    """Read all tensors, by this project's names, without masks. A tied checkpoint may contain only the head."""
     stored = {}
     for file in _weight_files(directory):
         for key, tensor in read_tensors(file, device, mapped=True).items():
@@ -251,8 +262,11 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+        pickled = next((name for name in found if name.endswith(PICKLES)), None)
+        way_out = "load it with transformers and save_pretrained it"
+        hint = f"; {pickled} can run any code and is not read; {way_out}" if pickled else ""
         raise FileNotFoundError(
-            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
+            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'}){hint}"
         )
     names = shard_files(directory)
     for name in names:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,7 +15,7 @@ Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu"]
 LoraTarget = Literal["q", "k", "v", "o", "fc", "proj"]
 Schedule = Literal["linear", "cosine", "constant"]
 WeightFormat = Literal["fp32", "bf16", "int8"]  # formats of the engine's weights
-Weights = Literal["auto", WeightFormat]  # auto: the fastest on this machine
+Weights = Literal["auto", WeightFormat]  # auto: the fastest format on this machine
 
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -23,7 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
         "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
         "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-        # The embedded default: small enough to be pretrained on two cores in two minutes.
+        # the default: small enough to be pretrained on two cores in two minutes
         "gpt2-nano": {"n_layer": 3, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": 2048},
     }
 )
@@ -44,13 +45,13 @@ class GPT2Config:
     initializer_range: float = 0.02
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    # post: LN(x + f(x)) (arXiv:1706.03762); for experiments only: the engine and transformers support pre alone
+    # post: LN(x + f(x)) (arXiv:1706.03762); for experiments only: the engine and transformers support only "pre"
     norm_position: Literal["pre", "post"] = "pre"
-    layer_init: Literal["fresh", "clone"] = "fresh"  # clone: all blocks start as copies of the first
-    bos_token_id: int | None = None  # these two and generation_config are kept for other programs; None: not known
-    eos_token_id: int | tuple[int, ...] | None = None
-    n_tokens: int | None = None  # ids that the tokenizer has, if fewer than vocab_size: the rows beyond are padding
-    generation_config: str | None = None  # text of generation_config.json
+    layer_init: Literal["fresh", "clone"] = "fresh"  # clone: all blocks start as copies of the first block
+    bos_token_id: int | None = None  # kept for other programs; None: not known
+    eos_token_id: int | tuple[int, ...] | None = None  # kept for other programs; None: not known
+    n_tokens: int | None = None  # number of the tokenizer's ids; None: vocab_size. Embedding rows beyond it are padding
+    generation_config: str | None = None  # text of generation_config.json, kept for other programs
 
     def __post_init__(self) -> None:
         lists_to_tuples(self, "eos_token_id")
@@ -67,14 +68,14 @@ class GPT2Config:
 
     @classmethod
     def preset(cls, name: str) -> "GPT2Config":
-        """The published sizes (Radford et al. 2019, table 2) and gpt2-nano."""
+        """Return the config of a published size (Radford et al. 2019, table 2) or of gpt2-nano."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
     @property
     def token_count(self) -> int:
-        """Number of ids that may be sampled: those below it."""
+        """Number of valid token ids, 0 to token_count - 1. Embedding rows beyond it are padding and never sampled."""
         return self.vocab_size if self.n_tokens is None else self.n_tokens
 
     @property
@@ -91,12 +92,12 @@ class LoraConfig:
     """Low-rank adaptation, arXiv:2106.09685, and variants of it."""
 
     rank: int = 8
-    alpha: float | None = 16.0  # null: 2 * rank, filled in by the constructor
+    alpha: float | None = 16.0  # null: the constructor sets it to 2 * rank
     targets: tuple[LoraTarget, ...] = ("q", "v")  # q k v o: attention; fc proj: MLP
     dropout: float = 0.0
     rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
     dora: bool = False  # train the length of each row of the weight separately, arXiv:2402.09353
-    b_lr_ratio: float = 1.0  # LoRA+: learning rate of lora_B over that of lora_A, arXiv:2402.12354
+    b_lr_ratio: float = 1.0  # LoRA+ (arXiv:2402.12354): learning rate of lora_B / learning rate of lora_A
 
     def __post_init__(self) -> None:
         lists_to_tuples(self, "targets")
@@ -118,10 +119,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Finetuning. Lengths are in optimizer steps unless the name says epochs or batches."""
+    """Finetuning. Lengths are in optimizer steps unless the name or the comment says otherwise."""
 
     epochs: int = 12
-    max_steps: int | None = None  # stops training before `epochs` are done
+    max_steps: int | None = None  # training ends after this many steps, even if `epochs` are not complete
     batch_size: int = 16  # records per forward pass
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
     learning_rate: float = 6e-3
@@ -129,21 +130,21 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 10
     schedule: Schedule = "linear"  # how the learning rate decays after the warm-up
-    decay_fraction: float = 1.0  # share of the steps, at the end, over which it decays
+    decay_fraction: float = 1.0  # share of all steps, at the end, during which the learning rate decays
     final_lr_ratio: float = 0.0  # learning rate after the decay, as a fraction of learning_rate
     max_grad_norm: float | None = 1.0
     precision: Precision = "fp32"
-    devices: int = 1  # processes on one machine that split each batch, with one GPU or a share of the cores each
+    devices: int = 1  # processes on one machine that split each batch; each has one GPU or a share of the cores
     loss_on: LossOn = "response"
     seed: int = 0
     log_every_steps: int = 5
     validate_every_epochs: int = 1
     checkpoint_every_epochs: int = 1
     limit_train_batches: int | None = None  # batches per epoch, for a quick development run
-    limit_val_batches: int | None = None
+    limit_val_batches: int | None = None  # batches per validation
     patience: int | None = None  # stop after this many validations in a row without a new best loss; null: never
     gradient_checkpointing: bool = False  # recompute each block's activations in the backward pass: slower, less memory
-    deterministic: bool = False  # raise an error for nondeterministic kernels
+    deterministic: bool = False  # torch.use_deterministic_algorithms: a nondeterministic kernel raises an error
 
     def __post_init__(self) -> None:
         _check_training(self)
@@ -159,10 +160,10 @@ class PretrainConfig:
     """Pretraining from random weights: Muon for the matrices of the blocks, AdamW for embeddings and vectors."""
 
     max_steps: int = 1400
-    optimizer: Literal["muon", "adamw"] = "muon"  # adamw: for the matrices too, at adamw_learning_rate
+    optimizer: Literal["muon", "adamw"] = "muon"  # adamw: AdamW for the matrices too, at adamw_learning_rate
     batch_size: int = 8  # sequences of n_positions tokens
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 0.03  # of Muon
+    learning_rate: float = 0.03  # learning rate of Muon
     adamw_learning_rate: float = 0.01
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
@@ -187,7 +188,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One attention layer whose memory and time are measured; see `gpt2core.trials.ATTENTION`."""
+    """An attention layer whose memory and time are measured, by an implementation in `gpt2core.trials.ATTENTION`."""
 
     attention: Literal["loop", "fused", "sdpa"] = "sdpa"
     length: int = 1024  # tokens
@@ -204,19 +205,19 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Decoding. temperature 0 is greedy; top_k and top_p of None keep the whole vocabulary."""
+    """Decoding. Temperature 0 is greedy decoding; top_k=None and top_p=None keep the whole vocabulary."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int | None = None  # None: a new one for each request
+    seed: int | None = None  # None: a new seed for each request
     eos_id: int | None = None  # None: no token ends a completion
     stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a completion
     min_p: float | None = None  # excludes tokens below this fraction of the highest probability
     repetition_penalty: float = 1.0  # divides (if positive) or multiplies logits of tokens in prompt or completion
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the completion
-    frequency_penalty: float = 0.0  # the same, once per occurrence
+    frequency_penalty: float = 0.0  # subtracted once per occurrence of the token in the completion
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, value added to its logit); also accepts a mapping
     stop_token_ids: tuple[int, ...] = ()  # further tokens that end a completion
     ignore_eos: bool = False  # eos_id does not end a completion
@@ -248,7 +249,7 @@ class GenerationConfig:
         check_field(self, "min_tokens", in_limit, "0 or more, and at most max_new_tokens")
 
     def with_seed(self, seed: int) -> "GenerationConfig":
-        """The same with another seed, without checking the other fields again: a logit_bias can be large."""
+        """Return a copy with another seed. The other fields are not checked again: a logit_bias can be large."""
         other = copy(self)
         object.__setattr__(other, "seed", seed)
         check_field(other, "seed", _is_seed(seed), "in [0, 2**63)")
@@ -277,7 +278,7 @@ def _is_seed(value: int) -> bool:
 
 
 def lists_to_tuples(config: Any, *names: str) -> None:
-    """Convert the lists of YAML and JSON in these fields of a frozen dataclass; types are checked afterwards."""
+    """Convert the lists in these fields of a frozen dataclass, from YAML or JSON, to tuples. Types are not checked."""
     for name in names:
         object.__setattr__(config, name, _as_tuple(getattr(config, name)))
 
@@ -287,9 +288,9 @@ def _as_tuple(value: Any) -> Any:
 
 
 def check_field(config: Any, name: str, holds: bool, rule: str) -> None:
-    """Raise ValueError naming the field, its value and the rule unless the condition holds.
+    """Raise ValueError with the field, its value and the rule, unless the condition holds.
 
-    Also for the configuration dataclasses of other packages.
+    Other packages use it for their configuration dataclasses too.
     """
     if not holds:
         value = repr(getattr(config, name))
@@ -305,12 +306,23 @@ def check_choices(config: object) -> None:
 
 
 def check_types(config: object) -> None:
-    """Raise ValueError unless every field holds a value of its annotated type; `check_choices` is part of it.
+    """Raise ValueError unless every field holds a value of its annotated type. This includes `check_choices`.
 
-    A bool is not an int, an int is a float, floats are finite, and ints fit into 64 bits.
+    A bool is not accepted as an int. An int is accepted as a float. Floats must be finite, and ints must fit into
+    64 bits. NumPy numbers are converted to Python's.
     """
     for name, annotation in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _python_number(getattr(config, name)))
         check_field(config, name, _matches(annotation, getattr(config, name)), _rule(annotation))
+
+
+def _python_number(value: Any) -> Any:
+    """A number of numpy, also in a tuple, as int or float; any other value as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_python_number, value))
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
 
 
 def _matches(annotation: Any, value: Any) -> bool:
@@ -332,7 +344,7 @@ def _matches(annotation: Any, value: Any) -> bool:
 
 
 def _rule(annotation: Any) -> str:
-    """Describe the values of a type, for an error message."""
+    """Describe the values of a type for an error message."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         *others, last = (str(value) if value != "" else "empty" for value in arguments)

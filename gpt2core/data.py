@@ -1,8 +1,9 @@
-"""From instruction records to training examples: splitting, length limits, encoding. No network access."""
+"""Conversion of instruction records to training examples: splitting, length limits, encoding. No network access."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import tiktoken
@@ -16,11 +17,13 @@ from gpt2core.records import (  # re-exported: the public path of these names
     TEXTS,
     Record,
     check_records,
+    check_texts,
     location_of,
     read_records,
     records_sha256,
     to_jsonl,
 )
+from gpt2core.tensors import as_ints
 
 __all__ = [
     "REQUIRED",
@@ -46,7 +49,7 @@ __all__ = [
     "to_jsonl",
 ]
 
-SHOWN_RECORDS = 10  # locations named in one message
+SHOWN_RECORDS = 10  # maximum number of locations in one message
 
 
 class Split(NamedTuple):
@@ -59,8 +62,12 @@ class Split(NamedTuple):
 class Example:
     """One record as tokens: prompt, response, end of text."""
 
-    input_ids: list[int]
+    input_ids: list[int]  # or an array or a tensor, which becomes a list
     prompt_length: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_ids", as_ints(self.input_ids))
+        object.__setattr__(self, "prompt_length", index(self.prompt_length))
 
 
 @dataclass(frozen=True)
@@ -68,35 +75,35 @@ class LongRecord:
     """A record with more tokens than the context."""
 
     index: int
-    location: str  # in the user's file, or number in the list, from 1
-    tokens: int  # prompt, response and end of text
+    location: str  # location in the user's file, or number in the list, from 1
+    tokens: int  # number of tokens of prompt, response and end of text
 
 
 def count_duplicates(records: Sequence[Record]) -> int:
-    """Number of records equal to an earlier one. They are kept, since the author may have repeated them on purpose."""
+    """Return the number of records equal to an earlier one. They are kept: they may be repeated on purpose."""
     return len(records) - len({(*question(record), record["output"]) for record in records})
 
 
 def count_repeated_questions(records: Sequence[Record]) -> int:
-    """Number of records with the question of an earlier one (`same_question`). Splits keep them in one part."""
+    """Return the number of records with an earlier record's question (`same_question`). A split keeps them together."""
     return len(records) - len({same_question(record) for record in records})
 
 
 def find_markers(records: Sequence[Record]) -> list[str]:
-    """Locations of records whose text contains a section header of the prompt, its preamble, or the end-of-text marker.
+    """Return the locations of records whose text contains a marker of the prompt.
 
-    The model cannot distinguish these from the prompt's sections. Answers are cut at a marker, so such an output never
-    scores as correct.
+    Markers are the section headers, the preamble and the end-of-text token. The model cannot distinguish them from the
+    prompt's own. Answers are cut at a marker, so an answer equal to such an output never counts as correct.
     """
     return [
         location_of(records, i)
         for i, record in enumerate(records)
-        if any(marker in record.get(key, "") for key in TEXTS for marker in MARKERS)
+        if any(marker in (record.get(key) or "") for key in TEXTS for marker in MARKERS)
     ]
 
 
 def count_leaks(records: Sequence[Record]) -> int:
-    """Number of records of a given validation or test part whose question is in the train part as well."""
+    """Return the number of records with the `part` val or test whose question is also in the train part."""
     train = {same_question(record) for record in records if record.get("part", "train") == "train"}
     return sum(record.get("part") in ("val", "test") and same_question(record) in train for record in records)
 
@@ -104,11 +111,12 @@ def count_leaks(records: Sequence[Record]) -> int:
 def split_records(
     records: Sequence[Record], seed: int | None, val_fraction: float = 0.05, test_fraction: float = 0.1
 ) -> Split:
-    """Split by the records' own `part`. A part that no record has is split off from the train records.
+    """Split by the records' own `part`. A part without records is split off from the train records.
 
     Raises:
-        ValueError: as `split_evenly`.
+        ValueError: a text is missing or not a string (see `check_records`); otherwise as `split_evenly`.
     """
+    check_texts(records)
     given: dict[str, list[Record]] = {name: [] for name in Split._fields}
     for record in records:
         given[record.get("part") or "train"].append({key: text for key, text in record.items() if key != "part"})
@@ -120,14 +128,14 @@ def split_records(
 
 
 def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: float, test_fraction: float) -> Split:
-    """Shuffle by the seed and split; `seed=None` keeps the file's order: train first, then test, then validation.
+    """Shuffle by the seed and split. `seed=None` keeps the file's order: train first, then test, then validation.
 
-    Records of one `group`, and records with the same question (`same_question`), stay together. Families, where
-    records have one, are stratified. The parts have exactly the requested sizes unless the groups are too large to add
-    up to them; a test_fraction above 0 gives at least one test record.
+    Records with the same `group` or the same question (`same_question`) stay together. If records have a family, the
+    split is stratified by it. The parts have exactly the requested sizes, unless no combination of whole groups has
+    this size. A test_fraction above 0 gives at least one test record.
 
     Raises:
-        ValueError: the fractions or the groups leave no training record or no test record.
+        ValueError: the fractions are out of range, or they or the groups leave no training record or no test record.
     """
     n = len(records)
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
@@ -141,7 +149,7 @@ def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: floa
         raise ValueError(f"{n} records cannot be split into train, {n_val} validation and {n_test} test records")
     groups = _ordered_groups(records, seed)
     n_groups = len(groups)
-    if seed is None:  # the parts are taken from the end of the file, validation last
+    if seed is None:  # test and validation are taken from the end of the file; validation is the last part
         groups.reverse()
         val, groups = _take(groups, n_val)
         test, groups = _take(groups, n_test)
@@ -158,22 +166,22 @@ def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: floa
 
 
 def question(record: Record) -> tuple[str, str]:
-    """The question of a record: its instruction and input."""
-    return record["instruction"], record.get("input", "")
+    """Return the question of a record: its instruction and input."""
+    return record["instruction"], record.get("input") or ""
 
 
 def same_question(record: Record) -> tuple[str, str]:
-    """The question after `normalize`, which removes differences such as case and whitespace."""
+    """Return the question after `normalize`, which removes differences such as case and whitespace."""
     instruction, input = map(normalize, question(record))
     return instruction, input
 
 
 def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[int]]:
-    """Indices of records by group, shuffled so that every slice of the list is stratified by family."""
+    """Return the indices of records by group, shuffled so that every slice of the list is stratified by family."""
     groups = _groups(records)
     if seed is None:
         return groups
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     families = Counter(records[group[0]].get("family", "") for group in groups)
     rank: Counter[str] = Counter()
@@ -187,7 +195,7 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
 
 
 def _groups(records: Sequence[Record]) -> list[list[int]]:
-    """Connected components of records that share a `group` or a question, in the order of their first records."""
+    """Return the connected components of records that share a `group` or question, in order of their first record."""
     parent = list(range(len(records)))
 
     def root(i: int) -> int:
@@ -210,7 +218,7 @@ def _groups(records: Sequence[Record]) -> list[list[int]]:
 
 
 def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Whole groups, in order, that have at most `size` records together; and the remaining groups."""
+    """Take whole groups, in order, with at most `size` records in total; return these and the remaining groups."""
     taken, rest = [], []
     for group in groups:
         if len(group) <= size:
@@ -222,18 +230,20 @@ def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[lis
 
 
 def find_too_long(records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int) -> list[LongRecord]:
-    """All records that have more than `context_length` tokens."""
+    """Return all records with more than `context_length` tokens."""
     return _too_long(records, [_encode(record, tokenizer) for record in records], context_length)
 
 
 def limit_lengths(
     records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int, too_long: TooLong
 ) -> tuple[list[Record], list[LongRecord]]:
-    """The records that fit into the context, and those that were dropped or whose output was truncated.
+    """Apply `too_long` to records that do not fit into the context.
+
+    Returns the records that fit or were truncated, and a description of the dropped and the truncated records.
 
     Raises:
-        ValueError: naming all locations, if too_long is "error" and a record does not fit, or if it is "truncate" and a
-            prompt leaves no room for an output; or no record is left.
+        ValueError: `too_long` is "error" and a record does not fit, or it is "truncate" and a prompt leaves no space
+            for an output: the message has all locations. Or no record of a part is left.
     """
     found = find_too_long(records, tokenizer, context_length)
     if found and too_long == "error":
@@ -252,20 +262,23 @@ def limit_lengths(
             f"{_locations(without_room)}; set too_long to drop, or use a base with a longer context"
         )
     parts = Counter(record.get("part", "") for record in records)
-    for part in parts.keys() - {record.get("part", "") for record in limited.values()}:  # it would be split off again
+    for part in parts.keys() - {record.get("part", "") for record in limited.values()}:  # else split off from train
         of_part = f" of the part {part}" if part else ""
         raise ValueError(f"all {parts[part]} records{of_part} have more tokens than the context of {context_length}")
     return list(limited.values()), found
 
 
 def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int) -> list[Example]:
-    """Each record as an Example.
+    """Convert each record to an `Example`.
 
-    Prompt and response are encoded separately: the tokens of the inference prompt are a strict prefix of the example's.
+    Prompt and response are encoded separately, so that the tokens of the inference prompt are a strict prefix of the
+    example's tokens.
 
     Raises:
-        ValueError: records have more than `context_length` tokens; the message names them.
+        ValueError: records have more than `context_length` tokens, or a text is missing or not a string; the message
+            names them.
     """
+    check_texts(records)
     examples = [_encode(record, tokenizer) for record in records]
     found = _too_long(records, examples, context_length)
     if found:
@@ -274,7 +287,7 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
 
 
 def check_examples(name: str, examples: Sequence[Example], config: GPT2Config) -> None:
-    """Reject invalid examples: on a GPU, an out-of-range index is an error without location.
+    """Reject invalid examples. Without this check, an out-of-range index on a GPU is an error without a location.
 
     Raises:
         ValueError: an example has no prompt or no response, more tokens than the context, or an unknown token.
@@ -297,11 +310,11 @@ def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:
 
 
 def _truncate(record: Record, tokenizer: tiktoken.Encoding, context_length: int) -> Record | None:
-    """The record with its output cut to the longest prefix that fits; None if not even one token fits."""
+    """Return the record with its output cut to the longest prefix that fits; None if not even one token fits."""
     example = _encode(record, tokenizer)
     output = example.input_ids[example.prompt_length : -1]
     for length in range(context_length - example.prompt_length - 1, 0, -1):
-        # a cut inside a character leaves incomplete bytes, and the shorter text may have other tokens
+        # A cut inside a character leaves incomplete bytes, which are ignored; the shorter text may have other tokens.
         text = tokenizer.decode_bytes(output[:length]).decode(errors="ignore")
         shorter = record | {"output": text}
         if text.strip() and len(_encode(shorter, tokenizer).input_ids) <= context_length:

@@ -1,6 +1,6 @@
-"""Finetuning on several devices: this process is rank 0 and starts one process per other device of this machine.
+"""Finetuning on several devices. This process is rank 0, and starts one process for each other device of this machine.
 
-Under torchrun, which starts the processes itself, on several machines too, it joins them instead.
+torchrun starts the processes itself, also on several machines. Under torchrun, this process joins their group instead.
 """
 
 import os
@@ -32,10 +32,11 @@ def finetune_adapter(
 ) -> tuple[GPT2, TrainResult]:
     """Load the base and finetune an adapter on it with `gpt2core.train.finetune`, on `config.devices` devices.
 
-    Under torchrun every process calls this, and all end with the same adapter.
+    Under torchrun, every process calls this, and all processes get the same adapter.
 
     Raises:
-        ValueError: more devices than GPUs, or cores without a GPU; several under torchrun; otherwise as `finetune`.
+        ValueError: `config.devices` exceeds the number of GPUs (without a GPU: of CPU cores), or is not 1 under
+            torchrun; otherwise as `finetune`.
         RuntimeError: another process ended early.
     """
     with _process_group(config.devices, base_dir, lora, train, val, config, checkpoint_dir):
@@ -44,12 +45,12 @@ def finetune_adapter(
 
 
 def rank() -> int:
-    """The rank of this process under torchrun, else 0."""
+    """Return the rank of this process under torchrun, else 0."""
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
 def local_rank() -> int:
-    """The rank among the processes of this machine."""
+    """Return the rank of this process among the processes of this machine under torchrun, else 0."""
     return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
 
 
@@ -82,7 +83,7 @@ def _process_group(devices: int, *arguments: object) -> Iterator[None]:
         dist.barrier()
         others.join()
     finally:
-        for process in others.processes:  # after an error here, the others would wait forever
+        for process in others.processes:  # after an error in this process, the others would wait forever
             process.kill()
             process.join()
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Continuous batching: decodes many requests at once, which join and leave between steps without affecting each other.
+"""Continuous batching: decodes many requests at once. They join and leave between steps without affecting each other.
 
 The parts are in `gpt2core.inference`: scheduler, KV caches, quantized weights, model runner, adapters.
 """
@@ -34,7 +34,7 @@ class EngineFull(RuntimeError):
 
 
 class Engine:
-    """Decodes requests in its own thread. The context manager starts it, and cancels unfinished requests at the end."""
+    """Decodes requests in its own thread. As context manager, it starts the thread and closes the engine at the end."""
 
     def __init__(
         self,
@@ -48,15 +48,15 @@ class Engine:
     ) -> None:
         """
         Args:
-            model: is copied, with its LoRA layers merged.
-            max_batch: requests that run at the same time; others wait, first come, first served.
-            weights: a format, or "auto": the fastest one that predicts as well as fp32, found by measuring.
+            model: the model to copy, with its LoRA layers merged.
+            max_batch: maximum number of running requests; others wait, first come, first served.
+            weights: a format, or "auto": measure which format is the fastest one that predicts as well as fp32.
             max_queue: maximum number of waiting requests; None: unlimited.
-            base_sha256, accept_other_base: for loading adapters, as in `load_adapter` of gpt2core.checkpoint.
+            base_sha256, accept_other_base: as in `gpt2core.checkpoint.load_adapter`, for all adapters loaded later.
             static_cache: keep keys and values at fixed addresses, as CUDA graphs require; None: only on a GPU.
 
         Raises:
-            ValueError: a value is out of range, or int8 has no kernel here.
+            ValueError: a value is out of range, or `weights` is "int8" and this machine has no int8 kernel.
         """
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
@@ -68,27 +68,27 @@ class Engine:
         self._runner = ModelRunner(self._model, self._scheduler.row_cache)
         self._changed = Condition()  # guards the attributes below and the scheduler's queue
         self._adapters: dict[str, Adapter] = {}
-        self._unloaded: set[Adapter] = set()  # still in a cache, or used by a request
+        self._unloaded: set[Adapter] = set()  # unloaded adapters that are still in a cache or used by a request
         self._closed = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def config(self) -> GPT2Config:
-        """The model's config."""
+        """Config of the model."""
         return self._model.config
 
     @property
     def weights(self) -> WeightFormat:
-        """The weight format in use; for "auto", the selected one."""
+        """Weight format in use; for "auto", the selected format."""
         return self._model.weights
 
     @property
     def perplexity_increase(self) -> float | None:
-        """Perplexity increase over fp32, as "auto" measured it on text of the model; None: not measured."""
+        """Perplexity increase over fp32, a fraction, measured by "auto" on the model's own text; None: not measured."""
         return self._model.perplexity_increase
 
     def start(self) -> None:
-        """Start the thread; the context manager does so itself."""
+        """Start the thread. The context manager calls this itself."""
         release_openmp_workers()
         self._thread.start()
 
@@ -120,23 +120,27 @@ class Engine:
         grammar: Grammar | None = None,
         prompt_logprobs: bool = False,
     ) -> Request:
-        """Queue a prompt for completion; returns at once.
+        """Queue a prompt for completion. This returns immediately.
 
         Args:
-            adapter: the name of a loaded adapter; None: the model as given.
-            deadline: by `time.monotonic`; the request ends then with the tokens it has.
+            adapter: name of a loaded adapter; None: no adapter.
+            deadline: time by `time.monotonic` at which the request ends with the tokens generated until then.
             on_progress: called in the engine's thread after each token and at the end; must be quick and not raise.
-            logprobs: record the log probabilities of each token and of this many most likely ones; None: none.
-            grammar: that the completion must match; used in the engine's thread, not shared with other requests.
-            prompt_logprobs: also record them for the prompt's tokens.
+            logprobs: record the log probabilities of each token and of this number of most likely tokens; None: do not
+                record any.
+            grammar: the grammar that the completion must match. It is used in the engine's thread, and must not be
+                shared with other requests.
+            prompt_logprobs: record the log probabilities of the prompt's tokens too.
 
         Raises:
-            TypeError, ValueError: an invalid prompt (as for `generate`), an unknown adapter, or invalid logprobs.
+            TypeError, ValueError: the prompt is invalid (as for `generate`), the adapter is not loaded, a token id in
+                `config` is invalid, or `logprobs` is out of range.
             EngineFull: the queue is full; try again later.
             EngineClosed: the engine accepts no more requests.
+            RuntimeError: the engine is not started.
         """
         release_openmp_workers()
-        check_prompt(input_ids, self.config)
+        input_ids = check_prompt(input_ids, self.config)
         check_tokens(config, self.config)
         if logprobs is not None and not 0 <= logprobs <= self.config.token_count:
             raise ValueError(f"logprobs is {logprobs}; it must be from 0 to {self.config.token_count}, or None")
@@ -145,24 +149,25 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine is closed")
+            if self._thread.ident is None:
+                raise RuntimeError("the engine is not started; use `with Engine(...) as engine:`, or engine.start()")
             if adapter is not None and adapter not in self._adapters:
                 loaded = ", ".join(sorted(self._adapters)) or "none"
                 raise ValueError(f"there is no adapter {adapter!r}; loaded: {loaded}")
             if self._max_queue is not None and self._scheduler.n_waiting >= self._max_queue:
                 raise EngineFull(f"{self._scheduler.n_waiting} requests are waiting already; try again later")
             own = None if adapter is None else self._adapters[adapter]
-            request = Request(
-                list(input_ids), sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs
-            )
+            request = Request(input_ids, sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs)
             self._scheduler.add(request)
             self._changed.notify_all()
         return request
 
     def load_adapter(self, name: str, directory: str | Path) -> None:
-        """Add an adapter, or replace the one of that name; requests submitted before keep theirs.
+        """Add an adapter, or replace the adapter with this name. Earlier requests keep using the old adapter.
 
         Raises:
-            FileNotFoundError, ValueError: as `gpt2core.checkpoint.load_adapter`, and if weights overflow when scaled.
+            FileNotFoundError, ValueError: as `gpt2core.checkpoint.load_adapter`; also if the adapter uses DoRA, or if
+                its scaled weights overflow.
         """
         base = (self._base_sha256, self._accept_other_base)
         lora, state = read_adapter(directory, self.config, self._model.device, *base)
@@ -174,17 +179,17 @@ class Engine:
             self._adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        """Remove an adapter and its cache entries; requests submitted before keep it until they end.
+        """Remove an adapter and its cache entries. Earlier requests keep using it until they end.
 
         Raises:
-            KeyError: there is no adapter of that name.
+            KeyError: no adapter with this name is loaded.
         """
         with self._changed:
             self._unload(name)
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs. It ends with `close`, or with an unexpected error outside of a step."""
+        """Whether the thread is running. `close` ends it, and so does an unexpected error outside of a step."""
         return self._thread.is_alive()
 
     @property
@@ -193,14 +198,14 @@ class Engine:
             return sorted(self._adapters)
 
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
-        """Names of the loaded adapters of running and of waiting requests."""
+        """Return the names of the loaded adapters of running requests, and the names of those of waiting requests."""
         with self._changed:
             running, waiting = self._scheduler.adapters_in_use()
             names = sorted(self._adapters.items())
         return [name for name, one in names if one in running], [name for name, one in names if one in waiting]
 
     def stats(self) -> dict[str, int]:
-        """Requests waiting and running; cached tokens of running requests and of shared prefixes."""
+        """Return the numbers of waiting and running requests, and of cached tokens of running requests and prefixes."""
         with self._changed:
             return {
                 "waiting": self._scheduler.n_waiting,
@@ -224,14 +229,14 @@ class Engine:
                     except Exception as error:
                         logger.exception("a step failed; its requests are cancelled")
                         self._scheduler.cancel_running(EngineClosed(f"the step failed: {error}"))
-        finally:  # for any reason: waiting callers must be notified
+        finally:  # also after an unexpected error: waiting callers must be notified
             with self._changed:
                 self._closed = True
                 self._scheduler.cancel_waiting()
             self._scheduler.cancel_running()
 
     def _prepare_step(self) -> bool:
-        """Wait for work and admit requests; False when the engine is closed."""
+        """Wait for work and admit requests. Return False if the engine is closed."""
         with self._changed:
             while not (self._closed or self._scheduler.n_waiting or self._scheduler.n_running):
                 self._release_unloaded()
@@ -248,7 +253,10 @@ class Engine:
             self._scheduler.complete_step(step, self._runner.run(step))
 
     def _release_unloaded(self) -> None:
-        """Remove unloaded adapters from the caches; repeated while requests use them, which fill the caches again."""
+        """Remove unloaded adapters from the caches.
+
+        Call this again while requests still use such an adapter, since they fill the caches again.
+        """
         for adapter in list(self._unloaded):
             self._scheduler.drop_prefixes(adapter)
             if not self._scheduler.uses(adapter):

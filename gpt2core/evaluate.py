@@ -1,4 +1,4 @@
-"""Answers of a model to test records, and their scores."""
+"""Evaluation: a model's answers to test records, and their scores."""
 
 import math
 from collections import defaultdict
@@ -25,7 +25,7 @@ class Answers:
 
     answers: list[Answer]
     scores: Scores
-    device: str  # type of the device that generated them
+    device: str  # type of the device that generated the answers
 
 
 def evaluate(
@@ -37,14 +37,14 @@ def evaluate(
     rouge_l: Callable[[str, str], float],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Answers:
-    """Greedy answers to the records' instructions, and the likelihood of their outputs.
+    """Generate greedy answers to the records' instructions, and score them and the likelihood of the outputs.
 
     Args:
         rouge_l: see `gpt2core.metrics.score_record`.
         progress: called with the number of records done, after each batch.
 
     Raises:
-        ValueError: there are no records, or one has more tokens than the model's context.
+        ValueError: there are no records, or a record has more tokens than the model's context.
     """
     if not records:
         raise ValueError("there are no records to evaluate on")
@@ -79,7 +79,10 @@ def evaluate(
 
 
 def answer_text(completion: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
-    """The clean answer in a completion's tokens: cut at the end-of-text token, not at its spelling."""
+    """Decode a completion to the clean answer. The end-of-text token ends the completion.
+
+    The literal text "<|endoftext|>" also ends the answer, since `parse_reply` cuts it there.
+    """
     tokens = list(completion)
     if tokenizer.eot_token in tokens:
         tokens = tokens[: tokens.index(tokenizer.eot_token)]
@@ -94,7 +97,7 @@ def sample_answers(
     n_samples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Exact match over `n_samples` answers per record, and the mean number of distinct answers."""
+    """Sample `n_samples` answers per record; return exact match and the mean number of distinct answers per record."""
     examples = encode_records(records, tokenizer, model.config.n_positions)
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
     correct, answers = 0.0, [set[str]() for _ in records]
@@ -109,10 +112,12 @@ def sample_answers(
 
 @torch.inference_mode()
 def text_loss(model: GPT2, tokens: torch.Tensor) -> float:
-    """Mean loss, nats per token, of a text (N,) cut into windows of the context; the rest at its end is left out.
+    """Compute the mean loss, in nats per token, of a text (N,), cut into windows of the context length.
+
+    The last window is left out if it is not complete.
 
     Raises:
-        ValueError: fewer than two tokens.
+        ValueError: the text has fewer than two tokens.
     """
     T = min(model.config.n_positions, len(tokens) - 1)
     if T < 1:
@@ -128,7 +133,7 @@ def text_loss(model: GPT2, tokens: torch.Tensor) -> float:
 
 
 def complete(model: GPT2, tokenizer: tiktoken.Encoding, prompts: Sequence[str]) -> list[str]:
-    """Each prompt with its greedy continuation."""
+    """Return each prompt with its greedy continuation."""
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
     continuations = generate(model, ids, GenerationConfig())
     return [prompt + tokenizer.decode(tokens) for prompt, tokens in zip(prompts, continuations, strict=True)]
@@ -137,7 +142,7 @@ def complete(model: GPT2, tokenizer: tiktoken.Encoding, prompts: Sequence[str]) 
 def compare_answers(
     records: Sequence[Record], base: Answers, tuned: Answers, train: TrainSummary
 ) -> tuple[list[Sample], Evaluation]:
-    """Both models' answers and scores, one sample per record, and the evaluation of all of them."""
+    """Combine both models' answers: return one sample per record, and the evaluation of all samples."""
     samples = [
         Sample(
             instruction=record["instruction"],
@@ -162,7 +167,7 @@ def compare_answers(
 
 
 def _by_family(samples: Sequence[Sample]) -> dict[str, FamilyScores]:
-    """By family name, sorted; samples without a family are left out."""
+    """Return the scores of each family, sorted by its name. Samples without a family are left out."""
     families: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         if sample.family:

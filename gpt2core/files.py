@@ -6,49 +6,58 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from secrets import token_hex
 from typing import Any
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHECKPOINT_FILES = (  # and those that the index names: `shard_files`
+CHECKPOINT_FILES = (  # the files that the index names are added by `shard_files`
     *(WEIGHTS, INDEX, "model-*-of-*.safetensors"),
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
     "added_tokens.json",
 )
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota or limit of a file's size reached
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file size limit reached
 
 
-def atomic_write(file: Path, content: bytes) -> None:
+def atomic_write(file: Path, content: bytes, mode: int | None = None) -> None:
     """Write the file completely or not at all: a crash leaves the previous content.
 
+    Args:
+        mode: permissions; None: those of the file that is replaced, or of a new file, by the umask.
+
     Raises:
-        OSError: naming the file; if there is no space for it, also its size and the space that is left.
+        OSError: the message names the file. If the disk is full, it also has the file's size and the free space.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    if mode is None and file.exists():
+        mode = stat.S_IMODE(file.stat().st_mode)
+    first_mode = 0o666 if mode is None else 0o600  # never readable by more users than at the end
+    temporary = file.with_name(f".{file.name}.{token_hex(4)}")
     with (
         naming_file(file, len(content)),
-        NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream,
+        open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, first_mode)) as stream,
     ):
         try:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)  # the temporary file's 0600 would lock out other users and containers
-            os.replace(stream.name, file)
+            if mode is not None:
+                os.chmod(temporary, mode)
+            os.replace(temporary, file)
         except BaseException:
             with suppress(FileNotFoundError):
-                os.unlink(stream.name)
+                os.unlink(temporary)
             raise
 
 
 @contextmanager
 def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
-    """Add the path, `size` and the free space to disk-full errors, which lack them.
+    """Context manager that adds the path, `size` and the free space to disk-full errors.
 
     Args:
         size: bytes to write; None: not known.
@@ -64,7 +73,7 @@ def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
 
 
 def _cause(error: OSError) -> tuple[int | None, str | None]:
-    """Number and text; of `copytree`'s error, which is a list of (source, target, text), those of its first file."""
+    """Return the number and the text of an OSError; of the list of errors in `shutil.Error`, those of the first one."""
     if isinstance(error, shutil.Error) and (found := re.search(r"\[Errno (\d+)\] ([^:']+)", str(error))):
         return int(found[1]), found[2]
     return error.errno, error.strerror
@@ -75,33 +84,42 @@ def _free_bytes(file: Path) -> int:
 
 
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> Path:
-    """Write the files (name -> content) into the directory, each atomically; return the directory."""
+    """Write the files (name -> content) of a model into the directory, each of them atomically; return the directory.
+
+    Every user may read them, whatever the umask: the service runs as another user.
+    """
     for name, content in files.items():
-        atomic_write(Path(directory) / name, content)
+        atomic_write(Path(directory) / name, content, mode=0o644)
     return Path(directory)
 
 
 def file_sha256(file: str | Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
-    """sha256 of a directory: of the sorted lines "<sha256>  <relative path>" of its files, as sha256sum prints them."""
+    """Return the sha256 of a directory: the digest of the sorted lines that sha256sum prints for its files.
+
+    A line is "<sha256>  <relative path>".
+
+    Args:
+        files: relative paths of the files that the digest covers; None: all files.
+    """
     names = list_files(directory) if files is None else sorted(files)
     lines = "".join(f"{file_sha256(Path(directory) / name)}  {name}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def list_files(directory: str | Path, exclude: Collection[str] = ()) -> list[str]:
-    """The relative paths of all files below the directory, sorted, without the excluded ones."""
+    """Return the sorted relative paths of all files below the directory, except `exclude`."""
     paths = (path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file())
     return sorted(set(paths) - set(exclude))
 
 
 def checkpoint_files(directory: str | Path) -> list[str]:
-    """The names of the files that define model and tokenizer in a base's directory; its sha256 covers these.
+    """Return the names of the files that define model and tokenizer in a base's directory. Its sha256 covers them.
 
     Raises:
         ValueError: as `shard_files`.
@@ -111,14 +129,14 @@ def checkpoint_files(directory: str | Path) -> list[str]:
 
 
 def shard_files(directory: str | Path) -> list[str]:
-    """The names of the files that the index of a sharded checkpoint names, whether they exist or not; [] without one.
+    """Return the file names in the index of a sharded checkpoint, whether the files exist or not; [] without an index.
 
     Raises:
-        ValueError: the index is damaged, or a name is not the plain name of a safetensors file: a downloaded checkpoint
-            must not reach outside its directory.
+        ValueError: the index is damaged, or a name is not the plain name of a safetensors file. A downloaded checkpoint
+            must not refer to files outside its directory.
     """
     index = Path(directory) / INDEX
-    if (index.parent / WEIGHTS).is_file() or not index.is_file():  # an index beside the whole file is not used
+    if (index.parent / WEIGHTS).is_file() or not index.is_file():  # an index beside an unsharded file is not used
         return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -134,11 +152,11 @@ def verify_directory(directory: str | Path, sha256: str, files: Collection[str] 
     """Compare a directory with the digest under which it was stored.
 
     Args:
-        sha256: of `directory_sha256`, or at least its first 16 digits.
-        files: those that the digest covers; None: all.
+        sha256: the result of `directory_sha256`, or at least its first 16 digits.
+        files: the files that the digest covers; None: all files.
 
     Raises:
-        ValueError: naming the directory, its files and both digests.
+        ValueError: the digests differ; the message has the directory, its files and both digests.
     """
     names = list_files(directory) if files is None else sorted(files)
     found = directory_sha256(directory, names)
@@ -150,15 +168,15 @@ def verify_directory(directory: str | Path, sha256: str, files: Collection[str] 
 
 
 def json_bytes(value: Any) -> bytes:
-    """The content of a JSON file: indented, in ASCII."""
+    """Return the content of a JSON file: indented, in ASCII."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Read a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file.
+        FileNotFoundError, ValueError: the file is missing or not UTF-8; the message names it.
     """
     check_exists(file)
     try:
@@ -168,13 +186,14 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path, max_bytes: int = 2**28) -> dict[str, Any]:
-    """The JSON object in the file.
+    """Read a file that contains a JSON object.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file; also for a repeated key, which readers may read differently.
+        FileNotFoundError, ValueError: the file is missing, too large or not valid; the message names it. A repeated
+            key is not valid either, since JSON readers treat it differently.
     """
     check_exists(file)
-    if (size := file.stat().st_size) > max_bytes:  # before all of it is in memory
+    if (size := file.stat().st_size) > max_bytes:  # before the whole file is in memory
         raise ValueError(f"{file} has {size:,} bytes; it must have at most {max_bytes:,}")
     text = read_text(file)
     try:
@@ -187,7 +206,7 @@ def read_json(file: Path, max_bytes: int = 2**28) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values; json.loads would keep the last value of a repeated key."""
+    """Make the object; reject a repeated key, for which json.loads would keep the last value."""
     value = dict(pairs)
     if len(value) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

@@ -1,8 +1,7 @@
-"""Batched decoding: prefill, then one token per step with a KV cache. The simple reference for `gpt2core.engine`."""
+"""Batched decoding: prefill, then one token per step with a KV cache. A simple reference for `gpt2core.engine`."""
 
 import reprlib
 from collections.abc import Iterator, Sequence
-from operator import index
 
 import torch
 from torch import Tensor
@@ -10,23 +9,24 @@ from torch import Tensor
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache, evaluating
 from gpt2core.sampling import Sampler, check_tokens, choose
-from gpt2core.tensors import to_device
+from gpt2core.tensors import as_ints, to_device
 
 
 def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
-    """The completion of each prompt: new tokens only, including the token that ended it (`eos_id` or a stop's last).
+    """Generate a completion of each prompt: the new tokens, including the token that ended it.
 
     A completion ends at `eos_id`, at one of `stop_token_ids`, at a `stop` sequence, after `max_new_tokens`, or when the
     context is full. Prompts are decoded as one batch and do not affect each other: each has its own random generator.
 
-    Ids of `config.token_count` and above have no token in the model's tokenizer and are never generated.
+    Ids of `model.config.token_count` and above have no token in the model's tokenizer and are never generated.
 
     Raises:
         TypeError: a prompt is not a sequence of token ids, but for example text.
-        ValueError: a prompt is empty, fills the whole context, or contains an id outside the vocabulary; or
-            `logit_bias` or `stop_token_ids` does.
-        NonFiniteLogits: the model's weights have diverged.
+        ValueError: a prompt is empty or fills the whole context; or a prompt, `logit_bias` or `stop_token_ids` contains
+            an id outside the vocabulary.
+        NonFiniteLogits: the logits are NaN or infinite, since the model's weights have diverged.
     """
+    prompts = list(prompts)
     completions: list[list[int]] = [[] for _ in prompts]
     for step in decode(model, prompts, config):
         for row, token in step:
@@ -42,22 +42,22 @@ def stream(model: GPT2, prompt: Sequence[int], config: GenerationConfig) -> Iter
 
 
 def decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:
-    """Yield one list of (prompt index, new token) per step, for the completions that have not ended."""
-    for prompt in prompts:
-        check_prompt(prompt, model.config)
+    """Yield one list of (prompt index, new token) per step, for the completions that have not ended before."""
+    prompts = [check_prompt(prompt, model.config) for prompt in prompts]
     check_tokens(config, model.config)
     return _decode(model, prompts, config) if prompts else iter(())
 
 
-def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
-    """
+def check_prompt(prompt: Sequence[int], config: GPT2Config) -> list[int]:
+    """Return the prompt as a list of ints.
+
     Raises:
         TypeError, ValueError: as `generate`.
     """
     try:
         if isinstance(prompt, str | bytes):
             raise TypeError
-        ids = [index(token) for token in prompt]
+        ids = as_ints(prompt)
     except TypeError:
         raise TypeError(
             f"a prompt is {reprlib.repr(prompt)}; it must be a list of token ids: encode text with the tokenizer first"
@@ -70,6 +70,7 @@ def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
         raise ValueError(
             f"a prompt contains a token id outside 0...{config.vocab_size - 1}; was it encoded by another tokenizer?"
         )
+    return ids
 
 
 def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:
@@ -77,7 +78,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     T = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), T, dtype=torch.long)
     attention_mask = torch.zeros(len(prompts), T, dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padded on the left: all completions grow at the same column
+    for row, prompt in enumerate(prompts):  # padding on the left: all completions then grow at the same column
         input_ids[row, T - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, T - len(prompt) :] = 1
     input_ids, attention_mask = to_device(input_ids, device), to_device(attention_mask, device)
@@ -90,7 +91,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     # With padding there may be more columns than n_positions; positions stay below it.
     cache = KVCache(model, len(prompts), T + max(limits) - 1)
     while active:
-        with evaluating(model):  # per step: between steps the model has the caller's mode
+        with evaluating(model):  # in each step, so that the model has the caller's mode between steps
             logits = _last_logits(model, input_ids, attention_mask if padded else None, cache)  # (B, V)
             outputs = choose([samplers[row] for row in active], logits, [completions[row] for row in active])
         tokens = [_raise_error(output) for output in outputs]
@@ -122,5 +123,5 @@ def _raise_error(output: int | Exception) -> int:
 
 @torch.inference_mode()
 def _last_logits(model: GPT2, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
-    """Logits (B, token_count) of the last position in fp32; the head is not computed for the others."""
+    """Compute the logits (B, token_count) of the last position, in fp32; the head skips the other positions."""
     return model.head(model.hidden(input_ids, attention_mask, cache)[:, -1])[:, : model.config.token_count].float()

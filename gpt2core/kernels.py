@@ -1,7 +1,7 @@
 """Every private or platform-specific call of gpt2core: oneDNN operators, the OpenMP runtime, anonymous memory.
 
-Written against torch 2.13. `tests/gpt2core/test_kernels.py` fails when an operator is gone or has another signature,
-and when torch's public API does the same, so that the workaround can go.
+Written against torch 2.13. `tests/gpt2core/test_kernels.py` fails if an operator was removed or has another signature.
+It also fails if torch's public API can do the same, so that the workaround can be removed.
 """
 
 import ctypes
@@ -27,16 +27,17 @@ T = TypeVar("T")
 
 
 def has_onednn() -> bool:
-    """Whether torch was built with oneDNN and this processor runs it."""
+    """Return whether torch was built with oneDNN and this processor supports it."""
     return torch.backends.mkldnn.is_available()
 
 
 @cache
 def has_bf16() -> bool:
-    """Whether oneDNN computes bf16 products by instructions of this processor.
+    """Return whether oneDNN computes bf16 products with bf16 instructions of this processor.
 
-    On x86 processors without them it has a fifth of its fp32 throughput. Private because torch has no public test for
-    oneDNN's support. For the processor's, `torch.cpu.get_capabilities` is public, but perhaps not in torch 2.11.
+    On x86 processors without these instructions, oneDNN's bf16 products have a fifth of its fp32 throughput. The calls
+    are private because torch has no public test for oneDNN's support. `torch.cpu.get_capabilities`, the public test for
+    the processor's instructions, may be missing in torch 2.11.
     """
     if not (has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
@@ -45,17 +46,17 @@ def has_bf16() -> bool:
 
 
 def has_int8(device: torch.device) -> bool:
-    """Whether oneDNN's int8 matrix product runs on the device: x86 processors only."""
+    """Return whether oneDNN's int8 matrix product runs on the device; it needs an x86 processor."""
     return device.type == "cpu" and "onednn" in torch.backends.quantized.supported_engines
 
 
 def has_vnni() -> bool:
-    """Whether the processor multiplies int8 in AVX-512 registers. Private because torch has no public test for it."""
+    """Return whether the processor has AVX-512 VNNI, int8 products. Private because torch has no public test for it."""
     return cast(bool, torch.cpu._is_vnni_supported())
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b by oneDNN for x (..., in) and W (out, in), plain or from `prepack`.
+    """Compute x W^T + b with oneDNN for x (..., in) and W (out, in), plain or from `prepack`.
 
     Private because torch sends fp32 products to MKL, which does not use AVX-512 on AMD processors. The public route,
     `F.linear(x.to_mkldnn(), ...).to_dense()`, copies both operands; `torch.backends.mkldnn.matmul.fp32_precision`
@@ -65,24 +66,28 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def prepack(weight: Tensor) -> Tensor:
-    """W (out, in) in the memory layout that oneDNN reads, for `onednn_linear`.
+    """Return W (out, in) in oneDNN's memory layout, for `onednn_linear`.
 
-    Private because torch has no public prepacked layout for its inference kernels; without it, each bf16 call reorders
-    the weight again (238 us instead of 353 us for one row of 768 -> 3,072).
+    Private because torch has no public prepacked layout for its inference kernels. Without prepacking, each bf16 call
+    reorders the weight again: one row of 768 -> 3,072 takes 353 us instead of 238 us.
     """
     return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None))
 
 
 def prepack_int8(weight: Tensor) -> Tensor:
-    """An int8 matrix W (out, in) in oneDNN's layout, for `int8_product`."""
+    """Return an int8 matrix W (out, in) in oneDNN's memory layout, for `int8_product`."""
     return cast(Tensor, torch.ops.onednn.qlinear_prepack(weight, None))
 
 
 def int8_product(x: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor) -> Tensor:
-    """(x - 128) W^T * scale in fp32 for uint8 x (N, in), `prepack_int8(W)`, and scale and int32 zero points (out).
+    """Compute (x - 128) W^T * scale in fp32 for uint8 x (N, in).
 
     Private because torch's public dynamic quantization (`torch.ao.quantization.quantize_dynamic`) uses one scale for
-    all rows of x, so that one request's outlier would change the results of the others.
+    all rows of x: an outlier of one request would change the results of the others.
+
+    Args:
+        packed: `prepack_int8(W)`.
+        scale, zero_points: (out), one per row of W; the zero points are int32.
     """
     bias, output_scale, output_zero_point = None, 1.0, 0
     output = (bias, output_scale, output_zero_point, torch.float32)
@@ -91,9 +96,9 @@ def int8_product(x: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor) 
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On a CPU they take no physical memory until they are written.
+    """Return zeros. On a CPU, a page takes no physical memory until something is written to it.
 
-    `torch.zeros` writes to every page, so a cache that reserves columns for many requests would occupy all of them.
+    `torch.zeros` writes to every page, so a cache that reserves columns for many requests would occupy all its pages.
     """
     if device.type != "cpu" or not prod(shape):
         return torch.zeros(*shape, dtype=dtype, device=device)
@@ -102,9 +107,10 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
 
 
 def huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in pages of 2 MiB, where Linux grants them: reading a matrix of int8 weights is then a fifth faster.
+    """Return zeros in pages of 2 MiB if Linux provides them; reading a matrix of int8 weights is then a fifth faster.
 
-    torch and its allocator have no call for it; the processor's prefetchers stop at the end of a page.
+    The reason is that the processor's prefetchers stop at the end of a page. torch and its allocator have no call for
+    huge pages.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(*shape, dtype=dtype)
@@ -119,10 +125,10 @@ def huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 @cache
 @torch.enable_grad()
 def has_varlen_attention(device: torch.device, head_width: int) -> bool:
-    """Whether `varlen_attention` works here, forward and backward: tested once against plain attention with a mask.
+    """Return whether `varlen_attention` works on the device: compare it, forward and backward, with masked attention.
 
-    Tested because the API is young: torch 2.10 has another signature, and the alignment of the causal mask with more
-    keys than queries is not documented.
+    The comparison runs once. It is needed because the API is young: torch 2.10 has another signature, and the alignment
+    of the causal mask with more keys than queries is not documented.
     """
     if device.type != "cuda":
         return False
@@ -131,7 +137,7 @@ def has_varlen_attention(device: torch.device, head_width: int) -> bool:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, 2, head_width, generator=generator).to(device, torch.bfloat16).requires_grad_()
 
-    # two sequences: 5 queries with 9 keys, 7 with 7; views, as in training
+    # two sequences: 5 queries with 9 keys, and 7 queries with 7 keys; the inputs are views, as in training
     qkv, kv, weight = random(12, 3), random(16, 2), random(12)
     q, k, v = qkv[:, 0], kv[:, 0], kv[:, 1]
     ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32).to(device) for ends in ([0, 5, 12], [0, 9, 16]))
@@ -145,7 +151,7 @@ def has_varlen_attention(device: torch.device, head_width: int) -> bool:
             (expected, *torch.autograd.grad((expected * weight).sum(), (qkv, kv))),
             strict=True,
         ):
-            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)  # two roundings to 8 bits
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)  # two roundings to the 8 bits of bf16
     except Exception as error:  # training then pads records of similar length
         reason = str(error).partition("\n")[0]
         logger.warning("records are trained in padded groups, which is slower: %s", reason)
@@ -156,10 +162,15 @@ def has_varlen_attention(device: torch.device, head_width: int) -> bool:
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, max_q: int, max_k: int, scale: float
 ) -> Tensor:
-    """Causal attention (N, H, D) of concatenated sequences, in bf16 on a GPU: q (N, H, D), k and v (M, H, D).
+    """Compute causal attention (N, H, D) of concatenated sequences, in bf16 on a GPU.
 
-    Sequence i has the queries ends_q[i] to ends_q[i + 1], int32 and beginning with 0, and the keys alike. Its last
-    query attends to all of its keys. The longest ones have max_q queries and max_k keys.
+    The causal mask is aligned to the end of a sequence: its last query attends to all of its keys.
+
+    Args:
+        q, k, v: (N, H, D), and twice (M, H, D).
+        ends_q, ends_k: cumulative sequence lengths, int32 and starting with 0, like flash-attention's cu_seqlens:
+            sequence i has the queries ends_q[i] to ends_q[i + 1].
+        max_q, max_k: the largest number of queries and of keys of a sequence, or an upper bound.
     """
     from torch.nn.attention.varlen import varlen_attn  # not in every version of torch, and slow to import
 
@@ -168,9 +179,9 @@ def varlen_attention(
 
 
 def softmax_gradient(grad: Tensor, y: Tensor) -> Tensor:
-    """The gradient of softmax's input, given that of its output y (..., n).
+    """Compute the gradient of softmax's input from `grad`, the gradient of its output y (..., n).
 
-    Private because written with public operators it takes three passes, and rounds to y's dtype after each.
+    Private because public operators take three passes, and round to y's dtype after each of them.
     """
     return cast(Tensor, torch._softmax_backward_data(grad, y, -1, y.dtype))
 
@@ -180,32 +191,32 @@ _CAPTURING = Lock()  # a process can capture one graph at a time
 
 @cache
 def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
-    """The same one for all graphs of a device, which can then share memory."""
+    """Return the device's stream for captures. All graphs use the same stream, so that they can share memory."""
     return torch.cuda.Stream(device)
 
 
 def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = None) -> "tuple[torch.cuda.CUDAGraph, T]":
-    """`compute` as a CUDA graph, and what it returned: tensors that each replay writes.
+    """Capture `compute` as a CUDA graph; return the graph and its outputs, tensors that each replay writes.
 
     Args:
-        pool: that of a graph which never runs at the same time, to share its memory; None: new memory.
+        pool: memory pool of another graph to share; the two graphs must never run at the same time. None: a new pool.
 
     Raises:
-        RuntimeError: the device cannot capture it. The current stream is as before.
+        RuntimeError: the device cannot capture `compute`. The current stream is restored.
     """
     graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
-    if pool is None:  # else what was freed on the way to the first graph is not missed
+    if pool is None:  # graphs cannot use memory that torch's allocator has cached: give it back to the device first
         torch.cuda.empty_cache()
         pool = torch.cuda.graph_pool_handle()
-    # torch.cuda.graph would wait for the device and empty the allocator's caches each time, for 100 ms or so
+    # torch.cuda.graph would wait for the device and empty the allocator's caches each time, which takes about 100 ms
     with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(_capture_stream(device)):
-        gc.disable()  # freeing another graph is not allowed meanwhile
+        gc.disable()  # during a capture, the garbage collector must not free another graph
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may use the device
             try:
                 outputs = compute()
             except BaseException:
-                with suppress(RuntimeError):  # which says only that the capture has failed
+                with suppress(RuntimeError):  # its message says only that the capture has failed
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -217,25 +228,26 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
 
 @contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Until its end, the memory of freed tensors goes back to the system at once.
+    """Context manager within which the memory of freed tensors is returned to the operating system at once.
 
-    Otherwise glibc's allocator keeps blocks of up to 32 MiB, and seldom reuses them for aligned ones such as torch's:
-    quantizing gpt2-medium took 1.9 GB that way, which the process kept. torch has no call for it.
+    Otherwise glibc's allocator keeps freed blocks of up to 32 MiB, and seldom reuses them for aligned blocks such as
+    torch's. Quantizing gpt2-medium took 1.9 GB that way, and the process kept them. torch has no call for it.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # of glibc only
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # only glibc has mallopt
     trim_threshold, mmap_threshold = -1, -3
     set_option(mmap_threshold, 2**18)
     try:
         yield
-    finally:  # as glibc's own adjustment, which these calls end, sets both once a large tensor was freed
+    finally:
+        # mallopt disables glibc's dynamic thresholds. glibc itself would set these values after freeing a large block.
         set_option(mmap_threshold, 2**25)
         set_option(trim_threshold, 2**26)
 
 
 def release_openmp_workers() -> None:
-    """End the OpenMP worker threads of the calling thread; they are started again when it computes.
+    """End the OpenMP worker threads of the calling thread; they start again when the thread computes.
 
-    GNU's OpenMP keeps workers for every thread that ever computed. When there are more workers than cores, all of them
+    GNU's OpenMP keeps workers for every thread that ever computed. If there are more workers than cores, all of them
     sleep between operations: a step of gpt2 takes 9.4 ms instead of 5.8 ms (two cores). torch has no call for it.
     """
     if (openmp := _openmp()) is not None:
@@ -243,10 +255,10 @@ def release_openmp_workers() -> None:
 
 
 def limit_openmp_threads() -> None:
-    """Make torch compute with one thread in the calling thread, where native.py has threads of its own.
+    """Make torch use a single thread for operations of the calling thread, beside the thread pool of native.c.
 
-    OpenMP's workers keep their core for a while after each operation. Private because `torch.set_num_threads` also sets
-    the number for threads that start later.
+    OpenMP's workers keep their core for a while after each operation, when the pool needs it. Private because
+    `torch.set_num_threads` also sets the number for threads that start later.
     """
     if (openmp := _openmp()) is not None:
         openmp.omp_set_num_threads(1)
@@ -254,7 +266,7 @@ def limit_openmp_threads() -> None:
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """The GNU OpenMP runtime that torch has loaded; None where it uses another one."""
+    """Return the GNU OpenMP runtime that torch has loaded; None: torch uses another runtime."""
     try:
         return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
     except (OSError, AttributeError):

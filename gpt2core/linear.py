@@ -1,8 +1,8 @@
-"""y = x W^T + b on a CPU through oneDNN, forward and backward: in fp32, and in bf16 with packed weights.
+"""y = x W^T + b on a CPU by oneDNN, forward and backward: in fp32, and in bf16 with prepacked weights.
 
-torch sends fp32 products to MKL, which uses the vector units of one vendor's processors only: on an AMD EPYC with
-AVX-512 it reaches 45 % of oneDNN's throughput (`docs/decisions/0012-fp32-products-by-onednn.md`). On a processor
-without bf16 instructions, bf16 products are computed in fp32 and rounded: the same sums, four times as fast.
+torch sends fp32 products to MKL, which uses only the vector units of Intel's processors: on an AMD EPYC with AVX-512,
+it reaches 45 % of oneDNN's throughput (`docs/decisions/0012-fp32-products-by-onednn.md`). On a processor without bf16
+instructions, bf16 products are computed in fp32 and rounded: the same sums, four times as fast.
 """
 
 from typing import Any, NamedTuple, Self, cast
@@ -14,14 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from gpt2core.kernels import has_bf16, has_onednn, onednn_linear, prepack
 
-SMALL = 2**20  # multiplications; below this, the call overhead of oneDNN exceeds what it saves
-FEW_ROWS = 32  # of x; below this, converting a bf16 weight to fp32 takes longer than it saves
+SMALL = 2**20  # multiplications; below this, oneDNN's call overhead is larger than its gain
+FEW_ROWS = 32  # rows of x; below this, converting a bf16 weight to fp32 takes longer than it saves
 
 
-class Packed(NamedTuple):
-    """A frozen matrix in oneDNN's layout, which otherwise each product makes again: a twelfth of its time.
+class PrepackedWeight(NamedTuple):
+    """A frozen weight matrix, prepacked in oneDNN's memory layout.
 
-    Two copies, since the forward and the backward product read it in different layouts.
+    Without prepacking, oneDNN reorders the weight in every product, for a twelfth of the time. There are two copies,
+    since the forward and the backward product read different layouts.
     """
 
     weight: Tensor
@@ -29,26 +30,26 @@ class Packed(NamedTuple):
 
     @classmethod
     def make(cls, weight: Tensor) -> Self:
-        """From weight (out, in) in bf16."""
+        """Prepack a weight (out, in) in bf16."""
         return cls(prepack(weight), prepack(weight.t()))
 
 
 class Linear(nn.Linear):
     """`nn.Linear`, computed by `linear`."""
 
-    packed: Packed | None = None  # instead of the weight, during a training that does not change it
+    prepacked: PrepackedWeight | None = None  # replaces the weight during a training that does not change it
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return linear(x, self.weight if self.prepacked is None else self.prepacked, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` with another order of summation: (..., out) for x (..., in) and weight (out, in).
+def linear(x: Tensor, weight: Tensor | PrepackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Compute `F.linear`, with another order of summation: (..., out) for x (..., in) and weight (out, in).
 
-    A packed weight takes x of its own dtype, and a bias without gradient.
+    With a prepacked weight, x must have the weight's dtype, and the bias gets no gradient.
     """
-    if isinstance(weight, Packed):
-        return cast(Tensor, _PackedLinear.apply(x, weight, bias))
+    if isinstance(weight, PrepackedWeight):
+        return cast(Tensor, _PrepackedLinear.apply(x, weight, bias))
     if _is_for_onednn(x, weight):
         if torch.is_grad_enabled():
             return cast(Tensor, _Linear.apply(x, weight, bias))
@@ -57,7 +58,7 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Te
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `_product` is faster than torch."""
+    """Return whether `_product` is faster than torch."""
     if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not has_onednn():
         return False
     if x.dtype == torch.bfloat16:
@@ -66,7 +67,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Of x's dtype, computed in fp32."""
+    """Compute the product in fp32, and convert it to x's dtype."""
     return onednn_linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -83,18 +84,18 @@ class _Linear(torch.autograd.Function):
         x_needs_grad, weight_needs_grad, bias_needs_grad = ctx.needs_input_grad
         inputs, grads = x.flatten(0, -2), grad.flatten(0, -2)  # (N, in), (N, out)
         weight_grad = None
-        if weight_needs_grad:  # oneDNN copies its first operand: make that the smaller one
+        if weight_needs_grad:  # oneDNN copies its first operand: pass the smaller one first
             n_out, n_in = weight.shape
             weight_grad = _product(grads.t(), inputs.t()) if n_out < n_in else _product(inputs.t(), grads.t()).t()
         x_grad = _product(grad, weight.t()) if x_needs_grad else None
         return x_grad, weight_grad, grads.sum(0) if bias_needs_grad else None
 
 
-class _PackedLinear(torch.autograd.Function):
+class _PrepackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        ctx.transposed = packed.transposed
-        return onednn_linear(x, packed.weight, bias)
+    def forward(ctx: Any, x: Tensor, prepacked: PrepackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.transposed = prepacked.transposed
+        return onednn_linear(x, prepacked.weight, bias)
 
     @staticmethod
     @once_differentiable

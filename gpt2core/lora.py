@@ -1,6 +1,6 @@
 """LoRA (arXiv:2106.09685): a wrapper around the linear layers of a target. Independent of file formats.
 
-q, k and v share one fused matrix, `c_attn`; adapting some of them changes only those thirds of its output. rsLoRA is
+q, k and v share one fused matrix, `c_attn`; adapting one of them changes only its third of the output. rsLoRA is
 another `LoraConfig.scaling`, LoRA+ another learning rate (`gpt2core.optimizers`), DoRA a branch in `LoraLinear`.
 """
 
@@ -29,7 +29,7 @@ def add_lora(model: GPT2, config: LoraConfig, seed: int | None = None) -> GPT2:
     """Wrap the target layers, in place, and freeze all other weights. Outputs do not change: lora_B starts at zero.
 
     Args:
-        seed: of lora_A's initial values; None draws from torch's default generator.
+        seed: seed of lora_A's initial values; None: draw them from torch's default generator.
 
     Raises:
         ValueError: the model has LoRA layers already.
@@ -47,7 +47,7 @@ def add_lora(model: GPT2, config: LoraConfig, seed: int | None = None) -> GPT2:
 
 
 def merge_lora(model: GPT2) -> GPT2:
-    """Add every adapter to its weight, so that inference needs no extra computation. Merging twice has no effect.
+    """Add every adapter to its weight, so that inference needs no additional computation. Merging twice has no effect.
 
     Raises:
         ValueError: the adapter has NaN or infinite values; no weight is changed then.
@@ -78,12 +78,12 @@ def remove_lora(model: GPT2) -> GPT2:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, "LoraLinear"]]:
-    """Name and layer of every adapted layer, in the model's order."""
+    """Return (name, layer) of every adapted layer, in the model's order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
 def lora_config(model: GPT2) -> LoraConfig:
-    """The config that `add_lora` was given.
+    """Return the config that was passed to `add_lora`.
 
     Raises:
         ValueError: the model has no LoRA layers.
@@ -97,8 +97,8 @@ def lora_config(model: GPT2) -> LoraConfig:
 class LoraLinear(nn.Module):
     """y = W x + b, with scaling * B A x added to n of the equal slices (blocks) of y.
 
-    lora_A (n, R, in) and lora_B (n, out / blocks, R) hold one pair per adapted slice. They stay in fp32 beside a bf16
-    base and are cast on use, since small updates to bf16 weights are lost.
+    lora_A (n, R, in) and lora_B (n, out / blocks, R) hold one pair of matrices per adapted slice. They stay in fp32
+    beside a bf16 base and are cast on use, since small updates to bf16 weights would be lost.
 
     DoRA (arXiv:2402.09353, equation 5): each row of V = W + scaling * B A of an adapted slice is scaled to a trained
     length, y = lora_magnitude / ||V|| * V x + b, with lora_magnitude (n, out / blocks). The norm is a constant for the
@@ -109,14 +109,14 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.config = config
-        # in the order of the output, whatever order the config lists the targets in
+        # sorted by output slice (q, k, v), independent of the order in the config
         self.targets = tuple(t for t, (layer, _, _) in TARGET_LAYERS.items() if layer == path and t in config.targets)
         self.blocks = tuple(TARGET_LAYERS[target][1] for target in self.targets)
         self.n_blocks = TARGET_LAYERS[self.targets[0]][2]
         n, device = len(self.targets), linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(n, config.rank, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n, linear.out_features // self.n_blocks, config.rank, device=device))
-        self._scales: Tensor | None = None  # (blocks, 1, n, 1); made by `_dense_b`
+        self._scales: Tensor | None = None  # (blocks, 1, n, 1), computed by `_dense_b`
         bound = 1 / sqrt(linear.in_features)  # kaiming_uniform_(a=sqrt(5)), as in the paper's own code
         nn.init.uniform_(self.lora_A, -bound, bound, generator=generator)
         self.unmerged_weight: Tensor | None
@@ -144,9 +144,9 @@ class LoraLinear(nn.Module):
         return torch.cat(parts, -1)
 
     def _dense_b(self) -> Tensor:
-        """scaling * lora_B as one matrix (out, n * R), zero where a slice has no adapter.
+        """Return scaling * lora_B as one matrix (out, n * R), which is zero for slices without an adapter.
 
-        One product with it takes fewer and smaller GPU kernels than one per slice, their sums, and joining the slices.
+        One product with it takes fewer and smaller GPU kernels than a product and a sum per slice, and a concatenation.
         """
         b, scales = self.lora_B, self._scales
         if scales is None or scales.device != b.device or scales.dtype != b.dtype:
@@ -157,17 +157,17 @@ class LoraLinear(nn.Module):
         return (scales * b.transpose(0, 1)).flatten(2).flatten(0, 1)
 
     def base_blocks(self) -> Tensor:
-        """The base weight by slice of its output, adapted or not: (blocks, out / blocks, in), fp32."""
+        """Return the base weight, divided into all slices of its output: (blocks, out / blocks, in), fp32."""
         weight = self.linear.weight if self.unmerged_weight is None else self.unmerged_weight
         return weight.detach().float().unflatten(0, (self.n_blocks, -1))
 
     def adapted_blocks(self) -> Tensor:
-        """The adapted slices of them: (n, out / blocks, in), fp32."""
+        """Return the adapted slices of the base weight: (n, out / blocks, in), fp32."""
         base = self.base_blocks()
-        return torch.stack([base[block] for block in self.blocks])  # a list as index would be copied to a GPU first
+        return torch.stack([base[block] for block in self.blocks])  # a list as index would be copied to the GPU
 
     def delta_weight(self) -> Tensor:
-        """What merging adds to the weight: (out, in), fp32."""
+        """Return the matrix (out, in), fp32, that merging adds to the weight."""
         delta = self.lora_A.new_zeros(self.n_blocks, self.lora_B.shape[1], self.lora_A.shape[2], dtype=torch.float32)
         change = self._low_rank()
         if self.config.dora:
@@ -177,11 +177,11 @@ class LoraLinear(nn.Module):
         return delta.flatten(0, 1)
 
     def _low_rank(self) -> Tensor:
-        """scaling * B A: (n, out / blocks, in), fp32."""
+        """Return scaling * B A: (n, out / blocks, in), fp32."""
         return self.config.scaling * torch.bmm(self.lora_B.float(), self.lora_A.float())
 
     def _row_factors(self) -> Tensor:
-        """DoRA's lora_magnitude / ||V||: (n, out / blocks), fp32."""
+        """Return DoRA's factors lora_magnitude / ||V||: (n, out / blocks), fp32."""
         with torch.no_grad():
             norms = (self.adapted_blocks() + self._low_rank()).norm(dim=-1)
         return self.lora_magnitude.float() / norms

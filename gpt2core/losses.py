@@ -1,4 +1,4 @@
-"""Cross-entropy of the labeled tokens of packed examples: for training, validation and evaluation."""
+"""Cross-entropy of the labeled tokens of packed examples, for training, validation and evaluation."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,10 @@ from gpt2core.model import GPT2, evaluating
 
 
 def batch_losses(model: GPT2, batch: Batch) -> Tensor:
-    """Cross-entropy (n) of the n labels, in fp32, 0 for IGNORED. Head and last MLP compute only their tokens."""
+    """Compute the cross-entropy (n) of the n labels, in fp32; it is 0 for IGNORED labels.
+
+    The head and the last MLP compute only the tokens before a label.
+    """
     hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labeled)
     logits = model.head(hidden.flatten(0, -2)).float()
     return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED, reduction="none")
@@ -20,7 +23,7 @@ def batch_losses(model: GPT2, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss_on: str) -> list[tuple[float, int]]:
-    """(Summed negative log-likelihood in nats, number of tokens it counts) of each example, without dropout."""
+    """Return (summed negative log-likelihood in nats, number of its tokens) of each example, without dropout."""
     weight = model.wte.weight
     use_varlen = uses_varlen(weight.device, weight.dtype, model.config.head_width)
     sums: list[Tensor] = []
@@ -33,5 +36,5 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
             totals = torch.zeros(len(part), dtype=torch.float64, device=weight.device)
             sums.append(totals.index_add_(0, batch.owners, losses.double()))
     counts = [len(one.input_ids) - (one.prompt_length if loss_on == "response" else 1) for one in examples]
-    found: list[float] = torch.cat(sums).tolist() if sums else []  # waits for a GPU once
+    found: list[float] = torch.cat(sums).tolist() if sums else []  # the only wait for a GPU
     return list(zip(found, counts, strict=True))

@@ -1,4 +1,4 @@
-"""Metrics of generated answers, defined once: evaluation, report, promotion gate and dashboard metadata read `METRICS`.
+"""Metrics of generated answers. Evaluation, report, promotion and dashboard metadata all read `METRICS`.
 
 To add a metric, add a field with its `Metric` to `Scores` (and to `RecordScores`, if it has a value per record), and
 compute it in `score_record` and `aggregate`.
@@ -20,7 +20,7 @@ class Metric:
     heading: str
     description: str
     higher_is_better: bool = True
-    is_share: bool = False  # 0 or 1 for each record: Wilson's interval and McNemar's test apply
+    is_share: bool = False  # 0 or 1 for each record, so Wilson's interval and McNemar's test apply
 
 
 def _metric(heading: str, description: str, **options: bool) -> Any:
@@ -29,7 +29,7 @@ def _metric(heading: str, description: str, **options: bool) -> Any:
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's scores on a set of records: means over the records, except perplexity (over all reference tokens)."""
+    """One model's scores on a set of records: means over the records, but perplexity over all reference tokens."""
 
     exact_match: float = _metric("Exact match", "share of answers equal to the reference", is_share=True)
     token_f1: float = _metric("Token F1", "words in common with the reference, mean")
@@ -40,12 +40,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class RecordScores:
-    """One model's scores on one record; `nll` is the mean negative log-likelihood of the reference, nats per token."""
+    """One model's scores on one record."""
 
     exact_match: float
     token_f1: float
     rouge_l: float
-    nll: float
+    nll: float  # mean negative log-likelihood of the reference, in nats per token
 
 
 def _metric_of(score: "Field[Any]") -> Metric:
@@ -61,11 +61,12 @@ RECORD_METRICS: tuple[str, ...] = tuple(score.name for score in fields(RecordSco
 def score_record(
     reference: str, answer: str, loss: tuple[float, int], rouge_l: Callable[[str, str], float]
 ) -> RecordScores:
-    """Scores of one answer.
+    """Compute the scores of one answer.
 
     Args:
         loss: summed negative log-likelihood of the reference in nats, and its number of tokens.
-        rouge_l: scores (reference, answer); passed in, because this package does not depend on a ROUGE library.
+        rouge_l: function (reference, answer) -> ROUGE-L. It is an argument because this package does not depend on a
+            ROUGE library.
     """
     return RecordScores(
         exact_match=exact_match(reference, answer),
@@ -76,11 +77,11 @@ def score_record(
 
 
 def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int]], finished: Sequence[bool]) -> Scores:
-    """Scores of one model from those of its answers.
+    """Aggregate the scores of a model's answers.
 
     Args:
-        losses: as `score_record` takes them, one per record.
-        finished: whether each answer ended by end of text.
+        losses: argument `loss` of `score_record` for each record.
+        finished: whether end of text ended the answer, for each record.
     """
     return Scores(
         exact_match=mean([record.exact_match for record in records]),
@@ -92,21 +93,22 @@ def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int
 
 
 def normalize(answer: str) -> str:
-    """Normalize an answer for comparison: letter case, runs of whitespace and a final period do not count.
+    """Normalize an answer for comparison.
 
-    Nor does how accents are composed (Unicode's NFC). A period alone stays.
+    Removes differences in letter case, whitespace, a final period, and the composition of accents (Unicode's NFC). An
+    answer that is only a period stays.
     """
     text = " ".join(unicodedata.normalize("NFC", answer).casefold().split())
     return text.removesuffix(".").rstrip() or text
 
 
 def exact_match(reference: str, answer: str) -> float:
-    """1.0 if both are equal after `normalize`, else 0.0."""
+    """Return 1.0 if both are equal after `normalize`, else 0.0."""
     return float(normalize(reference) == normalize(answer))
 
 
 def token_f1(reference: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over words, with multiplicity (SQuAD, arXiv:1606.05250)."""
+    """Compute the harmonic mean of precision and recall over words, with multiplicity (SQuAD, arXiv:1606.05250)."""
     expected, given = normalize(reference).split(), normalize(answer).split()
     if not expected or not given:
         return float(expected == given)
@@ -115,7 +117,7 @@ def token_f1(reference: str, answer: str) -> float:
 
 
 def perplexity(losses: Sequence[tuple[float, int]]) -> float:
-    """exp of the mean loss per token, from (summed loss in nats, tokens) of each example."""
+    """Compute exp(mean loss per token) from (summed loss in nats, number of tokens) of each example."""
     return math.exp(min(sum(loss for loss, _ in losses) / sum(count for _, count in losses), 700.0))  # e**710 overflows
 
 

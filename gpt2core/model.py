@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2core.config import GPT2Config
-from gpt2core.linear import Linear, Packed, linear
+from gpt2core.linear import Linear, PrepackedWeight, linear
 from gpt2core.sequences import Sequences
 
-ALIGNED = 64  # rows
+ALIGNED = 64  # rows of the head are padded to a multiple of this
 
 
 def aligned(weight: Tensor) -> Tensor:
-    """The matrix (out, in) with rows of zeros up to a multiple of ALIGNED.
+    """Append rows of zeros to the matrix (out, in), up to a multiple of ALIGNED rows.
 
-    A GPU takes up to five times as long for a product with an odd number of outputs, such as 50,257.
+    With an odd number of outputs, such as 50,257, a product takes a GPU up to five times as long.
     """
     return F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
 
 
 def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode, and restore every module's own mode afterwards."""
+    """Context manager within which the model is in eval mode. It restores the mode of every module at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -52,8 +52,8 @@ class GPT2(nn.Module):
         """Draw random weights, scaled as in section 2.3 of the paper, from `generator` (None: torch's global one)."""
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # in train mode; set by `gpt2core.train`
-        self.packed_head: Packed | None = None  # instead of the weight, as in `Linear`
+        self.gradient_checkpointing = False  # set by `gpt2core.train`; has an effect only in train mode
+        self.prepacked_head: PrepackedWeight | None = None  # replaces the head's weight, as in `Linear`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -63,12 +63,12 @@ class GPT2(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: "KVCache | None" = None
     ) -> Tensor:
-        """Logits (B, T, V) for input_ids (B, T).
+        """Compute the logits (B, T, V) for input_ids (B, T).
 
         Args:
-            attention_mask: (B, S + T), 1 for a token and 0 for padding, on either side. Positions count tokens only,
-                so padding does not change a row's logits; logits at padded positions are meaningless.
-            cache: keys and values of S earlier tokens; those of the T new ones are appended in place.
+            attention_mask: (B, S + T), 1 for a token and 0 for padding, on either side. Positions count only tokens,
+                so padding does not change a row's logits. The logits at padded positions are meaningless.
+            cache: keys and values of S earlier tokens. The keys and values of the T new tokens are appended in place.
 
         Raises:
             ValueError: there are more tokens than n_positions, or more columns than the cache's capacity.
@@ -83,13 +83,13 @@ class GPT2(nn.Module):
         positions: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """The last layer's normalized hidden states (B, T, C): `forward` without the head.
+        """Compute the last layer's normalized hidden states (B, T, C): `forward` without the head.
 
         Args:
-            attention_mask: as in `forward`; or, with `positions` (B, T) below n_positions, the sequences that the
-                tokens belong to.
-            keep: (n) indices of the B * T tokens whose hidden states are returned, (n, C): the last layer computes
-                only keys and values of the others.
+            attention_mask: as in `forward`, or the `Sequences` of a packed batch, which requires `positions`.
+            positions: (B, T), below n_positions; used only with `Sequences`.
+            keep: (n), indices of tokens in the flattened B * T tokens. Only their hidden states (n, C) are returned.
+                Of the other tokens, the last layer computes only keys and values.
         """
         T = input_ids.shape[1]
         S = 0 if cache is None else cache.length
@@ -101,7 +101,7 @@ class GPT2(nn.Module):
         if not isinstance(mask, Sequences):
             positions = torch.arange(S, S + T, device=input_ids.device)  # (T)
             if mask is not None:
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
             if S + T > self.config.n_positions and int(positions.max()) >= self.config.n_positions:
                 raise ValueError(
                     f"{S + T} tokens are more than n_positions={self.config.n_positions}; shorten the input"
@@ -120,9 +120,9 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., C)."""
-        if self.packed_head is not None:
-            return linear(hidden, self.packed_head)
+        """Compute the logits (..., V) of hidden states (..., C)."""
+        if self.prepacked_head is not None:
+            return linear(hidden, self.prepacked_head)
         weight = self.wte.weight
         if hidden.device.type == "cuda" and hidden.numel() >= ALIGNED * hidden.shape[-1]:
             return linear(hidden, aligned(weight))[..., : len(weight)]
@@ -194,7 +194,7 @@ class MLP(nn.Module):
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The function for a name in config.json; gelu_new and gelu_pytorch_tanh are the same function."""
+    """Return the activation function for its name in config.json; gelu_new and gelu_pytorch_tanh are the same."""
     return F.relu if name == "relu" else partial(F.gelu, approximate="none" if name == "gelu" else "tanh")
 
 
@@ -210,7 +210,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T tokens of one layer after the S cached ones; returns all S + T as views (B, H, S + T, D)."""
+        """Store the T tokens of one layer after the S cached tokens; return all as views (B, H, S + T, D)."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -222,18 +222,18 @@ class KVCache:
 
 
 def _keep(x: Tensor, keep: Tensor | None) -> Tensor:
-    """The rows (n, C) of x (B, T, C) with these indices; None: x."""
+    """Return the tokens (n, C) of x (B, T, C) with these indices; None: return x."""
     return x if keep is None else x.flatten(0, 1).index_select(0, keep)
 
 
 def _attention_mask(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
-    """True where a query may attend, (B, 1, T, S + T) or (T, S + T); None if plain causal attention is equivalent."""
+    """Return the mask (B, 1, T, S + T) or (T, S + T), True where a query may attend; None: plain causal attention."""
     if attention_mask is None and (S == 0 or T == 1):
         return None
     causal = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)
     if attention_mask is None:
         return causal
-    # Every query attends to itself: softmax over no key at all would give NaN for a row of padding.
+    # Every query attends to itself: otherwise, a padding query would have no key, and its softmax would be NaN.
     itself = torch.eye(T, S + T, dtype=torch.bool, device=device).roll(S, dims=-1)
     return (causal & attention_mask.bool()[:, None, None, :]) | itself
 

@@ -1,4 +1,4 @@
-"""The optimizers of finetuning and pretraining, and the schedule of their learning rates."""
+"""Optimizers for finetuning and pretraining, and the schedule of their learning rates."""
 
 import math
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 def finetuning_optimizers(
     weights: Mapping[str, nn.Parameter], config: TrainConfig, lora: LoraConfig | None
 ) -> list[torch.optim.Optimizer]:
-    """AdamW; with `b_lr_ratio` (LoRA+, arXiv:2402.12354) another learning rate for lora_B."""
+    """Return AdamW. With `b_lr_ratio` (LoRA+, arXiv:2402.12354), lora_B has another learning rate."""
     groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
-    if lora is not None and lora.b_lr_ratio != 1:  # as PEFT's optimizer, DoRA's magnitudes go with lora_B
+    if lora is not None and lora.b_lr_ratio != 1:  # DoRA's magnitudes get lora_B's rate, as in PEFT
         first = [name for name in weights if not name.endswith(("lora_B", "lora_magnitude"))]
         groups = [
             {"params": [weights[name] for name in first]},
@@ -32,7 +32,7 @@ def finetuning_optimizers(
 
 
 def pretraining_optimizers(weights: Mapping[str, nn.Parameter], config: PretrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices within the blocks and AdamW for the rest; with `optimizer: adamw` AdamW alone."""
+    """Return Muon for the matrices within the blocks and AdamW for the other weights; or, if configured, only AdamW."""
     matrices = [weight for name, weight in weights.items() if name.startswith("h.") and weight.dim() == 2]
     others = [weight for name, weight in weights.items() if not (name.startswith("h.") and weight.dim() == 2)]
     groups = [{"params": others, "weight_decay": 0.0}]
@@ -48,9 +48,9 @@ def pretraining_optimizers(weights: Mapping[str, nn.Parameter], config: Pretrain
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:
-    """Warm-up, plateau, decay (arXiv:2404.06395): the factor of the learning rate at step 0, 1, …
+    """Return the factor of the learning rate at a step, counted from 0: warm-up, plateau, decay (arXiv:2404.06395).
 
-    The decay is linear, half a cosine (arXiv:1608.03983), or none (`constant`).
+    The decay is linear or half a cosine (arXiv:1608.03983); the schedule `constant` has none.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)

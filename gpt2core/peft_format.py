@@ -1,6 +1,7 @@
 """PEFT's adapter directories (adapter_config.json, adapter_model.safetensors): export and import.
 
-PEFT adapts whole layers: one pair of matrices for the fused c_attn, where this project has one pair per adapted third.
+PEFT adapts whole layers. For the fused c_attn it has one pair of matrices; this project has one pair for each adapted
+third of the output (q, k and v).
 """
 
 import re
@@ -23,7 +24,7 @@ from gpt2core.model import GPT2
 from gpt2core.tensors import check_weight, read_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_BIN = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
-MAX_CONFIG = 1_000_000  # bytes of an adapter's configuration
+MAX_CONFIG = 1_000_000  # maximum size of an adapter's configuration file in bytes
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(transformer\.|)h\.(\d{1,9})\."
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
@@ -54,18 +55,22 @@ _UNDERSTOOD = {
     *("megatron_core", "qalora_group_size"),
     *("runtime_config", "eva_config", "ensure_weight_tying"),
 }
-_MAX_PATTERN = 1_000  # characters of a pattern
-_MAX_NAME = 28  # characters of a module's name: transformer.h.47.attn.c_attn
-_MAX_WAYS = 100_000  # to match a pattern: a few milliseconds
-# Initializations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it.
+_MAX_PATTERN = 1_000  # maximum length of a pattern in characters
+_MAX_NAME = 28  # maximum length of a module's name in characters: transformer.h.47.attn.c_attn
+_MAX_WAYS = 100_000  # maximum number of ways to match a pattern; trying all of them takes a few milliseconds
+# Initializations that do not change the base. Others (pissa, olora, corda, loftq, ...) do.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
+def export_peft(model: GPT2, directory: str | Path, base: str | None = None) -> Path:
     """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
 
-    The n pairs of a fused c_attn become one pair of rank n * R whose lora_B is zero outside the adapted thirds; alpha
-    grows with the rank, so the scaling stays the same. DoRA's lengths are those of the base outside these thirds.
+    The n pairs of a fused c_attn become one pair of rank n * R, whose lora_B is zero outside the adapted thirds. alpha
+    grows with the rank, so the scaling stays the same. Outside the adapted thirds, DoRA's magnitudes are the lengths of
+    the base's rows.
+
+    Args:
+        base: path or Hub name of the base, which PEFT loads if it is not given a model; None: not known.
 
     Raises:
         ValueError: the model has no LoRA layers, or their weights are not finite.
@@ -84,7 +89,7 @@ def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
             magnitude = layer.base_blocks().norm(dim=-1)
             magnitude[list(layer.blocks)] = layer.lora_magnitude.data
             state[f"{key}.lora_magnitude_vector"] = magnitude.flatten().cpu()
-        module = ".".join(name.split(".")[2:])  # attn.c_proj and mlp.c_proj are told apart
+        module = ".".join(name.split(".")[2:])  # attn.c_proj and mlp.c_proj need different names
         assert config.alpha is not None
         ranks[module], alphas[module] = n * rank, (sqrt(n) if config.rslora else n) * config.alpha
     for key, tensor in state.items():
@@ -101,7 +106,7 @@ def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
         "target_modules": sorted(ranks),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "fan_in_fan_out": True,  # Conv1D
+        "fan_in_fan_out": True,  # Hugging Face's GPT-2 uses Conv1D, with weights (in, out)
         "bias": "none",
         "inference_mode": True,
     }
@@ -112,12 +117,13 @@ def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
 def read_peft(
     directory: Path, config: GPT2Config, device: str | torch.device = "cpu"
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """A PEFT adapter as LoRA config and weights of this project; the outputs are those of PEFT.
+    """Read a PEFT adapter as LoRA config and weights of this project. The outputs are the same as PEFT's.
 
-    An adapted c_attn becomes one pair for each of q, k and v that it changes: with the same lora_A and a third of
-    lora_B, without the columns of lora_B that are zero there. Layers of a lower rank are padded with zeros, and those
-    that the config leaves out are zero. With DoRA all three are adapted: where lora_B is zero, the length may differ
-    from the base's; and no block may be left out, since the lengths of its base are not known here.
+    An adapted c_attn becomes one pair for each of q, k and v that it changes: the same lora_A and a third of lora_B,
+    without the columns of lora_B that are zero in this third. Layers with a lower rank are padded with zeros, and
+    layers without an adapter get zeros. DoRA adapts q, k and v in any case, because the magnitude may differ from the
+    base's even where lora_B is zero. DoRA of a subset of the blocks is rejected: the magnitudes of the other blocks are
+    the lengths of the base's rows, which are not known here.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the adapter needs a feature of PEFT that this
@@ -156,7 +162,7 @@ def read_peft(
         raise ValueError(f"{directory / PEFT_CONFIG}: {error}") from None
     state = {}
     for layer, path in layers:
-        # LoraConfig has one scaling: where a layer's own is another one, lora_B is multiplied by the ratio
+        # LoraConfig has one scaling for all layers; where PEFT's scaling differs, lora_B is multiplied by the ratio
         own_alpha, own_r = scalings[layer, path]
         ratio = own_alpha * r / (own_r * alpha)
         adapted = [pairs[layer, target] for target in _targets(path) if target in changed]
@@ -172,12 +178,12 @@ def read_peft(
 
 
 def _targets(path: str) -> list[LoraTarget]:
-    """The targets within a layer, in the order of its output."""
+    """Return the targets within a layer, in the order of its output."""
     return [target for target in LORA_TARGETS if TARGET_LAYERS[target][0] == path]
 
 
 def _used_columns(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the columns of lora_B that are zero, and their rows of lora_A; all of them if none has a value."""
+    """Remove the zero columns of lora_B (b), and the same rows of lora_A (a). If all are zero, keep all of them."""
     used = b.any(0)
     return (a[used], b[:, used]) if used.any() else (a, b)
 
@@ -203,7 +209,7 @@ def _check_supported(file: Path, description: Mapping[str, Any]) -> None:
         value = description.get(key)
         if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_text, value)))):
             raise ValueError(f"{file}: {key} is {value!r}; it must be a pattern, a list of names, or null")
-        # a list of modules has names, one of layers_pattern patterns
+        # a string is a pattern; a list has names, except in layers_pattern, where it has patterns
         for pattern in [value] if isinstance(value, str) else (value or ()) if key == "layers_pattern" else ():
             _check_pattern(file, key, pattern)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -217,7 +223,7 @@ def _is_text(value: object) -> bool:
 
 
 def _check_pattern(file: Path, key: str, pattern: str) -> None:
-    """Refuse a pattern whose matching may take for ever: `re` backtracks, and no other thread runs meanwhile."""
+    """Reject a pattern whose matching could take too long: `re` backtracks, and blocks all other threads meanwhile."""
     if len(pattern) > _MAX_PATTERN or _ways(f"({pattern})") > _MAX_WAYS:  # in a group, as `_by_module` matches it
         raise ValueError(
             f"{file}: {key} has the pattern {reprlib.repr(pattern)}, whose matching can take too long; it must have at "
@@ -226,12 +232,13 @@ def _check_pattern(file: Path, key: str, pattern: str) -> None:
 
 
 def _ways(pattern: str) -> float:
-    """An upper limit for the ways in which a pattern can match a module's name.
+    """Return an upper bound of the number of ways in which `re` can try to match a pattern to a module's name.
 
-    A repetition has as many as the name has places, and a group as many as it has alternatives. Unlimited if a group is
-    repeated, which may contain repetitions, or if the pattern is verbose and hides them.
+    Each repetition multiplies the number by the length of the name, each optional element by 2, and each group by its
+    number of alternatives. The bound is infinite for a repeated group, which may contain repetitions, and for a verbose
+    pattern, which may hide them.
     """
-    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # no escapes, no classes
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # replaces escapes and classes
     if re.search(r"\)[*+{]|\(\?[A-Za-z-]*x", plain):
         return inf
     n_repeats, n_optional = len(re.findall(r"[*+{]", plain)), len(re.findall(r"(?<![(*+?}])\?", plain))
@@ -242,9 +249,11 @@ def _ways(pattern: str) -> float:
 def _read_layers(
     file: Path, config: GPT2Config, device: str | torch.device, description: Mapping[str, Any]
 ) -> tuple[dict[tuple[int, str], dict[str, Tensor]], str]:
-    """(index of the block, its layer) -> A (r, in), B (out, r) and with DoRA magnitude (out); fp32, checked.
+    """Read and check the tensors of a PEFT adapter.
 
-    And what precedes "h." in the names of PEFT's modules: "transformer.", or "" for a model without its head.
+    Returns {(index of the block, path of the layer): {"A": (r, in), "B": (out, r)}} in fp32, with DoRA also
+    "magnitude": (out), and the prefix of "h." in PEFT's module names: "transformer.", or "" for a model without its
+    head.
     """
     needed = ("A", "B", "magnitude") if description.get("use_dora") else ("A", "B")
     C, M = config.n_embd, config.mlp_width
@@ -296,7 +305,7 @@ def _read_layers(
 
 
 def _is_adapted(description: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT adapts the module of this name, as its `check_target_module_exists` decides it."""
+    """Return whether PEFT adapts the module of this name, by the rules of its `check_target_module_exists`."""
     targets, excluded = description.get("target_modules"), description.get("exclude_modules")
     if excluded and _matches(name, excluded):
         return False
@@ -307,13 +316,13 @@ def _is_adapted(description: Mapping[str, Any], name: str) -> bool:
             return _matches(name, targets)
         targets = ["c_attn", "c_proj", "c_fc"]
     layers = description.get("layers_to_transform")
-    if layers is None or layers == [] or name in targets:  # a full name counts in any block
+    if layers is None or layers == [] or name in targets:  # a full name is adapted in any block
         return _matches(name, targets)
     return _matches(name, targets) and _block(description, name) in (layers if isinstance(layers, list) else [layers])
 
 
 def _block(description: Mapping[str, Any], name: str) -> int | None:
-    """The index of the module's block; None where PEFT finds none, as in "h.0.attn.c_attn" without a pattern."""
+    """Return the index of the module's block. None: PEFT finds no index, as in "h.0.attn.c_attn" without a pattern."""
     patterns = description.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in [rf"(?:^|.*?\.){each}" for each in patterns] or [r".*?\.[^.]*"]:
@@ -324,7 +333,7 @@ def _block(description: Mapping[str, Any], name: str) -> int | None:
 
 
 def _matches(name: str, modules: Any) -> bool:
-    """Whether a pattern of PEFT's, for the whole name, or one of a list of names matches the module."""
+    """Return whether `modules` matches the module: a pattern for its whole name, or a list of names or name endings."""
     if not isinstance(modules, str):
         return any(name == module or name.endswith(f".{module}") for module in modules)
     try:
@@ -334,7 +343,7 @@ def _matches(name: str, modules: Any) -> bool:
 
 
 def _scaling(file: Path, description: Mapping[str, Any], module: str, rank: int) -> tuple[float, float]:
-    """Numerator and denominator of a layer's scaling; kept apart so that whole numbers stay exact."""
+    """Return numerator and denominator of a layer's scaling. They are separate so that integers stay exact."""
     r = _by_module(description, "rank_pattern", module, description.get("r"))
     alpha = _by_module(description, "alpha_pattern", module, description.get("lora_alpha"))
     if r != rank or isinstance(r, bool):
@@ -345,7 +354,7 @@ def _scaling(file: Path, description: Mapping[str, Any], module: str, rank: int)
 
 
 def _by_module(description: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the module, as PEFT matches it: at the end of its name."""
+    """Return the value of the first pattern that matches the end of the module's name, as PEFT does; else `default`."""
     patterns = description.get(name) or {}
     if not isinstance(patterns, dict):
         return default

@@ -1,4 +1,4 @@
-"""The prompt template and the parsing of answers, shared by training, evaluation and serving."""
+"""The prompt template and the parsing of answers, for training, evaluation and serving."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ class PromptTemplate:
     """The text around instruction and input. Its name and digest are stored with each adapter trained on it."""
 
     name: str
-    with_input: str  # {instruction} and {input} stand for the record's
-    without_input: str
+    with_input: str  # {instruction} and {input} are replaced by the texts of the record
+    without_input: str  # {instruction} is replaced
 
     @property
     def sha256(self) -> str:
@@ -36,15 +36,15 @@ _NEXT_SECTION = re.compile(rf"(?:^|\s)### (?:Instruction|Input|Response):|{re.es
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
-    """The text that the model completes; a training example continues it with the output and end of text."""
+    """Return the text that the model completes. A training example continues it with the output and end of text."""
     template = PROMPT_TEMPLATE.with_input if input else PROMPT_TEMPLATE.without_input
     return template.format(instruction=instruction, input=input)
 
 
 def split_prompt(prompt: str) -> tuple[str, str] | None:
-    """Instruction and input of a prompt made by `format_prompt`; None for any other text.
+    """Return instruction and input of a prompt made by `format_prompt`; None for any other text.
 
-    An instruction that contains the input's header is split there, since both readings have the same prompt.
+    An instruction that contains the input's header is split at it: `format_prompt` makes the same prompt of both.
     """
     head, tail = PROMPT_TEMPLATE.without_input.split("{instruction}")
     between = PROMPT_TEMPLATE.with_input.removeprefix(head).partition("{instruction}")[2].partition("{input}")[0]
@@ -56,7 +56,7 @@ def split_prompt(prompt: str) -> tuple[str, str] | None:
 
 
 def chat_template() -> str:
-    """The template in Jinja for tokenizer_config.json and GGUF files.
+    """Return the template in Jinja for tokenizer_config.json and GGUF files.
 
     As in the service, the last user turn is the instruction, and other turns are not used. A final assistant turn is
     formatted as in a training example.
@@ -72,26 +72,27 @@ def chat_template() -> str:
 
 
 def format_turns(turns: Sequence[tuple[str, str]]) -> str:
-    """Earlier turns of a conversation, (role, text) each, as the input of the next instruction; "" if none."""
+    """Format earlier turns of a conversation, (role, text) each, as the input of the next instruction; "" if none."""
     return "\n".join(f"{role.capitalize()}: {text}" for role, text in turns)
 
 
 def parse_reply(raw: str) -> str:
-    """The answer in a raw completion: without prompt, header, end of text, and any text after it.
+    """Return the answer in a raw completion, without prompt, header, end of text, and any text after the answer.
 
-    `raw` is the completion alone, or prompt and completion.
+    Args:
+        raw: the completion, with or without the prompt before it.
     """
     return cut_reply(raw).rstrip()
 
 
 def cut_reply(raw: str) -> str:
-    """`parse_reply` for a completion that may continue: trailing whitespace stays."""
+    """Return the answer as `parse_reply`, but keep trailing whitespace, since the completion may continue."""
     text = without_prompt(raw)
     return text[: next_section(text)]
 
 
 def without_prompt(raw: str) -> str:
-    """The answer in a raw completion, and the sections after it."""
+    """Return the answer in a raw completion, with any sections after it."""
     text = raw.split(END_OF_TEXT, 1)[0].lstrip()
     if text.startswith((PREAMBLE, RESPONSE)):
         text = text.partition(RESPONSE)[2]
@@ -99,6 +100,6 @@ def without_prompt(raw: str) -> str:
 
 
 def next_section(text: str, first: int = 0) -> int | None:
-    """Where the first section begins, at `first` or later."""
+    """Return the index, from `first` on, at which the next section begins; None if there is no further section."""
     found = _NEXT_SECTION.search(text, first)
     return None if found is None else found.start()

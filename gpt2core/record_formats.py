@@ -1,16 +1,17 @@
-"""Formats of instruction records, each converted to this project's records.
+"""Formats of instruction records, and their conversion to this project's records.
 
 | format | keys |
 |---|---|
-| Alpaca | instruction, output; input, group and family where known |
+| Alpaca | instruction, output; optional: input, group, family |
 | prompt and completion | prompt, completion; both may be lists of messages |
 | OpenAI's chat | messages: a list of {"role", "content"}; "weight": 0 or "train": false: context, not to be learned |
 | ShareGPT | conversations: a list of {"from", "value"}; an answer before the first question is skipped |
 
-A conversation becomes one record for each answer of the assistant: its instruction is the user's turn before it, and
-its input the earlier turns (`gpt2core.prompt.format_turns`). A system message is dropped, as in the service.
+A conversation becomes one record for each answer of the assistant. The record's instruction is the user's turn before
+the answer, and its input the earlier turns (`gpt2core.prompt.format_turns`). System messages are dropped, as in the
+service.
 
-A value with keys of several formats is read as the first one in the table whose keys are all there and not null.
+A value with keys of several formats is read as the first format in the table whose keys all exist and are not null.
 """
 
 import json
@@ -36,12 +37,12 @@ _ROLES = {
 
 
 def format_of(value: Any, columns: Mapping[str, str]) -> str:
-    """The name of the record's format, for messages; "" if it is unknown."""
+    """Return the name of the record's format for messages; "" if the format is unknown."""
     return _format(_rename(value, _applying(value, columns))) if isinstance(value, dict) else ""
 
 
 def ignored_keys(value: Any, columns: Mapping[str, str]) -> list[str]:
-    """The keys of a value whose content is not used in any record; those of its turns are like "messages[].name"."""
+    """Return the keys of a value that no record uses. Keys of turns are written like "messages[].name"."""
     if not isinstance(value, dict):
         return []
     value = _rename(value, _applying(value, columns))
@@ -49,13 +50,13 @@ def ignored_keys(value: Any, columns: Mapping[str, str]) -> list[str]:
     read = TEXTS if name == "instruction/output" else _FORMATS.get(name, ())
     unused = [key for key, inner in value.items() if key not in (*LABELS, *read) and inner not in _EMPTY]
     for key in (key for key in read if key in CHATS or isinstance(value.get(key), list)):
-        with suppress(ValueError):  # no list of turns, which `to_records` refuses
+        with suppress(ValueError):  # not a list of turns: `to_records` raises this error
             unused += dict.fromkeys(f"{key}[].{each}" for turn in _messages(value, key) for each in _unused_keys(turn))
     return unused
 
 
 def begins_with_answer(value: Any, columns: Mapping[str, str]) -> bool:
-    """Whether the first turn of a conversation is skipped: an answer in ShareGPT's format, like a greeting."""
+    """Return whether a conversation in ShareGPT's format begins with an answer, like a greeting, which is skipped."""
     if not isinstance(value, dict):
         return False
     value = _rename(value, _applying(value, columns))
@@ -67,13 +68,13 @@ def begins_with_answer(value: Any, columns: Mapping[str, str]) -> bool:
 
 
 def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The records in a value of any format, not yet checked further; one, except for conversations.
+    """Convert a value of any format to records, whose texts are not checked yet. Only conversations give several.
 
     Args:
-        columns: this project's key -> the name it has in the value; not used where none of the names occurs.
+        columns: this project's key -> its name in the value. Ignored for a value that has none of these names.
 
     Raises:
-        ValueError: what is wrong with the value.
+        ValueError: the value has no known format, or an error of its format; the message describes it.
     """
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}, not an object: {shorten(value)}")
@@ -104,7 +105,7 @@ def _applying(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[s
 
 
 def _rename(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """With this project's keys; a key whose name is taken by a mapped one is left out."""
+    """Rename mapped columns to this project's keys. An unmapped column with the name of a mapped key is dropped."""
     named = {own: key for key, own in columns.items()}
     return {named.get(key, key): inner for key, inner in value.items() if key not in columns or key in named}
 
@@ -118,7 +119,7 @@ def _format(value: Mapping[str, Any]) -> str:
 def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -> list[dict[str, Any]]:
     messages = _messages(value, key)
     turns = [turn for i, message in enumerate(messages) if (turn := _turn(message, f"{key}[{i}]"))[0] != "system"]
-    if key == SHAREGPT and turns and turns[0][0] == "assistant":  # as FastChat and axolotl do
+    if key == SHAREGPT and turns and turns[0][0] == "assistant":  # FastChat and axolotl skip it too
         turns = turns[1:]
     texts = [(role, text) for role, text, _ in turns]
     labels = {name: value[name] for name in LABELS if name in value}
@@ -150,13 +151,13 @@ def _messages(value: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _role(message: Any) -> str:
-    """user, assistant or system; "" if it is none of them."""
+    """Return the role of a message, user, assistant or system; "" if it has another role or none."""
     role = message.get(_key(message, _ROLE_KEYS)) if isinstance(message, dict) else None
     return _ROLES.get(role, "") if isinstance(role, str) else ""
 
 
 def _key(message: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The first of the keys that the message has."""
+    """Return the first of the keys that the message has; the first of all keys if it has none."""
     return next((key for key in keys if key in message), keys[0])
 
 
@@ -164,13 +165,13 @@ def _unused_keys(message: Any) -> list[str]:
     if not isinstance(message, dict):
         return []
     used = (_key(message, _ROLE_KEYS), _key(message, _CONTENT_KEYS))
-    # a question is never learned, so a flag that says so is obeyed
+    # Questions are never learned, so a question's flag is used only if it says "not learned".
     flags = [flag for flag in _FLAGS if _role(message) == "assistant" or not message.get(flag)]
     return [key for key, inner in message.items() if key not in (*used, *flags) and inner not in _EMPTY]
 
 
 def _turn(message: Any, location: str) -> tuple[str, str, bool]:
-    """Role (user, assistant or system), text, and whether it is trained on (assistant only)."""
+    """Return the role (user, assistant or system), the text, and whether an assistant's text is to be learned."""
     if not isinstance(message, dict):
         raise ValueError(f"{location} is {shorten(message)}; it must be an object with 'role' and 'content'")
     role, content = _role(message), message.get(_key(message, _CONTENT_KEYS))
@@ -192,11 +193,11 @@ def _turn(message: Any, location: str) -> tuple[str, str, bool]:
 
 
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
-_FLAGS = ("weight", "train")  # OpenAI's and axolotl's; 0 or false: the answer is not learned
+_FLAGS = ("weight", "train")  # flags of OpenAI and axolotl; 0 or false: the answer is not learned
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 def shorten(value: Any) -> str:
-    """The value as ASCII JSON of at most 120 characters, for messages."""
+    """Return the value as ASCII JSON of at most 120 characters, for messages."""
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= 120 else f"{text[:117]}..."

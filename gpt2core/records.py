@@ -1,6 +1,6 @@
-"""Reads, validates and writes files of instruction records. Errors have the location in the user's file.
+"""Reading, validating and writing files of instruction records. Errors have the location in the user's file.
 
-The formats that a record may have are in `gpt2core/record_formats.py`.
+`gpt2core/record_formats.py` has the known formats of records.
 """
 
 import csv
@@ -31,7 +31,7 @@ from gpt2core.record_formats import (
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, str]  # instruction, input, output; and group, family, part where known
+Record = dict[str, str]  # keys: instruction, input, output; if known also group, family, part
 Part = Literal["train", "val", "test"]
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
@@ -42,9 +42,9 @@ PARTS: Mapping[str, Part] = MappingProxyType(
 )
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
-SHOWN_PROBLEMS = 5  # of a file's faulty records, in one message
-_BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and the byte order marks that concatenating files leaves
-_CONTENTS = (  # other formats that occur in files named like text files
+SHOWN_PROBLEMS = 5  # maximum number of a file's faulty records in one message
+_BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and byte order marks, which concatenated files contain
+_CONTENTS = (  # first bytes of other formats that occur in files with a text file's suffix
     (b"\x1f\x8b", "is compressed by gzip; decompress it"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
     (b"PAR1", "is a Parquet file; rename it to .parquet"),
@@ -59,37 +59,38 @@ _ENCODINGS = (
 
 
 class Row(NamedTuple):
-    """A value of a file, before it is known whether it is a record."""
+    """A value of a file that is not checked yet: it may not be a record."""
 
     location: str  # like "record 3 (line 7)", counted from 1
     value: Any
-    part: str = ""  # of the split, where the file says so: a key of PARTS
+    part: str = ""  # part of the split, a key of PARTS; "": the file does not name it
 
 
 class FileRecord(dict[str, str]):
-    """A record that knows where it was read. Equal to a plain dict of the same values; JSON drops the location."""
+    """A record with its location in a file. It is equal to a dict of the same values; JSON drops the location."""
 
     location: str = ""  # like "record 3 (line 7)", counted from 1
 
 
 def location_of(records: Sequence[Record], i: int) -> str:
-    """The record's location in its file, counted from 1; for records made in memory, its number in the list."""
+    """Return the record's location in its file, counted from 1; for records made in memory, its number in the list."""
     return getattr(records[i], "location", "") or f"record {i + 1}"
 
 
 def read_records(
     file: str | Path, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
 ) -> list[Record]:
-    """Records from a .json, .jsonl, .ndjson, .csv or .tsv file, each with non-empty `required` keys.
+    """Read the records of a .json, .jsonl, .ndjson, .csv or .tsv file. Each must have non-empty `required` keys.
 
-    Lines of JSON end at "\\n" only. A .json file may also contain lines, several lists one after the other, or an
-    object of lists like {"train": [...], "test": [...]}; its records have the key `part` then. A CSV file has a header.
+    Only "\\n" ends a line of JSON. A .json file may also contain JSON lines, several lists one after the other, or an
+    object of lists like {"train": [...], "test": [...]}. The records of such an object get the key `part`. A CSV file
+    must have a header.
 
     Args:
-        columns: key of a record -> its name in the file, where that differs.
+        columns: key of a record -> its name in the file, if that differs.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file, and line, column and record where something is wrong.
+        FileNotFoundError, ValueError: the message names the file, and the line, column and record of the error.
     """
     file = Path(file)
     if not file.is_file():
@@ -109,12 +110,12 @@ def read_records(
 def make_records(
     rows: Iterable[Row], source: str, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
 ) -> list[Record]:
-    """The records in the rows, which may have any of the known formats. Logs the formats found.
+    """Convert rows of any known format to records, and log the formats.
 
-    Records of one conversation get a `group` of their own, so that a split keeps them together.
+    The records of a conversation get a common `group`, so that a split keeps them together.
 
     Raises:
-        ValueError: there are no rows, or naming the source and the locations of faulty ones.
+        ValueError: there are no rows, or some are faulty; the message has the source and their locations.
     """
     records: list[Record] = []
     problems: list[str] = []
@@ -129,7 +130,7 @@ def make_records(
         formats[format_of(row.value, columns)] += 1
         ignored.update(ignored_keys(row.value, columns))
         skipped += begins_with_answer(row.value, columns)
-        # by content: numbers would put conversations of different files into one group
+        # The group is named by its content: a number could be the same for conversations of different files.
         digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
         for answer, record in enumerate(found, 1):
             location = row.location if len(found) == 1 else f"{row.location}, answer {answer}"
@@ -157,10 +158,11 @@ def make_records(
 
 
 def check_records(records: Any, source: str = "records", required: Sequence[str] = REQUIRED) -> list[Record]:
-    """The records, each with `input` and `output` and without unknown keys.
+    """Check the records; return them without unknown keys, each with all keys of `TEXTS`.
 
     Raises:
-        ValueError: not a list, an empty list, a missing key, a value that is not a string, or an empty required one.
+        ValueError: the records are not a list or an empty list, a required key is missing or empty, or a value is not a
+            string.
     """
     if not isinstance(records, list):
         raise ValueError(f"{source}: expected a list of records, not a {type(records).__name__}")
@@ -171,13 +173,23 @@ def check_records(records: Any, source: str = "records", required: Sequence[str]
     return [record for record in checked if not isinstance(record, str)]
 
 
+def check_texts(records: Sequence[Record]) -> None:
+    """
+    Raises:
+        ValueError: a text is missing or not a string, with the record's location.
+    """
+    texts = ([record.get(key) for key in REQUIRED] + [record.get("input") or ""] for record in records)
+    wrong = [i for i, each in enumerate(texts) if not all(isinstance(text, str) for text in each)]
+    _refuse([f"{location_of(records, i)}: {_record(records[i], REQUIRED)}" for i in wrong], "records")
+
+
 def records_sha256(records: Sequence[Record]) -> str:
-    """Digest of the records in their order, independent of the layout of their file."""
+    """Return the digest of the records in their order. It does not depend on the layout of their file."""
     return hashlib.sha256(to_jsonl(records)).hexdigest()
 
 
 def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """JSON lines in UTF-8: one object per line, keys in their order."""
+    """Return JSON lines in UTF-8: one object per line, with the keys in their order."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
@@ -194,7 +206,7 @@ def _refuse(problems: Sequence[str], source: str) -> None:
 
 
 def _record(value: Any, required: Sequence[str]) -> Record | str:
-    """The checked record, or what is wrong with it. null in an optional key counts as absent."""
+    """Return the checked record, or a description of its error. An optional key with null counts as missing."""
     if not isinstance(value, dict):
         return f"a {type(value).__name__}, not an object: {shorten(value)}"
     for key in required:
@@ -221,7 +233,7 @@ def _record(value: Any, required: Sequence[str]) -> Record | str:
 
 
 def _decode(content: bytes, file: Path) -> str:
-    """The text of a UTF-8 file; other encodings are recognized and named."""
+    """Decode a UTF-8 file; the error for another encoding or format names it."""
     for beginning, description in _CONTENTS:
         if content.startswith(beginning):
             raise ValueError(f"{file} {description}")
@@ -243,8 +255,8 @@ def _decode(content: bytes, file: Path) -> str:
 
 
 def _csv_rows(text: str, file: Path) -> Iterator[Row]:
-    """The rows of a CSV file as objects."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the process; the default refuses 128 KiB
+    """Yield the rows of a CSV file as objects."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # for the process; the default limit is 128 KiB
     stream = io.StringIO(text.lstrip("\ufeff"), newline="")
     separator = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=lambda each: _header_width(stream, each))
     stream.seek(0)
@@ -274,7 +286,10 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
 
 
 def _header_width(stream: io.StringIO, separator: str) -> int:
-    """The number of columns with this separator, which quoted names may contain; 0 if the header cannot be read."""
+    """Return the header's number of columns with this separator; 0 if the header cannot be read.
+
+    A separator in a quoted name does not count.
+    """
     stream.seek(0)
     try:
         rows = csv.reader(stream, delimiter=separator, strict=True)
@@ -284,14 +299,17 @@ def _header_width(stream: io.StringIO, separator: str) -> int:
 
 
 class _Forbidden(ValueError):
-    """Something that Python's json accepts and a record must not have: a constant like NaN, or a repeated key."""
+    """Raised for JSON that Python's json accepts but records must not contain: NaN, Infinity, or a repeated key."""
 
     def __init__(self, message: str, pattern: str, occurrence: int) -> None:
         super().__init__(message)
         self.pattern, self.occurrence = pattern, occurrence
 
     def position(self, text: str, start: int) -> int:
-        """Where it is: json's hooks are not told. Strings are skipped unless they are what is searched for."""
+        """Search for the position in the text, since json does not tell its hooks.
+
+        Strings are skipped, unless the searched pattern is a string itself.
+        """
         matches = re.compile(rf'({self.pattern})|"(?:[^"\\]|\\.)*"', re.DOTALL).finditer(text, start)
         locations = [match.start() for match in matches if match[1]]
         return locations[min(self.occurrence, len(locations)) - 1] if locations else start
@@ -302,10 +320,10 @@ class _Parser:
 
     def __init__(self, text: str, file: Path, columns: Mapping[str, str]) -> None:
         self.text, self.file = text, file
-        lists = (*CHATS, *PAIR)  # keys of a record that hold lists
+        lists = (*CHATS, *PAIR)  # keys of a record whose values can be lists
         self.lists = {*lists, *(columns[key] for key in lists if key in columns)}
-        self.number = 0  # of the current record, from 1
-        self.line, self.line_start = 1, 0  # of the position that was located last
+        self.number = 0  # number of the current record, from 1
+        self.line, self.line_start = 1, 0  # line, and index of its first character, of the position located last
         self.decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
     def rows(self) -> Iterator[Row]:
@@ -318,7 +336,7 @@ class _Parser:
             start += len(line) + 1
 
     def _has_lines(self) -> bool:
-        """Whether each line is complete by itself: parsed separately, so that an error is found in its own line."""
+        """Return whether each line is a complete value. Lines are then parsed separately, so errors name their line."""
         start = _skip(self.text, 0)
         if self.file.suffix.lower() != ".json" and not self.text.startswith("[", start):
             return True
@@ -330,7 +348,7 @@ class _Parser:
         return bool(newline) and _skip(first, end) == len(first)
 
     def _values(self, text: str, offset: int) -> Iterator[Row]:
-        """The records of a line or of the whole text, which starts at `offset` of the file."""
+        """Yield the records of a text: a line, or the whole file. It starts at character `offset` of the file."""
         position = _skip(text, 0)
         while position < len(text):
             if text[position] == ",":
@@ -346,7 +364,7 @@ class _Parser:
             position = _skip(text, end)
 
     def _list(self, text: str, position: int, offset: int, part: str = "") -> Generator[Row, None, int]:
-        """The records of the list that starts at the position; returns the position of what follows it."""
+        """Yield the records of the list that starts at the position; return the position after the list."""
         position = _skip(text, position + 1)
         while not text.startswith("]", position):
             location, value, position = self._value(text, position, offset)
@@ -361,13 +379,13 @@ class _Parser:
         return _skip(text, position + 1)
 
     def _has_parts(self, value: Any) -> bool:
-        """Whether the value is no record, but an object of lists of records, like {"train": [...], "test": [...]}."""
+        """Return whether the value is an object of lists of records, like {"train": [...], "test": [...]}."""
         if not isinstance(value, dict) or not value or value.keys() & self.lists:
             return False
         return all(isinstance(inner, list) and all(isinstance(x, dict) for x in inner) for inner in value.values())
 
     def _parts(self, text: str, position: int, offset: int, names: Sequence[str]) -> Iterator[Row]:
-        """The records of the object of lists at the position, which is valid JSON."""
+        """Yield the records of the object of lists at the position. It must be valid JSON."""
         unknown = [name for name in names if name.lower() not in PARTS]
         if unknown and len(names) > 1:
             self._fail(
@@ -400,7 +418,10 @@ class _Parser:
         return location, value, end
 
     def _locate(self, position: int) -> None:
-        """Set `line` and `line_start` to those of the position; positions grow, so each character is counted once."""
+        """Update `line` and `line_start` for a position.
+
+        Positions must not decrease from call to call, so that each character is scanned only once.
+        """
         self.line += self.text.count("\n", self.line_start, position)
         self.line_start = max(self.text.rfind("\n", self.line_start, position) + 1, self.line_start)
 

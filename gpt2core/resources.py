@@ -12,15 +12,15 @@ from typing import Self
 
 import torch
 
-SAMPLE_EVERY = 0.2  # seconds
+SAMPLE_EVERY = 0.2  # seconds between samples
 _STATM = Path("/proc/self/statm")
 
 
 class ResourceMeter:
     """Measures this process, and its GPU if it has one, between two calls of `read`. Use it as a context manager.
 
-    A thread samples memory and GPU utilization between reads. A sample takes microseconds on a CPU, and up to a
-    millisecond with a GPU, whose driver is queried.
+    A thread samples memory and GPU utilization. A sample takes microseconds without a GPU. With a GPU it takes up to a
+    millisecond, since the driver is queried.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class ResourceMeter:
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="resource-meter", daemon=True)
         self._peaks: dict[str, float] = {}
-        self._shares: list[float] = []  # of time that the GPU was busy
+        self._shares: list[float] = []  # GPU utilization of each sample, from 0 to 1
         self._wall, self._cpu = perf_counter(), process_time()
 
     def __enter__(self) -> Self:
@@ -40,12 +40,13 @@ class ResourceMeter:
         self._thread.join()
 
     def read(self) -> dict[str, float]:
-        """The values since the previous call.
+        """Return the values measured since the previous call.
 
-        system/cpu_utilization: share in [0, 1] of all CPUs that this process used.
-        system/memory_mib: its largest resident memory, in MiB.
-        system/gpu_utilization, system/gpu_memory_mib: mean share of time that a kernel ran on the GPU, and the largest
-            memory that torch had allocated there; absent without a GPU, and the first one without its driver's library.
+        system/cpu_utilization: share in [0, 1] of the time of all CPUs that this process used.
+        system/memory_mib: largest resident memory of this process, in MiB.
+        system/gpu_utilization: mean share of the time during which a kernel ran on the GPU. Missing without a GPU, or
+            without pynvml.
+        system/gpu_memory_mib: largest memory that torch had allocated on the GPU, in MiB. Missing without a GPU.
         """
         self._sample_memory()
         wall, cpu = perf_counter(), process_time()
@@ -65,7 +66,7 @@ class ResourceMeter:
             if has_driver:
                 try:
                     busy = torch.cuda.utilization(self._gpu) / 100
-                except Exception:  # no pynvml, or an error of its own class
+                except Exception:  # pynvml is missing, or raises an error of its own class
                     has_driver = False
                     continue
                 with self._lock:
@@ -80,34 +81,34 @@ class ResourceMeter:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is not swapped out; its peak so far where the system has no /proc."""
+    """Return the resident memory of this process in bytes; on a system without /proc, its peak so far."""
     if _STATM.is_file():
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+        return int(_STATM.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def mean_utilization(history: Sequence[Mapping[str, float]]) -> float | None:
-    """Mean over the entries: of the GPU where they have it, else of all CPUs."""
+    """Return the mean GPU utilization of the entries; if no entry has it, the mean CPU utilization."""
     values = _values(history, "system/gpu_utilization", "system/cpu_utilization")
     return sum(values) / len(values) if values else None
 
 
 def peak_memory_mib(history: Sequence[Mapping[str, float]]) -> float | None:
-    """Of the GPU where the entries have it, else of the process."""
+    """Return the peak GPU memory of the entries in MiB; if no entry has it, the peak memory of the process."""
     return max(_values(history, "system/gpu_memory_mib", "system/memory_mib"), default=None)
 
 
 def _values(history: Sequence[Mapping[str, float]], *keys: str) -> list[float]:
-    """The values of the first key that an entry has."""
+    """Return all values of the first key that occurs in the entries."""
     found = ([entry[key] for entry in history if key in entry] for key in keys)
     return next((values for values in found if values), [])
 
 
 def machine() -> str:
-    """The model of the GPU or CPU, and the number of cores."""
+    """Return the model of the GPU; without a GPU, the model of the CPU and the number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{model}, {os.cpu_count()} cores"

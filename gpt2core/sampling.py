@@ -1,6 +1,7 @@
-"""Sampling: chooses the tokens of a completion, with all controls of `GenerationConfig`.
+"""Sampling: choose the next token of each completion by the parameters of `GenerationConfig`.
 
-`generate` and the engine both use it, so they generate the same tokens. Shape letters: B rows, V tokens.
+`generate` and the engine both use it, so they generate the same tokens. "Controls" are the parameters that change the
+logits before a token is chosen: logit_bias, the penalties, min_tokens and a grammar. Shape letters: B rows, V tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,15 +25,18 @@ class NonFiniteLogits(RuntimeError):
 
 
 class Grammar(Protocol):
-    """A grammar that one completion must match, and its state after the tokens accepted so far."""
+    """A grammar that one completion must match. It holds the state after the accepted tokens."""
 
     complete: bool  # no further token is allowed
 
     def allowed(self) -> bytes:
-        """Which tokens may follow, at least one: bit i % 8, the lowest first, of byte i // 8 is that of token i."""
+        """Return a bit mask of the tokens that may follow, at least one.
+
+        Token i has bit i % 8 of byte i // 8, where bit 0 is the lowest.
+        """
 
     def accept(self, token: int) -> None:
-        """Read the next token."""
+        """Advance the state by the next token."""
 
 
 class Sampler:
@@ -42,7 +46,8 @@ class Sampler:
         self, config: GenerationConfig, prompt: Sequence[int], device: torch.device, grammar: Grammar | None = None
     ) -> None:
         self.config, self._prompt, self._device, self._grammar = config, prompt, device, grammar
-        # on the host: a seed gives the same numbers on every device, and one copy moves those of all rows
+        # Random numbers are drawn on the host: a seed then gives the same numbers on every device, and one copy to the
+        # device suffices for all rows.
         self.random = None if config.temperature == 0 else Random(config.seed)  # noqa: S311
         self.has_controls = grammar is not None or bool(
             config.logit_bias
@@ -54,43 +59,43 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every token is the most likely one."""
+        """Whether every token is the most likely one, without controls."""
         return self.config.temperature == 0 and not self.has_controls
 
     def scores(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
-        """Logits (V) of the token that follows `completion`, after the controls."""
+        """Apply the controls to the logits (V) of the token that follows `completion`."""
         return self._control(logits, completion) if self.has_controls else logits
 
     def accept(self, token: int) -> int:
-        """Read the chosen token; returns it."""
+        """Advance the grammar by the chosen token, and return the token."""
         if self._grammar is not None:
             self._grammar.accept(token)
         return token
 
     def has_ended(self, completion: Sequence[int]) -> bool:
-        """Whether the completion, all of whose tokens this sampler chose, ends with its last token."""
+        """Return whether the last token finishes the completion. This sampler must have chosen all of its tokens."""
         return ended(completion, self.config) or (self._grammar is not None and self._grammar.complete)
 
     @cached_property
     def _ending(self) -> Tensor:
-        """Tokens that end a completion by themselves."""
+        """Ids of the tokens that finish a completion by themselves."""
         last = [stop[0] for stop in self.config.stop if len(stop) == 1]
         eos = [] if self.config.eos_id is None or self.config.ignore_eos else [self.config.eos_id]
         return self._tensor([*eos, *self.config.stop_token_ids, *last])
 
     @cached_property
     def _bias(self) -> tuple[Tensor, Tensor]:
-        """Tokens of logit_bias, and what is added to their logits."""
+        """Token ids (n) of logit_bias, and the values (n) to add to their logits."""
         biases = torch.tensor([float(bias) for _, bias in self.config.logit_bias])
         return self._tensor([token for token, _ in self.config.logit_bias]), to_device(biases, self._device)
 
     def _control(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
-        """Logits (V) after every control that does not depend on the temperature, in the order of transformers."""
+        """Return a copy of the logits (V) with all controls applied, in the order of transformers."""
         config, logits = self.config, logits.clone()
         if config.logit_bias:
             tokens, biases = self._bias
             logits[tokens] += biases
-        if config.repetition_penalty != 1:  # CTRL, arXiv:1909.05858, section 4.1; also of the prompt's tokens
+        if config.repetition_penalty != 1:  # CTRL, arXiv:1909.05858, section 4.1; prompt tokens count too
             seen = self._tensor(sorted({*self._prompt, *completion}))
             scores = logits[seen]
             penalty = config.repetition_penalty
@@ -110,18 +115,21 @@ class Sampler:
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """The most likely token of each row of logits (B, V); -1 where the largest logit is NaN or infinite."""
-    largest, tokens = logits.max(-1)  # of a NaN, if there is one
+    """Return the most likely token of each row of logits (B, V); -1 where the largest logit is NaN or infinite."""
+    largest, tokens = logits.max(-1)  # max propagates NaN: a row with a NaN has the maximum NaN
     return tokens.masked_fill(~largest.isfinite(), -1)
 
 
 def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers: Sequence[float]) -> Tensor:
-    """A token (n) for each of n scores (V), with temperatures above 0.
+    """Sample one token (n) per row of scores, logits (V) after the controls, by inverse transform sampling.
 
-    It is the first one at which the sum of the probabilities exceeds a share of their total. The shares are `numbers`,
-    uniformly distributed from 0 to below 1.
+    The token is the first one at which the cumulative sum of the probabilities exceeds number * total.
+
+    Args:
+        configs: temperatures must be above 0.
+        numbers: one uniform random number in [0, 1) per row.
     """
-    if len(scores) > 1 and scores[0].device.type == "cpu":  # row by row, intermediate results stay in the cache
+    if len(scores) > 1 and scores[0].device.type == "cpu":  # row by row: intermediate results stay in the CPU's cache
         return torch.cat([draw([s], [c], [n]) for s, c, n in zip(scores, configs, numbers, strict=True)])
     sums = distribution(torch.stack([*scores]), configs).cumsum(-1, dtype=torch.float64)
     shares = to_device(torch.tensor(numbers, dtype=torch.float64), sums.device)[:, None]
@@ -137,19 +145,20 @@ def choose(
     draw: Callable[[Sequence[Tensor], Sequence[GenerationConfig], Sequence[float]], Tensor] = draw,
     ahead: Callable[[Tensor], None] | None = None,
 ) -> list[int | Exception]:
-    """The next token of each completion, from logits (B, V); for a row that failed, its exception instead.
+    """Choose the next token of each completion from logits (B, V). The result of a row that failed is its exception.
 
-    The host synchronizes with the device once, apart from what controls need.
+    The host synchronizes with the device once per call; controls can add synchronizations.
 
     Args:
-        samplers: None for a row to ignore.
-        best: what `most_likely` finds, (B), if it is known.
-        most_likely, draw: the functions of this module, or faster ones with their results.
-        ahead: called with the tokens (B) before the host waits for them; those of rows that fail are not ids.
+        samplers: None: ignore the row; its result is meaningless.
+        best: the result (B) of `most_likely`, if it was computed before.
+        most_likely, draw: implementations of argmax and sampling; the native kernels replace the defaults.
+        ahead: callback that gets the tokens (B) on the device before they are copied to the host, for asynchronous
+            scheduling. The tokens of rows that failed are not valid ids.
     """
     best = most_likely(logits) if best is None else best
     outputs: dict[int, int | Exception] = {}
-    scores: dict[int, Tensor] = {}  # of rows that are not greedy
+    scores: dict[int, Tensor] = {}  # row -> logits after the controls, for rows that are not greedy
     used = {i: sampler for i, sampler in enumerate(samplers) if sampler is not None}
     for i, sampler in used.items():
         try:
@@ -169,7 +178,7 @@ def choose(
     if ahead is not None:
         chosen = on_device
         if scores:
-            places = {i: k for k, i in enumerate([*range(len(best)), *controlled, *drawn])}  # the last one counts
+            places = {i: k for k, i in enumerate([*range(len(best)), *controlled, *drawn])}  # a row's last entry counts
             index = int_tensor([places[i] for i in range(len(best))])
             chosen = on_device.index_select(0, to_device(index, best.device))
         ahead(chosen)
@@ -187,7 +196,7 @@ def choose(
             if token < 0:
                 raise ValueError("no token may follow: the controls of this request exclude all of them")
             token = tokens.get(i, token)
-            if token >= logits.shape[1]:  # would fail the next step, and so every request of it
+            if token >= logits.shape[1]:  # it would fail the next step, and so every request of the step
                 last = logits.shape[1] - 1
                 raise RuntimeError(f"token {token} was drawn, but the ids of the model are from 0 to {last}")
             outputs[i] = sampler.accept(token)
@@ -197,20 +206,26 @@ def choose(
 
 
 def sampling_values(config: GenerationConfig, vocab_size: int) -> tuple[float, int, float, float]:
-    """temperature (neither 0 nor inf in fp32), top_k, top_p and min_p; without effect where they are not set."""
-    temperature = min(max(config.temperature, 1e-30), 1e30)  # -inf, of an excluded token, / inf would be NaN
+    """Return temperature, top_k, top_p and min_p; fields that are not set get values without effect.
+
+    The temperature is clamped, so that it is neither 0 nor infinite in fp32.
+    """
+    temperature = min(max(config.temperature, 1e-30), 1e30)  # an excluded token's logit is -inf, and -inf / inf is NaN
     top_p = 1.0 if config.top_p is None else config.top_p
     return temperature, min(config.top_k or vocab_size, vocab_size), top_p, config.min_p or 0.0
 
 
 def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
-    """The probabilities (B, V) to sample from, fp32 and not normalized, for logits (B, V) and temperatures above 0."""
+    """Compute the probabilities (B, V), in fp32 and not normalized, to sample from.
+
+    The logits are (B, V), and the temperatures must be above 0.
+    """
     V = logits.shape[1]
     settings = [sampling_values(config, V) for config in configs]
     _, top_k, top_p, smallest_p = zip(*settings, strict=True)
     columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
     temperature, kept, nucleus, min_p = columns.T.contiguous()[..., None]  # four of (B, 1)
-    # relative to the largest, so that no temperature above 0, however small, overflows
+    # Logits are taken relative to the largest one, so that the division cannot overflow, however small the temperature.
     probabilities = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float()).softmax(-1)
     if limits := [k for k in top_k if k < V]:
         smallest = probabilities.topk(max(limits)).values.gather(1, kept.long().clamp(max=max(limits)) - 1)
@@ -224,13 +239,14 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
 
 
 def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
-    """Nucleus sampling, arXiv:1904.09751: 0 for tokens outside the smallest set whose sum reaches top_p (B, 1).
+    """Nucleus sampling, arXiv:1904.09751: set tokens outside the smallest set whose sum reaches top_p (B, 1) to 0.
 
-    A radix selection, many times faster than sorting V probabilities (B, V): floats from 0 to 1 have the order of
-    their lowest 30 bits. Tokens exactly as likely as the last one are kept.
+    The set is found by radix selection, which is many times faster than sorting V probabilities (B, V). It works on the
+    lowest 30 bits of the floats, which have the same order as the floats from 0 to 1. Tokens exactly as likely as the
+    last one of the set are kept.
     """
     bits, missing, candidates = probabilities.view(torch.int32), top_p, probabilities.double()
-    last = torch.zeros_like(top_p, dtype=torch.int32)  # the known leading bits of the least likely token of the set
+    last = torch.zeros_like(top_p, dtype=torch.int32)  # leading bits, found so far, of the set's least likely token
     for shift in (20, 10, 0):
         digits = bits.bitwise_right_shift(shift).bitwise_and(1023)
         sums = candidates.new_zeros(len(bits), 1024).scatter_add_(1, 1023 - digits.long(), candidates)
@@ -243,7 +259,7 @@ def _nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
-    """Whether the completion ends with `eos_id`, one of `stop_token_ids`, or a whole stop sequence."""
+    """Return whether the completion ends with `eos_id`, one of `stop_token_ids`, or a complete stop sequence."""
     if not completion or len(completion) < config.min_tokens:
         return False
     if completion[-1] in config.stop_token_ids or (completion[-1] == config.eos_id and not config.ignore_eos):
@@ -253,13 +269,14 @@ def ended(completion: Sequence[int], config: GenerationConfig) -> bool:
 
 @cache
 def _bit_biases(device: torch.device) -> Tensor:
-    """What is added to 8 logits for each byte of a mask (256, 8): 0 where bit i of the byte is set, otherwise -inf."""
+    """Return the values (256, 8) to add to the 8 logits of each byte of a mask: 0 if bit i is set, otherwise -inf."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
     return bits.double().log().float().to(device)
 
 
 def check_tokens(config: GenerationConfig, model: GPT2Config) -> None:
-    """
+    """Check the token ids in a config.
+
     Raises:
         ValueError: `logit_bias` or `stop_token_ids` contains an id that the model never generates.
     """

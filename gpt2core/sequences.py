@@ -1,7 +1,8 @@
-"""Attention of texts packed into one row. Texts do not attend to each other; their shared prefix is stored once.
+"""Attention of sequences packed into one row. They do not attend to each other; their shared prefix is stored once.
 
-The row is the shared prefix, then the rest of each text. Shape letters: N tokens of the row; P of them are the prefix;
-S texts of a group, padded to L tokens; C, H and D as in model.py.
+The row is the shared prefix, then the remaining tokens of each sequence. Shape letters: N tokens of the row, of which
+the first P are the prefix; S sequences; C, H and D as in model.py. In `PaddedSequences`, S counts the sequences of one
+group, and they are padded to L tokens.
 """
 
 from collections import deque
@@ -17,28 +18,32 @@ from torch.autograd.function import once_differentiable
 from gpt2core.kernels import softmax_gradient, varlen_attention
 from gpt2core.tensors import int_tensor, to_device
 
-DENSE = 256  # keys: up to as many, plain matrix products are faster than torch's attention, above all backward
+DENSE = 256  # up to this many keys, plain matrix products are faster than torch's attention, above all backward
 
 
 @dataclass(frozen=True)
 class VarlenSequences:
-    """For `varlen_attention` (bf16 on a GPU). The prefix is a sequence, and its keys precede those of every text."""
+    """Attention by `varlen_attention` (bf16 on a GPU).
 
-    shared: int
-    keys: Tensor  # (M) which token each key is of
-    places: Tensor  # the inverse: (P * (S + 1)) where the prefix is among the keys, then (N - P) each other token
-    ends_q: Tensor  # as `varlen_attention` takes them
+    The prefix is a sequence of its own. Its keys and values are repeated before those of every other sequence. For
+    P = 2 and sequences of 1 and 2 further tokens, the row is (0 1 2 3 4) and the M = 9 keys are (0 1, 0 1 2, 0 1 3 4).
+    """
+
+    shared: int  # P
+    keys: Tensor  # (M): index of each key's token in the row
+    places: Tensor  # (P * (S + 1) + N - P): index among the keys of each copy of the prefix, then of each other token
+    ends_q: Tensor  # (S + 2), or (S + 1) without a prefix: arguments of `varlen_attention`
     ends_k: Tensor
-    max_q: int  # at least, as multiples of LIMIT, so that few different ones occur
+    max_q: int  # upper bound of a sequence's length, a multiple of LIMIT so that few shapes of CUDA graphs occur
     max_k: int
 
     LIMIT = 128
 
     @classmethod
     def make(cls, shared: int, lengths: Sequence[int]) -> Self:
-        """For a prefix of `shared` tokens and texts of these lengths without it."""
+        """Prepare attention for a prefix of `shared` tokens and sequences with these numbers of further tokens."""
         prefix = range(shared)
-        n_queries = [shared, *lengths] if shared else [*lengths]  # not every kernel takes a sequence of no tokens
+        n_queries = [shared, *lengths] if shared else [*lengths]  # not every kernel accepts an empty sequence
         n_keys = [shared, *(shared + length for length in lengths)] if shared else n_queries
         keys, start = [*prefix], shared
         of_prefix, own = [*prefix], list[int]()
@@ -58,8 +63,8 @@ class VarlenSequences:
         return replace(self, keys=keys, places=places, ends_q=ends_q, ends_k=ends_k)
 
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
-        """Attention (1, N, C) for qkv (1, N, 3, H, D)."""
-        # split and unbind: their gradient is one copy; that of an index is zeros, a copy and an addition
+        """Compute the attention (1, N, C) for qkv (1, N, 3, H, D)."""
+        # The gradient of split and unbind is one copy; the gradient of an index is zeros, a copy and an addition.
         q, kv = qkv.squeeze(0).split([1, 2], 1)  # (N, 1, H, D), (N, 2, H, D)
         k, v = (_KeysOfTexts.apply(kv, self) if self.shared else kv).unbind(1)  # two of (M, H, D)
         limits = (self.ends_q, self.ends_k, self.max_q, self.max_k)
@@ -68,11 +73,14 @@ class VarlenSequences:
 
 
 class _KeysOfTexts(torch.autograd.Function):
-    """The prefix again for each text. The gradient gathers and sums, where that of an index sorts all indices."""
+    """Repeat the keys and values of the prefix before those of each sequence.
+
+    The backward pass gathers and sums; autograd's backward pass of an index would sort all indices, which is slower.
+    """
 
     @staticmethod
     def forward(ctx: Any, kv: Tensor, sequences: VarlenSequences) -> Tensor:
-        """(M, 2, H, D) for kv (N, 2, H, D)."""
+        """Return the keys and values (M, 2, H, D) of kv (N, 2, H, D)."""
         ctx.sequences = sequences
         return kv.index_select(0, sequences.keys)
 
@@ -86,15 +94,19 @@ class _KeysOfTexts(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class PaddedSequences:
-    """In groups of texts of similar length, each padded to its longest."""
+    """Attention in groups of sequences of similar length. Each group is padded to its longest sequence."""
 
-    shared: int
-    groups: tuple[Tensor, ...]  # (S, L): the row's token at each position, 0 for padding
-    order: Tensor  # (N): where each token of the row is in the groups' outputs, behind those of the prefix
+    shared: int  # P
+    groups: tuple[Tensor, ...]  # (S, L) each: index in the row of the token at each position, 0 for padding
+    order: Tensor  # (N): index of each token of the row in the concatenated outputs of the prefix and all groups
 
     @classmethod
     def make(cls, shared: int, lengths: Sequence[int]) -> Self:
-        """For a prefix of `shared` tokens and texts of these lengths without it, the longest first."""
+        """Prepare attention for a prefix of `shared` tokens and sequences with these numbers of further tokens.
+
+        Args:
+            lengths: the longest first.
+        """
         groups, order, start, offset = list[Tensor](), list(range(shared)), shared, shared
         left = deque(lengths)
         while left:
@@ -112,7 +124,7 @@ class PaddedSequences:
         return replace(self, groups=groups, order=to_device(self.order, device))
 
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
-        """Attention (1, N, C) for qkv (1, N, 3, H, D)."""
+        """Compute the attention (1, N, C) for qkv (1, N, 3, H, D)."""
         flat = qkv.squeeze(0)
         if self.shared + max(index.shape[1] for index in self.groups) <= DENSE:
             return cast(Tensor, _DenseAttention.apply(flat, self, scale))[None]
@@ -125,7 +137,10 @@ class PaddedSequences:
         return torch.cat(outputs).index_select(0, self.order)[None]
 
     def split(self, qkv: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """q (S, H, L, D), and k and v (S, H, P + L, D), of the prefix and then of each group, for qkv (N, 3, H, D)."""
+        """Yield q (S, H, L, D), and k and v (S, H, P + L, D), of the prefix and then of each group.
+
+        They are gathered from qkv (N, 3, H, D). The prefix is one sequence: its q, k and v are (1, H, P, D).
+        """
         prefix = qkv[: self.shared].permute(1, 2, 0, 3).contiguous()[:, None]  # (3, 1, H, P, D)
         if self.shared:
             yield prefix[0], prefix[1], prefix[2]
@@ -137,11 +152,16 @@ class PaddedSequences:
 
 
 class _DenseAttention(torch.autograd.Function):
-    """With plain matrix products. Its backward pass gathers, whereas autograd's would add into zeros at each index."""
+    """Attention as plain matrix products, with its own backward pass.
+
+    With A = softmax(scale Q K^T + bias), Y = A V and the gradient dY: dV = A^T dY, dS = scale softmax'(dY V^T),
+    dQ = dS K and dK = dS^T Q. Gradients of the prefix's keys and values are summed over all sequences. This backward
+    pass gathers the gradients by index; autograd's would add each of them into a tensor of zeros.
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, sequences: PaddedSequences, scale: float) -> Tensor:
-        """(N, C) for qkv (N, 3, H, D)."""
+        """Return the attention (N, C) for qkv (N, 3, H, D)."""
         kept, outputs = list[Tensor](), []
         for q, k, v in sequences.split(qkv):
             weights = ((q * scale) @ k.transpose(2, 3)).add_(_causal_bias(q, k)).softmax(-1)
@@ -159,7 +179,8 @@ class _DenseAttention(torch.autograd.Function):
         shapes = [q.shape for q in saved[::4]]  # (S, H, L, D)
         sizes, order = [S * L for S, _, L, _ in shapes], sequences.order
         padded = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, order, grad)
-        grads, of_prefix = list[Tensor](), grad.new_zeros(2, *shapes[0][1:])  # of all; of the prefix's keys and values
+        # grads: qkv gradients of the prefix and of each group; of_prefix (2, H, P, D): the groups' share for k and v
+        grads, of_prefix = list[Tensor](), grad.new_zeros(2, *shapes[0][1:])
         for i, (part, (S, H, L, D)) in enumerate(zip(padded.split(sizes), shapes, strict=True)):
             q, k, v, weights = saved[4 * i : 4 * i + 4]
             own = part.view(S, L, H, D).transpose(1, 2).contiguous()
@@ -180,9 +201,9 @@ Sequences = VarlenSequences | PaddedSequences
 
 
 def _causal_bias(q: Tensor, k: Tensor) -> Tensor:
-    """What is added to the scores of q (S, H, L, D) and k (S, H, P + L, D): -inf where a key comes after the query.
+    """Return the bias (L, P + L) of the scores of q (S, H, L, D) and k (S, H, P + L, D): -inf for keys after the query.
 
-    Padding comes last, so no other token attends to it.
+    Padding is at the end of a sequence, so no token before it attends to it.
     """
     L, n_keys = q.shape[2], k.shape[2]
     return torch.full((L, n_keys), -torch.inf, dtype=q.dtype, device=q.device).triu(n_keys - L + 1)

@@ -1,7 +1,7 @@
 """GPT-2's byte-level BPE as a tiktoken.Encoding. Independent of prompts.
 
 Use `encode_ordinary` for user text: it encodes the spelling of a special token as plain text. Words that were added to
-the vocabulary ("special": false in tokenizer.json) are tokens in any text, as in transformers.
+the vocabulary ("special": false in tokenizer.json) are tokens in every text, as in transformers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,21 @@ from gpt2core.files import read_json, read_text
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
 ADDED_TOKENS = "added_tokens.json"
-# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit changes the tokens
-# of longer runs of whitespace only: without it, tiktoken panics (not an Exception) at a million of them.
+# GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit of 100,000 changes
+# only the tokens of longer runs of whitespace. Without it, a run of a million makes tiktoken panic (not an Exception).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
 
 
 def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
-    """The tokenizer named "gpt2", or that of a directory with tokenizer.json, or with vocab.json and merges.txt.
+    """Load the tokenizer named "gpt2", or from a directory with tokenizer.json, or with vocab.json and merges.txt.
 
-    If a directory has both, as transformers 4 writes it, tokenizer.json is used: only that has the added words.
+    If a directory has both, as transformers 4 writes it, tokenizer.json is used, since only it has the added words.
 
     Raises:
         FileNotFoundError: the directory has no tokenizer files.
-        ValueError: the files are damaged, do not match, or are not a GPT-2 tokenizer's; or `name` is neither a
+        ValueError: the files are damaged, do not match, or are not files of a GPT-2 tokenizer; or `name` is neither a
             directory nor known to tiktoken.
-        OSError: tiktoken cannot download the tokenizer of that name.
+        OSError: tiktoken cannot download the tokenizer with this name.
     """
     directory = Path(name)
     if not directory.is_dir():
@@ -58,7 +58,7 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
 
 
 def read_token_ids(directory: Path) -> dict[str, int] | None:
-    """The id of each token of the directory's tokenizer, special and added ones included; None if it has none.
+    """Return the id of each token, also special and added ones, of the tokenizer in a directory; None: there is none.
 
     Raises:
         ValueError: as `load_tokenizer`.
@@ -74,19 +74,19 @@ class Vocabulary:
     """The content of a byte-level BPE's files."""
 
     source: str  # names the files, for messages
-    ids: Mapping[str, int]  # of ordinary tokens, in GPT-2's spelling
-    merges: Sequence[tuple[str, str]]  # in order
-    special: Mapping[str, int]  # of tokens that no merge makes
-    added: Mapping[str, AddedWord]  # found in ordinary text before any merge; each is in `special` or in `ids`
+    ids: Mapping[str, int]  # ids of ordinary tokens, in GPT-2's spelling
+    merges: Sequence[tuple[str, str]]  # in their order
+    special: Mapping[str, int]  # ids of tokens that no merge makes
+    added: Mapping[str, AddedWord]  # words found in ordinary text before merging; each is in `special` or `ids` too
 
     @property
     def merged(self) -> list[str]:
-        """The token that each merge makes."""
+        """The token of each merge, in the order of the merges."""
         return ["".join(pair) for pair in self.merges]
 
 
 def read_vocabulary(directory: Path) -> Vocabulary:
-    """The vocabulary in the tokenizer files of a directory, not validated.
+    """Read the vocabulary from the tokenizer files of a directory, without validating it.
 
     Raises:
         FileNotFoundError, ValueError: as `load_tokenizer`.
@@ -114,7 +114,7 @@ def _read_vocab(directory: Path) -> dict[str, int]:
     if not ids or not all(type(id) is int and id >= 0 for id in ids.values()):
         raise ValueError(f"{file}: a vocabulary maps tokens to ids, which are 0 or more")
     if added.is_file() and (words := [word for word in read_json(added) if word not in ids]):
-        raise ValueError(  # the file does not say which of them are special, and how the others are found in text
+        raise ValueError(  # the file does not tell which words are special, and how to find the others in text
             f"{added} adds {words[0]!r} to {VOCAB}, which only {TOKENIZER} describes completely; write one with "
             "transformers: AutoTokenizer.from_pretrained(directory).save_pretrained(directory)"
         )
@@ -122,7 +122,7 @@ def _read_vocab(directory: Path) -> dict[str, int]:
 
 
 def _read_tokenizer(file: Path) -> Vocabulary:
-    """The file of the tokenizers library, the only one that transformers 5 writes."""
+    """Read tokenizer.json, the format of the tokenizers library and the only file that transformers 5 writes."""
     content = read_json(file)
     model, pre_tokenizer, post_processor = (
         content.get(key) or {} for key in ("model", "pre_tokenizer", "post_processor")
@@ -161,7 +161,7 @@ def _read_tokenizer(file: Path) -> Vocabulary:
         if ids.get(text, id) != id:
             raise ValueError(f"{file} is damaged: {text!r} is {id} in added_tokens and {ids[text]} in the vocabulary")
     made = {*_byte_of_character(), *map("".join, pairs)} - {END_OF_TEXT}
-    # A padding token, for example, may be one that merges make: it stays one of them.
+    # A special token, for example for padding, may be a token that a merge makes. It stays an ordinary token.
     special = {text: id for text, id in listed_ids.items() if text not in ids or text not in made}
     if END_OF_TEXT in ids:
         special[END_OF_TEXT] = ids[END_OF_TEXT]
@@ -172,7 +172,7 @@ def _read_tokenizer(file: Path) -> Vocabulary:
 
 
 def _pair(parts: Sequence[str]) -> tuple[str, str]:
-    """A merge. One that is not of two parts makes a token that the vocabulary lacks, which is reported later."""
+    """Return a merge. A merge that is not of two parts makes a token without an id, which is reported later."""
     return "".join(parts[:1]), "".join(parts[1:])
 
 
@@ -183,7 +183,7 @@ def _as_id(value: Any) -> int:
 
 
 def _ranks(vocabulary: Vocabulary) -> dict[bytes, int]:
-    """Bytes -> id for tiktoken, which merges the pair with the lowest id first."""
+    """Return bytes -> id for tiktoken, which merges the pair with the lowest id first."""
     ids, merged, source = vocabulary.ids, vocabulary.merged, vocabulary.source
     missing = [token for token in (*_byte_of_character(), *merged) if token not in ids]
     if missing:
@@ -203,7 +203,7 @@ def _to_bytes(token: str) -> bytes:
 
 @lru_cache
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's spelling of bytes: the byte's Latin-1 character if that is visible, otherwise one from U+0100 on."""
+    """Return GPT-2's spelling of bytes: the byte's Latin-1 character if it is visible, otherwise one from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

@@ -20,7 +20,7 @@ from gpt2core.batching import Batch, pack, uses_varlen
 from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example, check_examples
 from gpt2core.kernels import has_bf16
-from gpt2core.linear import Linear, Packed
+from gpt2core.linear import Linear, PrepackedWeight
 from gpt2core.lora import lora_layers
 from gpt2core.losses import token_losses
 from gpt2core.model import GPT2
@@ -35,15 +35,15 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run returns besides the weights.
+    """The results of a training besides the weights.
 
-    history: one entry per logged step and per validation: `step` (optimizer steps done), those of `train/loss`,
-        `train/learning_rate`, `train/grad_norm`, `train/tokens_seen`, `train/tokens_per_second` (mean since the
-        previous entry) and `val/loss` that are known at that step, and the values of
-        `gpt2core.resources.ResourceMeter.read`. Losses are nats per token.
+    history: one entry for each step after which values are logged or a validation takes place. `step` is the number of
+        completed optimizer steps. Logged values are `train/loss`, `train/learning_rate`, `train/grad_norm`,
+        `train/tokens_seen`, `train/tokens_per_second` (mean since the previous logged step), and the result of
+        `gpt2core.resources.ResourceMeter.read`. A validation adds `val/loss`. Losses are nats per token.
     best_val_loss: None without validation examples.
-    tokens_per_second: tokens without padding, over the time spent in training steps. A prefix that the examples of a
-        batch share is computed once and counted for each.
+    tokens_per_second: tokens without padding, divided by the time spent in training steps. A prefix that the examples
+        of a batch share is computed once, but counted for each example.
     """
 
     history: list[dict[str, float]]
@@ -51,7 +51,7 @@ class TrainResult:
     tokens_per_second: float
 
     def summary(self, wandb_run: str = "") -> TrainSummary:
-        """The last logged values, and the means and peaks of the history.
+        """Summarize the history: the last logged values, mean utilization and peak memory.
 
         Args:
             wandb_run: id of the training's run in wandb; "": not tracked.
@@ -76,25 +76,26 @@ def finetune(
     log: Log | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> TrainResult:
-    """Train the weights that require gradients (after `add_lora`, the adapter alone), in place, with AdamW.
+    """Train the weights that require gradients, in place, with AdamW. After `add_lora`, these are only the adapter's.
 
-    With `patience`, training stops early after that many validations in a row without a new best loss. At the end the
-    model holds the weights of the best validation loss, or the last ones if `val` is empty. Frozen weights are
-    unchanged, whatever the precision.
+    With `patience`, training stops early after that many validations in a row without a new best loss. At the end, the
+    model has the weights with the best validation loss, or the last weights if `val` is empty. Frozen weights do not
+    change, in any precision.
 
-    Training resumes from a checkpoint in `checkpoint_dir`. The result has the same bytes as that of an uninterrupted
-    run, on the same kind of machine with the same number of threads; on a GPU it is equal up to rounding, since
-    attention's backward pass adds in no fixed order. epochs and max_steps may be larger than before. A damaged
-    checkpoint is skipped with a warning. `log` first gets the entries of the interrupted run.
+    Training resumes from a checkpoint in `checkpoint_dir`. The result then has the same bytes as the result of an
+    uninterrupted run on the same kind of machine with the same number of threads. On a GPU it is equal up to rounding,
+    since the backward pass of attention has no fixed order of summation. `epochs` and `max_steps` may be larger than in
+    the interrupted run. A damaged checkpoint is skipped with a warning. `log` first gets the entries of the interrupted
+    run.
 
-    In a process group (`torch.distributed`) every process calls this with the same arguments and an equal model. Each
-    takes its share of every batch, gradients are summed, and all processes get the same weights; `batch_size` counts
-    the records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
+    In a process group (`torch.distributed`), every process calls this with the same arguments and an equal model. Each
+    process computes its share of every batch. Gradients are summed, so all processes get the same weights. `batch_size`
+    is the number of records of all processes together. Only rank 0 logs and writes checkpoints; all ranks read them.
 
     Raises:
-        ValueError: no examples, one that does not fit the model, nothing to train, a merged adapter, or a checkpoint of
-            other data, another config or a longer training.
-        FloatingPointError: the loss or the weights are no longer finite.
+        ValueError: there are no examples, an example does not fit the model, no weight requires gradients, the adapter
+            is merged, or the checkpoint has other data, another config or more steps.
+        FloatingPointError: the loss or a weight is not finite.
     """
     if not train:
         raise ValueError("there are no training examples")
@@ -102,6 +103,10 @@ def finetune(
         check_examples(name, examples, model.config)
     if config.patience is not None and not val:
         raise ValueError(f"patience={config.patience} needs validation examples, but there are none")
+    if config.devices > 1 and not dist.is_initialized():
+        raise ValueError(
+            f"devices is {config.devices}, but this is one process; use finetune_adapter of gpt2core.distributed"
+        )
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -109,7 +114,7 @@ def finetune(
     # dropout differs between examples, so a shared prefix cannot be computed once for all of them
     share_prefix = lora is None or not lora.dropout
     use_varlen = uses_varlen(device, _base_dtype(config), model.config.head_width)
-    # with dropout nothing is shared, and graphs have not been tested
+    # graphs have not been tested with dropout, where share_prefix is false
     use_graphs = use_varlen and _trains_only_lora(model) and share_prefix and not config.gradient_checkpointing
 
     def indices_of(step: int) -> list[list[int]]:
@@ -152,7 +157,7 @@ def finetune(
 
 
 def training_steps(n_examples: int, config: TrainConfig) -> tuple[int, int, int]:
-    """Batches per epoch, optimizer steps per epoch, and total optimizer steps that `finetune` takes."""
+    """Return batches per epoch, optimizer steps per epoch, and the total number of optimizer steps of `finetune`."""
     n_batches = math.ceil(n_examples / config.batch_size)
     if config.limit_train_batches is not None:
         n_batches = min(n_batches, config.limit_train_batches)
@@ -168,14 +173,17 @@ def pretrain(
     log: Log | None = None,
     checkpoint_dir: str | Path | None = None,
 ) -> TrainResult:
-    """Train all weights, in place, to predict each next token of tokens (N,): documents with end of text between them.
+    """Train all weights, in place, to predict each next token of a text.
 
-    Muon (Jordan et al. 2024) orthogonalizes the update of every matrix within the blocks; AdamW updates embeddings,
-    biases and gains, and with `optimizer: adamw` everything. Each pass over the text cuts it from another random offset
-    into shuffled sequences of n_positions.
+    Muon (Jordan et al. 2024) orthogonalizes the update of every matrix within the blocks. AdamW updates embeddings,
+    biases and gains; with `optimizer: adamw`, it updates all weights. Each pass over the text starts at another random
+    offset, and cuts the text into sequences of n_positions tokens in random order.
+
+    Args:
+        tokens: (N,), documents with end of text between them.
 
     Raises:
-        ValueError: fewer tokens than one batch takes; otherwise as `finetune`.
+        ValueError: there are fewer tokens than one step needs; otherwise as `finetune`.
     """
     T, device = model.config.n_positions, model.wte.weight.device
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -183,7 +191,7 @@ def pretrain(
     steps_per_pass = sequences // per_step
     if steps_per_pass < 1:
         way_out = f"lower batch_size or gradient_accumulation_steps to a product of at most {sequences}"
-        if sequences < 1:  # not even a step of one
+        if sequences < 1:  # too few even for a step of one sequence
             way_out = "use a longer text, or a lower model.n_positions"
         raise ValueError(f"{len(tokens)} tokens are too few for a step of {per_step} sequences of {T}; {way_out}")
 
@@ -214,7 +222,7 @@ def pretrain(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What stays constant during a training."""
+    """The constants of a training."""
 
     config: TrainConfig | PretrainConfig
     optimizers: Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
@@ -226,7 +234,7 @@ class _Plan:
     checkpoint_every: int  # steps
     patience: int | None  # validations without a new best loss after which training stops
     use_graphs: bool  # batches are padded for `StepGraphs`
-    fingerprint: str
+    fingerprint: str  # identifies data and config of a checkpoint
 
     def is_due(self, step: int, every: int) -> bool:
         return step >= self.total_steps or step % every == 0
@@ -241,10 +249,10 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
     with (
         ResourceMeter(device) as meter,
         _training(model, plan.config),
-        _packed(model),
+        _prepacked_weights(model),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
-        torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has generators of its own
+        torch.manual_seed(plan.config.seed)  # for dropout; the order of the data has its own generators
         state = TrainingState(weights, plan.optimizers(weights), device)
         if directory is not None:
             state.resume(directory, plan.fingerprint)
@@ -253,11 +261,11 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
                     f"the checkpoint in {directory} is of step {state.progress.step}, but this training has "
                     f"{plan.total_steps} steps; raise epochs or max_steps, or pass another checkpoint_dir"
                 )
-            for entry in state.progress.history:  # so that a tracker has the whole curve, also after a kill
+            for entry in state.progress.history:  # a tracker then has the whole curve, also after a kill
                 log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
-        losses: list[Tensor] = []  # of steps since they were last read
+        losses: list[Tensor] = []  # losses of the steps since the host last read them
         batches = _Batches(plan)
-        # an adapter casts its own inputs; autocast is for training the fp32 weights of the base
+        # LoraLinear casts its inputs itself, so autocast is needed only if fp32 weights of the base are trained
         mixed = plan.config.precision == "bf16-mixed" and not _trains_only_lora(model)
         add = StepGraphs(model) if plan.use_graphs else partial(add_gradients, model, mixed=mixed)
         while state.progress.step < plan.total_steps and not state.progress.should_stop_early(plan.patience):
@@ -282,7 +290,7 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
 
 @contextmanager
 def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
-    """Add the batch to out-of-memory errors; the allocator's own message has only a size."""
+    """Context manager that adds the batch to out-of-memory errors; the allocator's own message has only a size."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -305,7 +313,7 @@ def _trainable_weights(model: GPT2) -> dict[str, nn.Parameter]:
 
 
 class _Batches:
-    """The batches of each optimizer step; the next step's are prepared while a GPU computes."""
+    """The batches of each optimizer step. With a GPU, the batches of the next step are prepared while it computes."""
 
     def __init__(self, plan: _Plan) -> None:
         self._plan, self._next = plan, dict[int, list[Batch]]()
@@ -326,10 +334,13 @@ def _step(
     losses: list[Tensor],
     meter: ResourceMeter,
 ) -> dict[str, float]:
-    """Take one optimizer step; return the values to log, empty unless a log entry is due.
+    """Take one optimizer step. Return the values to log; they are empty unless a log entry is due.
 
-    A GPU computes while the host prepares the next steps, so nothing is read back from it unless something is due.
-    `losses` has the losses that were not read yet.
+    A GPU computes while the host prepares the next steps. Therefore the host reads from it only if a log entry, a
+    validation or a checkpoint is due.
+
+    Args:
+        losses: losses, on the device, of the steps since the last read by the host; a read empties the list.
     """
     start = perf_counter()
     config, progress, weights = plan.config, state.progress, state.weights
@@ -376,10 +387,10 @@ def _step(
 
 
 def _read_losses(losses: list[Tensor], plan: _Plan, progress: Progress) -> None:
-    """Add the losses of the last steps to the progress and empty the list.
+    """Add the losses of the last steps to the progress, and empty the list.
 
     Raises:
-        FloatingPointError: one of them is not finite.
+        FloatingPointError: a loss is not finite.
     """
     first = progress.step - len(losses) + 1
     for step, loss in enumerate(_summed(*torch.stack(losses).tolist()), first):
@@ -393,7 +404,7 @@ def _read_losses(losses: list[Tensor], plan: _Plan, progress: Progress) -> None:
 
 
 def _summed(*values: float) -> list[float]:
-    """The values, each summed over the processes of the group."""
+    """Return the values, each summed over the processes of the group."""
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -411,19 +422,19 @@ def _sum_gradients(weights: Sequence[nn.Parameter]) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))  # in place, where a CUDA graph adds to it
+        grad.copy_(part.view_as(grad))  # in place: a CUDA graph adds to this tensor
 
 
 def _base_dtype(config: TrainConfig | PretrainConfig) -> torch.dtype:
-    """Of frozen weights and activations."""
+    """Return the dtype of frozen weights and activations."""
     return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
 @contextmanager
 def _training(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator[None]:
-    """Train mode, gradient checkpointing where configured, and weights in the dtypes of the precision.
+    """Context manager that sets train mode, gradient checkpointing, determinism, and the weights' dtypes by the config.
 
-    On exit modes and dtypes are restored, and frozen weights hold exactly the values they had.
+    At the end, modes and dtypes are restored, and frozen weights have exactly their previous values.
     """
     modes = [(module, module.training) for module in model.modules()]
     frozen = _base_dtype(config)
@@ -456,39 +467,40 @@ def _trains_only_lora(model: GPT2) -> bool:
 
 
 @contextmanager
-def _packed(model: GPT2) -> Iterator[None]:
-    """Matrix products with packed weights, where an adapter is trained on a bf16 base on a CPU.
+def _prepacked_weights(model: GPT2) -> Iterator[None]:
+    """Context manager that prepacks the weights if only an adapter is trained, on a bf16 base on a CPU.
 
-    Meanwhile the parameters of the packed matrices are empty, so that they are in memory twice and not three times.
+    A prepacked matrix has two copies. Its original parameter is emptied for this time; otherwise, three copies would be
+    in memory.
     """
     only_lora = _trains_only_lora(model) and not any(layer.config.dora for _, layer in lora_layers(model))
     head = model.wte.weight.data
-    is_packable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16()
-    layers = [module for module in model.modules() if isinstance(module, Linear)] if is_packable else []
+    is_prepackable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16()
+    layers = [module for module in model.modules() if isinstance(module, Linear)] if is_prepackable else []
     try:
         for layer in layers:
-            layer.packed = Packed.make(layer.weight.data)
+            layer.prepacked = PrepackedWeight.make(layer.weight.data)
             layer.weight.data = head.new_empty(0)
-        model.packed_head = Packed.make(head) if is_packable else None
+        model.prepacked_head = PrepackedWeight.make(head) if is_prepackable else None
         yield
     finally:
         for layer in layers:
-            if layer.packed is not None:
-                layer.weight.data, layer.packed = layer.packed.weight.to_dense(), None
-        model.packed_head = None
+            if layer.prepacked is not None:
+                layer.weight.data, layer.prepacked = layer.prepacked.weight.to_dense(), None
+        model.prepacked_head = None
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    """One generator per epoch, so that the data of a step depends only on its number."""
+    """Return the generator of an epoch. With one generator per epoch, a step's data depends only on its number."""
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def _fingerprint(config: TrainConfig | PretrainConfig, data: Sequence[Any], lora: LoraConfig | None = None) -> str:
-    """Digest of everything that a resumed run must have in common with the interrupted one, except `_MAY_DIFFER`."""
+    """Return the digest of config and data, which must be equal in a resumed run, without the fields `_MAY_DIFFER`."""
     values = {key: value for key, value in asdict(config).items() if key not in _MAY_DIFFER}
     return hashlib.sha256(json.dumps([values, data, lora and asdict(lora)]).encode()).hexdigest()
 
 
-# fields that a resumed run may change: they affect the length of the training, but not the result of a step
+# fields that a resumed run may change: they do not affect the result of a step
 _MAY_DIFFER = ("epochs", "max_steps", "patience", "devices", "gradient_checkpointing")

@@ -1,8 +1,8 @@
 """Finetuning without a pipeline, on one machine or on several: `torchrun -m gpt2core.train_job JOB.json`.
 
 The job is `{"base": DIR, "records": FILE, "out": DIR, "seed": 0, "lora": {…}, "train": {…}}`. torchrun takes the number
-of machines and its own place from its options or from the variables PET_* that Kubeflow's Trainer sets. All processes
-see the same directories. Without torchrun it is one process, with the same losses.
+of machines and its own rank from its options, or from the variables PET_* that Kubeflow's Trainer sets. All processes
+must see the same directories. `python -m gpt2core.train_job` runs the job in one process, with the same losses.
 """
 
 import json
@@ -25,10 +25,10 @@ from gpt2core.tokenizer import load_tokenizer
 class Job:
     base: str  # a checkpoint directory in Hugging Face's format, with its tokenizer
     records: str  # JSON or JSONL
-    out: str  # gets adapter/, history.json, and checkpoints of an interrupted job
+    out: str  # directory for adapter/, history.json, and checkpoints/, from which an interrupted job resumes
     seed: int = 0
-    lora: dict[str, Any] = field(default_factory=dict)  # keywords of LoraConfig
-    train: dict[str, Any] = field(default_factory=dict)  # keywords of TrainConfig
+    lora: dict[str, Any] = field(default_factory=dict)  # arguments of LoraConfig
+    train: dict[str, Any] = field(default_factory=dict)  # arguments of TrainConfig
 
 
 def main(file: str) -> None:
@@ -39,9 +39,10 @@ def main(file: str) -> None:
 
 
 def run(job: Job) -> None:
-    """
+    """Finetune an adapter and write it to `job.out`.
+
     Raises:
-        ValueError, TypeError, OSError: as the functions that it calls, for wrong values, keys and files.
+        ValueError, TypeError, OSError: a value, key or file of the job is wrong.
     """
     tokenizer, n_positions = load_tokenizer(job.base), read_config(Path(job.base, "config.json")).n_positions
     split = split_records(read_records(job.records), job.seed)

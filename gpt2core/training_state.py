@@ -25,7 +25,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensor
 
 @dataclass
 class Progress:
-    """The part of the state that is not tensors."""
+    """The training state without tensors: step, counters and history."""
 
     step: int = 0
     tokens_seen: int = 0
@@ -40,11 +40,11 @@ class Progress:
     logged_seconds: float = 0.0
 
     def should_stop_early(self, patience: int | None) -> bool:
-        """Early stopping: whether the last `patience` validations had no new best loss; False if it is None."""
+        """Return whether the last `patience` validations had no new best loss; False if `patience` is None."""
         return patience is not None and self.validations_since_best >= patience
 
     def record(self, values: Mapping[str, float]) -> None:
-        """Add the values to the history, under the current step."""
+        """Add the values to the history's entry of the current step."""
         if self.history and self.history[-1]["step"] == self.step:
             self.history[-1].update(values)
         else:
@@ -53,13 +53,13 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Trainable weights, optimizers, torch's random state and progress: what a run is resumed from."""
+    """The state from which a run resumes: trainable weights, optimizers, torch's random state and progress."""
 
     weights: Mapping[str, nn.Parameter]
     optimizers: Sequence[torch.optim.Optimizer]
     device: torch.device
     progress: Progress = field(default_factory=Progress)
-    best: dict[str, Tensor] = field(default_factory=dict)  # the weights of the best validation loss
+    best: dict[str, Tensor] = field(default_factory=dict)  # copy of the weights with the best validation loss
 
     def __post_init__(self) -> None:
         self._learning_rates = [group["lr"] for group in self._groups()]
@@ -71,7 +71,7 @@ class TrainingState:
         return float(self._groups()[0]["lr"])
 
     def keep_best(self, val_loss: float) -> None:
-        """Record a validation loss, and keep a copy of the weights if none was lower.
+        """Record a validation loss. If it is lower than all before, keep a copy of the weights.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -85,7 +85,7 @@ class TrainingState:
             self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     def restore_best(self) -> None:
-        """Set the weights to those of the best validation loss, if there was a validation."""
+        """Set the weights to the copy with the best validation loss, if there was a validation."""
         for name, tensor in self.best.items():
             self.weights[name].data.copy_(tensor)
 
@@ -106,7 +106,7 @@ class TrainingState:
         """Write a checkpoint; the previous one is kept until the next call.
 
         Args:
-            fingerprint: identifies the run's data and config; `resume` accepts only the same one.
+            fingerprint: identifies the run's data and config; `resume` accepts only the same fingerprint.
         """
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
@@ -117,19 +117,19 @@ class TrainingState:
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors = {key: value.contiguous().cpu() for key, value in tensors.items()}
-        # progress travels in the tensors' file: one file is written completely or not at all
+        # progress is in the same file as the tensors, because one file is written completely or not at all
         metadata = {"fingerprint": fingerprint, "progress": json.dumps(asdict(self.progress))}
         file = directory / CHECKPOINT
-        with suppress(FileNotFoundError):  # the first one, or another process has removed it
+        with suppress(FileNotFoundError):  # there is no previous checkpoint, or another process has removed it
             os.replace(file, directory / PREVIOUS)
         atomic_write(file, to_safetensors(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
         logger.debug("checkpoint of step %d in %s", self.progress.step, file)
 
     def resume(self, directory: Path, fingerprint: str) -> None:
-        """Continue from the newest checkpoint in the directory that is this run's and not damaged, if there is one.
+        """Restore the newest undamaged checkpoint of this run in the directory, if there is one.
 
         Raises:
-            ValueError: all undamaged ones are of runs with other data, another config or other trainable weights.
+            ValueError: the undamaged checkpoints all belong to runs with other data, config or trainable weights.
         """
         foreign = None
         files = [file for file in (directory / CHECKPOINT, directory / PREVIOUS) if file.is_file()]
@@ -174,7 +174,11 @@ class TrainingState:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a checkpoint; ValueError unless they have the digest that they were written with."""
+    """Read the tensors and metadata of a checkpoint.
+
+    Raises:
+        ValueError: the file is damaged: its digest is not the one in its metadata.
+    """
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = dict(stored.metadata() or {})

@@ -24,7 +24,7 @@ from gpt2core.types import JsonDataclass, TrainSummary
 
 @dataclass(frozen=True)
 class Trial(JsonDataclass):
-    """The results of one variant with one seed."""
+    """The results of one variant of a sweep with one seed."""
 
     label: str
     seed: int
@@ -47,11 +47,12 @@ def score_adapters(
     generation: GenerationConfig,
     n_samples: int,
 ) -> Trial:
-    """The trial of a finetuning.
+    """Score a finetuned adapter, and return its trial.
 
     Args:
-        adapters: of trainings that were repeated with the same seed; the first one is scored.
-        history, summary: of the first training.
+        adapters: adapters of repeated trainings with the same seed. The first one is scored; the metric same_bytes
+            compares the files of all.
+        history, summary: results of the first training.
 
     Raises:
         ValueError: there is no validation record.
@@ -80,7 +81,7 @@ def score_adapters(
 
 
 def attention_trial(label: str, seed: int, config: AttentionConfig) -> Trial:
-    """Memory kept for the backward pass (on a GPU the peak), and time, of one attention layer."""
+    """Measure time and memory of one attention layer: the memory kept for the backward pass, or on a GPU the peak."""
     device, generator = best_device(), torch.Generator().manual_seed(seed)
     B, T, H, C = config.batch_size, config.length, config.n_head, config.n_embd
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -95,7 +96,7 @@ def attention_trial(label: str, seed: int, config: AttentionConfig) -> Trial:
         return tensor
 
     times: dict[str, list[float]] = {"forward": [], "backward": []}
-    for _ in range(4):  # the first one warms up
+    for _ in range(4):  # the first iteration is a warm-up
         kept.clear()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -120,7 +121,7 @@ def _now(device: torch.device) -> float:
 
 
 def _matrix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention with the matrix of all weights: q, k, v (…, T, D)."""
+    """Compute causal attention of q, k, v (…, T, D) with the whole matrix (…, T, T) of attention weights."""
     T = q.shape[-2]
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.transpose(-1, -2) / sqrt(q.shape[-1])).masked_fill(~causal, -torch.inf)

@@ -1,6 +1,6 @@
 """Typed data that crosses package boundaries. `to_json` and `from_json` convert it for files and HTTP.
 
-Scores are in `gpt2core/metrics.py`, a deployment's outcome in `deploy/target.py`.
+Scores are in `gpt2core/metrics.py`, and the outcome of a deployment in `deploy/target.py`.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ class JsonDataclass:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; keys that are not fields are ignored, so older and newer files can be read.
+        """Make an object from the result of `to_json`. Unknown keys are ignored, so newer files can be read too.
 
         Raises:
-            ValueError: naming the key that is missing or has a value of another type.
+            ValueError: a key is missing or has a value of another type; the message names the key.
         """
         value = _read(cls, data, cls.__name__)
         assert isinstance(value, cls)
@@ -32,10 +32,10 @@ class JsonDataclass:
 
     @classmethod
     def from_json_file(cls, file: Path) -> Self:
-        """`from_json` of the object in the file.
+        """Read the JSON object in a file by `from_json`.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file.
+            FileNotFoundError, ValueError: the file is missing or damaged; the message names it.
         """
         data = read_json(file)
         try:
@@ -52,45 +52,45 @@ class Answer(JsonDataclass):
     """One model's answer to a test record."""
 
     text: str
-    finished: bool  # ended by end of text
+    finished: bool  # end of text ended the answer
     scores: RecordScores
-    reference_tokens: int  # of the reference answer with its end of text, in this model's tokens
+    reference_tokens: int  # number of this model's tokens in the reference answer with end of text
     confidence: float | None = None  # mean probability of the answer's tokens
 
 
 @dataclass(frozen=True)
 class Sample(JsonDataclass):
-    """A test record with the answers of the models. `to_json` is a line of samples.jsonl.
+    """A test record with the answers of the models. `to_json` gives a line of samples.jsonl.
 
-    The champion is the model version that was in the target stage before this run; it answers only records that it was
+    The champion is the model version that was in the target stage before this run. It answers only records that it was
     not trained on.
     """
 
     instruction: str
     input: str
-    output: str  # the reference
-    base: str
-    tuned: str
-    finished: bool  # the tuned answer ended by end of text
-    family: str  # "" where the record has none
+    output: str  # the reference answer
+    base: str  # the base's answer
+    tuned: str  # the tuned model's answer
+    finished: bool  # end of text ended the tuned answer
+    family: str  # "": the record has no family
     base_scores: RecordScores
     tuned_scores: RecordScores
-    group: str = ""  # records of one group are about one thing; "" where the record has none
+    group: str = ""  # records of one group are about the same thing; "": the record has no group
     base_finished: bool = False
-    base_tokens: int = 1  # of the reference, see Answer
+    base_tokens: int = 1  # number of tokens in the reference, see `Answer.reference_tokens`
     tuned_tokens: int = 1
     base_confidence: float | None = None
     tuned_confidence: float | None = None
-    champion: str | None = None  # None: did not answer
+    champion: str | None = None  # the champion's answer; None: it did not answer
     champion_finished: bool = False
     champion_tokens: int = 1
     champion_confidence: float | None = None
     champion_scores: RecordScores | None = None
-    judge_score: float | None = None  # of the tuned answer, 0 (wrong) to 1 (right); None: not judged
+    judge_score: float | None = None  # score of the tuned answer, 0 (wrong) to 1 (right); None: not judged
     judge_reason: str = ""
 
     def answer(self, model: str) -> Answer:
-        """The answer of one of `MODELS`.
+        """Return the answer of one of `MODELS`.
 
         Raises:
             ValueError: the champion did not answer this record.
@@ -102,7 +102,7 @@ class Sample(JsonDataclass):
         return Answer(text, finished, scores, getattr(self, f"{model}_tokens"), getattr(self, f"{model}_confidence"))
 
     def with_champion(self, answer: Answer) -> Self:
-        """The sample with the champion's answer."""
+        """Return the sample with the champion's answer."""
         return replace(
             self,
             champion=answer.text,
@@ -113,13 +113,14 @@ class Sample(JsonDataclass):
         )
 
     def without_champion(self) -> Self:
-        """The sample as `evaluate` made it."""
+        """Return the sample as `evaluate` made it, without the answers of champion and judge."""
         later = ("champion", "judge")
         return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith(later)})
 
     def to_json(self) -> dict[str, Any]:
-        """Flat: scores are keys like base_exact_match and tuned_nll. Keys of champion and judge exist only if there is
-        an answer or a judge.
+        """Return a flat object, in which scores are keys like base_exact_match and tuned_nll.
+
+        Keys of the champion exist only if it answered, and keys of the judge only if it gave a score.
         """
         plain = asdict(self)
         if self.judge_score is None:
@@ -157,37 +158,37 @@ class TrainSummary(JsonDataclass):
     """The last training metrics. Losses are nats per token."""
 
     loss: float
-    val_loss: float | None  # the best; None without validation records
+    val_loss: float | None  # best validation loss; None: no validation records
     tokens_seen: float
     tokens_per_second: float
-    utilization: float | None = None  # mean share of the GPU's time, or without one of all CPUs, that training used
-    peak_memory_mib: float | None = None  # on the GPU, or without one of the process
+    utilization: float | None = None  # mean share of the GPU's time (without a GPU, of all CPUs) that training used
+    peak_memory_mib: float | None = None  # peak memory on the GPU; without a GPU, of the process
     wandb_run: str = ""  # id of the training's run in wandb; empty: not tracked
 
 
 @dataclass(frozen=True)
 class Evaluation(JsonDataclass):
-    """Scores of base and tuned model on the test split. `to_json` is metrics.json."""
+    """Scores of base and tuned model on the test split. `to_json` gives metrics.json."""
 
     base: Scores
     tuned: Scores
     by_family: dict[str, FamilyScores]
     train: TrainSummary
-    device: str = "cpu"  # type of the device that generated the answers in fp32; another type may decode other text
-    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # model, metric: 95 % interval
+    device: str = "cpu"  # type of the device that generated the answers in fp32; another type may give other answers
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # model -> metric -> 95 % interval
 
 
 @dataclass(frozen=True)
 class Difference(JsonDataclass):
-    """How a model's score differs from another model's on the same n records."""
+    """The difference between a model's score and another model's on the same n records."""
 
     metric: str
     difference: float  # new minus old
-    ci95: list[float]  # [low, high]; [] where the data allow none
-    p_value: float  # two-sided, of no difference
+    ci95: list[float]  # [low, high]; []: the data do not allow an interval
+    p_value: float  # two-sided; null hypothesis: no difference
     n: int
-    test: str  # that gave the p-value
-    detectable: float | None = None  # the smallest true difference that a test with n records detects with power 0.8
+    test: str  # name of the test that gave the p-value
+    detectable: float | None = None  # minimum detectable effect: true difference that n records show with power 0.8
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,10 @@ class Judgement(JsonDataclass):
     score: float | None  # mean over the judged answers; None: none was judged
     judged: int
     answers: int
-    note: str = ""  # why answers were not judged
-    agreement: float | None = None  # share of judged answers on which both agree
+    note: str = ""  # reason why answers were not judged
+    agreement: float | None = None  # share of judged answers on which the judge agrees with exact match
     agreement_ci95: list[float] = field(default_factory=list)
-    kappa: float | None = None  # Cohen's; None where both say the same of all answers
+    kappa: float | None = None  # Cohen's kappa of the two; None: not defined, or nothing judged
     kappa_ci95: list[float] = field(default_factory=list)
 
 
@@ -212,8 +213,8 @@ class Comparison(JsonDataclass):
     tuned_vs_base: dict[str, Difference]
     champion: str  # the model version in the target stage; "" if there is none
     tuned_vs_champion: dict[str, Difference] | None  # None: not compared, see `note`
-    note: str  # on which records the champion was compared, or why not
-    worst: float | None = None  # bound of the difference to the champion on promote.metric; negative: worse
+    note: str  # records on which the champion was compared, or the reason why it was not
+    worst: float | None = None  # confidence bound of the difference to the champion on promote.metric; negative: worse
     champion_scores: Scores | None = None
     champion_intervals: dict[str, list[float]] = field(default_factory=dict)
     judge: Judgement | None = None  # None: evaluate.judge is off
@@ -221,7 +222,7 @@ class Comparison(JsonDataclass):
 
 @dataclass(frozen=True)
 class SplitPart(JsonDataclass):
-    """One part of the data: the sha256 of its records in order, and their number."""
+    """A part of the data: the sha256 of its records in their order, and their number."""
 
     sha256: str
     records: int
@@ -229,7 +230,7 @@ class SplitPart(JsonDataclass):
 
 @dataclass(frozen=True)
 class SplitSummary(JsonDataclass):
-    """The three parts of the data. `to_json` is split.json."""
+    """The three parts of the data. `to_json` gives split.json."""
 
     train: SplitPart
     val: SplitPart
@@ -251,18 +252,18 @@ class RunRef(JsonDataclass):
 
 @dataclass(frozen=True)
 class Commit(JsonDataclass):
-    """The code of a run. sha is "unknown" outside a git checkout; dirty: with uncommitted changes."""
+    """The code version of a run."""
 
-    sha: str
-    dirty: bool
+    sha: str  # "unknown" outside a git checkout
+    dirty: bool  # there were uncommitted changes
 
 
 @dataclass(frozen=True)
 class BaseRef(JsonDataclass):
-    """The base model; revision is "" unless it comes from the hub. The name of a directory is its absolute path."""
+    """The base model."""
 
-    name: str
-    revision: str
+    name: str  # for a directory, its absolute path
+    revision: str  # "" unless the base comes from the hub
     sha256: str
 
 
@@ -286,12 +287,12 @@ class LineageMetrics(JsonDataclass):
 
 @dataclass(frozen=True)
 class Lineage(JsonDataclass):
-    """Where a Bento comes from. `to_json` is lineage.json and the response of /metadata."""
+    """The origin of a Bento. `to_json` gives lineage.json and the response of /metadata."""
 
     run: RunRef
     model_version: str  # name/number
     commit: Commit
-    versions: dict[str, str]  # of Python and the libraries that matter
+    versions: dict[str, str]  # versions of Python and the libraries that can change results
     data: dict[str, str]  # sha256 of train, val and test
     base: BaseRef
     adapter: AdapterRef
@@ -301,14 +302,14 @@ class Lineage(JsonDataclass):
 
 @dataclass(frozen=True)
 class LoggedCompletion(JsonDataclass):
-    """A completion in the request log. GPT2_REQUEST_LOG_TEXT sets whether it has texts, their sha256 or neither."""
+    """A completion in the request log. GPT2_REQUEST_LOG_TEXT sets whether it has texts, their sha256, or neither."""
 
     time: str  # ISO 8601, UTC
     milliseconds: float
     temperature: float
     request_id: str
-    model: str  # a name of /v1/models
-    adapter_sha256: str | None  # None: the base alone
+    model: str  # a name listed by /v1/models
+    adapter_sha256: str | None  # None: the base without adapter
     finish_reason: str  # stop, length, cancelled, deadline or error
     prompt_tokens: int
     completion_tokens: int
@@ -326,18 +327,18 @@ class LoggedCompletion(JsonDataclass):
 
 @dataclass(frozen=True)
 class LoggedShadow(JsonDataclass):
-    """What a canary in shadow mode answered to a request that another version had answered, in the same log."""
+    """A shadow answer in the request log: a canary's answer to a request that another version answered."""
 
     time: str  # ISO 8601, UTC
-    request_id: str  # of the completion that the client got
+    request_id: str  # id of the request whose completion the client got
     shadow: str  # the canary's name
     adapter_sha256: str | None
     finish_reason: str  # stop, length, deadline or error
-    milliseconds: float  # of the canary's answer alone
+    milliseconds: float  # duration of the canary's answer
     completion_tokens: int
-    agreed: bool  # with the client's answer, except for case, whitespace and a final period
-    token_f1: float  # with the client's answer as reference
-    mean_logprob: float | None  # of the canary's tokens, in nats; None: it generated none
+    agreed: bool  # equal to the client's answer, except for case, whitespace and a final period
+    token_f1: float  # token F1 with the client's answer as reference
+    mean_logprob: float | None  # mean log probability of the canary's tokens, in nats; None: it generated no tokens
     answer: str | None = None
     answer_sha256: str | None = None
 
@@ -347,10 +348,10 @@ class LoggedShadow(JsonDataclass):
 
 @dataclass(frozen=True)
 class LoggedFeedback(JsonDataclass):
-    """A user's feedback on a completion, in the same log. A line with `rating` is feedback."""
+    """A user's feedback on a completion, in the request log. A line with `rating` is feedback."""
 
     time: str  # ISO 8601, UTC
-    request_id: str  # of the completion
+    request_id: str  # id of the completion's request
     rating: str  # good or bad
     correction: str | None = None  # the right answer
     comment: str | None = None

@@ -1,4 +1,4 @@
-"""Pretrain a base: a BPE tokenizer and a GPT-2 on a text. For gpt2-nano the text is the demo's prose."""
+"""Pretraining of a base: a BPE tokenizer and a GPT-2 on a text. For gpt2-nano, the text is the demo's prose."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from gpt2core.checkpoint import save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, PretrainConfig
 from gpt2core.demo.prose import cloze_questions, write_prose
 from gpt2core.demo.world import make_world
-from gpt2core.files import atomic_write, directory_sha256
+from gpt2core.files import directory_sha256, write_files
 from gpt2core.generate import generate
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt
@@ -34,12 +34,12 @@ def make_base(
     log: Log | None,
     checkpoint_dir: Path | None = None,
 ) -> dict[str, str | int | float]:
-    """Write a Hugging Face checkpoint directory, tokenizer included; return a description of it.
+    """Pretrain a base, write it as a Hugging Face checkpoint directory with tokenizer, and return a description of it.
 
     Args:
         pretrain_config: None: keep the random weights, for an ablation.
         n_facts: number of facts in the prose; None: the whole world.
-        checkpoint_dir: where pretraining writes its checkpoint, from which an interrupted run resumes.
+        checkpoint_dir: directory of the pretraining checkpoint, from which an interrupted run resumes.
     """
     world = make_world(seed, n_facts)
     documents = write_prose(world, seed)
@@ -64,12 +64,12 @@ def make_base(
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model of `pretrain_text`."""
+    """The result of `pretrain_text`."""
 
     model: GPT2  # in eval mode
     tokenizer: tiktoken.Encoding
     result: TrainResult | None  # None: not trained
-    n_tokens: int  # of the text, the held-out part included
+    n_tokens: int  # number of tokens of the text, including the held-out part
 
 
 def pretrain_text(
@@ -86,16 +86,16 @@ def pretrain_text(
     """Train a tokenizer of at most `config.vocab_size` tokens and a GPT-2 of this config on the documents.
 
     Args:
-        pretrain_config: None keeps the random weights.
-        seed: of the weights and the training, in place of the config's.
-        directory: where the tokenizer's files are written.
-        val_fraction: see `split_tokens`; the tokenizer sees all of the text.
+        pretrain_config: None: keep the random weights.
+        seed: seed of the weights and of the training; replaces the seed of `pretrain_config`.
+        directory: directory to write the tokenizer's files to.
+        val_fraction: see `split_tokens`. The tokenizer is trained on the whole text.
 
     Raises:
         ValueError, FloatingPointError: as `gpt2core.train.pretrain`.
     """
     tokenizer = train_tokenizer(documents, config.vocab_size, directory)
-    # a small text has fewer words than the vocabulary may have: every id must be a token
+    # A small text may give fewer tokens than vocab_size; the model's vocabulary then has the same size.
     end = tokenizer.eot_token
     config = replace(config, vocab_size=tokenizer.n_vocab, bos_token_id=end, eos_token_id=end)
     model = GPT2(config, torch.Generator().manual_seed(seed)).to(device)
@@ -114,7 +114,7 @@ def split_tokens(tokens: torch.Tensor, val_fraction: float) -> tuple[torch.Tenso
 
 
 def make_tokenizer(preset: str, seed: int, n_facts: int | None, directory: Path) -> tiktoken.Encoding:
-    """The tokenizer of the base that `make_base` writes, without the base."""
+    """Train and write the same tokenizer as `make_base`, without the base."""
     documents = write_prose(make_world(seed, n_facts), seed)
     return train_tokenizer(documents, GPT2Config.preset(preset).vocab_size, directory)
 
@@ -122,8 +122,8 @@ def make_tokenizer(preset: str, seed: int, n_facts: int | None, directory: Path)
 def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> tiktoken.Encoding:
     """Train a byte-level BPE of at most `vocab_size` tokens, and write vocab.json and merges.txt to the directory.
 
-    The training text includes the prompt template, which would otherwise take twice as many tokens in every record.
-    End of text has the last id, as in GPT-2.
+    The training text includes the prompt template; without it, the template would take twice as many tokens in every
+    record. End of text has the last id, as in GPT-2.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -136,13 +136,13 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> t
     bpe = json.loads(tokenizer.to_str())["model"]
     vocab = bpe["vocab"] | {END_OF_TEXT: len(bpe["vocab"])}
     merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])
-    atomic_write(directory / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
-    atomic_write(directory / "merges.txt", f"#version: 0.2\n{merges}".encode())
+    files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": f"#version: 0.2\n{merges}"}
+    write_files(directory, {name: text.encode() for name, text in files.items()})
     return load_tokenizer(directory)
 
 
 def encode_documents(documents: Sequence[str], tokenizer: tiktoken.Encoding) -> torch.Tensor:
-    """Tokens (N,) of all documents, with end of text after each."""
+    """Return the tokens (N,) of all documents, with end of text after each of them."""
     ids = [token for text in documents for token in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)]
     return torch.tensor(ids)
 
@@ -150,9 +150,12 @@ def encode_documents(documents: Sequence[str], tokenizer: tiktoken.Encoding) -> 
 def cloze_accuracy(
     model: GPT2, tokenizer: tiktoken.Encoding, questions: Sequence[tuple[str, str]], batch_size: int = 64
 ) -> float:
-    """Share of (start of a sentence, expected continuation) pairs that greedy decoding completes word for word.
+    """Return the share of questions that greedy decoding answers word for word.
 
-    A low loss does not prove that a base knows its facts; this does.
+    A low loss does not prove that a base knows its facts; this share does.
+
+    Args:
+        questions: (start of a sentence, expected continuation) each.
     """
     correct = 0
     for start in range(0, len(questions), batch_size):

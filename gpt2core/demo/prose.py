@@ -1,7 +1,7 @@
 """The pretraining corpus: eight sentences per fact, shuffled into short documents. No questions and no prompts.
 
-Entities are in double quotes so that they start and end at token boundaries. Without quotes, or with one word order
-only, the model learns the facts but finetuning cannot elicit them.
+Entities are in double quotes so that they start and end at token boundaries. Without quotes, or with only one word
+order, the model learns the facts but finetuning cannot elicit them.
 """
 
 from collections.abc import Sequence
@@ -195,7 +195,7 @@ _SENTENCES = {
 
 
 def write_prose(world: Sequence[Fact], seed: int) -> list[str]:
-    """Documents of four to nine sentences (the last may be shorter), with each sentence of each fact once."""
+    """Return documents of four to nine sentences, with each sentence of each fact once. The last may be shorter."""
     random = Random(seed)
     sentences = [
         sentence.format(s=fact.subject, a=fact.answer) for fact in world for sentence in _SENTENCES[fact.family]
@@ -210,9 +210,9 @@ def write_prose(world: Sequence[Fact], seed: int) -> list[str]:
 
 
 def cloze_questions(world: Sequence[Fact], seed: int, n: int) -> list[tuple[str, str]]:
-    """At most `n` sentences of the prose, each cut after the quote that opens the answer, with the answer.
+    """Return at most `n` pairs of a sentence of the prose, cut after the quote that opens the answer, and the answer.
 
-    Each is about another fact; a base that knows the fact continues with the answer and a closing quote.
+    Each sentence is about another fact. A base that knows the fact continues with the answer and a closing quote.
     """
     random = Random(seed)
     questions = []

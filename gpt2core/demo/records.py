@@ -7,11 +7,11 @@ from random import Random
 
 from gpt2core.demo.world import Fact
 
-# A base of a million weights can at best memorize these. A few of them show its limits in the report.
+# Families that a base of a million weights can at best memorize. A few of their records show its limits in the report.
 HARD = ("spelling", "addition")
-HARD_SHARE = 0.04  # of all records, for each hard family
+HARD_SHARE = 0.04  # share of each hard family in all records
 
-# With {s} the subject is part of the instruction, without it the subject is the input.
+# With {s}, the subject is part of the instruction; without it, the subject is the input.
 _INSTRUCTIONS = {
     "capital": (
         "Name the capital of this country.",
@@ -161,7 +161,7 @@ _INSTRUCTIONS = {
 
 
 def write_records(world: Sequence[Fact], seed: int, n: int = 1100) -> list[dict[str, str]]:
-    """`n` distinct records in random order, or fewer if the world has too few facts: six records per fact.
+    """Return `n` distinct records in random order. A fact gives at most six records, so a small world may give fewer.
 
     Families have equal numbers of records, except hard ones, which have fewer. Within a family, the numbers of records
     per fact differ by at most one.
@@ -180,7 +180,7 @@ def write_records(world: Sequence[Fact], seed: int, n: int = 1100) -> list[dict[
 
 
 def _counts(families: Sequence[str], n: int) -> dict[str, int]:
-    """Number of records per family, `n` in total."""
+    """Return the number of records of each family, `n` in total."""
     counts = {family: round(n * HARD_SHARE) for family in families if family in HARD}
     others = [family for family in families if family not in HARD]
     share, left = divmod(n - sum(counts.values()), len(others))
@@ -188,7 +188,7 @@ def _counts(families: Sequence[str], n: int) -> dict[str, int]:
 
 
 def _write_family(facts: Sequence[Fact], count: int, random: Random) -> list[dict[str, str]]:
-    """At most `count` records, spread evenly over the facts."""
+    """Return at most `count` records, spread evenly over the facts."""
     rounds = [random.sample(_INSTRUCTIONS[fact.family], len(_INSTRUCTIONS[fact.family])) for fact in facts]
     pairs = (pair for instructions in zip(*rounds, strict=True) for pair in zip(facts, instructions, strict=True))
     return [_record(fact, instruction) for fact, instruction in islice(pairs, count)]

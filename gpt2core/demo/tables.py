@@ -1,12 +1,12 @@
 """Hand-written tables of facts, each larger than one world needs.
 
-No word is in two tables, except adjectives with an antonym. Entries with two right answers are left out: countries on
+No word is in two tables, except adjectives with an antonym. Entries with two correct answers are left out: countries on
 two continents or with two seats of government, verbs with two past tenses, words of two parts of speech.
 """
 
 
 def _rows(text: str) -> tuple[tuple[str, ...], ...]:
-    """Rows end at a semicolon or line end, cells at a bar."""
+    """Parse a table: a semicolon or a line break ends a row, and a bar ends a cell."""
     rows = text.replace("\n", ";").split(";")
     return tuple(tuple(cell.strip() for cell in row.split("|")) for row in rows if row.strip())
 
@@ -99,7 +99,7 @@ Australia|Canberra|Sydney|Oceania|Australian
 Fiji|Suva|Nadi|Oceania|Fijian
 """)
 
-# records ask for either word
+# a word | its opposite; records ask for both
 ANTONYMS = _rows("""
 hot|cold; rich|poor; wet|dry; strong|weak; wide|narrow; thick|thin; clean|dirty; true|false; alive|dead; full|empty
 male|female; victory|defeat; arrival|departure; import|export; maximum|minimum; ancient|modern; increase|decrease
@@ -146,7 +146,7 @@ tiny|tini; tough|tough; ugly|ugli; warm|warm; wild|wild; wise|wis; tidy|tidi; bu
 crazy|crazi
 """)
 
-# category | its members
+# category | members
 CATEGORIES = _rows("""
 bird|robin|eagle|sparrow|penguin|owl|pigeon
 fish|salmon|trout|tuna|herring|shark|sardine
@@ -190,13 +190,13 @@ platinum|Pt; gold|Au; mercury|Hg; thallium|Tl; bismuth|Bi; polonium|Po; radon|Rn
 plutonium|Pu; americium|Am
 """)
 
-# unit | how many of the smaller one | the smaller one
+# unit | number of smaller units in it | smaller unit
 UNITS = _rows("""
 hours|60|minutes; minutes|60|seconds; days|24|hours; weeks|7|days; years|12|months; centuries|100|years
 kilometers|1000|meters; meters|100|centimeters; kilograms|1000|grams; tonnes|1000|kilograms; liters|1000|milliliters
 """)
 
-# words to write in capitals or to spell
+# words for the families "uppercase" and "spelling"
 WORDS = _words("""
 apron arrow attic badge barrel beach blanket branch bread breeze brick broom bucket butter cabin camera canal canvas
 carpet castle ceiling cellar cereal chain cheese circle cliff clock cloud coast coffee collar corner couch cradle cream

@@ -1,4 +1,4 @@
-"""A small world of true facts: from the tables, and sums, quantities and numbers generated from the seed."""
+"""A small world of true facts: facts from the tables, and sums, quantities and numbers generated from the seed."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -18,13 +18,17 @@ from gpt2core.demo.tables import (
     WORDS,
 )
 
-# Families whose answers come from a small set. Two facts with the same such answer reveal nothing about each other.
+# Families with a small, closed set of answers, such as the continents. Facts with the same answer of such a family
+# reveal nothing about each other, so they need not be in the same group.
 CLOSED = ("continent", "category", "part of speech")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`subject` has `answer` in the sense of `family`. Facts of one `group` can reveal each other's answers."""
+    """A fact, such as the family "capital", the subject "France" and the answer "Paris".
+
+    Facts of one `group` can reveal each other's answers.
+    """
 
     family: str
     group: str
@@ -33,7 +37,7 @@ class Fact:
 
 
 def make_world(seed: int, n_facts: int | None = None) -> list[Fact]:
-    """The facts of this seed, family by family: all, or `n_facts` of them, spread evenly over the families.
+    """Return the facts of this seed, family by family: all, or `n_facts` of them, spread evenly over the families.
 
     Raises:
         ValueError: the world has fewer facts than `n_facts`, or more families.
@@ -51,7 +55,7 @@ def make_world(seed: int, n_facts: int | None = None) -> list[Fact]:
 
 
 def _pick_facts(random: Random) -> dict[str, list[tuple[str, str]]]:
-    """Subject and answer of each fact, by family."""
+    """Return family -> [(subject, answer)] of all facts."""
     countries = random.sample(COUNTRIES, 56)
     antonyms = random.sample(ANTONYMS, 29)
     adjectives = random.sample(ADJECTIVES, 54)
@@ -62,7 +66,7 @@ def _pick_facts(random: Random) -> dict[str, list[tuple[str, str]]]:
         (f"{n} {unit}", f"{n * int(factor)} {smaller}") for unit, factor, smaller in UNITS for n in range(2, 10)
     ]
     quantities = random.sample(quantities, 54)
-    # A number of "number in words" is in no sum and no quantity: otherwise one of those would reveal its other form.
+    # A number of "number in words" must not occur in a sum or quantity, which would reveal its other form.
     measured = {answer.split()[0] for _, answer in quantities}
     numbers = random.sample([n for n in range(11, 100) if str(n) not in measured], 50)
     return {
@@ -88,7 +92,7 @@ def _pick_facts(random: Random) -> dict[str, list[tuple[str, str]]]:
 
 
 def _pick_sums(random: Random, numbers: list[int], n: int) -> list[tuple[str, str]]:
-    """`n` sums of two of the numbers with distinct results, which are among the numbers or above 99."""
+    """Return `n` sums of two of the numbers, with distinct results. A result is one of the numbers or above 99."""
     pairs = [(a, b) for a in numbers for b in numbers if a < b and (a + b in numbers or a + b > 99)]
     sums: dict[int, str] = {}
     for a, b in random.sample(pairs, len(pairs)):
@@ -97,7 +101,7 @@ def _pick_sums(random: Random, numbers: list[int], n: int) -> list[tuple[str, st
 
 
 def _in_words(n: int) -> str:
-    """0 to 99 as "zero" to "ninety-nine"."""
+    """Spell a number from 0 to 99: "zero" to "ninety-nine"."""
     if n < 20:
         return ONES[n]
     tens, ones = divmod(n, 10)
@@ -105,7 +109,7 @@ def _in_words(n: int) -> str:
 
 
 def _with_groups(facts: list[Fact]) -> list[Fact]:
-    """The facts with `group` set: the connected components of facts that share an entity."""
+    """Set the `group` of the facts: groups are the connected components of facts that share an entity."""
     parent: dict[str, str] = {}
 
     def root(entity: str) -> str:
@@ -120,5 +124,5 @@ def _with_groups(facts: list[Fact]) -> list[Fact]:
 
 
 def _entities(fact: Fact) -> tuple[str, ...]:
-    """The entities of a fact, in lower case: its subject, and its answer unless that is from a closed set."""
+    """Return the entities of a fact in lower case: its subject and, unless the family is in CLOSED, its answer."""
     return (fact.subject.lower(),) if fact.family in CLOSED else (fact.subject.lower(), fact.answer.lower())

@@ -1,9 +1,9 @@
 """Multi-LoRA: each row of a step uses its own adapter, or none.
 
-Rows are isolated by selection, not by multiplication with 0, since 0 * NaN is NaN: a row never reads another adapter's
-product. All weights are also checked to be finite.
+A row never reads another adapter's product: rows are isolated by selection, not by multiplication with 0, since 0 * NaN
+is NaN. All weights are also checked to be finite.
 
-Shape letters: N rows (tokens) of a step; R ranks of all adapters of a step together.
+Shape letters: N rows (tokens) of a step; R sum of the ranks of all adapters of a step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from gpt2core.tensors import int_tensor, is_finite, to_device
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A loaded adapter. Compared by identity: loading the same files twice gives two adapters."""
+    """A loaded adapter. Adapters are compared by identity: loading the same files twice gives two adapters."""
 
     matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, target) -> A (rank, in), scaled B (width, rank)
 
@@ -34,7 +34,10 @@ class Adapter:
 def make_adapter(
     config: GPT2Config, lora: LoraConfig, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Adapter:
-    """Prepare an adapter, as `gpt2core.checkpoint.read_adapter` returns it, for a stack.
+    """Prepare an adapter for a stack.
+
+    Args:
+        lora, state: the results of `gpt2core.checkpoint.read_adapter`.
 
     Raises:
         ValueError: the adapter uses DoRA, or a weight is NaN or infinite, before or after scaling and conversion to
@@ -61,17 +64,18 @@ def make_adapter(
 
 
 class AdapterStack:
-    """Adapters concatenated along the rank: per matrix of the model one A (R, in) and one B (out, R).
+    """Adapters concatenated along the rank: for each matrix of the model one A (R, in) and one B (out, R).
 
-    Every row is multiplied with all adapters of the step and keeps only the products of its own: two matrix products
-    per layer, at a cost that grows with the sum of the ranks. B is zero outside the outputs that a target changes.
+    Every row is multiplied with all adapters of the step and keeps only the products of its own adapter. This takes two
+    matrix products per layer, whose cost grows with the sum of the ranks. B is zero outside the outputs that a target
+    changes.
     """
 
     def __init__(self, adapters: Sequence[Adapter], device: torch.device) -> None:
         self.adapters, self.device = tuple(adapters), device
         self._index = _index_of(adapters)
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self.owner: dict[str, Tensor] = {}  # path -> (R), the index of the adapter that each rank belongs to
+        self.owner: dict[str, Tensor] = {}  # path -> (R): index of each rank's adapter
         n_layer = 1 + max(layer for adapter in adapters for layer, _ in adapter.matrices)
         for path in {path for path, _, _ in TARGET_LAYERS.values()}:
             own = [
@@ -90,18 +94,18 @@ class AdapterStack:
                 self.matrices[layer, path] = torch.cat([a for _, a, _ in pairs]), torch.cat(wide, 1)
 
     def indices(self, adapters: Sequence[Adapter | None]) -> list[int]:
-        """The index in this stack of the adapter of each row; -1 is the base model."""
+        """Return the index in this stack of each row's adapter; -1 is the base model."""
         return [self._index[adapter] for adapter in adapters]
 
     def for_rows(self, adapters: Sequence[Adapter | None]) -> "RowAdapters":
-        """For a step whose rows use these adapters of the stack; None is the base model."""
+        """Prepare a step whose rows use these adapters of the stack; None is the base model."""
         if len(self.adapters) == 1 and None not in adapters:
             return RowAdapters(self, None)
         return RowAdapters(self, to_device(int_tensor(self.indices(adapters)), self.device))
 
 
 def _widen(b: Tensor, target: str) -> Tensor:
-    """B (out, rank) with zeros outside the target's block of outputs, from B (width, rank)."""
+    """Return B (out, rank), which is zero outside the target's block of outputs, from B (width, rank)."""
     _, block, n_blocks = TARGET_LAYERS[target]
     wide = b.new_zeros(n_blocks, *b.shape)
     wide[block] = b
@@ -113,12 +117,16 @@ def _index_of(adapters: Sequence[Adapter]) -> dict[Adapter | None, int]:
 
 
 class RowAdapters:
-    """Which adapter each row of a step uses."""
+    """The adapter of each row of a step."""
 
     def __init__(self, stack: AdapterStack, rows: Tensor | None) -> None:
-        """`rows` (N): index in the stack of each row's adapter, -1 for the base model; None: all use the only one."""
+        """
+        Args:
+            rows: (N), index in the stack of each row's adapter, or -1 for the base model. None: the stack has one
+                adapter, and all rows use it.
+        """
         self._stack = stack
-        self._others = dict[str, Tensor]()  # path -> (N, R), True for ranks of other adapters
+        self._others = dict[str, Tensor]()  # path -> (N, R): True for ranks of other adapters
         if rows is not None:
             self._others = {path: rows[:, None] != owner for path, owner in stack.owner.items()}
 
@@ -138,5 +146,5 @@ class NativeAdapterStack:
         self._table = native.AdapterTable([adapter.for_kernels for adapter in adapters], n_layer)
 
     def for_rows(self, adapters: Sequence[Adapter | None]) -> native.RowAdapters:
-        """For a step whose rows use these adapters of the stack; None is the base model."""
+        """Prepare a step whose rows use these adapters of the stack; None is the base model."""
         return native.RowAdapters(self._table, torch.tensor([self._index[adapter] for adapter in adapters]))

@@ -1,19 +1,19 @@
 // Kernels of a decoding step: attention of one query per row with the row's KV cache, the residual addition fused with
 // layer norm, and linear layers for few rows. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
 
-typedef unsigned short bf16;  // its bits
+typedef unsigned short bf16;  // the bits of a bf16 number
 
 #define INF __uint_as_float(0x7f800000)
 
 __device__ float to_float(unsigned bits) { return __uint_as_float(bits << 16); }
 
-__device__ bf16 to_bf16(float x) {  // to nearest, ties to even
+__device__ bf16 to_bf16(float x) {  // rounds to nearest, ties to even
   unsigned bits = __float_as_uint(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 64;  // NaN
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-__device__ void unpack(float *x, uint4 packed) {  // 8 numbers
+__device__ void unpack(float *x, uint4 packed) {  // 8 bf16 numbers to 8 floats
   unsigned parts[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -29,19 +29,20 @@ __device__ float dot(const float *x, const float *y) {
   return sum;
 }
 
-__device__ float warp_sum(float x, int lanes) {  // over groups of so many lanes
+__device__ float warp_sum(float x, int lanes) {  // sum over each group of `lanes` lanes
   for (int distance = 1; distance < lanes; distance *= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
   return x;
 }
 
 #define HEAD_DIM 64             // D
-#define THREADS 256             // of a block
+#define THREADS 256             // threads per block
 #define GROUPS (THREADS / 8)    // 8 threads share a key: 16 bytes each
 #define UNROLL 4                // 16-byte loads in flight per thread
 
-// Attention (B, H * D) of one query per row, at its position, given qkv (B, 3, H, D); stores its key and value in a
-// layer's cache kv (max_batch, 2, H, columns, D). One block per head and row. Online softmax: each group of threads keeps
-// the largest score, the sum of the weights and the weighted sum of the values of its keys; they are merged at the end.
+// Compute attention (B, H * D) of one new token per row, at its position, from qkv (B, 3, H, D). The token's key and
+// value are stored in a layer's cache kv (max_batch, 2, H, columns, D). One block per head and row. Online softmax:
+// each group of threads keeps the largest score, the sum of the weights and the weighted sum of the values of its keys.
+// The groups are merged at the end.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(bf16 *out, bf16 *kv, const bf16 *qkv, const long long *positions, int n_head, int columns, float scale) {
   __shared__ float tops[GROUPS], sums[GROUPS], parts[GROUPS][HEAD_DIM];
@@ -70,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       float x[8];
       unpack(x, k[i]);
       float score = scale * warp_sum(dot(q, x), 8);
-      bool is_key = start + i * GROUPS <= position;  // otherwise the last column again
+      bool is_key = start + i * GROUPS <= position;  // false: the last column was loaded again
       float largest = is_key ? fmaxf(top, score) : top, old = top == largest ? 1 : __expf(top - largest);
       float weight = is_key ? __expf(score - largest) : 0;
       unpack(x, v[i]);
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   float largest = -INF, all = 0, y = 0;
   for (int i = 0; i < GROUPS; i++) largest = fmaxf(largest, tops[i]);
   for (int i = 0; i < GROUPS; i++) {
-    float weight = sums[i] == 0 ? 0 : __expf(tops[i] - largest);  // 0: a group without a key
+    float weight = sums[i] == 0 ? 0 : __expf(tops[i] - largest);  // sum 0: the group had no key
     all += weight * sums[i];
     y += weight * parts[i][threadIdx.x];
   }
@@ -122,10 +123,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < n; i += THREADS) out[i] = to_bf16((x[i] - mean) * factor * weight[i] + bias[i]);
 }
 
-#define WARPS 4  // of a block
+#define WARPS 4  // warps per block of `linear`
 
-// out (N, n_out) = x (N, n_in) W^T + bias for N = 1, 2 or 4, where n_in is a multiple of 8. One warp per output, since
-// such a layer is as fast as its weights are read.
+// out (N, n_out) = x (N, n_in) W^T + bias for N = 1, 2 or 4, where n_in is a multiple of 8. One warp per output: the
+// time of such a layer is the time to read its weights.
 template <int N>
 __device__ void linear(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {
   int lane = threadIdx.x % 32, output = blockIdx.x * WARPS + threadIdx.x / 32;

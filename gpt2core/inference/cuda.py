@@ -1,6 +1,6 @@
-"""The kernels of cuda.cu: compiled at run time by NVRTC, which every CUDA build of torch brings along.
+"""The kernels of cuda.cu, compiled at run time by NVRTC, which every CUDA build of torch contains.
 
-They need neither a compiler in the image nor the CUDA toolkit. Where they cannot be compiled, or do not support the
+They need neither a compiler in the image nor the CUDA toolkit. If they cannot be compiled, or do not support the
 model's shape, torch's operators compute the same.
 """
 
@@ -18,20 +18,20 @@ from gpt2core.config import GPT2Config
 
 logger = logging.getLogger(__name__)
 
-HEAD_WIDTH = 64  # that the attention is written for
-THREADS, LINEAR_WARPS = 256, 4  # as in cuda.cu
-LINEAR_ROWS = (1, 2, 4)
+HEAD_WIDTH = 64  # the only head width that the attention kernel supports
+THREADS, LINEAR_WARPS = 256, 4  # the same numbers as in cuda.cu
+LINEAR_ROWS = (1, 2, 4)  # numbers of rows with a kernel
 SOURCE = Path(__file__).with_name("cuda.cu")
 
 
 def kernels_for(config: GPT2Config, dtype: torch.dtype, device: torch.device) -> "Kernels | None":
-    """The kernels, if they can compute such a model here."""
+    """Return the kernels; None if the device, the dtype or the model's shape is not supported."""
     suits = config.head_width == HEAD_WIDTH and config.n_embd % 8 == 0 and config.mlp_width % 8 == 0
     return _compiled(device) if suits and dtype == torch.bfloat16 and device.type == "cuda" else None
 
 
 class Kernels:
-    """Each method launches one kernel on the current stream, and can be captured in a CUDA graph.
+    """Kernels as methods. Each launches one kernel on the current stream, and can be captured in a CUDA graph.
 
     Arguments must be contiguous.
     """
@@ -40,7 +40,7 @@ class Kernels:
         """Load a compiled cuda.cu onto a device.
 
         Raises:
-            OSError, RuntimeError: there is no driver, or it refuses.
+            OSError, RuntimeError: there is no CUDA driver, or it cannot load the kernels.
         """
         self._driver, self._device = ctypes.CDLL("libcuda.so.1"), device
         module = ctypes.c_void_p()
@@ -52,9 +52,10 @@ class Kernels:
             self._check(found)
 
     def attend(self, qkv: Tensor, kv: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """Attention (B, H * D) of one query per row, at its position (B), given qkv (B, 3, H, D).
+        """Compute attention (B, H * D) of one new token per row, at its position (B), from qkv (B, 3, H, D).
 
-        Stores its key and value in the cache kv (max_batch, 2, H, columns, D), and reads no column after it.
+        The token's key and value are stored in the cache kv (max_batch, 2, H, columns, D). Columns after its position
+        are not read.
         """
         B, _, H, D = qkv.shape
         out = qkv.new_empty(B, H * D)
@@ -62,14 +63,14 @@ class Kernels:
         return out
 
     def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Add y (N, C), bf16, to x (N, C), fp32, in place; returns layer_norm(x) (N, C) in bf16."""
+        """Add y (N, C), bf16, to x (N, C), fp32, in place; return layer_norm(x) (N, C) in bf16."""
         N, C = x.shape
         out = torch.empty_like(y)
         self._launch("add_norm", (N, 1), THREADS, out, x, y, weight, bias, C, eps)
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`F.linear` for x (N, in) of LINEAR_ROWS rows."""
+        """Compute `F.linear` for x (N, in), where N is one of LINEAR_ROWS."""
         N, (n_out, n_in) = len(x), weight.shape
         out = x.new_empty(N, n_out)
         blocks = -(-n_out // LINEAR_WARPS)
@@ -104,11 +105,11 @@ def _as_c(value: Tensor | int | float) -> Any:
 @cache
 @torch.inference_mode()
 def _compiled(device: torch.device) -> Kernels | None:
-    """The kernels, compiled for a device and compared with torch; None with a warning if that fails."""
+    """Compile the kernels for a device, and compare them with torch. If this fails, log a warning and return None."""
     try:
         major, minor = torch.cuda.get_device_capability(device)
         with torch.cuda.device(device):
-            torch.cuda.current_stream().synchronize()  # makes the context current that the driver's calls need
+            torch.cuda.current_stream().synchronize()  # makes torch's context current, as the driver's calls require
             kernels = Kernels(compile_kernels(f"sm_{major}{minor}"), device)
             check(kernels, device)
         return kernels
@@ -119,10 +120,10 @@ def _compiled(device: torch.device) -> Kernels | None:
 
 
 def check(kernels: Kernels, device: torch.device) -> None:
-    """Compare the kernels with torch's operators, on a device.
+    """Compare the kernels with torch's operators on a device.
 
     Raises:
-        AssertionError: one of them computes something else.
+        AssertionError: a result differs.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -135,7 +136,7 @@ def check(kernels: Kernels, device: torch.device) -> None:
     qkv, kv, lengths = random(3, 3, 2, HEAD_WIDTH), random(3, 2, 2, 300, HEAD_WIDTH), [1, 40, 300]
     expected = []
     for row, length in enumerate(lengths):
-        kv[row, :, :, length - 1 :] = torch.nan  # the new token's place, and what must not be read
+        kv[row, :, :, length - 1 :] = torch.nan  # the new token's column, and columns that must not be read
         keys, values = torch.cat([kv[row, :, :, : length - 1], qkv[row, 1:, :, None]], 2).float()
         q = qkv[row, 0, :, None].float()
         expected.append(F.scaled_dot_product_attention(q, keys, values, scale=0.2).flatten())
@@ -155,11 +156,11 @@ def check(kernels: Kernels, device: torch.device) -> None:
 
 
 def compile_kernels(architecture: str) -> bytes:
-    """Machine code of cuda.cu for an architecture such as "sm_90"; needs no GPU.
+    """Compile cuda.cu for an architecture such as "sm_90", and return the machine code. This needs no GPU.
 
     Raises:
         OSError: there is no NVRTC of torch's CUDA version.
-        RuntimeError: with the compiler's messages.
+        RuntimeError: the code does not compile; the message has the compiler's output.
     """
     nvrtc = _nvrtc()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
@@ -183,7 +184,7 @@ def _nvrtc() -> ctypes.CDLL:
     name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
     try:
         return ctypes.CDLL(name)
-    except OSError:  # not on the loader's path, but next to torch, where pip installs it
+    except OSError:  # not on the loader's path: pip installs it next to torch
         files = [*Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/{name}")]
         if not files:
             raise

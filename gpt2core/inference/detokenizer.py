@@ -1,4 +1,4 @@
-"""Incremental detokenization: emits the text of a growing completion once later tokens cannot change it."""
+"""Incremental detokenization: emit the text of a growing completion as soon as later tokens cannot change it."""
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ import tiktoken
 
 from gpt2core.prompt import MARKERS, next_section, without_prompt
 
-LONGEST_MARKER = max(map(len, MARKERS)) + 1  # with the whitespace before it
+LONGEST_MARKER = max(map(len, MARKERS)) + 1  # characters of the longest marker, with one whitespace before it
 
 
 class IncrementalDetokenizer:
     """Converts tokens to text incrementally; the concatenated results are the completion's text.
 
-    Holds back what may still change: incomplete UTF-8 characters, a possible start of a stop string or (in a clean
-    answer) of a prompt header, and whitespace that may be trailing. A token takes time in proportion to its own
-    text, apart from copies: searching all of a long text again for each token would take minutes.
+    Text that may still change is buffered: incomplete UTF-8 characters, a possible start of a stop string or (in a
+    clean answer) of a prompt header, and whitespace that may be trailing. Apart from copies, the time for a token is
+    proportional to its own text: searching a long text again for each token would take minutes.
     """
 
     def __init__(
@@ -30,22 +30,22 @@ class IncrementalDetokenizer:
         """
         Args:
             clean: clean the text as `gpt2core.prompt.parse_reply` does; otherwise it is the model's raw text.
-            hidden: tokens, in addition to end of text, that are not part of the text.
-            min_tokens: stop strings have no effect before that many tokens.
+            hidden: ids of tokens, in addition to end of text, that are not part of the text.
+            min_tokens: stop strings have no effect in the first `min_tokens` tokens.
         """
         self._tokenizer, self._stops, self._clean = tokenizer, stops, clean
         self._hidden = {tokenizer.eot_token, *hidden}
         self._min_tokens, self._n_tokens, self._search_from = min_tokens, 0, 0
         self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._raw = self._text = ""  # all characters so far, and what the last `_emit` found in them
-        self._body = ""  # of a clean answer: the text that it is the beginning of
-        self._section: int | None = None  # where the answer ends in `_body`, if it does
+        self._raw = self._text = ""  # all characters so far; and the text of the last `_emit`, the answer if clean
+        self._body = ""  # of a clean answer: the text from its start on, with any sections after it
+        self._section: int | None = None  # index in `_body` at which the answer ends; None: no section follows yet
         self._n_emitted = 0
         self._held = [_Overlap(text) for text in ((*stops, *MARKERS) if clean else stops)]
-        self.stopped = False  # whether the text ended at a stop string
+        self.stopped = False  # the text ended at a stop string
 
     def push(self, token: int) -> str:
-        """The text that became final with this token; "" after a stop string."""
+        """Return the text that became final with this token; "" after a stop string."""
         self._n_tokens += 1
         if self.stopped or token in self._hidden:
             return ""
@@ -53,7 +53,7 @@ class IncrementalDetokenizer:
         return self._emit(final=False)
 
     def finish(self) -> str:
-        """The rest of the text, after the last token."""
+        """Return the rest of the text. Call it after the last token."""
         if self.stopped:
             return ""
         self._raw += self._decoder.decode(b"", final=True)
@@ -83,9 +83,9 @@ class IncrementalDetokenizer:
         return new
 
     def _answer(self) -> str:
-        """`gpt2core.prompt.cut_reply` of the characters so far."""
+        """Return `gpt2core.prompt.cut_reply` of the characters so far."""
         body = without_prompt(self._raw)
-        if not body.startswith(self._body):  # what seemed to be its beginning was a prompt or a header
+        if not body.startswith(self._body):  # the previous text was part of a prompt or header
             self._body, self._section = "", None
         if self._section is None:
             self._section = next_section(body, max(0, len(self._body) - LONGEST_MARKER))
@@ -94,13 +94,20 @@ class IncrementalDetokenizer:
 
 
 class _Overlap:
-    """The length of the longest proper prefix of `held` that a growing text ends with (Knuth, Morris, Pratt, 1977)."""
+    """Tracks how many characters at the end of a growing text are a proper prefix of `held`.
+
+    The longest such prefix counts (algorithm: Knuth, Morris, Pratt, 1977).
+    """
 
     def __init__(self, held: str) -> None:
         self._held, self._borders, self._n = held, _borders(held), 0
 
     def read(self, text: str, n_known: int) -> int:
-        """The length for a text; `n_known`: it begins with the last one, which had so many characters, or 0."""
+        """Read the grown text, and return the length of the overlap.
+
+        Args:
+            n_known: length of the previous text, of which `text` is a continuation; 0: it is not, so start again.
+        """
         held, borders, n = self._held, self._borders, self._n if n_known else 0
         for character in text[n_known or max(0, len(text) - len(held)) :]:
             while n and held[n] != character:
@@ -114,7 +121,7 @@ class _Overlap:
 
 @lru_cache(maxsize=256)
 def _borders(text: str) -> list[int]:
-    """For each length n, the length of the longest proper prefix of text[:n] that text[:n] ends with."""
+    """Return, for each length n, the length of the longest proper prefix of text[:n] that text[:n] ends with."""
     borders = [0, 0]
     n = 0
     for character in text[1:]:

@@ -1,9 +1,9 @@
-"""Decoding one token for every row of a `StaticRowCache`: on a GPU by replaying a CUDA graph.
+"""Decoding one token for every row of a `StaticRowCache`, on a GPU by replaying a CUDA graph.
 
-A step of gpt2 is 100 kernels (200 without those of cuda.cu) of a few microseconds: launching them one by one takes
-longer than computing them. A graph launches them all at once. It computes at fixed addresses, so the inputs are copied
-to a buffer. There is one graph per number of rows, rounded up to a power of two, and stack of adapters; without
-cuda.cu also per number of columns. Each is captured when it is first needed.
+A step of gpt2 is 100 kernels of a few microseconds (200 kernels without cuda.cu). Launching them one by one takes
+longer than computing them; a graph launches them all at once. A graph computes at fixed addresses, so the inputs are
+copied to a buffer. There is one graph per stack of adapters and number of rows, rounded up to a power of two. Without
+cuda.cu, there is also one per number of columns. A graph is captured when it is first needed.
 """
 
 import logging
@@ -36,7 +36,7 @@ class _Graph:
 
 @dataclass(frozen=True, eq=False)
 class _Ahead:
-    """A step that was launched before the host had read the tokens of the one before it."""
+    """A decoding step launched asynchronously, before the previous step's tokens were copied to the host."""
 
     requests: Sequence[Request | None]
     lengths: Sequence[int]
@@ -44,7 +44,10 @@ class _Ahead:
     outputs: Outputs
 
     def covers(self, cache: StaticRowCache, stack: AdapterStack | None) -> bool:
-        """Whether its outputs are those of the cache's next step: the same rows, apart from those that became free."""
+        """Return whether this step is still the next one: no request was added, and the adapters did not change.
+
+        Rows that became free since the launch are ignored.
+        """
         now = list(zip(cache.requests, cache.lengths, strict=True))
         then = list(zip(self.requests, self.lengths, strict=True))
         is_alike = all(row[0] is None or row == own for row, own in zip(now, then, strict=False))
@@ -56,16 +59,16 @@ class RowDecoder:
 
     def __init__(self, model: QuantizedModel, cache: StaticRowCache) -> None:
         self._model, self._cache = model, cache
-        # per row: its last token, the position of that, and the index of its adapter in the stack
+        # (3, max_batch): each row's last token, the position of this token, and the index of its adapter in the stack
         self._inputs = torch.zeros(3, cache.max_batch, dtype=torch.long, device=model.device)
         self._graphs: dict[tuple[int, int, AdapterStack | None], _Graph] = {}
         self._ahead: _Ahead | None = None
         self.uses_graphs = model.device.type == "cuda"
 
     def run(self, stack: AdapterStack | None) -> Outputs:
-        """Logits (B, token_count) of the next token of the cache's B rows, and the most likely tokens (B).
+        """Compute the logits (B, token_count) of the next token of the cache's B rows, and the most likely tokens (B).
 
-        The next `run` or `run_ahead` overwrites them. Those of free rows are meaningless.
+        The next `run` or `run_ahead` overwrites these outputs. The outputs of free rows are meaningless.
         """
         cache, ahead, n_rows = self._cache, self._ahead, len(self._cache.requests)
         self._ahead = None
@@ -78,13 +81,13 @@ class RowDecoder:
         return logits[:n_rows], best[:n_rows]
 
     def run_ahead(self, tokens: Tensor, stack: AdapterStack | None) -> None:
-        """Launch the next step from the tokens (B) of the last one, before the host reads them.
+        """Launch the next step from the last step's tokens (B), before the host reads them.
 
-        The device then computes it while the host processes the tokens (asynchronous scheduling). For rows that end
-        with their token the result is ignored; if requests join, all of it is, and the step is computed again.
+        The device computes the step while the host processes the tokens (asynchronous scheduling). If a row ends with
+        its token, its result is ignored. If requests join, all results are ignored and the step is computed again.
         """
         cache, n_rows = self._cache, len(tokens)
-        # what is not a token is that of a row that failed: -1, or behind the last one if it was drawn
+        # Failed rows have an invalid id (-1, or token_count from sampling). It is clamped; the result is discarded.
         self._inputs[0, :n_rows] = tokens.clamp(0, self._model.config.token_count - 1)
         self._inputs[1, :n_rows].add_(1).clamp_(max=cache.n_positions - 1)
         self._ahead = _Ahead([*cache.requests], [*cache.lengths], stack, self._outputs(stack))
@@ -93,7 +96,7 @@ class RowDecoder:
         ids, positions, adapters = self._cache.inputs()
         indices = [-1] * len(ids) if stack is None else stack.indices(adapters)
         n, _ = self._cache.shape()
-        beyond = n - len(ids)  # rows beyond the last request: token 0 at position 0
+        beyond = n - len(ids)  # rows after the last request: they compute token 0 at position 0
         inputs = int_tensor([*ids, *[0] * beyond, *positions, *[0] * beyond, *indices, *[-1] * beyond])
         self._inputs[:, :n] = to_device(inputs, self._model.device).view(3, n)
 
@@ -102,7 +105,7 @@ class RowDecoder:
         return self._replay(n, width, stack) if self.uses_graphs else self._compute(n, width, stack)
 
     def forget_stack(self) -> None:
-        """Release everything that uses adapters."""
+        """Release the graphs that use adapters, and a step that was launched ahead."""
         self._ahead = None
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[2] is None}
 
@@ -120,7 +123,7 @@ class RowDecoder:
         return logits, most_likely(logits)
 
     def _replay(self, n: int, width: int, stack: AdapterStack | None) -> Outputs:
-        """As `_compute`, by a graph. After the first one that cannot be captured, all steps run without graphs."""
+        """Compute the same as `_compute` by a graph. If a capture fails, all later steps run without graphs."""
         key = n, width, stack
         if key not in self._graphs:
             try:
@@ -136,7 +139,8 @@ class RowDecoder:
 
     def _capture(self, n: int, width: int, stack: AdapterStack | None) -> _Graph:
         compute, device = partial(self._compute, n, width, stack), self._model.device
-        # what libraries allocate at their first call must not be part of the graph; the step can be repeated
+        # A first run outside of the graph: memory that libraries allocate at their first call must not be part of the
+        # graph. Repeating the step gives the same results.
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

@@ -19,17 +19,19 @@ from gpt2core.inference.request import Request
 from gpt2core.kernels import lazy_zeros, varlen_attention
 from gpt2core.tensors import int_tensor, to_device
 
-# Tokens in a block, the unit in which prompts share cached prefixes. Each block is a copy, and launching that takes
-# about 30 us: longer than a GPU takes for a few tokens.
+# Tokens per block, the unit in which prompts share cached prefixes. Blocks are larger on a GPU: each block is one copy,
+# and launching a copy takes about 30 us, longer than a GPU takes to compute a few tokens.
 BLOCK, BLOCK_CUDA = 8, 64
 
 
 def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device, zeros: bool = False) -> Tensor:
-    """Memory for keys and values (..., H, T, D), uninitialized; or zeros, of which only written pages are allocated.
+    """Allocate memory for keys and values (..., H, T, D).
 
-    In the dtype of native.py, which reads token by token, the heads of a token are next to each other in memory: a
-    sequence is then one piece per layer. More heads hold the scales. torch's attention is faster if the tokens of a
-    head are next to each other.
+    The layout in memory is (T, H, D) for the int8 kernels (CACHE_DTYPE), because they read token by token; it has
+    additional heads for the scales. Otherwise it is (H, T, D), which is faster with torch's attention.
+
+    Args:
+        zeros: fill with zeros; on a CPU, only pages that are written take physical memory. False: uninitialized.
     """
     *outer, H, T, D = shape
     by_token = dtype == CACHE_DTYPE
@@ -39,12 +41,15 @@ def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device, ze
 
 
 class PrefillCache:
-    """A prompt being processed: keys and values (n_layer, 2, H, T, D) of its first `length` tokens."""
+    """A prompt being processed, with the keys and values (n_layer, 2, H, T, D) of its first `length` tokens."""
 
     def __init__(
         self, request: Request, config: GPT2Config, dtype: torch.dtype, device: torch.device, prefix: Sequence[Tensor]
     ) -> None:
-        """`prefix`: the blocks that `PrefixCache.find` returned for the prompt."""
+        """
+        Args:
+            prefix: the blocks that `PrefixCache.find` returned for the prompt.
+        """
         self.request = request
         shape = (config.n_layer, 2, config.n_head, len(request.input_ids), config.head_width)
         self.kv = new_cache(shape, dtype, device)
@@ -59,7 +64,7 @@ class PrefillCache:
         return len(self.request.input_ids) - self.length
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """Causal attention (T, C) of the next T tokens, given qkv (T, 3, H, D); stores their keys and values."""
+        """Compute causal attention (T, C) of the next T tokens from qkv (T, 3, H, D); store their keys and values."""
         S, T = self.length, len(qkv)
         q = qkv[:, 0].transpose(0, 1)  # (H, T, D)
         self.kv[layer, :, :, S : S + T] = qkv[:, 1:].permute(1, 2, 0, 3)
@@ -71,19 +76,22 @@ class PrefillCache:
         return y[0].transpose(0, 1).flatten(1)
 
     def advance(self, n: int) -> None:
-        """Mark n more tokens as processed; to be called after the last layer."""
+        """Mark n more tokens as processed. Call it after the last layer."""
         self.length += n
 
 
 class PrefillBatch:
-    """The next tokens of several prompts: one attention call per layer for all of them, by `varlen_attention`.
+    """The next tokens of several prompts, with one attention call per layer for all of them (`varlen_attention`).
 
-    Takes the place of each cache's `attend`, and becomes the memory of their keys and values: M tokens, of each prompt
-    those that its cache holds and then its next ones.
+    It replaces the `attend` of the individual caches. One buffer of M tokens becomes the memory of all caches: for each
+    prompt the cached tokens, then the next ones.
     """
 
     def __init__(self, prefills: Sequence[PrefillCache], n_new: Sequence[int]) -> None:
-        """`n_new`: how many tokens of each prompt are next, at least one."""
+        """
+        Args:
+            n_new: number of next tokens of each prompt, at least one.
+        """
         n_layer, _, H, _, D = prefills[0].kv.shape
         n_keys = [prefill.length + n for prefill, n in zip(prefills, n_new, strict=True)]
         self._kv = prefills[0].kv.new_empty(n_layer, sum(n_keys), 2, H, D)
@@ -100,7 +108,7 @@ class PrefillBatch:
         self._max_q, self._max_k = max(n_new), max(n_keys)
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """Causal attention (N, C) of all prompts' next tokens, given qkv (N, 3, H, D); stores keys and values."""
+        """Compute causal attention (N, C) of all next tokens from qkv (N, 3, H, D); store their keys and values."""
         kv = self._kv[layer].index_copy_(0, self._places, qkv[:, 1:])
         limits = self._ends_q, self._ends_k, self._max_q, self._max_k
         return varlen_attention(qkv[:, 0], kv[:, 0], kv[:, 1], *limits, scale).flatten(1)
@@ -109,6 +117,10 @@ class PrefillBatch:
 class RowCache:
     """Requests being decoded: one row each, and all rows end at the same column of the cache.
 
+                          end
+        row 0   . . A A A A |        A: the row's own tokens, `lengths[row]` many
+        row 1   . . . . A A |        .: columns that attention masks
+
     Position embeddings are added before the first layer, so a token's column does not have to be its position: each
     step appends one column for all rows, whatever their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
 
@@ -116,16 +128,16 @@ class RowCache:
     erases a finished request's columns, and moving rows allocates new memory.
     """
 
-    SPARE = 256  # columns to grow into before the rows are moved back to the start
-    ALIGN = 64  # a move rounds columns up to a multiple of this, so that similar prompts need no further move
+    SPARE = 256  # free columns after a move, before the rows have to be moved to the start again
+    ALIGN = 64  # a move rounds `end` up to a multiple of this, so that prompts of similar length need no further move
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
         self._shape = (config.n_layer, max_batch, 2, config.n_head, config.head_width)
         self._dtype, self._device = dtype, device
         self.kv = self._allocate(0)
-        self.requests: list[Request | None] = []  # per row; None: free
-        self.lengths: list[int] = []  # per row: its cached tokens
-        self.end = 0  # the column after every row's last one
+        self.requests: list[Request | None] = []  # request of each row; None: the row is free
+        self.lengths: list[int] = []  # number of cached tokens of each row
+        self.end = 0  # column after the last token of every row: the next one to write
         self._mask: Tensor | None = None
         # Views for the current step, one per layer: the new column (B, 2, H, D), keys and values (B, H, W, D) up to it.
         self._new: Sequence[Tensor] = ()
@@ -137,7 +149,7 @@ class RowCache:
         return sum(request is not None for request in self.requests)
 
     def inputs(self) -> tuple[list[int], list[int], list[Adapter | None]]:
-        """Per row: the last token, its position, and the adapter."""
+        """Return each row's last token, the position of this token, and the adapter."""
         ids = [0 if request is None else request.tokens[-1] for request in self.requests]
         positions = [
             0 if request is None else length for request, length in zip(self.requests, self.lengths, strict=True)
@@ -153,11 +165,11 @@ class RowCache:
         self._mask = None
         if min(self.lengths) < longest:
             lengths = torch.tensor(self.lengths, device=self.kv.device)[:, None]
-            distance = torch.arange(longest, -1, -1, device=self.kv.device)  # of each column to the new one
+            distance = torch.arange(longest, -1, -1, device=self.kv.device)  # from each column to the new one
             self._mask = (distance <= lengths)[:, None, None]  # (B, 1, 1, W)
 
     def begin_native_step(self) -> list[Span]:
-        """Reserve a column for the next token of each row: for native attention, in place of `begin_step`."""
+        """Reserve a column for the next token of each row; native attention uses this instead of `begin_step`."""
         self._reserve_column()
         layer, row, key, _, token, _ = self.kv.stride()
         start, size = self.kv.data_ptr(), self.kv.element_size()
@@ -172,20 +184,20 @@ class RowCache:
             self._move(max(self.lengths))
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """Attention (B, C) of one new token per row, given qkv (B, 3, H, D); stores their keys and values."""
+        """Compute attention (B, C) of one new token per row from qkv (B, 3, H, D); store their keys and values."""
         self._new[layer].copy_(qkv[:, 1:])
         q = qkv[:, 0, :, None]  # (B, H, 1, D)
         y = F.scaled_dot_product_attention(q, self._k[layer], self._v[layer], attn_mask=self._mask, scale=scale)
         return y.flatten(1)
 
     def end_step(self) -> None:
-        """Advance to the new column; to be called after the last layer."""
+        """Advance to the next column. Call it after the last layer."""
         if self.requests:
             self.end += 1
             self.lengths = [0 if r is None else n + 1 for r, n in zip(self.requests, self.lengths, strict=True)]
 
     def add(self, prefill: PrefillCache) -> None:
-        """Give a prompt that has been read the first free row, and copy its keys and values there."""
+        """Assign the first free row to a completely processed prompt, and copy its keys and values there."""
         row = next((i for i, request in enumerate(self.requests) if request is None), len(self.requests))
         if row == len(self.requests):
             self.requests.append(None)
@@ -206,7 +218,11 @@ class RowCache:
         self.kv = self._allocate(0)
 
     def compact(self) -> None:
-        """Drop free rows at the end; while half of the rows are free, move the last one into a free one."""
+        """Remove free rows at the end.
+
+        While half of the rows or more are free, move the last row to the first free one. If no row is left, start again
+        at the first column.
+        """
         while self.requests:
             if self.requests[-1] is None:
                 self.requests.pop()
@@ -221,7 +237,7 @@ class RowCache:
         self.end = 0
 
     def _columns(self, row: int) -> slice:
-        """Where the row's own tokens are."""
+        """Return the columns of the row's own tokens."""
         return slice(self.end - self.lengths[row], self.end)
 
     def _write(self, row: int, kv: Tensor) -> None:
@@ -239,7 +255,7 @@ class RowCache:
         self.end = end
 
     def _allocate(self, columns: int) -> Tensor:
-        """Zeros, since most rows may never be used."""
+        """Allocate zeros, so that rows that are never used take no physical memory on a CPU."""
         *rows, D = self._shape
         return new_cache((*rows, columns, D), self._dtype, self._device, zeros=True)
 
@@ -247,29 +263,34 @@ class RowCache:
 class StaticRowCache(RowCache):
     """Rows at fixed addresses, for steps that are replayed as a CUDA graph: a token's column is its position.
 
-    kv has n_positions columns for each of max_batch rows from the start. A step computes the first rows and columns of
-    it. The kernels of cuda.py read only the columns of a row's own tokens; without them attention reads all of these
-    columns and masks the others. `begin_rows` takes the place of `begin_step`. A row is not erased when its request
-    ends, since a step that was launched ahead may still write to it.
+    kv has max_batch rows of n_positions columns from the start, and a step uses the first rows and columns (`shape`).
+    The kernels of cuda.py read only the columns of a row's own tokens. Without them, attention reads all columns that
+    the step uses, and masks the others. `begin_rows` replaces `begin_step`. A row is not erased when its request ends,
+    since a step that was launched ahead may still write to it.
     """
 
-    WIDTH = 128  # columns that a step computes at least; more are a power of two
+    WIDTH = 128  # smallest number of columns of a step; larger numbers are powers of two
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
         self.max_batch, self.n_positions = max_batch, config.n_positions
         super().__init__(config, dtype, device, max_batch)
         self.kv = self._allocate(config.n_positions)
         self._rows = torch.arange(max_batch, device=device)
-        self._kernels = cuda.kernels_for(config, dtype, device)  # they read a row's own columns alone
+        self._kernels = cuda.kernels_for(config, dtype, device)  # None: attention by torch
 
     def shape(self) -> tuple[int, int]:
-        """Rows and columns that the next step needs, rounded up so that few different steps occur."""
+        """Return the numbers of rows and columns of the next step, rounded up so that few different shapes occur."""
         n, width = _power_of_two(len(self.requests)), _power_of_two(max(self.lengths) + 1)
         width = self.n_positions if self._kernels is not None else max(width, self.WIDTH)
         return min(n, self.max_batch), min(width, self.n_positions)
 
     def begin_rows(self, positions: Tensor, width: int) -> None:
-        """Prepare `attend` for the next token of each of the first B rows, at positions (B), within `width` columns."""
+        """Prepare `attend` for the next tokens of the first B rows.
+
+        Args:
+            positions: (B), position of each row's next token.
+            width: number of columns that attention reads without the kernels; above all positions.
+        """
         B = len(positions)
         self._places = self._rows[:B], positions
         if self._kernels is not None:
@@ -305,20 +326,23 @@ class StaticRowCache(RowCache):
         super()._write(row, kv)
 
     def _move(self, end: int) -> None:
-        """Nothing ever moves."""
+        """Do nothing: rows stay at fixed addresses."""
 
 
 class PrefixCache:
-    """Keys and values of prompt prefixes in blocks of tokens; evicts the least recently used ones.
+    """Keys and values of prompt prefixes in blocks of tokens; the least recently used blocks are evicted.
 
-    A block is looked up by the adapter and all tokens up to the block's end: its keys and values depend on them. The
-    memory of evicted blocks is used again and never freed: on a CPU, touching a new page costs more than the copy.
+    The key of a block is the adapter and all tokens up to the block's end, because its keys and values depend on them.
+    The memory of evicted blocks is reused and never freed: on a CPU, touching a new page costs more than the copy.
     """
 
-    CHUNK = 32  # blocks that are allocated together
+    CHUNK = 32  # number of blocks that are allocated together
 
     def __init__(self, max_bytes: int, block: int) -> None:
-        """`block`: tokens in a block."""
+        """
+        Args:
+            block: tokens per block.
+        """
         self._max_bytes, self._bytes, self._block = max_bytes, 0, block
         self._blocks: OrderedDict[tuple[Adapter | None, tuple[int, ...]], Tensor] = OrderedDict()
         self._free: list[Tensor] = []
@@ -328,7 +352,7 @@ class PrefixCache:
         return len(self._blocks) * self._block
 
     def find(self, adapter: Adapter | None, input_ids: Sequence[int]) -> list[Tensor]:
-        """The blocks (n_layer, 2, H, block, D) that the prompt starts with, never including its last token."""
+        """Return the cached blocks (n_layer, 2, H, block, D) at the start of the prompt, never with its last token."""
         found = []
         for end in range(self._block, len(input_ids), self._block):
             key = adapter, tuple(input_ids[:end])
@@ -339,7 +363,7 @@ class PrefixCache:
         return found
 
     def store(self, prefill: PrefillCache) -> None:
-        """Keep the blocks of a prompt that has been read."""
+        """Copy the blocks of a completely processed prompt into the cache."""
         request = prefill.request
         for end in range(self._block, len(request.input_ids), self._block):
             key, block = (request.adapter, tuple(request.input_ids[:end])), prefill.kv[..., end - self._block : end, :]
@@ -347,11 +371,14 @@ class PrefixCache:
                 self._blocks[key] = place.copy_(block)
 
     def drop(self, adapter: Adapter) -> None:
-        """Forget everything that was computed with the adapter."""
+        """Remove all blocks that were computed with the adapter."""
         self._free += [self._blocks.pop(key) for key in [key for key in self._blocks if key[0] is adapter]]
 
     def _place(self, block: Tensor) -> Tensor | None:
-        """Memory for such a block, if need be that of the least recently used one; None if the limit is below one."""
+        """Return memory for a block of this shape; None if max_bytes is less than one block.
+
+        Above max_bytes, the least recently used block is evicted, and its memory is returned.
+        """
         n = min(self.CHUNK, (self._max_bytes - self._bytes) // block.nbytes)
         if not self._free and n:
             chunk = block.new_empty(n, *block.transpose(-3, -2).shape).transpose(-3, -2)
@@ -362,5 +389,5 @@ class PrefixCache:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()

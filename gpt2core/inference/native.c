@@ -1,6 +1,6 @@
-// int8 inference on x86 processors with AVX-512 VNNI: matrix products fused with what surrounds them, attention, sampling.
-// native.py loads it and documents the layouts. Each row of a result is computed by the same instructions in the same
-// order whatever other rows there are, so a completion does not depend on the batch.
+// int8 inference on x86 processors with AVX-512 VNNI: matrix products fused with what surrounds them, attention,
+// sampling. native.py loads it and documents the layouts. Each row of a result is computed by the same instructions in
+// the same order, independent of the other rows, so a completion does not depend on the batch.
 
 #include <float.h>
 #include <immintrin.h>
@@ -14,35 +14,35 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 7        // of native.py; raised with every change of a structure or a function that it uses
+#define INTERFACE 7        // as in native.py; raise both if a structure or function that native.py uses changes
 #define LANES 16           // floats in a register
-#define COLUMNS 4          // registers of outputs that a tile has
+#define COLUMNS 4          // registers per tile: a tile has LANES * COLUMNS outputs
 #define TILE (LANES * COLUMNS)
-#define ROWS 6             // rows of a tile: 24 accumulators, 4 weights and a broadcast fit into 32 registers
+#define ROWS 6             // rows per pass: 24 accumulators, 4 weights and a broadcast fit into 32 registers
 #define GROUP 48           // rows whose sums are kept together
-#define BLOCK 256          // inputs: of a tile's weights, those of as many inputs are multiplied with all rows at once (16 kB)
+#define BLOCK 256          // inputs per block: all rows use a block of a tile's weights (16 kB) before the next block
 #define LINE 64            // bytes of a cache line, and of a register
-#define AHEAD 4096         // bytes, of the weights that a single pass fetches
+#define AHEAD 4096         // bytes: distance of prefetches in front of the reads, if weights are read in a single pass
 #define INLINE static inline __attribute__((always_inline))
-#define ALONE static __attribute__((noinline))  // one copy, so that every caller rounds alike
+#define ALONE static __attribute__((noinline))  // compiled once, so that all callers get the same rounding
 
 int interface(void) { return INTERFACE; }
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
-// A pool of its own, not OpenMP's, because that waits at the end of each region until all of its threads have been there:
-// on a machine with other work, until the one that lost its core gets it back. Here the caller waits for no thread that
-// has not begun a job.
+// A small thread pool instead of OpenMP. OpenMP's barrier at the end of a region waits for every worker, so on a machine
+// with other work, one worker that lost its core delays each region. This pool only waits for workers with a started
+// job.
 
-#define SPINS 2000  // of a waiting thread before it sleeps or yields: some tens of microseconds
+#define SPINS 2000  // iterations of a waiting thread before it sleeps or yields: some tens of microseconds
 
 typedef struct {
-    _Alignas(LINE) atomic_ullong left;  // the first job, and the one behind the last, in the upper and the lower half
+    _Alignas(LINE) atomic_ullong left;  // jobs [begin, end): begin in the upper 32 bits, end in the lower 32 bits
 } Share;
 
 typedef struct {
-    void (*work)(void *, int64_t, int64_t);  // of the arguments; the first job, and the one behind the last
+    void (*work)(void *, int64_t, int64_t);  // called with the arguments, and begin and end of a range of jobs
     void *arguments;
-    Share *shares;  // of each thread
+    Share *shares;  // remaining jobs of each thread
     int n_shares;
 } Jobs;
 
@@ -50,7 +50,8 @@ static _Atomic(Jobs *) current;
 static atomic_int n_inside, n_asleep, is_busy, n_workers;
 static atomic_uint generation;  // counts the values of `current`
 
-// Take half of what is left of a share: of one's own from the beginning, of another thread's from the end.
+// Take half of the remaining jobs of a share: the first ones of the thread's own share, the last ones of another
+// thread's.
 static int take(Share *share, int is_own, int64_t *first, int64_t *end) {
     unsigned long long left = atomic_load(&share->left), rest;
     do {
@@ -63,8 +64,8 @@ static int take(Share *share, int is_own, int64_t *first, int64_t *end) {
     return 1;
 }
 
-// Jobs next to each other read memory next to each other, so a thread does the jobs of its share in order, and then helps
-// the others.
+// A thread does the jobs of its own share in order, since neighboring jobs read neighboring memory. Then it takes jobs
+// of the other threads.
 static void take_jobs(Jobs *jobs, int64_t thread) {
     int64_t first, end;
     for (int i = 0; i < jobs->n_shares;)
@@ -81,7 +82,7 @@ static void *worker(void *thread) {
             atomic_fetch_sub(&n_asleep, 1);
         }
         seen = atomic_load(&generation);
-        atomic_fetch_add(&n_inside, 1);  // before `current` is read: from here, its owner waits
+        atomic_fetch_add(&n_inside, 1);  // before `current` is read: from here on, its owner waits for this thread
         Jobs *jobs = atomic_load(&current);
         if (jobs) take_jobs(jobs, (intptr_t)thread);
         atomic_fetch_sub(&n_inside, 1);
@@ -90,7 +91,7 @@ static void *worker(void *thread) {
 }
 
 static void for_each(int64_t count, void (*work)(void *, int64_t, int64_t), void *arguments, int is_small) {
-    if (is_small || count < 2 || atomic_exchange(&is_busy, 1)) {  // another thread has the pool: do without
+    if (is_small || count < 2 || atomic_exchange(&is_busy, 1)) {  // another thread uses the pool
         work(arguments, 0, count);
         return;
     }
@@ -109,7 +110,7 @@ static void for_each(int64_t count, void (*work)(void *, int64_t, int64_t), void
     atomic_store(&is_busy, 0);
 }
 
-// Use n threads, the caller's included.
+// Use n threads, including the calling thread.
 void set_threads(int n) {
     pthread_t thread;
     while (atomic_load(&n_workers) < n - 1) {
@@ -121,12 +122,12 @@ void set_threads(int n) {
 
 // ---- functions of vectors --------------------------------------------------------------------------------------------
 
-// min and max return their second operand if either is NaN: in this order, a NaN stays one.
+// min and max return their second operand if one of them is NaN. With this order of operands, NaN stays NaN.
 INLINE __m512 clamp(__m512 x, float low, float high) {
     return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), x));
 }
 
-// exp(x) within 2 units in the last place; Cephes' polynomial (S. Moshier, expf).
+// exp(x) with an error of at most 2 units in the last place, by the polynomial of Cephes (S. Moshier, expf).
 INLINE __m512 exponential(__m512 x) {
     x = clamp(x, -87.0f, 88.0f);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
@@ -142,7 +143,7 @@ INLINE __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(y, n);
 }
 
-// GELU by its tanh form: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+// GELU in its tanh form: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
 INLINE __m512 gelu(__m512 x) {
     __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
     __m512 e = exponential(_mm512_mul_ps(_mm512_mul_ps(x, inner), _mm512_set1_ps(-1.5957691216f)));
@@ -165,8 +166,8 @@ ALONE void normalise_row(const float *x, const float *weight, const float *bias,
     }
 }
 
-// x = step * (q - zero) with q from 0 to 255: from the row's smallest to its largest value, 0 included. A row that is not
-// finite gets the step NaN, so that its results are NaN too.
+// Quantize a row: x = step * (q - zero). The range of q, 0 to 255, covers the row's values and 0. A row with a value
+// that is not finite gets the step NaN, so that its results are NaN too.
 ALONE void quantize_row(const float *x, uint8_t *q, float *step, int32_t *zero, int64_t width) {
     __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
     __mmask16 is_bad = 0;
@@ -199,12 +200,12 @@ ALONE void quantize_row(const float *x, uint8_t *q, float *step, int32_t *zero, 
 typedef struct {
     const int8_t *weights;  // [out / TILE][in / 4][TILE][4]; out is padded to whole tiles, here and below
     const float *scale, *bias;
-    const int32_t *sums;  // of each row of W
+    const int32_t *sums;  // sum of each row of W
     int64_t in, out, n_tiles;
 } Matrix;
 
 typedef struct {
-    float *normed;  // (n, in), if there is a norm
+    float *normed;  // (n, in): output of the layer norm
     uint8_t *q;  // (n, in)
     float *step;  // (n)
     int32_t *zero;  // (n)
@@ -213,12 +214,12 @@ typedef struct {
 typedef struct {
     const Matrix *matrix;
     const float *x;  // (n, in)
-    const float *norm_weight, *norm_bias;  // of a layer norm before the product; or NULL
+    const float *norm_weight, *norm_bias;  // parameters of a layer norm before the product; NULL: no norm
     float *y;  // (n, out)
     Scratch scratch;
     int64_t n;
     float eps;
-    int32_t applies_gelu, adds;  // adds: y += instead of y =
+    int32_t applies_gelu, adds;  // adds: add to y instead of overwriting it
 } Product;
 
 static void prepare_rows(void *pointer, int64_t n, int64_t end) {
@@ -249,8 +250,8 @@ ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t 
     }
 }
 
-// sums[r] += q[r] * w for `rows` rows q, which are `in` bytes apart, and n_in inputs of a tile's weights. It also prefetches
-// n_in / share lines of the memory `ahead` into the L2 cache.
+// sums[r] += q[r] * w for `rows` rows q, which are `in` bytes apart, and n_in inputs of a tile's weights. Meanwhile,
+// n_in / share lines of the memory `ahead` are prefetched into the L2 cache.
 INLINE void add_products(
     const uint8_t *q, int64_t in, const int rows, const int8_t *w, int64_t n_in, __m512i *sums, const int8_t *ahead, int share
 ) {
@@ -260,7 +261,7 @@ INLINE void add_products(
     int due = 0;
     for (int64_t k = 0; k < n_in; k += 4, w += TILE * 4) {
         __m512i weights[COLUMNS];
-        for (due += COLUMNS; due >= share; due -= share, ahead += LINE)  // four inputs have COLUMNS lines
+        for (due += COLUMNS; due >= share; due -= share, ahead += LINE)  // the weights of four inputs are COLUMNS lines
             _mm_prefetch(ahead, _MM_HINT_T1);
         for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
         for (int r = 0; r < rows; r++) {
@@ -274,9 +275,10 @@ INLINE void add_products(
         for (int c = 0; c < COLUMNS; c++) _mm512_store_si512(sums + r * COLUMNS + c, own[r][c]);
 }
 
-// A tile's products with at most GROUP rows from n on, divided evenly into passes of at most ROWS. For each BLOCK of inputs all
-// passes run before the next block, which they prefetch: only the first pass reads the block from the L2 cache, the others
-// from the L1 cache. A core has few line fill buffers, and reads from the L2 cache and prefetches both need them.
+// Multiply a tile with at most GROUP rows, starting at row n. The rows are divided evenly into passes of at most ROWS.
+// All passes over a BLOCK of inputs run before the next block, which they prefetch. Only the first pass reads a block
+// from the L2 cache, the others read it from the L1 cache: reads from L2 and prefetches share the few line fill buffers
+// of a core.
 ALONE void tile_rows(const Product *p, int64_t tile, int64_t n, int64_t n_rows) {
     int64_t in = p->matrix->in, passes = (n_rows + ROWS - 1) / ROWS, block = passes == 1 ? in : BLOCK;
     __m512i sums[GROUP][COLUMNS];
@@ -319,14 +321,14 @@ void product(Product *p) {
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-#define FOUR 4     // bytes that dpbusd sums: heads whose scores, and tokens whose values are summed at once
-#define TOKENS 16  // whose values are read at once
+#define FOUR 4     // bytes that dpbusd sums; also heads whose scores, and tokens whose values, are summed together
+#define TOKENS 16  // tokens whose values are read together
 
 typedef struct {
-    int8_t *k, *v;  // of the sequence's first token in the first layer
-    int64_t layer_stride;  // in bytes
-    int64_t past, n;  // tokens in the cache, and new ones behind them
-    int64_t row;  // of the first new token
+    int8_t *k, *v;  // key and value of the sequence's first token in the first layer
+    int64_t layer_stride;  // bytes
+    int64_t past, n;  // number of tokens in the cache, and of new tokens after them
+    int64_t row;  // row of the first new token
 } Sequence;
 
 typedef struct {
@@ -337,20 +339,20 @@ typedef struct {
     float scale;
 } Attention;
 
-// Some heads, next to each other, of a sequence's keys or values: of each token first `width` bytes per head, x = scale *
-// (byte - zero), and then the scales of all its heads, padded to a multiple of the width.
+// Location of the keys or values of neighboring heads of a sequence. A token has `width` bytes per head, with x = scale
+// * (byte - zero), and then the scales of all heads, padded to a multiple of the width.
 typedef struct {
-    int8_t *bytes;  // of the first of the heads
-    int64_t scales;  // bytes from there to its scale
+    int8_t *bytes;  // address of the first head of the first token
+    int64_t scales;  // bytes from `bytes` to the scale of this head
     int64_t stride;  // bytes from one token to the next
 } Cache;
 
-#define KEY_ZERO 0x80  // keys are unsigned, as dpbusd needs them; values are signed
+#define KEY_ZERO 0x80  // zero point of keys, which are unsigned, as dpbusd requires; values are signed
 
-// A query of one head in 16 bits, as two products of bytes: step * (256 * high + low).
+// A query of one head in 16 bits, as two vectors of bytes: step * (256 * high + low).
 typedef struct {
     __m512i high, low;
-    __m512i start;  // of the sums: takes away what KEY_ZERO adds
+    __m512i start;  // initial value of the sums, which cancels the contribution of KEY_ZERO
 } Query;
 
 INLINE __m512 load_scales(const Cache *cache, int64_t token, int64_t heads) {
@@ -363,7 +365,8 @@ INLINE void prefetch_heads(const Cache *cache, int64_t token, int64_t bytes) {
     _mm_prefetch(at + cache->scales, _MM_HINT_T1);
 }
 
-// The step so that x = step * a number from -most to most. NaN if x is not finite, so that its results are NaN too.
+// Return the step for which x / step is from -most to most. The step is NaN if x is not finite: its results are then
+// NaN.
 INLINE float find_step(const float *x, int64_t width, float most) {
     __m512 largest = _mm512_setzero_ps();
     __mmask16 is_bad = 0;
@@ -408,7 +411,7 @@ INLINE __m512i load_bytes(const Cache *cache, int64_t token, int64_t head, const
     return _mm512_maskz_loadu_epi8(mask, cache->bytes + token * cache->stride + head * width);
 }
 
-// Bytes of four tokens next to each other: of numbers 16 i + 4 j to 16 i + 4 j + 3 of each, in lanes 4 i to 4 i + 3 of y[j].
+// Interleave the bytes of four tokens x. Lane 4 i + m of y[j] gets byte 16 i + 4 j + m of each of the four tokens.
 INLINE void interleave(const __m512i *x, __m512i *y) {
     __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpacklo_epi8(x[2], x[3]);
     __m512i c = _mm512_unpackhi_epi8(x[0], x[1]), d = _mm512_unpackhi_epi8(x[2], x[3]);
@@ -418,7 +421,7 @@ INLINE void interleave(const __m512i *x, __m512i *y) {
     y[3] = _mm512_unpackhi_epi16(c, d);
 }
 
-INLINE __m128i sum_lanes(const __m512i *x) {  // of each of four
+INLINE __m128i sum_lanes(const __m512i *x) {  // sum of the lanes of each of four registers
     __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
     __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
     __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
@@ -426,13 +429,14 @@ INLINE __m128i sum_lanes(const __m512i *x) {  // of each of four
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// One query of at most LANES heads next to each other. Keys, and then values, are read in the order of memory. The values
-// are fetched ahead while the keys are used, and then the next sequence's keys. Scores are (tokens, LANES), of each head.
+// Attention of one query, for at most LANES neighboring heads. Keys, and then values, are read in the order of memory.
+// While the keys are read, the values are prefetched; while the values are read, the keys of the next query. scores is
+// (tokens, LANES): one lane per head.
 INLINE void attend_query(
     const float *q, const Cache *k, const Cache *v, const Cache *next, float *y, int64_t length, int64_t heads, float scale,
     const int width
 ) {
-    __m512 scores[length];  // on the stack: native.py limits the length
+    __m512 scores[length];  // on the stack: native.py limits the length (MAX_POSITIONS)
     Query queries[LANES];
     float steps[LANES] = {0};
     for (int64_t h = 0; h < heads; h++) {
@@ -465,9 +469,10 @@ INLINE void attend_query(
         __m512 e = exponential(_mm512_sub_ps(scores[i], most));
         scores[i] = _mm512_mul_ps(e, load_scales(v, i, heads));
         largest = _mm512_max_ps(largest, scores[i]);
-        total = _mm512_fmadd_ps(scores[i], _mm512_setzero_ps(), _mm512_add_ps(total, e));  // NaN if the scale is
+        total = _mm512_fmadd_ps(scores[i], _mm512_setzero_ps(), _mm512_add_ps(total, e));  // NaN if the scale is NaN
     }
-    // The values' weights as two bytes each, in 16 bits: the high bytes of four tokens are together, and the low ones.
+    // The attention weights have 16 bits, as two bytes. The high bytes of four tokens are together, and so are the low
+    // bytes.
     __m512 step = _mm512_div_ps(largest, _mm512_set1_ps(65535.0f));
     __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), step);
     __m512i sums[heads][FOUR][2];
@@ -541,27 +546,27 @@ static void attend_heads(void *pointer, int64_t job, int64_t end) {
 
 // ---- the layers of a step --------------------------------------------------------------------------------------------
 
-#define RANKS 4    // computed at once: the rank of an adapter is padded to a multiple of it
-#define BLOCKS 3   // of a matrix's outputs, which adapters change independently: q, k and v
+#define RANKS 4    // ranks computed together; the rank of an adapter is padded to a multiple of this
+#define BLOCKS 3   // blocks of a matrix's outputs that adapters change independently: q, k and v
 enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MATRICES };
 
 typedef struct {
     const uint16_t *a, *b;  // bf16; A as [rank / RANKS][in / LANES][RANKS][LANES], B as [width / LANES][rank][LANES]
-    int64_t rank, first, width;  // of outputs first to first + width; rank 0: this adapter does not change them
+    int64_t rank, first, width;  // changes the outputs first to first + width; rank 0: no change
 } LowRank;
 
 typedef struct {
     const Matrix *matrices[MATRICES];
-    const float *norms[4];  // weight and bias of the first and of the second
-    float scale;  // of attention
+    const float *norms[4];  // weight and bias of the first layer norm, then of the second one
+    float scale;  // scale of the attention scores
 } Layer;
 
 typedef struct {
     const Layer *layers;
     const Sequence *sequences;
-    const LowRank *adapters;  // [n_layers][MATRICES][n_adapters][BLOCKS]; or NULL
-    const int64_t *rows;  // (n): the adapter of each row; -1: none
-    float *x, *qkv, *y, *a;  // (n, C) the tokens, before and after; (n, 3 * C); (n, C); (n, width of the MLP)
+    const LowRank *adapters;  // [n_layers][MATRICES][n_adapters][BLOCKS]; NULL: no row has an adapter
+    const int64_t *rows;  // (n): index of each row's adapter; -1: no adapter
+    float *x, *qkv, *y, *a;  // (n, C) hidden states, before and after; (n, 3 * C); (n, C); (n, width of the MLP)
     Scratch scratch;
     int64_t n, n_layers, n_sequences, n_adapters, heads, width;
     float eps;
@@ -613,7 +618,7 @@ static void add_deltas(void *pointer, int64_t n, int64_t end) {
     for (; n < end; n++) add_delta(pointer, n);
 }
 
-// y (+)= f(x) W^T + b, and each row's own low-rank product.
+// y = f(x) W^T + b, or y += for the output projections, plus each row's own low-rank product.
 static void project(const Step *s, int64_t layer, int index, const float *x, float *y) {
     const Layer *l = s->layers + layer;
     const Matrix *m = l->matrices[index];
@@ -676,9 +681,9 @@ void most_likely(Logits *l) { for_each(l->n, find_largest_each, l, l->n < 2); }
 
 typedef struct {
     const float *logits;  // (width)
-    float *weights;       // (2, width) scratch: the probabilities, relative to the largest
+    float *weights;       // (2, width) scratch: probabilities relative to the largest one; memory of `Search`
     int64_t width, top_k;
-    double top_p, number;  // number: uniformly distributed from 0 to below 1
+    double top_p, number;  // number: uniform random number in [0, 1)
     float temperature, min_p;
     int64_t token;  // the result
 } Draw;
@@ -686,15 +691,15 @@ typedef struct {
 #define LIMITS 8
 
 typedef struct {
-    const float *weights;  // among which the limit is searched
+    const float *weights;  // weights that may still be the limit
     int64_t width;
-    float *rest;  // memory for them
-    double above, target;  // the sum of the larger weights, and what it has to reach with the limit
-    int counts;  // instead of adding them
+    float *rest;  // memory for the weights that remain after a round
+    double above, target;  // sum of the weights above these, and the sum to reach
+    int counts;  // true: count the weights instead of adding them
 } Search;
 
-// The largest i such that the sum of the weights >= limits[i] reaches the target, otherwise 0. Narrows the search down to the
-// weights below the next limit.
+// Return the largest i such that the sum of the weights >= limits[i] reaches the target, otherwise 0. Then keep only
+// the weights from limits[i] to below limits[i + 1] in the search.
 ALONE int find_interval(Search *s, const uint32_t *limits) {
     __m512 bounds[LIMITS];
     __m512d sums[LIMITS], low = _mm512_set1_pd(1), high = low;
@@ -733,8 +738,9 @@ ALONE int find_interval(Search *s, const uint32_t *limits) {
     return found;
 }
 
-// The largest limit such that the sum of the weights >= limit (counts: their number) reaches `target`: by exponents, and then
-// by three bits of the mantissa at a time. The bits of positive floats have their order. Weights are at most 1.
+// Return the largest limit such that the sum of the weights >= limit (if `counts`: their number) reaches `target`.
+// Weights are at most 1. The search goes through the exponents, then through three bits of the mantissa at a time: the
+// bits of positive floats, read as integers, have the same order as the floats.
 static float find_limit(const float *weights, int64_t width, double target, int counts, float *rest) {
     Search s = {weights, width, rest, 0, target, counts};
     uint32_t limits[LIMITS] = {0}, bits = 0;
@@ -794,7 +800,7 @@ static void draw_row(Draw *d) {
     }
     for (int64_t end = i + LANES; i < end && i < width; i++) {
         if (!(d->weights[i] >= smallest)) continue;
-        d->token = i;  // of the last one, if the rounding of the sum of a block leaves it
+        d->token = i;  // the block's last possible token is the result if rounding keeps the sum below the target
         sum += d->weights[i];
         if (sum > target) return;
     }

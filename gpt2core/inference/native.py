@@ -1,11 +1,11 @@
 """int8 decoding by native.c: all layers of a step in one call, with attention and the low-rank products of adapters.
 
-The library is compiled when the project or the image of the steps is built (setup.py), and is copied into each Bento.
-If it is missing, or does not support the processor or the model's shape, `quantized` uses torch alone.
+The library is compiled when the project or the step image is built (setup.py), and is copied into each Bento. If it is
+missing, or does not support the processor or the model's shape, `quantized` uses torch alone.
 
-Weights have one scale per row of W; activations one scale and zero point per row of x, found at run time, so that rows
-stay independent. The integer sums are exact, and everything else in a row is computed by the same instructions in the
-same order regardless of the other rows, so results are bit-identical in any batch.
+Weights have one scale per row of W. Activations have one scale and zero point per row of x, computed at run time, so
+that rows stay independent. The integer sums are exact. Everything else in a row is computed by the same instructions in
+the same order regardless of the other rows. Results are therefore bit-identical in any batch.
 
 Shape letters: N rows (tokens) of a step; C, H, D as in model.py.
 """
@@ -31,19 +31,19 @@ from gpt2core.sampling import sampling_values
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 7  # as in native.c: a library that was compiled from another version is not used
-CACHE_DTYPE = torch.int8  # of keys and values, with a scale for each token and head
-ADAPTER_DTYPE = torch.bfloat16  # of low-rank matrices, whose error is far below that of int8 weights
-HEAD_WIDTHS = (16, 32, 64)  # that the attention is compiled for
-MAX_POSITIONS = 16384  # of a sequence: its scores are on the stack of a thread
+INTERFACE = 7  # the same number as in native.c: a library that was compiled from another version is not used
+CACHE_DTYPE = torch.int8  # dtype of cached keys and values, which have one scale per token and head
+ADAPTER_DTYPE = torch.bfloat16  # dtype of low-rank matrices; its error is far below the error of int8 weights
+HEAD_WIDTHS = (16, 32, 64)  # head widths that the attention is compiled for
+MAX_POSITIONS = 16384  # longest sequence: its attention scores are on the stack of a thread
 TILE = 64  # rows of W that are stored together
-ROWS = 8 * TILE  # that are quantized at a time
+ROWS = 8 * TILE  # rows of W that are quantized at a time
 LANES = 16  # floats in a register
-RANKS = 4  # low ranks are padded to a multiple of it
+RANKS = 4  # the rank of an adapter is padded to a multiple of this
 
 
 def is_available(config: GPT2Config) -> bool:
-    """Whether the kernels can be used: library, processor and model shape."""
+    """Return whether the library, the processor and the shape of the model allow the kernels."""
     suits = (
         config.n_embd % 16 == 0
         and config.mlp_width % 16 == 0
@@ -64,7 +64,7 @@ def _is_compiled() -> bool:
 
 
 def library_file() -> Path | None:
-    """The compiled kernels: next to this module or, in the step image, in the environment."""
+    """Return the compiled library: next to this module or, in the step image, in the Python environment."""
     candidates = (Path(__file__).parents[2] / NAME, Path(sys.prefix) / "lib" / NAME)
     return next((file for file in candidates if file.is_file()), None)
 
@@ -89,11 +89,11 @@ class Block(Protocol):
 
     ln_1: Norm
     ln_2: Norm
-    scale: float  # of attention
+    scale: float  # scale of the attention scores
 
     @property
     def projections(self) -> "Sequence[Int8Linear]":
-        """Of attention (in and out) and of the MLP (in and out)."""
+        """The four matrices: attention input, attention output, MLP input, MLP output."""
 
 
 def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
@@ -160,13 +160,13 @@ class Scratch:
     """Scratch memory that the products of one model share. Only one step at a time may use it."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
-        """Both of the model."""
-        _functions()  # in the thread that makes the model: the engine's has one thread of torch's
+        """Allocate memory for one row of a model with this width and MLP width."""
+        _functions()  # the library must load in this thread: the engine's thread has only one thread of torch
         self._width, self._mlp_width, self._n = width, mlp_width, 0
         self.reserve(1)
 
     def reserve(self, n: int) -> None:
-        """Allocate memory for n rows, unless enough is allocated."""
+        """Allocate memory for n rows, if less is allocated."""
         if n > self._n:
             self._n, widest = n, max(self._width, self._mlp_width)
             quantized = torch.empty(n, widest, dtype=torch.uint8), torch.empty(n), torch.empty(n, dtype=torch.int32)
@@ -177,12 +177,12 @@ class Scratch:
 
 
 class Int8Linear:
-    """x W^T + b, from W (out, in)."""
+    """Compute x W^T + b with W (out, in) quantized to int8, one scale per row."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self.shape = n_out, n_in = weight.shape
         n_tiles = -(-n_out // TILE)
-        tiles = huge_pages((n_tiles, n_in // 4, TILE), torch.int32)  # of four int8 weights each
+        tiles = huge_pages((n_tiles, n_in // 4, TILE), torch.int32)  # one int32 is four int8 weights
         scale, own_bias, sums = torch.zeros(3, n_tiles * TILE)
         if bias is not None:
             own_bias[:n_out] = bias
@@ -192,7 +192,7 @@ class Int8Linear:
             own, at = rows[: len(part)].copy_(part), slice(first, first + len(part))
             scale[at] = (torch.maximum(own.amax(1), -own.amin(1)) / 127).clamp(min=1e-30)
             own.div_(scale[at, None]).round_()
-            sums[at] = own.sum(1)  # exact: of at most 2**17 numbers up to 127
+            sums[at] = own.sum(1)  # exact in fp32 for up to 2**17 numbers of at most 127
             whole = F.pad(own.to(torch.int8), (0, 0, 0, -len(own) % TILE)).view(torch.int32).view(-1, TILE, n_in // 4)
             tiles[first // TILE :][: len(whole)] = whole.transpose(1, 2)
         self._tensors = tiles, scale, own_bias, sums.to(torch.int32)
@@ -201,7 +201,7 @@ class Int8Linear:
         self._scratch = scratch
 
     def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """(N, out) for x (N, in), both in fp32; `norm` is applied to x first."""
+        """Return (N, out) for x (N, in), both in fp32. If `norm` is given, it is applied to x first."""
         x, n = x.contiguous(), len(x)
         y = torch.empty(n, self.shape[0])
         self._scratch.reserve(n)
@@ -213,7 +213,7 @@ class Int8Linear:
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """`gpt2core.sampling.most_likely` for contiguous logits (N, V) in fp32; of several, the first."""
+    """`gpt2core.sampling.most_likely` for contiguous logits (N, V) in fp32; ties go to the lowest token id."""
     tokens = torch.empty(len(logits), dtype=torch.long)
     call = _Logits(logits.data_ptr(), *logits.shape, tokens.data_ptr())
     _functions().most_likely(ctypes.byref(call))
@@ -233,31 +233,37 @@ def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers:
 
 
 def cache_heads(n_head: int, head_width: int) -> int:
-    """Heads that a cache of CACHE_DTYPE has: behind those of the model, their scales take the bytes of some more."""
+    """Return the number of heads to allocate per token in a cache of CACHE_DTYPE.
+
+    The scales (one fp32 number per head) are stored after the model's heads, in the bytes of additional heads.
+    """
     return n_head + -(-n_head * torch.float32.itemsize // head_width)
 
 
 class Span(NamedTuple):
-    """Keys and values of one sequence in a cache of CACHE_DTYPE: of one token after the other, all heads."""
+    """Location of one sequence in a cache of CACHE_DTYPE: tokens in order, all heads of a token next to each other."""
 
-    k: int  # address of its first token's keys in the first layer
-    v: int
-    layer_stride: int  # in bytes, of k and of v
-    past: int  # tokens that it holds
-    n: int  # new tokens, which are written behind them
+    k: int  # address of the first token's keys in the first layer
+    v: int  # address of the first token's values in the first layer
+    layer_stride: int  # bytes from one layer to the next, for keys and for values
+    past: int  # number of cached tokens
+    n: int  # number of new tokens, whose keys and values are written after the cached ones
 
 
 def span(kv: Tensor, past: int, n: int) -> Span:
-    """Of a cache (n_layer, 2, H, T, D) that holds one sequence."""
+    """Return the `Span` of a cache (n_layer, 2, H, T, D) that holds a single sequence."""
     keys, values = kv[0, :, 0]
     return Span(keys.data_ptr(), values.data_ptr(), kv.stride(0), past, n)
 
 
 class LowRankMatrices:
-    """The matrices of an adapter in one buffer, in the order in which a step reads them."""
+    """The low-rank matrices of one adapter in one buffer, in the order in which a step reads them."""
 
     def __init__(self, matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]) -> None:
-        """`matrices`: per layer and target A (rank, in) and B (width, rank), in ADAPTER_DTYPE."""
+        """
+        Args:
+            matrices: (layer, target) -> A (rank, in) and B (width, rank), in ADAPTER_DTYPE.
+        """
         parts, shapes = list[Tensor](), {}
         for layer, target in sorted(matrices, key=lambda key: (key[0], list(TARGET_LAYERS).index(key[1]))):
             a, b = matrices[layer, target]
@@ -276,7 +282,7 @@ class LowRankMatrices:
 
 
 class AdapterTable:
-    """The low-rank matrices of several adapters."""
+    """Table of the low-rank matrices of several adapters: [n_layer][matrices][adapters][output blocks]."""
 
     def __init__(self, adapters: Sequence[LowRankMatrices], n_layer: int) -> None:
         paths = list(dict.fromkeys(path for path, _, _ in TARGET_LAYERS.values()))
@@ -293,14 +299,14 @@ class AdapterTable:
 
 
 class RowAdapters(NamedTuple):
-    """Which adapter each row of a step uses."""
+    """The adapter of each row of a step."""
 
     table: AdapterTable
-    rows: Tensor  # (N) int64, -1: none
+    rows: Tensor  # (N) int64: index of each row's adapter in the table; -1: no adapter
 
 
 class Layers:
-    """The layers of a model."""
+    """The transformer blocks of a model, computed by one call of native.c."""
 
     def __init__(self, blocks: Sequence[Block], n_head: int, scratch: Scratch) -> None:
         self._kept, self._scratch, self._n_head = blocks, scratch, n_head
@@ -311,9 +317,12 @@ class Layers:
             layer.scale = block.scale
 
     def __call__(self, x: Tensor, spans: Sequence[Span], adapters: RowAdapters | None = None) -> Tensor:
-        """Hidden states (N, C) of the tokens x (N, C), which are overwritten, in fp32 and contiguous.
+        """Return the hidden states (N, C) after all layers.
 
-        `spans`: of the sequences that the tokens belong to, in their order; get the tokens' keys and values.
+        Args:
+            x: the tokens' embeddings (N, C), in fp32 and contiguous. They are overwritten by the result.
+            spans: location in the cache of each sequence, in the order of the tokens. The keys and values of the new
+                tokens are written there.
         """
         n, C = x.shape
         self._scratch.reserve(n)

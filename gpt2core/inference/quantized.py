@@ -25,22 +25,25 @@ from gpt2core.model import GPT2, Block, aligned, evaluating
 
 logger = logging.getLogger(__name__)
 
-# Of a step's tokens to what the caches hold of their sequences: (layer, qkv (N, 3, H, D)) -> (N, C). Where native.py
-# computes the layers: the caches.
+# Attention callback: (layer, qkv (N, 3, H, D)) -> output (N, C). It reads and extends the KV caches of the step's
+# sequences. Where native.py computes the layers, the list of the sequences' locations in the caches is passed instead.
 Attention = Callable[[int, Tensor], Tensor] | Sequence[native.Span]
 Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
-# A format replaces fp32 if it is faster by this factor and raises perplexity by no more than this share.
+# A format replaces fp32 if it is faster by at least this factor and raises perplexity by at most this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
-SAMPLES, SAMPLE_TOKENS = 4, 32  # texts on which that is measured, and tokens that are drawn for each
-SMALL = 2**22  # weights; a smaller model stays in fp32, as it was evaluated: it fits into a processor's caches
-LARGE = 2**18  # weights; for smaller fp32 matrices oneDNN's call overhead exceeds its gain
+SAMPLES, SAMPLE_TOKENS = 4, 32  # number of texts to measure perplexity on, and number of sampled tokens per text
+SMALL = 2**22  # weights; a smaller model fits into a processor's caches, so it stays in fp32, as it was evaluated
+LARGE = 2**18  # weights; for a smaller fp32 matrix, oneDNN's call overhead exceeds its gain
 
 
 class QuantizedModel:
-    """GPT-2 for inference, with its own copy of the weights: matrices in the format `weights`."""
+    """GPT-2 for inference, with its own copy of the weights. Matrices are stored in the format `weights`."""
 
     def __init__(self, model: GPT2, weights: WeightFormat, n_layer: int | None = None) -> None:
-        """LoRA layers are merged into the copies. `n_layer`: only the first blocks.
+        """Copy the weights, with the LoRA layers merged.
+
+        Args:
+            n_layer: use only this many of the first blocks; None: use all.
 
         Raises:
             ValueError: `weights` is not a format, norm_position is "post", or int8 has no kernel on this device or
@@ -54,10 +57,10 @@ class QuantizedModel:
         if weights == "int8" and weights not in supported_formats(self.device):
             raise ValueError("weights is 'int8', but this device or processor has no int8 kernel; use bf16 or fp32")
         self.config, self.weights = model.config, weights
-        self.perplexity_increase: float | None = None  # relative to fp32, where `quantize_fastest` measured it
-        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # of activations
+        self.perplexity_increase: float | None = None  # fraction relative to fp32, set by `quantize_fastest`
+        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # dtype of activations
         self._kernels = cuda.kernels_for(model.config, self.dtype, self.device)
-        scratch = None  # of native.py, where that computes the layers
+        scratch = None  # memory of native.py, if it computes the layers
         if weights == "int8" and native.is_available(model.config):
             scratch = native.Scratch(model.config.n_embd, model.config.mlp_width)
         self.wte, self.wpe = (_copy(embedding.weight) for embedding in (model.wte, model.wpe))
@@ -72,21 +75,21 @@ class QuantizedModel:
 
     @property
     def is_native(self) -> bool:
-        """Whether native.py computes the layers, and reads the caches."""
+        """Whether native.py computes the layers and reads the caches."""
         return self._native_layers is not None
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """Dtype of adapters."""
+        """Dtype of adapter matrices."""
         return native.ADAPTER_DTYPE if self.is_native else self.dtype
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Dtype of keys and values."""
+        """Dtype of cached keys and values."""
         return native.CACHE_DTYPE if self.is_native else self.dtype
 
     def stack(self, adapters: Sequence[Adapter]) -> AdapterStack | NativeAdapterStack:
-        """The adapters, for the rows of a step to choose from."""
+        """Prepare the adapters that the rows of a step can use."""
         if self.is_native:
             return NativeAdapterStack(adapters, len(self.blocks))
         return AdapterStack(adapters, self.device)
@@ -98,11 +101,11 @@ class QuantizedModel:
         attention: Attention | None = None,
         adapters: RowAdapters | native.RowAdapters | None = None,
     ) -> Tensor:
-        """The last layer's hidden states (N, C) of tokens (N).
+        """Compute the last layer's hidden states (N, C) of tokens (N).
 
         Args:
-            attention: provided by the owner of the KV caches; None: the tokens are one sequence, without a cache.
-            adapters: as the model's `stack` returns them.
+            attention: made by the owner of the KV caches; None: the tokens are one sequence, without a cache.
+            adapters: the adapter of each token, by `for_rows` of this model's `stack`; None: the base model.
         """
         x = (F.embedding(input_ids, self.wte) + F.embedding(positions, self.wpe)).float()  # (N, C)
         if self._native_layers is None:
@@ -113,13 +116,13 @@ class QuantizedModel:
         return self._native_layers(x, cast(Sequence[native.Span], spans), cast(native.RowAdapters | None, adapters))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (N, token_count), fp32, of hidden states (N, C): without those embedding rows that have no token."""
+        """Compute the logits (N, token_count), fp32, of hidden states (N, C); padding rows of the head are left out."""
         if isinstance(self.head, native.Int8Linear):
             return self.head(hidden, self.ln_f)
         return self.head(self.ln_f(hidden).to(self.dtype))[:, : self.config.token_count].float()
 
     def _new_cache(self, n: int) -> Tensor:
-        """Keys and values (n_layer, 2, H, n, D) of one sequence."""
+        """Allocate memory for the keys and values (n_layer, 2, H, n, D) of one sequence of n tokens."""
         H = self.config.n_head
         shape = (len(self.blocks), 2, H, n, self.config.head_width)
         return new_cache(shape, self.cache_dtype, self.device)
@@ -151,7 +154,10 @@ class QuantizedModel:
         return x + y
 
     def _add(self, x: Tensor, y: Tensor, norm: "_Norm") -> tuple[Tensor, Tensor]:
-        """x (N, C), fp32, + y (N, C), and layer norm of the sum in y's dtype. The kernels add to x in place."""
+        """Return the sum of x (N, C), fp32, and y (N, C), and its layer norm in y's dtype.
+
+        The CUDA kernels add to x in place; otherwise x is unchanged.
+        """
         if self._kernels is not None:
             return x, self._kernels.add_norm(x, y, norm.weight, norm.bias, norm.eps)
         x = x + y
@@ -159,18 +165,18 @@ class QuantizedModel:
 
 
 def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
-    """The model in the format that is fastest here without predicting worse than fp32, measured on its own weights.
+    """Return the model in the fastest weight format on this machine that predicts as well as fp32.
 
-    Measures a step of one row and one of `max_batch` rows on two blocks. Rejects a format that raises the model's
-    perplexity by more than MAX_PERPLEXITY_COST on text that the model generates. A model of less than SMALL weights
-    stays in fp32. On a GPU: bf16.
+    The time is measured on two blocks and the head, in steps of one row and of `max_batch` rows. A format is rejected
+    if it raises the perplexity by more than MAX_PERPLEXITY_COST on text that the model itself generates. Two cases are
+    not measured: a model with fewer than SMALL weights stays in fp32, and a GPU uses bf16.
     """
     device = model.wte.weight.device
     if device.type != "cpu":
         return QuantizedModel(model, "bf16")
     if sum(weight.numel() for weight in model.parameters()) < SMALL:
         return QuantizedModel(model, "fp32")
-    # without bf16 instructions, bf16 is emulated: not worth measuring
+    # a processor without bf16 instructions emulates bf16, which is never the fastest
     candidates = [weights for weights in supported_formats(device) if weights != "bf16" or has_bf16()]
     seconds = {weights: _step_seconds(QuantizedModel(model, weights, n_layer=2), max_batch) for weights in candidates}
     faster = [weights for weights in candidates if seconds[weights] * MIN_SPEEDUP < seconds["fp32"]]
@@ -190,13 +196,13 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
 
 
 def supported_formats(device: torch.device) -> list[WeightFormat]:
-    """The formats with a kernel on this device, fp32 first."""
+    """Return the formats with a kernel on this device, fp32 first."""
     return [weights for weights in get_args(WeightFormat) if weights != "int8" or has_int8(device)]
 
 
 @torch.inference_mode()
 def _step_seconds(model: QuantizedModel, max_batch: int) -> float:
-    """Geometric mean of the shortest times of a step with one row and with `max_batch`, of one sequence."""
+    """Return the geometric mean of the shortest times of two steps of one sequence: 1 token, and `max_batch` tokens."""
     best = []
     for n in (1, max_batch):
         ids = torch.zeros(n, dtype=torch.long)
@@ -211,22 +217,22 @@ def _step_seconds(model: QuantizedModel, max_batch: int) -> float:
 
 @torch.inference_mode()
 def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
-    """Relative increase of perplexity on text that the model itself generates: exp(KL divergence) - 1.
+    """Return the relative increase of perplexity on text that the model itself generates: exp(KL divergence) - 1.
 
-    For a trained model that is natural text, and its own predictions are the distribution that the divergence needs.
+    A trained model generates natural text, and its predictions are the reference distribution of the divergence.
     """
     config, n_tokens = model.config, model.config.token_count
     bos = config.bos_token_id
     start = bos if bos is not None and bos < n_tokens else n_tokens - 1  # GPT-2's end of text is its last token
 
     def log_probabilities(ids: Tensor) -> Tensor:
-        """By the model, (B, T, token_count) for ids (B, T)."""
+        """Return the model's log probabilities (B, T, token_count) for ids (B, T)."""
         with evaluating(model):
             return model(ids)[..., :n_tokens].float().log_softmax(-1)
 
     likely = log_probabilities(torch.tensor([[start]]))[0, 0].exp()
     firsts = torch.multinomial(likely, SAMPLES, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
-    prompts = [[start, first] for first in firsts]  # different ones, since one seed draws all texts
+    prompts = [[start, first] for first in firsts]  # different prompts, since all texts use the same seed
     completions = generate(model, prompts, GenerationConfig(SAMPLE_TOKENS, temperature=1.0, seed=0))
     ids = torch.tensor([prompt + tokens for prompt, tokens in zip(prompts, completions, strict=True)])  # (B, T)
     positions = torch.arange(ids.shape[1])
@@ -262,14 +268,14 @@ class _Block:
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy; None: of the same type."""
+    """Return a contiguous copy in `dtype`; None: in the tensor's own dtype."""
     return tensor.detach().to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _projection(
     weight: Tensor, bias: Tensor | None, weights: WeightFormat, kernels: native.Scratch | cuda.Kernels | None = None
 ) -> Projection:
-    """x W^T + b for x (N, in), from a copy of W (out, in), by such kernels."""
+    """Return a function that computes x W^T + b for x (N, in). It holds a copy of W (out, in) in the given format."""
     if isinstance(kernels, native.Scratch):
         return native.Int8Linear(weight, bias, kernels)
     if weights == "int8":
@@ -287,7 +293,7 @@ def _projection(
 
 
 def _int8_projection(weight: Tensor, bias: Tensor | None) -> Projection:
-    """Symmetric int8: one scale per row of W, and one per row of x at run time, so that rows stay independent."""
+    """Return an int8 projection: one scale per row of W, and at run time one per row of x, so rows stay independent."""
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # (out)
     packed = prepack_int8((weight / scale[:, None]).round().to(torch.int8))
     zero_points = torch.zeros(len(scale), dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""A request to the engine: its prompt and settings, and its completion as it grows."""
+"""A request to the engine: its prompt, its parameters and its growing completion."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -21,16 +21,17 @@ class EngineClosed(RuntimeError):
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probabilities (natural logarithm, temperature 1) of the generated token and of the most likely ones by id."""
+    """Log probabilities of a token and of the most likely tokens, as natural logarithms at temperature 1."""
 
     logprob: float
-    top: list[tuple[int, float]]
+    top: list[tuple[int, float]]  # (token id, log probability), the most likely one first
 
 
 class Request:
-    """Returned by `Engine.submit`. Iterate over it for tokens as they are generated, or wait for `result`.
+    """A submitted request, returned by `Engine.submit`.
 
-    Callers read the attributes and may `cancel`; the methods after `cancel` belong to the engine's thread.
+    Iterate over it to get tokens as they are generated, or wait for `result`. Callers can read the attributes and call
+    `cancel`; only the engine's thread calls the methods after `cancel`.
     """
 
     def __init__(
@@ -44,14 +45,17 @@ class Request:
         n_logprobs: int | None,
         has_prompt_logprobs: bool = False,
     ) -> None:
-        """`max_new_tokens`: that of the sampler's config, or less where the context has no more positions."""
+        """
+        Args:
+            max_new_tokens: the sampler's limit, or the number of free positions in the context if that is smaller.
+        """
         self.input_ids, self.sampler, self.adapter = input_ids, sampler, adapter
         self.tokens: list[int] = []  # the completion so far
         self.n_logprobs = n_logprobs
-        self.logprobs: list[TokenLogprobs] = []  # per token, if requested; then never shorter than `tokens`
+        self.logprobs: list[TokenLogprobs] = []  # per token, if requested: added before the token is
         self.has_prompt_logprobs = has_prompt_logprobs
-        self.prompt_logprobs: list[TokenLogprobs] = []  # of all prompt tokens but the first, when `tokens` has one
-        self.token_times: list[float] = []  # per token: when it was generated, by `time.monotonic`
+        self.prompt_logprobs: list[TokenLogprobs] = []  # all prompt tokens but the first; complete at the first token
+        self.token_times: list[float] = []  # per token: time of its generation, by `time.monotonic`
         self.finish_reason: FinishReason | None = None  # None: still waiting or running
         self.submitted_at = monotonic()
         self._max_new_tokens, self._deadline, self._on_progress = max_new_tokens, deadline, on_progress
@@ -59,7 +63,7 @@ class Request:
         self._error: Exception | None = None
         self._progress = Condition()  # notified at each token, if an iterator waits
         self._n_waiting = 0
-        # For `result`: a thread that was woken at each token would take processor time from the engine.
+        # `result` waits for this event: a thread that was woken at each token would take CPU time from the engine.
         self._finished = Event()
 
     @property
@@ -68,14 +72,16 @@ class Request:
 
     @property
     def error(self) -> Exception | None:
-        """What `result` and iteration raise after the tokens; set together with `finish_reason`."""
+        """The exception that `result` and iteration raise after the tokens; set together with `finish_reason`."""
         return self._error
 
     def result(self, timeout: float | None = None) -> list[int]:
-        """The completion as `generate` returns it; what was generated so far if cancelled or past the deadline.
+        """Wait for the completion, and return it as `generate` does.
+
+        If the request was cancelled or reached its deadline, return the tokens generated until then.
 
         Raises:
-            TimeoutError: not finished within `timeout` seconds; the request continues.
+            TimeoutError: the request did not finish within `timeout` seconds; it continues.
             EngineClosed: the engine was closed or its step failed.
             NonFiniteLogits: the adapter or the weights gave NaN or infinite logits for this prompt.
         """
@@ -89,7 +95,7 @@ class Request:
         n = 0
         while n < len(self.tokens) or self.finish_reason is None:
             with self._progress:
-                self._n_waiting += 1  # before the check: `append` reads it after adding a token, so no wake-up is lost
+                self._n_waiting += 1  # before the check: `append` adds a token, then reads this: no wake-up is lost
                 while n == len(self.tokens) and self.finish_reason is None:
                     self._progress.wait()
                 self._n_waiting -= 1
@@ -100,20 +106,20 @@ class Request:
             raise self._error
 
     def cancel(self) -> None:
-        """End the request before the engine's next step. No effect on a finished one."""
+        """End the request before the engine's next step. A finished request does not change."""
         self._cancelled = True
 
     def must_end(self, now: float) -> bool:
-        """Whether it is cancelled or past its deadline."""
+        """Return whether the request is cancelled or past its deadline."""
         return self._cancelled or (self._deadline is not None and now > self._deadline)
 
     @property
     def n_left(self) -> int:
-        """Tokens that are still to be generated at most."""
+        """Maximum number of tokens still to be generated."""
         return self._max_new_tokens - len(self.tokens)
 
     def append(self, token: int) -> bool:
-        """Add a generated token; returns whether the completion is finished."""
+        """Add a generated token; return whether the completion is finished."""
         self.token_times.append(monotonic())
         self.tokens.append(token)
         if self.sampler.has_ended(self.tokens):
@@ -138,7 +144,7 @@ class Request:
         self.finish("error", error)
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
-        """End the request; `error` is raised to everyone who waits for it."""
+        """End the request; `error` is raised in every thread that waits for it."""
         with self._progress:
             self.finish_reason, self._error = reason, error
             self._progress.notify_all()

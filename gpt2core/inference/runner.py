@@ -1,4 +1,4 @@
-"""The model runner: one step's forward over all of its requests, and the sampling of their next tokens."""
+"""The model runner: computes a step for all of its requests, and samples their next tokens."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     def __init__(self, model: QuantizedModel, row_cache: RowCache) -> None:
         self._model, self._row_cache = model, row_cache
-        # of the last step with adapters; most steps use the same ones
+        # the adapters of the last step that used any; most steps use the same ones
         self._stack: AdapterStack | NativeAdapterStack | None = None
         self._decoder = RowDecoder(model, row_cache) if isinstance(row_cache, StaticRowCache) else None
         self._use_varlen = uses_varlen(model.device, model.dtype, model.config.head_width)
 
     def run(self, step: Step) -> list[Output]:
-        """Compute a step, extend its caches, and return an output for each of `step.sampled`."""
+        """Compute a step, extend its caches, and return the output of each request of `step.sampled`."""
         self._update_stack(step)
         if self._decoder is None or not step.rows:
             return self._sample(self._logits(step), step.sampled)
@@ -42,19 +42,19 @@ class ModelRunner:
         logits, best = self._decoder.run(stack)
         if not step.chunks:
             running = [request for request in step.rows if request is not None]
-            # the next step overwrites the logits
+            # log probabilities are computed from the logits, which the next step overwrites
             can_overlap = all(r.n_logprobs is None for r in running) and any(r.n_left > 1 for r in running)
             ahead = partial(self._decoder.run_ahead, stack=stack) if can_overlap else None
             return self._sample(logits, step.sampled, best, ahead)
         return self._sample(torch.cat([logits, self._logits(Step([], step.chunks))]), step.sampled)
 
     def drop_adapter(self, adapter: Adapter) -> None:
-        """Release the adapter's place in the stack."""
+        """Release the adapter if it is in the stack."""
         if self._stack is not None and adapter in self._stack.adapters:
             self._set_stack(None)
 
     def _logits(self, step: Step) -> Tensor:
-        """Logits (n, token_count) for `step.sampled`, computed in one forward."""
+        """Compute the logits (n, token_count) for `step.sampled` in one forward pass."""
         hidden = self._forward(step)  # (N, C)
         n_rows = len(step.rows)
         selected, end = list(range(n_rows)), n_rows
@@ -71,7 +71,7 @@ class ModelRunner:
         return self._model.logits(hidden)
 
     def _forward(self, step: Step) -> Tensor:
-        """Hidden states (N, C) of the rows' tokens and of the chunks' tokens."""
+        """Compute the hidden states (N, C) of the rows' tokens, then of the chunks' tokens."""
         rows, n_rows, device = self._row_cache, len(step.rows), self._model.device
         ids, positions, adapters = rows.inputs() if n_rows else ([], [], [])
         for chunk in step.chunks:
@@ -92,7 +92,7 @@ class ModelRunner:
         return hidden
 
     def _attention(self, step: Step) -> Attention:
-        parts = list[tuple[int, Callable[[int, Tensor, float], Tensor]]]()  # number of tokens, and their attention
+        parts = list[tuple[int, Callable[[int, Tensor, float], Tensor]]]()  # (number of tokens, attend)
         if step.rows:
             self._row_cache.begin_step()
             parts.append((len(step.rows), self._row_cache.attend))
@@ -115,7 +115,11 @@ class ModelRunner:
         return spans + [native.span(chunk.prefill.kv, chunk.prefill.length, chunk.n) for chunk in step.chunks]
 
     def _update_stack(self, step: Step) -> None:
-        """Make the stack hold the adapters of the step. Others stay: the kernels skip them, and graphs depend on it."""
+        """Ensure that the stack has all adapters of the step.
+
+        With native kernels or CUDA graphs, unused adapters stay in it: native kernels skip them, and graphs would have
+        to be captured again for another stack.
+        """
         requests = (*step.rows, *(chunk.request for chunk in step.chunks))
         used = {request.adapter for request in requests if request is not None and request.adapter is not None}
         held = set() if self._stack is None else set(self._stack.adapters)
@@ -136,9 +140,12 @@ class ModelRunner:
         best: Tensor | None = None,
         ahead: Callable[[Tensor], None] | None = None,
     ) -> list[Output]:
-        """The output of each row of logits (n, token_count); that of a row without a request is meaningless.
+        """Return the output of each row of logits (n, token_count); the output of a row without request is meaningless.
 
-        An error is also an output: it ends only its own request. `best` and `ahead` as in `choose`.
+        An error is also an output: it ends only its own request.
+
+        Args:
+            best, ahead: as in `gpt2core.sampling.choose`.
         """
         if not requests:
             return []
@@ -159,7 +166,7 @@ class ModelRunner:
 
 
 def _record(request: Request, logits: Tensor, output: Output) -> Output:
-    """Record the token's log probabilities, from logits (1, token_count); the output, or what went wrong."""
+    """Record the token's log probabilities from logits (1, token_count). Return the output, or an error that occurs."""
     try:
         if not all(isfinite(one.logprob) for one in request.prompt_logprobs):
             raise NonFiniteLogits
@@ -171,14 +178,14 @@ def _record(request: Request, logits: Tensor, output: Output) -> Output:
 
 
 def _record_prompt(request: Request, logits: Tensor) -> None:
-    """Record the log probabilities of the prompt's tokens that follow those with logits (n, token_count)."""
+    """Record the log probabilities of n prompt tokens, from the logits (n, token_count) of the tokens before them."""
     first = len(request.prompt_logprobs) + 1
     tokens = request.input_ids[first : first + len(logits)]
     request.prompt_logprobs += _logprobs(logits[: len(tokens)], tokens, request.n_logprobs or 0)
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenLogprobs]:
-    """Of one token per row of logits (n, token_count), and of the most likely ones."""
+    """Return the log probabilities of one token per row of logits (n, token_count), and of the most likely tokens."""
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = (columns.tolist() for columns in logprobs.topk(n_top))

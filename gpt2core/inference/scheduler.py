@@ -1,6 +1,6 @@
 """Continuous batching: decides which requests wait, prefill and decode, and what the next step computes.
 
-A step is one forward over one token of every decoding request and over a share of the prompts still to be read, so the
+A step is one forward pass over one token of every decoding request and over the next chunks of unprocessed prompts. The
 weights are read from memory once for all of them (Orca, OSDI 2022; chunked prefill: arXiv:2308.16369).
 """
 
@@ -14,11 +14,11 @@ from gpt2core.inference.kv_cache import BLOCK, BLOCK_CUDA, PrefillCache, PrefixC
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import EngineClosed, Request
 
-Output = int | Exception  # of a request in a step: its next token, or why there is none
+Output = int | Exception  # result of one request in a step: its next token, or the exception that ended the request
 
-PREFILL_TOKENS = 256  # prompt tokens read per step at most: bounds how long a long prompt delays decoding requests
-PREFILL_TOKENS_CUDA = 4096  # as many take a GPU about as long
-PREFIX_BYTES, PREFIX_BYTES_CUDA = 64 * 2**20, 2**30  # of the prefix cache
+PREFILL_TOKENS = 256  # maximum number of prompt tokens per step: limits how long prompts delay decoding requests
+PREFILL_TOKENS_CUDA = 4096  # a GPU computes this many tokens in about the same time
+PREFIX_BYTES, PREFIX_BYTES_CUDA = 64 * 2**20, 2**30  # maximum size of the prefix cache
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,28 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward computes: a token for each row of the row cache, then the chunks of prompts."""
+    """The work of one forward pass: one token of each row of the row cache, then the chunks of prompts."""
 
-    rows: Sequence[Request | None]  # None: a free row, computed and ignored
+    rows: Sequence[Request | None]  # None: a free row, whose result is ignored
     chunks: Sequence[PrefillChunk]
 
     @property
     def sampled(self) -> list[Request | None]:
-        """The requests that get a token from this step, rows first; None for free rows."""
+        """Requests that get a token from this step: the rows (None: free), then the prompts that it completes."""
         return [*self.rows, *(chunk.request for chunk in self.chunks if chunk.is_last)]
 
 
 class Scheduler:
-    """First come, first served. Not thread-safe: the engine locks calls from other threads."""
+    """Moves requests from the queue into the running batch, first come, first served.
+
+    It is not thread-safe: the engine locks calls from other threads.
+    """
 
     def __init__(self, model: QuantizedModel, max_batch: int, static_cache: bool | None = None) -> None:
-        """`static_cache`: rows at fixed addresses, as CUDA graphs need them; None: on a GPU."""
+        """
+        Args:
+            static_cache: keep rows at fixed addresses, as CUDA graphs require; None: only on a GPU.
+        """
         on_gpu = model.device.type == "cuda"
         cache = StaticRowCache if static_cache or (static_cache is None and on_gpu) else RowCache
         if cache is StaticRowCache and model.is_native:
@@ -76,7 +82,7 @@ class Scheduler:
 
     @property
     def n_cached_tokens(self) -> int:
-        """Tokens of running requests in the caches."""
+        """Number of cached tokens of running requests."""
         return sum(self.row_cache.lengths) + sum(prefill.length for prefill in self._prefills)
 
     @property
@@ -87,7 +93,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def admit(self) -> None:
-        """End requests that are cancelled or past their deadline; then move waiting ones into the running batch."""
+        """End cancelled requests and requests past their deadline; then move waiting ones into the running batch."""
         now = monotonic()
         for request in [request for request in self._waiting if request.must_end(now)]:
             self._waiting.remove(request)
@@ -101,13 +107,13 @@ class Scheduler:
                 running.finish_early()
         while self._waiting and self.n_running < self._max_batch:
             request, model = self._waiting.popleft(), self._model
-            # a cached token has no hidden state to compute its successor's log probability from
+            # prompt_logprobs need the hidden states of all prompt tokens, and the prefix cache does not store these
             find = not request.has_prompt_logprobs
             prefix = self._prefix_cache.find(request.adapter, request.input_ids) if find else []
             self._prefills.append(PrefillCache(request, model.config, model.cache_dtype, model.device, prefix))
 
     def next_step(self) -> Step | None:
-        """The next step; None if nothing is running."""
+        """Return the next step; None if no request is running."""
         self.row_cache.compact()
         budget = PREFILL_TOKENS if self._model.device.type == "cpu" else PREFILL_TOKENS_CUDA
         chunks = []
@@ -118,7 +124,10 @@ class Scheduler:
         return Step(list(self.row_cache.requests), chunks) if self.n_running else None
 
     def complete_step(self, step: Step, outputs: Sequence[Output]) -> None:
-        """Give the requests of `step.sampled` their outputs, free rows of finished ones, and give rows to new ones."""
+        """Give the requests of `step.sampled` their outputs.
+
+        Rows of finished requests become free. Requests whose prompt is completely processed get a row.
+        """
         n_rows = len(step.rows)
         for row, (request, output) in enumerate(zip(step.rows, outputs[:n_rows], strict=True)):
             if request is not None and _is_last(request, output):
@@ -132,12 +141,12 @@ class Scheduler:
                 self.row_cache.add(prefill)
 
     def uses(self, adapter: Adapter) -> bool:
-        """Whether a waiting or running request uses the adapter."""
+        """Return whether a waiting or running request uses the adapter."""
         running = (*(prefill.request for prefill in self._prefills), *self.row_cache.requests)
         return any(request is not None and request.adapter is adapter for request in (*self._waiting, *running))
 
     def adapters_in_use(self) -> tuple[set[Adapter], set[Adapter]]:
-        """Of running and of waiting requests."""
+        """Return the adapters of running requests and the adapters of waiting requests."""
         running = (*(prefill.request for prefill in list(self._prefills)), *list(self.row_cache.requests))
         return (
             {request.adapter for request in running if request is not None and request.adapter is not None},
@@ -145,7 +154,7 @@ class Scheduler:
         )
 
     def drop_prefixes(self, adapter: Adapter) -> None:
-        """Forget the cached prefixes that were computed with the adapter."""
+        """Remove the cached prefixes that were computed with the adapter."""
         self._prefix_cache.drop(adapter)
 
     def cancel_waiting(self) -> None:
@@ -161,7 +170,7 @@ class Scheduler:
 
 
 def _is_last(request: Request, output: Output) -> bool:
-    """Give the request its output; returns whether it has ended."""
+    """Give the request its output; return whether the request has ended."""
     if isinstance(output, Exception):
         request.fail(output)
         return True

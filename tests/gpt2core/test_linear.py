@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2core import linear as module
-from gpt2core.linear import FEW_ROWS, SMALL, Linear, Packed, linear
+from gpt2core.linear import FEW_ROWS, SMALL, Linear, PrepackedWeight, linear
 
 
 def tensors(shape, width, dtype=torch.float32, frozen=False):
@@ -37,12 +37,12 @@ def test_output_and_gradients_are_those_of_f_linear(shape, width, has_bias, froz
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_packed_weights_give_the_output_and_gradient_of_f_linear(has_bias):
+def test_prepacked_weights_give_the_output_and_gradient_of_f_linear(has_bias):
     x, w, b = tensors((3, 101), 64, torch.bfloat16, frozen=True)
     bias = b if has_bias else None
-    packed = Packed.make(w)
-    assert torch.equal(packed.weight.to_dense(), w)
-    y, exact = linear(x, packed, bias), F.linear(x.double(), w.double(), bias if bias is None else bias.double())
+    prepacked = PrepackedWeight.make(w)
+    assert torch.equal(prepacked.weight.to_dense(), w)
+    y, exact = linear(x, prepacked, bias), F.linear(x.double(), w.double(), bias if bias is None else bias.double())
     torch.testing.assert_close(y, exact.bfloat16(), rtol=0.01, atol=0.01)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     (found,), (expected,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(exact, x, grad.double())

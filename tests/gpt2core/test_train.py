@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +178,18 @@ def examples_of(row: list[int], data: list[Example]) -> list[Example]:
     return found
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple])
+def test_ids_of_examples_may_be_tensors_arrays_or_tuples(tiny_gpt2_dir, kind):
+    given = [Example(kind(example.input_ids), np.int64(example.prompt_length)) for example in examples()]
+    assert given == examples()
+    results = []
+    for data in (given, examples()):
+        model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(), seed=0)
+        results.append((finetune(model, data, data, config()).best_val_loss, snapshot(model)))
+    assert results[0][0] == results[1][0]
+    assert same_state(results[0][1], results[1][1])
+
+
 def test_accumulated_batches_equal_one_large_batch(tiny_gpt2_dir):
     results = []
     for values in ({"batch_size": 8}, {"batch_size": 2, "gradient_accumulation_steps": 4}):
@@ -228,7 +241,7 @@ def test_the_precision_sets_the_dtypes_during_training(model, precision, base, l
     layer = model.h[0].attn.c_attn
     layer.register_forward_hook(
         lambda module, _, y: seen.add(
-            (module.linear.weight.dtype, module.lora_A.dtype, y.dtype, module.linear.packed is not None)
+            (module.linear.weight.dtype, module.lora_A.dtype, y.dtype, module.linear.prepacked is not None)
         )
     )
     finetune(model, examples(), [], config(precision=precision))
@@ -493,3 +506,8 @@ def test_pretraining_in_bf16_learns_too(small, precision):
     config = PretrainConfig(max_steps=60, batch_size=4, warmup_steps=5, precision=precision)
     assert pretrain(small, tokens, config).history[-1]["train/loss"] < 0.5
     assert small.wte.weight.dtype == torch.float32
+
+
+def test_several_devices_without_a_process_group_are_refused(model):
+    with pytest.raises(ValueError, match=r"devices is 2, .*; use finetune_adapter of gpt2core\.distributed"):
+        finetune(model, examples(), [], config(devices=2))
