@@ -41,6 +41,12 @@ def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> li
     return manifests
 
 
+def placeholder_image() -> str:
+    """The image in k8s/, which no registry has: `kubectl apply -f k8s` alone deploys no model."""
+    deployment = yaml.safe_load((MANIFESTS / "30-deployment.yaml").read_text(encoding="utf-8"))
+    return str(container_of(deployment)["image"])
+
+
 def rollback_patch(live: Manifest, earlier: Manifest) -> list[Manifest]:
     """The JSON patch that gives the live Deployment the pod template and ids of an earlier revision.
 

@@ -12,7 +12,7 @@ from deploy.containers.images import pinned
 from deploy.kubernetes import wait
 from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
-from deploy.kubernetes.render import bento_of, render, rollback_patch, version_of
+from deploy.kubernetes.render import bento_of, placeholder_image, render, rollback_patch, version_of
 from deploy.kubernetes.wait import wait_for_rollout
 from deploy.target import DeployError, DeployInterrupted, Deployment, Version
 from deploy.verify import verify_answers
@@ -50,7 +50,7 @@ class KubernetesTarget:
             previous=None if before is None else version_of(before),
         )
         try:
-            self._apply(render(image, lineage, cluster.namespace, self.config.memory))
+            self._apply(render(image, lineage, cluster.namespace, self.config.memory), before)
             try:
                 rolled_out = wait_for_rollout(cluster)
                 _verify_service(cluster, lineage.bento, samples, max_new_tokens)
@@ -107,11 +107,13 @@ class KubernetesTarget:
         deployment = self.cluster.get("Deployment")
         return None if deployment is None else version_of(deployment)
 
-    def _apply(self, manifests: list[Manifest]) -> None:
+    def _apply(self, manifests: list[Manifest], before: Manifest | None) -> None:
+        # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.
+        force = self.config.force or (before is not None and version_of(before).image == placeholder_image())
         for manifest in manifests:
             # An existing namespace may be shared; its labels belong to its owner.
             if manifest["kind"] != "Namespace" or self.cluster.get("Namespace", self.cluster.namespace) is None:
-                self.cluster.apply(manifest, self.config.force)
+                self.cluster.apply(manifest, force)
 
 
 def _check_scale(cluster: Cluster, deployment: Manifest | None) -> None:

@@ -168,11 +168,15 @@ def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
 @pytest.fixture
 def applied_by_kubectl(api):
     """What `kubectl apply -f k8s` leaves, with the image OLD."""
+    kubectl_apply(api, OLD)
+
+
+def kubectl_apply(api, image: str | None = None) -> None:
     api.namespaces["gpt2-instruct"] = {}
     for file in MANIFESTS.glob("*.yaml"):
         manifest = yaml.safe_load(file.read_text())
-        if manifest["kind"] == "Deployment":
-            manifest["spec"]["template"]["spec"]["containers"][0]["image"] = OLD
+        if manifest["kind"] == "Deployment" and image is not None:
+            manifest["spec"]["template"]["spec"]["containers"][0]["image"] = image
         if manifest["kind"] != "Namespace":
             plural = {"NetworkPolicy": "networkpolicies"}.get(manifest["kind"], f"{manifest['kind'].lower()}s")
             api.objects[plural, "gpt2-instruct"] = stored = Stored()
@@ -181,6 +185,12 @@ def applied_by_kubectl(api):
 
 def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config, applied_by_kubectl):
     assert deploy(config).outcome == "deployed"
+
+
+def test_a_deployment_takes_the_placeholder_image_over_from_kubectl(api, config):
+    kubectl_apply(api)
+    assert deploy(config).outcome == "deployed"
+    assert deploy_next(config).outcome == "deployed"
 
 
 def test_one_forced_deployment_ends_the_conflicts_with_kubectl_apply(api, config, applied_by_kubectl):
