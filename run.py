@@ -63,7 +63,7 @@ def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., N
 @main.command()
 @run_options("configs/local.yaml")
 def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
-    """Split the data, prepare the base, finetune, evaluate, report, promote, package, deploy."""
+    """Split the data, prepare the base, finetune, evaluate, compare, report, package, promote, deploy."""
     run = _start("finetune_pipeline", config, values, no_cache)
     if run is not None:
         click.echo(f"{run.name}: {run.status.value}; results in outputs/latest")
