@@ -45,7 +45,7 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+def copy_to_host_async(tensor: Tensor) -> Callable[[], list[Any]]:
     """Start an asynchronous copy of a tensor to the host; return a function that returns its values as a list.
 
     The function waits only for this copy, not for later work on the device.
