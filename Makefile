@@ -11,7 +11,7 @@ help:  ## show this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r names text; do \
 		printf '%-15s %s\n' "$${names%% *}" "$$text"; done
 
-install: .venv/.installed  ## install everything into .venv; the other targets do so themselves
+install: .venv/.installed  ## install everything into .venv; targets that need it do so themselves
 
 .venv/.installed: pyproject.toml constraints.txt setup.py gpt2core/inference/native.c
 	$(PYTHON) -m venv .venv
@@ -21,14 +21,14 @@ install: .venv/.installed  ## install everything into .venv; the other targets d
 run: install  ## run the whole pipeline with CONFIG (configs/local.yaml)
 	$(BIN)/python run.py finetune --config $(CONFIG)
 
-test: install  ## run the tests but the slow ones
+test: install  ## run the quick tests
 	$(BIN)/pytest --cov --cov-report=term
 
 test-slow: install  ## run the slow tests
 	$(BIN)/pytest -m slow
 
-# The tests that need kfp, in a separate environment: kfp requires an older protobuf than constraints.txt and pins one package.
-test-kubeflow: .venv-kubeflow/.installed  ## run the tests that need kfp, in an environment of its own
+# kfp conflicts with protobuf and click-option-group in constraints.txt, so its tests run in a separate environment.
+test-kubeflow: .venv-kubeflow/.installed  ## run the tests that need kfp, in .venv-kubeflow
 	.venv-kubeflow/bin/pytest tests/stacks -k kubeflow
 
 .venv-kubeflow/.installed: pyproject.toml constraints.txt
@@ -81,7 +81,7 @@ report:  ## open the report of the newest run
 dashboard: install  ## open ZenML's dashboard
 	$(BIN)/zenml login --local
 
-# Compare with other implementations. Use an idle machine. ONLY=train,decode measures those groups only.
+# Compare with other implementations. Use an idle machine. ONLY=train,decode measures only these groups.
 # Peers that cannot be installed are skipped, and their rows say so.
 bench: install  ## compare with other implementations; ONLY=train,decode measures those groups
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ctranslate2

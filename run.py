@@ -12,7 +12,10 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("Error: this Python lacks the project's packages; run `make install`, then `source .venv/bin/activate`")
 
 if TYPE_CHECKING:
     from zenml.models import PipelineRunResponse
@@ -240,9 +243,10 @@ def sign(directory: Path, key: Path) -> None:
 @main.command()
 def rollback() -> None:
     """Roll back the last deployment to the version before it."""
+    from pipelines.interrupts import interruptible
     from steps.deploy import rollback as roll_back
 
-    with _one_line():
+    with _one_line(), interruptible():
         outcome = roll_back()
     click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))
 
@@ -338,7 +342,10 @@ def image(which: str) -> None:
     if which == "service" and not newest.is_file():
         raise click.ClickException("there is no Bento yet; make run builds one")
     with _one_line():
-        built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
+        if which == "steps":
+            built = images.build_steps()
+        else:
+            built = images.build_service(newest.read_text(encoding="utf-8").strip())
     sbom = shared_path("images") / f"{built.reference.replace(':', '-')}.cdx.json"
     atomic_write(sbom, built.sbom)
     click.echo(f"SBOM: {sbom}\n{built.reference}")

@@ -107,7 +107,7 @@ class CTranslate2:
 
         directory = Path(mkdtemp()) / "model"
         TransformersConverter(str(base)).convert(str(directory), quantization=kind)
-        self.vocabulary: list[str] = json.loads((directory / "vocabulary.json").read_text())
+        self.vocabulary: list[str] = json.loads((directory / "vocabulary.json").read_text(encoding="utf-8"))
         self.generator: Any = ctranslate2.Generator(
             str(directory), device="cpu", compute_type=kind, inter_threads=1, intra_threads=n_threads
         )

@@ -507,7 +507,7 @@ def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str,
     environment = os.environ | {"GPU_CHECK_DEVICE": device, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a killed process is complete
     log, start = scratch / f"{name}.log", perf_counter()
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -518,7 +518,7 @@ def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str,
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     entry: dict[str, Any] = {"stage": name, "status": status, "seconds": round(perf_counter() - start, 1)}
-    text, figures = log.read_text(errors="replace"), scratch / f"{name}.json"
+    text, figures = log.read_text(encoding="utf-8", errors="replace"), scratch / f"{name}.json"
     if name == "tests":
         outcomes = dict(re.findall(r"^\S+::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE))
         counts = {
@@ -529,7 +529,7 @@ def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str,
         if status == "ok" and not counts["passed"]:
             entry["status"] = "skipped"
     elif figures.is_file():
-        entry["figures"] = json.loads(figures.read_text())
+        entry["figures"] = json.loads(figures.read_text(encoding="utf-8"))
     if status != "ok":
         entry["error"] = text[-TAIL:]
     return entry

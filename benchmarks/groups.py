@@ -233,7 +233,7 @@ def memory(setting: Setting) -> list[Row]:
 
     def measure(side: str, model: Path) -> float:
         command = [sys.executable, "-m", "benchmarks.memory", side, str(model), str(min(128, config.n_positions))]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise RuntimeError(f"the {side} side of the memory row failed:\n{done.stderr[-2000:]}")
         return int(done.stdout.split()[-1]) / 2**20

@@ -88,11 +88,11 @@ def write(out: Path, preset: str, about: dict[str, Any], curves: Sequence[Curve]
     }
     (out / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
     (out / "docs").mkdir(exist_ok=True)
-    (out / "benchmarks" / "results" / "growth.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "benchmarks" / "results" / "growth.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(curves, out / "docs" / "growth.svg")
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    page = template.from_string(TEMPLATE.read_text()).render(result, idle=idle(about))
-    (out / "docs" / "growth.md").write_text(page)
+    page = template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(result, idle=idle(about))
+    (out / "docs" / "growth.md").write_text(page, encoding="utf-8")
 
 
 def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most: int) -> Iterator[Curve]:

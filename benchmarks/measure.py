@@ -102,7 +102,7 @@ def matmul_rate(dtype: torch.dtype, n: int = 1024) -> float:
 
 def machine() -> dict[str, Any]:
     file = Path("/proc/cpuinfo")
-    lines = [line.partition(":") for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = [line.partition(":") for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     about = {key.strip(): value.strip() for key, _, value in lines}
     flags = about.get("flags", "").split()
     return {
@@ -142,7 +142,7 @@ def _busy_seconds() -> float | None:
     file = Path("/proc/stat")
     if not file.is_file():
         return None
-    user, nice, system = map(int, file.read_text().split()[1:4])
+    user, nice, system = map(int, file.read_text(encoding="utf-8").split()[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 

@@ -65,7 +65,7 @@ def _texts(n: int, length: int) -> list[list[int]]:
 
 def _status(field: str) -> int:
     # not ru_maxrss, which includes the parent's memory at the time of the fork
-    status = Path("/proc/self/status").read_text().split()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").split()
     return int(status[status.index(f"{field}:") + 1]) * 1024
 
 

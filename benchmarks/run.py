@@ -57,7 +57,7 @@ def main(
     click.echo(f"{about['processor']} ({', '.join(about['flags'])}), {about['threads']} threads; {idle(about)}")
     _write(out / "benchmarks" / "results" / "latest.json", json.dumps(result, indent=2) + "\n")
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
-        TEMPLATE.read_text()
+        TEMPLATE.read_text(encoding="utf-8")
     )
     page = template.render(result, table=render_table(result["rows"]), idle=idle(about))
     _write(out / "docs" / "performance.md", page)
@@ -102,7 +102,7 @@ def _percent(value: float | None) -> str:
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

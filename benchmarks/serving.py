@@ -89,7 +89,7 @@ class PlainServer:
 
 def widen_tokenizer(directory: Path, vocab_size: int) -> None:
     """Add unused tokens until every id that a random model may generate has one."""
-    vocab = json.loads((directory / "vocab.json").read_text())
+    vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     del vocab[END_OF_TEXT]
     old = list(vocab)
     merges = []
@@ -99,8 +99,8 @@ def widen_tokenizer(directory: Path, vocab_size: int) -> None:
             vocab[left + right] = len(vocab)
             merges.append(f"{left} {right}\n")
     vocab[END_OF_TEXT] = len(vocab)
-    (directory / "vocab.json").write_text(json.dumps(vocab))
-    with (directory / "merges.txt").open("a") as file:
+    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    with (directory / "merges.txt").open("a", encoding="utf-8") as file:
         file.writelines(merges)
 
 

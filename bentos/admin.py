@@ -34,15 +34,15 @@ async def unload_adapter(request: Request) -> JSONResponse:
 
 @router.get("/v1/canary", response_model=CanaryStatus, responses=ERRORS)
 async def canary_status(request: Request) -> JSONResponse:
-    """The canary, and the completions of both versions since it started."""
+    """Return the canary, and the completions of both versions since it started."""
     return JSONResponse(served(request).generator.canary_status().model_dump())
 
 
 @router.post("/v1/start_canary", response_model=CanaryStatus, responses=ERRORS, openapi_extra=operation(CanaryRequest))
 async def start_canary(request: Request) -> JSONResponse:
-    """Send a share of the requests for the default model to a loaded adapter; or change the share.
+    """Send a share of the requests for the default model to a loaded adapter, or change the share.
 
-    In shadow mode clients get the default model's answers, and the adapter repeats the requests.
+    In shadow mode, clients get the default model's answers, and the adapter only repeats the requests.
     """
     body = await read_body(request, CanaryRequest)
     await served(request).generator.set_canary(body)

@@ -1,6 +1,6 @@
 """The FastAPI app: its routers and error handlers.
 
-The routes are FastAPI's, since those of BentoML 1.4 ignore unknown fields, parse plain `curl -d` as a form, and hide
+The routes are FastAPI's, because BentoML 1.4's routes ignore unknown fields, parse plain `curl -d` as a form, and hide
 the message of most errors. `bentos/service.py` sets `app.state.served` when the service starts.
 """
 
@@ -23,6 +23,6 @@ async def respond_with_error(request: Request, error: ServiceError) -> Response:
 
 
 @app.exception_handler(ClientDisconnect)
-async def respond_to_nobody(request: Request, error: ClientDisconnect) -> Response:
-    """A response for the access log and the metrics; no client receives it."""
+async def handle_client_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    """Return a response for the access log and the metrics. No client receives it."""
     return error_response(ServiceError("client_closed_request", "the client has closed the connection"))

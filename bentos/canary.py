@@ -1,4 +1,4 @@
-"""A canary: an adapter that gets a share of the requests for the default model. Both versions have statistics."""
+"""A canary: an adapter that gets a share of the requests for the default model; statistics of both versions."""
 
 import hashlib
 
@@ -7,14 +7,14 @@ from bentos.schemas import CanaryArm, CanaryRequest, ShadowStatus
 from bentos.shadow import Comparison
 
 
-def takes(canary: CanaryRequest, key: str) -> bool:
-    """Whether requests with this key go to the canary. A larger share includes the keys of a smaller one."""
+def routes_to_canary(canary: CanaryRequest, key: str) -> bool:
+    """Whether requests with this key go to the canary. A larger share includes all keys of a smaller share."""
     digest = hashlib.sha256(f"{canary.adapter}\n{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < canary.share * 2**64
 
 
 def observe(arm: CanaryArm, result: CompletionResult) -> None:
-    """Count a completion of one version, in place."""
+    """Add a completion to the statistics of its version, in place."""
     if result.failed:
         arm.failed += 1
     elif result.finish_reason != "cancelled":
@@ -25,7 +25,7 @@ def observe(arm: CanaryArm, result: CompletionResult) -> None:
 
 
 def observe_shadow(status: ShadowStatus, comparison: Comparison) -> None:
-    """Count a completed answer of a canary in shadow mode, in place."""
+    """Add the comparison of a canary's answer to the statistics of shadow mode, in place."""
     status.compared += 1
     status.agreed += comparison.agreed
     status.mean_token_f1 += (comparison.token_f1 - status.mean_token_f1) / status.compared

@@ -68,17 +68,20 @@ def remove_timeout(app: Starlette) -> None:
 
 
 def remove_redirects(app: Starlette) -> None:
-    """No redirect of /predict/ to /predict: it would go to the http URL of whatever the Host header names."""
+    """Remove the redirect from /predict/ to /predict: its target is an http URL of the host in the Host header."""
     app.router.redirect_slashes = False
 
 
 def remove_tracing(app: Starlette) -> None:
-    """Remove BentoML's tracing: it records a span per message even without an exporter, 20 % of the HTTP overhead."""
+    """Remove BentoML's tracing, 20 % of the HTTP overhead: it records a span per message even without an exporter."""
     _remove(app, OpenTelemetryMiddleware)
 
 
 def bound_metrics(app: Starlette, label: Callable[[str], str]) -> None:
-    """Label BentoML's HTTP metrics with `label(path)`: the raw path makes 20 series of each path ever requested."""
+    """Replace the path label of BentoML's HTTP metrics by `label(path)`.
+
+    BentoML uses the raw path, which creates about 20 time series for each path that was ever requested.
+    """
 
     def bounded(each: Middleware) -> Middleware:
         return Middleware(_BoundedMetrics, label=label, **each.kwargs)  # type: ignore[arg-type]
@@ -89,7 +92,7 @@ def bound_metrics(app: Starlette, label: Callable[[str], str]) -> None:
 
 
 class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
-    """Gives BentoML's middleware a copy of the scope with another path; the app behind it gets the original one."""
+    """Gives BentoML's middleware a copy of the scope with another path. The app behind it gets the original scope."""
 
     def __init__(self, app: ASGIApp, label: Callable[[str], str], **options: Any) -> None:
         async def with_request_scope(scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,14 +108,17 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits for headers and for clients that do not read: uvicorn buffers headers of any size,
-    waits for their end forever, and keeps a response in memory for as long as its client reads nothing.
+    """uvicorn's httptools protocol with three limits: header size, time to receive the headers, and time without reads.
 
-    uvicorn has such limits for its other parser, h11, only (https://github.com/Kludex/uvicorn/issues/157). It also
-    closes idle connections after 5 s; a proxy that keeps them for longer sends requests into closed ones: a 502.
+    Without them, uvicorn buffers headers of any size, waits for the end of headers forever, and keeps a response in
+    memory while its client reads nothing. uvicorn limits headers only with its other parser, h11
+    (https://github.com/Kludex/uvicorn/issues/157).
+
+    Idle connections are kept for `KEEP_ALIVE` seconds instead of uvicorn's 5. A proxy that reuses connections for
+    longer than the server keeps them would send requests to closed connections, and respond with 502.
     """
 
-    _n_bytes = 0  # of the current request, without its body
+    _n_bytes = 0  # received bytes of the current request, without its body
     _timer: asyncio.TimerHandle | None = None  # runs until the headers are complete
     _write_timer: asyncio.TimerHandle | None = None  # runs while the client reads less than is written
 
@@ -172,7 +178,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, type: str, message: str) -> None:
-        """Close the connection; with a response, unless there is no request or the app may have started to respond."""
+        """Close the connection. Sends an error first if a request has begun and the app cannot have responded to it."""
         if self._n_bytes and (self.cycle is None or self.cycle.response_complete):
             content = json.dumps(error_content(type, message)).encode()
             lines = (
@@ -186,20 +192,21 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 def bound_heads() -> None:
-    """Make uvicorn, which BentoML starts afterwards in this process, use `BoundedHttpProtocol`."""
+    """Make uvicorn use `BoundedHttpProtocol`. BentoML starts uvicorn afterwards, in this process."""
     auto.AutoHTTPProtocol = BoundedHttpProtocol
 
 
 async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
-    """Refuse new connections, and serve on those that were accepted.
+    """Refuse new connections; accepted connections stay open.
 
     Args:
-        sigterm_handler: uvicorn's, a method of the `Server` that listens.
+        sigterm_handler: uvicorn's handler, a method of the `Server` that listens.
 
-    uvicorn only closes this process's descriptor of the listening socket. BentoML's parent process has one too, so the
-    kernel would accept connections for another second, and reset them when the parent exits. `shutdown` stops the
-    listening itself (Linux). It resets connections that are not accepted yet, so a packet filter keeps new ones out
-    first: a client that tries to connect meanwhile does so again after a second, and is refused then.
+    uvicorn only closes this process's descriptor of the listening socket. BentoML's parent process also has a
+    descriptor, so the kernel would accept connections for another second, and reset them when the parent exits.
+    `shutdown` ends listening itself (Linux), but resets connections that are not accepted yet. A packet filter
+    therefore drops new connections first. A client that tries to connect during that time retries after a second,
+    and is refused then.
     """
     servers = getattr(getattr(sigterm_handler, "__self__", None), "servers", [])
     for listening in [listening for server in servers for listening in server.sockets]:
@@ -214,9 +221,9 @@ async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
 
 
 def _drop_new_connections(listening: socket.socket) -> None:
-    """Make the kernel drop the first packet of each new connection, and accept those of connections in progress.
+    """Make the kernel drop the first packet (SYN) of each new connection. Other packets pass.
 
-    Only for TCP on Linux; elsewhere nothing happens.
+    Has no effect except for TCP on Linux.
     """
     program = (  # classic BPF: code, jump if true, jump if false, operand
         (0x30, 0, 0, 13),  # load the flags of the TCP header

@@ -28,7 +28,7 @@ class GenerationRequest:
     prompt: list[int]
     config: GenerationConfig
     model: str  # a name of /v1/models
-    deadline: float  # of `time.monotonic`; includes queueing
+    deadline: float  # time by `time.monotonic`, after which the request fails, queued or running
     request_id: str
     route_key: str = ""  # requests with the same key go to the same version during a canary; "": the request id
     stop: Sequence[str] = ()
@@ -36,17 +36,17 @@ class GenerationRequest:
     logprobs: int | None = None  # most likely tokens to report with each token; None: no logprobs
     stream: bool = False
     grammar: "Grammar | None" = None  # structure that the text must match
-    prompt_only: bool = False  # max_tokens 0: the one token that `config` generates is dropped
-    echo: str | None = None  # the prompt's text, to prepend to the completion's; logprobs then include the prompt
+    prompt_only: bool = False  # max_tokens=0: the engine generates at least one token, which is discarded
+    echo: str | None = None  # text of the prompt, put before the completion's text; logprobs then include the prompt
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """New final text of a completion, which later tokens cannot change, and the tokens since the previous chunk."""
+    """New text of a completion, which later tokens cannot change, and the tokens since the previous chunk."""
 
     text: str
     tokens: list[int]
-    logprobs: "list[TokenLogprobs | None]"  # one per token, if requested; None: of a prompt's first token
+    logprobs: "list[TokenLogprobs | None]"  # one per token, if requested; None for the first token of a prompt
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class CompletionResult:
     request: GenerationRequest
     adapter: AdapterVersion | None
     finish_reason: str  # a FinishReason, "cancelled", "deadline" or "error"
-    tokens: list[int]  # of the completion, up to those whose text was read
-    token_times: list[float]  # of all tokens that the engine generated
+    tokens: list[int]  # tokens whose text was read from the completion
+    token_times: list[float]  # times of all tokens that the engine generated
     submitted_at: float
     ended_at: float
 
     @property
     def failed(self) -> bool:
-        """Whether it ended without an answer. Cancelled completions do not count: the client caused that."""
+        """Whether it ended without an answer. Cancelled completions do not count, because the client caused that."""
         return self.finish_reason in ("error", "deadline")
 
     @property
     def time_to_first_token(self) -> float | None:
-        """In seconds, including queueing."""
+        """Seconds from submission to the first token, including queueing; None if there was no token."""
         return self.token_times[0] - self.submitted_at if self.token_times else None
 
 
@@ -76,7 +76,7 @@ class TokenNotifier:
     """Wakes a coroutine when the engine's thread has new tokens for it."""
 
     def __init__(self, every_token: bool) -> None:
-        """`every_token`: False wakes it only at the end, which saves CPU time for the engine."""
+        """`every_token`: False wakes the coroutine only at the end, which saves CPU time for the engine."""
         self._every_token = every_token
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
@@ -114,8 +114,8 @@ class Completion:
             ServiceError: the deadline has passed, the engine has stopped, or generating this completion failed.
         """
         running, ended_by = self._running, "cancelled"
-        is_echoed = self.request.echo is None
-        sent = 0  # tokens of earlier chunks; the text of further ones may be held back
+        needs_echo = self.request.echo is not None
+        sent = 0  # number of tokens in earlier chunks; the detokenizer may still buffer text of later tokens
         try:
             while self.finish_reason is None:
                 await self._notifier.wait()
@@ -134,7 +134,7 @@ class Completion:
                     raise ServiceError("shutting_down", "the service stopped or dropped this request; retry")
                 elif reason == "error":
                     ended_by = reason
-                    if isinstance(running.error, ServiceError):  # of a grammar
+                    if isinstance(running.error, ServiceError):  # raised by the grammar
                         raise running.error
                     raise ServiceError("generation_failed", str(running.error))
                 elif reason is not None:
@@ -144,13 +144,13 @@ class Completion:
                 if text or reason is not None:
                     new, sent = slice(sent, self.n_tokens), self.n_tokens
                     chunk = Chunk(text, running.tokens[new], [*running.logprobs[new]])
-                    yield self._with_prompt(chunk) if new.start == 0 and not is_echoed else chunk
-                    is_echoed = True
+                    yield self._with_prompt(chunk) if needs_echo else chunk
+                    needs_echo = False
         finally:
             self._end(ended_by)
 
     async def whole(self) -> Chunk:
-        """The whole completion as one chunk, once it has ended."""
+        """Wait for the end of the completion; return all of it as one chunk."""
         chunks = [chunk async for chunk in self.chunks()]
         return Chunk(
             "".join(chunk.text for chunk in chunks),
@@ -159,7 +159,7 @@ class Completion:
         )
 
     def cancel(self) -> None:
-        """Leave the engine before its next step. Has no effect on a completion that has ended."""
+        """Remove the completion from the engine before its next step. Has no effect after its end."""
         self._end("cancelled")
 
     def _with_prompt(self, chunk: Chunk) -> Chunk:
@@ -195,7 +195,7 @@ class Completion:
 
 
 def usage(completions: Sequence[Completion]) -> Usage:
-    """Token counts over all completions of one HTTP request; a prompt with several completions counts once."""
+    """Count the tokens of all completions of one HTTP request. A prompt with several completions counts once."""
     prompts = {id(one.request.prompt): one.request.prompt for one in completions}
     n_prompt = sum(len(prompt) for prompt in prompts.values())
     n_completion = sum(one.n_tokens for one in completions)
@@ -203,11 +203,12 @@ def usage(completions: Sequence[Completion]) -> Usage:
 
 
 async def merge(completions: Sequence[Completion]) -> AsyncIterator[tuple[int, Chunk, FinishReason | None]]:
-    """Chunks of several completions in order of arrival: index, chunk, and, with the last chunk of each, the finish
-    reason.
+    """Yield the chunks of several completions in order of arrival.
+
+    Each item is the completion's index, the chunk, and the finish reason (None before the completion's last chunk).
 
     Raises:
-        ServiceError: of the first completion that fails; the others are cancelled.
+        ServiceError: the error of the first completion that fails; the others are cancelled.
     """
     queue: asyncio.Queue[tuple[int, Chunk, FinishReason | None] | Exception] = asyncio.Queue()
 

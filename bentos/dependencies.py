@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Incomplete:
-    """The bodies that are being received: clients that send them slowly must not fill the memory."""
+class BodyBudget:
+    """Counts the bytes of all bodies that are being received, so that slow clients cannot fill the memory."""
 
     n_bytes: int = 0
 
@@ -30,7 +30,7 @@ class Served:
     started: int  # Unix seconds
     multi_turn: MultiTurn
     request_log: "RequestLog | None" = None  # None: switched off
-    incomplete: Incomplete = field(default_factory=Incomplete)
+    body_budget: BodyBudget = field(default_factory=BodyBudget)
 
 
 def served(request: Request) -> Served:
@@ -44,7 +44,7 @@ def record(request: Request) -> RequestRecord:
 
 
 def route_key(request: Request) -> str:
-    """The client's X-Canary-Key, which keeps its requests on one version, or else the request id."""
+    """Return the client's X-Canary-Key, or else the request id. Requests with the same key go to the same version."""
     return request.headers.get("x-canary-key") or request_id(request)
 
 

@@ -15,9 +15,9 @@ router = APIRouter()
 
 @router.post("/feedback", response_model=FeedbackResponse, responses=ERRORS, openapi_extra=operation(FeedbackRequest))
 async def feedback(request: Request) -> JSONResponse:
-    """Log a rating of an answer, and its correction.
+    """Log a rating of an answer, with an optional correction and comment.
 
-    Every well-formed request id is accepted: another replica or an earlier process may have generated the completion.
+    Every well-formed request id is accepted, because another replica or an earlier process may have sent the answer.
     """
     body = await read_body(request, FeedbackRequest)
     log = served(request).request_log

@@ -1,6 +1,6 @@
-"""The engine and its adapters, without HTTP: errors have a type that `bentos/errors.py` maps to a status.
+"""The engine and its adapters, without HTTP. Errors have a type, which `bentos/errors.py` maps to a status.
 
-The only module of this package that imports torch and gpt2core's engine; others import their types only for mypy.
+Only this module of the package imports torch and gpt2core's engine; the others import their types for mypy only.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from bentos.limits import DEADLINE, MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
 from bentos.metrics import Gauge, Metrics, render_gauges
 from bentos.request_log import RequestLog
 from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, ShadowStatus, Structure
-from bentos.shadow import Comparison, Shadows
+from bentos.shadow import Comparison, ShadowQueue
 from bentos.shared_adapters import MANIFEST, Manifest
 from gpt2core.checkpoint import directory_sha256, load_pretrained
 from gpt2core.config import GenerationConfig, Weights
@@ -52,10 +52,11 @@ class TextGenerator:
         """Load base and adapter, and start the engine.
 
         Args:
-            weights: format of the engine's weights; only fp32 generates exactly the evaluated completions.
-            adapters_dir: other adapters may be loaded from below this directory; "": none.
-            base_sha256, accept_other_base: reject adapters of another base, or accept them with a warning.
-            follow_adapters: `follow` sets adapters and canary from a manifest; other changes are rejected.
+            weights: format of the engine's weights. Only fp32 generates exactly the evaluated completions.
+            adapters_dir: directory below which other adapters may be loaded; "": no other adapters.
+            base_sha256: adapters of another base are rejected.
+            accept_other_base: adapters of another base are accepted, with a warning.
+            follow_adapters: only `follow` may change adapters and canary; other changes are rejected.
         """
         self.tokenizer = load_tokenizer(base_dir)
         self._grammars = GrammarCompiler(self.tokenizer)
@@ -64,7 +65,7 @@ class TextGenerator:
         self._adapters: dict[str, AdapterVersion] = {}
         self._canary: CanaryRequest | None = None
         self._arms: dict[str, CanaryArm] = {}
-        self._shadows = Shadows(self._submit_shadow, self._compare_shadow, self._drop_shadow)
+        self._shadows = ShadowQueue(self._submit_shadow, self._compare_shadow, self._drop_shadow)
         self._shadow_status = ShadowStatus()
         self._changing = asyncio.Lock()
         model = load_pretrained(base_dir, device=best_device(), mapped=True)
@@ -86,7 +87,7 @@ class TextGenerator:
 
     @property
     def models(self) -> dict[str, AdapterVersion | None]:
-        """Names that requests may use: the base with the run's adapter, the base alone, and loaded adapters."""
+        """Return the names that requests may use: base with the run's adapter, base alone, and loaded adapters."""
         return {TUNED: self._adapters[TUNED], BASE: None, **self._adapters}
 
     def check_model(self, name: str, param: str | None) -> None:
@@ -99,14 +100,16 @@ class TextGenerator:
             raise ServiceError("model_not_found", message, param)
 
     def encode_instruction(self, instruction: str, input: str = "") -> list[int]:
-        """The prompt of an instruction, as in training."""
+        """Return the prompt of an instruction, as in training."""
         return self.tokenizer.encode_ordinary(format_prompt(instruction, input))
 
     def config(self, max_new_tokens: int, sampling: Mapping[str, Any]) -> GenerationConfig:
-        """The engine caps `max_new_tokens` at the space that the prompt leaves in the context.
+        """Return the engine's configuration for the sampling parameters of a request.
+
+        The engine also caps `max_new_tokens` at the space that the prompt leaves in the context.
 
         Raises:
-            ServiceError: a control contains an unknown token id, excludes another one, or has more than 64 bits.
+            ServiceError: a parameter has an unknown token id, excludes another one, or has more than 64 bits.
         """
         max_new_tokens = min(max_new_tokens, self.n_positions)
         if (least := sampling.get("min_tokens", 0)) > max_new_tokens:
@@ -133,17 +136,19 @@ class TextGenerator:
                 raise ServiceError("invalid_request", message, param) from None
 
     async def grammars(self, structure: Structure, n: int, deadline: float) -> list[Grammar | None]:
-        """The grammars of `n` completions.
+        """Compile the grammars of `n` completions.
 
         Raises:
-            ServiceError: the schema, the regex or the choice is invalid, not supported or too large, or the deadline
-                (by `time.monotonic`) has passed.
+            ServiceError: the schema, the regex or the choice is invalid, not supported or too large, or compiling does
+                not end before the deadline (by `time.monotonic`).
         """
         try:
             async with asyncio.timeout(deadline - monotonic()):
                 return [*await asyncio.wrap_future(self._grammars.submit(structure, n))]
         except TimeoutError:
-            message = f"{structure.param}: it was not compiled in time; make it simpler, or retry"
+            message = (
+                f"{structure.param}: compiling it took longer than the request's time limit; simplify it, or retry"
+            )
             raise ServiceError("deadline_exceeded", message, structure.param) from None
 
     def submit(
@@ -163,7 +168,7 @@ class TextGenerator:
         """
         longest = max(len(request.prompt) for request in requests)
         if longest >= self.n_positions:
-            # OpenAI's wording, which LiteLLM and others recognize
+            # OpenAI's wording: LiteLLM and other clients recognize it
             limit = f"this model's maximum context length is {self.n_positions} tokens"
             message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
@@ -177,11 +182,11 @@ class TextGenerator:
         except (EngineFull, EngineClosed, ValueError) as error:
             for completion in completions:
                 completion.cancel()
-            raise self._refused(error, param) from None
+            raise self._engine_error(error, param) from None
         return completions
 
     async def load(self, name: str, directory: str) -> AdapterVersion:
-        """Load an adapter, or replace the one of that name; running completions keep the one they started with.
+        """Load an adapter, or replace the adapter of this name. Running completions keep their adapter.
 
         Raises:
             ServiceError: the name is reserved, too many are loaded, or the directory holds no adapter for this base.
@@ -242,8 +247,8 @@ class TextGenerator:
         No request fails: an adapter is loaded before requests are routed to it, and unloaded afterwards.
 
         Raises:
-            ValueError, OSError: an adapter is missing, or is not the one of the manifest. Adapters loaded so far are
-            kept, with the canary.
+            ValueError, OSError: an adapter is missing, or differs from the manifest. Adapters that were loaded before
+                stay loaded, and the canary does not change.
         """
         async with self._changing:
             for name, shared in manifest.adapters.items():
@@ -255,11 +260,11 @@ class TextGenerator:
                 self._unload(name)
 
     def metrics_text(self) -> str:
-        """The engine's state as gauges, in Prometheus' text format."""
+        """Return the engine's state as gauges, in the Prometheus text format."""
         stats = self.engine.stats()
         running, waiting = self.engine.adapters_in_use()
         model = {"model_name": TUNED}
-        # relative to the full context of every slot in the batch: caches grow on demand and have no limit
+        # share of the full context of all slots in the batch; caches grow on demand and have no limit of their own
         kv_usage = stats["cached_tokens"] / (MAX_BATCH * self.n_positions)
         adapters = {
             "max_lora": str(MAX_ADAPTERS + 1),
@@ -286,14 +291,14 @@ class TextGenerator:
         return render_gauges(gauges)
 
     def _route(self, request: GenerationRequest) -> GenerationRequest:
-        """Apply the canary. Called at submission, when the canary is loaded for certain."""
+        """Apply the canary. Called at submission, because an earlier result could name an unloaded adapter."""
         if self._canary is None or self._canary.shadow or not self._is_chosen(request):
             return request
         return replace(request, model=self._canary.adapter)
 
     def _is_chosen(self, request: GenerationRequest) -> bool:
         key = request.route_key or request.request_id
-        return self._canary is not None and request.model == TUNED and canary.takes(self._canary, key)
+        return self._canary is not None and request.model == TUNED and canary.routes_to_canary(self._canary, key)
 
     def _set_canary(self, request: CanaryRequest | None) -> None:
         names = [] if request is None else [TUNED, request.adapter]
@@ -327,7 +332,7 @@ class TextGenerator:
         )
         return Completion(request, self.models[request.model], running, notifier, detokenizer, on_end)
 
-    def _refused(self, error: Exception, param: str) -> ServiceError:
+    def _engine_error(self, error: Exception, param: str) -> ServiceError:
         if isinstance(error, EngineFull):
             if self._metrics is not None:
                 self._metrics.refused.inc()
@@ -337,16 +342,17 @@ class TextGenerator:
         return ServiceError("invalid_request", str(error), param)
 
     def _find(self, directory: str) -> Path:
-        """
+        """Return the path of an adapter's directory.
+
         Raises:
-            FileNotFoundError: it is not below the directory of adapters.
+            FileNotFoundError: the directory does not exist or is not below GPT2_ADAPTERS_DIR.
         """
         root = Path(self._adapters_dir).resolve()
         try:
             path = (root / directory).resolve()
             if root in path.parents and path.is_dir():
                 return path
-        except (OSError, ValueError, RuntimeError):  # a name that is too long, a NUL, a cycle of links
+        except (OSError, ValueError, RuntimeError):  # too long a name, a NUL, a cycle of symbolic links
             pass
         raise FileNotFoundError(f"there is no directory {directory!r} below GPT2_ADAPTERS_DIR")
 
@@ -364,7 +370,7 @@ class TextGenerator:
     def _check_links(self, directory: Path, files: Sequence[str]) -> None:
         """
         Raises:
-            ValueError: a file is a symbolic link to outside of the directory of adapters.
+            ValueError: a file is a symbolic link to a file outside of GPT2_ADAPTERS_DIR.
         """
         root = Path(self._adapters_dir).resolve()
         for file in files:
@@ -384,11 +390,14 @@ class TextGenerator:
             arm = self._arms.get(result.request.model)
             if arm is not None and arm.adapter == result.adapter:
                 canary.observe(arm, result)
-        finally:  # a request that counts as in flight for ever would stop shadow mode
+        finally:  # after an error too: a request that stays counted as in flight would stop shadow mode forever
             self._shadows.request_ended(result if self._is_shadowed(result) else None)
 
     def _is_shadowed(self, result: CompletionResult) -> bool:
-        """Only greedy completions, because sampled ones differ by chance; without grammar, which is used once."""
+        """Whether the canary repeats this request: shadow mode is on, and the answers can be compared.
+
+        Sampled answers differ by chance. A request with a grammar cannot be repeated, because a grammar is used once.
+        """
         request, is_shadow = result.request, self._canary is not None and self._canary.shadow
         is_comparable = request.config.temperature == 0 and request.grammar is None and not request.prompt_only
         is_finished = result.finish_reason in get_args(FinishReason)
@@ -397,17 +406,17 @@ class TextGenerator:
     def _submit_shadow(
         self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]
     ) -> Completion:
-        assert self._canary is not None  # waiting requests are dropped when it ends
+        assert self._canary is not None  # waiting requests are dropped when the canary ends
         again = replace(request, model=self._canary.adapter, logprobs=0, stream=False, echo=None)
         try:
             return self._submit(replace(again, deadline=monotonic() + DEADLINE), on_end)
         except (EngineFull, EngineClosed, ValueError) as error:
-            raise self._refused(error, "prompt") from None
+            raise self._engine_error(error, "prompt") from None
 
     def _compare_shadow(self, answered: CompletionResult, shadow: CompletionResult, logprob: float | None) -> None:
         arm = self._arms.get(shadow.request.model)
         if arm is None or arm.adapter != shadow.adapter:
-            return  # of a version that has been replaced
+            return  # the answer is from a version that has been replaced
         canary.observe(arm, shadow)
         texts = [self.tokenizer.decode(result.tokens) for result in (answered, shadow)]
         comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)

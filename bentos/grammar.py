@@ -1,4 +1,4 @@
-"""Structured output: masks of the allowed next tokens, so that a completion matches a JSON schema, regex or choice.
+"""Structured output: masks of the allowed next tokens make a completion match a JSON schema, a regex or a choice.
 
 llguidance computes the masks in a separate thread, while the engine's thread computes the next step's logits.
 """
@@ -29,11 +29,11 @@ class GrammarCompiler:
         self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
 
     def submit(self, structure: Structure, n: int) -> "Future[list[LlguidanceGrammar]]":
-        """`compile` in a separate thread."""
+        """Run `compile` in a separate thread."""
         return self._compiling.submit(self.compile, structure, n)
 
     def compile(self, structure: Structure, n: int) -> "list[LlguidanceGrammar]":
-        """For `n` completions.
+        """Compile one grammar for each of `n` completions.
 
         Raises:
             ServiceError: the schema, the regex or the choice is invalid, is not supported, is too large, or matches no
@@ -44,11 +44,11 @@ class GrammarCompiler:
             if error := llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer, limits=self._limits):
                 raise ValueError(error)
         except (ValueError, RecursionError) as error:
-            raise _refused(structure.param, str(error)) from None
+            raise _grammar_error(structure.param, str(error)) from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         first = matcher.compute_bitmask()  # fails if no token is allowed at the start
         if matcher.is_error():
-            raise _refused(structure.param, f"no text matches it: {matcher.get_error()}")
+            raise _grammar_error(structure.param, f"no text matches it: {matcher.get_error()}")
         return [LlguidanceGrammar(matcher.deep_copy(), first, structure.param, self._masks) for _ in range(n)]
 
     def close(self) -> None:
@@ -57,14 +57,14 @@ class GrammarCompiler:
 
 
 class LlguidanceGrammar:
-    """A `gpt2core.sampling.Grammar`."""
+    """Implements `gpt2core.sampling.Grammar` with an llguidance matcher."""
 
     def __init__(self, matcher: llguidance.LLMatcher, first: bytes, param: str, masks: ThreadPoolExecutor) -> None:
         """
         Args:
             first: the mask of the first token.
             param: the field of the request, for errors.
-            masks: the threads that compute the masks of the other tokens.
+            masks: the thread pool that computes the masks of the other tokens.
         """
         self._matcher, self._param, self._masks = matcher, param, masks
         self.complete = False
@@ -73,12 +73,13 @@ class LlguidanceGrammar:
     def allowed(self) -> bytes:
         """
         Raises:
-            ServiceError: the state of the grammar has become too large, or computing the tokens takes too long.
+            ServiceError: the state of the grammar is too large, or computing the mask takes too long.
         """
         try:
             mask = self._mask if isinstance(self._mask, bytes) else self._mask.result(MASK_TIMEOUT)
-        except TimeoutError:  # the engine waits, with all its requests
-            raise _refused(self._param, f"its next tokens were not known after {MASK_TIMEOUT:g} seconds") from None
+        except TimeoutError:  # the engine, and so every request, waits for this mask
+            message = f"computing the allowed tokens took more than {MASK_TIMEOUT:g} seconds; simplify it"
+            raise _grammar_error(self._param, message) from None
         self._check()
         return mask
 
@@ -91,12 +92,14 @@ class LlguidanceGrammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise _refused(self._param, f"it cannot be followed: {self._matcher.get_error()}")
+            raise _grammar_error(self._param, f"its allowed tokens cannot be computed: {self._matcher.get_error()}")
 
 
-def _refused(param: str, reason: str) -> ServiceError:
-    """Only the first line of the library's reason; the others describe its state."""
-    return ServiceError("invalid_request", f"{param}: {reason.strip().splitlines()[0]}", param)
+def _grammar_error(param: str, reason: str) -> ServiceError:
+    """Return the error of a field. Of the library's lines, it has the cause in a regex, or else the first line."""
+    lines = reason.strip().splitlines()
+    causes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return ServiceError("invalid_request", f"{param}: {f'invalid regex: {causes[0]}' if causes else lines[0]}", param)
 
 
 def _source(structure: Structure) -> str:
@@ -106,7 +109,7 @@ def _source(structure: Structure) -> str:
     if structure.kind == "json":
         schema = json.loads(text)
         _check_schema(schema)
-        # The whitespace of json.dumps: otherwise a small model fills the token limit with line breaks.
+        # Allow only the whitespace of json.dumps: a small model can fill the token limit with line breaks.
         return llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         )
@@ -116,10 +119,10 @@ def _source(structure: Structure) -> str:
 
 
 def _check_schema(schema: Any) -> None:
-    """Refuse what llguidance would compile for minutes, in growing memory.
+    """Reject a schema that llguidance would compile for minutes, with growing memory.
 
     Raises:
-        ValueError: naming the keyword, its value and the limit.
+        ValueError: the schema has too many patterns, or `multipleOf` values with a too large common multiple.
     """
     patterns, multiple = set[str](), 1
     for one in _objects(schema):
@@ -137,7 +140,7 @@ def _check_schema(schema: Any) -> None:
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value, itself included. Not recursive."""
+    """Yield all objects in a JSON value, including the value itself. Not recursive."""
     left = [value]
     while left:
         one = left.pop()
@@ -149,7 +152,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _digits(number: float) -> int:
-    """A finite number without its decimal point: 25 for 2.5, and 1 for 0.001."""
+    """Return the digits of a finite number as an integer: 25 for 2.5, and 1 for 0.001."""
     _, digits, exponent = Decimal(str(number)).as_tuple()
     if not isinstance(exponent, int):
         raise ValueError(f"multipleOf is {number}; it must be finite")

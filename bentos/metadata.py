@@ -12,5 +12,5 @@ router = APIRouter()
 
 @router.get("/metadata", responses=ERRORS)
 async def metadata(request: Request) -> JSONResponse:
-    """Run, commit, data, base, adapter and metrics of the served model: the lineage.json of the run that built it."""
+    """Return lineage.json of the run that built the served model: run, commit, data, base, adapter and metrics."""
     return JSONResponse(served(request).lineage.to_json())

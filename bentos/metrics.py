@@ -11,7 +11,7 @@ from bentos.completion import CompletionResult
 from bentos.shadow import Comparison
 
 Gauge = tuple[str, float] | tuple[str, float, dict[str, str]]  # help, value, labels
-MAX_LABELS = 32  # adapter names with series of their own; later names share "other"
+MAX_LABELS = 32  # adapter names with their own time series; later names share the label "other"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -59,7 +59,7 @@ class Metrics:
         shadow = comparison.shadow
         label = self._label(shadow.request.model)
         outcome = "failed" if shadow.failed else "agreed" if comparison.agreed else "differed"
-        for each in ("agreed", "differed", "failed"):  # from 0, so that shares can be computed from the first answer
+        for each in ("agreed", "differed", "failed"):  # also creates the series with value 0, so shares can be computed
             self._shadows.labels(label, each).inc(each == outcome)
         if not shadow.failed:
             self._shadow_seconds.labels(label).observe(shadow.ended_at - shadow.submitted_at)
@@ -74,9 +74,10 @@ class Metrics:
 
 
 def render_gauges(gauges: Mapping[str, Gauge]) -> str:
-    """`{name: (help, value, labels)}` in Prometheus' text format.
+    """Render `{name: (help, value, labels)}` in the Prometheus text format.
 
-    Not prometheus_client's `Gauge`s: in multiprocess mode, which BentoML uses, gauges of a dead worker would remain.
+    prometheus_client's `Gauge` is not used: in multiprocess mode, which BentoML uses, it would keep reporting the
+    values of terminated workers.
     """
 
     class Now:

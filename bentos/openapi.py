@@ -12,7 +12,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def operation(model: type[BaseModel], stream: bool = False) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads `model`, and whose response may be a stream."""
+    """Return `openapi_extra` of a route. `model`: schema of its body; `stream`: the response may be a stream."""
     schema = model.model_json_schema()
     body = {"required": True, "content": {"application/json": {"schema": _without_refs(schema, schema)}}}
     event = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON; the last is [DONE]"}}}
@@ -21,7 +21,7 @@ def operation(model: type[BaseModel], stream: bool = False) -> dict[str, Any]:
 
 
 def set_limits(schema: Any, n_positions: int, vocab_size: int) -> None:
-    """Replace the names that `bentos/schemas.py` and `bentos/openai/protocol.py` use for the model's limits."""
+    """Replace the names of limits in schemas.py and openai/protocol.py by the numbers of the model, in place."""
     limits = {"n_positions": n_positions, "vocab_size": vocab_size, "n_prompt": n_positions - 1}
     for key, value in schema.items() if isinstance(schema, dict) else enumerate(schema):
         if isinstance(value, dict | list):
@@ -31,7 +31,7 @@ def set_limits(schema: Any, n_positions: int, vocab_size: int) -> None:
 
 
 def _without_refs(schema: Any, root: dict[str, Any]) -> Any:
-    """The schema with `$ref`s replaced by what they refer to: they are relative to the root of another document."""
+    """Replace each `$ref` by its target, because references are relative to the root of another document."""
     if isinstance(schema, list):
         return [_without_refs(one, root) for one in schema]
     if not isinstance(schema, dict):

@@ -17,7 +17,7 @@ HTML = _FILE.replace("{temperature}", f"{DEFAULTS.temperature:g}").replace(
 
 
 def _hash(tag: str) -> str:
-    """A Content-Security-Policy source that allows the page's one inline element of that name."""
+    """Return the Content-Security-Policy source that allows the page's only inline element of this name."""
     found = re.search(rf"<{tag}>(.*?)</{tag}>", HTML, re.DOTALL)
     assert found is not None
     return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"

@@ -15,7 +15,7 @@ from bentos.errors import ServiceError, error_response
 from bentos.limits import DEADLINE
 from bentos.openapi import ERRORS, operation
 from bentos.schemas import Envelope, ErrorResponse, PredictRequest, PredictResponse
-from bentos.streaming import event_stream, grammars, unless_disconnected
+from bentos.streaming import cancel_on_disconnect, event_stream, grammars
 
 Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
 
@@ -31,7 +31,7 @@ router = APIRouter()
 async def predict(request: Request, format: Format = "") -> Response:
     """Answer an instruction.
 
-    `?format=lambda` wraps the response, which is never a stream then, in the envelope of mariovas3/llms.
+    `?format=lambda` wraps the response in the envelope of mariovas3/llms, and disables streaming.
     """
     if format not in ("", "lambda"):
         raise ServiceError("invalid_request", f"format is {format!r}; it must be lambda, or absent", "format")
@@ -71,7 +71,7 @@ async def _predict(request: Request, may_stream: bool) -> Response:
     (completion,) = completions
     bento = served(request).lineage.bento
     if not stream:
-        chunk = await unless_disconnected(request, completion.whole(), completions)
+        chunk = await cancel_on_disconnect(request, completion.whole(), completions)
         return JSONResponse(_content(completion, chunk.text, bento))
 
     async def events() -> AsyncIterator[dict[str, Any]]:

@@ -4,7 +4,6 @@ import atexit
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
@@ -17,8 +16,8 @@ from bentos.settings import LogText
 from bentos.shadow import Comparison
 from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
-MAX_BYTES, BACKUPS = 10_000_000, 5  # of a file before it is rotated; older files that are kept
-MAX_WAITING = 1_000  # lines waiting for a slow disk; further ones are dropped and counted
+MAX_BYTES, BACKUPS = 10_000_000, 5  # size at which the file is rotated; number of older files that are kept
+MAX_WAITING = 1_000  # lines that may wait for a slow disk; further lines are dropped and counted
 
 logger = logging.getLogger(__name__)
 
@@ -128,21 +127,44 @@ class RequestLog:
 
 
 class _File(RotatingFileHandler):
-    """Reports lines that cannot be written; `logging` itself would print a traceback and the line with its texts."""
+    """Reports lines that cannot be written; `logging` itself would print a traceback and the line with its texts.
+
+    A line is written at once or lost: a buffer would write it later, although it was reported. If only a part of it was
+    written, by this process or one that was killed, the next one starts on a new line.
+    """
 
     def __init__(self, file: str | Path, report: Callable[[int, BaseException | None], None]) -> None:
-        super().__init__(file, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
-        self._report, self._failed = report, False
+        super().__init__(file, maxBytes=MAX_BYTES, backupCount=BACKUPS)
+        self._report = report
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._failed = False
-        super().emit(record)
-        if not self._failed:
+        try:
+            if self.shouldRollover(record):
+                self.doRollover()
+            self._write(self.format(record).encode() + b"\n")
+        except Exception as error:
+            self._report(record.__dict__["n_lines"], error)
+        else:
             self._report(0, None)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        self._failed = True
-        self._report(record.__dict__["n_lines"], sys.exc_info()[1])
+    def _open(self) -> Any:
+        file = Path(self.baseFilename)
+        self._is_cut = file.is_file() and _last_byte(file) not in (b"", b"\n")
+        return file.open("ab", buffering=0)
+
+    def _write(self, line: bytes) -> None:
+        stream: Any = self.stream  # FileIO, as `_open` returns it
+        rest = b"\n" + line if self._is_cut else line
+        while rest:
+            written = stream.write(rest)
+            self._is_cut = not rest[:written].endswith(b"\n")
+            rest = rest[written:]
+
+
+def _last_byte(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 1))
+        return stream.read(1)
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""Schemas of requests and responses, except OpenAI's (`openai/protocol.py`). Names and defaults are gpt2core's."""
+"""Schemas of requests and responses, except OpenAI's (`openai/protocol.py`). Names and defaults are from gpt2core."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ def _whole_number(value: Any) -> Any:
 
 
 WHOLE = BeforeValidator(_whole_number)
-# `set_limits` replaces the names by the model's numbers in the served document
+# In the served OpenAPI document, `set_limits` replaces names like "n_positions" by the model's numbers.
 MaxTokens = Annotated[int, Field(ge=1, json_schema_extra={"maximum": "n_positions"}), WHOLE]
 Token = Annotated[int, Field(ge=0, json_schema_extra={"exclusiveMaximum": "vocab_size"}), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -54,7 +54,7 @@ FAIL_FAST = Field(fail_fast=True)
 
 
 class Sampling(BaseModel):
-    """The controls of `GenerationConfig` that every route has, with the same names. Null means the default."""
+    """The sampling parameters of `GenerationConfig` that every route has, with the same names. Null: the default."""
 
     temperature: Annotated[float, Field(ge=0)] | None = Field(DEFAULTS.temperature, description="0: greedy")
     top_k: Annotated[int, Field(ge=1), WHOLE] | None = DEFAULTS.top_k
@@ -68,11 +68,12 @@ class Sampling(BaseModel):
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = DEFAULTS.ignore_eos
     min_tokens: Annotated[int, Field(ge=0), WHOLE] | None = Field(
-        DEFAULTS.min_tokens, description="before that many, nothing ends the completion; at most the token limit"
+        DEFAULTS.min_tokens,
+        description="stop conditions are ignored before this number of tokens; at most the token limit",
     )
 
     def sampling(self) -> dict[str, Any]:
-        """Keywords of `GenerationConfig`."""
+        """Return the arguments of `GenerationConfig`."""
         values = {name: getattr(self, name) for name in Sampling.model_fields}
         if self.logit_bias is not None:
             values["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
@@ -89,7 +90,7 @@ class Structure:
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's; `json_schema` has the schema in `schema`."""
+    """OpenAI's `response_format`. `json_schema` contains the schema in its field `schema`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -98,7 +99,7 @@ class ResponseFormat(BaseModel):
 
 
 class Structured(BaseModel):
-    """At most one may be given."""
+    """The fields that request structured output. At most one of them may be given."""
 
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = Field(None, description="a JSON schema, or its text")
@@ -108,7 +109,7 @@ class Structured(BaseModel):
     def structure(self) -> Structure | None:
         """
         Raises:
-            ServiceError: two of the fields are given, or one with a control that could cut the text short.
+            ServiceError: two of the fields are given, or one together with a parameter that could cut the text short.
         """
         possible = [
             Structure("json", self._schema(), "response_format"),
@@ -138,7 +139,7 @@ class Structured(BaseModel):
 
 
 class StrictRequest(BaseModel):
-    """Types are strict (neither true nor "0.5" is a number), and unknown fields are an error."""
+    """Checks types strictly (neither true nor "0.5" is a number) and rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -185,7 +186,7 @@ AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
 class LoadAdapterRequest(StrictRequest):
-    """Names and fields are vLLM's."""
+    """A request to load an adapter. Route and fields have vLLM's names."""
 
     lora_name: AdapterName
     lora_path: str = Field(min_length=1, description="a directory below the server's GPT2_ADAPTERS_DIR")
@@ -202,7 +203,10 @@ class CanaryRequest(StrictRequest):
 
 
 class CanaryArm(BaseModel):
-    """The completions of one version since the canary started, requested by the default model's name or its own."""
+    """The completions of one version since the canary started.
+
+    Counts requests for the default model and requests that name the version.
+    """
 
     adapter: AdapterVersion
     completed: int = 0

@@ -38,7 +38,7 @@ BENTOML_PATHS = (*PROBES, "/docs.json", "/schema.json")
 
 
 class Models(BaseModel):
-    """Exact tags in the model store, fixed when the Bento is built."""
+    """Tags in the model store, fixed when the Bento is built."""
 
     base: str
     adapter: str
@@ -76,7 +76,7 @@ class GPT2Service(compat.WrappableService):
 @bentoml.service(
     name="gpt2-instruct",
     workers=1,
-    logging={"access": {"enabled": False}},  # AccessLogMiddleware writes one
+    logging={"access": {"enabled": False}},  # AccessLogMiddleware writes the access log
     service_class=GPT2Service,
 )
 @bentoml.asgi_app(app, path="/")
@@ -85,7 +85,7 @@ class GPT2Instruct:
     adapter = bentoml.models.BentoModel(models.adapter)
 
     def __init__(self) -> None:
-        # Here, not above: these import torch, which would cost BentoML's parent process a second and 200 MB.
+        # Imported here because these modules import torch: BentoML's parent process would need 1 s and 200 MB more.
         from bentos.generation import TextGenerator
         from bentos.metrics import Metrics
         from bentos.request_log import RequestLog
@@ -106,15 +106,15 @@ class GPT2Instruct:
         )
         self.follower = Follower(settings().adapters_dir, self.generator.follow) if settings().follow_adapters else None
         app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn, log)
-        # Exclude everything loaded so far from garbage collection: full collections stay short, so cycles of finished
-        # requests are freed often (they do not grow to 100 MB) and no pause is long.
+        # Exclude all objects so far from garbage collection. Full collections then are short and frequent: reference
+        # cycles of finished requests do not grow to 100 MB, and no pause is long.
         gc.collect()
         gc.freeze()
 
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Validate settings and models in BentoML's parent process, which would restart failing workers forever."""
+        """Validate settings and models in BentoML's parent process: it would restart failing workers forever."""
         try:
             if log := settings().request_log:
                 _check_writable("GPT2_REQUEST_LOG", Path(log))
@@ -146,10 +146,10 @@ class GPT2Instruct:
 
 
 def verify_models() -> None:
-    """Compare base and adapter with their tags, whose versions are the start of the content's sha256.
+    """Check base and adapter against their tags: a tag's version is the start of the sha256 of the content.
 
     Raises:
-        ValueError: naming the model's directory, its files and both digests.
+        ValueError: the content of a model has another digest.
     """
     for tag in (models.base, models.adapter):
         directory = bentoml.models.get(tag).path
@@ -157,17 +157,17 @@ def verify_models() -> None:
 
 
 def _check_writable(name: str, file: Path) -> None:
-    """Create the file of a setting, if it does not exist."""
+    """Raise ValueError if the file of a setting cannot be written. Creates the file if it does not exist."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
+        file.open("ab").close()
     except OSError as error:
         raise ValueError(f"{name} is {str(file)!r}, which cannot be written: {error.strerror}") from None
 
 
 @cache
 def settings() -> Settings:
-    """The settings of this process; read once."""
+    """Read the settings of this process, once."""
     return Settings.from_environment(os.environ)
 
 

@@ -13,16 +13,16 @@ MultiTurn = Literal["last", "history", "refuse"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Field `name` comes from the environment variable GPT2_NAME; an empty or missing variable leaves the default."""
+    """Field `name` is read from the variable GPT2_NAME. If that is empty or missing, the default is used."""
 
-    api_token: str = ""  # required by every route except health and metrics; "": no token required
-    admin_token: str = ""  # required to load and unload adapters; "": these routes are disabled
-    adapters_dir: str = ""  # adapters are loaded from below this directory; "": none are
-    follow_adapters: bool = False  # serve the adapters of adapters.json in that directory, and follow its changes
+    api_token: str = ""  # token that every route except health and metrics requires; "": no token is required
+    admin_token: str = ""  # token that the routes of bentos/admin.py require; "": these routes are disabled
+    adapters_dir: str = ""  # directory below which adapters may be loaded; "": no adapters can be loaded
+    follow_adapters: bool = False  # serve the adapters of adapters.json in `adapters_dir`, and apply its changes
     weights: Weights = "auto"
     request_log: str = ""  # file for one JSON line per completion; "": no log
-    request_log_text: LogText = "hash"  # of prompts and completions in it: their sha256, the text, or neither
-    multi_turn: MultiTurn = "last"  # use only the last user turn; use earlier turns as its input; or reject them
+    request_log_text: LogText = "hash"  # prompts and completions are logged as sha256 (hash), as text (keep), or not
+    multi_turn: MultiTurn = "last"  # earlier turns are ignored (last), used as input (history), or an error (refuse)
     accept_other_base: bool = False  # load adapters that name another base too, with a warning
     tracing: bool = False  # BentoML's OpenTelemetry spans; set by OTEL_SDK_DISABLED=false, not by a GPT2_ variable
 
@@ -30,8 +30,8 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """
         Raises:
-            ValueError: naming the variable, its value and the allowed values; a missing variable that it requires; or
-                the right name of a misspelled one, since a misspelled GPT2_API_TOKEN would leave the service open.
+            ValueError: a variable has a value that is not allowed, requires another variable that is missing, or is
+                misspelled: a misspelled GPT2_API_TOKEN would leave the service open.
         """
         known = [f"GPT2_{name.upper()}" for name in get_type_hints(cls) if name != "tracing"]
         for name in environment:
@@ -56,10 +56,10 @@ class Settings:
 
 
 def _token(name: str, value: str) -> str:
-    """Without the line break at the end of a file; no client could send it.
+    """Strip whitespace: a token from a file often ends with a line break, which a header cannot contain.
 
     Raises:
-        ValueError: nothing is left, which would switch authentication off; or a client cannot send the rest.
+        ValueError: the token is blank, which would switch authentication off; or a header cannot contain it.
     """
     token = value.strip()
     if not token or not token.isprintable():

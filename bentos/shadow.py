@@ -1,7 +1,7 @@
-"""Shadow mode of a canary: it repeats requests that the default version has answered; no client sees its answers.
+"""Shadow mode: the canary repeats requests that the default version has answered. No client sees its answers.
 
-Shadow requests have the lowest priority: they run one at a time, and only while no client request is in flight. An
-arriving request cancels the running one before the engine's next step; it restarts later.
+Shadow requests have the lowest priority: they run one at a time, and only while no client request is in flight. A new
+client request cancels the running shadow request before the engine's next step. The shadow request restarts later.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ Submit = Callable[[GenerationRequest, Sequence[Callable[[CompletionResult], None
 
 @dataclass(frozen=True)
 class Comparison:
-    """A canary's answer compared with the one that the client got."""
+    """A canary's answer, compared with the answer that the client got."""
 
     shadow: CompletionResult
     agreed: bool  # equal after `gpt2core.metrics.normalize`
-    token_f1: float  # with the client's as reference
-    mean_logprob: float | None  # of the canary's tokens, in nats; None: it generated none
+    token_f1: float  # F1 of the canary's answer, with the client's answer as reference
+    mean_logprob: float | None  # mean log probability of the canary's tokens, in nats; None: it generated no token
 
 
-class Shadows:
+class ShadowQueue:
     """The queue of answered requests for the canary. Not thread-safe: use it from one event loop."""
 
     def __init__(
@@ -42,13 +42,13 @@ class Shadows:
         """
         Args:
             submit: queues a request again, for the canary.
-            compare: called with the client's completion, the canary's, and the mean log probability of the canary's
-                tokens.
-            drop: called for each dropped request: the queue is full, or the engine has stopped.
+            compare: called with the client's completion, the canary's completion, and the mean log probability of the
+                canary's tokens.
+            drop: called for each dropped request. Requests are dropped if the queue is full or the engine has stopped.
         """
         self._submit, self._compare, self._drop = submit, compare, drop
         self._waiting: deque[CompletionResult] = deque()
-        self._in_flight = 0  # completions of clients
+        self._in_flight = 0  # number of clients' completions
         self._running: Completion | None = None
         self._interrupted = False  # the running request restarts later, or is dropped
         self._task: asyncio.Task[None] | None = None
@@ -60,11 +60,11 @@ class Shadows:
             self._running.cancel()
 
     def request_started(self) -> None:
-        """A client's completion was queued."""
+        """Count a client's completion that was queued."""
         self._in_flight += 1
 
     def request_ended(self, answered: CompletionResult | None) -> None:
-        """A client's completion has ended; `answered`: to be answered by the canary too."""
+        """Count a client's completion that has ended. `answered`: the completion, if the canary must repeat it."""
         self._in_flight -= 1
         if answered is not None and len(self._waiting) < MAX_SHADOWS:
             self._waiting.append(answered)
@@ -91,14 +91,14 @@ class Shadows:
                 self._waiting.clear()
 
     async def _answer(self, request: GenerationRequest) -> tuple[CompletionResult | None, float | None]:
-        """The completion that has ended, None if the engine has stopped; and the mean log probability of its tokens."""
+        """Return the canary's completion and the mean log probability of its tokens; None if the engine has stopped."""
         results: list[CompletionResult] = []
         logprobs: list[float] = []
         try:
             self._running = self._submit(request, [results.append])
             logprobs = [token.logprob for token in (await self._running.whole()).logprobs if token is not None]
         except ServiceError:
-            pass  # the reason is in the result
+            pass  # the result contains the reason
         finally:
             self._running = None
         ended = [result for result in results if result.finish_reason != "cancelled"]

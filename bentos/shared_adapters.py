@@ -1,4 +1,4 @@
-"""Adapters shared by all replicas: every replica follows `adapters.json` in a shared directory."""
+"""Adapters shared by all replicas: every replica applies `adapters.json` of a shared directory when it changes."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bentos.limits import ADAPTERS_POLL, MAX_ADAPTERS
 from bentos.metrics import render_gauges
 from bentos.schemas import BASE, TUNED, AdapterName, CanaryRequest
-from gpt2core.files import atomic_write, directory_sha256, json_bytes
+from gpt2core.files import directory_sha256, json_bytes, write_files
 
 MANIFEST = "adapters.json"
 
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 class SharedAdapter(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    path: str  # of its directory, from that of the manifest
+    path: str  # of the adapter's directory, relative to the manifest's directory
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Manifest(BaseModel):
-    """Which adapters every replica serves, by name, and the canary."""
+    """The adapters that every replica serves, by name, and the canary."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,9 +43,10 @@ class Manifest(BaseModel):
 
 
 def read(content: bytes | str) -> Manifest:
-    """
+    """Parse a manifest.
+
     Raises:
-        ValueError: it is not a valid manifest; one-line message.
+        ValueError: it is not valid, with a message of one line.
     """
     try:
         return Manifest.model_validate_json(content)
@@ -58,11 +59,11 @@ def read(content: bytes | str) -> Manifest:
 def publish(
     directory: Path, adapters: Mapping[str, str], canary: tuple[str, float] | None = None, shadow: bool = False
 ) -> Manifest:
-    """Write the manifest, atomically, with the digests that the adapters have now.
+    """Write the manifest atomically, with the current digests of the adapters.
 
     Args:
-        adapters: name -> directory below `directory`.
-        canary: its name and share.
+        adapters: name -> directory, relative to `directory`.
+        canary: the canary's name and share.
         shadow: the canary is in shadow mode.
 
     Raises:
@@ -75,7 +76,7 @@ def publish(
     request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
     content = json_bytes({"adapters": shared, "canary": request})
     manifest = read(content)
-    atomic_write(directory / MANIFEST, content)
+    write_files(directory, {MANIFEST: content})
     return manifest
 
 
@@ -83,8 +84,8 @@ class Follower:
     """Applies the manifest of a directory whenever it changes. Polls, because network volumes send no change events.
 
     Attributes:
-        ready: whether a manifest has been applied. The service stays ready if a later one cannot be applied.
-        error: why the current manifest is not applied; "" if it is.
+        ready: whether a manifest has been applied. Stays True if a later manifest cannot be applied.
+        error: why the current manifest is not applied; "" if it is applied.
     """
 
     def __init__(self, directory: str, apply: Callable[[Manifest], Awaitable[None]]) -> None:
@@ -94,7 +95,7 @@ class Follower:
         self._applied = b""
 
     def metrics_text(self) -> str:
-        """Whether this replica serves the current manifest, as a gauge in Prometheus' text format."""
+        """Return a gauge, in the Prometheus text format: whether this replica serves the current manifest."""
         return render_gauges({"gpt2_adapters_in_sync": ("1 if adapters.json is applied, else 0", not self.error)})
 
     async def run(self) -> None:

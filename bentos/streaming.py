@@ -1,4 +1,4 @@
-"""What a request waits for: its grammars, whole responses and server-sent events. A client disconnect ends it."""
+"""Waiting for grammars, whole responses and server-sent events; a client disconnect cancels the completions."""
 
 import asyncio
 import json
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from gpt2core.sampling import Grammar
 
 T = TypeVar("T")
-# Characters that JSON allows in strings, and at which some clients split lines (httpx: str.splitlines).
+# JSON allows these characters in strings, but some clients split lines at them (httpx: str.splitlines).
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T], completions: Sequence[Completion]) -> T:
-    """The result of `work`; cancels the completions if the client disconnects, or anything else ends it first.
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T], completions: Sequence[Completion]) -> T:
+    """Return the result of `work`. Cancels the completions if the client disconnects or `work` fails.
 
     Raises:
         ClientDisconnect
@@ -47,25 +47,28 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T], co
 async def grammars(
     request: Request, structure: Structure | None, n: int, deadline: float
 ) -> "Sequence[Grammar | None]":
-    """The grammars of the request's `n` completions.
+    """Compile the grammars of the request's `n` completions; None for each if it has no structure.
 
     Raises:
         ClientDisconnect, ServiceError
     """
     if structure is None:
         return [None] * n
-    return await unless_disconnected(request, served(request).generator.grammars(structure, n, deadline), [])
+    return await cancel_on_disconnect(request, served(request).generator.grammars(structure, n, deadline), [])
 
 
 async def event_stream(
     request: Request, events: AsyncIterator[dict[str, Any]], completions: Sequence[Completion]
 ) -> Response:
-    """Server-sent events, then [DONE]. Waits for the first event, so that an error before it has an HTTP status."""
+    """Return a response of server-sent events that ends with [DONE].
+
+    Waits for the first event. An error before it is raised, so that the response has the error's HTTP status.
+    """
 
     async def next_event() -> dict[str, Any]:
         return await anext(events)
 
-    first = await unless_disconnected(request, next_event(), completions)
+    first = await cancel_on_disconnect(request, next_event(), completions)
 
     async def lines() -> AsyncIterator[bytes]:
         yield _line(first)
@@ -81,12 +84,12 @@ async def event_stream(
 
 
 class _EventStream(StreamingResponse):
-    """Cancels the completions when the response ends for any reason."""
+    """Cancels the completions when the response ends: complete, after an error, or after a client disconnect."""
 
     media_type = "text/event-stream"
 
     def __init__(self, content: AsyncIterator[bytes], completions: Sequence[Completion]) -> None:
-        # X-Accel-Buffering: nginx would collect the events
+        # X-Accel-Buffering: no keeps nginx from buffering the events
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._completions = completions
 

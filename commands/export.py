@@ -6,7 +6,7 @@ from shutil import copy2
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
-from gpt2core.files import atomic_write, json_bytes, list_files
+from gpt2core.files import json_bytes, list_files, write_files
 from gpt2core.lora import lora_config
 from gpt2core.prompt import chat_template
 from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB
@@ -52,7 +52,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
             logger.warning("%s: no adapter.gguf, because llama.cpp has no DoRA; model.gguf has the adapter merged", out)
         else:
             write_gguf_adapter(adapter, out / "adapter.gguf")
-    atomic_write(out / CARD, card.encode())
+    write_files(out, {CARD: card.encode()})
     return [out / name for name in list_files(out)]
 
 
@@ -72,8 +72,7 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
     if model.config.generation_config is None:
         ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
         files["generation_config.json"] = json_bytes(ids | {"do_sample": False})
-    for name, content in files.items():
-        atomic_write(out / name, content)
+    write_files(out, files)
 
 
 def _model_card(finished: FinishedRun, kind: str) -> str:

@@ -174,7 +174,9 @@ def _signature_of(lineage: Lineage) -> Path:
         VerifyError: none of them is signed.
     """
     own = outputs_dir() / lineage.run.name
-    stated = (file for file in outputs_dir().glob("*/bento.txt") if file.read_text().strip() == lineage.bento)
+    stated = (
+        file for file in outputs_dir().glob("*/bento.txt") if file.read_text(encoding="utf-8").strip() == lineage.bento
+    )
     directories = {own, *(file.parent.resolve() for file in stated)}  # resolved: outputs/latest is a link
     signatures = [directory / SIGNATURE for directory in directories if (directory / SIGNATURE).is_file()]
     if not signatures:

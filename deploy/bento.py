@@ -13,15 +13,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from shutil import copy2, copytree, ignore_patterns, rmtree
+from shutil import copy2, copytree, rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
-from deploy.source import ROOT
+from deploy.source import ROOT, code_files
 from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import checkpoint_files, list_files, naming_file, read_json, verify_directory
+from gpt2core.files import checkpoint_files, file_sha256, list_files, naming_file, read_json, verify_directory
 from gpt2core.inference.native import NAME as NATIVE_LIBRARY
 from gpt2core.inference.native import library_file
 from gpt2core.types import AdapterRef, Lineage
@@ -29,8 +29,10 @@ from gpt2core.types import AdapterRef, Lineage
 logger = logging.getLogger(__name__)
 
 NAME = "gpt2-instruct"
-# The image of the service also runs the reverse proxy of the docker target.
-PROXY_FILES = ("deploy/__init__.py", "deploy/containers/__init__.py", "deploy/containers/proxy.py")
+MODULES = ("bentos.service", "deploy.containers.proxy")  # run from a Bento: service, reverse proxy of the docker target
+BUILD_FILES = tuple(
+    f"bentos/{name}" for name in ("Dockerfile", "bentofile.yaml", "requirements.txt", "requirements-hashed.txt")
+)
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
 LOG_LINES = 60  # lines of a failed command's output in its error
 
@@ -67,14 +69,11 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
     }
     with TemporaryDirectory() as temporary:
         context = Path(temporary)
-        skipped = ("__pycache__", ".*")  # hidden files, like .env, may contain secrets
-        copytree(ROOT / "bentos", context / "bentos", ignore=ignore_patterns(*skipped))
-        copytree(ROOT / "gpt2core", context / "gpt2core", ignore=ignore_patterns(*skipped, "demo"))
-        if kernels := library_file():
-            copy2(kernels, context / NATIVE_LIBRARY)
-        for file in PROXY_FILES:
+        for file in (*code_files(*MODULES), *BUILD_FILES):  # no folders: other files may be secrets
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             copy2(ROOT / file, context / file)
+        if kernels := library_file():
+            copy2(kernels, context / NATIVE_LIBRARY)
         if readme:
             (context / "README.md").write_text(readme, encoding="utf-8")
         version = _version(directory_sha256(context), models, lineage)
@@ -82,10 +81,17 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
         if is_intact(tag):
             return tag
         rmtree(_in_store("bentos", tag), ignore_errors=True)
-        (context / "lineage.json").write_text(json.dumps(replace(lineage, bento=tag).to_json(), indent=2))
+        described = json.dumps(replace(lineage, bento=tag).to_json(), indent=2)
+        (context / "lineage.json").write_text(described, encoding="utf-8")
         arguments = [part for name, model in models.items() for part in ("--arg", f"{name}={model}")]
         _run("build", "--version", version, *arguments, "-f", "bentos/bentofile.yaml", ".", cwd=context)
     return tag
+
+
+def kernels_sha256() -> str:
+    """The sha256 of the compiled kernels that `build` adds; "" without them."""
+    kernels = library_file()
+    return file_sha256(kernels) if kernels else ""
 
 
 def exists(tag: str) -> bool:
@@ -93,7 +99,8 @@ def exists(tag: str) -> bool:
     bento = _in_store("bentos", tag) / "bento.yaml"
     if not bento.is_file():
         return False
-    models = [model for service in yaml.safe_load(bento.read_text())["services"] for model in service["models"]]
+    services = yaml.safe_load(bento.read_text(encoding="utf-8"))["services"]
+    models = [model for service in services for model in service["models"]]
     return all((_in_store("models", model["tag"]) / MODEL_FILE).is_file() for model in models)
 
 
@@ -144,7 +151,7 @@ def _different_key(stated: Mapping[str, Any], known: Mapping[str, Any]) -> str:
 
 def models(tag: str) -> dict[str, Path]:
     """The stored directories of a Bento's base and adapter."""
-    found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text())["args"]
+    found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text(encoding="utf-8"))["args"]
     return {name: _in_store("models", found[name]) for name in ("base", "adapter")}
 
 
@@ -182,10 +189,13 @@ def bentoml_command(verb: str) -> list[str]:
 
 
 def bentoml_environment() -> dict[str, str]:
-    """This process's environment, without variables that would import this checkout's code or change the port."""
-    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT")
+    """This process's environment, without variables that would import this checkout's code or change the port.
+
+    The output is UTF-8: BentoML prints characters that a latin-1 locale lacks.
+    """
+    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT", "PYTHONIOENCODING")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
-    return kept | {"BENTOML_DO_NOT_TRACK": "true"}
+    return kept | {"BENTOML_DO_NOT_TRACK": "true", "PYTHONUTF8": "1"}
 
 
 def bentoml_home() -> Path:
@@ -240,6 +250,8 @@ def _in_store(kind: str, tag: str) -> Path:
 
 def _run(verb: str, *arguments: str, cwd: Path) -> None:
     command = [*bentoml_command(verb), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=bentoml_environment(), capture_output=True, text=True)  # noqa: S603 (no shell)
+    done = subprocess.run(  # noqa: S603 (no shell)
+        command, cwd=cwd, env=bentoml_environment(), capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode != 0:
         raise BentoError(f"bentoml {verb} failed:\n{log_tail(done.stdout + done.stderr)}")

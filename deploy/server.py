@@ -100,11 +100,15 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> N
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise BentoError(f"the server ended with exit code {server.returncode}:\n{log_tail(log.read_text())}")
+            raise BentoError(f"the server ended with exit code {server.returncode}:\n{log_tail(_text(log))}")
         if is_ready(url):
             return
         time.sleep(0.1)
-    raise BentoError(f"the server was not ready after {START_TIMEOUT} seconds:\n{log_tail(log.read_text())}")
+    raise BentoError(f"the server was not ready after {START_TIMEOUT} seconds:\n{log_tail(_text(log))}")
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

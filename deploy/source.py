@@ -1,5 +1,6 @@
-"""The running code: its git commit and the versions of the main libraries."""
+"""The running code: its files, its git commit and the versions of the main libraries."""
 
+import ast
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,45 @@ from gpt2core.types import Commit
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "zenml", "bentoml", "transformers", "evidently", "wandb")
+CODE = ("gpt2core", "steps", "deploy", "bentos")
+DATA = (".c", ".css", ".cu", ".html", ".j2")
+
+
+def code_files(*modules: str) -> list[str]:
+    """The files of the modules, of all they import from CODE, and of the DATA beside them that a file names, like the
+    templates that it renders; relative to ROOT, sorted.
+    """
+    found: set[Path] = set()
+    todo = [file for module in modules for file in _files_of(module)]
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            text = file.read_text(encoding="utf-8")
+            todo += [other for other in file.parent.iterdir() if other.suffix in DATA and other.name in text]
+            if file.suffix == ".py":
+                todo += [imported for module in _imports(text) for imported in _files_of(module)]
+    return sorted(file.relative_to(ROOT).as_posix() for file in found)
+
+
+def _files_of(module: str) -> list[Path]:
+    """The file of a module and the __init__.py of its packages; [] outside of CODE."""
+    parts = module.split(".")
+    if parts[0] not in CODE:
+        return []
+    paths = [ROOT.joinpath(*parts[: end + 1]) for end in range(len(parts))]
+    return [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+
+
+def _imports(text: str) -> list[str]:
+    """Modules named by the import statements of a file; `from a import b` may mean the module a.b."""
+    modules = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return modules
 
 
 def describe_commit() -> Commit:
@@ -23,7 +63,9 @@ def _git(*arguments: str) -> str:
     """The output of a git command; "" without git or a checkout, as in a container."""
     try:
         command = ["git", "-C", str(ROOT), *arguments]  # the user's own git, found in PATH
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)  # noqa: S603 (no shell)
+        done = subprocess.run(  # noqa: S603 (no shell)
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

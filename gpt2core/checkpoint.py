@@ -28,7 +28,7 @@ from gpt2core.files import (
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
-from gpt2core.tensors import check_weight, read_tensors
+from gpt2core.tensors import WEIGHT_TYPES, check_weight, is_finite, read_tensors
 from gpt2core.tokenizer import END_OF_TEXT, read_token_ids
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 stores these as (in, out)
 MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old checkpoints
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
@@ -93,6 +94,8 @@ def load_pretrained(
             tokenizer has more ids than the embedding has rows, or the config needs a feature that this GPT-2 does not
             have; the message names file, key and both values.
     """
+    if dtype not in WEIGHT_TYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(map(str, WEIGHT_TYPES))}")
     directory = Path(directory)
     config = read_config(directory / CONFIG)
     stored = _read_weights(directory, device)
@@ -115,6 +118,8 @@ def load_pretrained(
             state[name] = tensor.to(dtype)
         else:
             state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if tensor.dtype != dtype and not is_finite(state[name]):
+            raise ValueError(f"{file}: tensor {key!r} has values beyond the range of {dtype}; use another dtype")
     head = state.pop("lm_head.weight", None)
     for name in expected:
         if name not in state:
@@ -167,6 +172,11 @@ def read_config(file: Path) -> GPT2Config:
     Raises:
         FileNotFoundError, ValueError: as `load_pretrained`.
     """
+    if not file.is_file() and (file.parent / "hparams.json").is_file():
+        raise FileNotFoundError(
+            f"{file.parent} is in OpenAI's TensorFlow format (hparams.json), which is not read; use the same model of "
+            "the Hugging Face Hub, for example openai-community/gpt2-medium for 355M"
+        )
     values = read_json(file)
     norm_position = "post" if values.get("model_type") == POST_NORM else "pre"
     model_type = POST_NORM if norm_position == "post" else "gpt2"
@@ -252,8 +262,11 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+        pickled = next((name for name in found if name.endswith(PICKLES)), None)
+        way_out = "load it with transformers and save_pretrained it"
+        hint = f"; {pickled} can run any code and is not read; {way_out}" if pickled else ""
         raise FileNotFoundError(
-            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'})"
+            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'}){hint}"
         )
     names = shard_files(directory)
     for name in names:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -308,10 +309,20 @@ def check_types(config: object) -> None:
     """Raise ValueError unless every field holds a value of its annotated type. This includes `check_choices`.
 
     A bool is not accepted as an int. An int is accepted as a float. Floats must be finite, and ints must fit into
-    64 bits.
+    64 bits. NumPy numbers are converted to Python's.
     """
     for name, annotation in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _python_number(getattr(config, name)))
         check_field(config, name, _matches(annotation, getattr(config, name)), _rule(annotation))
+
+
+def _python_number(value: Any) -> Any:
+    """A number of numpy, also in a tuple, as int or float; any other value as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_python_number, value))
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
 
 
 def _matches(annotation: Any, value: Any) -> bool:

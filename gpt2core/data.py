@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import NamedTuple
 
 import tiktoken
@@ -16,11 +17,13 @@ from gpt2core.records import (  # re-exported: the public path of these names
     TEXTS,
     Record,
     check_records,
+    check_texts,
     location_of,
     read_records,
     records_sha256,
     to_jsonl,
 )
+from gpt2core.tensors import as_ints
 
 __all__ = [
     "REQUIRED",
@@ -59,8 +62,12 @@ class Split(NamedTuple):
 class Example:
     """One record as tokens: prompt, response, end of text."""
 
-    input_ids: list[int]
+    input_ids: list[int]  # or an array or a tensor, which becomes a list
     prompt_length: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_ids", as_ints(self.input_ids))
+        object.__setattr__(self, "prompt_length", index(self.prompt_length))
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def find_markers(records: Sequence[Record]) -> list[str]:
     return [
         location_of(records, i)
         for i, record in enumerate(records)
-        if any(marker in record.get(key, "") for key in TEXTS for marker in MARKERS)
+        if any(marker in (record.get(key) or "") for key in TEXTS for marker in MARKERS)
     ]
 
 
@@ -107,8 +114,9 @@ def split_records(
     """Split by the records' own `part`. A part without records is split off from the train records.
 
     Raises:
-        ValueError: as `split_evenly`.
+        ValueError: a text is missing or not a string (see `check_records`); otherwise as `split_evenly`.
     """
+    check_texts(records)
     given: dict[str, list[Record]] = {name: [] for name in Split._fields}
     for record in records:
         given[record.get("part") or "train"].append({key: text for key, text in record.items() if key != "part"})
@@ -159,7 +167,7 @@ def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: floa
 
 def question(record: Record) -> tuple[str, str]:
     """Return the question of a record: its instruction and input."""
-    return record["instruction"], record.get("input", "")
+    return record["instruction"], record.get("input") or ""
 
 
 def same_question(record: Record) -> tuple[str, str]:
@@ -173,7 +181,7 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
     groups = _groups(records)
     if seed is None:
         return groups
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     families = Counter(records[group[0]].get("family", "") for group in groups)
     rank: Counter[str] = Counter()
@@ -267,8 +275,10 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
     example's tokens.
 
     Raises:
-        ValueError: records have more than `context_length` tokens; the message names them.
+        ValueError: records have more than `context_length` tokens, or a text is missing or not a string; the message
+            names them.
     """
+    check_texts(records)
     examples = [_encode(record, tokenizer) for record in records]
     found = _too_long(records, examples, context_length)
     if found:

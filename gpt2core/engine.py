@@ -137,9 +137,10 @@ class Engine:
                 `config` is invalid, or `logprobs` is out of range.
             EngineFull: the queue is full; try again later.
             EngineClosed: the engine accepts no more requests.
+            RuntimeError: the engine is not started.
         """
         release_openmp_workers()
-        check_prompt(input_ids, self.config)
+        input_ids = check_prompt(input_ids, self.config)
         check_tokens(config, self.config)
         if logprobs is not None and not 0 <= logprobs <= self.config.token_count:
             raise ValueError(f"logprobs is {logprobs}; it must be from 0 to {self.config.token_count}, or None")
@@ -148,15 +149,15 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise EngineClosed("the engine is closed")
+            if self._thread.ident is None:
+                raise RuntimeError("the engine is not started; use `with Engine(...) as engine:`, or engine.start()")
             if adapter is not None and adapter not in self._adapters:
                 loaded = ", ".join(sorted(self._adapters)) or "none"
                 raise ValueError(f"there is no adapter {adapter!r}; loaded: {loaded}")
             if self._max_queue is not None and self._scheduler.n_waiting >= self._max_queue:
                 raise EngineFull(f"{self._scheduler.n_waiting} requests are waiting already; try again later")
             own = None if adapter is None else self._adapters[adapter]
-            request = Request(
-                list(input_ids), sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs
-            )
+            request = Request(input_ids, sampler, max_new_tokens, own, deadline, on_progress, logprobs, prompt_logprobs)
             self._scheduler.add(request)
             self._changed.notify_all()
         return request

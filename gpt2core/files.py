@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from secrets import token_hex
 from typing import Any
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,26 +24,34 @@ CHECKPOINT_FILES = (  # the files that the index names are added by `shard_files
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file size limit reached
 
 
-def atomic_write(file: Path, content: bytes) -> None:
+def atomic_write(file: Path, content: bytes, mode: int | None = None) -> None:
     """Write the file completely or not at all: a crash leaves the previous content.
+
+    Args:
+        mode: permissions; None: those of the file that is replaced, or of a new file, by the umask.
 
     Raises:
         OSError: the message names the file. If the disk is full, it also has the file's size and the free space.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    if mode is None and file.exists():
+        mode = stat.S_IMODE(file.stat().st_mode)
+    first_mode = 0o666 if mode is None else 0o600  # never readable by more users than at the end
+    temporary = file.with_name(f".{file.name}.{token_hex(4)}")
     with (
         naming_file(file, len(content)),
-        NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream,
+        open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, first_mode)) as stream,
     ):
         try:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)  # the temporary file's 0600 would lock out other users and containers
-            os.replace(stream.name, file)
+            if mode is not None:
+                os.chmod(temporary, mode)
+            os.replace(temporary, file)
         except BaseException:
             with suppress(FileNotFoundError):
-                os.unlink(stream.name)
+                os.unlink(temporary)
             raise
 
 
@@ -75,9 +84,12 @@ def _free_bytes(file: Path) -> int:
 
 
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> Path:
-    """Write the files (name -> content) into the directory, each of them atomically; return the directory."""
+    """Write the files (name -> content) of a model into the directory, each of them atomically; return the directory.
+
+    Every user may read them, whatever the umask: the service runs as another user.
+    """
     for name, content in files.items():
-        atomic_write(Path(directory) / name, content)
+        atomic_write(Path(directory) / name, content, mode=0o644)
     return Path(directory)
 
 

@@ -2,7 +2,6 @@
 
 import reprlib
 from collections.abc import Iterator, Sequence
-from operator import index
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from gpt2core.config import GenerationConfig, GPT2Config
 from gpt2core.model import GPT2, KVCache, eval_mode
 from gpt2core.sampling import Sampler, check_tokens, choose
-from gpt2core.tensors import to_device
+from gpt2core.tensors import as_ints, to_device
 
 
 def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
@@ -27,6 +26,7 @@ def generate(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCo
             an id outside the vocabulary.
         NonFiniteLogits: the logits are NaN or infinite, since the model's weights have diverged.
     """
+    prompts = list(prompts)
     completions: list[list[int]] = [[] for _ in prompts]
     for step in decode(model, prompts, config):
         for row, token in step:
@@ -42,15 +42,14 @@ def stream(model: GPT2, prompt: Sequence[int], config: GenerationConfig) -> Iter
 
 
 def decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:
-    """Yield a list of (prompt index, new token) per step, for the completions that have not ended before."""
-    for prompt in prompts:
-        check_prompt(prompt, model.config)
+    """Yield one list of (prompt index, new token) per step, for the completions that have not ended before."""
+    prompts = [check_prompt(prompt, model.config) for prompt in prompts]
     check_tokens(config, model.config)
     return _decode(model, prompts, config) if prompts else iter(())
 
 
-def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
-    """Check the token ids of a prompt.
+def check_prompt(prompt: Sequence[int], config: GPT2Config) -> list[int]:
+    """Return the prompt as a list of ints.
 
     Raises:
         TypeError, ValueError: as `generate`.
@@ -58,7 +57,7 @@ def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
     try:
         if isinstance(prompt, str | bytes):
             raise TypeError
-        ids = [index(token) for token in prompt]
+        ids = as_ints(prompt)
     except TypeError:
         raise TypeError(
             f"a prompt is {reprlib.repr(prompt)}; it must be a list of token ids: encode text with the tokenizer first"
@@ -71,6 +70,7 @@ def check_prompt(prompt: Sequence[int], config: GPT2Config) -> None:
         raise ValueError(
             f"a prompt contains a token id outside 0...{config.vocab_size - 1}; was it encoded by another tokenizer?"
         )
+    return ids
 
 
 def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Iterator[list[tuple[int, int]]]:

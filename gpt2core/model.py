@@ -101,7 +101,7 @@ class GPT2(nn.Module):
         if not isinstance(mask, Sequences):
             positions = torch.arange(S, S + T, device=input_ids.device)  # (T)
             if mask is not None:
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, S:]  # (B, T)
             if S + T > self.config.n_positions and int(positions.max()) >= self.config.n_positions:
                 raise ValueError(
                     f"{S + T} tokens are more than n_positions={self.config.n_positions}; shorten the input"

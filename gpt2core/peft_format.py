@@ -62,12 +62,15 @@ _MAX_WAYS = 100_000  # maximum number of ways to match a pattern; trying all of 
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def export_peft(model: GPT2, directory: str | Path, base: str = "gpt2") -> Path:
+def export_peft(model: GPT2, directory: str | Path, base: str | None = None) -> Path:
     """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
 
     The n pairs of a fused c_attn become one pair of rank n * R, whose lora_B is zero outside the adapted thirds. alpha
     grows with the rank, so the scaling stays the same. Outside the adapted thirds, DoRA's magnitudes are the lengths of
     the base's rows.
+
+    Args:
+        base: path or Hub name of the base, which PEFT loads if it is not given a model; None: not known.
 
     Raises:
         ValueError: the model has no LoRA layers, or their weights are not finite.

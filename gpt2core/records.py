@@ -173,6 +173,16 @@ def check_records(records: Any, source: str = "records", required: Sequence[str]
     return [record for record in checked if not isinstance(record, str)]
 
 
+def check_texts(records: Sequence[Record]) -> None:
+    """
+    Raises:
+        ValueError: a text is missing or not a string, with the record's location.
+    """
+    texts = ([record.get(key) for key in REQUIRED] + [record.get("input") or ""] for record in records)
+    wrong = [i for i, each in enumerate(texts) if not all(isinstance(text, str) for text in each)]
+    _refuse([f"{location_of(records, i)}: {_record(records[i], REQUIRED)}" for i in wrong], "records")
+
+
 def records_sha256(records: Sequence[Record]) -> str:
     """Return the digest of the records in their order. It does not depend on the layout of their file."""
     return hashlib.sha256(to_jsonl(records)).hexdigest()

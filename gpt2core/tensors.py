@@ -1,9 +1,10 @@
 """Tensors: reading safetensors files, copies to and from a device, checks of weights."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,12 +26,31 @@ def read_tensors(file: Path, device: str | torch.device = "cpu", mapped: bool = 
         FileNotFoundError, ValueError: naming the file.
     """
     check_exists(file)
+    name = _device_name(device)
     try:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
+        with safe_open(file, framework="pt", device=name) as tensors:
             read = ((key, tensors.get_tensor(key)) for key in tensors.keys())
             return {key: tensor if mapped else tensor.clone() for key, tensor in read}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated ({error}); download or save it again") from None
+
+
+def _device_name(device: str | torch.device) -> str:
+    """The device as safetensors spells it: a CPU without an index."""
+    try:
+        known = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is not known to torch ({error})") from None
+    return "cpu" if known.type == "cpu" else str(known)
+
+
+def as_ints(ids: Iterable[SupportsIndex]) -> list[int]:
+    """The ids of a sequence, an array or a tensor.
+
+    Raises:
+        TypeError: one of them is not an integer.
+    """
+    return [index(id) for id in ids]
 
 
 def int_tensor(values: Sequence[int]) -> Tensor:

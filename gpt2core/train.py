@@ -103,6 +103,10 @@ def finetune(
         check_examples(name, examples, model.config)
     if config.patience is not None and not val:
         raise ValueError(f"patience={config.patience} needs validation examples, but there are none")
+    if config.devices > 1 and not dist.is_initialized():
+        raise ValueError(
+            f"devices is {config.devices}, but this is one process; use finetune_adapter of gpt2core.distributed"
+        )
     n_batches, steps_per_epoch, total_steps = training_steps(len(train), config)
     device = model.wte.weight.device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -69,7 +69,7 @@ def start(
             notifying_webhook(pipeline.name),
         ):
             checked = Path(directory) / Path(config_file).name
-            checked.write_text(yaml.safe_dump(config, sort_keys=False))
+            checked.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
             fail_killed_runs(pipeline.name)
             return pipeline.with_options(config_path=str(checked), extra=record, **(options or {}))()
     except INTERRUPTIONS:

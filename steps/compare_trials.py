@@ -16,4 +16,8 @@ def compare_trials(
     """Compare all trials, as a page and as a table; also written below outputs/experiments/."""
     directory = shared_path("experiments") / (sweep.name if sweep.scale == "small" else f"{sweep.name}-full")
     write_sweep(trials, sweep, directory)
-    return HTMLString((directory / "report.html").read_text()), (directory / "table.md").read_text(), str(directory)
+    return (
+        HTMLString((directory / "report.html").read_text(encoding="utf-8")),
+        (directory / "table.md").read_text(encoding="utf-8"),
+        str(directory),
+    )

@@ -94,7 +94,11 @@ class BaseConfig:
 
         Steps take both, so that their cache keys have them: the files may change under the same name.
         """
-        if self.source != "hub" or not Path(self.name).is_dir():
+        if self.source != "hub":
+            return self, ""
+        if not Path(self.name).is_dir():
+            is_commit = bool(re.fullmatch("[0-9a-f]{40}", self.revision))
+            check_field(self, "revision", is_commit, f"40 hexadecimal digits: {self.name} is no directory here")
             return self, ""
         path = Path(self.name).resolve()
         return replace(self, name=str(path)), directory_sha256(path, checkpoint_files(path))

@@ -14,6 +14,8 @@ from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import attach_metadata, save_extra_artifact
 from steps.promote import Promotion, check_stage
 
+FAILED = ("rolled_back", "failed")  # outcomes of a deployment that failed
+
 
 @step(enable_cache=False)
 def deploy(
@@ -38,7 +40,7 @@ def deploy(
         except DeployInterrupted as error:
             deployment, interrupt = error.deployment, error.__cause__
     content = _artifact(deployment, deploy) | {"run": str(get_step_context().pipeline_run.id)}
-    if deployment.outcome in ("rolled_back", "failed"):
+    if deployment.outcome in FAILED:
         save_extra_artifact("deployment", content)  # a step that fails has no outputs
         if interrupt is not None:
             raise interrupt
@@ -48,14 +50,17 @@ def deploy(
 
 
 def rollback() -> Deployment:
-    """Roll back the newest deployment, on the target that it was made on.
+    """Roll back the newest deployment that succeeded, or the newest rollback, on the target that it was made on.
 
     Raises:
         DeployError: nothing was deployed, there is no earlier version, or that version does not start.
     """
     newest_first = {"artifact": "deployment", "sort_by": "desc:created", "size": 1000}
     for artifact in depaginate(Client().list_artifact_versions, **newest_first):
-        config = DeployConfig(**artifact.load()["config"])
+        content = artifact.load()
+        if "run" in content and content["outcome"] in FAILED:  # a rollback on request has no run
+            continue
+        config = DeployConfig(**content["config"])
         target = open_target(config)
         if target is not None:
             deployment = target.rollback()

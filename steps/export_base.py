@@ -15,7 +15,7 @@ def export_base(base: Path, history: list[dict[str, float]], metrics: TextScores
     """Write the base and its results below outputs/. outputs/latest stays a finetuning."""
     run = get_step_context().pipeline_run
     with TemporaryDirectory() as directory:
-        curves = write_curves(history, Path(directory), title=run.name).read_text()
+        curves = write_curves(history, Path(directory), title=run.name).read_text(encoding="utf-8")
     texts = {
         "metrics.json": json_text(metrics.to_json()),
         "samples.txt": "".join(f"{sample}\n\n" for sample in metrics.samples),

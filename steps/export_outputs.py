@@ -48,7 +48,7 @@ def export_outputs(
     if has_checkpoint(base):
         folders["base"] = base
     else:
-        texts[REFERENCE] = (base / REFERENCE).read_text()
+        texts[REFERENCE] = (base / REFERENCE).read_text(encoding="utf-8")
         links["base"] = open_base(base)
     context = get_step_context()
     pointers = ["latest"]

@@ -9,7 +9,7 @@ from gpt2core.checkpoint import CONFIG, directory_sha256, read_config, save_adap
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
-from gpt2core.files import atomic_write
+from gpt2core.files import write_files
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import training_steps
 from gpt2core.types import SplitPart, TrainSummary
@@ -57,6 +57,6 @@ def finetune(
     card = adapter_card(base_ref, lora, train, train_part, val_part, summary)
     with output_directory("adapter-") as adapter:
         save_adapter(model, adapter, base=base_ref.to_json())
-        atomic_write(adapter / CARD, card.encode())
+        write_files(adapter, {CARD: card.encode()})
     attach_metadata("adapter", {"sha256": directory_sha256(adapter), **summary.to_json()})
     return adapter, result.history, summary

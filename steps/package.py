@@ -15,7 +15,7 @@ from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import attach_metadata
 
 
-@step(cache_policy=code_of(__name__, "bentos.service", "deploy.containers.proxy", folder="bentos"))
+@step(cache_policy=code_of(__name__, *bento.MODULES, files=bento.BUILD_FILES, also=bento.kernels_sha256))
 def package(
     base: Path,
     adapter: Path,

@@ -35,7 +35,7 @@ def report(
     with TemporaryDirectory() as directory:
         page, report_data = write_report(samples, metrics, comparison, data, Path(directory), title=run_name)
         curves = write_curves(history, Path(directory), title=run_name)
-        texts = [file.read_text() for file in (page, report_data, curves)]
+        texts = [file.read_text(encoding="utf-8") for file in (page, report_data, curves)]
     if metrics.train.wandb_run:
         address, last_step = context.get_output_artifact_uri("report"), int(history[-1]["step"])
         wandb_run = metrics.train.wandb_run

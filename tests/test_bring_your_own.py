@@ -39,8 +39,7 @@ def test_the_commands_run(tmp_path):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    data, ask, exports, wandb = blocks("bash")
-    for block in (data, exports, ask, wandb):
+    for block in blocks("bash"):
         run("bash", "-ec", block)
     assert (project / "merged" / "model.safetensors").is_file()
     assert (project / "gguf" / "model.gguf").is_file()

@@ -176,3 +176,10 @@ def test_a_run_killed_during_training_resumes_from_the_artifact_store(project, e
         subprocess.run(command, cwd=project, env=environment, capture_output=True, check=True, timeout=600)
         assert latest(project, "lineage.json")["adapter"]["sha256"] == resumed
         subprocess.run(["zenml", "stack", "set", "default"], cwd=project, env=environment, check=True)
+
+
+def test_without_the_environment_the_command_says_how_to_get_it():
+    done = subprocess.run([sys.executable, "-S", "run.py", "ask", "Hello?"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "make install" in done.stderr

@@ -191,6 +191,26 @@ def test_nothing_is_loaded_that_can_run_code():
     assert found == []
 
 
+def test_text_is_read_and_written_with_a_named_encoding():
+    """Without one it is the locale's. ruff's PLW1514 misses paths whose type it does not know."""
+    files = [*FILES, *ROOT.glob("*.py")]
+    assert [f"{name_of(file)}:{line}" for file in files for line in locale_encoded(file)] == []
+
+
+def locale_encoded(file: Path) -> Iterator[int]:
+    """The lines of calls that open, read or write text, or start a process, in the locale's encoding."""
+    for call in (node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)):
+        keywords = {keyword.arg for keyword in call.keywords}
+        called = ast.unparse(call.func)
+        modes = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+        binary = any(isinstance(mode, ast.Constant) and re.fullmatch("[rwax]b[+]?", str(mode.value)) for mode in modes)
+        other = "fileobj" in keywords or called == "fileio.open"  # tarfile's, and ZenML's, which has no encoding
+        opens = called.rpartition(".")[2] == "open" and not binary and not other
+        text = any(keyword.arg == "text" and ast.unparse(keyword.value) == "True" for keyword in call.keywords)
+        if (opens or text or called.endswith((".read_text", ".write_text"))) and "encoding" not in keywords:
+            yield call.lineno
+
+
 def test_the_core_imports_no_platform_and_changes_no_environment():
     modules = [
         ".".join(file.relative_to(ROOT).with_suffix("").parts)

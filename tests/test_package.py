@@ -54,6 +54,17 @@ def test_the_source_distribution_holds_everything_that_runs_from_a_checkout(buil
     assert needed - files == set()
 
 
+def test_git_ignores_secrets_and_no_file_of_the_project():
+    """ZenML uploads every file that git does not ignore to the artifact store of the stack."""
+    root = Path(__file__).parent.parent
+    secrets = [".env", ".env.local", "bentos/key.pem", "tls.key", "id_rsa", "id_ed25519", "kubeconfig", ".netrc"]
+    secrets += ["kubeconfig.yaml", "prod.kubeconfig", "gpt2core/inference/credentials.json"]
+    ignored = subprocess.run(["git", "check-ignore", *secrets], cwd=root, capture_output=True, text=True).stdout
+    assert ignored.splitlines() == secrets
+    tracked = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(tracked, cwd=root, capture_output=True, text=True, check=True).stdout == ""
+
+
 def test_the_wheel_works_with_its_own_dependencies_alone(built, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(tmp_path)]
     subprocess.run([*install, str(next(built.glob("*.whl")))], check=True, capture_output=True)

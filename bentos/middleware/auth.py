@@ -23,8 +23,9 @@ class AuthMiddleware:
     ) -> None:
         """
         Args:
-            api_token: required by all routes except `open_paths`; "": none is required.
-            admin_token: required by `admin_routes`, and accepted everywhere; "": `admin_routes` are disabled.
+            api_token: token that all routes except `open_paths` require; "": these routes require no token.
+            admin_token: token that `admin_routes` require. All other routes accept it too. "": `admin_routes` are
+                disabled.
         """
         self.app, self.api_token, self.admin_token = app, api_token, admin_token
         self.open_paths, self.admin_routes = open_paths, admin_routes
@@ -40,14 +41,14 @@ class AuthMiddleware:
             error = ServiceError("forbidden", "this route is disabled: the server has no GPT2_ADMIN_TOKEN")
             await error_response(error)(scope, receive, send)
         else:
-            # A browser that opens the page asks for a password, and sends it (the token) with every later request.
+            # Basic: a browser that opens the page asks for a password (the token), and sends it with later requests.
             scheme = 'Basic realm="gpt2-instruct", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
             error = ServiceError("unauthorized", "a valid token is required: Authorization: Bearer …, or X-Api-Key")
             await error_response(error, {"WWW-Authenticate": scheme})(scope, receive, send)
 
     def _accepted_tokens(self, scope: Scope) -> list[str] | None:
-        """None: no token is required; []: no token is accepted."""
-        # The router's own matching, not a comparison of paths: it takes "/v1/load_lora_adapter\n" for that route too.
+        """Return the tokens that this route accepts; None: it requires no token; []: it accepts no token."""
+        # Match as the router does instead of comparing paths: for the router, "/v1/load_lora_adapter\n" is that route.
         if any(route.matches(scope)[0] != Match.NONE for route in self.admin_routes):
             return [self.admin_token] if self.admin_token else []
         if scope["path"] in self.open_paths or not self.api_token:
@@ -57,7 +58,7 @@ class AuthMiddleware:
 
 def _has_token(scope: Scope, accepted: list[str]) -> bool:
     headers = Headers(scope=scope)
-    # X-Api-Key too: some proxies, such as Kubernetes' API server, keep Authorization for themselves
+    # X-Api-Key too: some proxies, such as Kubernetes' API server, do not forward Authorization
     given = [value.encode("latin-1") for value in headers.getlist("x-api-key")]
     given += [_token(value, scope) for value in headers.getlist("authorization")]
     matches = [hmac.compare_digest(one, token.encode()) for one in given for token in accepted]  # each in constant time
@@ -77,10 +78,11 @@ def _token(authorization: str, scope: Scope) -> bytes:
 
 
 def _is_forged(scope: Scope) -> bool:
-    """Whether another site's page caused the browser to send this request, with its stored password, if any.
+    """Whether this is a cross-site request forgery (CSRF): a page of another site made the browser send the request.
 
-    Sec-Fetch-Site says so, but only over https and for localhost. Reading is safe: that page cannot see the response.
-    JSON is safe: browsers send it to another site only if that site (or a proxy in front of it) permits it by CORS.
+    The browser may add its stored password. It sets Sec-Fetch-Site only over https and for localhost; otherwise Origin
+    is compared with Host. GET and HEAD are safe, because the other page cannot read the response. JSON is safe, because
+    browsers send it to another site only if that site, or a proxy in front of it, permits it by CORS.
     """
     headers = Headers(scope=scope)
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -1,7 +1,7 @@
 """Graceful shutdown: after SIGTERM the service is not ready, accepts requests for a short time, and then stops.
 
-In this order: /readyz fails and every response closes its connection; the port closes; open connections may still send
-a request; the server completes the requests in flight and exits.
+The order: first /readyz fails, and every response closes its connection. Then the port closes, while open connections
+may still send a request. Then the server completes the requests in flight and exits.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from bentos.limits import DRAIN_MAX, DRAIN_MIN, LAST_REQUESTS
 READY_PATH = "/readyz"
 
 
-Handler = Callable[[int, FrameType | None], object]  # of a signal
+Handler = Callable[[int, FrameType | None], object]  # a signal handler
 
 
 class DrainMiddleware:
@@ -31,8 +31,8 @@ class DrainMiddleware:
     ) -> None:
         """
         Args:
-            uncounted_paths: probes and metrics, which do not prolong the drain.
-            stop_listening: closes the port of the server with this SIGTERM handler; accepted connections stay open.
+            uncounted_paths: probes and metrics. Their requests do not prolong the drain.
+            stop_listening: closes the port of the server whose SIGTERM handler it gets; accepted connections stay open.
         """
         self.app, self.uncounted_paths, self._stop_listening = app, uncounted_paths, stop_listening
         self.in_flight, self.draining = 0, False

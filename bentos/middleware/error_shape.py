@@ -17,7 +17,7 @@ class ErrorShapeMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start: Message | None = None  # of an error, held back until its body is known
+        start: Message | None = None  # start of an error response, kept until its body is known
         body = bytearray()
 
         async def shaped(message: Message) -> None:
@@ -39,6 +39,6 @@ class ErrorShapeMiddleware:
 
 
 def error_of_status(status: int, scope: Scope) -> JSONResponse:
-    """The response to a request that failed for no known reason."""
+    """Return the error response for a status without a message of its own."""
     phrase = HTTPStatus(status).phrase
     return JSONResponse(error_content(phrase.lower(), f"{scope['method']} {scope['path']}: {phrase}"), status)

@@ -1,4 +1,4 @@
-"""HEAD wherever there is GET: FastAPI's routes answer GET only."""
+"""HEAD for every route that supports GET, because FastAPI's routes respond to GET only."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 

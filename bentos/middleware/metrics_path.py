@@ -9,7 +9,7 @@ UNKNOWN = "/unknown"
 
 
 def path_label(templates: Collection[str]) -> Callable[[str], str]:
-    """A function from a request's path to one of the templates (like /v1/models/{model}), or to `UNKNOWN`."""
+    """Return a function that maps a request's path to its template (like /v1/models/{model}), or to `UNKNOWN`."""
     exact = {template for template in templates if "{" not in template}
     patterns: list[tuple[re.Pattern[str], str]] = [
         (compile_path(template)[0], template) for template in templates if template not in exact

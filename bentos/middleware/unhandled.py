@@ -1,4 +1,4 @@
-"""Answers a request whose handling raised, so that its connection stays usable."""
+"""Responds to a request whose handler raised an exception, so that its connection stays usable."""
 
 import logging
 
@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 class UnhandledErrorMiddleware:
     """Sends a 500 in the common error shape, unless the response has begun, and logs the error.
 
-    For an exception after a response, also that of an error page, uvicorn would close the connection without announcing
-    it, and the next request of the client's connection pool would fail.
+    If an exception reaches uvicorn, it closes the connection without a `Connection: close` header, even if a complete
+    response, such as an error page, was already sent. The next request of the client's connection pool would then fail.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -32,7 +32,7 @@ class UnhandledErrorMiddleware:
             await self.app(scope, receive, observed)
         except Exception:
             if scope["type"] != "http" or (started and not complete):
-                raise  # the connection must be closed, or the client takes half a response for a whole one
+                raise  # uvicorn closes the connection, so that the client can tell that the response is incomplete
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if not started:
                 await error_of_status(500, scope)(scope, receive, send)

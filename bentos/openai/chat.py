@@ -34,7 +34,7 @@ router = APIRouter()
     openapi_extra=operation(ChatRequest, stream=True),
 )
 async def chat_completions(request: Request) -> Response:
-    """Answer an instruction, as OpenAI's route of that name does: the last user turn is the instruction."""
+    """Answer an instruction, the last user turn, with the request and response format of OpenAI's route."""
     deadline = monotonic() + DEADLINE
     body = await read_body(request, ChatRequest)
     route = ChatRoute(body, served(request).generator, served(request).multi_turn)
@@ -85,15 +85,15 @@ class ChatRoute(Route):
 def prompt_of(
     messages: Sequence[Message], generator: "TextGenerator", multi_turn: MultiTurn, max_new_tokens: int
 ) -> tuple[list[int], int]:
-    """The prompt of a conversation, and the number of messages with content that are not in it.
+    """Return the prompt of a conversation, and the number of messages with content that are not part of it.
 
     The last user turn is the instruction. A system message is ignored: the prompt template has no field for it, and as
     part of the instruction it would change the answer. With `multi_turn` "history", earlier turns of user and assistant
-    are the input, as in training on conversations: the newest ones that leave `max_new_tokens` of the context,
-    or into half of the context if that is more.
+    are the input, as in training on conversations. The newest turns are used, as many as fit: the prompt may fill the
+    context except for `max_new_tokens`, and at least half of the context.
 
     Raises:
-        ServiceError: as `instruction_of`.
+        ServiceError: see `instruction_of`.
     """
     instruction, earlier = instruction_of(messages, multi_turn)
     prompt, n_used = generator.encode_instruction(instruction), 0
@@ -111,10 +111,10 @@ def prompt_of(
 
 
 def instruction_of(messages: Sequence[Message], multi_turn: MultiTurn) -> tuple[str, list[Message]]:
-    """The last user turn, and the turns before it.
+    """Return the text of the last user turn, and the turns before it.
 
     Raises:
-        ServiceError: the last turn is not text of the user; or earlier turns, with `multi_turn` "refuse".
+        ServiceError: the last turn is not text of the user, or there are earlier turns and `multi_turn` is "refuse".
     """
     turns = [message for message in messages if message.role not in ("system", "developer")]
     if not turns or turns[-1].role != "user":
@@ -126,6 +126,9 @@ def instruction_of(messages: Sequence[Message], multi_turn: MultiTurn) -> tuple[
     if not instruction.strip():
         raise ServiceError("invalid_request", "messages: the last message is blank", "messages")
     if len(turns) > 1 and multi_turn == "refuse":
-        message = f"messages: there are {len(turns)} turns, and this server answers single turns (GPT2_MULTI_TURN)"
+        message = (
+            f"messages: there are {len(turns)} turns, but this server accepts only one (GPT2_MULTI_TURN=refuse); send "
+            "only the last user message"
+        )
         raise ServiceError("invalid_request", message, "messages")
     return instruction, turns[:-1]

@@ -33,7 +33,7 @@ router = APIRouter()
     openapi_extra=operation(CompletionRequest, stream=True),
 )
 async def completions(request: Request) -> Response:
-    """Continue one or several texts, as OpenAI's route of that name does."""
+    """Continue one or several texts, with the request and response format of OpenAI's route."""
     deadline = monotonic() + DEADLINE
     body = await read_body(request, CompletionRequest)
     return await respond(request, CompletionRoute(body, served(request).generator), deadline)
@@ -79,7 +79,7 @@ class CompletionRoute(Route):
         return self.choice(index, chunk, finish_reason, offsets)
 
     def _tokens(self, text: str) -> list[int]:
-        """The tokens of a text. For an empty text: end of text, after which the model begins a new text."""
+        """Encode a text. An empty text becomes end of text, after which the model begins a new text."""
         return self.tokenizer.encode_ordinary(text) or [self.tokenizer.eot_token]
 
     def _text(self, token: int) -> str:
@@ -87,6 +87,6 @@ class CompletionRoute(Route):
 
 
 def _with_own(token: int, logprobs: "TokenLogprobs") -> list[tuple[int, float]]:
-    """The most likely tokens, and the generated one if it is not among them."""
+    """Return the most likely tokens, and the generated token if it is not one of them."""
     own = [] if token in dict(logprobs.top) else [(token, logprobs.logprob)]
     return [*logprobs.top, *own]

@@ -7,9 +7,9 @@ import tiktoken
 
 
 def token_text(token: int, tokenizer: tiktoken.Encoding) -> str:
-    r"""The token's text, or as in OpenAI's responses `bytes:\xe2\x80` for bytes that are not valid text by themselves.
+    r"""Return the token's text, or like OpenAI `bytes:\xe2\x80` if its bytes are not valid UTF-8 by themselves.
 
-    Different tokens have different texts, so they can be keys of a mapping.
+    Different tokens have different texts, so the texts can be keys of a mapping.
     """
     data = tokenizer.decode_single_token_bytes(token)
     try:
@@ -19,20 +19,20 @@ def token_text(token: int, tokenizer: tiktoken.Encoding) -> str:
 
 
 class TextOffsets:
-    """Where the tokens of one completion begin in its text, in characters."""
+    """Computes the offsets, in characters, at which the tokens of one completion begin in its text."""
 
     def __init__(self, tokenizer: tiktoken.Encoding, n_echoed: int = 0, hidden: Collection[int] = ()) -> None:
         """
         Args:
-            n_echoed: how many tokens come first, those of an echoed prompt.
-            hidden: tokens that are no part of the text after these.
+            n_echoed: number of prompt tokens at the start (with `echo`).
+            hidden: ids of tokens, such as end of text, that are not part of the completion's text.
         """
         self._tokenizer, self._n_echoed, self._hidden = tokenizer, n_echoed, frozenset(hidden)
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._n_characters = self._n_tokens = 0
 
     def next(self, tokens: Sequence[int]) -> list[int]:
-        """Offsets of the next tokens, after those of earlier calls. Tokens of one character have the same offset."""
+        """Return the offsets of the next tokens. Tokens that are bytes of the same character have the same offset."""
         offsets = []
         for token in tokens:
             data = self._tokenizer.decode_single_token_bytes(token)
@@ -47,5 +47,5 @@ class TextOffsets:
 
 
 def _continues(data: bytes) -> bool:
-    """Whether the first byte continues a character of UTF-8."""
+    """Whether the first byte is a continuation byte of UTF-8."""
     return data[0] & 0xC0 == 0x80

@@ -15,7 +15,7 @@ router = APIRouter()
 
 @router.get("/v1/models", responses=ERRORS)
 async def list_models(request: Request) -> JSONResponse:
-    """The names for `model` and `adapter`."""
+    """List the names that requests may use as `model` or `adapter`."""
     names = served(request).generator.models
     return JSONResponse({"object": "list", "data": [_model(served(request), name) for name in names]})
 

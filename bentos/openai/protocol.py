@@ -44,7 +44,7 @@ ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)
 
 
 class LenientRequest(BaseModel):
-    """Types are strict; unknown fields are accepted if their value is neutral."""
+    """Checks types strictly. Unknown fields are accepted if their value is one of `NEUTRAL`."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Unsupported]
@@ -66,7 +66,7 @@ _STREAM_OPTIONS = _only_with("stream_options", "stream", {"not": _WITH_USAGE})
 
 
 class OpenAIRequest(LenientRequest, Sampling, Structured):
-    """The fields that both routes have."""
+    """The fields that /v1/completions and /v1/chat/completions share."""
 
     model_config = ConfigDict(json_schema_extra={"allOf": [_STREAM_OPTIONS]})
 
@@ -79,7 +79,7 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="include_usage: only with stream")
     user: Label = None
-    # not OpenAI's, but sent by clients of other servers
+    # fields of other servers' APIs, which their clients send
     length_penalty: One = None
     typical_p: One = None
     skip_special_tokens: Yes = None
@@ -90,11 +90,11 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     request_id: Label = None
 
     def seeds(self) -> list[int | None]:
-        """One for each of the `n` choices."""
+        """Return the seed of each of the `n` choices."""
         return [None if self.seed is None else (self.seed + choice) % 2**63 for choice in range(self.n or 1)]
 
     def sampling(self) -> dict[str, Any]:
-        """Keywords of `GenerationConfig` for the first choice, with OpenAI's meaning of some values."""
+        """Return the arguments of `GenerationConfig` for the first choice. Some values have OpenAI's meaning."""
         values = super().sampling()
         if self.top_p == 0:  # the smallest set of tokens that reaches probability 0 is the most likely token
             values |= {"temperature": 0.0, "top_p": None}
@@ -119,7 +119,7 @@ class CompletionRequest(OpenAIRequest):
 
 
 class Message(BaseModel):
-    """A turn of the conversation. Only the last one has to be text: earlier ones are not part of the prompt."""
+    """A turn of the conversation. Only the last turn must be text."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -128,7 +128,7 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str | None:
-        """None if the content is neither a string nor a list of text parts."""
+        """Return the text; None if the content is neither a string nor a list of text parts."""
         if isinstance(self.content, str):
             return self.content
         parts = self.content if isinstance(self.content, list) else [None]
@@ -151,7 +151,7 @@ _USER_TURN: dict[str, Any] = {
 
 
 class ChatRequest(OpenAIRequest):
-    """The last message is the user's, and is the instruction."""
+    """A conversation. The last message must be the user's; it is the instruction."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -188,7 +188,10 @@ class ChatRequest(OpenAIRequest):
 
 
 class TokenizeRequest(LenientRequest):
-    """Either `prompt` or `messages`. The prompt has no special tokens, whatever `add_special_tokens` says."""
+    """Exactly one of `prompt` and `messages`.
+
+    `add_special_tokens` is accepted and ignored: prompts never contain special tokens.
+    """
 
     model: str | None = TUNED
     prompt: str | None = None

@@ -1,4 +1,4 @@
-"""Shared by /v1/completions and /v1/chat/completions: converts a parsed request to a whole or streamed response."""
+"""Code of /v1/completions and /v1/chat/completions: converts a parsed request to a whole or streamed response."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from bentos.errors import ServiceError
 from bentos.openai.logprobs import TextOffsets
 from bentos.openai.protocol import OpenAIRequest
 from bentos.schemas import TUNED
-from bentos.streaming import event_stream, grammars, unless_disconnected
+from bentos.streaming import cancel_on_disconnect, event_stream, grammars
 
 if TYPE_CHECKING:
     from bentos.generation import TextGenerator
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 class Route(ABC):
-    """One request to one of the routes: reads its fields and builds its choices."""
+    """A request to one of the routes: reads its fields and builds its choices."""
 
-    object: str  # of the response
-    chunk_object: str  # of a streamed event
+    object: str  # value of `object` in the response
+    chunk_object: str  # value of `object` in a streamed event
     id_prefix: str
     prompt_field: str
-    clean: bool  # whether the text is an answer to an instruction
+    clean: bool  # whether the text is an answer, which is extracted from the generated text
 
     body: OpenAIRequest
     tokenizer: tiktoken.Encoding
@@ -40,19 +40,19 @@ class Route(ABC):
     logprobs: int | None
     echo: bool = False  # the prompt is part of the text
 
-    extra_fields: Mapping[str, Any] = MappingProxyType({})  # of the response, which OpenAI's does not have
+    extra_fields: Mapping[str, Any] = MappingProxyType({})  # fields of the response in addition to OpenAI's
 
     @abstractmethod
     def choice(
         self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int]
     ) -> dict[str, Any]:
-        """A choice of a whole response. `offsets`: where the chunk's tokens begin in the completion's text."""
+        """Build a choice of a whole response. `offsets`: where the chunk's tokens begin in the completion's text."""
 
     @abstractmethod
     def event_choice(
         self, index: int, chunk: Chunk, finish_reason: FinishReason | None, offsets: Sequence[int], first: bool
     ) -> dict[str, Any]:
-        """A choice of an event. `first`: this choice had no event before."""
+        """Build a choice of an event. `first`: this is the first event of the choice."""
 
 
 async def respond(request: Request, route: Route, deadline: float) -> Response:
@@ -67,7 +67,7 @@ async def respond(request: Request, route: Route, deadline: float) -> Response:
         async def whole() -> dict[str, Any]:
             return builder.whole(await asyncio.gather(*(completion.whole() for completion in completions)))
 
-        return JSONResponse(await unless_disconnected(request, whole(), completions))
+        return JSONResponse(await cancel_on_disconnect(request, whole(), completions))
 
     async def events() -> AsyncIterator[dict[str, Any]]:
         async for i, chunk, finish_reason in merge(completions):
@@ -81,7 +81,7 @@ async def respond(request: Request, route: Route, deadline: float) -> Response:
 def generation_requests(
     route: Route, generator: "TextGenerator", grammars: Sequence["Grammar | None"], deadline: float, request: Request
 ) -> list[GenerationRequest]:
-    """`n` requests for each prompt."""
+    """Build `n` requests for each prompt."""
     body = route.body
     model = body.model or TUNED
     generator.check_model(model, "model")
@@ -122,7 +122,7 @@ class _ResponseBuilder:
             "id": f"{route.id_prefix}-{request_id}",
             "created": int(time()),
             "model": completions[0].request.model,
-            # identifies Bento and adapter (by content)
+            # identifies the Bento and the adapter by their content
             "system_fingerprint": f"{bento}+{adapter.sha256[:16]}" if adapter else bento,
             "adapter": adapter and adapter.model_dump(),
             **route.extra_fields,
@@ -155,7 +155,7 @@ class _ResponseBuilder:
         return {"object": self.route.chunk_object, **self._common, "choices": [choice], **counts}
 
     def usage_event(self) -> dict[str, Any] | None:
-        """The last event, with token counts, if the request includes `include_usage`."""
+        """Return the last event, which has the token counts; None unless the request has `include_usage`."""
         if not self._include_usage:
             return None
         counts = usage(self.completions).model_dump()

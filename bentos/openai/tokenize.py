@@ -25,7 +25,7 @@ router = APIRouter()
 
 @router.post("/tokenize", response_model=dict[str, Any], responses=ERRORS, openapi_extra=operation(TokenizeRequest))
 async def tokenize(request: Request) -> JSONResponse:
-    """The tokens of a text, or of the prompt that /v1/chat/completions builds from messages."""
+    """Return the tokens of a text, or of the prompt that /v1/chat/completions builds from messages."""
     body = await read_body(request, TokenizeRequest)
     generator = served(request).generator
     generator.check_model(body.model or TUNED, "model")
@@ -46,7 +46,7 @@ def _tokens(body: TokenizeRequest, generator: "TextGenerator", multi_turn: Multi
 
 @router.post("/detokenize", response_model=dict[str, Any], responses=ERRORS, openapi_extra=operation(DetokenizeRequest))
 async def detokenize(request: Request) -> JSONResponse:
-    """The text of tokens."""
+    """Return the text of tokens."""
     body = await read_body(request, DetokenizeRequest)
     generator = served(request).generator
     generator.check_model(body.model or TUNED, "model")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import tarfile
 from collections import deque
 from collections.abc import Mapping
@@ -136,14 +137,13 @@ def _build(context: BinaryIO, dockerfile: str, tag: str, labels: Mapping[str, st
             forcerm=True,
             decode=True,
         ):
-            lines = str(event.get("stream", event.get("error", ""))).strip().splitlines()
+            lines = _masked(str(event.get("stream", event.get("error", "")))).strip().splitlines()
             log.extend(lines)
             for line in lines:
                 logger.debug(line)
             if "error" in event:
-                raise EngineError(
-                    f"{tag} could not be built from {dockerfile} ({_build_settings()}):\n" + "\n".join(log)
-                )
+                settings = _masked(_build_settings())
+                raise EngineError(f"{tag} could not be built from {dockerfile} ({settings}):\n" + "\n".join(log))
         client.images.get(tag).tag(tag.partition(":")[0], "latest")
         return _image(client, tag)
 
@@ -152,6 +152,11 @@ def _build_settings() -> str:
     """The build settings of the environment, for an error message."""
     settings = [f"{name}={os.environ[name]}" for name in (*BUILD_ARGS, BUILD_NETWORK) if name in os.environ]
     return " ".join(settings) or "BASE_IMAGE selects another base image, TORCH_INDEX another package index for torch"
+
+
+def _masked(text: str) -> str:
+    """The text without the user names and passwords in its URLs."""
+    return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def _image(client: docker.DockerClient, tag: str) -> Image:

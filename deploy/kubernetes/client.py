@@ -37,11 +37,13 @@ Manifest = dict[str, Any]
 
 DEPLOYER = ROOT / "k8s" / "optional" / "deployer.yaml"  # its Role lists the permissions that a deployment needs
 FIELD_MANAGER = NAME
+ROLLBACK = f"{NAME}-rollback"  # the field manager of a rollback
 KUBECTL = "kubectl-client-side-apply"  # the field manager of `kubectl apply`
-OWNERSHIP_ATTEMPTS = 5  # to remove it as an owner of fields, while controllers change the object
+OWNERSHIP_ATTEMPTS = 5  # to remove both as owners of fields, while controllers change the object
 REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
 CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
 LOG_LINES = 20  # of a crashed container
+JSON_PATCH = "application/json-patch+json"
 PATHS = {
     "Namespace": "/api/v1/namespaces",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
@@ -98,17 +100,25 @@ class Cluster:
         """
         path = f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}"
         query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower())]
+        self._write(path, manifest, query, "application/apply-patch+yaml", disown=force)
+
+    def patch_deployment(self, patch: list[Manifest]) -> None:
+        """Apply a JSON patch to the Deployment. Nobody owns the fields it changes, so the next apply can set them."""
+        query = [("fieldManager", ROLLBACK)]
+        self._write(f"{self._path('Deployment')}/{NAME}", patch, query, JSON_PATCH, disown=True)
+
+    def _write(self, path: str, body: Any, query: list[tuple[str, str]], content_type: str, disown: bool) -> None:
         for _ in range(OWNERSHIP_ATTEMPTS):
-            applied = self._call("PATCH", path, manifest, query, "application/apply-patch+yaml")
-            patch = _disown_kubectl(applied) if force else []
+            written = self._call("PATCH", path, body, query, content_type)
+            patch = _disown(written) if disown else []
             if not patch:
                 return
             try:
-                self._call("PATCH", path, patch, query[:1], "application/json-patch+json")
+                self._call("PATCH", path, patch, [("fieldManager", FIELD_MANAGER)], JSON_PATCH)
                 return
             except ConflictError:  # a controller has written the status since
                 pass
-        logger.warning("%s is still an owner of fields of %s: the object changed too often", KUBECTL, path)
+        logger.warning("%s or %s is still an owner of fields of %s: it changed too often", KUBECTL, ROLLBACK, path)
 
     def delete(self, kind: str, name: str = NAME) -> None:
         self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
@@ -140,7 +150,7 @@ class Cluster:
 
     def check_permissions(self) -> None:
         """Raise KubeError naming every permission that a deployment needs and the credentials lack."""
-        [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text()) if each["kind"] == "Role"]
+        [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text(encoding="utf-8")) if each["kind"] == "Role"]
         missing = [
             f"{verb} {resource}{f'.{group}' if group else ''}"
             for rule in role["rules"]
@@ -200,11 +210,12 @@ class Cluster:
             raise translate_connection_error(error, self.connection) from None
 
 
-def _disown_kubectl(applied: Manifest) -> list[Manifest]:
-    """The JSON patch that removes kubectl's managed fields, as client-go's csaupgrade does; [] if there are none."""
-    metadata = applied["metadata"]
+def _disown(written: Manifest) -> list[Manifest]:
+    """The JSON patch that removes the managed fields of `kubectl apply` and of rollbacks, as client-go's csaupgrade
+    does; [] if there are none."""
+    metadata = written["metadata"]
     entries = metadata.get("managedFields", [])
-    others = [each for each in entries if each["manager"] != KUBECTL]
+    others = [each for each in entries if each["manager"] not in (KUBECTL, ROLLBACK)]
     if others == entries:
         return []
     return [
@@ -256,7 +267,9 @@ def _contexts(files: str) -> list[str]:
     names = []
     for file in filter(os.path.isfile, files.split(os.pathsep)):
         try:
-            names += [entry["name"] for entry in yaml.safe_load(Path(file).read_text())["contexts"] or ()]
+            names += [
+                entry["name"] for entry in yaml.safe_load(Path(file).read_text(encoding="utf-8"))["contexts"] or ()
+            ]
         except (yaml.YAMLError, OSError, UnicodeDecodeError, TypeError, KeyError):
             raise KubeError(f"{file} is not a kubeconfig: it must be YAML with a list of contexts") from None
     return names

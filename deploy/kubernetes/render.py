@@ -12,6 +12,7 @@ from gpt2core.types import Lineage
 MANIFESTS = ROOT / "k8s"
 PREFIX = f"{NAME}/"  # of labels and annotations with ids of the lineage
 SEARCHABLE = ("run-id", "commit", "adapter-sha256", "data-train-sha256")  # ids that are labels too, for selectors
+VERSION = "app.kubernetes.io/version"  # label
 LABEL_LENGTH = 63  # Kubernetes' limit; one character less than a sha256
 
 
@@ -21,7 +22,9 @@ def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> li
     Args:
         memory: request and limit of a pod, like 2g; "": as in k8s/.
     """
-    manifests: list[Manifest] = [yaml.safe_load(file.read_text()) for file in sorted(MANIFESTS.glob("*.yaml"))]
+    manifests: list[Manifest] = [
+        yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(MANIFESTS.glob("*.yaml"))
+    ]
     for manifest in manifests:
         manifest["metadata"]["name" if manifest["kind"] == "Namespace" else "namespace"] = namespace
     manifests.sort(key=lambda manifest: manifest["kind"] == "Deployment")
@@ -38,23 +41,33 @@ def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> li
     return manifests
 
 
-def render_revision(replica_set: Manifest, namespace: str) -> Manifest:
-    """The Deployment with the pod template of an earlier revision.
+def placeholder_image() -> str:
+    """The image in k8s/, which no registry has: `kubectl apply -f k8s` alone deploys no model."""
+    deployment = yaml.safe_load((MANIFESTS / "30-deployment.yaml").read_text(encoding="utf-8"))
+    return str(container_of(deployment)["image"])
 
-    Applied instead of patched: a patch would add its manager as an owner of the fields, and the next deployment would
-    conflict.
+
+def rollback_patch(live: Manifest, earlier: Manifest) -> list[Manifest]:
+    """The JSON patch that gives the live Deployment the pod template and ids of an earlier revision.
+
+    Not an apply, which would keep the fields that other managers have added since.
+
+    Args:
+        earlier: a Deployment as it was, or a ReplicaSet.
     """
-    template = replica_set["spec"]["template"]
+    template = earlier["spec"]["template"]
     labels = {key: value for key, value in template["metadata"]["labels"].items() if key != "pod-template-hash"}
-    annotations = template["metadata"].get("annotations", {})
-    deployment: Manifest = yaml.safe_load((MANIFESTS / "30-deployment.yaml").read_text())
-    deployment["metadata"] |= {
-        "namespace": namespace,
-        "labels": labels,
-        "annotations": {key: value for key, value in annotations.items() if key.startswith(PREFIX)},
-    }
-    deployment["spec"]["template"] = template | {"metadata": {"labels": labels, "annotations": annotations}}
-    return deployment
+    template = template | {"metadata": template["metadata"] | {"labels": labels}}
+    patch: list[Manifest] = [{"op": "replace", "path": "/spec/template", "value": template}]
+    for part in ("labels", "annotations"):
+        others = {key: value for key, value in live["metadata"].get(part, {}).items() if not _is_id(key)}
+        ids = {key: value for key, value in template["metadata"].get(part, {}).items() if _is_id(key)}
+        patch.append({"op": "add", "path": f"/metadata/{part}", "value": others | ids})
+    return patch
+
+
+def _is_id(key: str) -> bool:
+    return key.startswith(PREFIX) or key == VERSION
 
 
 def annotations(lineage: Lineage) -> dict[str, str]:
@@ -79,14 +92,17 @@ def labels(lineage: Lineage) -> dict[str, str]:
     """The ids for label selectors, cut to the length of a label."""
     ids = annotations(lineage)
     searchable = {PREFIX + key: ids[PREFIX + key][:LABEL_LENGTH] for key in SEARCHABLE}
-    return searchable | {"app.kubernetes.io/version": lineage.bento.partition(":")[2]}
+    return searchable | {VERSION: lineage.bento.partition(":")[2]}
 
 
 def version_of(deployment: Manifest) -> Version:
-    """The version in a live Deployment's annotations."""
-    annotations = deployment["spec"]["template"]["metadata"].get("annotations", {})
-    image = container_of(deployment)["image"]
-    return Version(annotations.get(f"{PREFIX}bento", ""), image, revision(deployment))
+    """The version in the annotations of a live Deployment or ReplicaSet."""
+    return Version(bento_of(deployment), container_of(deployment)["image"], revision(deployment))
+
+
+def bento_of(deployment: Manifest) -> str:
+    """The tag of the Bento that this project deployed; "" for a Deployment or ReplicaSet of another origin."""
+    return str(deployment["spec"]["template"]["metadata"].get("annotations", {}).get(f"{PREFIX}bento", ""))
 
 
 def container_of(deployment: Manifest) -> dict[str, Any]:

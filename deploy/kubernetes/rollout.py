@@ -12,7 +12,7 @@ from deploy.containers.images import pinned
 from deploy.kubernetes import wait
 from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
-from deploy.kubernetes.render import render, render_revision, version_of
+from deploy.kubernetes.render import bento_of, placeholder_image, render, rollback_patch, version_of
 from deploy.kubernetes.wait import wait_for_rollout
 from deploy.target import DeployError, DeployInterrupted, Deployment, Version
 from deploy.verify import verify_answers
@@ -50,7 +50,7 @@ class KubernetesTarget:
             previous=None if before is None else version_of(before),
         )
         try:
-            self._apply(render(image, lineage, cluster.namespace, self.config.memory))
+            self._apply(render(image, lineage, cluster.namespace, self.config.memory), before)
             try:
                 rolled_out = wait_for_rollout(cluster)
                 _verify_service(cluster, lineage.bento, samples, max_new_tokens)
@@ -71,21 +71,27 @@ class KubernetesTarget:
             raise DeployInterrupted(undone) from interrupt
 
     def rollback(self) -> Deployment:
-        """Apply the revision before the current one, as `kubectl rollout undo` does; twice restores the current one.
+        """Restore the pod template of the newest earlier revision with another Bento or image, as `kubectl rollout
+        undo` does; twice restores the current one. If that fails or is interrupted, the current one is restored.
 
         Raises:
-            KubeError: nothing is deployed, no earlier revision is kept, or it does not become ready.
+            KubeError: nothing is deployed, no such revision is kept, or it does not become ready.
         """
         cluster = self.cluster
         cluster.check_permissions()
         current = cluster.get("Deployment")
         if current is None:
             raise KubeError(f"{cluster} has no Deployment {NAME}; there is nothing to roll back")
-        earlier = [each for each in cluster.replica_sets(current) if revision(each) < revision(current)]
-        if not earlier:
-            raise KubeError(f"{cluster} has no revision of {NAME} before {revision(current)} to roll back to")
-        cluster.apply(render_revision(earlier[-1], cluster.namespace), force=True)
-        now = version_of(wait_for_rollout(cluster))
+        earlier = _previous(cluster, current)
+        try:
+            now = version_of(_restore(cluster, earlier))
+        except BaseException as error:  # also Ctrl-C
+            logger.warning("the rollback failed, restoring revision %s", revision(current))
+            state = _restored(cluster, current)
+            if isinstance(error, DeployError):
+                raise KubeError(f"{version_of(earlier).image} could not be rolled back to: {error}; {state}") from None
+            logger.warning("the rollback was interrupted; %s", state)
+            raise
         return Deployment(
             target="kubernetes",
             outcome="rolled_back",
@@ -101,11 +107,13 @@ class KubernetesTarget:
         deployment = self.cluster.get("Deployment")
         return None if deployment is None else version_of(deployment)
 
-    def _apply(self, manifests: list[Manifest]) -> None:
+    def _apply(self, manifests: list[Manifest], before: Manifest | None) -> None:
+        # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.
+        force = self.config.force or (before is not None and version_of(before).image == placeholder_image())
         for manifest in manifests:
             # An existing namespace may be shared; its labels belong to its owner.
             if manifest["kind"] != "Namespace" or self.cluster.get("Namespace", self.cluster.namespace) is None:
-                self.cluster.apply(manifest, self.config.force)
+                self.cluster.apply(manifest, force)
 
 
 def _check_scale(cluster: Cluster, deployment: Manifest | None) -> None:
@@ -143,6 +151,37 @@ def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: f
         time.sleep(wait.POLL)
 
 
+def _previous(cluster: Cluster, current: Manifest) -> Manifest:
+    """The newest ReplicaSet of this project before the current revision that has another Bento or image."""
+    running = version_of(current)
+    for each in reversed(cluster.replica_sets(current)):
+        if bento_of(each) and revision(each) < revision(current):
+            version = version_of(each)
+            if (version.bento, version.image) != (running.bento, running.image):
+                return each
+    raise KubeError(
+        f"{cluster} has no revision of {NAME} before {revision(current)} with another Bento or image to roll back to"
+    )
+
+
+def _restore(cluster: Cluster, earlier: Manifest) -> Manifest:
+    """Roll out the pod template of an earlier Deployment or of a ReplicaSet; return the resulting Deployment."""
+    live = cluster.get("Deployment")
+    if live is None:
+        raise KubeError(f"the Deployment in {cluster} was deleted")
+    cluster.patch_deployment(rollback_patch(live, earlier))
+    return wait_for_rollout(cluster)
+
+
+def _restored(cluster: Cluster, current: Manifest) -> str:
+    """Undo a rollback; return the resulting state in words."""
+    image = version_of(current).image
+    try:
+        return f"{image} runs again, as revision {revision(_restore(cluster, current))}"
+    except KubeError as error:
+        return f"and {image} could not be restored: {error}"
+
+
 def _running_image(cluster: Cluster, deployment: Manifest) -> str:
     """The digest of the running image, as a node reports it; "" if no node does."""
     [newest] = cluster.replica_sets(deployment)[-1:]
@@ -166,11 +205,7 @@ def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | No
         number = revision(before)
         if live is not None and live["spec"]["template"] == before["spec"]["template"]:
             return "failed", f"revision {number} already ran before, so there is nothing to roll back to", number
-        previous = next((each for each in cluster.replica_sets(before) if revision(each) == number), None)
-        if previous is None:
-            return "failed", f"the cluster no longer has revision {number} to roll back to", None
-        cluster.apply(render_revision(previous, cluster.namespace), force=True)
-        now = wait_for_rollout(cluster)
+        now = _restore(cluster, before)
         for each in cluster.replica_sets(now):
             if number < revision(each) < revision(now):
                 cluster.delete("ReplicaSet", each["metadata"]["name"])  # so that no rollback selects it

@@ -17,7 +17,7 @@ from gpt2core.checkpoint import save_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, PretrainConfig
 from gpt2core.demo.prose import cloze_questions, write_prose
 from gpt2core.demo.world import make_world
-from gpt2core.files import atomic_write, directory_sha256
+from gpt2core.files import directory_sha256, write_files
 from gpt2core.generate import generate
 from gpt2core.model import GPT2
 from gpt2core.prompt import format_prompt
@@ -136,8 +136,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, directory: Path) -> t
     bpe = json.loads(tokenizer.to_str())["model"]
     vocab = bpe["vocab"] | {END_OF_TEXT: len(bpe["vocab"])}
     merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])
-    atomic_write(directory / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
-    atomic_write(directory / "merges.txt", f"#version: 0.2\n{merges}".encode())
+    files = {"vocab.json": json.dumps(vocab, ensure_ascii=False), "merges.txt": f"#version: 0.2\n{merges}"}
+    write_files(directory, {name: text.encode() for name, text in files.items()})
     return load_tokenizer(directory)
 
 

@@ -6,7 +6,7 @@ A base from the hub is stored as name, revision and sha256; its 1.5 GB are downl
 from collections.abc import Mapping
 from pathlib import Path
 
-from gpt2core.files import atomic_write, checkpoint_files, json_bytes, verify_directory
+from gpt2core.files import checkpoint_files, json_bytes, verify_directory, write_files
 from gpt2core.types import BaseRef
 from steps.adapters.hub import fetch_base
 
@@ -16,7 +16,7 @@ Figures = Mapping[str, str | int | float]
 
 def write_base(directory: Path, base: BaseRef, figures: Figures) -> None:
     """Write base.json: the reference, and figures about the base (parameters, losses, ...) for readers."""
-    atomic_write(directory / REFERENCE, json_bytes(base.to_json() | dict(figures)))
+    write_files(directory, {REFERENCE: json_bytes(base.to_json() | dict(figures))})
 
 
 def read_base(directory: Path) -> BaseRef:

@@ -6,7 +6,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from secrets import token_hex
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -62,8 +62,8 @@ def fetch(
     if urlsplit(url).scheme not in ("http", "https"):
         raise DownloadError(f"{shown} is not an http or https URL")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=destination.parent, prefix=f".{destination.name}.", delete=False) as stream:
-        temporary = Path(stream.name)
+    temporary = destination.with_name(f".{destination.name}.{token_hex(4)}")
+    temporary.touch(exist_ok=False)
     deadline = time.monotonic() + max_seconds
     try:
         for attempt in range(retries + 1):
@@ -80,7 +80,6 @@ def fetch(
                 f"{shown} has sha256 {found}, but {sha256} was expected: the file changed, or a proxy replaced it; "
                 "inspect it, and set its sha256 if it is the file you want"
             )
-        temporary.chmod(0o644)
         os.replace(temporary, destination)
     except _LimitError as error:
         raise DownloadError(f"{shown} {error}") from None

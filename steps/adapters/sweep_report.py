@@ -50,7 +50,12 @@ def _spread(trials: Sequence[Trial], metric: str) -> str:
         return "none"
     spread = statistics.stdev(measured) if len(measured) > 1 else 0.0
     missing = f" ({len(trials) - len(measured)} of {len(trials)} without)" if len(measured) < len(trials) else ""
-    return f"{statistics.mean(measured):.4g} ± {spread:.2g}{missing}"
+    return f"{_rounded(statistics.mean(measured), 4)} ± {_rounded(spread, 2)}{missing}"
+
+
+def _rounded(value: float, digits: int) -> str:
+    """The value with this many significant digits, but with all digits before the decimal point."""
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
 
 
 def _table(sweep: SweepConfig, rows: Mapping[str, Sequence[str]]) -> str:

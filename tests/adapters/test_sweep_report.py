@@ -39,3 +39,10 @@ def test_a_label_is_one_cell_of_the_table(written):
         "| a b | 0.5 ± 0 |",
         "| plain | 0.5 ± 0 |",
     ]
+
+
+def test_large_numbers_have_all_digits_before_the_point(tmp_path):
+    sweep = SweepConfig(variants={"LoRA": {}}, variable="x", metrics=("exact_match",))
+    trials = [Trial("LoRA", seed, "a machine", {"exact_match": n}, []) for seed, n in enumerate((12_288.0, 13_056.4))]
+    write_sweep(trials, sweep, tmp_path)
+    assert "| LoRA | 12672 ± 543 |" in (tmp_path / "table.md").read_text()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bentos import shadow
-from bentos.canary import takes
+from bentos.canary import routes_to_canary
 from bentos.completion import GenerationRequest
 from bentos.generation import TextGenerator
 from bentos.schemas import TUNED, CanaryRequest
@@ -54,14 +54,14 @@ def load(url: str, n_clients: int = 4):
 
 @given(st.text(min_size=1), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_share_keeps_the_keys_of_a_smaller_one(key, one, other):
-    small, large = (takes(CanaryRequest(adapter="next", share=share), key) for share in sorted((one, other)))
+    small, large = (routes_to_canary(CanaryRequest(adapter="next", share=share), key) for share in sorted((one, other)))
     assert large >= small
 
 
 def test_the_share_is_that_of_the_keys_and_differs_between_canaries():
     half = [CanaryRequest(adapter=name, share=0.5) for name in ("one", "two")]
     keys = [str(i) for i in range(2000)]
-    chosen = [{key for key in keys if takes(one, key)} for one in half]
+    chosen = [{key for key in keys if routes_to_canary(one, key)} for one in half]
     for those in (*chosen, chosen[0] ^ chosen[1]):
         assert 900 < len(those) < 1100  # 4.5 standard deviations
 
@@ -83,7 +83,7 @@ def test_starting_shifting_and_ending_a_canary_loses_no_request(url, adapters):
     assert {response.status_code for response in responses} == {200}
     assert {response.json()["adapter"]["name"] for response in responses} == {"gpt2-instruct", "next"}
     assert (set(seen[0]), set(seen[2])) == ({"gpt2-instruct"}, {"next"})
-    half = [takes(CanaryRequest(adapter="next", share=0.5), key) for key in keys]
+    half = [routes_to_canary(CanaryRequest(adapter="next", share=0.5), key) for key in keys]
     assert [name == "next" for name in seen[1]] == half
     assert {arm["adapter"]["name"]: arm["failed"] for arm in status["versions"]} == {"gpt2-instruct": 0, "next": 0}
     counted = {arm["adapter"]["name"]: arm["completed"] for arm in status["versions"]}

@@ -14,7 +14,7 @@ import pytest
 import requests
 from pydantic import ValidationError
 
-from bentos.limits import MAX_BODY, MAX_ERRORS, MAX_INCOMPLETE, SMALL_BODY
+from bentos.limits import MAX_BODY, MAX_ERRORS, MAX_TOTAL_BODY, SMALL_BODY
 from bentos.openai.protocol import ChatRequest, CompletionRequest
 from bentos.schemas import DEFAULTS, PredictRequest
 from deploy import bento
@@ -198,6 +198,18 @@ def test_the_error_of_a_field_with_several_types_is_about_the_one_that_was_sent(
     assert (response.status_code, error_of(response)["message"]) == (400, message)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"instruction": " "}, "instruction: must not be empty or blank"),
+        ({"instruction": "a", "temprature": 1}, "temprature: unknown field; did you mean temperature?"),
+        ({"instruction": "a", "colour": 1}, "colour: unknown field"),
+    ],
+)
+def test_the_error_of_a_field_says_what_to_change(url, body, message):
+    assert error_of(predict(url, **body))["message"] == message
+
+
 def test_a_list_of_wrong_items_has_one_error_not_one_per_item():
     for model, body in ((ChatRequest, {"messages": [{}] * 99}), (CompletionRequest, {"prompt": [1.5] * 99})):
         with pytest.raises(ValidationError) as caught:
@@ -252,7 +264,7 @@ def test_clients_that_send_large_bodies_slowly_do_not_fill_the_memory(url):
     head = f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {MAX_BODY}\r\n\r\n".encode()
     large = json.dumps({"instruction": "Hello.", "input": " " * 2 * SMALL_BODY})
     with ExitStack() as clients:
-        for _ in range(MAX_INCOMPLETE // MAX_BODY + 2):
+        for _ in range(MAX_TOTAL_BODY // MAX_BODY + 2):
             client = clients.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=30))
             client.sendall(head + b" " * (MAX_BODY - 1))
         wait_until(lambda: post(url, large.encode()).status_code == 429, 30, "a refused body")

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import resource
 import threading
 from contextlib import suppress
 
@@ -79,6 +80,42 @@ def test_a_full_disk_loses_lines_but_shows_none_of_their_texts(tmp_path, monkeyp
     log.write(result(), decode)
     log.close()
     assert lines(tmp_path / "log")[0]["lost_before"] == 3
+
+
+@pytest.mark.parametrize("rest", ["", '{"request_id": "half'])
+def test_a_line_that_a_crash_cut_short_does_not_damage_the_next(tmp_path, rest):
+    file = tmp_path / "requests.jsonl"
+    for request_id in ("r1", "r2"):
+        log = RequestLog(str(file), "keep")
+        log.write(result(request_id), decode)
+        log.close()
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(rest)
+    written = file.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["request_id"] for line in written if line != rest] == ["r1", "r2"]
+
+
+def test_the_rest_of_a_line_that_failed_half_way_is_neither_lost_nor_written_late(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    log = RequestLog(str(file), "keep")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        for i in range(10):
+            log.write(result(f"full{i}", "p" * 3_000), decode)
+        wait_until(lambda: log._dropped == 8, 20, "losing eight of ten lines")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    log.write(result("after"), decode)
+    log.close()
+    found, damaged = [], 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            damaged += 1
+    assert [line["request_id"] for line in found] == ["full0", "full1", "after"]
+    assert (found[-1]["lost_before"], damaged) == (8, 1)
 
 
 def test_a_blocked_disk_drops_lines_and_delays_nothing(tmp_path, monkeypatch):

@@ -135,6 +135,11 @@ def test_structures_that_cannot_be_followed_are_refused(url, fields, param):
     assert "\n" not in error_of(response)["message"]
 
 
+def test_the_error_of_an_invalid_regex_has_the_cause(url):
+    response = predict(url, instruction="Go.", guided_regex="[")
+    assert error_of(response)["message"] == "guided_regex: invalid regex: unclosed character class"
+
+
 def patterns(n: int) -> dict:
     """A schema that combines n patterns."""
     return {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(n)]}
@@ -186,7 +191,8 @@ def test_a_mask_that_is_not_ready_in_time_is_an_error_of_its_completion(tokenize
     late.accept(tokenizer.encode("a")[0])
     with pytest.raises(ServiceError) as error:
         late.allowed()
-    assert error.value.message == "guided_regex: its next tokens were not known after 0.01 seconds"
+    took = "computing the allowed tokens took more than 0.01 seconds; simplify it"
+    assert error.value.message == f"guided_regex: {took}"
     go_on.set()
     monkeypatch.setattr(grammar, "MASK_TIMEOUT", 60)
     other.accept(tokenizer.encode("a")[0])

@@ -9,7 +9,7 @@ import docker
 import pytest
 import yaml
 
-from deploy import bento
+from deploy import bento, source
 from deploy.config import DeployConfig
 from deploy.containers import images
 from deploy.containers.client import EngineError, connect
@@ -76,12 +76,13 @@ def with_secrets(tmp_path_factory):
     """Context manager: images are built from a checkout with secrets in untracked files, and in the environment."""
     checkout = copy_project(tmp_path_factory.mktemp("checkout"))
     for folder in (".", "bentos", "gpt2core"):
-        (checkout / folder / ".env").write_text(f"HF_TOKEN={CANARY}, in a file\n")
+        for name in (".env", "key.pem", "local_settings.py"):
+            (checkout / folder / name).write_text(f'HF_TOKEN = "{CANARY}, in a file"\n')
 
     @contextmanager
     def context():
         with pytest.MonkeyPatch.context() as patch:
-            for module in (bento, images):
+            for module in (bento, images, source):
                 patch.setattr(module, "ROOT", checkout)
             for name in SECRETS:
                 patch.setenv(name, f"{CANARY}, in {name}")

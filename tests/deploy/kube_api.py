@@ -187,7 +187,7 @@ class KubeApi:
         self, plural: str, name: str, content_type: str, query: dict[str, str], body: dict[str, Any]
     ) -> tuple[int, Any]:
         if content_type == "application/json-patch+json":
-            return self.patch_managers(self.objects[plural, name], body)
+            return self.json_patch(plural, name, query, {each["path"]: each["value"] for each in body})
         if content_type != "application/apply-patch+yaml":
             return _error(415, "UnsupportedMediaType", content_type)
         if "fieldManager" not in query:
@@ -210,9 +210,19 @@ class KubeApi:
             self.scale()
         return 201 if new else 200, stored.read()
 
-    def patch_managers(self, stored: "Stored", patch: Any) -> tuple[int, Any]:
+    def json_patch(self, plural: str, name: str, query: dict[str, str], values: dict[str, Any]) -> tuple[int, Any]:
+        """A JSON patch that sets these paths."""
+        if (plural, name) not in self.objects:
+            return _error(404, "NotFound", f'{plural} "{name}" not found', name=name)
+        if "/metadata/managedFields" in values:
+            return self.patch_managers(self.objects[plural, name], values)
+        self.objects[plural, name] = stored = self.objects[plural, name].copy()
+        stored.update({tuple(path.split("/")[1:]): value for path, value in values.items()}, query["fieldManager"])
+        kubernetes_validate.validate(stored.read(status=False), SCHEMA, strict=True)
+        return 200, stored.read()
+
+    def patch_managers(self, stored: "Stored", values: dict[str, Any]) -> tuple[int, Any]:
         """A JSON patch of the managed fields, which is refused if the object has changed since."""
-        values = {each["path"]: each["value"] for each in patch}
         if self.status_updates:
             self.status_updates -= 1
             stored.version += 1
@@ -405,6 +415,16 @@ class Stored:
         }:
             self.generation += 1
         return []
+
+    def update(self, values: dict[Field, Any], manager: str) -> None:
+        """Replace these parts of the object. The manager becomes the only owner of the fields that change."""
+        fields = {each: value for each, value in self.fields.items() if not any(each[: len(p)] == p for p in values)}
+        fields |= {field: value for part in values for field, value in _flat(values[part], part)}
+        changed = {field for field, value in fields.items() if self.fields.get(field) != value}
+        self.owners = {field: owners for field, owners in self.owners.items() if field in fields}
+        self.owners |= {field: {manager} for field in changed}
+        self.generation += fields != self.fields
+        self.fields = fields
 
     def set(self, field: Field, value: Any, manager: str) -> None:
         """An update by another manager."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -9,8 +11,9 @@ from shutil import copytree, rmtree
 import pytest
 import yaml
 
-from deploy import bento
+from deploy import bento, source
 from deploy.bento import BentoError
+from tests.copies import copy_project
 from tests.helpers import build_bento
 
 
@@ -29,13 +32,26 @@ def files_of(tag: str) -> set[str]:
     return {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
 
 
+PROXY_FILES = ("deploy/__init__.py", "deploy/containers/__init__.py", "deploy/containers/proxy.py")
+
+
 def test_a_bento_holds_the_serving_code_and_its_lineage_and_nothing_else(tag):
     files = files_of(tag)
     assert {"bentos/service.py", "bentos/requirements.txt", "gpt2core/model.py", "lineage.json"} <= files
     others = {name for name in files if not name.startswith(("bentos/", "gpt2core/"))}
-    assert others - {"bentofile.yaml"} == {"lineage.json", "README.md", *bento.PROXY_FILES}
+    assert others - {"bentofile.yaml"} == {"lineage.json", "README.md", *PROXY_FILES}
     assert (in_store(tag) / "README.md").read_text() == "# a model card\n"
     assert not [name for name in files if "demo" in name or "__pycache__" in name]
+
+
+def test_other_files_of_the_checkout_do_not_reach_a_bento(tag, base_dir, adapter_dir, tmp_path, monkeypatch):
+    checkout = copy_project(tmp_path / "checkout")
+    for name in (".env", "key.pem", "local_settings.py", "service.py~", "page.html.orig", "middleware/id_rsa"):
+        (checkout / "bentos" / name).write_text("a secret")
+    (checkout / "gpt2core" / "inference" / "credentials.json").write_text("a secret")
+    for module in (bento, source):
+        monkeypatch.setattr(module, "ROOT", checkout)
+    assert build_bento(base_dir, adapter_dir) == tag
 
 
 def test_a_bento_names_its_models_by_exact_tags(tag):
@@ -152,3 +168,11 @@ def test_an_export_is_a_tar_archive_with_the_models(tag, tmp_path):
 def test_an_export_of_a_missing_bento_is_an_error_with_the_log(tmp_path):
     with pytest.raises(BentoError, match=r"(?s)bentoml export failed.*gpt2-instruct:none"):
         bento.export("gpt2-instruct:none", tmp_path / "bento.tar")
+
+
+def test_the_output_of_bentoml_is_utf_8_in_every_locale(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    command = [sys.executable, "-c", "import sys; print(sys.stdout.encoding, sys.flags.utf8_mode)"]
+    done = subprocess.run(command, env=bento.bentoml_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["utf-8", "1"]

@@ -67,3 +67,19 @@ def test_a_tag_is_replaced_by_the_digest_of_a_registry_where_there_is_one(refere
 
     monkeypatch.setattr(images, "connect", connect)
     assert images.pinned(reference) == expected
+
+
+def test_a_failed_build_does_not_print_the_credentials_of_an_index(monkeypatch):
+    index = "https://me:p@SECRET@index.example/simple"
+    events = [{"stream": f"Looking in indexes: {index}, {index}\n"}, {"error": f"pip --extra-index-url {index} failed"}]
+
+    @contextmanager
+    def connect(timeout):
+        yield SimpleNamespace(api=SimpleNamespace(build=lambda **_: iter(events)))
+
+    monkeypatch.setattr(images, "connect", connect)
+    monkeypatch.setenv("TORCH_INDEX", index)
+    with pytest.raises(EngineError, match="TORCH_INDEX=") as raised:
+        images.build_steps()
+    assert "SECRET" not in str(raised.value)
+    assert str(raised.value).count("https://***@index.example/simple") == 4

@@ -25,6 +25,9 @@ from tests.helpers import build_bento, make_lineage
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
 SAMPLE = Sample("What is the capital?", "Canada", "Ottawa", "", "Ottawa", True, "", SCORES, SCORES)
 DEPLOYMENT = ("deployments", "gpt2-instruct")
+CONTAINER = ("spec", "template", "spec", "containers", (("name", "gpt2-instruct"),))
+RESTARTED = ("spec", "template", "metadata", "annotations", "kubectl.kubernetes.io/restartedAt")
+BAD = (*CONTAINER, "env", (("name", "BAD"),))
 
 
 def deploy(config, **values) -> Deployment:
@@ -37,6 +40,13 @@ def deploy_next(config, **values) -> Deployment:
 
 def rollback(config) -> Deployment:
     return KubernetesTarget(config).rollback()
+
+
+def change(api, config, fields, manager="kubectl-edit") -> None:
+    """Change fields by hand, and wait for the rollout."""
+    for field, value in fields.items():
+        api.objects[DEPLOYMENT].set(field, value, manager)
+    wait.wait_for_rollout(KubernetesTarget(config).cluster)
 
 
 @pytest.fixture
@@ -158,11 +168,15 @@ def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
 @pytest.fixture
 def applied_by_kubectl(api):
     """What `kubectl apply -f k8s` leaves, with the image OLD."""
+    kubectl_apply(api, OLD)
+
+
+def kubectl_apply(api, image: str | None = None) -> None:
     api.namespaces["gpt2-instruct"] = {}
     for file in MANIFESTS.glob("*.yaml"):
         manifest = yaml.safe_load(file.read_text())
-        if manifest["kind"] == "Deployment":
-            manifest["spec"]["template"]["spec"]["containers"][0]["image"] = OLD
+        if manifest["kind"] == "Deployment" and image is not None:
+            manifest["spec"]["template"]["spec"]["containers"][0]["image"] = image
         if manifest["kind"] != "Namespace":
             plural = {"NetworkPolicy": "networkpolicies"}.get(manifest["kind"], f"{manifest['kind'].lower()}s")
             api.objects[plural, "gpt2-instruct"] = stored = Stored()
@@ -171,6 +185,12 @@ def applied_by_kubectl(api):
 
 def test_a_deployment_after_kubectl_apply_does_not_conflict(api, config, applied_by_kubectl):
     assert deploy(config).outcome == "deployed"
+
+
+def test_a_deployment_takes_the_placeholder_image_over_from_kubectl(api, config):
+    kubectl_apply(api)
+    assert deploy(config).outcome == "deployed"
+    assert deploy_next(config).outcome == "deployed"
 
 
 def test_one_forced_deployment_ends_the_conflicts_with_kubectl_apply(api, config, applied_by_kubectl):
@@ -328,6 +348,94 @@ def test_two_rollbacks_on_request_restore_the_current_version(api, config, first
     assert api.running() == [NEW, NEW]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {RESTARTED: "2026-11-28T16:00:00Z"},  # kubectl rollout restart
+        {(*BAD, "name"): "BAD", (*BAD, "value"): "1"},
+        {(*CONTAINER, "command"): ["false"]},
+    ],
+)
+def test_a_rollback_restores_the_earlier_template_exactly_after_a_change_by_hand(api, config, first, fields):
+    wanted = api.object("deployments")
+    deploy_next(config)
+    change(api, config, fields)
+    outcome = rollback(config)
+    assert (outcome.image, outcome.revision) == (OLD, 4)
+    assert outcome.previous == Version(NEXT_LINEAGE.bento, NEW, 3)
+    restored = api.object("deployments")
+    assert restored["spec"]["template"] == wanted["spec"]["template"]
+    assert restored["metadata"]["labels"] == wanted["metadata"]["labels"]
+    assert restored["metadata"]["annotations"]["gpt2-instruct/bento"] == LINEAGE.bento
+    assert api.running() == [OLD, OLD]
+    assert rollback(config).image == NEW
+    assert api.objects[DEPLOYMENT].fields.items() >= fields.items()
+
+
+def test_a_rollback_without_a_revision_of_another_version_is_an_error(api, config, first):
+    change(api, config, {RESTARTED: "2026-11-28T16:00:00Z"})
+    with pytest.raises(KubeError, match="no revision of gpt2-instruct before 2 with another Bento or image"):
+        rollback(config)
+
+
+def test_fields_set_by_hand_survive_deployments_after_a_rollback(api, config, first):
+    pool = ("spec", "template", "spec", "nodeSelector", "pool")
+    change(api, config, {pool: "a"})
+    deploy_next(config)
+    change(api, config, {pool: "b"})
+    rollback(config)
+    assert api.objects[DEPLOYMENT].fields[pool] == "a"
+    assert deploy_next(config).outcome == "deployed"
+    assert api.objects[DEPLOYMENT].fields[pool] == "a"
+
+
+def test_a_rollback_skips_revisions_that_were_not_deployed_from_here(api, config, applied_by_kubectl):
+    api.objects[DEPLOYMENT].set((*CONTAINER, "image"), "gpt2-instruct:0.1.0", "kubectl-client-side-apply")
+    wait.wait_for_rollout(KubernetesTarget(config).cluster)
+    deploy_next(config, force=True)
+    with pytest.raises(KubeError, match="no revision of gpt2-instruct before 2"):
+        rollback(config)
+
+
+def test_a_rollback_that_fails_restores_the_version_that_ran(api, config, first):
+    deploy_next(config)
+    ran = api.object("deployments")["spec"]
+    api.pod_states[OLD] = "ImagePullBackOff"
+    with pytest.raises(KubeError, match=rf"ImagePullBackOff.*; {NEW} runs again, as revision 4"):
+        rollback(config)
+    assert api.object("deployments")["spec"] == ran
+    assert api.running() == [NEW, NEW]
+    api.pod_states[OLD] = "ready"
+    assert rollback(config).image == OLD
+
+
+def test_a_failed_rollback_that_cannot_be_undone_says_so(api, config, first):
+    deploy_next(config)
+    api.pod_states |= {OLD: "InvalidImageName", NEW: "CrashLoopBackOff"}
+    for each in api.replica_sets.values():
+        each["ready"] = 0
+    with pytest.raises(KubeError, match=rf"InvalidImageName.*; and {NEW} could not be restored: .*CrashLoopBackOff"):
+        rollback(config)
+    assert api.image() == NEW
+
+
+def test_an_interrupted_rollback_restores_the_version_that_ran(api, config, first, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "deploy")
+    deploy_next(config)
+    api.pod_states[OLD] = "unready"
+    interrupts = iter([KeyboardInterrupt])
+
+    def sleep(_: float) -> None:
+        for each in interrupts:
+            raise each
+
+    monkeypatch.setattr(wait.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        rollback(config)
+    assert f"the rollback was interrupted; {NEW} runs again, as revision 4" in caplog.messages
+    assert api.running() == [NEW, NEW]
+
+
 def test_a_rollback_without_a_deployment_is_an_error(api, config):
     api.namespaces["gpt2-instruct"] = {}
     with pytest.raises(KubeError, match="there is nothing to roll back"):
@@ -337,8 +445,7 @@ def test_a_rollback_without_a_deployment_is_an_error(api, config):
 def test_fields_of_other_managers_are_kept(api, config, first):
     stored = api.objects[DEPLOYMENT]
     stored.set(("spec", "replicas"), 5, "hpa")
-    container = ("spec", "template", "spec", "containers", (("name", "gpt2-instruct"),))
-    gpu = (*container, "resources", "limits", "nvidia.com/gpu")
+    gpu = (*CONTAINER, "resources", "limits", "nvidia.com/gpu")
     stored.set(gpu, "1", "gpt2-instruct-gpu")
     assert deploy_next(config).outcome == "deployed"
     assert api.object("deployments")["spec"]["replicas"] == 5

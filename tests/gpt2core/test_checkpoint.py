@@ -442,4 +442,33 @@ def test_a_key_missing_from_all_shards_is_named_with_the_index(sharded):
 
 def test_pickled_weights_are_not_read(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    refused(directory, "neither model.safetensors nor", "pytorch_model.bin", kind=FileNotFoundError)
+    message = "pytorch_model.bin can run any code and is not read; load it with transformers and save_pretrained it"
+    refused(directory, "neither model.safetensors nor", message, kind=FileNotFoundError)
+
+
+def test_the_layout_of_openai_is_named_with_the_way_out(tmp_path):
+    (tmp_path / "hparams.json").write_text("{}")
+    refused(tmp_path, "OpenAI's TensorFlow format", "openai-community", kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, None], ids=repr)
+def test_a_dtype_that_is_not_one_of_weights_is_refused(directory, dtype):
+    with pytest.raises(ValueError, match=r"^dtype is .*; it must be torch\.float64, torch\.float32, .*bfloat16$"):
+        load_pretrained(directory, dtype)
+
+
+def test_weights_beyond_the_range_of_the_dtype_are_refused(directory, change):
+    file = change(lambda tensors: tensors["transformer.h.0.mlp.c_fc.weight"].__setitem__((0, 0), 1e5))
+    assert load_pretrained(directory, torch.bfloat16).h[0].mlp.c_fc.weight.isfinite().all()
+    with pytest.raises(ValueError, match=f"^{file}: tensor 'transformer.h.0.mlp.c_fc.weight' .* torch.float16; use an"):
+        load_pretrained(directory, torch.float16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu", 0)], ids=repr)
+def test_a_device_may_have_an_index(directory, device):
+    assert load_pretrained(directory, device=device).wte.weight.device.type == "cpu"
+
+
+def test_an_unknown_device_is_not_reported_as_a_damaged_file(directory):
+    with pytest.raises(ValueError, match=r"^device 'gpu' is not known to torch .*cuda"):
+        load_pretrained(directory, device="gpu")

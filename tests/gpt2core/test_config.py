@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +104,17 @@ def test_lists_from_yaml_become_tuples():
 
 def test_an_integer_is_accepted_for_a_float():
     assert LoraConfig(alpha=8).alpha == 8
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    lora, train = LoraConfig(rank=np.int64(4), alpha=np.float32(8)), TrainConfig(learning_rate=np.float32(0.5))
+    generation = GenerationConfig(max_new_tokens=np.int32(3), stop=[[np.int64(1)]], temperature=np.float16(0.5))
+    assert (lora, train) == (LoraConfig(rank=4, alpha=8.0), TrainConfig(learning_rate=0.5))
+    assert generation == GenerationConfig(max_new_tokens=3, stop=((1,),), temperature=0.5)
+    values = [lora.rank, lora.alpha, train.learning_rate, generation.max_new_tokens, generation.stop[0][0]]
+    assert [type(value) for value in values] == [int, float, float, int, int]
+    with pytest.raises(ValueError, match=r"LoraConfig.rank is 4\.0; it must be an integer"):
+        LoraConfig(rank=np.float32(4))
 
 
 def test_choices_are_those_of_the_literal():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -85,6 +86,10 @@ def test_another_seed_gives_another_split():
     assert one != numbered(100)[:10]
 
 
+def test_a_seed_may_be_a_number_of_numpy():
+    assert split_records(numbered(20), np.int64(1)) == split_records(numbered(20), 1)
+
+
 def test_families_are_represented_in_proportion_in_each_part():
     records = [r | {"family": family, "input": family} for family, n in (("a", 100), ("b", 200)) for r in numbered(n)]
     for part in split_records(records, 0, 0.1, 0.2):
@@ -108,6 +113,20 @@ def test_too_few_records_or_groups_are_refused():
 def test_even_few_records_have_a_test_record():
     assert [len(part) for part in split_records(numbered(3), 0)] == [2, 0, 1]
     assert [len(part) for part in split_records(numbered(3), 0, 0.0, 0.0)] == [3, 0, 0]
+
+
+def test_records_made_in_memory_may_have_no_input_and_are_otherwise_refused_by_number(tokenizer):
+    records = [record | {"input": None} for record in numbered(20)]
+    outputs = [[record["output"] for record in part] for part in split_records(records, 0)]
+    assert outputs == [[record["output"] for record in part] for part in split_records(numbered(20), 0)]
+    assert encode_records(records, tokenizer, 1000) == encode_records(numbered(20), tokenizer, 1000)
+    assert find_markers(records) == []
+    for wrong, problem in [({"output": 5}, "'output' is 5, a int"), ({"instruction": None}, "'instruction' is null")]:
+        for refuse in (lambda each: split_records(each, 0), lambda each: encode_records(each, tokenizer, 1000)):
+            with pytest.raises(ValueError, match=f"record 2: {problem}"):
+                refuse([GOOD, GOOD | wrong])
+    with pytest.raises(ValueError, match="record 2: no 'output' in"):
+        split_records([GOOD, {"instruction": "Say 1."}], 0)
 
 
 def test_records_with_markers_are_found_by_their_place():

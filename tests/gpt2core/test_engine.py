@@ -309,3 +309,12 @@ def test_closing_cancels_unfinished_requests(model):
     assert requests[-1].finish_reason == "cancelled"
     with pytest.raises(EngineClosed):
         engine.submit([1], GenerationConfig())
+
+
+def test_an_engine_that_is_not_started_refuses_requests_instead_of_keeping_them_waiting(model):
+    engine = Engine(model, 1, "fp32")
+    with pytest.raises(RuntimeError, match="the engine is not started; use `with Engine"):
+        engine.submit([1], GenerationConfig())
+    engine.close()
+    with pytest.raises(EngineClosed, match="the engine is closed"):
+        engine.submit([1], GenerationConfig())

@@ -7,11 +7,12 @@ import resource
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from gpt2core.checkpoint import load_pretrained, save_pretrained
-from gpt2core.files import atomic_write, directory_sha256, file_sha256, naming_file, read_json
+from gpt2core.files import atomic_write, directory_sha256, file_sha256, naming_file, read_json, write_files
 
 
 @pytest.mark.parametrize(("call", "error"), [("replace", OSError("no space")), ("fsync", KeyboardInterrupt())])
@@ -62,15 +63,28 @@ def test_a_failing_save_leaves_the_previous_checkpoint(tiny_gpt2_dir, tmp_path, 
     assert directory_sha256(directory) == before
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000], ids=oct)
-def test_written_files_are_readable_by_all_and_writable_by_the_owner(tmp_path, umask):
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
+def test_a_new_file_follows_the_umask_but_every_user_may_read_the_files_of_a_model(tmp_path, umask):
     old = os.umask(umask)
     try:
         atomic_write(tmp_path / "new" / "file", b"content")
+        write_files(tmp_path / "model", {"file": b"content"})
     finally:
         os.umask(old)
     assert (tmp_path / "new" / "file").read_bytes() == b"content"
-    assert stat.S_IMODE((tmp_path / "new" / "file").stat().st_mode) == 0o644
+    assert mode_of(tmp_path / "new" / "file") == 0o666 & ~umask
+    assert mode_of(tmp_path / "model" / "file") == 0o644
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    file = tmp_path / "file"
+    file.touch(mode=0o600)
+    atomic_write(file, b"content")
+    assert mode_of(file) == 0o600
+
+
+def mode_of(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
 
 
 @pytest.fixture

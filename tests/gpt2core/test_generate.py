@@ -1,5 +1,6 @@
 """Decoding against transformers, and against itself without cache, without batch and without filters."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -322,6 +323,15 @@ def test_each_completion_ends_when_its_own_context_is_full(model):
 def test_a_prompt_that_cannot_be_completed_is_refused(model, prompts, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, GenerationConfig())
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, iter, lambda rows: (torch.tensor(row) for row in rows)])
+def test_prompts_may_be_tensors_arrays_or_an_iterator(model, kind):
+    rows, config = [[5, 6, 7], [1, 2, 3]], GenerationConfig(max_new_tokens=4)
+    expected = generate(model, rows, config)
+    assert generate(model, kind(rows), config) == expected
+    with Engine(model, 2, "fp32") as engine:
+        assert [engine.submit(prompt, config).result(60) for prompt in kind(rows)] == expected
 
 
 def test_no_prompts_give_no_completions(model):

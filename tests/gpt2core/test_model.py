@@ -114,6 +114,12 @@ def test_a_mask_of_ones_equals_no_mask(model):
     torch.testing.assert_close(model(ids, torch.ones_like(ids)), model(ids), **SELF_TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_mask_may_have_any_type_of_number(model, dtype):
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+    assert torch.equal(model(tokens(2, 9), mask.to(dtype)), model(tokens(2, 9), mask))
+
+
 def test_a_fully_padded_row_has_finite_logits_and_gradients(model):
     ids = tokens(2, 6)
     mask = torch.ones_like(ids)

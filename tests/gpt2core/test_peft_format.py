@@ -112,6 +112,17 @@ def test_importing_an_export_gives_the_same_adapter(tiny_gpt2_dir, tmp_path_fact
     assert same_state(snapshot(again), snapshot(model))
 
 
+def test_an_export_names_a_base_only_if_it_is_told(hf, bare, tmp_path):
+    adapted = randomize_lora(add_lora(bare, LoraConfig()))
+    configs = [
+        json.loads((export_peft(adapted, tmp_path / str(base), *base) / "adapter_config.json").read_text())
+        for base in ((), ("my/gpt2",))
+    ]
+    assert [each["base_model_name_or_path"] for each in configs] == [None, "my/gpt2"]
+    theirs = peft.PeftModel.from_pretrained(deepcopy(hf), tmp_path / "()")
+    torch.testing.assert_close(theirs(IDS).logits, adapted(IDS), **TOLERANCE)
+
+
 def test_an_untrained_adapter_of_peft_changes_nothing(bare, hf, tmp_path):
     model = peft.get_peft_model(deepcopy(hf), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     model.save_pretrained(tmp_path)

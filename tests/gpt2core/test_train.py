@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,18 @@ def examples_of(row: list[int], data: list[Example]) -> list[Example]:
         found.append(max(fits, key=lambda example: len(example.input_ids)))
         rest = rest[len(found[-1].input_ids) - 4 :]
     return found
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple])
+def test_ids_of_examples_may_be_tensors_arrays_or_tuples(tiny_gpt2_dir, kind):
+    given = [Example(kind(example.input_ids), np.int64(example.prompt_length)) for example in examples()]
+    assert given == examples()
+    results = []
+    for data in (given, examples()):
+        model = add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(), seed=0)
+        results.append((finetune(model, data, data, config()).best_val_loss, snapshot(model)))
+    assert results[0][0] == results[1][0]
+    assert same_state(results[0][1], results[1][1])
 
 
 def test_accumulated_batches_equal_one_large_batch(tiny_gpt2_dir):
@@ -493,3 +506,8 @@ def test_pretraining_in_bf16_learns_too(small, precision):
     config = PretrainConfig(max_steps=60, batch_size=4, warmup_steps=5, precision=precision)
     assert pretrain(small, tokens, config).history[-1]["train/loss"] < 0.5
     assert small.wte.weight.dtype == torch.float32
+
+
+def test_several_devices_without_a_process_group_are_refused(model):
+    with pytest.raises(ValueError, match=r"devices is 2, .*; use finetune_adapter of gpt2core\.distributed"):
+        finetune(model, examples(), [], config(devices=2))

@@ -57,3 +57,11 @@ def test_a_wrong_value_is_refused_with_its_name_and_the_rule(make, values, named
 
 def test_a_hub_base_may_have_any_name():
     assert BaseConfig(source="hub", name="someone/else", revision="0" * 40).name == "someone/else"
+
+
+def test_a_base_of_the_hub_needs_a_commit_and_a_directory_needs_none(tmp_path):
+    for base in (BaseConfig("hub", "someone/else", "main"), BaseConfig("hub", str(tmp_path / "missing"))):
+        with pytest.raises(ValueError, match=r"BaseConfig.revision .* 40 hexadecimal digits.*is no directory"):
+            base.located()
+    base = BaseConfig("hub", "someone/else", "0" * 40)
+    assert base.located() == (base, "")
