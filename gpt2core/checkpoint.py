@@ -262,9 +262,9 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-        pickled = next((name for name in found if name.endswith(PICKLES)), None)
+        unsafe = next((name for name in found if name.endswith(PICKLES)), None)
         way_out = "load it with transformers and save_pretrained it"
-        hint = f"; {pickled} can run any code and is not read; {way_out}" if pickled else ""
+        hint = f"; {unsafe} can run any code and is not read; {way_out}" if unsafe else ""
         raise FileNotFoundError(
             f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'}){hint}"
         )
