@@ -16,7 +16,7 @@ IGNORED = -100  # label that does not count in the loss, as in F.cross_entropy
 # 1/2 (labels) of the largest power of two up to the number. The steps of these two numbers are the smallest ones. The
 # first two batches of every shape are slow, so a small number of shapes saves more time than the padding costs.
 LEAST_TOKENS, LEAST_LABELS = 4096, 1024
-PADDING = 64  # approximate length of a padding sequence; a long one could become the longest sequence of the batch
+PADDING_LENGTH = 64  # approximate length of a padding sequence; a long one could become the batch's longest sequence
 
 
 class Batch(NamedTuple):
@@ -80,7 +80,7 @@ def pack(
     texts, n_tokens, n_labels = [lengths[i] for i in order], sum(lengths) + shared * len(examples), len(labels)
     if padded:
         step = _bucket_step(max(len(input_ids), LEAST_TOKENS), 16)
-        n_texts = -(-step // PADDING)
+        n_texts = -(-step // PADDING_LENGTH)
         n = n_texts + -(len(input_ids) + n_texts) % step  # every padding sequence has at least one token
         texts += [n // n_texts + (i < n % n_texts) for i in range(n_texts)]
         input_ids += [0] * n

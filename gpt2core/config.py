@@ -317,7 +317,7 @@ def check_types(config: object) -> None:
 
 
 def _python_number(value: Any) -> Any:
-    """A number of numpy, also in a tuple, as int or float; any other value as it is."""
+    """Convert a number of numpy, also inside a tuple, to int or float; return any other value unchanged."""
     if isinstance(value, tuple):
         return tuple(map(_python_number, value))
     if isinstance(value, Integral) and not isinstance(value, int):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.model import GPT2, KVCache, evaluating
+from gpt2core.model import GPT2, KVCache, eval_mode
 from gpt2core.sampling import Sampler, check_tokens, choose
 from gpt2core.tensors import as_ints, to_device
 
@@ -91,7 +91,7 @@ def _decode(model: GPT2, prompts: Sequence[Sequence[int]], config: GenerationCon
     # With padding there may be more columns than n_positions; positions stay below it.
     cache = KVCache(model, len(prompts), T + max(limits) - 1)
     while active:
-        with evaluating(model):  # in each step, so that the model has the caller's mode between steps
+        with eval_mode(model):  # in each step, so that the model has the caller's mode between steps
             logits = _last_logits(model, input_ids, attention_mask if padded else None, cache)  # (B, V)
             outputs = choose([samplers[row] for row in active], logits, [completions[row] for row in active])
         tokens = [_raise_error(output) for output in outputs]

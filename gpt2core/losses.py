@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gpt2core.batching import IGNORED, Batch, pack, uses_varlen
 from gpt2core.data import Example
-from gpt2core.model import GPT2, evaluating
+from gpt2core.model import GPT2, eval_mode
 
 
 def batch_losses(model: GPT2, batch: Batch) -> Tensor:
@@ -27,7 +27,7 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
     weight = model.wte.weight
     use_varlen = uses_varlen(weight.device, weight.dtype, model.config.head_width)
     sums: list[Tensor] = []
-    with evaluating(model):
+    with eval_mode(model):
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             batch = pack(part, loss_on, weight.device, use_varlen=use_varlen)

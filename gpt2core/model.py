@@ -20,7 +20,7 @@ from gpt2core.sequences import Sequences
 ALIGNED = 64  # rows of the head are padded to a multiple of this
 
 
-def aligned(weight: Tensor) -> Tensor:
+def pad_rows(weight: Tensor) -> Tensor:
     """Append rows of zeros to the matrix (out, in), up to a multiple of ALIGNED rows.
 
     With an odd number of outputs, such as 50,257, a product takes a GPU up to five times as long.
@@ -34,7 +34,7 @@ def best_device() -> torch.device:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Context manager within which the model is in eval mode. It restores the mode of every module at the end."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -125,7 +125,7 @@ class GPT2(nn.Module):
             return linear(hidden, self.prepacked_head)
         weight = self.wte.weight
         if hidden.device.type == "cuda" and hidden.numel() >= ALIGNED * hidden.shape[-1]:
-            return linear(hidden, aligned(weight))[..., : len(weight)]
+            return linear(hidden, pad_rows(weight))[..., : len(weight)]
         return linear(hidden, weight)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.tensors import int_tensor, read_later, to_device
+from gpt2core.tensors import copy_to_host_async, int_tensor, to_device
 
 
 class NonFiniteLogits(RuntimeError):
@@ -174,7 +174,7 @@ def choose(
     if drawn:
         parts.append(draw([scores[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
     on_device = torch.cat(parts)
-    reading = read_later(on_device)
+    reading = copy_to_host_async(on_device)
     if ahead is not None:
         chosen = on_device
         if scores:

@@ -36,7 +36,7 @@ def read_tensors(file: Path, device: str | torch.device = "cpu", mapped: bool = 
 
 
 def _device_name(device: str | torch.device) -> str:
-    """The device as safetensors spells it: a CPU without an index."""
+    """Return the device's name in the form that safetensors accepts: a CPU has no index."""
     try:
         known = torch.device(device)
     except RuntimeError as error:
@@ -45,10 +45,10 @@ def _device_name(device: str | torch.device) -> str:
 
 
 def as_ints(ids: Iterable[SupportsIndex]) -> list[int]:
-    """The ids of a sequence, an array or a tensor.
+    """Convert the ids in a sequence, an array or a tensor to a list.
 
     Raises:
-        TypeError: one of them is not an integer.
+        TypeError: an id is not an integer.
     """
     return [index(id) for id in ids]
 
@@ -65,7 +65,7 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+def copy_to_host_async(tensor: Tensor) -> Callable[[], list[Any]]:
     """Start an asynchronous copy of a tensor to the host; return a function that returns its values as a list.
 
     The function waits only for this copy, not for later work on the device.

@@ -269,7 +269,7 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
         mixed = plan.config.precision == "bf16-mixed" and not _trains_only_lora(model)
         add = StepGraphs(model) if plan.use_graphs else partial(add_gradients, model, mixed=mixed)
         while state.progress.step < plan.total_steps and not state.progress.should_stop_early(plan.patience):
-            with _naming_batch(plan, state):
+            with _adding_batch_to_memory_errors(plan, state):
                 values = _step(plan, state, batches, add, losses, meter)
             step = state.progress.step
             if values:
@@ -289,7 +289,7 @@ def _run(model: GPT2, plan: _Plan, log: Log | None, checkpoint_dir: str | Path |
 
 
 @contextmanager
-def _naming_batch(plan: _Plan, state: TrainingState) -> Iterator[None]:
+def _adding_batch_to_memory_errors(plan: _Plan, state: TrainingState) -> Iterator[None]:
     """Context manager that adds the batch to out-of-memory errors; the allocator's own message has only a size."""
     try:
         yield

@@ -35,7 +35,7 @@ class _Graph:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ahead:
+class _LaunchedStep:
     """A decoding step launched asynchronously, before the previous step's tokens were copied to the host."""
 
     requests: Sequence[Request | None]
@@ -62,7 +62,7 @@ class RowDecoder:
         # (3, max_batch): each row's last token, the position of this token, and the index of its adapter in the stack
         self._inputs = torch.zeros(3, cache.max_batch, dtype=torch.long, device=model.device)
         self._graphs: dict[tuple[int, int, AdapterStack | None], _Graph] = {}
-        self._ahead: _Ahead | None = None
+        self._ahead: _LaunchedStep | None = None
         self.uses_graphs = model.device.type == "cuda"
 
     def run(self, stack: AdapterStack | None) -> Outputs:
@@ -90,7 +90,7 @@ class RowDecoder:
         # Failed rows have an invalid id (-1, or token_count from sampling). It is clamped; the result is discarded.
         self._inputs[0, :n_rows] = tokens.clamp(0, self._model.config.token_count - 1)
         self._inputs[1, :n_rows].add_(1).clamp_(max=cache.n_positions - 1)
-        self._ahead = _Ahead([*cache.requests], [*cache.lengths], stack, self._outputs(stack))
+        self._ahead = _LaunchedStep([*cache.requests], [*cache.lengths], stack, self._outputs(stack))
 
     def _set_inputs(self, stack: AdapterStack | None) -> None:
         ids, positions, adapters = self._cache.inputs()

@@ -14,7 +14,7 @@ from torch import Tensor
 from gpt2core.config import GPT2Config
 from gpt2core.inference import cuda
 from gpt2core.inference.adapters import Adapter
-from gpt2core.inference.native import CACHE_DTYPE, Span, cache_heads
+from gpt2core.inference.native import CACHE_DTYPE, Span, n_heads_with_scales
 from gpt2core.inference.request import Request
 from gpt2core.kernels import lazy_zeros, varlen_attention
 from gpt2core.tensors import int_tensor, to_device
@@ -35,7 +35,7 @@ def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device, ze
     """
     *outer, H, T, D = shape
     by_token = dtype == CACHE_DTYPE
-    stored = (*outer, T, cache_heads(H, D), D) if by_token else shape
+    stored = (*outer, T, n_heads_with_scales(H, D), D) if by_token else shape
     cache = lazy_zeros(stored, dtype, device) if zeros else torch.empty(stored, dtype=dtype, device=device)
     return cache.transpose(-3, -2) if by_token else cache
 
@@ -122,7 +122,7 @@ class RowCache:
         row 1   . . . . A A |        .: columns that attention masks
 
     Position embeddings are added before the first layer, so a token's column does not have to be its position: each
-    step appends one column for all rows, whatever their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
+    step appends one column for all rows, independent of their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
 
     All columns outside a row's own tokens must be finite: attention masks them, but 0 * NaN is NaN. Therefore `remove`
     erases a finished request's columns, and moving rows allocates new memory.
@@ -367,14 +367,14 @@ class PrefixCache:
         request = prefill.request
         for end in range(self._block, len(request.input_ids), self._block):
             key, block = (request.adapter, tuple(request.input_ids[:end])), prefill.kv[..., end - self._block : end, :]
-            if key not in self._blocks and (place := self._place(block)) is not None:
+            if key not in self._blocks and (place := self._allocate_block(block)) is not None:
                 self._blocks[key] = place.copy_(block)
 
     def drop(self, adapter: Adapter) -> None:
         """Remove all blocks that were computed with the adapter."""
         self._free += [self._blocks.pop(key) for key in [key for key in self._blocks if key[0] is adapter]]
 
-    def _place(self, block: Tensor) -> Tensor | None:
+    def _allocate_block(self, block: Tensor) -> Tensor | None:
         """Return memory for a block of this shape; None if max_bytes is less than one block.
 
         Above max_bytes, the least recently used block is evicted, and its memory is returned.

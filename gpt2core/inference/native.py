@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config
-from gpt2core.kernels import has_vnni, huge_pages
+from gpt2core.kernels import has_vnni, zeros_in_huge_pages
 from gpt2core.lora import TARGET_LAYERS
 from gpt2core.sampling import sampling_values
 
@@ -76,7 +76,7 @@ def _functions() -> ctypes.CDLL:
     return library
 
 
-class Norm(Protocol):
+class LayerNormWeights(Protocol):
     """A layer norm: weight and bias (C), in fp32."""
 
     weight: Tensor
@@ -84,11 +84,11 @@ class Norm(Protocol):
     eps: float
 
 
-class Block(Protocol):
+class BlockWeights(Protocol):
     """A layer of the model."""
 
-    ln_1: Norm
-    ln_2: Norm
+    ln_1: LayerNormWeights
+    ln_2: LayerNormWeights
     scale: float  # scale of the attention scores
 
     @property
@@ -182,7 +182,7 @@ class Int8Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self.shape = n_out, n_in = weight.shape
         n_tiles = -(-n_out // TILE)
-        tiles = huge_pages((n_tiles, n_in // 4, TILE), torch.int32)  # one int32 is four int8 weights
+        tiles = zeros_in_huge_pages((n_tiles, n_in // 4, TILE), torch.int32)  # one int32 is four int8 weights
         scale, own_bias, sums = torch.zeros(3, n_tiles * TILE)
         if bias is not None:
             own_bias[:n_out] = bias
@@ -200,7 +200,7 @@ class Int8Linear:
         self.address = ctypes.addressof(self._matrix)
         self._scratch = scratch
 
-    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+    def __call__(self, x: Tensor, norm: LayerNormWeights | None = None) -> Tensor:
         """Return (N, out) for x (N, in), both in fp32. If `norm` is given, it is applied to x first."""
         x, n = x.contiguous(), len(x)
         y = torch.empty(n, self.shape[0])
@@ -213,7 +213,7 @@ class Int8Linear:
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """`gpt2core.sampling.most_likely` for contiguous logits (N, V) in fp32; ties go to the lowest token id."""
+    """Compute `gpt2core.sampling.most_likely` of contiguous logits (N, V) in fp32; ties go to the lowest token id."""
     tokens = torch.empty(len(logits), dtype=torch.long)
     call = _Logits(logits.data_ptr(), *logits.shape, tokens.data_ptr())
     _functions().most_likely(ctypes.byref(call))
@@ -221,7 +221,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers: Sequence[float]) -> Tensor:
-    """`gpt2core.sampling.draw` for contiguous scores in fp32."""
+    """Compute `gpt2core.sampling.draw` of contiguous scores in fp32."""
     width = len(scores[0])
     weights = torch.empty(len(scores), 2, width)
     draws = (_Draw * len(scores))()
@@ -232,7 +232,7 @@ def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers:
     return torch.tensor([one.token for one in draws])
 
 
-def cache_heads(n_head: int, head_width: int) -> int:
+def n_heads_with_scales(n_head: int, head_width: int) -> int:
     """Return the number of heads to allocate per token in a cache of CACHE_DTYPE.
 
     The scales (one fp32 number per head) are stored after the model's heads, in the bytes of additional heads.
@@ -272,7 +272,7 @@ class LowRankMatrices:
             parts += a.unflatten(2, (-1, LANES)).transpose(1, 2), b.unflatten(1, (-1, LANES)).transpose(0, 1)
             shapes[layer, target] = b.shape  # (rank, width)
         flat = torch.cat([part.flatten() for part in parts])
-        self._kept = huge_pages(flat.shape, flat.dtype).copy_(flat)
+        self._kept = zeros_in_huge_pages(flat.shape, flat.dtype).copy_(flat)
         self.entries: dict[tuple[int, str], _LowRank] = {}
         address = self._kept.data_ptr()
         for i, ((layer, target), (rank, width)) in enumerate(shapes.items()):
@@ -308,7 +308,7 @@ class RowAdapters(NamedTuple):
 class Layers:
     """The transformer blocks of a model, computed by one call of native.c."""
 
-    def __init__(self, blocks: Sequence[Block], n_head: int, scratch: Scratch) -> None:
+    def __init__(self, blocks: Sequence[BlockWeights], n_head: int, scratch: Scratch) -> None:
         self._kept, self._scratch, self._n_head = blocks, scratch, n_head
         self._layers = (_Layer * len(blocks))()
         for layer, block in zip(self._layers, blocks, strict=True):

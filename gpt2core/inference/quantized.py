@@ -21,7 +21,7 @@ from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStac
 from gpt2core.inference.kv_cache import new_cache
 from gpt2core.kernels import has_bf16, has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
-from gpt2core.model import GPT2, Block, aligned, evaluating
+from gpt2core.model import GPT2, Block, eval_mode, pad_rows
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,14 @@ class QuantizedModel:
         self.wte, self.wpe = (_copy(embedding.weight) for embedding in (model.wte, model.wpe))
         self.ln_f = _Norm(model.ln_f)
         head = self.wte[: self.config.token_count]
-        self.head = _projection(aligned(head) if self.device.type == "cuda" else head, None, weights, scratch)
+        self.head = _projection(pad_rows(head) if self.device.type == "cuda" else head, None, weights, scratch)
         kernels = scratch or self._kernels
         self.blocks = [_Block(cast(Block, block), weights, kernels) for block in list(model.h)[:n_layer]]
         self._native_layers = None
         if scratch is not None:
-            self._native_layers = native.Layers(cast(list[native.Block], self.blocks), model.config.n_head, scratch)
+            self._native_layers = native.Layers(
+                cast(list[native.BlockWeights], self.blocks), model.config.n_head, scratch
+            )
 
     @property
     def is_native(self) -> bool:
@@ -227,7 +229,7 @@ def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
 
     def log_probabilities(ids: Tensor) -> Tensor:
         """Return the model's log probabilities (B, T, token_count) for ids (B, T)."""
-        with evaluating(model):
+        with eval_mode(model):
             return model(ids)[..., :n_tokens].float().log_softmax(-1)
 
     likely = log_probabilities(torch.tensor([[start]]))[0, 0].exp()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config
 from gpt2core.engine import Engine
-from gpt2core.model import GPT2, KVCache, evaluating
+from gpt2core.model import GPT2, KVCache, eval_mode
 
 # Both sides sum the same fp32 numbers in different order; logits here are 1 to 10, so errors are near 1e-6.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -302,7 +302,7 @@ def test_evaluating_restores_every_modules_mode_after_an_exception(model):
     model.train()
     model.h[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    with pytest.raises(ZeroDivisionError), eval_mode(model):
         1 / any(module.training for module in model.modules())
     assert {name: module.training for name, module in model.named_modules()} == before
 
