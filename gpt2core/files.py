@@ -88,7 +88,7 @@ def file_sha256(file: str | Path) -> str:
 
 
 def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
-    """sha256 of a directory: of the sorted lines "<sha256>  <relative path>" of its files, as sha256sum prints them."""
+    """sha256 of a directory: of the lines "<sha256>  <relative path>" of its files, as sha256sum * prints them."""
     names = list_files(directory) if files is None else sorted(files)
     lines = "".join(f"{file_sha256(Path(directory) / name)}  {name}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
