@@ -4,19 +4,12 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from commands.lineage.runs import TracedRun
-from steps.outputs import outputs_dir
 
 MAX_SHOWN = 10  # candidates shown for an ambiguous name
 
 
 class LineageError(ValueError):
     """A name that matches nothing, or several things."""
-
-
-def linked_run(name: str) -> str:
-    """The run that latest, staging or production of outputs/ links to; any other name as it is."""
-    link = outputs_dir() / name
-    return link.resolve().name if link.is_symlink() else name
 
 
 def resolve(name: str, runs: Sequence[TracedRun]) -> str:

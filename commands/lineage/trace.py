@@ -5,7 +5,7 @@ from collections import defaultdict
 from zenml.client import Client
 from zenml.utils.pagination_utils import depaginate
 
-from commands.lineage.names import linked_run, resolve
+from commands.lineage.names import resolve
 from commands.lineage.runs import TracedRun
 from commands.lineage.tree import data_node, draw
 
@@ -16,15 +16,14 @@ def trace(name: str) -> str:
     """The trees of all runs that the name refers to, one tree per data split.
 
     Args:
-        name: of a run, its id, latest, staging or production, a model version, a Bento's tag, or the start of the
-            sha256 of a data part or adapter.
+        name: of a run, its id, a model version, a Bento's tag, or the start of the sha256 of a data part or adapter.
 
     Raises:
         LineageError: no run or several runs match; lists candidates.
     """
     runs = [TracedRun(run) for run in depaginate(Client().list_pipeline_runs, **FINETUNINGS)]
     runs = [run for run in runs if run.names]
-    resolved = resolve(linked_run(name), runs)
+    resolved = resolve(name, runs)
     deployments = list(depaginate(Client().list_artifact_versions, artifact="deployment", hydrate=True))
     by_data: dict[tuple[str, ...], list[TracedRun]] = defaultdict(list)
     for run in runs:
