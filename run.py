@@ -190,9 +190,10 @@ def lineage(name: str) -> None:
     _open_store()
     _check_stages(name)
     from commands.lineage.trace import trace
+    from commands.stage_link import linked_run
 
     with _one_line():
-        click.echo(trace(name))
+        click.echo(trace(linked_run(name)))
 
 
 @main.command()

@@ -6,8 +6,8 @@ from typing import Any
 
 from zenml.client import Client
 
-from commands.lineage.names import linked_run
 from commands.lineage.runs import TracedRun
+from commands.stage_link import linked_run
 from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
 from steps.adapters.comparison import Compared, ComparedRun, write_comparison
