@@ -116,6 +116,8 @@ def sweep(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 @click.option("--accept-other-base", is_flag=True, help="Use the adapter although it was trained on another base.")
 @click.option("--max-new-tokens", type=int, help="Maximum length of an answer.")
 @click.option("--temperature", type=float, help="0 (default): greedy.")
+@click.option("--top-k", type=int, help="Sample from this many most likely tokens only.")
+@click.option("--top-p", type=float, help="Sample from the most likely tokens of this total probability only.")
 @click.option("--seed", type=int, help="Makes sampled answers reproducible.")
 def ask(
     instruction: str | None,
@@ -185,14 +187,16 @@ def records(log: str, out: Path) -> None:
 def lineage(name: str) -> None:
     """Print the lineage of NAME as a tree, from data to deployment.
 
-    NAME is a run's name or id, a model version (gpt2-instruct/3), a Bento's tag, or the start of the sha256 of a data
-    part or an adapter, as shown in lineage.json, at /metadata and in a pod's annotations.
+    NAME is a run's name or id, latest, staging or production, a model version (gpt2-instruct/3), a Bento's tag, or the
+    start of the sha256 of a data part or an adapter, as shown in lineage.json, at /metadata and in a pod's annotations.
     """
     _open_store()
+    _check_stages(name)
     from commands.lineage.trace import trace
+    from commands.stage_link import linked_run
 
     with _one_line():
-        click.echo(trace(name))
+        click.echo(trace(linked_run(name)))
 
 
 @main.command()

@@ -7,11 +7,12 @@ from typing import Any
 from zenml.client import Client
 
 from commands.lineage.runs import TracedRun
+from commands.stage_link import linked_run
 from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
 from steps.adapters.comparison import Compared, ComparedRun, write_comparison
 from steps.adapters.statistics import differences, intervals, score
-from steps.outputs import outputs_dir, shared_path
+from steps.outputs import shared_path
 
 
 class CompareError(ValueError):
@@ -46,9 +47,8 @@ def compare(names: Sequence[str]) -> tuple[str, Path]:
 
 
 def _find(name: str) -> TracedRun:
-    link = outputs_dir() / name
     try:
-        run = TracedRun(Client().get_pipeline_run(link.resolve().name if link.is_symlink() else name))
+        run = TracedRun(Client().get_pipeline_run(linked_run(name)))
     except KeyError:
         raise CompareError(f"there is no run {name!r}; `ls outputs` shows the names of finished runs") from None
     if "samples" not in run.artifacts:

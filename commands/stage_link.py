@@ -9,6 +9,12 @@ from steps.promote import in_stage, version_name
 logger = logging.getLogger(__name__)
 
 
+def linked_run(name: str) -> str:
+    """The run that latest, staging or production of outputs/ links to; any other name as it is."""
+    link = outputs_dir() / name
+    return link.resolve().name if link.is_symlink() else name
+
+
 def check_stage_link(stage: str) -> None:
     """Reject outputs/<stage> if another model is in the stage: the stage can be changed in ZenML, without a run.
 

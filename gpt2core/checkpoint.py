@@ -49,7 +49,7 @@ __all__ = [
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 stores these as (in, out)
 MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old checkpoints
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+BINARIES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
@@ -262,9 +262,9 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-        unsafe = next((name for name in found if name.endswith(PICKLES)), None)
+        binary = next((name for name in found if name.endswith(BINARIES)), None)
         way_out = "load it with transformers and save_pretrained it"
-        hint = f"; {unsafe} can run any code and is not read; {way_out}" if unsafe else ""
+        hint = f"; {binary} can run any code and is not read; {way_out}" if binary else ""
         raise FileNotFoundError(
             f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'}){hint}"
         )

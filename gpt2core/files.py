@@ -100,9 +100,9 @@ def file_sha256(file: str | Path) -> str:
 
 
 def directory_sha256(directory: str | Path, files: Iterable[str] | None = None) -> str:
-    """Return the sha256 of a directory: the digest of the sorted lines that sha256sum prints for its files.
+    """Return the sha256 of a directory: the digest of the lines that sha256sum prints for its files.
 
-    A line is "<sha256>  <relative path>".
+    A line is "<sha256>  <relative path>". Lines are in the order of their paths.
 
     Args:
         files: relative paths of the files that the digest covers; None: all files.

@@ -71,7 +71,8 @@ class GPT2(nn.Module):
             cache: keys and values of S earlier tokens. The keys and values of the T new tokens are appended in place.
 
         Raises:
-            ValueError: there are more tokens than n_positions, or more columns than the cache's capacity.
+            ValueError: input_ids has another shape, or there are more tokens than n_positions, or more columns than
+                the cache's capacity.
         """
         return self.head(self.hidden(input_ids, attention_mask, cache))
 
@@ -91,6 +92,8 @@ class GPT2(nn.Module):
             keep: (n), indices of tokens in the flattened B * T tokens. Only their hidden states (n, C) are returned.
                 Of the other tokens, the last layer computes only keys and values.
         """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids has the shape {tuple(input_ids.shape)}; it must be (B, T)")
         T = input_ids.shape[1]
         S = 0 if cache is None else cache.length
         if cache is not None and S + T > cache.capacity:

@@ -40,7 +40,8 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
             return tiktoken.get_encoding(str(name))
         except ValueError as error:
             raise ValueError(
-                f"no tokenizer {str(name)!r}: neither a directory nor known to tiktoken ({error})"
+                f"no tokenizer {str(name)!r}: neither a directory nor known to tiktoken "
+                f"({str(error).splitlines()[0]}); the tokenizer of every published size is 'gpt2'"
             ) from None
         except OSError as error:
             raise OSError(

@@ -47,7 +47,10 @@ def expected(base_dir, adapter_dir, question: dict[str, str], **sampling) -> str
     return answer_text(reply, tokenizer)
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 9}])
+SAMPLING = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "seed": 3, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLING])
 def test_an_instruction_gets_the_answer_of_the_tuned_model(base_dir, adapter_dir, sampling):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
     done = run("Name a river.", "--input", "Europe", *options)

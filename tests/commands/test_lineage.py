@@ -37,6 +37,13 @@ def test_every_name_leads_to_all_the_others(kind, deployed, cluster):
     assert re.search(r"deployed on .* by run", result.output)
 
 
+def test_latest_stands_for_the_run_that_it_links_to(dev_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path))
+    (tmp_path / dev_run.record.name).mkdir()
+    (tmp_path / "latest").symlink_to(dev_run.record.name)
+    assert lineage("latest").output == lineage(dev_run.record.name).output
+
+
 def test_the_lineage_of_a_run_leaves_out_other_runs(dev_run, cached_run):
     output = lineage(dev_run.record.name).output
     assert str(dev_run.record.id) in output

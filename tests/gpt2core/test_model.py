@@ -1,6 +1,7 @@
 """GPT2 against transformers with the same random weights, and against itself with padding and cache."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -202,6 +203,12 @@ def test_more_tokens_than_n_positions_are_refused(model, cached_tokens, mask):
         model(tokens(1, cached_tokens), None, cache)
     with pytest.raises(ValueError, match="65 tokens are more than n_positions=64"):
         model(tokens(1, 65 - cached_tokens), torch.ones(1, 65, dtype=torch.long) if mask else None, cache)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 2, 3)])
+def test_input_that_is_not_a_batch_of_rows_is_refused(model, shape):
+    with pytest.raises(ValueError, match=rf"input_ids has the shape {re.escape(str(shape))}; it must be \(B, T\)"):
+        model(tokens(*shape))
 
 
 def test_padding_uses_no_positions(model):

@@ -190,6 +190,12 @@ def test_an_unknown_name_is_refused(name):
         load_tokenizer(name)
 
 
+@pytest.mark.parametrize("name", ["gpt2-medium", "openai-community/gpt2-xl"])
+def test_the_name_of_another_size_is_refused_with_the_name_of_their_tokenizer(name):
+    with pytest.raises(ValueError, match=r"; the tokenizer of every published size is 'gpt2'$"):
+        load_tokenizer(name)
+
+
 def test_a_tokenizer_that_cannot_be_downloaded_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
