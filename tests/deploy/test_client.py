@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deploy.containers import images
 from deploy.containers.client import EngineError, connect
-from deploy.containers.steps import StepContainer, log_lines, run_arguments
+from deploy.containers.steps import StepContainer, log_lines, remove_run, run_arguments
 
 
 def step(**changes) -> StepContainer:
@@ -21,6 +21,11 @@ def test_without_an_engine_the_error_names_the_address(monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
     with pytest.raises(EngineError, match=r"responds at unix:///nowhere\.sock.*start Docker"), connect():
         pass
+
+
+def test_without_an_engine_a_run_has_no_containers_to_remove(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    remove_run("a run")
 
 
 def test_a_container_gets_all_gpus_where_the_engine_has_nvidias_runtime():

@@ -204,6 +204,22 @@ def test_an_interrupted_run_leaves_no_container(home, start, run, stack, name, c
     assert newest_run(run)["status"] in ("failed", "stopped")
 
 
+def test_the_container_of_a_killed_run_is_removed_when_the_next_one_starts(home, start, run, stack):
+    stack("docker")
+    process = start(*finetune("docker.yaml", "lora.rank=6", "train.epochs=400"))
+    wait_while_running(process, lambda: running(home), "a container")
+    process.kill()
+    process.communicate(timeout=TIMEOUT)
+    assert running(home)
+    code, output = run("python", "-c", NEXT_START)
+    assert code == 0, output[-3000:]
+    assert containers(home) == []
+    assert newest_run(run)["status"] == "failed"
+
+
+NEXT_START = "from pipelines.processes import fail_killed_runs; fail_killed_runs('finetune_pipeline')"
+
+
 PROBE = """
 import os, socket
 status = dict(line.split(":\\t") for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
