@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from docker.errors import APIError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,24 +52,35 @@ def test_log_lines_do_not_depend_on_how_the_bytes_are_divided(text, size):
     assert list(log_lines(chunks)) == text.removesuffix("\n").split("\n")[: None if text else 0]
 
 
-DIGEST = "host:5000/team/gpt2@sha256:" + "1" * 64
+SHA256 = "sha256:" + "1" * 64
+NAME = "host:5000/team/gpt2"
 
 
 @pytest.mark.parametrize(
-    ("reference", "digests", "expected"),
+    ("reference", "digests", "pushed", "expected"),
     [
-        ("host:5000/team/gpt2:1", ["other/gpt2@sha256:" + "0" * 64, DIGEST], DIGEST),
-        ("host:5000/team/gpt2:1", [], "host:5000/team/gpt2:1"),  # never pushed
-        (DIGEST, None, DIGEST),
-        ("host:5000/team/gpt2:1", None, "host:5000/team/gpt2:1"),  # no engine, or one that does not know it
+        (f"{NAME}:1", ["other/gpt2@sha256:" + "0" * 64, f"{NAME}@{SHA256}"], [f"{NAME}@{SHA256}"], f"{NAME}@{SHA256}"),
+        ("docker.io/me/gpt2:1", [f"me/gpt2@{SHA256}"], [f"docker.io/me/gpt2@{SHA256}"], f"docker.io/me/gpt2@{SHA256}"),
+        (NAME, [f"{NAME}@{SHA256}"], [f"{NAME}@{SHA256}"], f"{NAME}@{SHA256}"),
+        (f"{NAME}:1", [f"{NAME}@{SHA256}"], [], f"{NAME}:1"),  # never pushed: Docker 29 lists a digest nevertheless
+        (f"{NAME}:1", [], [], f"{NAME}:1"),  # never pushed: older engines do not
+        (f"{NAME}@{SHA256}", None, [], f"{NAME}@{SHA256}"),
+        (f"{NAME}:1", None, [], f"{NAME}:1"),  # no engine, or one that does not know it
     ],
 )
-def test_a_tag_is_replaced_by_the_digest_of_a_registry_where_there_is_one(reference, digests, expected, monkeypatch):
+def test_a_tag_is_replaced_by_a_digest_that_its_registry_has(reference, digests, pushed, expected, monkeypatch):
+    def inspect_distribution(image):
+        if image not in pushed:
+            raise APIError("no such manifest")
+
     @contextmanager
     def connect():
         if digests is None:
             raise EngineError("no such image")
-        yield SimpleNamespace(images={reference: SimpleNamespace(attrs={"RepoDigests": digests})})
+        yield SimpleNamespace(
+            images={reference: SimpleNamespace(attrs={"RepoDigests": digests})},
+            api=SimpleNamespace(inspect_distribution=inspect_distribution),
+        )
 
     monkeypatch.setattr(images, "connect", connect)
     assert images.pinned(reference) == expected
