@@ -43,6 +43,7 @@ def project(tmp_path_factory):
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
     for words in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "--message", "a copy"]):
         subprocess.run(["git", *words], cwd=copy, check=True)
+    (copy / "bentos" / ".env").write_text("A=1\n")  # ignored by git, so it is not in the code of the containers
     parameters = yaml.safe_load((copy / "configs" / "dev.yaml").read_text())["parameters"]
     for name in ("docker", "docker_gpu_step"):
         config = yaml.safe_load((copy / "configs" / f"{name}.yaml").read_text())
