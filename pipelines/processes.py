@@ -9,6 +9,7 @@ import psutil
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
+from deploy.containers import steps as containers
 from gpt2core.types import JsonDataclass
 from pipelines.zenml_compat import mark_failed
 
@@ -38,9 +39,10 @@ class Process(JsonDataclass):
 
 
 def fail_killed_runs(pipeline: str) -> None:
-    """Mark the pipeline's unfinished runs as failed whose process has ended."""
+    """Mark the pipeline's unfinished runs as failed whose process has ended, and remove their containers."""
     for status in UNFINISHED:
         for run in Client().list_pipeline_runs(pipeline=pipeline, status=status, size=100, hydrate=True).items:
             recorded = run.config.extra.get("process")
             if isinstance(recorded, dict) and Process.from_json(recorded).has_ended():
+                containers.remove_run(str(run.id))  # first: a stopped step still records its own status
                 mark_failed(run, "the process of the run was killed")

@@ -145,7 +145,7 @@ class ContainerOrchestrator(ContainerizedOrchestrator):
             EngineError: a step failed; with the last lines of its log.
         """
         stack.check_local_paths()
-        run_id = str(uuid4())
+        run_id = str(placeholder_run.id if placeholder_run else uuid4())
         for name, step in snapshot.step_configurations.items():
             if self.requires_resources_in_orchestration_environment(step):
                 logger.warning("The container orchestrator ignores the resource settings of step `%s`.", name)

@@ -8,13 +8,15 @@ import re
 import tarfile
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import docker
-from docker.errors import ImageNotFound
+from docker.errors import APIError, ImageNotFound
+from docker.utils import parse_repository_tag
 
 from deploy import bento
 from deploy.containers.client import EngineError, connect, read_file
@@ -81,20 +83,20 @@ def build_service(tag: str) -> Image:
 
 
 def pinned(reference: str) -> str:
-    """The reference with a registry's digest instead of a tag, where this machine's engine pushed or pulled the image.
+    """The reference with a digest instead of a tag, if this machine's engine has the image and its registry the digest.
 
-    Returned unchanged without an engine or a digest, e.g. for an image that was loaded into a cluster's nodes without a
-    registry.
+    Returned unchanged otherwise, e.g. for an image that was loaded into a cluster's nodes without a registry.
     """
     if "@" in reference:
         return reference
-    try:
-        with connect() as client:
-            digests = client.images.get(reference).attrs["RepoDigests"]
-    except EngineError:
-        return reference
-    name = reference.rpartition(":")[0]
-    return next((digest for digest in digests if digest.startswith(f"{name}@")), reference)
+    name, _ = parse_repository_tag(reference)
+    with suppress(EngineError), connect() as client:
+        for digest in client.images.get(reference).attrs["RepoDigests"]:
+            candidate = f"{name}@{digest.partition('@')[2]}"
+            with suppress(APIError):  # engines with containerd's image store list a digest of images never pushed, too
+                client.api.inspect_distribution(candidate)
+                return candidate
+    return reference
 
 
 def build_steps() -> Image:

@@ -92,6 +92,15 @@ def remove(run_id: str, step: str) -> None:
         _remove(_find(client, run_id, step))
 
 
+def remove_run(run_id: str) -> None:
+    """Stop and remove all containers of a killed run. No effect without an engine."""
+    with suppress(EngineError), connect() as client:
+        label = f"{NAME}.run={run_id}"
+        for container in client.containers.list(all=True, filters={"label": label}, ignore_removed=True):
+            logger.warning("removing the container %s of a killed run", container.name)
+            _remove(container)
+
+
 def _start(client: DockerClient, step: StepContainer) -> Container:
     require_image(client, step.image)
     arguments = run_arguments(step, has_gpus="nvidia" in client.info().get("Runtimes", {}))

@@ -5,12 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from docker.errors import APIError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.containers import images
 from deploy.containers.client import EngineError, connect
-from deploy.containers.steps import StepContainer, log_lines, run_arguments
+from deploy.containers.steps import StepContainer, log_lines, remove_run, run_arguments
 
 
 def step(**changes) -> StepContainer:
@@ -21,6 +22,11 @@ def test_without_an_engine_the_error_names_the_address(monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
     with pytest.raises(EngineError, match=r"responds at unix:///nowhere\.sock.*start Docker"), connect():
         pass
+
+
+def test_without_an_engine_a_run_has_no_containers_to_remove(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    remove_run("a run")
 
 
 def test_a_container_gets_all_gpus_where_the_engine_has_nvidias_runtime():
@@ -46,24 +52,35 @@ def test_log_lines_do_not_depend_on_how_the_bytes_are_divided(text, size):
     assert list(log_lines(chunks)) == text.removesuffix("\n").split("\n")[: None if text else 0]
 
 
-DIGEST = "host:5000/team/gpt2@sha256:" + "1" * 64
+SHA256 = "sha256:" + "1" * 64
+NAME = "host:5000/team/gpt2"
 
 
 @pytest.mark.parametrize(
-    ("reference", "digests", "expected"),
+    ("reference", "digests", "pushed", "expected"),
     [
-        ("host:5000/team/gpt2:1", ["other/gpt2@sha256:" + "0" * 64, DIGEST], DIGEST),
-        ("host:5000/team/gpt2:1", [], "host:5000/team/gpt2:1"),  # never pushed
-        (DIGEST, None, DIGEST),
-        ("host:5000/team/gpt2:1", None, "host:5000/team/gpt2:1"),  # no engine, or one that does not know it
+        (f"{NAME}:1", ["other/gpt2@sha256:" + "0" * 64, f"{NAME}@{SHA256}"], [f"{NAME}@{SHA256}"], f"{NAME}@{SHA256}"),
+        ("docker.io/me/gpt2:1", [f"me/gpt2@{SHA256}"], [f"docker.io/me/gpt2@{SHA256}"], f"docker.io/me/gpt2@{SHA256}"),
+        (NAME, [f"{NAME}@{SHA256}"], [f"{NAME}@{SHA256}"], f"{NAME}@{SHA256}"),
+        (f"{NAME}:1", [f"{NAME}@{SHA256}"], [], f"{NAME}:1"),  # never pushed: Docker 29 lists a digest nevertheless
+        (f"{NAME}:1", [], [], f"{NAME}:1"),  # never pushed: older engines do not
+        (f"{NAME}@{SHA256}", None, [], f"{NAME}@{SHA256}"),
+        (f"{NAME}:1", None, [], f"{NAME}:1"),  # no engine, or one that does not know it
     ],
 )
-def test_a_tag_is_replaced_by_the_digest_of_a_registry_where_there_is_one(reference, digests, expected, monkeypatch):
+def test_a_tag_is_replaced_by_a_digest_that_its_registry_has(reference, digests, pushed, expected, monkeypatch):
+    def inspect_distribution(image):
+        if image not in pushed:
+            raise APIError("no such manifest")
+
     @contextmanager
     def connect():
         if digests is None:
             raise EngineError("no such image")
-        yield SimpleNamespace(images={reference: SimpleNamespace(attrs={"RepoDigests": digests})})
+        yield SimpleNamespace(
+            images={reference: SimpleNamespace(attrs={"RepoDigests": digests})},
+            api=SimpleNamespace(inspect_distribution=inspect_distribution),
+        )
 
     monkeypatch.setattr(images, "connect", connect)
     assert images.pinned(reference) == expected

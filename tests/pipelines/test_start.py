@@ -13,6 +13,7 @@ import pytest
 import yaml
 from zenml.client import Client
 
+from deploy.containers import steps as containers
 from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.interrupts import SECONDS, interruptible
@@ -118,7 +119,7 @@ def test_a_process_has_ended_if_its_id_is_unknown_or_used_again():
     assert not Process("another machine", 1, 0.0).has_ended()
 
 
-def test_a_run_whose_process_was_killed_is_marked_as_failed(tmp_path):
+def test_a_run_whose_process_was_killed_is_marked_as_failed_and_loses_its_containers(tmp_path, monkeypatch):
     script = tmp_path / "killed_pipeline.py"
     script.write_text(
         "import os, signal\n"
@@ -134,8 +135,11 @@ def test_a_run_whose_process_was_killed_is_marked_as_failed(tmp_path):
     [run] = Client().list_pipeline_runs(pipeline="killed", hydrate=True).items
     assert run.status.value == "running"
 
+    removed = []
+    monkeypatch.setattr(containers, "remove_run", removed.append)
     fail_killed_runs("killed")
 
+    assert removed == [str(run.id)]
     run = Client().get_pipeline_run(run.id)
     assert run.status.value == "failed"
     assert {step.status.value for step in run.steps.values()} == {"failed"}

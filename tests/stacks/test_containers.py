@@ -43,6 +43,7 @@ def project(tmp_path_factory):
     identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
     for words in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "--message", "a copy"]):
         subprocess.run(["git", *words], cwd=copy, check=True)
+    (copy / "bentos" / ".env").write_text("A=1\n")  # ignored by git, so it is not in the code of the containers
     parameters = yaml.safe_load((copy / "configs" / "dev.yaml").read_text())["parameters"]
     for name in ("docker", "docker_gpu_step"):
         config = yaml.safe_load((copy / "configs" / f"{name}.yaml").read_text())
@@ -202,6 +203,22 @@ def test_an_interrupted_run_leaves_no_container(home, start, run, stack, name, c
     assert process.returncode != 0
     assert containers(home) == [], output[-3000:]
     assert newest_run(run)["status"] in ("failed", "stopped")
+
+
+def test_the_container_of_a_killed_run_is_removed_when_the_next_one_starts(home, start, run, stack):
+    stack("docker")
+    process = start(*finetune("docker.yaml", "lora.rank=6", "train.epochs=400"))
+    wait_while_running(process, lambda: running(home), "a container")
+    process.kill()
+    process.communicate(timeout=TIMEOUT)
+    assert running(home)
+    code, output = run("python", "-c", NEXT_START)
+    assert code == 0, output[-3000:]
+    assert containers(home) == []
+    assert newest_run(run)["status"] == "failed"
+
+
+NEXT_START = "from pipelines.processes import fail_killed_runs; fail_killed_runs('finetune_pipeline')"
 
 
 PROBE = """
