@@ -3,7 +3,9 @@
 from typing import Any
 
 import click
+from zenml.logger import init_logging
 
+from pipelines.colors import set_colors
 from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.start import RunError, start
@@ -13,6 +15,8 @@ DEFAULT_CONFIG = "configs/local.yaml"
 
 
 def run(config_path: str | None, options: dict[str, Any]) -> None:
+    set_colors()
+    init_logging()  # again: `zenml` has set it up
     try:
         start(finetune_pipeline, config_path or DEFAULT_CONFIG, options=options)
     except (ConfigError, RunError) as error:

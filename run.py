@@ -17,6 +17,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("Error: this Python lacks the project's packages; run `make install`, then `source .venv/bin/activate`")
 
+from pipelines.colors import set_colors
+
 if TYPE_CHECKING:
     from zenml.models import PipelineRunResponse
 
@@ -34,8 +36,7 @@ class Finite(click.FloatRange):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Finetune GPT-2 on instruction data; evaluate, package, deploy and monitor the result."""
-    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():  # ZenML would color files and pipes, too
-        os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
+    set_colors()
 
 
 def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -4,6 +4,7 @@ A child process builds each Bento from exact model tags: built in-process, Bento
 Bentos. The tags of Bentos and models are derived from their content, so equal content is stored once.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from shutil import copy2, copytree, rmtree
+from shutil import copy2, copytree, disk_usage, rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -35,6 +36,7 @@ BUILD_FILES = tuple(
 )
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
 LOG_LINES = 60  # lines of a failed command's output in its error
+LINE_LENGTH = 1000  # characters of each
 
 
 class BentoError(RuntimeError):
@@ -203,7 +205,11 @@ def bentoml_home() -> Path:
 
 
 def log_tail(log: str) -> str:
-    return "\n".join(log.splitlines()[-LOG_LINES:])
+    return "\n".join(_shorten(line) for line in log.splitlines()[-LOG_LINES:])
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) <= LINE_LENGTH else f"{line[:LINE_LENGTH]} … ({len(line):,} characters)"
 
 
 def _verify_models(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> None:
@@ -254,4 +260,7 @@ def _run(verb: str, *arguments: str, cwd: Path) -> None:
         command, cwd=cwd, env=bentoml_environment(), capture_output=True, encoding="utf-8", errors="replace"
     )
     if done.returncode != 0:
-        raise BentoError(f"bentoml {verb} failed:\n{log_tail(done.stdout + done.stderr)}")
+        log, home = done.stdout + done.stderr, bentoml_home()
+        is_full = os.strerror(errno.ENOSPC) in log and home.is_dir()
+        free = f"; {home} has {disk_usage(home).free:,} bytes free" if is_full else ""
+        raise BentoError(f"bentoml {verb} failed{free}:\n{log_tail(log)}")

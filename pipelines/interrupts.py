@@ -1,4 +1,4 @@
-"""Makes Ctrl-C and SIGTERM end a run, whatever the main thread is doing."""
+"""Makes Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end a run, whatever the main thread is doing."""
 
 import signal
 import sys
@@ -9,12 +9,13 @@ from types import FrameType
 
 from pipelines.zenml_compat import INTERRUPTIONS
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS = 2.0  # until a lost interruption is repeated
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM and SIGINT, and again if it is lost.
+    """Raise KeyboardInterrupt on `SIGNALS` that are not ignored, as nohup does, and again if it is lost.
 
     Python drops exceptions that a signal handler raises within a destructor or a weak reference's callback ("Exception
     ignored in"), and the run would continue. Only the main thread can set a signal handler; in other threads this does
@@ -37,7 +38,7 @@ def interruptible() -> Iterator[None]:
         yield
         return
     main = threading.get_ident()
-    numbers = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
+    numbers = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield

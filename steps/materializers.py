@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 from typing import Any, ClassVar
 
 from zenml.enums import ArtifactType
@@ -18,6 +18,7 @@ from zenml.materializers import PathMaterializer
 from zenml.materializers.base_materializer import BaseMaterializer
 
 from gpt2core.data import to_jsonl
+from gpt2core.files import naming_file
 from gpt2core.types import Sample
 
 
@@ -74,6 +75,7 @@ class DirectoryMaterializer(PathMaterializer):
         """
         Raises:
             ValueError: the stored archive differs from the one that was written.
+            OSError: the temporary directory is full; names it and its free space.
         """
         found = self.compute_content_hash(None)
         if self.expected_content_hash not in (None, found):  # None: stored by an older version
@@ -81,7 +83,8 @@ class DirectoryMaterializer(PathMaterializer):
                 f"{self._archive} is damaged: sha256 {found}, but {self.expected_content_hash} was recorded; "
                 "start the run again, which repeats the step that wrote it"
             )
-        return Path(super().load(data_type))
+        with naming_file(Path(gettempdir(), self.ARCHIVE_NAME)):  # where ZenML unpacks it
+            return Path(super().load(data_type))
 
     def compute_content_hash(self, data: Path | None) -> str:
         """sha256 of the archive, which ZenML records when it is stored; the directory itself is deleted by then."""

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "gpt2-instruct"  # prefix of container names and labels
 STOP_TIMEOUT = 10  # seconds from SIGTERM to SIGKILL; enough for ZenML to record that the step was stopped
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_LINES = 30  # of a failed container's log, in its error
 
 
@@ -193,7 +194,7 @@ def log_lines(chunks: Iterator[bytes]) -> Iterator[str]:
 
 @contextmanager
 def _interruptions() -> Iterator[Callable[[], None]]:
-    """Make SIGINT and SIGTERM interrupt the block; yields a check that raises KeyboardInterrupt if one has arrived.
+    """Make `SIGNALS` interrupt the block; yields a check that raises KeyboardInterrupt if one has arrived.
 
     Python drops a signal handler's exception in some places, for example in a destructor that the garbage collector
     calls. The check, which also runs at the end, still detects the signal.
@@ -213,7 +214,7 @@ def _interruptions() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
 
     if current_thread() is main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             previous[number] = signal.getsignal(number)
             if previous[number] is not signal.SIG_IGN:
                 signal.signal(number, handle)

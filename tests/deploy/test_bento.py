@@ -176,3 +176,13 @@ def test_the_output_of_bentoml_is_utf_8_in_every_locale(monkeypatch):
     command = [sys.executable, "-c", "import sys; print(sys.stdout.encoding, sys.flags.utf8_mode)"]
     done = subprocess.run(command, env=bento.bentoml_environment(), capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["utf-8", "1"]
+
+
+def test_a_full_disk_in_bentoml_names_the_store_and_the_free_bytes_in_short_lines(monkeypatch, tmp_path):
+    code = "import sys; sys.exit('[Errno 28] No space left on device' + 'x' * 100_000)"
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
+    monkeypatch.setattr(bento, "bentoml_command", lambda verb: [sys.executable, "-c", code])
+    with pytest.raises(BentoError, match=r"bentoml export failed; \S+ has [\d,]+ bytes free") as raised:
+        bento.export("gpt2-instruct:1", tmp_path / "out.tar")
+    assert str(bento.bentoml_home()) in str(raised.value)
+    assert len(str(raised.value)) < 2000

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -162,6 +163,17 @@ def test_a_signal_that_is_lost_in_a_destructor_comes_again():
         lose_a_signal()
 
 
+@pytest.mark.parametrize("handler", [lambda *_: None, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_a_closed_terminal_interrupts_a_run_unless_it_was_started_with_nohup(handler):
+    interrupted = nullcontext() if handler is signal.SIG_IGN else pytest.raises(KeyboardInterrupt)
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with interrupted, interruptible():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_interruption_does_not_interrupt_what_cleans_up_after_it():
     def be_stopped():
         try:
@@ -174,7 +186,14 @@ def test_an_interruption_does_not_interrupt_what_cleans_up_after_it():
         be_stopped()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_ends_with_one_line_and_leaves_nothing_behind(tmp_path, number):
     command = [sys.executable, "run.py", "finetune", "--config", "configs/dev.yaml"]
     command += ["--set", "base.pretrain.max_steps=10000", "--set", f"seed={number + 100}"]

@@ -110,3 +110,18 @@ def test_a_failed_step_is_logged_without_its_traceback(caplog):
         failing()
     assert "Failed to run step `fail`: wrong" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_zenmls_command_writes_no_colors_into_a_pipe(tmp_path):
+    code = (
+        "import contextlib, logging, click, finetune_pipeline as source\n"
+        "with contextlib.suppress(click.ClickException): source.with_options(config_path='missing.yaml')()\n"
+        "logging.getLogger('zenml').warning('a message')"
+    )
+    removed = ("ZENML_LOGGING_VERBOSITY", "ZENML_LOGGING_COLORS_DISABLED")
+    environment = {name: value for name, value in os.environ.items() if name not in removed} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    output = done.stdout + done.stderr
+    assert "a message" in output
+    assert "\x1b" not in output

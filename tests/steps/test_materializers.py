@@ -1,5 +1,6 @@
 """Typed artifacts: a step gets what the previous step returned, stored as JSON and cached by content."""
 
+import errno
 import json
 import math
 import tempfile
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import pytest
 from zenml import pipeline, step
+from zenml.materializers import PathMaterializer
 
 from gpt2core.metrics import RecordScores, Scores
 from gpt2core.types import Evaluation, FamilyScores, Lineage, Sample, SplitPart, SplitSummary, TrainSummary
@@ -106,3 +108,14 @@ def test_the_directory_of_a_failing_step_is_deleted(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), output_directory("written-"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_temporary_directory_is_named_with_its_free_space(monkeypatch):
+    [version] = directories().steps["write_directory"].outputs["directory"]
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PathMaterializer, "load", fail)
+    with pytest.raises(OSError, match=rf"No space left on device \([\d,]+ bytes free\): '{tempfile.gettempdir()}/"):
+        version.load()
