@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 
+from deploy.bento import NAME
 from deploy.kubernetes.client import Cluster, Manifest
 from deploy.kubernetes.errors import KubeError
 
@@ -40,6 +41,15 @@ def wait_for_rollout(cluster: Cluster) -> Manifest:
     return _Rollout(cluster).wait()
 
 
+def check_not_paused(cluster: Cluster, deployment: Manifest) -> None:
+    """Raise KubeError if the Deployment is paused: its pods keep their template."""
+    if deployment["spec"].get("paused"):
+        raise KubeError(
+            f"the Deployment in {cluster} is paused; run `kubectl rollout resume deployment {NAME} "
+            f"-n {cluster.namespace}` first"
+        )
+
+
 class _Rollout:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -67,6 +77,7 @@ class _Rollout:
 
     def _check_progress(self, deployment: Manifest) -> None:
         """Raise KubeError if the rollout cannot succeed; log the reason for waiting when it changes."""
+        check_not_paused(self.cluster, deployment)
         conditions = {each["type"]: each for each in deployment["status"].get("conditions", ())}
         failure = conditions.get("ReplicaFailure", {})
         if failure.get("status") == "True":

@@ -19,7 +19,7 @@ from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.deploy.conftest import LINEAGE, NEW, NEXT_LINEAGE, OLD, constant_response
-from tests.deploy.kube_api import TOKEN, Stored
+from tests.deploy.kube_api import TOKEN, Stored, _error
 from tests.helpers import build_bento, make_lineage
 
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
@@ -466,6 +466,50 @@ def test_a_deployment_scaled_to_zero_is_refused(api, config, first):
     api.objects[DEPLOYMENT].set(("spec", "replicas"), 0, "kubectl")
     with pytest.raises(KubeError, match=r"scaled to 0 replicas; run `kubectl scale"):
         deploy_next(config)
+
+
+@pytest.mark.parametrize("action", [deploy_next, rollback])
+def test_a_deployment_of_another_tool_is_refused(api, config, first, action):
+    def renamed(field):
+        return tuple((("name", "web"),) if key == (("name", "gpt2-instruct"),) else key for key in field)
+
+    stored = api.objects[DEPLOYMENT]
+    stored.fields = {renamed(field): value for field, value in stored.fields.items()}
+    stored.fields[(*renamed(CONTAINER), "name")] = "web"
+    with pytest.raises(KubeError, match="has no container gpt2-instruct, only web: it was not made by this project"):
+        action(config)
+    assert api.objects[DEPLOYMENT] is stored
+
+
+@pytest.mark.parametrize("action", [deploy_next, rollback])
+def test_a_paused_deployment_is_refused(api, config, first, action):
+    deploy_next(config)
+    api.objects[DEPLOYMENT].set(("spec", "paused"), True, "kubectl-rollout")
+    with pytest.raises(KubeError, match="is paused; run `kubectl rollout resume deployment gpt2-instruct -n gpt2-inst"):
+        action(config)
+
+
+@pytest.mark.parametrize(
+    ("message", "parts"),
+    [
+        (
+            'deployments "gpt2-instruct" is forbidden: unable to create new content in namespace gpt2-instruct because '
+            "it is being terminated",
+            ["is being deleted; wait until it is gone, then run the same command again"],
+        ),
+        (
+            'admission webhook "validation.gatekeeper.sh" denied the request: [allowed-repos] container '
+            "<gpt2-instruct> has an invalid image repo",
+            ["refused by a policy of the cluster: admission webhook", "invalid image repo"],
+        ),
+    ],
+)
+def test_only_a_missing_permission_is_reported_as_one(api, config, message, parts, monkeypatch):
+    monkeypatch.setattr(api, "apply", lambda *_: _error(403, "Forbidden", message))
+    with pytest.raises(KubeError) as error:
+        deploy(config)
+    assert [part for part in parts if part not in str(error.value)] == []
+    assert "permission" not in str(error.value)
 
 
 def test_all_missing_permissions_are_named_before_anything_changes(api, config):
