@@ -94,7 +94,8 @@ class _Rollout:
         self._log(deployment, newest, reason)
 
     def _check_containers(self, pod: Manifest, may_pull_again: bool) -> None:
-        for container in pod.get("status", {}).get("containerStatuses", ()):
+        status = pod.get("status", {})
+        for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
             waiting = container.get("state", {}).get("waiting", {})
             state = waiting.get("reason", "")
             if state in PULL_FAILURES and may_pull_again and self._is_pull_retried():
@@ -104,7 +105,8 @@ class _Rollout:
                 diagnosis = f"{state}{message}; {FATAL_STATES[state]}"
                 if state == CRASHED:
                     diagnosis = self._diagnose_crash(pod, container, f"{state}{message}")
-                raise KubeError(f"pod {pod['metadata']['name']}, image {container['image']}: {diagnosis}")
+                name, image = container["name"], container["image"]
+                raise KubeError(f"pod {pod['metadata']['name']}, container {name}, image {image}: {diagnosis}")
 
     def _is_pull_retried(self) -> bool:
         if self.pull_failing_since is None:
@@ -117,12 +119,14 @@ class _Rollout:
         code = f"exit code {ended['exitCode']}" if "exitCode" in ended else "exit code unknown"
         if ended.get("reason") == "OOMKilled":
             limit = _memory_limit(pod, container["name"])
-            return f"OOMKilled, {code}, memory limit {limit}; raise deploy.memory"
-        return f"{state}, {code}; {FATAL_STATES[CRASHED]}\n{self._crash_log(pod['metadata']['name'])}"
+            hint = "raise deploy.memory" if container["name"] == NAME else "raise the limit of this container"
+            return f"OOMKilled, {code}, memory limit {limit}; {hint}"
+        log = self._crash_log(pod["metadata"]["name"], container["name"])
+        return f"{state}, {code}; {FATAL_STATES[CRASHED]}\n{log}"
 
-    def _crash_log(self, pod: str) -> str:
+    def _crash_log(self, pod: str, container: str) -> str:
         try:
-            return self.cluster.crash_log(pod)
+            return self.cluster.crash_log(pod, container)
         except KubeError as error:
             return f"(the log cannot be read: {error})"
 
@@ -144,5 +148,6 @@ def _unmet_conditions(pods: list[Manifest]) -> Iterator[str]:
 
 
 def _memory_limit(pod: Manifest, container: str) -> str:
-    [spec] = [each for each in pod["spec"]["containers"] if each["name"] == container]
+    containers = pod["spec"]["containers"] + pod["spec"].get("initContainers", [])
+    [spec] = [each for each in containers if each["name"] == container]
     return str(spec.get("resources", {}).get("limits", {}).get("memory", "of its node"))

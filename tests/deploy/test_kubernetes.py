@@ -144,6 +144,51 @@ def test_a_version_that_does_not_become_ready_is_rolled_back_with_the_reason(api
     assert api.running() == [OLD, OLD]
 
 
+CRASHED = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}}
+PROXY = {"name": "istio-proxy", "image": "istio:1", "state": CRASHED}
+INIT = {"name": "istio-init", "image": "istio:1", "state": CRASHED}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "parts"),
+    [
+        (
+            {"containerStatuses": [PROXY | {"lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}]},
+            ["container istio-proxy", "OOMKilled, exit code 137, memory limit 64Mi; raise the limit of this container"],
+        ),
+        (
+            {"containerStatuses": [PROXY | {"lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}}]},
+            ["container istio-proxy", "its last log lines:\nlog of istio-proxy"],
+        ),
+        (
+            {"initContainerStatuses": [INIT | {"lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}]},
+            ["container istio-init", "memory limit of its node; raise the limit of this container"],
+        ),
+        (
+            {"initContainerStatuses": [INIT | {"lastState": {"terminated": {"exitCode": 2, "reason": "Error"}}}]},
+            ["container istio-init", "exit code 2", "log of istio-init"],
+        ),
+    ],
+)
+def test_a_crashing_container_that_was_injected_is_named(api, config, first, monkeypatch, statuses, parts):
+    api.pod_states[NEW] = "unready"
+    pod = api.pod
+
+    def injected(replica_set):
+        manifest = pod(replica_set)
+        if replica_set["image"] != NEW:
+            return manifest
+        proxy = {"name": "istio-proxy", "resources": {"limits": {"memory": "64Mi"}}}
+        containers = [*manifest["spec"]["containers"], proxy]
+        spec = manifest["spec"] | {"containers": containers, "initContainers": [{"name": "istio-init"}]}
+        return manifest | {"spec": spec, "status": manifest["status"] | statuses}
+
+    monkeypatch.setattr(api, "pod", injected)
+    reason = deploy_next(config).reason
+    assert [part for part in parts if part not in reason] == []
+    assert "deploy.memory" not in reason
+
+
 def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkeypatch):
     monkeypatch.setattr(wait, "IMAGE_PULL_TIMEOUT", 60.0)
     api.pod_states[NEW], api.recoveries[NEW] = "ErrImagePull", 2
