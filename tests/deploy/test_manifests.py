@@ -163,10 +163,22 @@ def test_the_adapters_patch_mounts_the_volume_that_the_service_follows(deploymen
     assert writer["metadata"]["labels"].items().isdisjoint(POD_LABELS.items())  # the Service selects no pod to fill it
 
 
-def test_the_nightly_job_drops_corrections_longer_than_the_context():
+@pytest.fixture
+def nightly_command():
     [_, job] = OPTIONAL["retrain"]
     [container] = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    script = container["command"][-1].replace("\\\n", "")
+    return container["command"]
+
+
+def test_the_nightly_job_ends_well_before_the_first_traffic(nightly_command, tmp_path):
+    paths = {"LOGS": tmp_path / "none", "ZENML_REPOSITORY_PATH": tmp_path}
+    environment = {name: str(path) for name, path in paths.items()} | {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(nightly_command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "there are no request logs yet\n")
+
+
+def test_the_nightly_job_drops_corrections_longer_than_the_context(nightly_command):
+    script = nightly_command[-1].replace("\\\n", "")
     [finetune] = [line for line in script.splitlines() if "run.py finetune" in line]
     assert "--set data.too_long=drop" in finetune
 
