@@ -7,6 +7,12 @@ from typing import Literal
 
 from gpt2core.config import check_field, check_types
 
+# An image reference as nodes parse it, with a tag or digest: [host[:port]/]name[/name...], :tag, @digest
+_HOST = r"([a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(:[0-9]+)?"
+_NAME = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
+_TAG = r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}"
+IMAGE = rf"({_HOST}/)?{_NAME}(/{_NAME})*(:(?!latest$){_TAG}|(:{_TAG})?@sha256:[0-9a-f]{{64}})"
+
 
 @dataclass(frozen=True)
 class DeployConfig:
@@ -29,9 +35,8 @@ class DeployConfig:
         check_field(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
         memory = re.fullmatch(r"([1-9]\d*[mg])?", self.memory) is not None
         check_field(self, "memory", memory, "a number with m or g, like 2g, or empty")
-        reference = r"[^:@]+(:(?!latest$)[\w.-]+|(:[\w.-]+)?@sha256:[0-9a-f]{64})"
-        image = re.fullmatch(reference, self.image.rpartition("/")[2]) is not None
-        rule = "name:tag (not latest) or name@sha256:… of an image that the cluster's nodes can pull"
+        image = re.fullmatch(IMAGE, self.image) is not None
+        rule = "lowercase name:tag (not latest) or name@sha256:… of an image that the cluster's nodes can pull"
         check_field(self, "image", image or (self.target != "kubernetes" and not self.image), rule)
         namespace = re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.namespace) is not None
         check_field(self, "namespace", namespace, "a namespace's name: at most 63 characters of a-z, 0-9 and -")

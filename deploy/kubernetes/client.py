@@ -137,9 +137,9 @@ class Cluster:
     def pods(self, replica_set: Manifest) -> list[Manifest]:
         return self._list("Pod", f"pod-template-hash={replica_set['metadata']['labels']['pod-template-hash']}")
 
-    def crash_log(self, pod: str) -> str:
-        """The last lines of the pod's previous container, the one that crashed."""
-        query = [("container", NAME), ("previous", "true"), ("tailLines", str(LOG_LINES))]
+    def crash_log(self, pod: str, container: str) -> str:
+        """The last lines of the container's previous instance, the one that crashed."""
+        query = [("container", container), ("previous", "true"), ("tailLines", str(LOG_LINES))]
         return str(self._call("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
 
     def predict(self, body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Errors of the Kubernetes target, and the translation of API errors into messages that say what to do."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,10 @@ def translate_api_error(error: ApiException, method: str, path: str, connection:
             )
         case 403 if "exceeded quota" in message:
             return KubeError(f"the quota of {connection} is used up: {message}; free some of it or have it raised")
+        case 403 if "is being terminated" in message:
+            return KubeError(f"{connection} is being deleted; wait until it is gone, then run the same command again")
+        case 403 if not re.search('User ".*" cannot ', message):
+            return KubeError(f"{method} {path} on {host} was refused by a policy of the cluster: {message}")
         case 403:
             return KubeError(f"{source} lacks a permission: {message}; k8s/optional/deployer.yaml grants it")
         case 409 if "causes" in details:

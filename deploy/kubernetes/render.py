@@ -6,6 +6,7 @@ import yaml
 
 from deploy.bento import NAME, ROOT
 from deploy.kubernetes.client import Manifest, revision
+from deploy.kubernetes.errors import KubeError
 from deploy.target import Version
 from gpt2core.types import Lineage
 
@@ -106,7 +107,17 @@ def bento_of(deployment: Manifest) -> str:
 
 
 def container_of(deployment: Manifest) -> dict[str, Any]:
-    """The service's container; sidecars may have been injected."""
-    containers = deployment["spec"]["template"]["spec"]["containers"]
-    container: dict[str, Any] = next(each for each in containers if each["name"] == NAME)
-    return container
+    """The service's container; sidecars may have been injected.
+
+    Raises:
+        KubeError: there is none.
+    """
+    containers: list[dict[str, Any]] = deployment["spec"]["template"]["spec"]["containers"]
+    for container in containers:
+        if container["name"] == NAME:
+            return container
+    raise KubeError(
+        f"the Deployment {NAME} in namespace {deployment['metadata'].get('namespace')} has no container {NAME}, only "
+        f"{', '.join(each['name'] for each in containers)}: it was not made by this project; choose another "
+        "deploy.namespace"
+    )

@@ -13,7 +13,7 @@ from deploy.kubernetes import wait
 from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import bento_of, placeholder_image, render, rollback_patch, version_of
-from deploy.kubernetes.wait import wait_for_rollout
+from deploy.kubernetes.wait import check_not_paused, wait_for_rollout
 from deploy.target import DeployError, DeployInterrupted, Deployment, Version
 from deploy.verify import verify_answers
 from gpt2core.types import Lineage, Sample
@@ -39,7 +39,9 @@ class KubernetesTarget:
         cluster = self.cluster
         cluster.check_permissions()
         before = cluster.get("Deployment")
-        _check_scale(cluster, before)
+        if before is not None:
+            _check_scale(cluster, before)
+            check_not_paused(cluster, before)
         image = pinned(self.config.image)
         deployment = Deployment(
             target="kubernetes",
@@ -82,6 +84,7 @@ class KubernetesTarget:
         current = cluster.get("Deployment")
         if current is None:
             raise KubeError(f"{cluster} has no Deployment {NAME}; there is nothing to roll back")
+        check_not_paused(cluster, current)
         earlier = _previous(cluster, current)
         try:
             now = version_of(_restore(cluster, earlier))
@@ -116,8 +119,8 @@ class KubernetesTarget:
                 self.cluster.apply(manifest, force)
 
 
-def _check_scale(cluster: Cluster, deployment: Manifest | None) -> None:
-    if deployment is not None and deployment["spec"].get("replicas") == 0:
+def _check_scale(cluster: Cluster, deployment: Manifest) -> None:
+    if deployment["spec"].get("replicas") == 0:
         raise KubeError(
             f"the Deployment in {cluster} is scaled to 0 replicas; run `kubectl scale deployment {NAME} "
             f"-n {cluster.namespace} --replicas=2` first"

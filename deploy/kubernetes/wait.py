@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 
+from deploy.bento import NAME
 from deploy.kubernetes.client import Cluster, Manifest
 from deploy.kubernetes.errors import KubeError
 
@@ -40,6 +41,15 @@ def wait_for_rollout(cluster: Cluster) -> Manifest:
     return _Rollout(cluster).wait()
 
 
+def check_not_paused(cluster: Cluster, deployment: Manifest) -> None:
+    """Raise KubeError if the Deployment is paused: its pods keep their template."""
+    if deployment["spec"].get("paused"):
+        raise KubeError(
+            f"the Deployment in {cluster} is paused; run `kubectl rollout resume deployment {NAME} "
+            f"-n {cluster.namespace}` first"
+        )
+
+
 class _Rollout:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -67,6 +77,7 @@ class _Rollout:
 
     def _check_progress(self, deployment: Manifest) -> None:
         """Raise KubeError if the rollout cannot succeed; log the reason for waiting when it changes."""
+        check_not_paused(self.cluster, deployment)
         conditions = {each["type"]: each for each in deployment["status"].get("conditions", ())}
         failure = conditions.get("ReplicaFailure", {})
         if failure.get("status") == "True":
@@ -83,7 +94,8 @@ class _Rollout:
         self._log(deployment, newest, reason)
 
     def _check_containers(self, pod: Manifest, may_pull_again: bool) -> None:
-        for container in pod.get("status", {}).get("containerStatuses", ()):
+        status = pod.get("status", {})
+        for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
             waiting = container.get("state", {}).get("waiting", {})
             state = waiting.get("reason", "")
             if state in PULL_FAILURES and may_pull_again and self._is_pull_retried():
@@ -93,7 +105,8 @@ class _Rollout:
                 diagnosis = f"{state}{message}; {FATAL_STATES[state]}"
                 if state == CRASHED:
                     diagnosis = self._diagnose_crash(pod, container, f"{state}{message}")
-                raise KubeError(f"pod {pod['metadata']['name']}, image {container['image']}: {diagnosis}")
+                name, image = container["name"], container["image"]
+                raise KubeError(f"pod {pod['metadata']['name']}, container {name}, image {image}: {diagnosis}")
 
     def _is_pull_retried(self) -> bool:
         if self.pull_failing_since is None:
@@ -106,12 +119,14 @@ class _Rollout:
         code = f"exit code {ended['exitCode']}" if "exitCode" in ended else "exit code unknown"
         if ended.get("reason") == "OOMKilled":
             limit = _memory_limit(pod, container["name"])
-            return f"OOMKilled, {code}, memory limit {limit}; raise deploy.memory"
-        return f"{state}, {code}; {FATAL_STATES[CRASHED]}\n{self._crash_log(pod['metadata']['name'])}"
+            hint = "raise deploy.memory" if container["name"] == NAME else "raise the limit of this container"
+            return f"OOMKilled, {code}, memory limit {limit}; {hint}"
+        log = self._crash_log(pod["metadata"]["name"], container["name"])
+        return f"{state}, {code}; {FATAL_STATES[CRASHED]}\n{log}"
 
-    def _crash_log(self, pod: str) -> str:
+    def _crash_log(self, pod: str, container: str) -> str:
         try:
-            return self.cluster.crash_log(pod)
+            return self.cluster.crash_log(pod, container)
         except KubeError as error:
             return f"(the log cannot be read: {error})"
 
@@ -133,5 +148,6 @@ def _unmet_conditions(pods: list[Manifest]) -> Iterator[str]:
 
 
 def _memory_limit(pod: Manifest, container: str) -> str:
-    [spec] = [each for each in pod["spec"]["containers"] if each["name"] == container]
+    containers = pod["spec"]["containers"] + pod["spec"].get("initContainers", [])
+    [spec] = [each for each in containers if each["name"] == container]
     return str(spec.get("resources", {}).get("limits", {}).get("memory", "of its node"))

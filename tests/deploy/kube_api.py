@@ -168,7 +168,7 @@ class KubeApi:
         if sub == "proxy":
             return self.proxy(name, match["rest"], json.loads(body), headers)
         if sub == "log":
-            return 200, "it crashed: no such model\n"
+            return 200, f"log of {query['container']}\nit crashed: no such model\n"
         if method == "GET" and name is None:
             return 200, {"items": self.listed(plural, query.get("labelSelector", ""))}
         if method == "PATCH":

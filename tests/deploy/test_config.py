@@ -15,6 +15,11 @@ from deploy.config import DeployConfig
         ({"target": "kubernetes", "image": "host:5000/gpt2"}, "DeployConfig.image"),
         ({"target": "kubernetes", "image": "gpt2:latest"}, "DeployConfig.image"),
         ({"image": "gpt2@sha256:12"}, "DeployConfig.image"),
+        *[
+            ({"image": image}, "DeployConfig.image")
+            for image in ("GPT2:1", "my image:1", "x:é", "x:-1", "http://reg/x:1")
+        ],
+        ({"image": f"x:{'1' * 129}"}, "DeployConfig.image"),
         ({"namespace": "Mine"}, "DeployConfig.namespace"),
     ],
 )
@@ -24,6 +29,16 @@ def test_a_wrong_value_is_refused_with_its_name_and_the_rule(values, named):
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("image", ["gpt2:1", "host:5000/team/gpt2:1.2-rc", f"gpt2@sha256:{'0' * 64}"])
+IMAGES = [
+    "gpt2:1",
+    "host:5000/team/gpt2:1.2-rc",
+    "[fd00::1]:5000/gpt2:V_1",
+    "registry.example/a__b/c.d--e:1",
+    f"gpt2@sha256:{'0' * 64}",
+    f"localhost/gpt2:latest@sha256:{'0' * 64}",
+]
+
+
+@pytest.mark.parametrize("image", IMAGES)
 def test_an_image_has_a_tag_or_a_digest(image):
     assert DeployConfig(target="kubernetes", image=image).image == image

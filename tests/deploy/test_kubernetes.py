@@ -19,7 +19,7 @@ from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.deploy.conftest import LINEAGE, NEW, NEXT_LINEAGE, OLD, constant_response
-from tests.deploy.kube_api import TOKEN, Stored
+from tests.deploy.kube_api import TOKEN, Stored, _error
 from tests.helpers import build_bento, make_lineage
 
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
@@ -142,6 +142,51 @@ def test_a_version_that_does_not_become_ready_is_rolled_back_with_the_reason(api
     assert [part for part in [*parts, f"rolled back to {OLD}"] if part not in outcome.reason] == []
     assert api.image() == OLD
     assert api.running() == [OLD, OLD]
+
+
+CRASHED = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}}
+PROXY = {"name": "istio-proxy", "image": "istio:1", "state": CRASHED}
+INIT = {"name": "istio-init", "image": "istio:1", "state": CRASHED}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "parts"),
+    [
+        (
+            {"containerStatuses": [PROXY | {"lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}]},
+            ["container istio-proxy", "OOMKilled, exit code 137, memory limit 64Mi; raise the limit of this container"],
+        ),
+        (
+            {"containerStatuses": [PROXY | {"lastState": {"terminated": {"exitCode": 1, "reason": "Error"}}}]},
+            ["container istio-proxy", "its last log lines:\nlog of istio-proxy"],
+        ),
+        (
+            {"initContainerStatuses": [INIT | {"lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}]},
+            ["container istio-init", "memory limit of its node; raise the limit of this container"],
+        ),
+        (
+            {"initContainerStatuses": [INIT | {"lastState": {"terminated": {"exitCode": 2, "reason": "Error"}}}]},
+            ["container istio-init", "exit code 2", "log of istio-init"],
+        ),
+    ],
+)
+def test_a_crashing_container_that_was_injected_is_named(api, config, first, monkeypatch, statuses, parts):
+    api.pod_states[NEW] = "unready"
+    pod = api.pod
+
+    def injected(replica_set):
+        manifest = pod(replica_set)
+        if replica_set["image"] != NEW:
+            return manifest
+        proxy = {"name": "istio-proxy", "resources": {"limits": {"memory": "64Mi"}}}
+        containers = [*manifest["spec"]["containers"], proxy]
+        spec = manifest["spec"] | {"containers": containers, "initContainers": [{"name": "istio-init"}]}
+        return manifest | {"spec": spec, "status": manifest["status"] | statuses}
+
+    monkeypatch.setattr(api, "pod", injected)
+    reason = deploy_next(config).reason
+    assert [part for part in parts if part not in reason] == []
+    assert "deploy.memory" not in reason
 
 
 def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkeypatch):
@@ -476,6 +521,50 @@ def test_a_deployment_scaled_to_zero_is_refused(api, config, first):
     api.objects[DEPLOYMENT].set(("spec", "replicas"), 0, "kubectl")
     with pytest.raises(KubeError, match=r"scaled to 0 replicas; run `kubectl scale"):
         deploy_next(config)
+
+
+@pytest.mark.parametrize("action", [deploy_next, rollback])
+def test_a_deployment_of_another_tool_is_refused(api, config, first, action):
+    def renamed(field):
+        return tuple((("name", "web"),) if key == (("name", "gpt2-instruct"),) else key for key in field)
+
+    stored = api.objects[DEPLOYMENT]
+    stored.fields = {renamed(field): value for field, value in stored.fields.items()}
+    stored.fields[(*renamed(CONTAINER), "name")] = "web"
+    with pytest.raises(KubeError, match="has no container gpt2-instruct, only web: it was not made by this project"):
+        action(config)
+    assert api.objects[DEPLOYMENT] is stored
+
+
+@pytest.mark.parametrize("action", [deploy_next, rollback])
+def test_a_paused_deployment_is_refused(api, config, first, action):
+    deploy_next(config)
+    api.objects[DEPLOYMENT].set(("spec", "paused"), True, "kubectl-rollout")
+    with pytest.raises(KubeError, match="is paused; run `kubectl rollout resume deployment gpt2-instruct -n gpt2-inst"):
+        action(config)
+
+
+@pytest.mark.parametrize(
+    ("message", "parts"),
+    [
+        (
+            'deployments "gpt2-instruct" is forbidden: unable to create new content in namespace gpt2-instruct because '
+            "it is being terminated",
+            ["is being deleted; wait until it is gone, then run the same command again"],
+        ),
+        (
+            'admission webhook "validation.gatekeeper.sh" denied the request: [allowed-repos] container '
+            "<gpt2-instruct> has an invalid image repo",
+            ["refused by a policy of the cluster: admission webhook", "invalid image repo"],
+        ),
+    ],
+)
+def test_only_a_missing_permission_is_reported_as_one(api, config, message, parts, monkeypatch):
+    monkeypatch.setattr(api, "apply", lambda *_: _error(403, "Forbidden", message))
+    with pytest.raises(KubeError) as error:
+        deploy(config)
+    assert [part for part in parts if part not in str(error.value)] == []
+    assert "permission" not in str(error.value)
 
 
 def test_all_missing_permissions_are_named_before_anything_changes(api, config):

@@ -163,10 +163,22 @@ def test_the_adapters_patch_mounts_the_volume_that_the_service_follows(deploymen
     assert writer["metadata"]["labels"].items().isdisjoint(POD_LABELS.items())  # the Service selects no pod to fill it
 
 
-def test_the_nightly_job_drops_corrections_longer_than_the_context():
+@pytest.fixture
+def nightly_command():
     [_, job] = OPTIONAL["retrain"]
     [container] = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    script = container["command"][-1].replace("\\\n", "")
+    return container["command"]
+
+
+def test_the_nightly_job_ends_well_before_the_first_traffic(nightly_command, tmp_path):
+    paths = {"LOGS": tmp_path / "none", "ZENML_REPOSITORY_PATH": tmp_path}
+    environment = {name: str(path) for name, path in paths.items()} | {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(nightly_command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "there are no request logs yet\n")
+
+
+def test_the_nightly_job_drops_corrections_longer_than_the_context(nightly_command):
+    script = nightly_command[-1].replace("\\\n", "")
     [finetune] = [line for line in script.splitlines() if "run.py finetune" in line]
     assert "--set data.too_long=drop" in finetune
 
@@ -281,8 +293,10 @@ def test_the_network_policy_allows_the_container_port_in_and_nothing_out(contain
 def test_the_gateway_route_exposes_what_the_ingress_exposes():
     [route], [ingress] = OPTIONAL["httproute"], OPTIONAL["ingress"]
     [rule] = route["spec"]["rules"]
-    paths = [path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]]
-    assert [match["path"] for match in rule["matches"]] == [{"type": "Exact", "value": path} for path in paths]
+    types = {"Exact": "Exact", "Prefix": "PathPrefix"}
+    paths = ingress["spec"]["rules"][0]["http"]["paths"]
+    wanted = [{"type": types[path["pathType"]], "value": path["path"]} for path in paths]
+    assert [match["path"] for match in rule["matches"]] == wanted
     [port] = MANIFESTS["40-service.yaml"]["spec"]["ports"]
     assert rule["backendRefs"] == [{"name": bento.NAME, "port": port["port"]}]
     assert int(rule["timeouts"]["request"].removesuffix("s")) > DEADLINE
@@ -304,10 +318,14 @@ def test_ingress_and_service_monitor_select_the_service_port_by_name():
 
 def test_the_ingress_exposes_routes_of_the_service_only():
     [ingress] = OPTIONAL["ingress"]
-    paths = [path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"]]
-    assert {path["pathType"] for path in ingress["spec"]["rules"][0]["http"]["paths"]} == {"Exact"}
-    assert paths
-    assert set(paths) - ROUTES == set()
+    exact, prefix = (
+        {path["path"] for path in ingress["spec"]["rules"][0]["http"]["paths"] if path["pathType"] == kind}
+        for kind in ("Exact", "Prefix")
+    )
+    assert exact - ROUTES == {"/docs.json"}  # BentoML's; the page links it
+    assert {"/", "/predict", "/feedback", "/v1/chat/completions"} <= exact
+    assert prefix == {"/v1/models"}
+    assert {route for route in ROUTES if route.startswith("/v1/models")} == {"/v1/models", "/v1/models/{model}"}
 
 
 def test_the_role_binding_binds_the_role_to_its_service_account():
