@@ -1,4 +1,4 @@
-"""Images of the service and of pipeline steps: built from their Dockerfiles, looked up, each with its SBOM."""
+"""Builds and looks up the images of the service and of pipeline steps. Each image has an SBOM."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ STEPS_FILES = (
 BUILD_ARGS = ("BASE_IMAGE", "BUILD_IMAGE", "TORCH_INDEX")
 BUILD_NETWORK = "BUILD_NETWORK"
 BUILD_TIMEOUT = 1800  # seconds without a byte from the engine; it is silent while pip installs
-LOG_LINES = 40  # of a failed build, in its error
+LOG_LINES = 40  # lines of a failed build's log in its error
 SBOM = "/opt/venv/sbom.cdx.json"  # in both images
 
 
@@ -46,10 +46,10 @@ class Image:
 
 
 def service_image(tag: str) -> Image:
-    """The image of a Bento, built if the engine does not have it.
+    """Return the image of a Bento. Builds it if the engine does not have it.
 
     Raises:
-        EngineError, BentoError: as `build_service`.
+        EngineError, BentoError: see `build_service`.
     """
     with connect(BUILD_TIMEOUT) as client:
         try:
@@ -59,10 +59,10 @@ def service_image(tag: str) -> Image:
 
 
 def build_service(tag: str) -> Image:
-    """Build the image of a Bento; its name and tag are the Bento's, and it is tagged `latest` too.
+    """Build the image of a Bento, with the Bento's name and tag, and tag it `latest` too.
 
     Raises:
-        EngineError: the build failed; with the last lines of its log.
+        EngineError: the build failed. The message has the last lines of its log.
         BentoError: the store has no such Bento.
     """
     lineage = bento.lineage(tag)
@@ -80,10 +80,10 @@ def build_service(tag: str) -> Image:
 
 
 def pinned(reference: str) -> str:
-    """The reference with a registry's digest instead of a tag, where this machine's engine pushed or pulled the image.
+    """Replace the tag of an image reference by its registry digest, so that the tag cannot move to another image.
 
-    Returned unchanged without an engine or a digest, e.g. for an image that was loaded into a cluster's nodes without a
-    registry.
+    The local engine knows the digest if it pushed or pulled the image. Without an engine or a digest, for example if
+    the image was loaded into the cluster's nodes without a registry, the reference is returned unchanged.
     """
     if "@" in reference:
         return reference
@@ -97,10 +97,10 @@ def pinned(reference: str) -> str:
 
 
 def build_steps() -> Image:
-    """Build the image that pipeline steps run in, tagged with a digest of its sources, and `latest`.
+    """Build the image that pipeline steps run in. Its tags are a digest of its sources, and `latest`.
 
     Raises:
-        EngineError: the build failed; with the last lines of its log.
+        EngineError: the build failed. The message has the last lines of its log.
     """
     context, content = io.BytesIO(), hashlib.sha256()
     with tarfile.open(fileobj=context, mode="w") as archive:
@@ -149,7 +149,7 @@ def _build(context: BinaryIO, dockerfile: str, tag: str, labels: Mapping[str, st
 
 
 def _build_settings() -> str:
-    """The build settings of the environment, for an error message."""
+    """Return the build settings of the environment, for an error message."""
     settings = [f"{name}={os.environ[name]}" for name in (*BUILD_ARGS, BUILD_NETWORK) if name in os.environ]
     return " ".join(settings) or "BASE_IMAGE selects another base image, TORCH_INDEX another package index for torch"
 

@@ -38,10 +38,10 @@ Manifest = dict[str, Any]
 DEPLOYER = ROOT / "k8s" / "optional" / "deployer.yaml"  # its Role lists the permissions that a deployment needs
 FIELD_MANAGER = NAME
 KUBECTL = "kubectl-client-side-apply"  # the field manager of `kubectl apply`
-OWNERSHIP_ATTEMPTS = 5  # to remove it as an owner of fields, while controllers change the object
+OWNERSHIP_ATTEMPTS = 5  # attempts to remove kubectl as an owner of fields, while controllers change the object
 REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
 CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
-LOG_LINES = 20  # of a crashed container
+LOG_LINES = 20  # lines of a crashed container's log in the error
 PATHS = {
     "Namespace": "/api/v1/namespaces",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
@@ -66,7 +66,7 @@ class Cluster:
             4,
             connect=2,
             read=1,
-            other=0,  # an untrusted certificate
+            other=0,  # other errors, such as an untrusted certificate
             backoff_factor=0.5,
             status_forcelist=(429, 500, 502, 503, 504),
             allowed_methods=None,  # every method: apply and predict are safe to repeat
@@ -83,7 +83,7 @@ class Cluster:
         return self.connection.namespace
 
     def get(self, kind: str, name: str = NAME) -> Manifest | None:
-        """The object; None if it does not exist."""
+        """Return the object; None if it does not exist."""
         try:
             return self._call("GET", f"{self._path(kind)}/{name}")
         except NotFoundError:
@@ -93,8 +93,9 @@ class Cluster:
         """Server-side apply: set the manifest's fields and no others.
 
         Args:
-            force: take over fields that another manager owns, instead of failing with a conflict; and remove
-                `kubectl apply` as a co-owner of fields with equal values, which would conflict when they change.
+            force: take ownership of fields that another manager owns, instead of failing with a conflict. Also removes
+                kubectl's managed fields: otherwise `kubectl apply` would stay a co-owner of fields with equal values,
+                and they would conflict when they change.
         """
         path = f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}"
         query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower())]
@@ -106,7 +107,7 @@ class Cluster:
             try:
                 self._call("PATCH", path, patch, query[:1], "application/json-patch+json")
                 return
-            except ConflictError:  # a controller has written the status since
+            except ConflictError:  # a controller wrote the status after the apply
                 pass
         logger.warning("%s is still an owner of fields of %s: the object changed too often", KUBECTL, path)
 
@@ -114,7 +115,7 @@ class Cluster:
         self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
 
     def replica_sets(self, deployment: Manifest) -> list[Manifest]:
-        """The ReplicaSets of the Deployment, oldest revision first."""
+        """Return the ReplicaSets of the Deployment, oldest revision first."""
         uid = deployment["metadata"]["uid"]
         owned = [
             each
@@ -128,18 +129,18 @@ class Cluster:
         return self._list("Pod", f"pod-template-hash={replica_set['metadata']['labels']['pod-template-hash']}")
 
     def crash_log(self, pod: str) -> str:
-        """The last lines of the pod's previous container, the one that crashed."""
+        """Return the last log lines of the pod's previous container, which crashed."""
         query = [("container", NAME), ("previous", "true"), ("tailLines", str(LOG_LINES))]
         return str(self._call("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
 
     def predict(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The service's response to POST /predict, through the API server's proxy; {} unless it is a JSON object."""
+        """Send POST /predict through the API server's proxy; return the response, {} unless it is a JSON object."""
         path = f"{self._path('Service')}/{NAME}:http/proxy/predict"
         response = self._call("POST", path, dict(body), timeout=PREDICT_TIMEOUT, headers=api_key_header())
         return response if isinstance(response, dict) else {}
 
     def check_permissions(self) -> None:
-        """Raise KubeError naming every permission that a deployment needs and the credentials lack."""
+        """Raise KubeError if the credentials lack a permission that a deployment needs; it names all of them."""
         [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text()) if each["kind"] == "Role"]
         missing = [
             f"{verb} {resource}{f'.{group}' if group else ''}"
@@ -149,8 +150,8 @@ class Cluster:
         ]
         if missing:
             raise KubeError(
-                f"{self.connection.source} may not {', '.join(missing)} in {self}; have the Role of "
-                "k8s/optional/deployer.yaml bound to your user"
+                f"{self.connection.source} lacks permissions in {self}: {', '.join(missing)}; ask a cluster "
+                "administrator to apply k8s/optional/deployer.yaml and to bind its Role to your user"
             )
 
     def _is_allowed(self, group: str, resource: str, verb: str) -> bool:
@@ -201,7 +202,7 @@ class Cluster:
 
 
 def _disown_kubectl(applied: Manifest) -> list[Manifest]:
-    """The JSON patch that removes kubectl's managed fields, as client-go's csaupgrade does; [] if there are none."""
+    """Return the JSON patch that removes kubectl's managed fields, as client-go's csaupgrade does; [] without any."""
     metadata = applied["metadata"]
     entries = metadata.get("managedFields", [])
     others = [each for each in entries if each["manager"] != KUBECTL]
@@ -209,18 +210,23 @@ def _disown_kubectl(applied: Manifest) -> list[Manifest]:
         return []
     return [
         {"op": "replace", "path": "/metadata/managedFields", "value": others},
-        {"op": "replace", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},  # or a conflict
+        {
+            "op": "replace",
+            "path": "/metadata/resourceVersion",
+            "value": metadata["resourceVersion"],
+        },  # fail if it changed
     ]
 
 
 def revision(manifest: Manifest) -> int:
-    """The revision of a Deployment or ReplicaSet; 0 before the controller has set it."""
+    """Return the revision of a Deployment or ReplicaSet; 0 before the controller has set it."""
     return int(manifest["metadata"].get("annotations", {}).get(REVISION, 0))
 
 
 def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str]:
-    """The client configuration and the source of its credentials: the configured kubeconfig, $KUBECONFIG, the pod's
-    service account, or ~/.kube/config.
+    """Return the client configuration and the source of its credentials.
+
+    The source is the configured kubeconfig, $KUBECONFIG, the pod's service account, or ~/.kube/config.
 
     Raises:
         KubeError: there is no usable kubeconfig, or it does not have the configured context.
@@ -242,7 +248,7 @@ def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str
 
 
 def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
-    """Run one of the client's loaders. Its errors are not chained, since they may quote the file, which has secrets."""
+    """Run one of the client's loaders. Its errors are not chained: they may quote the file, which contains secrets."""
     try:
         load(*arguments, **options)
     except ConfigException as error:
@@ -252,7 +258,7 @@ def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
 
 
 def _contexts(files: str) -> list[str]:
-    """The names of the contexts in one or more kubeconfigs, separated as in $KUBECONFIG."""
+    """Return the names of the contexts in one or more kubeconfigs, whose paths are separated as in $KUBECONFIG."""
     names = []
     for file in filter(os.path.isfile, files.split(os.pathsep)):
         try:
