@@ -1,4 +1,4 @@
-"""Makes Ctrl-C and SIGTERM end a run, whatever the main thread is doing."""
+"""Makes Ctrl-C and SIGTERM end a run, even if Python ignores the first KeyboardInterrupt."""
 
 import signal
 import sys
@@ -9,16 +9,16 @@ from types import FrameType
 
 from pipelines.zenml_compat import INTERRUPTIONS
 
-SECONDS = 2.0  # until a lost interruption is repeated
+SECONDS = 2.0  # seconds until an interruption that was lost is repeated
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM and SIGINT, and again if it is lost.
+    """Context manager: raise KeyboardInterrupt on SIGTERM and SIGINT, and again if it is lost.
 
-    Python drops exceptions that a signal handler raises within a destructor or a weak reference's callback ("Exception
-    ignored in"), and the run would continue. Only the main thread can set a signal handler; in other threads this does
-    nothing.
+    Python ignores exceptions that a signal handler raises within a destructor or a weak reference's callback
+    ("Exception ignored in"), so the run would continue. Only the main thread can set a signal handler; in other threads
+    this does nothing.
     """
     ended = threading.Event()
 
@@ -27,7 +27,7 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def repeat(number: int) -> None:
-        # While an exception propagates, the steps' cleanup is running: it must not be interrupted.
+        # If an exception is already propagating, the steps' cleanup is running, and must not be interrupted.
         while not ended.wait(SECONDS):
             if not _is_interrupted(main):
                 signal.pthread_kill(main, number)

@@ -1,4 +1,4 @@
-"""The process of a run, recorded with the run, so that a later start recognizes runs whose process was killed."""
+"""Records the process of a run with the run, so that a later run can recognize runs whose process was killed."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ UNFINISHED = (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING)
 
 @dataclass(frozen=True)
 class Process(JsonDataclass):
-    """A process; its start time distinguishes it from a later one with the same id."""
+    """A process. The start time distinguishes it from a later process with the same id."""
 
     host: str
     pid: int
@@ -28,7 +28,7 @@ class Process(JsonDataclass):
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
     def has_ended(self) -> bool:
-        """Whether it is known to have ended; False for a process of another machine."""
+        """Whether the process has ended; False for a process of another machine, which is unknown."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -38,7 +38,7 @@ class Process(JsonDataclass):
 
 
 def fail_killed_runs(pipeline: str) -> None:
-    """Mark the pipeline's unfinished runs as failed whose process has ended."""
+    """Mark unfinished runs of the pipeline as failed if their process has ended."""
     for status in UNFINISHED:
         for run in Client().list_pipeline_runs(pipeline=pipeline, status=status, size=100, hydrate=True).items:
             recorded = run.config.extra.get("process")

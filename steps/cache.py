@@ -10,11 +10,11 @@ PACKAGES = ("gpt2core", "steps", "deploy", "bentos")
 
 
 def code_of(step_module: str, *others: str, folder: str | None = None) -> CachePolicy:
-    """A cache policy whose key covers the source files of the modules and all their transitive imports from this
-    repository.
+    """Return a cache policy whose key covers the source files of the modules, and of all modules of this repository
+    that they import directly or indirectly.
 
     Args:
-        folder: all its files are part of the key too.
+        folder: a directory whose files are part of the key too.
     """
     found: set[Path] = set()
     todo = [step_module, *others]
@@ -23,7 +23,9 @@ def code_of(step_module: str, *others: str, folder: str | None = None) -> CacheP
         if file is not None and file not in found:
             found.add(file)
             todo += _imports(file)
-    siblings = {file for module in found for file in module.parent.glob(f"{module.stem}.*")}  # a template, requirements
+    siblings = {
+        file for module in found for file in module.parent.glob(f"{module.stem}.*")
+    }  # such as a module's template
     whole = {file for file in (ROOT / folder).iterdir() if file.is_file()} if folder is not None else set()
     files = sorted(file.relative_to(ROOT).as_posix() for file in found | siblings | whole)
     return CachePolicy(file_dependencies=files)

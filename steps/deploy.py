@@ -48,7 +48,7 @@ def deploy(
 
 
 def rollback() -> Deployment:
-    """Roll back the newest deployment, on the target that it was made on.
+    """Roll back the newest deployment, on its target.
 
     Raises:
         DeployError: nothing was deployed, there is no earlier version, or that version does not start.
