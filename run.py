@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Finite(click.FloatRange):
-    """click.FloatRange accepts nan."""
+    """A click.FloatRange that rejects nan and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
@@ -31,15 +31,15 @@ class Finite(click.FloatRange):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Finetune GPT-2 on instruction data; evaluate, package, deploy and monitor the result."""
-    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():  # ZenML would color files and pipes, too
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():  # otherwise ZenML also colors output to files and pipes
         os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
 
 
 def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of the commands that run a pipeline.
+    """Return a decorator that adds the options of the commands that run a pipeline.
 
     Args:
-        default: the configuration, relative to the checkout.
+        default: path of the default configuration, relative to the checkout.
     """
     path = os.path.relpath(Path(__file__).parent / default)
 
@@ -60,7 +60,11 @@ def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., N
 @main.command()
 @run_options("configs/local.yaml")
 def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
-    """Split the data, prepare the base, finetune, evaluate, report, promote, package, deploy."""
+    """Run the whole pipeline.
+
+    Its steps: fetch and split the data, prepare the base, finetune, evaluate, compare, report, package, promote,
+    deploy, export outputs.
+    """
     run = _start("finetune_pipeline", config, values, no_cache)
     if run is not None:
         click.echo(f"{run.name}: {run.status.value}; results in outputs/latest")
@@ -214,7 +218,7 @@ def compare(names: tuple[str, ...]) -> None:
 @click.argument("name")
 @click.option("--key", type=Path, help="A public key (PEM, Ed25519): also require a signature by `run.py sign`.")
 def verify(name: str, key: Path | None) -> None:
-    """Verify NAME against all recorded digests, back to the data.
+    """Check the integrity of NAME: compare weights, code, lineage and records with their recorded sha256.
 
     NAME is a directory of outputs/, a Bento's tag, or a pod of the current context's namespace gpt2-instruct.
     """
@@ -239,7 +243,7 @@ def sign(directory: Path, key: Path) -> None:
 
 @main.command()
 def rollback() -> None:
-    """Roll back the last deployment to the version before it."""
+    """Roll back the last deployment: serve the previous version again."""
     from steps.deploy import rollback as roll_back
 
     with _one_line():
@@ -278,10 +282,14 @@ def canary(
     max_failures: float,
     max_slowdown: float,
 ) -> None:
-    """Send a share of a service's requests to another adapter; GPT2_ADMIN_TOKEN must be set.
+    """Manage a canary, an adapter that gets a share of a running service's requests. Requires GPT2_ADMIN_TOKEN.
 
-    start NAME starts the canary, or changes its share. promote sends all requests to it; abort sends none. decide
-    promotes or aborts if the completions so far are sufficient evidence, and otherwise does nothing.
+    \b
+    start NAME  start the canary NAME, or change its share
+    status      show the completions of both versions
+    promote     send all requests to the canary
+    abort       send no requests to the canary, and unload it
+    decide      promote or abort if the completions are sufficient evidence
     """
     if (action == "start") == (name is None):
         raise click.UsageError("start needs NAME, the name of the adapter; the other actions take none")
@@ -329,14 +337,14 @@ def image(which: str) -> None:
     The environment variables BASE_IMAGE, BUILD_IMAGE, TORCH_INDEX and BUILD_NETWORK configure the build.
     """
     from deploy.containers import images
-    from gpt2core.checkpoint import atomic_write
+    from gpt2core.files import atomic_write
     from steps.outputs import shared_path
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger(images.__name__).setLevel(logging.DEBUG)
     newest = shared_path("latest") / "bento.txt"
     if which == "service" and not newest.is_file():
-        raise click.ClickException("there is no Bento yet; make run builds one")
+        raise click.ClickException("there is no Bento yet; build one with: make run")
     with _one_line():
         built = images.build_steps() if which == "steps" else images.build_service(newest.read_text().strip())
     sbom = shared_path("images") / f"{built.reference.replace(':', '-')}.cdx.json"
@@ -357,18 +365,18 @@ def _start(name: str, config: str, values: tuple[str, ...], no_cache: bool) -> "
 
 @contextmanager
 def _one_line(*errors: type[Exception]) -> Iterator[None]:
-    """Report these errors, and wrong input or a damaged file, in one line."""
+    """Context manager: report these errors, and wrong input or a damaged file, in one line."""
     reported: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError, *errors)
     try:
         yield
-    except BrokenPipeError:  # `head` has read enough: click ends the command without a message
+    except BrokenPipeError:  # the reader, such as `head`, has ended: click ends the command without a message
         raise
     except reported as error:
         raise click.ClickException(str(error)) from None
 
 
 def _open_store() -> None:
-    """Open ZenML's store before steps are imported: that opens it too, but reports errors in hundreds of lines."""
+    """Open ZenML's store before importing steps, which opens it too, but reports errors in hundreds of lines."""
     from pipelines.zenml_compat import open_store
 
     with _one_line():
@@ -376,7 +384,7 @@ def _open_store() -> None:
 
 
 def _check_stages(*names: str) -> None:
-    """Check those of the names that are stages; ZenML is not loaded without one."""
+    """Check the names that are stages. Loads ZenML only if there is such a name."""
     stages = {"staging", "production"}.intersection(names)
     if not stages:
         return
@@ -389,7 +397,9 @@ def _check_stages(*names: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.raiseExceptions = False  # no traceback per log line if the log's reader has ended, as in `| head`
+    logging.raiseExceptions = (
+        False  # no traceback for each log line if the reader of the log, such as `head`, has ended
+    )
     try:
         main()
     except MemoryError:
