@@ -78,4 +78,4 @@ class Target(Protocol):
         """
 
     def describe(self) -> Version | None:
-        """The version that currently serves users; None if there is none."""
+        """Return the version that currently serves users; None if there is none."""

@@ -105,7 +105,7 @@ class DockerTarget:
             return group.outcome("rolled_back", previous, current)
 
     def describe(self) -> Version | None:
-        """The version that the proxy forwards requests to; None if nothing is deployed on the port."""
+        """Return the version that the proxy forwards requests to; None if nothing is deployed on the port."""
         with self._open() as group:
             return _version(group.current())
 
@@ -139,7 +139,7 @@ class _ServiceGroup:
             )
 
     def current(self) -> Container | None:
-        """The service that the proxy forwards requests to."""
+        """Return the service that the proxy forwards requests to; None if there is none."""
         proxy = self._get(self.name)
         if proxy is None:
             return None
