@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Finite(click.FloatRange):
-    """click.FloatRange accepts nan."""
+    """A click.FloatRange that rejects nan and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
@@ -40,10 +40,10 @@ def main() -> None:
 
 
 def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of the commands that run a pipeline.
+    """Return a decorator that adds the options of the commands that run a pipeline.
 
     Args:
-        default: the configuration, relative to the checkout.
+        default: path of the default configuration, relative to the checkout.
     """
     path = os.path.relpath(Path(__file__).parent / default)
 
@@ -222,7 +222,7 @@ def compare(names: tuple[str, ...]) -> None:
 @click.argument("name")
 @click.option("--key", type=Path, help="A public key (PEM, Ed25519): also require a signature by `run.py sign`.")
 def verify(name: str, key: Path | None) -> None:
-    """Verify NAME against all recorded digests, back to the data.
+    """Check the integrity of NAME: compare weights, code, lineage and records with their recorded sha256.
 
     NAME is a directory of outputs/, a Bento's tag, or a pod of the current context's namespace gpt2-instruct.
     """
@@ -287,10 +287,14 @@ def canary(
     max_failures: float,
     max_slowdown: float,
 ) -> None:
-    """Send a share of a service's requests to another adapter; GPT2_ADMIN_TOKEN must be set.
+    """Manage a canary, an adapter that gets a share of a running service's requests. Requires GPT2_ADMIN_TOKEN.
 
-    start NAME starts the canary, or changes its share. promote sends all requests to it; abort sends none. decide
-    promotes or aborts if the completions so far are sufficient evidence, and otherwise does nothing.
+    \b
+    start NAME  start the canary NAME, or change its share
+    status      show the completions of both versions
+    promote     send all requests to the canary
+    abort       send no requests to the canary, and unload it
+    decide      promote or abort if the completions are sufficient evidence
     """
     if (action == "start") == (name is None):
         raise click.UsageError("start needs NAME, the name of the adapter; the other actions take none")
@@ -338,14 +342,14 @@ def image(which: str) -> None:
     The environment variables BASE_IMAGE, BUILD_IMAGE, TORCH_INDEX and BUILD_NETWORK configure the build.
     """
     from deploy.containers import images
-    from gpt2core.checkpoint import atomic_write
+    from gpt2core.files import atomic_write
     from steps.outputs import shared_path
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger(images.__name__).setLevel(logging.DEBUG)
     newest = shared_path("latest") / "bento.txt"
     if which == "service" and not newest.is_file():
-        raise click.ClickException("there is no Bento yet; make run builds one")
+        raise click.ClickException("there is no Bento yet; build one with: make run")
     with _one_line():
         if which == "steps":
             built = images.build_steps()
@@ -369,18 +373,18 @@ def _start(name: str, config: str, values: tuple[str, ...], no_cache: bool) -> "
 
 @contextmanager
 def _one_line(*errors: type[Exception]) -> Iterator[None]:
-    """Report these errors, and wrong input or a damaged file, in one line."""
+    """Context manager: report these errors, and wrong input or a damaged file, in one line."""
     reported: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError, *errors)
     try:
         yield
-    except BrokenPipeError:  # `head` has read enough: click ends the command without a message
+    except BrokenPipeError:  # the reader, such as `head`, has ended: click ends the command without a message
         raise
     except reported as error:
         raise click.ClickException(str(error)) from None
 
 
 def _open_store() -> None:
-    """Open ZenML's store before steps are imported: that opens it too, but reports errors in hundreds of lines."""
+    """Open ZenML's store before importing steps, which opens it too, but reports errors in hundreds of lines."""
     from pipelines.zenml_compat import open_store
 
     with _one_line():
@@ -388,7 +392,7 @@ def _open_store() -> None:
 
 
 def _check_stages(*names: str) -> None:
-    """Check those of the names that are stages; ZenML is not loaded without one."""
+    """Check the names that are stages. Loads ZenML only if there is such a name."""
     stages = {"staging", "production"}.intersection(names)
     if not stages:
         return
@@ -401,7 +405,9 @@ def _check_stages(*names: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.raiseExceptions = False  # no traceback per log line if the log's reader has ended, as in `| head`
+    logging.raiseExceptions = (
+        False  # no traceback for each log line if the reader of the log, such as `head`, has ended
+    )
     try:
         main()
     except MemoryError:

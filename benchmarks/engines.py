@@ -16,7 +16,7 @@ PROMPT_BATCH = 512  # prompt tokens that llama.cpp computes at once, its default
 
 
 def find_version(package: str) -> str | None:
-    """The installed version; None if it is not installed."""
+    """Return the installed version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -24,8 +24,10 @@ def find_version(package: str) -> str | None:
 
 
 def make_gguf(base: Path, kind: str) -> Path:
-    """A file of the checkpoint `base`, which has its tokenizer, for llama.cpp. `kind`: q8_0, f16 or f32."""
-    from gpt2core.checkpoint import load_pretrained  # here, since a process that only runs llama.cpp needs no torch
+    """Write the checkpoint `base`, which includes its tokenizer, for llama.cpp. `kind`: q8_0, f16 or f32."""
+    from gpt2core.checkpoint import (
+        load_pretrained,
+    )  # imported here because a process that runs llama.cpp needs no torch
     from steps.adapters.gguf_file import write_gguf
 
     file = Path(mkdtemp()) / "model.gguf"
@@ -137,7 +139,7 @@ class OpenVino:
             kind: of the weights: int8, with the precisions that OpenVINO chooses for this processor, or all in f32.
         """
         directory = Path(mkdtemp()) / "model"
-        with patch.dict(os.environ, CI="true", NNCF_CI="1"):  # otherwise these packages send telemetry
+        with patch.dict(os.environ, CI="true", NNCF_CI="1"):  # keeps these packages from sending telemetry
             import openvino
             import openvino_genai
 
@@ -145,7 +147,7 @@ class OpenVino:
 
             write_openvino(base, directory, kind)
         self.api, self.tensor = openvino_genai, openvino.Tensor
-        # a pinned thread waits for other programs on its core
+        # not pinned: a pinned thread waits for other programs on its core
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": n_threads, "ENABLE_CPU_PINNING": False}
         if kind == "f32":
             options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

@@ -51,18 +51,18 @@ from gpt2core.train import TrainResult, finetune
 ROOT = Path(__file__).resolve().parent.parent
 # public instruction records and GPT-2's tokenizer, in the checkout or next to it
 SHARED = next((d for d in (ROOT / "shared/data", ROOT.parent / "shared/data") if d.is_dir()), ROOT)
-TOTAL_SECONDS = 470  # of all stages
+TOTAL_SECONDS = 470  # time limit of all stages together
 TAIL = 3000  # characters of a stage's output that are kept if it fails
-# Dense bf16 throughput by NVIDIA's data sheets, FLOP/s; the first that a device's name contains
+# Part of a device's name -> dense bf16 throughput in FLOP/s, from NVIDIA's data sheets; the first match counts
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
 PEAKS |= {"A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: the full sizes on a GPU, and the smallest ones for a dry run on a CPU."""
+    """The sizes to measure: full sizes on a GPU, the smallest sizes for a dry run on a CPU."""
 
-    train: tuple[str, ...] = ("gpt2-medium", "gpt2")  # the first one is that of mariovas3/llms, and has a peer
+    train: tuple[str, ...] = ("gpt2-medium", "gpt2")  # the first preset is that of mariovas3/llms, and has a peer
     decode: str = "gpt2"
     n_records: int | None = None  # None: all of the training split
     epochs: int = 48
@@ -77,7 +77,7 @@ DRY_RUN = Sizes(("gpt2-nano",), "gpt2-nano", 12, 2, 4, 1, (1, 4), 4, 2)
 
 
 class Stage:
-    """Runs in the child process: its sizes, its scratch directory, and the figures that it records."""
+    """A stage in its child process: sizes, scratch directory, and recorded figures."""
 
     def __init__(self, device: str, scratch: Path, file: Path) -> None:
         self.device, self.scratch, self._file = device, scratch, file
@@ -86,7 +86,7 @@ class Stage:
         self._figures: dict[str, Any] = {}
 
     def record(self, **figures: Any) -> None:
-        """Add figures. They are written immediately, so that a time limit does not lose them."""
+        """Add figures, and write them immediately, so that they are not lost at the time limit."""
         self._figures |= figures
         atomic_write(self._file, json.dumps(self._figures).encode())
 
@@ -106,14 +106,14 @@ class Stage:
             torch.cuda.empty_cache()
 
     def base(self, preset: str, make: Callable[[GPT2Config], GPT2] = random_model) -> Path:
-        """A checkpoint with random weights."""
+        """Return the directory of a checkpoint with random weights."""
         directory = self.scratch / f"{preset}-{make.__name__}"
         if not directory.is_dir():
             save_pretrained(make(GPT2Config.preset(preset)), directory)
         return directory
 
     def examples(self, preset: str) -> list[Example]:
-        """The training split of the public instruction records, or of the demo's if these are missing."""
+        """Return the training split of the public instruction records, or of the demo's if those are missing."""
         config, file = (
             GPT2Config.preset(preset),
             Path(os.environ.get("INSTRUCTION_DATA", SHARED / "instruction-data.json")),
@@ -121,7 +121,7 @@ class Stage:
         public = file.is_file() and config.vocab_size >= GPT2Config().vocab_size
         tokenizer = _gpt2_tokenizer() if public else None
         has_tokenizer = tokenizer is not None
-        # the demo's tokenizer is trained on the demo's texts: it only makes records longer
+        # the demo's tokenizer is trained on the demo's texts, so it only splits these records into more tokens
         tokenizer = tokenizer or make_tokenizer("gpt2-nano", 0, 18, self.scratch / "tokenizer")
         records = read_records(file) if public else write_records(make_world(0), 0)
         train = split_records(records, seed=0).train[: self.sizes.n_records]
@@ -141,17 +141,17 @@ class Stage:
 
 
 def _gpt2_tokenizer() -> Any:
-    """GPT-2's tokenizer; None if its files are not here. The environment may name a directory of other ones."""
+    """Load GPT-2's tokenizer; None if its files are missing. The environment may name another directory."""
     if (files := SHARED / "tiktoken").is_dir():
         os.environ["TIKTOKEN_CACHE_DIR"] = str(files)
     try:
         return load_tokenizer("gpt2")
-    except OSError:  # without a network
+    except OSError:  # the files are not cached, and there is no network
         return None
 
 
 def trainable_model(config: GPT2Config) -> GPT2:
-    """With GPT-2's own initialization, so that the loss falls."""
+    """Create a model with GPT-2's initialization, so that the loss falls."""
     return GPT2(config, torch.Generator().manual_seed(0))
 
 
@@ -222,9 +222,9 @@ def _train_peer(stage: Stage, preset: str) -> None:
     trainer = Trainer(stage.base(preset, trainable_model), torch.bfloat16, device=stage.device)
     data = sorted(stage.examples(preset), key=lambda example: len(example.input_ids))  # least padding
     data = data[-sizes.peer_steps * sizes.batch_size :]
-    # the longest records need most memory
+    # the longest records, which need most memory
     batch_size, _ = _largest(sizes.batch_size, lambda n: trainer.train(data[-n:], n))
-    trainer.train(data, batch_size)  # a first time, since memory is allocated for each new length
+    trainer.train(data, batch_size)  # warm-up, because memory is allocated for each new length
     rate = trainer.train(data, batch_size)
     figures = {"tokens_per_second": rate, "steps": sizes.peer_steps, "batch_size": batch_size}
     stage.record(**{f"{preset}.peer.{name}": value for name, value in figures.items()})
@@ -294,7 +294,7 @@ def adapters(stage: Stage) -> None:
 
 
 def profiling(stage: Stage) -> None:
-    """Time per kernel in training and decoding."""
+    """Measure the time per kernel in training and decoding."""
     sizes, preset = stage.sizes, stage.sizes.train[0]
     with stage.attempt("training"):
         base, examples = stage.base(preset, trainable_model), stage.examples(preset)
@@ -309,7 +309,7 @@ def profiling(stage: Stage) -> None:
 
 
 def launches(stage: Stage) -> None:
-    """Whether launching kernels limits a training step: forward and backward of one batch, also without that cost.
+    """Measure whether kernel launches limit a training step: forward and backward of a batch, with and without them.
 
     A CUDA graph launches all kernels at once, and compiling the blocks makes fewer of them.
     """
@@ -349,15 +349,15 @@ def _record_launches(stage: Stage, preset: str) -> None:
         with stage.attempt(f"{preset}.graph", required=False):
             record("graph", _graph_of(step, model), profiled=False)
     if preset == stage.sizes.train[-1]:  # the smallest, since compiling takes half a minute or more
-        with stage.attempt(f"{preset}.compiled", required=False):  # it needs Triton and a C compiler
-            model.zero_grad()  # whose memory is the graph's
+        with stage.attempt(f"{preset}.compiled", required=False):  # needs Triton and a C compiler
+            model.zero_grad()  # the gradients' memory belongs to the graph
             for block in model.h:
                 block.compile(backend="inductor" if on_gpu else "aot_eager", dynamic=True)
             record("compiled", step)
 
 
 def _launch_seconds(stage: Stage, step: Callable[[], object]) -> float:
-    """How long the host takes to launch one step; of many, it would wait for the queue of a GPU that is slower."""
+    """Measure the host's time to launch one step. With many steps, the host would wait for a slower GPU's queue."""
     stage.synchronize()
     start = perf_counter()
     step()
@@ -365,10 +365,10 @@ def _launch_seconds(stage: Stage, step: Callable[[], object]) -> float:
 
 
 def _graph_of(step: Callable[[], object], model: GPT2) -> Callable[[], None]:
-    """A function that repeats the step as a CUDA graph."""
+    """Return a function that repeats the step as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what libraries allocate at their first call must not be part of the graph
+    with torch.cuda.stream(stream):  # first calls of libraries allocate memory outside of the graph
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -388,7 +388,7 @@ STAGES: dict[str, tuple[float, Callable[[Stage], None] | None]] = {  # name -> (
 
 
 def _largest(n: int, work: Callable[[int], Any]) -> tuple[int, Any]:
-    """The largest of n, n / 2, ... for which `work` has enough memory, and its result."""
+    """Return the largest of n, n / 2, ... for which `work` has enough memory, and its result."""
     while True:
         try:
             return n, work(n)
@@ -416,20 +416,20 @@ def _peak(name: str) -> float | None:
 
 
 def _prompts(stage: Stage) -> Callable[[int, int], list[list[int]]]:
-    """A function (n, run) -> n prompts; each run has others."""
+    """Return a function (n, run) -> n prompts, which differ between runs."""
     examples = stage.examples(stage.sizes.decode)
     all_prompts = [list(example.input_ids[: example.prompt_length]) for example in examples]
     return lambda n, run: [all_prompts[(run * n + i) % len(all_prompts)] for i in range(n)]
 
 
 def _profile(stage: Stage, work: Callable[[], object]) -> dict[str, Any]:
-    """The most expensive kernels of a call (on a CPU: operators), after a call without the profiler."""
+    """Profile a call, after a call without the profiler; return the most expensive kernels (on a CPU: operators)."""
     work()
     on_gpu = stage.device == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
         seconds, _ = _timed(stage, work)
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    # an annotation, such as that of an optimizer's step, lasts as long as the kernels in it
+    # ignore annotations, such as the optimizer's step, whose time includes their kernels
     events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
     spent = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events]  # microseconds
     top = sorted(zip(spent, events, strict=True), key=lambda pair: -pair[0])[:15]
@@ -464,7 +464,7 @@ def main() -> None:
 
 
 def _run_stages(device: str, names: Sequence[str], out: Path) -> int:
-    """Run the stages; 0 if all of them are ok."""
+    """Run the stages; return 0 if all of them succeed."""
     out.parent.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
     result: dict[str, Any] = {
@@ -498,7 +498,7 @@ def _run_stages(device: str, names: Sequence[str], out: Path) -> int:
 
 
 def _run_stage(name: str, device: str, scratch: Path, limit: float) -> dict[str, Any]:
-    """The entry of a stage, run in a process of its own."""
+    """Run a stage in its own process; return its entry of the results."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--stage", name, "--scratch", str(scratch)]
     if name == "tests":
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]

@@ -40,9 +40,9 @@ from gpt2core.model import GPT2
 from gpt2core.train import finetune
 from gpt2core.types import BaseRef, Commit, Lineage, LineageMetrics, RunRef, TrainSummary
 
-BATCH_SIZE = 8  # of finetuning
+BATCH_SIZE = 8  # batch size of finetuning
 NANO_VOCABULARY = GPT2Config.preset("gpt2-nano").vocab_size
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # per weight
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes per weight
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Setting:
         return Side(Decoder, self.base, self.prompts(1, 0)[0])
 
     def prompts(self, n: int, run: int) -> list[list[int]]:
-        """`n` prompts, different ones in each run, so that a cache can reuse their shared prefix and nothing else."""
+        """Return `n` prompts that differ between runs, so that a cache can reuse only their shared prefix."""
         start = run * n
         picked = [self.examples[i % len(self.examples)] for i in range(start, start + n)]
         return [example.input_ids[: example.prompt_length] for example in picked]
@@ -292,7 +292,7 @@ def serve(setting: Setting) -> list[Row]:
         values = interleave(sides, setting.runs)
         name, note = "HTTP, 16 clients, vs. FastAPI", "peer: FastAPI with generate, one request at a time"
         rows.append(make_row(name, "tokens/s", values["ours"], values["peer"], setting.command, note=note))
-        # a string of any letters and spaces: every token is masked, and no completion ends before the limit
+        # any letters and spaces: a mask is computed for each token, and no completion ends before the limit
         masked = {"guided_regex": "[A-Za-z ]{1000}"}
         sides = {
             "ours": partial(_http_rate, clients, url, setting, 16, fields=masked),
@@ -339,11 +339,11 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
 
 
 def _first_tokens(engine: Side, setting: Setting, rate: float) -> list[Row]:
-    """Time to first token in ms: 64 requests at once, and 64 at random times, at 0.7 of the measured throughput."""
+    """Measure time to first token in ms: 64 requests at once, and 64 at random times at 0.7 of the throughput."""
     rows = []
     interval = setting.n_new / (0.7 * rate)
     arrivals = (("at once", 0.0), ("at random, 0.7 of the rate", interval))
-    for arrival, (name, mean) in enumerate(arrivals, start=1):  # from 1: earlier batches used the first prompts
+    for arrival, (name, mean) in enumerate(arrivals, start=1):  # from 1, because earlier batches used the first prompts
         cuts = [
             quantiles(engine.first_tokens(setting.prompts(64, arrival * setting.runs + run), setting.n_new, mean), n=20)
             for run in range(setting.runs)
@@ -395,7 +395,7 @@ def _engine_rate(engine: Side, setting: Setting, n: int, run: int) -> float:
 
 
 def _with_tokenizer(base: Path, setting: Setting) -> Path:
-    """The checkpoint with a tokenizer that has every id of its vocabulary."""
+    """Copy the checkpoint, and add a tokenizer that has every id of its vocabulary."""
     directory = base.with_name(f"{base.name}-with-tokenizer")
     copytree(base, directory)
     copytree(setting.directory / "tokenizer", directory, dirs_exist_ok=True)
@@ -409,7 +409,7 @@ def _peer_rate(peer: Side, setting: Setting, n: int, batch_size: int, run: int) 
 
 
 def _lineage(base: Path, adapter: Path) -> Lineage:
-    """A lineage for a Bento that no pipeline run built."""
+    """Return a lineage for a Bento that no pipeline run built."""
     scores = Scores(0.0, 0.0, 0.0, 1.0, 0.0)
     return Lineage(
         run=RunRef("benchmark", "benchmark"),

@@ -27,7 +27,7 @@ from gpt2core.train import finetune
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RUNS = 3  # after a warm-up run
+RUNS = 3  # number of measured runs, after a warm-up run
 N_NEW = 32
 SIZES = ("gpt2-nano", "gpt2", "gpt2-medium", "gpt2-large")
 TEMPLATE = Path(__file__).parent / "growth.md.j2"
@@ -39,7 +39,7 @@ Point = tuple[Any, float]  # value of x, tokens/s
 @dataclass(frozen=True)
 class Curve:
     name: str
-    x: str  # the label of the horizontal axis
+    x: str  # label of the horizontal axis
     points: list[Point]
 
 
@@ -67,7 +67,7 @@ class Trainer:
 )
 @click.option("--out", default=ROOT, type=click.Path(path_type=Path))
 def main(preset: str, sizes: str, largest: int, most: int, out: Path) -> None:
-    """Measure; write benchmarks/results/growth.json, docs/growth.md and its plot, anew after each curve."""
+    """Measure. After each curve, write benchmarks/results/growth.json, docs/growth.md and its plot."""
     about: dict[str, Any] = machine()
     curves: list[Curve] = []
     with watch_machine(about) as record_share, TemporaryDirectory() as scratch:
@@ -78,7 +78,7 @@ def main(preset: str, sizes: str, largest: int, most: int, out: Path) -> None:
 
 
 def write(out: Path, preset: str, about: dict[str, Any], curves: Sequence[Curve]) -> None:
-    """The results, the page and its plot, of the curves measured so far."""
+    """Write results, page and plot of the curves that were measured so far."""
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": preset,
@@ -141,7 +141,7 @@ def measure(scratch: Path, preset: str, sizes: Sequence[str], largest: int, most
 
 
 def _curve(name: str, x: str, points: Iterable[Point]) -> Curve:
-    """The curve of these points, each printed as soon as it is measured."""
+    """Measure the points of a curve. Prints each point as soon as it is measured."""
     measured = []
     for value, rate in points:
         click.echo(f"{name}; {x} {value}: {rate:,.0f} tokens/s")
@@ -156,7 +156,7 @@ def _engine(base: Path, max_batch: int, adapters: Sequence[Path] = ()) -> Iterat
 
 
 def _decoding(ours: Side, n: int, prompt: int = 64, n_adapters: int = 0) -> float:
-    """Throughput in tokens/s of n requests whose prompts share no prefix; prompt processing is not counted."""
+    """Measure the decoding throughput in tokens/s of n requests whose prompts share no prefix."""
 
     def rate(run: int) -> float:
         prompts = [[(run * n + i) % 1000 + 1, *[(31 * t + i) % 2000 for t in range(prompt - 1)]] for i in range(n)]
@@ -172,7 +172,7 @@ def _median(rate: Any, *arguments: Any) -> float:
 
 
 def draw(curves: Sequence[Curve], file: Path) -> None:
-    """One panel per varied quantity, for finetuning and for decoding."""
+    """Plot one panel per varied quantity, for finetuning and for decoding."""
     panels: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         panels.setdefault((curve.name.partition(",")[0], curve.x), []).append(curve)

@@ -28,15 +28,15 @@ class Row:
     ours: float
     peer: float | None
     runs: int
-    spread: float  # of ours: (largest - smallest) / median
+    spread: float  # spread of our values: (largest - smallest) / median
     command: str
-    limit: float | None = None  # of the machine (or a target), in the row's unit
+    limit: float | None = None  # limit of the machine, or a target, in the row's unit
     less_is_better: bool = False
     note: str = ""
 
     @property
     def ratio(self) -> float | None:
-        """The factor by which our side is better, whether less or more is better."""
+        """Return the factor by which our side is better. Takes into account whether less or more is better."""
         if not self.peer or not self.ours:
             return None
         return self.peer / self.ours if self.less_is_better else self.ours / self.peer
@@ -47,7 +47,7 @@ class Row:
 
 
 def interleave(sides: Mapping[str, Callable[[int], float]], runs: int) -> dict[str, list[float]]:
-    """The results of each side, run alternately (A B A B). Run 0 is a warm-up; sides receive the run number."""
+    """Run the sides alternately (A B A B); return their results. Run 0 is a warm-up. Sides get the run number."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(runs + 1):
         for name, side in sides.items():
@@ -88,14 +88,14 @@ def best_seconds(work: Callable[[], object], times: int = 5) -> float:
 
 
 def read_bandwidth(n_bytes: int = 2**30) -> float:
-    """Memory read bandwidth of this machine in bytes/s, with torch's threads."""
+    """Measure the memory read bandwidth of this machine in bytes/s, with torch's threads."""
     values = torch.ones(n_bytes // 4)
     return n_bytes / best_seconds(values.sum)
 
 
 @torch.inference_mode()
 def matmul_rate(dtype: torch.dtype, n: int = 1024) -> float:
-    """FLOP/s of a square matrix product with the fastest kernel available."""
+    """Measure the FLOP/s of a square matrix product with the fastest available kernel."""
     a = torch.randn(n, n).to(dtype)
     return 2 * n**3 / best_seconds(lambda: linear(a, a))
 
@@ -119,7 +119,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def watch_machine(about: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    """Record the load before, and the share of the cores that other processes used during the block.
+    """Context manager: record the load before the block, and the share of cores that other processes use during it.
 
     The yielded function records the share until now.
     """

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Imported by the functions, so that no side loads the libraries of another.
+# The functions import what they need, so that no side loads the libraries of another side.
 
 BATCH_SIZE, STEPS = 8, 2
 N_REQUESTS, N_NEW = 16, 32
 
 
 def finetuning(directory: Path, length: int) -> int:
-    """Peak of finetuning a checkpoint on records of that length."""
+    """Measure peak memory of finetuning a checkpoint on records of this length."""
     import torch
 
     from gpt2core.checkpoint import load_pretrained
@@ -42,7 +42,7 @@ def finetuning_with_peft(directory: Path, length: int) -> int:
 
 
 def serving(directory: Path, length: int) -> int:
-    """Of the engine after it has decoded requests together, with prompts of half that length."""
+    """Measure memory of the engine after it has decoded requests together, with prompts of half this length."""
     from benchmarks.sides import Ours
 
     engine = Ours(directory)

@@ -36,14 +36,14 @@ def with_random_adapter(model: GPT2, seed: int) -> GPT2:
 
 
 def random_adapter(model: GPT2, directory: Path, seed: int) -> Path:
-    """Save a random adapter for models of this shape; the model is unchanged."""
+    """Save a random adapter for models of this shape. The model is unchanged."""
     save_adapter(with_random_adapter(model, seed), directory)
     remove_lora(model)
     return directory
 
 
 def matrix_weights(model: GPT2) -> int:
-    """Number of weights that each token is multiplied with: the matrices of the blocks and of the head."""
+    """Count the weights that each token is multiplied with: the matrices of the blocks and of the head."""
     blocks = sum(
         w.numel() for n, w in model.named_parameters() if n.startswith("h.") and "lora_" not in n and w.dim() == 2
     )

@@ -1,4 +1,4 @@
-"""A checkpoint as OpenVINO's stateful model, which keeps keys and values between calls.
+"""Converts a checkpoint to OpenVINO's stateful model, which keeps keys and values between calls.
 
 Inputs, states and size are those of `optimum-cli export openvino`; optimum-intel itself needs an older transformers.
 """
@@ -33,11 +33,11 @@ def write_openvino(base: Path, directory: Path, kind: str) -> None:
     _make_stateful(converted, model.config)
     if kind == "int8":
         nncf.set_log_level(ERROR)
-        with redirect_stdout(StringIO()):  # a progress bar
+        with redirect_stdout(StringIO()):  # hides a progress bar
             converted = nncf.compress_weights(converted)
     directory.mkdir()
     ov.save_model(converted, directory / "openvino_model.xml", compress_to_fp16=False)
-    # OpenVINO refuses null as the end of a text, which the benchmark ignores anyway
+    # OpenVINO rejects null as end of text, which the benchmark ignores anyway
     described = {**read_json(base / "config.json"), "eos_token_id": 0}
     (directory / "config.json").write_bytes(json_bytes(described))
 
@@ -82,7 +82,7 @@ class _Cache:
 
 
 def _example(config: GPT2Config) -> dict[str, object]:
-    """Arguments to trace the model with: 2 new tokens after 3 cached ones."""
+    """Build arguments to trace the model with: 2 new tokens after 3 cached tokens."""
     past = torch.zeros(1, config.n_head, 3, config.head_width)
     return {
         "input_ids": torch.zeros(1, 2, dtype=torch.long),

@@ -28,7 +28,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, prompts: Sequence[Sequence[int]], n_new: int) -> list[list[int]]:
-        """New tokens per prompt; all prompts form one batch, padded on the left."""
+        """Generate new tokens for each prompt. All prompts form one batch, padded on the left."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -92,7 +92,7 @@ class Trainer:
 
 
 def best_trainer(directory: Path, precision: str, examples: Sequence[Example], batch_size: int) -> Trainer:
-    """For bf16, the faster of a bf16 base and autocast, measured on one batch each."""
+    """Choose for bf16 the faster of a bf16 base and autocast, measured on one batch each."""
     if precision == "fp32":
         return Trainer(directory, torch.float32)
     tried = []
@@ -104,7 +104,7 @@ def best_trainer(directory: Path, precision: str, examples: Sequence[Example], b
 
 
 def _batches(examples: Sequence[Example], batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Padded on the right to the longest record; labels are the tokens of the response."""
+    """Build a batch, padded on the right to the longest record. The labels are the tokens of the response."""
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         longest = max(len(example.input_ids) for example in part)

@@ -34,7 +34,7 @@ print(json.dumps({name: (step.end_time - step.start_time).total_seconds() for na
 
 
 def run_cold(config: str, home: Path) -> tuple[float, float, Path]:
-    """Run the pipeline in an empty home directory; returns its seconds, those of the steps in WORK, and its outputs."""
+    """Run the pipeline in an empty home directory; return its seconds, those of the steps in WORK, and its outputs."""
     home.mkdir()
     names = ("PATH", "LANG", "TMPDIR", "INSTRUCTION_DATA", "TIKTOKEN_CACHE_DIR")
     environment = {name: os.environ[name] for name in names if name in os.environ}

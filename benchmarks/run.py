@@ -64,7 +64,7 @@ def main(
 
 
 def render_table(rows: Any) -> str:
-    """The rows as a Markdown table that is also readable in a terminal."""
+    """Format the rows as a Markdown table that is also readable in a terminal."""
     head = ["name", "ours", "peer", "ratio", "unit", "limit", "share of limit", "spread"]
     cells = [
         [

@@ -57,7 +57,7 @@ class Clients:
 
 
 class PlainServer:
-    """FastAPI with `generate`, one request at a time: faster than several threads that compete for the cores."""
+    """A FastAPI server with `generate`. One request at a time is faster than threads that compete for the cores."""
 
     def __init__(self, base: Path, prompt: Sequence[int]) -> None:
         app = FastAPI()
@@ -74,7 +74,7 @@ class PlainServer:
 
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
 
-        def run() -> None:  # model and server in one thread
+        def run() -> None:  # model and server run in one thread
             decoders.append(Decoder(base, prompt))
             server.run()
 

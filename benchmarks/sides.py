@@ -78,7 +78,7 @@ class Ours:
     def __init__(
         self, base: Path, weights: Weights = "auto", max_batch: int = 16, adapters: Sequence[Path] = ()
     ) -> None:
-        """`adapters` are loaded as "0", "1", …"""
+        """The adapters are loaded under the names "0", "1", …"""
         self.engine = Engine(load_pretrained(base, device=best_device(), mapped=True), max_batch, weights)
         for i, directory in enumerate(adapters):
             self.engine.load_adapter(str(i), directory)
@@ -136,7 +136,7 @@ class Ours:
     def first_tokens(
         self, prompts: Sequence[Sequence[int]], n_new: int, interval: float = 0.0, n_adapters: int = 0
     ) -> list[float]:
-        """Time to first token of each request, in ms; they arrive at random, on average `interval` seconds apart."""
+        """Measure time to first token in ms. Requests arrive at random, on average `interval` seconds apart."""
         random, config = Random(0), GenerationConfig(max_new_tokens=n_new)
         requests = []
         for prompt in prompts:
@@ -147,7 +147,7 @@ class Ours:
         return [1e3 * (r.first_token_at - r.submitted_at) for r in requests if r.first_token_at is not None]
 
     def load(self, directory: Path, prompt: Sequence[int]) -> tuple[float, float]:
-        """Milliseconds until an adapter is loaded, and until it has generated its first token."""
+        """Measure the milliseconds until an adapter is loaded, and until it has generated its first token."""
         start = perf_counter()
         self.engine.load_adapter("new", directory)
         loaded = perf_counter()

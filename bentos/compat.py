@@ -30,7 +30,7 @@ from bentos.errors import STATUS, error_content
 from bentos.limits import DEADLINE, HEAD_TIMEOUT, KEEP_ALIVE, LAST_HANDSHAKES, MAX_HEAD
 
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
-SO_ATTACH_FILTER = 26  # of Linux; not in Python's socket module
+SO_ATTACH_FILTER = 26  # Linux constant that Python's socket module does not have
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
 
 

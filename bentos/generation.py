@@ -21,10 +21,10 @@ from bentos.request_log import RequestLog
 from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, ShadowStatus, Structure
 from bentos.shadow import Comparison, ShadowQueue
 from bentos.shared_adapters import MANIFEST, Manifest
-from gpt2core.checkpoint import directory_sha256, load_pretrained
+from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig, Weights
 from gpt2core.engine import Engine, EngineFull
-from gpt2core.files import list_files
+from gpt2core.files import directory_sha256, list_files
 from gpt2core.inference.detokenizer import IncrementalDetokenizer
 from gpt2core.inference.request import EngineClosed
 from gpt2core.metrics import exact_match, token_f1

@@ -163,12 +163,14 @@ class Usage(BaseModel):
 
 class AdapterVersion(BaseModel):
     name: str
-    sha256: str = Field(description="of its files, as in lineage.json")
+    sha256: str = Field(description="digest of its files, as in lineage.json")
 
 
 class PredictResponse(BaseModel):
     answer: str
-    finish_reason: Literal["stop", "length"] = Field(description="end of text or a stop string; or the token limit")
+    finish_reason: Literal["stop", "length"] = Field(
+        description="stop: end of text or a stop string; length: token limit"
+    )
     usage: Usage
     model: str = Field(description="the Bento's tag; /metadata describes its content")
     adapter: AdapterVersion | None = Field(description="null: the base model alone")
@@ -198,7 +200,7 @@ class UnloadAdapterRequest(StrictRequest):
 
 class CanaryRequest(StrictRequest):
     adapter: AdapterName
-    share: float = Field(ge=0, le=1, description="of the requests for the default model; 1: all of them")
+    share: float = Field(ge=0, le=1, description="share of the requests for the default model; 1: all requests")
     shadow: bool = Field(False, description="the canary only repeats requests; clients get the default model's answers")
 
 
@@ -211,8 +213,8 @@ class CanaryArm(BaseModel):
     adapter: AdapterVersion
     completed: int = 0
     failed: int = 0
-    mean_seconds: Annotated[float, Field(description="of completed ones, waiting included")] = 0.0
-    variance: Annotated[float, Field(description="of these durations, in seconds squared")] = 0.0
+    mean_seconds: Annotated[float, Field(description="mean duration of completed requests, queueing included")] = 0.0
+    variance: Annotated[float, Field(description="variance of these durations, in seconds squared")] = 0.0
 
 
 class ShadowStatus(BaseModel):
@@ -221,8 +223,8 @@ class ShadowStatus(BaseModel):
     compared: int = 0
     agreed: Annotated[int, Field(description="equal except for case, whitespace and a final period")] = 0
     mean_token_f1: float = 0.0
-    mean_logprob: Annotated[float, Field(description="of the canary's tokens, in nats, mean over its answers")] = 0.0
-    dropped: Annotated[int, Field(description="not answered again, because too many waited")] = 0
+    mean_logprob: Annotated[float, Field(description="of the canary's tokens, in nats; mean over its answers")] = 0.0
+    dropped: Annotated[int, Field(description="requests that the canary did not repeat, because too many waited")] = 0
 
 
 class CanaryStatus(BaseModel):

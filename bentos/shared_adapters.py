@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class SharedAdapter(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    path: str  # of the adapter's directory, relative to the manifest's directory
+    path: str  # path of the adapter's directory, relative to the manifest's directory
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 

@@ -25,7 +25,7 @@ class TunedModel:
     ) -> None:
         """
         Args:
-            run, adapter: as `open_run`.
+            run, adapter: see `open_run`.
             sampling: fields of `GenerationConfig`; None stands for the default.
 
         Raises:
@@ -53,7 +53,7 @@ class TunedModel:
         yield text.finish()
 
     def answer(self, records: list[Record]) -> Iterator[str]:
-        """Each record with its `answer`, as a line of JSON.
+        """Yield each record with its `answer`, as a line of JSON.
 
         Raises:
             ValueError: a record is too long for the context; raised before the first answer.
@@ -80,9 +80,9 @@ class TunedModel:
 
 
 def read_questions(file: str) -> list[Record]:
-    """Records that need no output.
+    """Read records, which need no output.
 
     Raises:
-        FileNotFoundError, ValueError: with the file and the record.
+        FileNotFoundError, ValueError: the file does not exist, or a record is not valid.
     """
     return read_records(file, REQUIRED)

@@ -1,4 +1,4 @@
-"""`python run.py canary`: start, observe and end a canary of a running service, over its admin API."""
+"""`python run.py canary`: start, observe and end a canary of a running service through its admin API."""
 
 import os
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ class Service:
     """The admin API of a service. Every method raises CanaryError."""
 
     def __init__(self, url: str) -> None:
-        """The token is GPT2_ADMIN_TOKEN of the environment."""
+        """Reads the token from the environment variable GPT2_ADMIN_TOKEN."""
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '').strip()}"}
 
     def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
-        """Load the adapter, unless path is "", and send it a share of the requests, or a copy of them."""
+        """Load the adapter unless `path` is "", and send it a share of the requests, or copies of them (`shadow`)."""
         if path:
             self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         return self._call("POST", "/v1/start_canary", {"adapter": name, "share": share, "shadow": shadow})
@@ -68,12 +68,14 @@ class Service:
 
 
 def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) -> tuple[Verdict, str]:
-    """Abort a canary that is significantly worse than allowed, promote one that is significantly not, else wait.
+    """Return "abort", "promote" or "wait", and the reason.
+
+    "abort": the canary is significantly worse than the limits allow. "promote": it is significantly within the limits.
 
     Args:
-        status: of GET /v1/canary.
+        status: the response of GET /v1/canary.
         max_failures: allowed increase of the share of failed completions.
-        max_slowdown: allowed increase of the mean duration, as a fraction of the stable version's.
+        max_slowdown: allowed increase of the mean duration, as a fraction of the stable version's mean.
     """
     if status["canary"] is None:
         raise CanaryError("there is no canary to decide about")
@@ -112,14 +114,14 @@ def describe(status: Mapping[str, Any]) -> str:
 
 
 def _failures(stable: Mapping[str, Any], new: Mapping[str, Any]) -> Interval:
-    """The difference of the shares of failed completions, by Newcombe's method."""
+    """Compute the interval of the difference in the share of failed completions, by Newcombe's method."""
     counts = [(arm["failed"], arm["completed"] + arm["failed"]) for arm in (new, stable)]
     low, high = confint_proportions_2indep(*counts[0], *counts[1], method="newcomb", compare="diff")
     return float(low), float(high)
 
 
 def _slowdown(stable: Mapping[str, Any], new: Mapping[str, Any]) -> Interval:
-    """The difference of the mean durations, as a share of the stable version's."""
+    """Compute the interval of the difference in the mean duration, as a share of the stable version's mean."""
     difference = new["mean_seconds"] - stable["mean_seconds"]
     error = Z * sqrt(sum(arm["variance"] / arm["completed"] for arm in (new, stable)))
     mean = stable["mean_seconds"]

@@ -20,7 +20,7 @@ class CompareError(ValueError):
 
 
 def compare(names: Sequence[str]) -> tuple[str, Path]:
-    """Compare runs: returns a table for the terminal, and the path of outputs/compare.html.
+    """Compare runs; return a table for the terminal, and the path of outputs/compare.html.
 
     Args:
         names: two or more of: a run's name or id, latest, staging, production.
@@ -50,6 +50,9 @@ def _find(name: str) -> TracedRun:
     try:
         run = TracedRun(Client().get_pipeline_run(linked_run(name)))
     except KeyError:
+        if name in LINKS and not link.is_symlink():
+            hint = "`make run` starts a run" if name == "latest" else "no model has been promoted to this stage yet"
+            raise CompareError(f"{link} does not exist: {hint}") from None
         raise CompareError(f"there is no run {name!r}; `ls outputs` shows the names of finished runs") from None
     if "samples" not in run.artifacts:
         raise CompareError(f"the run {name} did not finish its evaluation")
@@ -84,7 +87,7 @@ def _key(sample: Sample) -> tuple[str, str, str]:
 
 
 def _table(compared: Compared) -> str:
-    """Plain text: differences of the configurations, then scores."""
+    """Format as plain text: differences of the configurations, then scores."""
     rows = [["", *(run.name for run in compared.runs)]]
     rows += [[key, *values] for key, values in compared.changed_values.items()]
     for name, metric in METRICS.items():

@@ -33,8 +33,8 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
         quantize: type of the matrices in a GGUF file: f32, f16 or q8_0.
 
     Raises:
-        FileNotFoundError, HubError, ValueError: as `open_run`, or the directory is not empty, or the format cannot
-            express the model.
+        FileNotFoundError, HubError, ValueError: see `open_run`.
+        ValueError: the directory is not empty, or the format cannot express the model.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty directory; choose a new one")

@@ -1,4 +1,4 @@
-"""The model of a finished run in outputs/, or a run with another adapter."""
+"""Opens the model of a finished run in outputs/, with the run's adapter or another one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ class FinishedRun:
     base_dir: Path
     base: BaseRef
     adapter: Path
-    directory: Path  # of outputs/
+    directory: Path  # the run's directory in outputs/
 
     def load(self, merge: bool, accept_other_base: bool = False) -> GPT2:
-        """The base with the adapter, merged into its weights or not.
+        """Load the base with the adapter. `merge`: merge the adapter into the base's weights.
 
         Raises:
-            FileNotFoundError, ValueError: as `load_pretrained` and `load_adapter`.
+            FileNotFoundError, ValueError: see `load_pretrained` and `load_adapter`.
         """
         model = load_pretrained(self.base_dir, device=best_device())
         load_adapter(model, self.adapter, self.base.sha256, accept_other_base)
@@ -34,7 +34,8 @@ class FinishedRun:
 
 
 def open_run(name: str, adapter: str | None = None) -> FinishedRun:
-    """
+    """Find the directories of a run's model. Downloads the base if it comes from the hub.
+
     Args:
         name: a directory of outputs/: a run's name, latest, staging or production.
         adapter: a directory with an adapter (this project's or PEFT's) to use instead of the run's.
@@ -42,11 +43,11 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
     Raises:
         FileNotFoundError: there is no such run or adapter.
         HubError: the base comes from the hub and cannot be downloaded.
-        ValueError: the base or the run's adapter is not the recorded one.
+        ValueError: the base or the run's adapter differs from its recorded sha256.
     """
     directory = outputs_dir() / name
     if not (directory / "adapter").is_dir():
-        raise FileNotFoundError(f"there is no finished run in {directory}; `make run` makes one")
+        raise FileNotFoundError(f"{directory} is not the directory of a finished run; `make run` starts a run")
     if adapter is not None and not Path(adapter).is_dir():
         raise FileNotFoundError(f"--adapter {adapter} is not a directory")
     reference = directory if (directory / REFERENCE).is_file() else directory / "base"
@@ -57,7 +58,7 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
 
 
 def _check_recorded(adapter: Path, lineage: Path) -> None:
-    """Reject an adapter that differs from the run's lineage: a changed alpha alters answers but not the weights."""
+    """Raise ValueError if the adapter differs from the run's lineage, for example by a changed alpha."""
     recorded = Lineage.from_json_file(lineage).adapter.sha256
     if (found := directory_sha256(adapter)) != recorded:
         raise ValueError(

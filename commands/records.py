@@ -1,4 +1,4 @@
-"""Corrections of users, from the service's request log, as instruction records for the next run."""
+"""Converts users' corrections in the service's request log to instruction records for the next run."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from steps.traffic import Traffic, completion_of, read_traffic
 class Collected:
     """The result of `collect`."""
 
-    records: int  # in the file
+    records: int  # number of records in the file
     changed: int  # number of new or changed records
-    problems: list[str]  # of unusable lines; each begins with its location in the log
+    problems: list[str]  # descriptions of unusable lines, each with its location in the log
 
 
 def collect(log: str | Path, out: Path) -> Collected:
@@ -34,7 +34,7 @@ def collect(log: str | Path, out: Path) -> Collected:
         raise ValueError(f"--out is {out}; it must end in .jsonl")
     traffic = read_traffic(log)
     found, problems = _corrections(traffic)
-    if not found and not out.exists():  # an existing file can be trained on without new corrections
+    if not found and not out.exists():  # without new corrections, an existing file is still usable
         reason = f"; {problems[0]}" if problems else ""
         raise ValueError(f"{log} has {len(traffic.feedback)} ratings, but no usable correction{reason}")
     records, changed = read_records(out) if out.exists() else [], 0
@@ -54,7 +54,7 @@ def collect(log: str | Path, out: Path) -> Collected:
 
 
 def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str]]:
-    """The newest correction of each question, and the problems of unusable lines."""
+    """Return the newest correction of each question, and descriptions of unusable lines."""
     prompts: dict[str, set[str | None]] = defaultdict(set)
     for completion in traffic.completions:
         prompts[completion.request_id].add(completion.prompt)
@@ -73,10 +73,10 @@ def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str
 
 
 def _question(feedback: LoggedFeedback, prompts: dict[str, set[str | None]]) -> tuple[str, str]:
-    """Instruction and input of the completion that the feedback is about.
+    """Return instruction and input of the completion that the feedback is about.
 
     Raises:
-        ValueError: they are not known.
+        ValueError: the log does not contain them.
     """
     given, name = feedback.request_id, completion_of(feedback, prompts)
     if name is None:

@@ -1,4 +1,4 @@
-"""Whether outputs/staging and outputs/production link to the model that is in the stage now."""
+"""Checks that outputs/staging and outputs/production link to the model that is in the stage now."""
 
 import logging
 
@@ -16,16 +16,17 @@ def linked_run(name: str) -> str:
 
 
 def check_stage_link(stage: str) -> None:
-    """Reject outputs/<stage> if another model is in the stage: the stage can be changed in ZenML, without a run.
+    """Raise ValueError if the stage contains another model than outputs/<stage>, because it was changed in ZenML.
 
-    Only warns if no model is in the stage, as on another machine than that of the runs.
+    If the ZenML store has no model in the stage, for example because outputs/ was copied from another machine, only a
+    warning is logged.
 
     Raises:
-        FileNotFoundError, ValueError: the lineage is missing or damaged, or naming both models.
+        FileNotFoundError, ValueError: the lineage is missing or damaged, or the stage contains another model.
     """
     link = outputs_dir() / stage
     if not link.is_dir():
-        return  # the command says so
+        return  # the command reports the missing directory
     lineage = Lineage.from_json_file(link / "lineage.json")
     model, run = lineage.model_version.partition("/")[0], link.resolve().name
     version = in_stage(model, stage)
@@ -34,7 +35,7 @@ def check_stage_link(stage: str) -> None:
         return
     adapter = version.get_artifact("adapter")
     found = "" if adapter is None else str(adapter.run_metadata.get("sha256", ""))
-    if found not in ("", lineage.adapter.sha256):  # "": the artifact was deleted
+    if found not in ("", lineage.adapter.sha256):  # "" if the artifact was deleted
         raise ValueError(
             f"{link} is the run {run} with the adapter {lineage.adapter.sha256[:12]}, but {version_name(version)} in "
             f"stage {stage} has the adapter {found[:12]}; repeat the run of {version_name(version)}, which corrects "

@@ -40,19 +40,19 @@ T = TypeVar("T", bound=JsonDataclass)
 
 
 class VerifyError(ValueError):
-    """A part differs from its recorded digest or signature, or is missing."""
+    """A part is missing, or differs from its recorded digest or signature."""
 
 
 def verify(name: str, key: Path | None = None, config: DeployConfig | None = None) -> list[str]:
-    """Compare all parts of NAME with the digests in its lineage; returns one line per check.
+    """Compare all parts of NAME with the digests in its lineage; return one line per check.
 
     Args:
-        name: a directory of outputs/ (or any with its files), a Bento's tag, or a pod.
-        key: a public key (PEM, Ed25519); the signature is required and checked.
+        name: a directory of outputs/ or a copy of one, a Bento's tag, or a pod.
+        key: a public key (PEM, Ed25519). If it is given, a valid signature is required.
         config: cluster and namespace of the pod.
 
     Raises:
-        VerifyError: naming what differs, with both digests.
+        VerifyError: a part differs. The message has both digests.
     """
     if Path(name).is_dir():
         return _verify_directory(Path(name), key)
@@ -137,7 +137,7 @@ def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
         pod = Cluster(config).get("Pod", name)
     except KubeError as error:
         raise VerifyError(
-            f"{name} is neither a directory nor a Bento's tag, and pods cannot be read: {error}"
+            f"{name!r} is not a directory or a Bento's tag (NAME:VERSION), and cannot be looked up as a pod: {error}"
         ) from None
     if pod is None:
         raise VerifyError(f"{name} is not a directory, a Bento's tag, or a pod in the namespace {config.namespace}")
@@ -145,7 +145,7 @@ def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
     tag = stated.get(f"{PREFIX}bento")
     if not tag:
         raise VerifyError(f"the pod {name} has no annotation {PREFIX}bento; this project's deployment sets it")
-    lines = _verify_bento(tag, key)  # the one in this machine's store, from which the pod's image was built
+    lines = _verify_bento(tag, key)  # the Bento in this machine's store, from which the pod's image was built
     for annotation, value in annotations(bento.lineage(tag)).items():
         lines.append(_same(f"annotation {annotation}", stated.get(annotation, ""), value))
     return lines
@@ -153,7 +153,7 @@ def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
 
 def _verify_records(lineage: Lineage) -> list[str]:
     """Compare the records in ZenML's artifact store with their digests."""
-    from zenml.client import Client  # seconds
+    from zenml.client import Client  # takes seconds to import
 
     from commands.lineage.runs import TracedRun
 
@@ -168,10 +168,10 @@ def _verify_records(lineage: Lineage) -> list[str]:
 
 
 def _signature_of(lineage: Lineage) -> Path:
-    """The newest signature in the directories of outputs/ with the Bento: cached reruns have it too.
+    """Find the newest signature in the directories of outputs/ with this Bento, which include cached reruns.
 
     Raises:
-        VerifyError: none of them is signed.
+        VerifyError: none of these directories is signed.
     """
     own = outputs_dir() / lineage.run.name
     stated = (
@@ -198,7 +198,7 @@ def _check_signature(file: Path, key: Path, lineage: Lineage) -> str:
     except InvalidSignature:
         raise VerifyError(f"{file} is not signed with the key of {key}, or was changed") from None
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise VerifyError(f"{file} is not a signature ({error}); `python run.py sign` makes one") from None
+        raise VerifyError(f"{file} is not a signature ({error}); `python run.py sign` creates one") from None
     if subjects != _subjects(lineage):
         raise VerifyError(f"{file} signs another lineage than that of Bento {lineage.bento}")
     return f"signature of the lineage: valid, by the key of {key}"
@@ -212,7 +212,7 @@ def _load_key(file: Path, load: Callable[..., Any], kind: type) -> Any:
         raise VerifyError(f"{file} cannot be used as a key: {error}") from None
     if not isinstance(key, kind):
         raise VerifyError(
-            f"{file} is not an {kind.__name__}; `openssl genpkey -algorithm ed25519 -out key.pem` makes one"
+            f"{file} is not an {kind.__name__}; `openssl genpkey -algorithm ed25519 -out key.pem` creates one"
         )
     return key
 
@@ -228,7 +228,7 @@ def _digest(lineage: Lineage) -> str:
 
 
 def _to_sign(payload: bytes) -> bytes:
-    """DSSE's pre-authentication encoding: type and payload with their lengths."""
+    """Return DSSE's pre-authentication encoding: type and payload with their lengths."""
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 

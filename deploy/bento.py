@@ -1,7 +1,7 @@
 """Bentos in BentoML's store: build, look up, export. `deploy/server.py` serves them.
 
-A child process builds each Bento from exact model tags: built in-process, BentoML 1.4 mixes up the models of two
-Bentos. The tags of Bentos and models are derived from their content, so equal content is stored once.
+A child process builds each Bento from model tags, because BentoML 1.4 mixes up the models of two Bentos that one
+process builds. The tags of Bentos and models are digests of their content, so equal content is stored once.
 """
 
 import errno
@@ -48,7 +48,7 @@ DAMAGED = (BentoError, ValueError, OSError, KeyError, TypeError, yaml.YAMLError)
 
 
 def describe_adapter(directory: Path) -> AdapterRef:
-    """The adapter's sha256 (over its files) and LoRA configuration."""
+    """Return the sha256 of the adapter's files, and its LoRA configuration."""
     lora = read_json(directory / ADAPTER_CONFIG)["lora"]
     return AdapterRef.from_json({"sha256": directory_sha256(directory), **lora})
 
@@ -62,7 +62,8 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
         readme: README.md of the Bento; "": BentoML's own.
 
     Raises:
-        BentoError: a directory does not have the sha256 in the lineage; or with the last lines of BentoML's log.
+        BentoError: a directory does not have the sha256 in the lineage, or the build failed; the message then has the
+            last lines of BentoML's log.
     """
     _verify_models(base_dir, adapter_dir, lineage)
     models = {
@@ -107,7 +108,7 @@ def exists(tag: str) -> bool:
 
 
 def is_intact(tag: str) -> bool:
-    """Whether the store holds the Bento and its models, and their content has the digests in their names."""
+    """Whether the store holds the Bento and its models, and the content of each has the digest in its name."""
     try:
         verify_version(tag)
         for directory in models(tag).values():
@@ -118,7 +119,7 @@ def is_intact(tag: str) -> bool:
 
 
 def lineage(tag: str) -> Lineage:
-    """The lineage that a Bento of the store was built with.
+    """Return the lineage that a Bento of the store was built with.
 
     Raises:
         BentoError: the store has no such Bento.
@@ -129,10 +130,11 @@ def lineage(tag: str) -> Lineage:
 
 
 def complete_lineage(file: Path) -> Lineage:
-    """The lineage in the file, which must contain nothing else: digests and signatures cover only its own keys.
+    """Read a lineage strictly: unknown or missing keys are an error, because digests and signatures do not cover them.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not exactly as this version writes it.
     """
     found, stated = Lineage.from_json_file(file), read_json(file)
     if stated != found.to_json():
@@ -145,7 +147,7 @@ def complete_lineage(file: Path) -> Lineage:
 
 
 def _different_key(stated: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    """The key, like run.name, of the first value in which they differ."""
+    """Return the dotted key, like run.name, of the first value in which the two mappings differ."""
     key = next(key for key in [*stated, *known] if (key in stated) != (key in known) or stated[key] != known[key])
     inner = stated.get(key, ""), known.get(key, "")
     return f"{key}.{_different_key(*inner)}" if all(isinstance(each, dict) for each in inner) else key
@@ -158,13 +160,15 @@ def models(tag: str) -> dict[str, Path]:
 
 
 def verify_version(tag: str) -> None:
-    """Raise BentoError unless a stored Bento's code, model tags and lineage have the digest in its tag.
+    """Verify the digest in a Bento's tag, which covers its code, model tags and lineage.
 
-    Also raises the other errors of DAMAGED if one of its files is missing or damaged.
+    Raises:
+        BentoError: they have another digest.
+        Other errors of DAMAGED: one of its files is missing or damaged.
     """
     source = _in_store("bentos", tag) / "src"
     stored = {name: f"{path.parent.name}:{path.name}" for name, path in models(tag).items()}
-    added = ("lineage.json", "bentofile.yaml")  # by `build`, by BentoML
+    added = ("lineage.json", "bentofile.yaml")  # files that `build` and BentoML add
     files = [file for file in list_files(source, exclude=added) if "__pycache__" not in file]
     code = directory_sha256(source, files)
     version = _version(code, stored, replace(complete_lineage(source / "lineage.json"), bento=""))
@@ -181,7 +185,7 @@ def export(tag: str, file: Path) -> None:
     """Write a Bento and its models as a tar archive; the file name must end in .tar.
 
     Raises:
-        BentoError: with the last lines of BentoML's log.
+        BentoError: the export failed; the message has the last lines of BentoML's log.
     """
     _run("export", tag, str(file.absolute()), cwd=file.absolute().parent)
 
@@ -221,11 +225,11 @@ def _verify_models(base_dir: Path, adapter_dir: Path, lineage: Lineage) -> None:
 
 
 def _store_model(name: str, directory: Path) -> str:
-    """Copy a directory into BentoML's model store unless it is there; return its tag, a digest of its content.
+    """Copy a directory into BentoML's model store unless the store has it; return its tag, a digest of its content.
 
-    A stored copy that is damaged is replaced.
+    A damaged stored copy is replaced.
     """
-    import bentoml  # takes a second, so not in cached runs
+    import bentoml  # takes 1 s to import; cached runs do not need it
 
     version = directory_sha256(directory)[:16]
     tag = f"{name}:{version}"
@@ -240,12 +244,12 @@ def _store_model(name: str, directory: Path) -> str:
         size = sum(file.stat().st_size for file in directory.rglob("*"))
         with naming_file(stored, size), bentoml.models.create(tag) as model:
             copytree(directory, model.path, dirs_exist_ok=True)
-        stored.chmod(0o755)  # with BentoML's 0700, a container's user could not read it
+        stored.chmod(0o755)  # BentoML creates it with 0700, which a container's user cannot read
     return tag
 
 
 def _verify_model(stored: Path) -> None:
-    """Raise ValueError unless the content of a directory of the model store has the digest in its name."""
+    """Raise ValueError if the content of a directory of the model store does not have the digest in its name."""
     verify_directory(stored, stored.name, list_files(stored, exclude=[MODEL_FILE]))
 
 

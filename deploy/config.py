@@ -19,15 +19,15 @@ class DeployConfig:
     """The deploy target: none, a container of this machine's engine, or a Kubernetes cluster."""
 
     target: Literal["none", "docker", "kubernetes"] = "none"
-    require_stage: Literal["", "staging", "production"] = ""  # of the model version; "": any
+    require_stage: Literal["", "staging", "production"] = ""  # stage that the model version must be in; "": any
     host: str = "127.0.0.1"  # docker: the address to listen on; 0.0.0.0 also accepts requests from other machines
     port: int = 3000  # docker: also names the deployment
-    memory: str = ""  # limit, above which the service is killed; "": 2g (docker), or as in k8s/ (kubernetes)
+    memory: str = ""  # memory limit of the service; "": 2g (docker), or as in k8s/ (kubernetes)
     image: str = ""  # kubernetes: the image that nodes pull, name:tag or name@sha256:…
     kubeconfig: str = ""  # kubernetes; "": $KUBECONFIG, the pod's service account, or ~/.kube/config
     context: str = ""  # kubernetes; "": the kubeconfig's current context
     namespace: str = "gpt2-instruct"  # kubernetes
-    force: bool = False  # kubernetes: take over fields that another field manager set
+    force: bool = False  # kubernetes: take ownership of fields that another field manager set
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -18,12 +18,13 @@ from gpt2core.types import Sample
 
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
 STOP_TIMEOUT = 20  # seconds for a graceful shutdown
-SUPERVISED = (sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")))  # the server ends with this process
+# The supervisor ends the server when this process ends.
+SUPERVISED = (sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")))
 PATH_VARIABLES = ("GPT2_ADAPTERS_DIR", "GPT2_REQUEST_LOG")  # settings of the service that name files
 
 
 def verify_bento(tag: str, samples: Sequence[Sample], max_new_tokens: int, device: str) -> list[str]:
-    """Serve the Bento in fp32 and compare its answers with those of the evaluated model; return them.
+    """Serve the Bento in fp32 and compare its answers with the evaluated model's answers; return the Bento's answers.
 
     Args:
         device: type of the device that `evaluate` generated on. Answers must be equal if both ran on a CPU.
@@ -32,7 +33,7 @@ def verify_bento(tag: str, samples: Sequence[Sample], max_new_tokens: int, devic
         VerificationError: the answers differ.
         BentoError: the server does not start.
     """
-    from gpt2core.model import best_device  # imports torch, which this module's other users do without
+    from gpt2core.model import best_device  # imports torch, which other users of this module do not need
 
     exact = device == best_device().type == "cpu"
     with serve(tag) as url:
@@ -41,13 +42,14 @@ def verify_bento(tag: str, samples: Sequence[Sample], max_new_tokens: int, devic
 
 @contextmanager
 def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
-    """Serve a Bento on a free port of this machine; yields its URL once it is ready.
+    """Context manager: serve a Bento on a free port of this machine. Yields its URL when it is ready.
 
     Args:
-        weights: format of the served weights. GPT2_WEIGHTS in the environment has no effect, since fp32 was evaluated.
+        weights: format of the served weights. GPT2_WEIGHTS in the environment has no effect, because `evaluate` used
+            fp32.
 
     Raises:
-        BentoError: the server ended or was not ready in time; with the last lines of its log.
+        BentoError: the server ended or was not ready in time. The message has the last lines of its log.
     """
     # Two servers must not share a BentoML home: each deletes the metrics of the other when it starts.
     with TemporaryDirectory() as home, TemporaryDirectory() as folder:
@@ -79,9 +81,9 @@ def serve(tag: str, weights: str = "fp32") -> Iterator[str]:
 
 
 def service_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that a deployed service gets: its settings (bentos/settings.py), with absolute paths.
+    """Return the variables that a deployed service gets: its settings (bentos/settings.py), with absolute paths.
 
-    Misspelled ones are among them, so that the service refuses to start.
+    Misspelled variables are included, so that the service refuses to start.
     """
     return {
         name: str(Path(value).absolute()) if name in PATH_VARIABLES else value
@@ -112,7 +114,7 @@ def _text(log: Path) -> str:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """Stop the server and its workers: gracefully, or else by closing the supervisor's pipe."""
+    """Stop the server and its workers gracefully; after `STOP_TIMEOUT`, kill them by closing the supervisor's pipe."""
     server.terminate()
     with suppress(subprocess.TimeoutExpired):
         server.wait(STOP_TIMEOUT)

@@ -60,7 +60,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """The output of a git command; "" without git or a checkout, as in a container."""
+    """Return the output of a git command; "" if there is no git or no checkout, as in a container."""
     try:
         command = ["git", "-C", str(ROOT), *arguments]  # the user's own git, found in PATH
         done = subprocess.run(  # noqa: S603 (no shell)

@@ -18,17 +18,17 @@ _KILLING = Lock()
 
 
 def main(command: list[str]) -> int:
-    """The exit code of the command; 128 + n where signal n ended it, as in a shell."""
+    """Run the command; return its exit code, or 128 + n if signal n ended it, as a shell does."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 (no shell)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     Thread(target=_kill_after_parent, daemon=True).start()
     code = child.wait()
-    with _KILLING:  # this thread's end would end the other one, with descendants still running
+    with _KILLING:  # wait: if this process ended now, the killing thread would stop and descendants would survive
         return code if code >= 0 else 128 - code
 
 
 def _kill_after_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # returns when the parent's end is closed
+    os.read(sys.stdin.fileno(), 1)  # returns when the parent's end of the pipe is closed
     with _KILLING:
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):

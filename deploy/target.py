@@ -1,4 +1,4 @@
-"""The protocol of deploy targets, and their outcome.
+"""The protocol of deploy targets, and the outcome of a deployment.
 
 To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it in `deploy/targets.py`.
 """
@@ -18,17 +18,17 @@ class DeployError(RuntimeError):
 class Version(JsonDataclass):
     """A deployed version of the service."""
 
-    bento: str  # tag; "" where it is unknown
+    bento: str  # tag; "" if it is unknown
     image: str
-    revision: int | None = None  # of the Kubernetes Deployment
+    revision: int | None = None  # revision of the Kubernetes Deployment
 
 
 @dataclass(frozen=True)
 class Deployment(JsonDataclass):
     """The outcome of a deployment or a rollback.
 
-    outcome: "none" (the Bento stays in the Bento store), "deployed", "unchanged" (it already ran), "rolled_back" (to
-        `previous`, or to nothing for a first deployment), or "failed" (and it could not be rolled back).
+    outcome: "none" (the Bento stays in the Bento store), "deployed", "unchanged" (the Bento already ran), "rolled_back"
+        (to `previous`, or to no version after a first deployment), or "failed" (the rollback failed too).
     """
 
     target: str
@@ -38,7 +38,7 @@ class Deployment(JsonDataclass):
     url: str = ""  # where users send requests, if the target knows it
     namespace: str = ""
     image: str = ""
-    image_id: str = ""  # the digest that runs
+    image_id: str = ""  # digest of the running image
     container: str = ""
     revision: int | None = None
     previous: Version | None = None
@@ -67,7 +67,7 @@ class Target(Protocol):
 
         Raises:
             DeployError: nothing was changed.
-            DeployInterrupted: it was interrupted; the outcome tells whether the previous version serves again.
+            DeployInterrupted: the deployment was interrupted. Its outcome says whether the previous version serves.
         """
 
     def rollback(self) -> Deployment:
@@ -78,4 +78,4 @@ class Target(Protocol):
         """
 
     def describe(self) -> Version | None:
-        """The version that currently serves users; None if there is none."""
+        """Return the version that currently serves users; None if there is none."""

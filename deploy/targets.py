@@ -5,9 +5,10 @@ from deploy.target import Target
 
 
 def open_target(config: DeployConfig) -> Target | None:
-    """The target that the configuration names; None for "none". The client libraries are imported for the chosen one.
+    """Return the target that the configuration names; None for "none".
 
-    Kubernetes needs docker's client too, which resolves the digest of the image.
+    Imports only the client libraries of that target. Kubernetes needs docker's client too, which resolves the digest of
+    the image.
     """
     if config.target == "docker":
         from deploy.containers.service import DockerTarget

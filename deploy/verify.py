@@ -11,8 +11,8 @@ import requests
 from deploy.target import DeployError
 from gpt2core.types import Sample
 
-# Required share of equal answers if the service has another weight format or device than `evaluate` had: int8, bf16 or
-# a GPU may resolve a near tie differently. Another model or adapter gives almost no equal answer.
+# Required share of equal answers if the service has another weight format or device than `evaluate` had: with int8,
+# bf16 or a GPU, another token can win a near tie. Another model or adapter gives almost no equal answers.
 MIN_AGREEMENT = 0.5
 RESPONSE_TIMEOUT = 120  # seconds
 
@@ -27,12 +27,12 @@ def verify_answers(
     """Request each sample's answer and compare it with `tuned`; return the answers.
 
     Args:
-        name: of the service, for the error.
+        name: name of the service, for the error.
         generate: (instruction, input) -> greedy answer of the service.
         exact: the service has the weight format and device type of `evaluate`, so all answers must be equal.
 
     Raises:
-        VerificationError: naming the first difference, the share of equal answers and the required share.
+        VerificationError: too few answers are equal.
     """
     answers = [generate(sample.instruction, sample.input) for sample in samples]
     pairs = zip(samples, answers, strict=True)
@@ -41,18 +41,18 @@ def verify_answers(
     if len(different) > (1 - required) * len(samples):
         sample, answer = different[0]
         raise VerificationError(
-            f"{name} answers {answer!r} to {sample.instruction!r} with input {sample.input!r}, but the evaluated model "
-            f"answered {sample.tuned!r}; {len(samples) - len(different)} of {len(samples)} answers are equal, but "
-            f"{required:.0%} are required"
+            f"{len(samples) - len(different)} of {len(samples)} answers of {name} equal those of the evaluated model, "
+            f"but {required:.0%} must; the first difference, for instruction {sample.instruction!r} and input "
+            f"{sample.input!r}: expected {sample.tuned!r}, got {answer!r}"
         )
     return answers
 
 
 def request_answer(url: str, instruction: str, input: str, max_new_tokens: int) -> str:
-    """The greedy answer of a running service.
+    """Request a greedy answer from a running service.
 
     Raises:
-        VerificationError: it responds with an error, or not at all.
+        VerificationError: the service responds with an error, or not at all.
     """
     body = {"instruction": instruction, "input": input, "max_new_tokens": max_new_tokens}
     try:
@@ -68,7 +68,7 @@ def request_answer(url: str, instruction: str, input: str, max_new_tokens: int) 
 
 
 def is_ready(url: str) -> bool:
-    """Whether a service of this machine answers /readyz with 200."""
+    """Whether a service on this machine responds to /readyz with a status below 400."""
     try:
         with direct_session() as session:
             return session.get(f"{url}/readyz", timeout=5).ok
@@ -77,13 +77,13 @@ def is_ready(url: str) -> bool:
 
 
 def direct_session() -> requests.Session:
-    """For servers of this machine, which the proxy of an exported HTTP_PROXY cannot reach."""
+    """Return a session that ignores HTTP_PROXY, because such a proxy cannot reach servers on this machine."""
     session = requests.Session()
     session.trust_env = False
     return session
 
 
 def api_key_header() -> dict[str, str]:
-    """The authentication header for $GPT2_API_TOKEN. Not Authorization, which the API server's proxy removes."""
+    """Return the authentication header for $GPT2_API_TOKEN. The API server's proxy would remove Authorization."""
     token = os.environ.get("GPT2_API_TOKEN", "").strip()
     return {"X-Api-Key": token} if token else {}

@@ -9,7 +9,7 @@ from steps.materializers import DirectoryMaterializer
 
 
 def is_intact(name: str, artifact: ArtifactVersionResponse) -> bool:
-    """Whether the store has the artifact as it was written; for a Bento, whether BentoML's store has it, too."""
+    """Whether the store has the artifact as it was written, and for a Bento, whether BentoML's store has it intact."""
     if name == "bento" and not bento.is_intact(str(artifact.run_metadata.get("tag"))):
         return False
     written = artifact.run_metadata.get("storage_size")
@@ -19,19 +19,19 @@ def is_intact(name: str, artifact: ArtifactVersionResponse) -> bool:
 
 
 def _content_hash(artifact: ArtifactVersionResponse) -> str | None:
-    """The digest of the stored artifact, as ZenML recorded it; "" if it cannot be read."""
+    """Compute the digest of the stored artifact in the way in which ZenML did; "" if it cannot be read."""
     materializer = source_utils.load(artifact.materializer)(uri=artifact.uri)
     try:
-        # a directory's digest is of its archive, which need not be unpacked
+        # the digest of a directory is that of its archive, so the archive is not unpacked
         value = None if isinstance(materializer, DirectoryMaterializer) else artifact.load()
         found: str | None = materializer.compute_content_hash(value)
-    except Exception:  # damaged bytes fail in any way in a decoder
+    except Exception:  # decoders raise various exceptions for damaged bytes
         return ""
     return found
 
 
 def _size(uri: str) -> int:
-    """Bytes of all files below the directory, like ZenML's `storage_size`; 0 if it does not exist."""
+    """Return the size of all files below the directory, like ZenML's `storage_size`; 0 if it does not exist."""
     if not fileio.exists(uri):
         return 0
     if not fileio.isdir(uri):

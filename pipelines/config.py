@@ -3,6 +3,7 @@
 ZenML ignores most misspelled keys. Here every key at every level is checked against the dataclasses and ZenML's models.
 """
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -20,15 +21,16 @@ from pipelines.errors import ConfigError, check_names
 from pipelines.platform_settings import KUBERNETES, SETTINGS, check_pod_settings, settings_class
 from pipelines.yaml_files import load_yaml
 
-# Set from `seed`, the source of all randomness of a run.
+# Keys that are set from `seed`, the source of all randomness of a run
 DERIVED = {"train.seed": "seed", "pretrain.seed": "seed", "base.pretrain.seed": "seed"}
 
 
 def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
-    """The run configuration in a YAML file, checked.
+    """Read and check the run configuration in a YAML file.
 
     Raises:
-        ConfigError: the file does not exist, is not valid YAML, or has an unknown key or a value that is not allowed.
+        ConfigError: the file does not exist, is not valid YAML, is for another pipeline, or has an unknown key or a
+            value that is not allowed.
     """
     file = Path(file)
     if file.is_dir():
@@ -40,8 +42,21 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
         config = load_yaml(file.read_text(encoding="utf-8")) or {}
     except ValueError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    _check_is_of(pipeline, config, str(file))
     check_config(config, str(file), pipeline)
     return config
+
+
+def _check_is_of(pipeline: Pipeline, config: Any, source: str) -> None:
+    """Raise ConfigError if only one of configuration and pipeline is for a sweep."""
+    parameters = (config.get("parameters") or {}) if isinstance(config, Mapping) else {}
+    is_sweep = isinstance(parameters, Mapping) and "sweep" in parameters
+    if is_sweep and pipeline.name != "sweep_pipeline":
+        raise ConfigError(
+            f"{source} configures a sweep (parameters.sweep); use `python run.py sweep --config {source}`"
+        )
+    if pipeline.name == "sweep_pipeline" and not is_sweep:
+        raise ConfigError(f"{source} has no parameters.sweep; configs/experiments/ has configurations of sweeps")
 
 
 def set_values(config: dict[str, Any], assignments: Sequence[str], pipeline: Pipeline) -> None:
@@ -55,7 +70,7 @@ def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
     """Raise ConfigError for the first error in the configuration.
 
     Args:
-        source: where the configuration comes from, for the message.
+        source: origin of the configuration, for the message.
     """
     names = list(signature(pipeline.entrypoint).parameters)
     if isinstance(config, Mapping):
@@ -80,10 +95,12 @@ def check_config(config: Any, source: str, pipeline: Pipeline) -> None:
 
 
 def _set_value(config: dict[str, Any], assignment: str) -> None:
-    """Set one value, which is read as YAML."""
+    """Set a value, which is parsed as YAML."""
     path, equals, text = assignment.partition("=")
     if not equals:
-        raise ConfigError(f"--set {assignment}: use the form --set key.subkey=value")
+        raise ConfigError(
+            f"--set {assignment}: the value is missing; use --set KEY=VALUE, like --set seed=1 or --set lora.rank=16"
+        )
     try:
         value = load_yaml(text)
     except ValueError as error:
@@ -100,7 +117,7 @@ def _set_value(config: dict[str, Any], assignment: str) -> None:
 
 
 def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
-    """Check recursively that the annotated type has every key of `value`."""
+    """Check recursively that every key of `value` is a field of the annotated type."""
     if path == "settings" or path.endswith(".settings"):
         _check_settings(value, path, source)
         return
@@ -118,7 +135,7 @@ def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
         if not isinstance(value, Mapping):
             if is_dataclass(annotation) or not path:
                 raise _no_mapping(value, path or "the file", source)
-            return  # a ZenML type with a short form
+            return  # the short form of a ZenML type
         check_names(value, list(types), path, source)
         for key, inner in value.items():
             full = f"{path}.{key}".removeprefix("parameters.")
@@ -137,7 +154,7 @@ def _no_mapping(value: Any, path: str, source: str) -> ConfigError:
 
 
 def _check_bool(value: Any, annotation: Any, path: str, source: str) -> None:
-    """Reject a bool for a number and vice versa, which pydantic would convert: `epochs: true` would be 1."""
+    """Reject a bool for a number and vice versa. pydantic would convert them: `epochs: true` would be 1."""
     if annotation is bool and isinstance(value, int) and not isinstance(value, bool):
         raise ConfigError(f"{source}: {path} is {_shorten(value)}; it must be true or false")
     if annotation is not bool and isinstance(value, bool):
@@ -145,7 +162,7 @@ def _check_bool(value: Any, annotation: Any, path: str, source: str) -> None:
 
 
 def _field_types(annotation: Any) -> dict[str, Any] | None:
-    """Field -> type of a dataclass or pydantic model; None for any other type."""
+    """Return the types of a dataclass's or pydantic model's fields by name; None for any other type."""
     if is_dataclass(annotation) and isinstance(annotation, type):
         hints = get_type_hints(annotation)
         return {field.name: hints[field.name] for field in fields(annotation)}
@@ -166,23 +183,24 @@ def _check_settings(value: Any, path: str, source: str) -> None:
 
 def _check_value(value: Any, annotation: Any, path: str, source: str) -> None:
     try:
-        # Dataclasses and models have their own rules; for plain types, "1" is not a number and true is not 1.
+        # Plain types are checked strictly: "1" is not a number, and true is not 1. Dataclasses and pydantic models have
+        # their own rules.
         strict = None if _field_types(annotation) is not None else ConfigDict(strict=True)
         TypeAdapter(annotation, config=strict).validate_python(value)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first(error, path)}") from None
-    except TypeError:  # of ZenML's models, for anything but a mapping
+    except TypeError:  # ZenML's models raise it for a value that is no mapping
         raise _no_mapping(value, path, source) from None
 
 
 def _shorten(value: Any) -> str:
-    """Shorten a value for a message: with YAML aliases, a small file can have a huge value."""
+    """Shorten a value for a message. With YAML aliases, a small file can have a huge value."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120
     return short.repr(value)
 
 
-# pydantic's names of Python types -> those of YAML
+# pydantic's names of Python types -> names of YAML types
 _YAML_TERMS = {
     "a valid tuple": "a list",
     "a valid list": "a list",
@@ -192,9 +210,12 @@ _YAML_TERMS = {
 
 
 def _first(error: ValidationError, path: str) -> str:
+    """Return the message of the first error, with the key as the user knows it instead of the Python class."""
     detail = error.errors()[0]
     where = ".".join([path, *map(str, detail["loc"])]).strip(".")
     message = detail["msg"].removeprefix("Value error, ")
+    if own := re.match(r"\w+Config\.(?=\w+ is )", message):  # from `check_field` of a dataclass
+        return f"{where}.{message[own.end() :]}"
     for python, yaml in _YAML_TERMS.items():
         message = message.replace(python, yaml)
     is_number = detail["type"] == "string_type" and isinstance(detail["input"], int | float)

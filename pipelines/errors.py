@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ConfigError(Exception):
-    """An invalid run configuration. The message has the file, the key and what to change."""
+    """An invalid run configuration. The message names the file and the key, and says what to change."""
 
 
 def check_names(
@@ -17,12 +17,12 @@ def check_names(
     source: str,
     elsewhere: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Raise ConfigError with the nearest known name for the first name that is not known.
+    """Raise ConfigError for the first unknown name, with the nearest known name.
 
     Args:
-        path: of the mapping whose keys the names are.
-        source: where the configuration comes from.
-        elsewhere: names that are known in another mapping -> their whole paths, to suggest.
+        path: path of the mapping whose keys are checked.
+        source: origin of the configuration.
+        elsewhere: names of other mappings -> their whole paths, which are suggested too.
     """
     for name in names:
         if name not in known:

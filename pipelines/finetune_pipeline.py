@@ -48,30 +48,30 @@ def finetune_pipeline(
     tracking: TrackingConfig = TrackingConfig(),
 ) -> None:
     """Finetune an adapter on instruction data; evaluate, package, promote and deploy it."""
-    if lora.dora:  # the service applies adapters unmerged, which the engine cannot do with DoRA
+    if lora.dora:  # the service does not merge adapters, and the engine cannot apply an unmerged DoRA
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
     base.check_rank(lora)
     data.check_patience(train)
-    base, base_sha256 = base.located()
+    base, base_sha256 = base.resolved()
     # Local files may change under the same name, so they are always read. Later steps are cached by the records.
     fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
     records = fetch(data, base, seed, base_sha256)
     train_records, val_records, test_records, split = split_data(records, data, seed, train.patience)
-    # After the split, which fails early if the data is wrong.
+    # Runs after the split, so that wrong data fails before pretraining.
     base_dir = prepare_base(base, data.n_facts, seed, base_sha256, after="split_data")
     adapter, history, train_summary = finetune(
         train_records, val_records, base_dir, lora, replace(train, seed=seed), tracking
     )
-    # The judge runs in `compare`, so changing it does not repeat evaluation, packaging and deployment.
+    # The judge runs in `compare`, so that a change of it does not repeat evaluation, packaging and deployment.
     unjudged = replace(evaluate, judge=JudgeConfig())
     samples, metrics = evaluate_step(test_records, base_dir, adapter, train_summary, unjudged)
-    compared, comparison, repeats = compare(samples, test_records, adapter, evaluate, promote)
+    compared, comparison, same_as = compare(samples, test_records, adapter, evaluate, promote)
     page, report_json, curves = report_step(
         compared, metrics, comparison, history, train_records, val_records, test_records, tracking
     )
     bento, lineage = package_step(base_dir, adapter, samples, metrics, split, package, unjudged)
-    # After the service's answers were verified.
-    promotion = promote_step(comparison, repeats, metrics, promote, after="package")
+    # Runs after `package`, which verifies the service's answers.
+    promotion = promote_step(comparison, same_as, metrics, promote, after="package")
     deploy_step(bento, lineage, samples, promotion, deploy, package, evaluate)
     export_outputs(
         compared,

@@ -17,9 +17,9 @@ SECONDS = 2.0  # until a lost interruption is repeated
 def interruptible() -> Iterator[None]:
     """Raise KeyboardInterrupt on `SIGNALS` that are not ignored, as nohup does, and again if it is lost.
 
-    Python drops exceptions that a signal handler raises within a destructor or a weak reference's callback ("Exception
-    ignored in"), and the run would continue. Only the main thread can set a signal handler; in other threads this does
-    nothing.
+    Python ignores exceptions that a signal handler raises within a destructor or a weak reference's callback
+    ("Exception ignored in"), so the run would continue. Only the main thread can set a signal handler; in other threads
+    this does nothing.
     """
     ended = threading.Event()
 
@@ -28,7 +28,7 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def repeat(number: int) -> None:
-        # While an exception propagates, the steps' cleanup is running: it must not be interrupted.
+        # If an exception is already propagating, the steps' cleanup is running, and must not be interrupted.
         while not ended.wait(SECONDS):
             if not _is_interrupted(main):
                 signal.pthread_kill(main, number)

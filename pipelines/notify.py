@@ -1,4 +1,4 @@
-"""Posts the end of a run to a webhook, if GPT2_INSTRUCT_WEBHOOK is set."""
+"""Posts the outcome of a run to a webhook, if GPT2_INSTRUCT_WEBHOOK is set."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def notifying_webhook(pipeline: str) -> Iterator[None]:
-    """Post the outcome of the run in the block to the webhook. A webhook error is logged as a warning."""
+    """Context manager: post the outcome of the run in the block. Errors of the webhook are logged as warnings."""
     url = os.environ.get(VARIABLE, "")
     if not url:
         yield
@@ -38,12 +38,13 @@ def notifying_webhook(pipeline: str) -> Iterator[None]:
 def _post(url: str, pipeline: str, status: str, reason: str) -> None:
     try:
         requests.post(url, json=_message(pipeline, status, reason), timeout=TIMEOUT).raise_for_status()
-    except Exception as error:  # also of ZenML's store, if the run failed there; no text: it has the URL
+    # any exception: ZenML's store may have failed; without its text, which contains the URL
+    except Exception as error:
         logger.warning("the webhook in %s was not notified that the run %s: %s", VARIABLE, status, type(error).__name__)
 
 
 def _message(pipeline: str, status: str, reason: str) -> dict[str, Any]:
-    """`text` is shown by Slack, Mattermost and others; the other keys are for programs."""
+    """Build the message. Slack, Mattermost and others show `text`; the other keys are for programs."""
     run = _run_of_this_process(pipeline)
     failed = [] if run is None else [name for name, step in run.steps.items() if step.status == ExecutionStatus.FAILED]
     content = {
@@ -61,7 +62,7 @@ def _message(pipeline: str, status: str, reason: str) -> dict[str, Any]:
 
 
 def _run_of_this_process(pipeline: str) -> PipelineRunResponse | None:
-    """None if it failed before ZenML recorded it."""
+    """Return the run that this process started; None if ZenML has not recorded it."""
     ours = Process.current().to_json()
     runs = Client().list_pipeline_runs(pipeline=pipeline, sort_by="desc:created", size=10, hydrate=True).items
     return next((run for run in runs if run.config.extra.get("process") == ours), None)

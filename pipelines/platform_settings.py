@@ -1,4 +1,4 @@
-"""Keys of `settings` in a run configuration: ZenML's own, those of stacks/, and the pod of a Kubernetes step."""
+"""Checks `settings` in a run configuration: of ZenML, of the components in stacks/, and of a Kubernetes step's pod."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -25,9 +25,9 @@ POD_TYPES = {  # key of pod_settings -> its type in Kubernetes
 
 
 def settings_class(key: str) -> type[BaseModel]:
-    """The model of one of `SETTINGS`."""
+    """Return the pydantic model of a key of `SETTINGS`."""
     if key == KUBERNETES:
-        # Imports the whole Kubernetes client; only configurations for a cluster need it.
+        # imported here because it imports the whole Kubernetes client, which only configurations for a cluster need
         from zenml.integrations.kubernetes.flavors.kubernetes_step_operator_flavor import KubernetesStepOperatorSettings
 
         return KubernetesStepOperatorSettings
@@ -42,7 +42,7 @@ def _kubeflow_settings() -> type[BaseModel]:
     from zenml.integrations.kubeflow.flavors.kubeflow_orchestrator_flavor import KubeflowOrchestratorSettings
 
     class KubeflowSettings(KubeflowOrchestratorSettings):
-        """Without pod_settings, which ZenML 0.98.0 replaces by its own."""
+        """The orchestrator's settings without pod_settings, which ZenML 0.98.0 replaces by its own."""
 
         @model_validator(mode="before")
         @classmethod
@@ -55,13 +55,13 @@ def _kubeflow_settings() -> type[BaseModel]:
 
 
 def check_pod_settings(value: Mapping[str, Any], path: str, source: str) -> None:
-    """Raise ConfigError for an unknown key in a pod's parts: ZenML only warns, the Kubernetes client knows them."""
+    """Raise ConfigError for an unknown key in the settings of a pod. ZenML would only log a warning."""
     from kubernetes.client import models
     from zenml.integrations.kubernetes.pod_settings import KubernetesPodSettings
 
     check_names(value, list(KubernetesPodSettings.model_fields), path, source)
     for key, inner in value.items():
-        if key == "additional_pod_spec_args" and isinstance(inner, Mapping):  # with the Python client's names
+        if key == "additional_pod_spec_args" and isinstance(inner, Mapping):  # keys are the Python client's names
             check_names(inner, list(models.V1PodSpec.openapi_types), f"{path}.{key}", source)
             for name, part in inner.items():
                 _check_part(part, models.V1PodSpec.openapi_types[name], f"{path}.{key}.{name}", source)
@@ -70,7 +70,11 @@ def check_pod_settings(value: Mapping[str, Any], path: str, source: str) -> None
 
 
 def _check_part(value: Any, kind: str, path: str, source: str) -> None:
-    """`kind` is a type in the Kubernetes client's notation: V1Volume, list[V1Volume], dict(str, str), str."""
+    """Check the keys of a part of a pod.
+
+    Args:
+        kind: its type in the notation of the Kubernetes client: V1Volume, list[V1Volume], dict(str, str), str.
+    """
     from kubernetes.client import models
 
     if kind.startswith("list[") and isinstance(value, list):

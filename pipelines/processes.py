@@ -1,4 +1,4 @@
-"""The process of a run, recorded with the run, so that a later start recognizes runs whose process was killed."""
+"""Records the process of a run with the run, so that a later run can recognize runs whose process was killed."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ UNFINISHED = (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING)
 
 @dataclass(frozen=True)
 class Process(JsonDataclass):
-    """A process; its start time distinguishes it from a later one with the same id."""
+    """A process. The start time distinguishes it from a later process with the same id."""
 
     host: str
     pid: int
@@ -29,7 +29,7 @@ class Process(JsonDataclass):
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
     def has_ended(self) -> bool:
-        """Whether it is known to have ended; False for a process of another machine."""
+        """Whether the process has ended; False for a process of another machine, which is unknown."""
         if self.host != socket.gethostname():
             return False
         try:

@@ -1,4 +1,4 @@
-"""Check a configured `run_name` before anything runs."""
+"""Checks a configured `run_name` before anything runs."""
 
 import os
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ ADVICE = "use another name, or one with {date} and {time}, which ZenML replaces"
 
 
 def check_unused_run_name(config: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError if `run_name` cannot be a directory of outputs/, or if a run or a file there has it already.
+    """Raise ConfigError if `run_name` is not a valid directory name, or if a run or a file in outputs/ has this name.
 
     Args:
-        source: where the configuration comes from, for the message.
+        source: origin of the configuration, for the message.
     """
     template = config.get("run_name")
     if not template:
@@ -25,7 +25,8 @@ def check_unused_run_name(config: Mapping[str, Any], source: str) -> None:
     try:
         name = format_name_template(template, config.get("substitutions"))
         check_run_name(name)
-    except (KeyError, IndexError, AttributeError, ValueError) as error:  # all but the last: of a wrong placeholder
+    # KeyError, IndexError, AttributeError: a wrong placeholder; ValueError: a wrong placeholder or name
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
         reason = str(error) if isinstance(error, ValueError) else "only {date}, {time} and `substitutions` are replaced"
         raise ConfigError(f"{source}: run_name is {template!r}: {reason}") from None
     if Client().list_pipeline_runs(name=f"equals:{name}", size=1).total:

@@ -1,4 +1,4 @@
-"""Check that the active stack and this machine provide what a run configuration uses, before anything runs."""
+"""Checks that the active stack and this machine provide what a run configuration uses, before anything runs."""
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
     """Raise ConfigError if a component, an image or a secret is missing, or if pods cannot reach the store.
 
     Args:
-        source: where the configuration comes from, for the message.
+        source: origin of the configuration, for the message.
     """
     stack = Client().active_stack_model
     flavors = {
@@ -51,12 +51,12 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
 
 
 def is_reachable_by_pods() -> bool:
-    """Whether ZenML's store is a server, and not a database on this machine."""
+    """Whether ZenML's store is a server instead of a database on this machine."""
     return not Client().zen_store.is_local_store()
 
 
 def _check_images(config: Mapping[str, Any], source: str) -> None:
-    """Check that the container engine has the images that are used as they are."""
+    """Check that the container engine has the images that ZenML does not build (`skip_build`)."""
     try:
         with connect() as client:
             for part in _parts(config):
@@ -79,16 +79,16 @@ def _check_secrets(config: Mapping[str, Any], source: str) -> None:
 
 
 def _components(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(type, name or flavor) of each component in settings and steps."""
+    """Yield (type, name or flavor) of each component in settings and steps."""
     for part in _parts(config):
         for key in part.get("settings") or {}:
             kind, dot, flavor = key.partition(".")
             if dot:
                 yield kind, flavor
-        if isinstance(part.get("step_operator"), str):  # true: the stack's only one
+        if isinstance(part.get("step_operator"), str):  # the value true means the only step operator of the stack
             yield "step_operator", part["step_operator"]
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The run's mapping, and that of each configured step."""
+    """Return the mapping of the run, and the mapping of each configured step."""
     return [config, *(step for step in (config.get("steps") or {}).values() if step)]

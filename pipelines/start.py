@@ -38,11 +38,11 @@ def start(
 
     Args:
         config_file: a run configuration (YAML).
-        assignments: `a.b=value`, changes to its parameters.
-        options: further options of `Pipeline.with_options`.
+        assignments: changes of its parameters, in the form `a.b=value`.
+        options: other options of `Pipeline.with_options`.
 
     Raises:
-        ConfigError: the configuration, its run_name or the active stack is not usable; nothing has run.
+        ConfigError: the configuration, its run_name or the active stack is not usable. Nothing has run.
         RunError: ZenML's database failed, a step failed (ZenML's log of the step has the traceback), or the run was
             stopped.
     """
@@ -57,7 +57,7 @@ def start(
     except (OSError, ValueError) as error:
         raise ConfigError(f"the results cannot be written: {error}") from None
     check_stack(config, config_file)
-    # Recorded here: a step's container has no git.
+    # recorded here because a step's container has no git
     record = {"commit": describe_commit().to_json(), "process": Process.current().to_json()}
     try:
         with (
@@ -81,7 +81,7 @@ def start(
 
 
 def _finetunes(config: Mapping[str, Any]) -> bool:
-    """Whether the run trains an adapter; a sweep may not."""
+    """Whether the run trains an adapter. Sweeps of other kinds than `finetune` do not."""
     return ((config.get("parameters") or {}).get("sweep") or {}).get("kind", "finetune") == "finetune"
 
 

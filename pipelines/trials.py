@@ -1,4 +1,4 @@
-"""The steps of one trial of a sweep, by its kind. Trials share the steps whose inputs are equal."""
+"""Adds the steps of a trial to a sweep, by the kind of the sweep. Trials share steps with equal inputs."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +21,11 @@ AddTrial = Callable[[str, Parameters, int], Any]
 
 
 def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
-    """Data, split and base use the run's seed, adapters the trial's. Variants of decoding alone share an adapter."""
+    """Return a function that adds the steps of a finetuning trial.
+
+    Data, split and base use the run's seed, only training uses the trial's. Variants that differ only in decoding share
+    their adapters.
+    """
     shared = _SharedSteps()
 
     def prepare(data: Any, base: Any, base_sha256: str) -> Any:
@@ -32,10 +36,10 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     def train_adapters(parts: Any, base: Any, lora: Any, train: Any) -> list[Any]:
         runs: list[Any] = []
         for _ in range(sweep.repeats):
-            # a repeated training is compared with the first one, so it must not come from the cache
+            # a repeated training is compared with the first training, so it must not come from the cache
             step = finetune.with_options(enable_cache=False) if runs else finetune
             name = shared.name(f"finetune_seed_{train.seed}")
-            after = [shared.last] if runs else []  # trainings with equal inputs share a checkpoint
+            after = [shared.last] if runs else []  # not in parallel: trainings with equal inputs share a checkpoint
             runs.append(step(parts[0], parts[1], base, lora, train, tracking, id=name, after=after))
             shared.last = name
         return runs
@@ -43,7 +47,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     def run(label: str, parameters: Parameters, trial_seed: int) -> Any:
         data, base, lora, generation = (parameters[name] for name in ("data", "base", "lora", "generation"))
         train = replace(parameters["train"], seed=trial_seed)
-        base, base_sha256 = shared.get("located", base, base.located)
+        base, base_sha256 = shared.get("resolved", base, base.resolved)
         parts = shared.get("data", (data, base), lambda: prepare(data, base, base_sha256))
         base_dir = shared.get(
             "base",
@@ -73,7 +77,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
 
 
 def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
-    """The text uses the run's seed, weights and training the trial's."""
+    """Return a function that adds the steps of a pretraining trial. Only the text uses the run's seed."""
     shared = _SharedSteps()
 
     def fetch(text: Any) -> Any:
@@ -90,6 +94,7 @@ def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
 
 
 def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> AddTrial:
+    """Return a function that adds the step of an attention trial. Needs only the trial's seed."""
     shared = _SharedSteps()
     return lambda label, parameters, trial_seed: attention_trial(
         label, trial_seed, parameters["attention"], id=shared.name(f"trial_{label}_seed_{trial_seed}")
@@ -97,22 +102,22 @@ def attention_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) ->
 
 
 class _SharedSteps:
-    """The steps of a pipeline so far: their names, and the outputs that several trials use."""
+    """The steps that were added so far: their names, and the outputs that several trials use."""
 
     def __init__(self) -> None:
-        self.last = ""  # name of the training added last
+        self.last = ""  # name of the training that was added last
         self._names: set[str] = set()
         self._outputs: dict[str, Any] = {}
 
     def get(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
-        """The result of `make`, called once per equal key."""
-        text = f"{kind} {key!r}"  # the dataclasses' repr has all their values
+        """Return the result of `make`, which is called once for equal keys."""
+        text = f"{kind} {key!r}"  # the repr of a dataclass contains all values
         if text not in self._outputs:
             self._outputs[text] = make()
         return self._outputs[text]
 
     def name(self, text: str) -> str:
-        """A new step name, of letters, digits and underscores."""
+        """Return a new step name of letters, digits and underscores."""
         plain = re.sub(r"\W+", "_", text).strip("_")
         name, number = plain, 1
         while name in self._names:

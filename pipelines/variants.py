@@ -1,4 +1,4 @@
-"""The variants of a sweep: its parameters with the changes of each variant, checked before anything runs."""
+"""Applies the changes of each variant of a sweep to the parameters, and checks them before anything runs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -19,13 +19,13 @@ Parameters = dict[str, Any]  # name -> a dataclass of steps/config.py or gpt2cor
 
 
 def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
-    """Each variant's parameters, by its label.
+    """Return each variant's parameters by its label.
 
     Args:
-        given: the parameters of the run, of all kinds.
+        given: the run's parameters for all kinds of sweeps.
 
     Raises:
-        ConfigError: a variant has an unknown key or a value that is not allowed, or parameters are of another kind.
+        ConfigError: a variant has an unknown key or a value that is not allowed, or a parameter of another kind is set.
     """
     common = {name: given[name] for name in PARAMETERS_OF_KIND[sweep.kind]}
     for name, value in given.items():
@@ -49,7 +49,7 @@ def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
 
 
 def _combinations(grid: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The variants of a grid: `lora.rank: [8, 16]` gives "lora.rank 8" and "lora.rank 16"."""
+    """Yield label and changes of each variant of a grid: `lora.rank: [8, 16]` gives "lora.rank 8", "lora.rank 16"."""
     for values in product(*grid.values()) if grid else ():
         changes: dict[str, Any] = {}
         for path, value in zip(grid, values, strict=True):
@@ -69,7 +69,7 @@ def _merge(parameters: Parameters, changes: Mapping[str, Any], source: str) -> P
 
 
 def _changed(config: Any, changes: Any, path: str, source: str) -> Any:
-    """The dataclass with the changes, in its nested dataclasses too."""
+    """Return a copy of the dataclass with the changes, which may be in nested dataclasses."""
     if not isinstance(changes, Mapping):
         raise ConfigError(f"{source}: {path} is {changes!r}; it must be a mapping of keys to values")
     known = {field.name: getattr(config, field.name) for field in fields(config)}

@@ -11,11 +11,11 @@ MAX_NODES = 100_000  # values, with every alias expanded; the configs of this pr
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML document.
+    """Parse a YAML document.
 
     Raises:
-        ValueError: the text is not valid YAML, or a mapping has a key twice, with line and column; or it is nested too
-            deeply, or has too many values when its aliases are expanded.
+        ValueError: the text is not valid YAML, a mapping has a key twice (both with line and column), it is nested too
+            deeply, or it has too many values when its aliases are expanded.
     """
     try:
         loader = _Loader(text)
@@ -32,9 +32,9 @@ def load_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, counted: dict[int, int]) -> int:
-    """The number of values below a node, where an alias counts like a copy."""
+    """Count the values of a node, its own included. An alias counts like a copy."""
     if id(node) not in counted:
-        counted[id(node)] = MAX_NODES + 1  # while its content is counted: a node that contains itself is infinite
+        counted[id(node)] = MAX_NODES + 1  # while it is counted, so that a recursive alias exceeds the limit
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         inner = [each for child in children for each in (child if isinstance(child, tuple) else (child,))]
         counted[id(node)] = 1 + sum(_count(child, counted) for child in inner)

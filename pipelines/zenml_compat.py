@@ -25,17 +25,17 @@ from zenml.utils.io_utils import get_global_config_directory
 from zenml.utils.time_utils import utc_now
 
 logger = logging.getLogger(__name__)
-# Exceptions that interrupt a step: from Python's handler of Ctrl-C, or ZenML's of SIGINT and SIGTERM within a step.
+# Exceptions that interrupt a step: of Python's handler of Ctrl-C, and of ZenML's handler of SIGINT and SIGTERM
 INTERRUPTIONS = (KeyboardInterrupt, RunInterruptedException)
 
 
 class StoreError(RuntimeError):
-    """ZenML's database cannot be read or written; the message says where it is, in one line."""
+    """ZenML's database cannot be read or written. The message has one line and says where the database is."""
 
 
 @contextmanager
 def short_store_errors() -> Iterator[None]:
-    """Convert errors of ZenML's database, which print a hundred lines of SQL and traceback, to StoreError."""
+    """Context manager: convert errors of ZenML's database to StoreError. They would print a hundred lines."""
     try:
         yield
     except SQLAlchemyError as error:
@@ -47,9 +47,9 @@ def short_store_errors() -> Iterator[None]:
 
 
 def open_store() -> None:
-    """Open ZenML's store, which creates its database at first use, in one process at a time.
+    """Open ZenML's store. The first use creates its database, so only one process at a time opens it.
 
-    Two processes that create the same tables fail: one of them with "The database has never been migrated".
+    If two processes create the same tables, one of them fails with "The database has never been migrated".
 
     Raises:
         StoreError: the database is damaged or locked.
@@ -63,14 +63,14 @@ def open_store() -> None:
 class PipelineSource(Pipeline):
     """A pipeline that `zenml pipeline run` starts through `run` instead of directly.
 
-    The command calls `with_options(config_path=...)` on what it imports, then the result, with no hook in between to
-    check the file: ZenML ignores most misspelled keys.
+    The command calls `with_options(config_path=...)` of the imported object, and then the result. There is no hook in
+    between to check the file, and ZenML ignores most misspelled keys.
     """
 
     def __init__(self, pipeline: Pipeline, run: Callable[[str | None, dict[str, Any]], None]) -> None:
         """
         Args:
-            run: called with the config path (None: not given) and the other options of the command.
+            run: called with the config path (None if it was not given) and the other options of the command.
         """
         super().__init__(name=pipeline.name, entrypoint=pipeline.entrypoint)
         self._start = run
@@ -91,9 +91,9 @@ def replace_module(name: str, source: PipelineSource) -> None:
 
 @contextmanager
 def short_errors() -> Iterator[None]:
-    """Log a failed step as one line, and an interrupted one not at all.
+    """Context manager: log a failed step in one line, and an interrupted step not at all.
 
-    The local orchestrator logs the exception with its traceback and raises it too, so the user would see it twice.
+    The local orchestrator logs the exception with its traceback and also raises it, so the user would see it twice.
     """
     orchestrator, launcher = (
         logging.getLogger(f"zenml.orchestrators.{name}") for name in ("local.local_orchestrator", "step_launcher")
@@ -119,12 +119,12 @@ def _is_no_interruption(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def verified_cache(is_intact: Callable[[str, ArtifactVersionResponse], bool]) -> Iterator[None]:
-    """Use a cached step only if all its artifacts are intact; run it again otherwise.
+    """Context manager: use a cached step only if all its artifacts are intact, and run it again otherwise.
 
-    ZenML does not check the artifacts of cached steps, so without this every further run fails in a later step.
+    ZenML does not check the artifacts of cached steps. With a damaged artifact, every run would fail in a later step.
 
     Args:
-        is_intact: takes the name of an output and its artifact.
+        is_intact: function of the name of an output and its artifact.
     """
     find = cache_utils.get_cached_step_run
 

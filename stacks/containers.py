@@ -48,18 +48,18 @@ _submitted: set[tuple[str, str]] = set()  # (run id, step) of containers in the 
 
 @atexit.register
 def _remove_submitted() -> None:
-    """Remove orphaned containers: an interrupt can arrive between ZenML's submit and wait."""
+    """Remove containers that are still running: an interrupt can arrive between ZenML's submit and wait."""
     for key in _submitted:
         containers.remove(*key)
 
 
 class ContainerSettings(BaseSettings):
-    """What a run configuration can set for a step's container.
+    """Settings of a step's container in a run configuration.
 
-    memory: limit, e.g. "8g"; files that the step writes to /tmp count. None: no limit.
-    network: "bridge" if the step downloads something, e.g. a base from the hub. None: the minimum that ZenML needs,
+    memory: limit, such as "8g". Files that the step writes to /tmp count towards it. None: no limit.
+    network: "bridge" if the step downloads something, such as a base from the hub. None: the minimum that ZenML needs,
         which is no network if its store is a directory of this machine.
-    mounts: absolute paths of this machine that the step may read, e.g. that of `data.path`.
+    mounts: absolute paths of this machine that the step may read, such as `data.path`.
     """
 
     memory: str | None = Field(default=None, pattern=r"^[1-9][0-9]*[kmg]$")
@@ -68,7 +68,7 @@ class ContainerSettings(BaseSettings):
 
 
 class ContainerStepOperator(BaseStepOperator):
-    """Runs the steps that name it in a container; the other steps run in the process of the run."""
+    """Runs the steps that are configured to use it in containers. Other steps run in the process of the run."""
 
     @property
     def settings_class(self) -> type[BaseSettings]:
@@ -128,7 +128,7 @@ class ContainerOrchestrator(ContainerizedOrchestrator):
         return [ExecutionMode.FAIL_FAST]
 
     def get_orchestrator_run_id(self) -> str:
-        """The ID of the run; ZenML calls this in the containers of the steps."""
+        """Return the ID of the run. ZenML calls this in the containers of the steps."""
         return os.environ[RUN_ID]
 
     def submit_pipeline(
@@ -139,10 +139,10 @@ class ContainerOrchestrator(ContainerizedOrchestrator):
         step_environments: dict[str, dict[str, str]],
         placeholder_run: PipelineRunResponse | None = None,
     ) -> SubmissionResult | None:
-        """Run the steps in order; the first that fails ends the run.
+        """Run the steps in order. The first step that fails ends the run.
 
         Raises:
-            EngineError: a step failed; with the last lines of its log.
+            EngineError: a step failed. The message has the last lines of its log.
         """
         stack.check_local_paths()
         run_id = str(placeholder_run.id if placeholder_run else uuid4())
@@ -178,7 +178,7 @@ def _step_container(
     environment: Mapping[str, str],
     settings: BaseSettings,
 ) -> StepContainer:
-    """A container with ZenML's local stores, the Bento store, outputs/ and the hub's cache at the host's paths."""
+    """Describe a container that mounts ZenML's local stores, the Bento store, outputs/ and the hub's cache."""
     assert isinstance(settings, ContainerSettings)
     directories = {
         ENV_ZENML_LOCAL_STORES_PATH: Path(GlobalConfiguration().local_stores_path),
@@ -187,7 +187,7 @@ def _step_container(
         "HF_HOME": Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"),
     }
     for path in directories.values():
-        path.mkdir(parents=True, exist_ok=True)  # the engine would create it, owned by root
+        path.mkdir(parents=True, exist_ok=True)  # otherwise the engine creates it, owned by root
     paths = {name: str(path) for name, path in directories.items()}
     return StepContainer(
         image=image,
@@ -203,7 +203,7 @@ def _step_container(
 
 
 def least_network(store: StoreConfiguration) -> str:
-    """The minimum network access that a step needs to reach ZenML's store."""
+    """Return the network mode with the least access that a step needs to reach ZenML's store."""
     if store.type == StoreType.SQL and store.url.startswith("sqlite"):
         return "none"
     return "host" if urlsplit(store.url).hostname in LOCALHOSTS else "bridge"

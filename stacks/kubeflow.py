@@ -1,7 +1,7 @@
 """ZenML's Kubeflow orchestrator with support for memory limits and GPUs, which ZenML 0.98.0 lacks.
 
-ZenML passes memory as a number, which kfp rejects, and GPUs only with a node selector, which it drops from all
-settings.
+ZenML passes memory as a number, which kfp rejects. It passes GPUs only together with a node selector, which it removes
+from all settings.
 """
 
 from functools import cache
@@ -11,7 +11,7 @@ from zenml.config import ResourceSettings
 from zenml.integrations.kubeflow.flavors import KubeflowOrchestratorFlavor
 
 FLAVOR = "kubeflow_gpu"
-GPU = "nvidia.com/gpu"  # the resource that `gpu_count` counts
+GPU = "nvidia.com/gpu"  # the Kubernetes resource for `gpu_count`
 
 
 class KubeflowGpuOrchestratorFlavor(KubeflowOrchestratorFlavor):
@@ -26,7 +26,7 @@ class KubeflowGpuOrchestratorFlavor(KubeflowOrchestratorFlavor):
 
 @cache
 def _orchestrator() -> type[Any]:
-    """Imports kfp, which is in a separate extra."""
+    """Define the orchestrator in a function, because its base class imports kfp, which is in a separate extra."""
     from zenml.integrations.kubeflow.orchestrators import KubeflowOrchestrator
 
     class KubeflowGpuOrchestrator(KubeflowOrchestrator):
@@ -37,7 +37,9 @@ def _orchestrator() -> type[Any]:
             if resource_settings.cpu_count:
                 task = task.set_cpu_limit(str(resource_settings.cpu_count))
             if resource_settings.memory:
-                task = task.set_memory_limit(resource_settings.memory.removesuffix("B"))  # 12GB, and Kubernetes' 12G
+                task = task.set_memory_limit(
+                    resource_settings.memory.removesuffix("B")
+                )  # ZenML's 12GB is 12G in Kubernetes
             if resource_settings.gpu_count:
                 task = task.set_accelerator_type(GPU).set_accelerator_limit(resource_settings.gpu_count)
             return task

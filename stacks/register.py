@@ -35,7 +35,7 @@ def has(name: str, kind: str, component: str) -> bool:
 
 
 def read(name: str) -> dict[str, Any]:
-    """Read a stack's file, in the format of `zenml stack export`; $NAME stands for an environment variable.
+    """Read a stack's file, in the format of `zenml stack export`. $NAME is replaced by the environment variable NAME.
 
     Raises:
         StackError: there is no such stack, or a variable is not set.
@@ -51,12 +51,12 @@ def read(name: str) -> dict[str, Any]:
 
 
 def register(name: str) -> str:
-    """Create or update the stack in ZenML's store as its file says, and activate it; safe to repeat. Return its name.
+    """Create or update the stack in ZenML's store from its file, and activate it. Return its name. Safe to repeat.
 
     Raises:
-        StackError: as `read`, or ZenML refuses a component.
+        StackError: see `read`; or ZenML rejects a component.
     """
-    from zenml.client import Client  # zenml takes seconds to import
+    from zenml.client import Client  # takes seconds to import
 
     stack, client = read(name), Client()
     _register_flavors(client, {declared["flavor"] for declared in stack["components"].values()})
@@ -94,10 +94,10 @@ def _register_flavors(client: Any, used: set[str]) -> None:
 
 
 def _register_component(client: Any, kind: str, name: str, flavor: str, configuration: dict[str, Any]) -> Any:
-    """Create or update a component as the file says, and return its ID.
+    """Create or update a component from the stack's file, and return its ID.
 
     Raises:
-        StackError: ZenML refuses it, or a component of another flavor has its name.
+        StackError: ZenML rejects the component, or a component of another flavor has the same name.
     """
     from zenml.enums import StackComponentType
     from zenml.exceptions import ZenMLBaseException

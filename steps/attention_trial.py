@@ -10,5 +10,5 @@ from steps.cache import code_of
 
 @step(cache_policy=code_of(__name__))
 def attention_trial(label: str, seed: int, attention: AttentionConfig) -> Annotated[Trial, "trial"]:
-    """Memory and time of one attention layer."""
+    """Measure memory and time of one attention layer."""
     return trials.attention_trial(label, seed, attention)

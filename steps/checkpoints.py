@@ -1,4 +1,4 @@
-"""Training checkpoints in the artifact store: a step that was killed resumes from there, on any machine."""
+"""Training checkpoints in the artifact store, from which a step that was killed resumes on any machine."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ TRAINING_ID = "training-id"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where training writes its checkpoint. `training_id` is the same in every run that resumes the training."""
+    """The directory of a training's checkpoint. `training_id` is the same in every run that resumes the training."""
 
     directory: Path
     training_id: str
     upload: Callable[[], None]
 
     def after(self, log: Log) -> Log:
-        """The training callback `log`, followed by the upload of a new checkpoint."""
+        """Return a training callback that calls `log` and then uploads a new checkpoint."""
 
         def log_and_upload(step: int, values: Mapping[str, float]) -> None:
             log(step, values)
@@ -43,10 +43,10 @@ class Checkpoints:
 
 @contextmanager
 def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
-    """The checkpoints of the training with this key; removed when the block succeeds.
+    """Context manager: yields the checkpoints of the training with this key. Removes them if the block succeeds.
 
-    If the artifact store is a local directory, checkpoints are written there. Otherwise their directory is a local
-    copy, initialized with the checkpoints that a killed run uploaded.
+    If the artifact store is a local directory, checkpoints are written there. Otherwise they are written to a local
+    directory, which starts with the checkpoint that a killed run uploaded.
 
     Args:
         key: JSON data that identifies the training; its digest names the directory in the store.
@@ -61,7 +61,8 @@ def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
             yield Checkpoints(Path(directory), training_id, upload)
     try:
         fileio.rmtree(uri)
-    except (OSError, TypeError) as error:  # the same training in another run removed it (TypeError), or still writes it
+    # a concurrent run of the same training has removed the directory (ZenML raises TypeError), or still writes to it
+    except (OSError, TypeError) as error:
         logger.warning("the checkpoints of the finished training were not removed: %s", error)
 
 
@@ -91,11 +92,11 @@ def _copied(uri: str, directory: Path) -> Iterator[Callable[[], None]]:
 
     try:
         yield upload
-    except BaseException:  # keeps the progress since the last call when the run is stopped
+    except BaseException:  # the run was stopped: keep the progress since the last upload
         upload()
         raise
 
 
 def _modified(file: Path) -> int | None:
-    """Modification time in ns; None if there is no file."""
+    """Return the modification time in ns; None if the file does not exist."""
     return file.stat().st_mtime_ns if file.is_file() else None

@@ -7,10 +7,11 @@ from typing import Annotated
 from zenml import get_step_context, step
 from zenml.models import ModelVersionResponse
 
-from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained
+from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.data import Record, same_question
 from gpt2core.evaluate import Answers
 from gpt2core.evaluate import evaluate as evaluate_model
+from gpt2core.files import directory_sha256
 from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
@@ -20,7 +21,7 @@ from steps.adapters.hub import HubError
 from steps.adapters.judge import judge_answers
 from steps.adapters.progress import counting_progress
 from steps.adapters.rouge import rouge_l
-from steps.adapters.statistics import differences, intervals, worst_difference
+from steps.adapters.statistics import differences, intervals, non_inferiority_bound
 from steps.config import EvaluateConfig, PromoteConfig
 from steps.materializers import SampleListMaterializer
 from steps.metadata import attach_metadata
@@ -42,15 +43,15 @@ class Champion:
 @step(enable_cache=False, output_materializers={"compared_samples": SampleListMaterializer})
 def compare(
     samples: list[Sample], test_records: list[Record], adapter: Path, evaluate: EvaluateConfig, promote: PromoteConfig
-) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"], Annotated[str, "repeats"]]:
-    """Compare the tuned model with its base, and with the champion on test records that it was not trained on.
+) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"], Annotated[str, "same_as"]]:
+    """Compare the tuned model with its base, and with the champion on test records that this was not trained on.
 
-    `repeats` is "" unless this run's adapter is the champion's; then it is the champion's model version, and the
-    comparison is that of the run that was promoted.
+    `same_as` is the champion's model version if this run produced the same adapter, else "". If it did, the stored
+    comparison of the promoted run is returned.
     """
     tuned, base = _answers_of(samples, "tuned", "base")
     against_base = differences(tuned, base, [sample.group for sample in samples])
-    comparison, repeats = Comparison(against_base, "", None, ""), ""
+    comparison, same_as = Comparison(against_base, "", None, ""), ""
     ignored = promote.champion == "ignore"
     version = None if ignored else in_stage(get_step_context().model.name, promote.stage)
     if ignored:
@@ -58,14 +59,14 @@ def compare(
     elif version is None:
         comparison = replace(comparison, note=f"no model version is in stage {promote.stage} yet")
     else:
-        samples, comparison, repeats = _with_champion(
+        samples, comparison, same_as = _with_champion(
             samples, comparison, version, test_records, adapter, evaluate, promote
         )
     if evaluate.judge.url:
         samples, judged = judge_answers(samples, evaluate.judge)
         comparison = replace(comparison, judge=judged)
     attach_metadata("comparison", {"champion": comparison.champion, "note": comparison.note})
-    return samples, comparison, repeats
+    return samples, comparison, same_as
 
 
 def _with_champion(
@@ -81,11 +82,11 @@ def _with_champion(
     name = f"the champion {comparison.champion}"
     try:
         champion = _load(version)
-    except (KeyError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: ZenML's, for a list
+    except (KeyError, ValueError, OSError, RuntimeError) as error:  # ZenML raises RuntimeError for a list
         return samples, replace(comparison, note=f"the files of {name} cannot be read: {error}"), ""
     try:
         if directory_sha256(champion.adapter) == directory_sha256(adapter):
-            return *_earlier(samples, comparison, version), comparison.champion
+            return *_stored_comparison(samples, comparison, version), comparison.champion
         unseen = unseen_records(test_records, champion.trained_on)
         if len(unseen) < 2:
             seen = len(test_records) - len(unseen)
@@ -98,24 +99,28 @@ def _with_champion(
         samples[i] = samples[i].with_champion(answer)
     common = [samples[i] for i in unseen]
     groups = [sample.group for sample in common]
-    tuned, rival = _answers_of(common, "tuned", "champion")
+    tuned, champion_answers = _answers_of(common, "tuned", "champion")
     comparison = replace(
         comparison,
-        tuned_vs_champion=differences(tuned, rival, groups),
+        tuned_vs_champion=differences(tuned, champion_answers, groups),
         note=f"compared with {name} on {len(unseen)} of {len(samples)} test records"
-        + (", those that it was not trained on" if len(unseen) < len(samples) else "")
-        + ("" if _same_tokens(tuned, rival) else "; perplexity is compared per token of the tuned model's tokenizer"),
-        worst=worst_difference(tuned, rival, groups, promote.metric, promote.alpha),
+        + (", on which it was not trained" if len(unseen) < len(samples) else "")
+        + (
+            ""
+            if _same_tokens(tuned, champion_answers)
+            else "; perplexity is compared per token of the tuned model's tokenizer"
+        ),
+        worst=non_inferiority_bound(tuned, champion_answers, groups, promote.metric, promote.alpha),
         champion_scores=answers.scores,
-        champion_intervals=intervals(rival, groups),
+        champion_intervals=intervals(champion_answers, groups),
     )
     return samples, comparison, ""
 
 
-def _earlier(
+def _stored_comparison(
     samples: list[Sample], comparison: Comparison, version: ModelVersionResponse
 ) -> tuple[list[Sample], Comparison]:
-    """The comparison of the champion's own run, if its answers are equal."""
+    """Return samples and comparison of the champion's own run if its answers are equal, else those of this run."""
     stored = [found for name in ("compared_samples", "comparison") if (found := version.get_artifact(name)) is not None]
     if len(stored) == 2:
         compared, earlier = (artifact.load() for artifact in stored)
@@ -128,8 +133,8 @@ def _answers_of(samples: Sequence[Sample], *models: str) -> list[list[Answer]]:
     return [[sample.answer(model) for sample in samples] for model in models]
 
 
-def _same_tokens(tuned: Sequence[Answer], rival: Sequence[Answer]) -> bool:
-    return all(new.reference_tokens == old.reference_tokens for new, old in zip(tuned, rival, strict=True))
+def _same_tokens(tuned: Sequence[Answer], champion_answers: Sequence[Answer]) -> bool:
+    return all(new.reference_tokens == old.reference_tokens for new, old in zip(tuned, champion_answers, strict=True))
 
 
 def _load(version: ModelVersionResponse) -> Champion:
@@ -147,7 +152,7 @@ def _load(version: ModelVersionResponse) -> Champion:
 
 
 def unseen_records(test_records: Sequence[Record], trained_on: Sequence[Record]) -> list[int]:
-    """Indices of the test records whose question and group are not in the champion's training or validation data."""
+    """Return the indices of the test records whose question and group are not in `trained_on`."""
     questions = {same_question(record) for record in trained_on}
     groups = {record["group"] for record in trained_on if record.get("group")}
     return [

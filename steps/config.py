@@ -25,26 +25,26 @@ from gpt2core.record_formats import COLUMNS
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Source of the instruction records, and the split."""
+    """The source of the instruction records, and how they are split."""
 
     source: Literal["bundled", "url", "file", "hub"] = "bundled"
     # The 1,100 records that mariovas3/llms trained on, from the same URL.
     url: str = (
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
     )
-    sha256: str = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"  # of the file at `url`
+    sha256: str = "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944"  # sha256 of the file at `url`
     name: str = ""  # with source: hub; a dataset of the Hugging Face hub, or a directory
-    revision: str = ""  # its commit
+    revision: str = ""  # commit of the dataset
     max_bytes: int = 2**28  # limit of the download
     path: str = ""  # with source: file or hub; .json, .jsonl, .csv, .parquet, or a directory (hub: within `name`)
-    val_path: str = ""  # own validation and test records; by default they are split off from `path`
-    test_path: str = ""
+    val_path: str = ""  # file of the validation records; "": they are split off from `path`
+    test_path: str = ""  # file of the test records; "": they are split off from `path`
     columns: Mapping[str, str] = field(default_factory=dict)  # key of a record -> its name in the file
-    n_facts: int | None = None  # of the bundled world; null: all of them
-    order: Literal["seed", "file"] = "seed"  # shuffled before the split, or in the order of the file
+    n_facts: int | None = None  # number of facts of the bundled demo world; null: all
+    order: Literal["seed", "file"] = "seed"  # seed: shuffle before the split; file: keep the order of the file
     val_fraction: float = 0.05
     test_fraction: float = 0.1
-    too_long: TooLong = "error"  # for a record with more tokens than the context: error, drop it, truncate its output
+    too_long: TooLong = "error"  # for records with more tokens than the context: fail, drop them, truncate their output
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -70,18 +70,21 @@ class DataConfig:
         check_field(self, "test_fraction", 0 < self.test_fraction < 0.5, "above 0 and below 0.5")
 
     def check_patience(self, train: TrainConfig) -> None:
-        """`check_patience` for what the configuration says; the step `split_data` checks the records."""
+        """Call `check_patience` if the configuration alone rules out validation records.
+
+        The step `split_data` checks the records.
+        """
         if not self.val_fraction and not self.val_path and self.source in ("bundled", "url"):
             check_patience(train.patience, self, n_val=0)
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The base model: pretrained here (nano), the same untrained (random), or from the hub by name and revision."""
+    """The base model: a preset that is pretrained here (nano), the same untrained (random), or a model of the hub."""
 
     source: Literal["nano", "random", "hub"] = "nano"
     name: str = "gpt2-nano"  # a preset; with source: hub a repository or a directory
-    revision: str = ""  # the commit of the repository, 40 hexadecimal digits
+    revision: str = ""  # commit of the repository, 40 hexadecimal digits
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
 
     def __post_init__(self) -> None:
@@ -89,10 +92,11 @@ class BaseConfig:
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
 
-    def located(self) -> tuple[Self, str]:
-        """This base with its absolute path if it is a directory, and the sha256 of the files in it ("" for any other).
+    def resolved(self) -> tuple[Self, str]:
+        """Resolve a local directory: return the configuration with its absolute path, and the sha256 of its files.
 
-        Steps take both, so that their cache keys have them: the files may change under the same name.
+        For other bases, return the configuration unchanged, and "". Both are inputs of steps, so that changed files
+        change the cache keys.
         """
         if self.source != "hub":
             return self, ""
@@ -104,23 +108,23 @@ class BaseConfig:
         return replace(self, name=str(path)), directory_sha256(path, checkpoint_files(path))
 
     def check_rank(self, lora: LoraConfig) -> None:
-        """`check_rank` for a base that is made here; the step `finetune` checks one of the hub."""
+        """Call `check_rank` for a base that is made here. The step `finetune` checks a base of the hub."""
         if self.source != "hub":
             check_rank(lora, GPT2Config.preset(self.name).n_embd)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text that a base is pretrained on."""
+    """The text on which a base is pretrained."""
 
     source: Literal["bundled", "url", "file"] = "bundled"  # bundled: the prose of the demo world
     url: str = ""
-    sha256: str = ""  # of the file at `url`
+    sha256: str = ""  # sha256 of the file at `url`
     path: str = ""  # with source: file; plain text in UTF-8
-    max_bytes: int = 2**28  # of the file
-    n_facts: int | None = None  # of the bundled world; null: all of them
-    val_fraction: float = 0.1  # at the end of the text, held out for the loss
-    prompts: tuple[str, ...] = ()  # whose greedy continuations are kept with the results
+    max_bytes: int = 2**28  # limit of the file's size
+    n_facts: int | None = None  # number of facts of the bundled demo world; null: all
+    val_fraction: float = 0.1  # share of the text, at its end, that is held out for the validation loss
+    prompts: tuple[str, ...] = ()  # texts whose greedy continuations are part of the results
 
     def __post_init__(self) -> None:
         lists_to_tuples(self, "prompts")
@@ -141,14 +145,14 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-2 to pretrain: a preset and changes to it (null: as in the preset)."""
+    """A GPT-2 to pretrain: a preset, and values that replace the preset's (null: keep the preset's)."""
 
     preset: str = "gpt2-nano"
     n_layer: int | None = None
     n_head: int | None = None
     n_embd: int | None = None
     n_positions: int | None = None
-    vocab_size: int | None = None  # at most: the tokenizer is trained on the text
+    vocab_size: int | None = None  # maximum: the tokenizer that is trained on the text may have fewer tokens
     norm_position: Literal["pre", "post"] = "pre"
     layer_init: Literal["fresh", "clone"] = "fresh"
 
@@ -172,8 +176,8 @@ TRIAL_METRICS: Mapping[str, Mapping[str, str]] = {
         "parameters": "trainable weights",
         "seconds": "time of the training steps",
         "tokens_per_second": "throughput of the training steps",
-        "utilization": "share of the GPU's time, or without a GPU of all CPUs, that training used",
-        "peak_mib": "largest memory, of the GPU or without one of the process",
+        "utilization": "share of the time in which training used the GPU, or without a GPU the CPUs",
+        "peak_mib": "peak memory of the GPU, or without a GPU of the process",
         "same_bytes": "1 if repeated trainings gave the same adapter",
         "distinct": "different answers to a test record",
     },
@@ -183,7 +187,7 @@ TRIAL_METRICS: Mapping[str, Mapping[str, str]] = {
         "seconds": "time of the training",
     },
     "attention": {
-        "kept_mib": "memory kept for the backward pass; on a GPU the peak",
+        "kept_mib": "memory kept for the backward pass; on a GPU, peak memory",
         "forward_ms": "time of the forward pass",
         "backward_ms": "time of the backward pass",
     },
@@ -199,13 +203,15 @@ class SweepConfig:
     variable: str = "variant"  # what differs between the variants: the heading of the first column
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> parameters that differ
     grid: Mapping[str, Any] = field(default_factory=dict)  # a.b -> list of values; each combination is a variant too
-    metrics: tuple[str, ...] = ()  # the columns, of `TRIAL_METRICS`; empty: the first three of the kind
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training; data, split and base have the run's seed
-    samples: int = 1  # answers to each test record
-    repeats: int = 1  # trainings per seed, whose adapters are compared
-    name: str = "sweep"  # of the directory in outputs/experiments; run.py sets the name of the configuration's file
+    metrics: tuple[str, ...] = ()  # columns of the table, from `TRIAL_METRICS`; empty: the first three of the kind
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds; data, split and base always use the run's seed
+    samples: int = 1  # number of answers to each test record
+    repeats: int = 1  # number of trainings per seed; their adapters are compared
+    name: str = "sweep"  # name of the directory in outputs/experiments; run.py sets it to the configuration file's name
     scale: Literal["small", "full"] = "small"
-    full: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # with scale: full, in place of the parameters
+    full: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # replaces the run's parameters if scale is full
 
     def __post_init__(self) -> None:
         lists_to_tuples(self, "metrics", "seeds")
@@ -221,28 +227,30 @@ class SweepConfig:
         lists = all(isinstance(values, list | tuple) and values for values in self.grid.values())
         check_field(self, "grid", lists, "a mapping of keys like lora.rank to lists of values")
         check_field(self, "grid", prod(map(len, self.grid.values())) <= 1000, "at most 1000 combinations")
-        check_field(self, "variants", bool(self.variants or self.grid), "at least one variant, or set sweep.grid")
+        check_field(
+            self, "variants", bool(self.variants or self.grid), "at least one variant, unless sweep.grid is set"
+        )
         check_field(
             self, "name", bool(re.fullmatch(r"\w[\w.-]*", self.name)), "letters, digits, dots, dashes and underscores"
         )
 
 
 def default_learning_rate(base: BaseConfig) -> float:
-    """The learning rate of finetuning where the configuration has none: a larger model needs a smaller one."""
+    """Return the default of `train.learning_rate`: a larger model needs a smaller learning rate."""
     return 3e-4 if base.source == "hub" else TrainConfig().learning_rate
 
 
 def check_rank(lora: LoraConfig, n_embd: int) -> None:
-    """Raise ValueError for a rank above that of the adapted matrices, whose smaller side is `n_embd`.
+    """Raise ValueError for a rank above `n_embd`, the smaller side of the adapted matrices.
 
-    The additional weights could express nothing more, and a mistyped rank would fill the memory after pretraining.
+    A higher rank adds no capacity, and a typing error such as rank 8000 would run out of memory only after pretraining.
     """
     if lora.rank > n_embd:
         raise ValueError(f"lora.rank is {lora.rank}; it must be at most {n_embd}, the width of the base (n_embd)")
 
 
 def check_patience(patience: int | None, data: DataConfig, n_val: int) -> None:
-    """Raise ValueError if training is to stop by the validation loss, but there are no validation records."""
+    """Raise ValueError if `patience` is set, but there are no validation records."""
     if patience is not None and not n_val:
         raise ValueError(
             f"train.patience is {patience}, but there are no validation records; raise data.val_fraction, which is "
@@ -254,10 +262,10 @@ def check_patience(patience: int | None, data: DataConfig, n_val: int) -> None:
 class JudgeConfig:
     """A model behind an OpenAI-compatible API that judges the tuned model's answers."""
 
-    url: str = ""  # of the API, like https://host/v1; "": no judge
+    url: str = ""  # URL of the API, like https://host/v1; "": no judge
     model: str = ""
     token_env: str = ""  # environment variable with the API's token, which is not stored; "": no token
-    response_format: Literal["json_schema", "text"] = "json_schema"  # text: for an API without structured output
+    response_format: Literal["json_schema", "text"] = "json_schema"  # text: the API has no structured output
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -282,7 +290,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PromoteConfig:
-    """Promotion gate: better than the base on `metric`, and not worse than the champion by more than `margin`.
+    """The promotion gate: a model must be better than its base, and not worse than the champion by more than `margin`.
 
     The champion is the model version in `stage`. See `steps.promote.decide`.
     """
@@ -290,7 +298,7 @@ class PromoteConfig:
     stage: Literal["staging", "production"] = "staging"
     metric: str = "exact_match"
     margin: float = 0.05  # in units of the metric
-    alpha: float = 0.05  # level of both tests
+    alpha: float = 0.05  # significance level of both tests
     champion: Literal["required", "if-present", "ignore"] = "if-present"
 
     def __post_init__(self) -> None:
@@ -302,7 +310,7 @@ class PromoteConfig:
 
 @dataclass(frozen=True)
 class PackageConfig:
-    smoke_prompts: int = 3  # test records whose answers are compared after the build
+    smoke_prompts: int = 3  # number of test records whose answers are compared after the build
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -320,14 +328,14 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """Configuration of monitoring, and the limits of its signals. See `steps.adapters.drift`."""
+    """The configuration of monitoring, with the limits of its signals. See `steps.adapters.drift`."""
 
-    log: str = "requests.jsonl"  # GPT2_REQUEST_LOG of the service; its rotated files are read too
+    log: str = "requests.jsonl"  # file of GPT2_REQUEST_LOG of the service; rotated files are read too
     run: str = ""  # name or id of the run whose model is served; "": the run that trained the adapter in the log
     max_requests: int = 5_000  # number of newest completions to compare
-    min_requests: int = 50  # with fewer there is no decision
-    min_ratings: int = 10
-    max_length_change: float = 0.5  # of prompts and answers: distance of the distributions, as share of the mean length
+    min_requests: int = 50  # minimum number of completions for a decision
+    min_ratings: int = 10  # minimum number of ratings for a decision about them
+    max_length_change: float = 0.5  # maximum distance of the length distributions, as share of the mean length
     max_unknown_words: float = 0.1  # maximum increase of the share of words that are in no training prompt
     max_similarity_loss: float = 0.15  # maximum decrease of the similarity to the nearest training prompt
     max_unfinished: float = 0.15  # maximum increase of the share of answers without end of text
@@ -340,7 +348,7 @@ class MonitorConfig:
         check_field(self, "log", bool(self.log), "the file of GPT2_REQUEST_LOG")
         for name in ("max_requests", "min_requests", "min_ratings"):
             check_field(self, name, getattr(self, name) >= 1, "at least 1")
-        enough = self.max_requests >= self.min_requests  # else there would never be a decision
+        enough = self.max_requests >= self.min_requests  # otherwise there is never a decision
         check_field(self, "max_requests", enough, f"at least min_requests ({self.min_requests})")
         for name in ("max_length_change", "max_p95_seconds"):
             check_field(self, name, getattr(self, name) > 0, "above 0")

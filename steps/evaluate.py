@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def evaluate(
     test_records: list[Record], base: Path, adapter: Path, train_summary: TrainSummary, evaluate: EvaluateConfig
 ) -> tuple[Annotated[list[Sample], "samples"], Annotated[Evaluation, "metrics"]]:
-    """Generate greedy answers of base and tuned model to the test split, and score them."""
+    """Generate greedy answers of the base and of the tuned model to the test split, and score them."""
     base_dir, device = open_base(base), best_device()
     tokenizer, model = load_tokenizer(base_dir), load_pretrained(base_dir, device=device)
     limits = (evaluate.max_new_tokens, evaluate.batch_size, rouge_l)

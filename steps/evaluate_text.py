@@ -18,7 +18,7 @@ from steps.metadata import attach_metadata
 
 @dataclass(frozen=True)
 class TextScores(JsonDataclass):
-    """A pretrained base on the held-out text. `to_json` is metrics.json."""
+    """The scores of a pretrained base on the held-out text. `to_json` is the content of metrics.json."""
 
     val_loss: float  # nats per token
     perplexity: float
@@ -31,7 +31,7 @@ class TextScores(JsonDataclass):
 def evaluate_text(
     documents: list[str], base: Path, train_summary: TrainSummary, text: TextConfig
 ) -> Annotated[TextScores, "metrics"]:
-    """The loss of the base on the held-out text, and its continuations of the prompts."""
+    """Compute the loss of the base on the held-out text, and its continuations of the prompts."""
     tokenizer, model = load_tokenizer(base), load_pretrained(base, device=best_device())
     _, held_out = split_tokens(encode_documents(documents, tokenizer), text.val_fraction)
     loss = text_loss(model, held_out)

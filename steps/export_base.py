@@ -12,7 +12,7 @@ from steps.outputs import json_text, write_outputs
 
 @step(enable_cache=False)
 def export_base(base: Path, history: list[dict[str, float]], metrics: TextScores) -> Annotated[str, "outputs"]:
-    """Write the base and its results below outputs/. outputs/latest stays a finetuning."""
+    """Write the base and its results below outputs/. outputs/latest still links to a finetuning run."""
     run = get_step_context().pipeline_run
     with TemporaryDirectory() as directory:
         curves = write_curves(history, Path(directory), title=run.name).read_text(encoding="utf-8")

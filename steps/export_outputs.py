@@ -32,7 +32,7 @@ def export_outputs(
     comparison: Comparison,
     promote: PromoteConfig,
 ) -> Annotated[str, "outputs"]:
-    """Write the run's results below outputs/; link outputs/<stage> to them if the stage holds this run's model."""
+    """Write the run's results below outputs/. Link outputs/<stage> to them if the stage contains this run's model."""
     texts: dict[str, str | bytes] = {
         "report.html": str(report),
         "report.json": report_json,
@@ -67,10 +67,11 @@ def export_outputs(
 
 
 def _is_in_stage(model: str, stage: Literal["staging", "production"], promotion: Promotion, adapter: str) -> bool:
-    """Whether outputs/<stage> is to link to this run: the stage holds its model version, or one with the same adapter.
+    """Whether outputs/<stage> must link to this run.
 
-    The link to the run of the latter stays. It is missing or wrong if that run stopped after `promote`, its directory
-    was deleted, or the stage was changed in ZenML.
+    It must if the stage contains this run's model version. It must also if the stage contains a version with the same
+    adapter and the link is missing or wrong: the run of that version stopped after `promote`, its directory was
+    deleted, or the stage was changed in ZenML.
     """
     version = in_stage(model, stage)
     if version is None:

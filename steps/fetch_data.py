@@ -33,13 +33,12 @@ PAST_PARTICIPLES = {"error": "refused", "drop": "dropped", "truncate": "truncate
 def fetch_data(
     data: DataConfig, base: BaseConfig, seed: int, base_sha256: str = ""
 ) -> Annotated[list[Record], "records"]:
-    """Instruction records: bundled, from a URL with a known sha256, from a dataset of the hub, or from a file.
+    """Read instruction records: bundled, from a URL with a known sha256, from a dataset of the hub, or from a file.
 
-    All problems of the records are reported here, before pretraining: later steps do not know the locations in the
-    user's file.
+    Reports all problems of the records before pretraining. Later steps do not know the locations in the user's file.
 
     Args:
-        base_sha256: as `BaseConfig.located`.
+        base_sha256: see `BaseConfig.resolved`.
     """
     records, origin = read_source(data, seed)
     tokenizer, context_length = _tokenizer(base, base_sha256, data.n_facts, seed)
@@ -79,7 +78,7 @@ def fetch_data(
 
 
 def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
-    """The records, and their origin: `location`, and for a file its `file_sha256`."""
+    """Read the records. The second value is their origin: `location`, and for a file `file_sha256`."""
     if data.source == "bundled":
         return check_records(write_records(make_world(seed, data.n_facts), seed)), {"location": "bundled records"}
     if data.source == "url":
@@ -115,7 +114,10 @@ def _read_file(path: Path, data: DataConfig) -> list[Record]:
 
 
 def _of_part(records: list[Record], part: str, source: str | Path) -> list[Record]:
-    """The records, as those of the part ("": of any); where the file says so, those that it has in this part only."""
+    """Assign the records to a part of the split; "": leave them as they are.
+
+    If the file names parts itself, return only its records of this part.
+    """
     if not part:
         return records
     found = [record for record in records if record.get("part", part) == part]
@@ -132,7 +134,7 @@ def _sha256(path: str) -> str:
 
 
 def _tokenizer(base: BaseConfig, sha256: str, n_facts: int | None, seed: int) -> tuple[Encoding, int]:
-    """The base's tokenizer and its context length in tokens."""
+    """Return the base's tokenizer and its context length in tokens."""
     if base.source == "hub":
         directory = fetch_base(BaseRef(base.name, base.revision, sha256)).path
         return load_tokenizer(directory), read_config(directory / CONFIG).n_positions

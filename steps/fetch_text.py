@@ -16,7 +16,7 @@ from steps.metadata import attach_metadata
 
 @step(cache_policy=code_of(__name__))
 def fetch_text(text: TextConfig, seed: int) -> Annotated[list[str], "documents"]:
-    """The documents to pretrain on: the demo world's prose, or the text of a file or of a URL with a known sha256."""
+    """Read the documents to pretrain on: the demo world's prose, or the text of a file or of a URL with a sha256."""
     if text.source == "bundled":
         documents, origin = write_prose(make_world(seed, text.n_facts), seed), {"location": "bundled prose"}
     elif text.source == "url":
@@ -41,6 +41,6 @@ def _read(file: Path) -> list[str]:
 
 
 def split_documents(text: str) -> list[str]:
-    """The documents of a text, which END_OF_TEXT separates, as in TinyStories; without it, the text as it is."""
+    """Split a text at END_OF_TEXT, as in TinyStories. A text without it is one document."""
     documents = text.split(END_OF_TEXT)
     return [document.strip() if len(documents) > 1 else document for document in documents if document.strip()]

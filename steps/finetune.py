@@ -5,7 +5,7 @@ from typing import Annotated
 from zenml import ArtifactConfig, step
 from zenml.enums import ArtifactType
 
-from gpt2core.checkpoint import CONFIG, directory_sha256, read_config, save_adapter
+from gpt2core.checkpoint import CONFIG, read_config, save_adapter
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
@@ -35,7 +35,7 @@ def finetune(
     Annotated[list[dict[str, float]], "history"],
     Annotated[TrainSummary, "train_summary"],
 ]:
-    """Train a LoRA adapter on the train split; returns its directory, the logged values by step, and a summary."""
+    """Train a LoRA adapter on the training split; return its directory, the logged values by step, and a summary."""
     base_dir, base_ref = open_base(base), read_base(base)
     config = read_config(base_dir / CONFIG)
     check_rank(lora, config.n_embd)

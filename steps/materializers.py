@@ -27,7 +27,7 @@ class SampleListMaterializer(BaseMaterializer):
 
     ASSOCIATED_TYPES: ClassVar[tuple[type, ...]] = (list,)
     ASSOCIATED_ARTIFACT_TYPE: ClassVar[ArtifactType] = ArtifactType.DATA
-    SKIP_REGISTRATION: ClassVar[bool] = True  # other lists keep ZenML's own materializer; steps name this one
+    SKIP_REGISTRATION: ClassVar[bool] = True  # other lists use ZenML's materializer; steps must name this one
 
     def save(self, data: list[Sample]) -> None:
         with self.artifact_store.open(self._file, "wb") as stream:
@@ -38,7 +38,7 @@ class SampleListMaterializer(BaseMaterializer):
             return [Sample.from_json(json.loads(line)) for line in stream]
 
     def compute_content_hash(self, data: list[Sample]) -> str:
-        """Makes ZenML cache steps that read the samples by content instead of by artifact id."""
+        """Return the sha256 of the content, which ZenML then uses in cache keys instead of the artifact id."""
         return hashlib.sha256(_to_jsonl(data)).hexdigest()
 
     @property
@@ -48,9 +48,9 @@ class SampleListMaterializer(BaseMaterializer):
 
 @contextmanager
 def output_directory(prefix: str) -> Iterator[Path]:
-    """A new temporary directory for a step to return; deleted if the block fails.
+    """Context manager: create a temporary directory that a step returns. Deletes it if the block fails.
 
-    On success the step's output needs `DirectoryMaterializer`, which deletes it when it is stored.
+    The step's output must use `DirectoryMaterializer`, which stores the directory and then deletes it.
     """
     directory = Path(mkdtemp(prefix=prefix))
     try:
@@ -61,7 +61,7 @@ def output_directory(prefix: str) -> Iterator[Path]:
 
 
 class DirectoryMaterializer(PathMaterializer):
-    """A directory of `output_directory`: ZenML stores a copy, so the directory itself is deleted."""
+    """Stores a directory of `output_directory` as an archive, and deletes the directory."""
 
     SKIP_REGISTRATION: ClassVar[bool] = True
 
@@ -87,7 +87,7 @@ class DirectoryMaterializer(PathMaterializer):
             return Path(super().load(data_type))
 
     def compute_content_hash(self, data: Path | None) -> str:
-        """sha256 of the archive, which ZenML records when it is stored; the directory itself is deleted by then."""
+        """Return the sha256 of the archive. ZenML calls this after `save`, when the directory is deleted."""
         with self.artifact_store.open(self._archive, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 

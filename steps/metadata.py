@@ -13,5 +13,5 @@ def attach_metadata(artifact: str, about: Mapping[str, Any]) -> None:
 
 
 def save_extra_artifact(artifact: str, content: dict[str, Any]) -> None:
-    """Save an artifact, also from a failed step, which has no outputs; its content is also its metadata."""
+    """Save an artifact that is no output, such as one of a failed step. Its content is also its metadata."""
     save_artifact(content, artifact, user_metadata={key: value for key, value in content.items() if value is not None})

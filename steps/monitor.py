@@ -1,4 +1,4 @@
-"""The steps of the monitoring pipeline. They are not cached: the log's content changes, but not its name."""
+"""The steps of the monitoring pipeline. They are not cached, because the log changes under the same name."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ def detect_drift(
     if len(completions) >= monitor.min_requests:
         try:
             train, samples = artifacts["train_records"].load(), artifacts["samples"].load()
-        except (KeyError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: ZenML's, for a list
+        except (KeyError, ValueError, OSError, RuntimeError) as error:  # ZenML raises RuntimeError for a list
             raise ValueError(
                 f"the files of the run {run.name} cannot be read: {error}; finetune again with its configuration, "
                 "which repeats the steps without files, and set monitor.run to the new run"
@@ -77,10 +77,10 @@ def detect_drift(
 
 @step(enable_cache=False)
 def alert(drift: Drift, monitor: MonitorConfig) -> Annotated[list[str], "alerted"]:
-    """Notify the stack's alerter and the webhook of drift; returns the notified ones. The report is stored first.
+    """Notify the stack's alerter and the webhook of drift; return the names of those that were notified.
 
     Raises:
-        RuntimeError: one of them failed; the message was sent to the other one.
+        RuntimeError: the alerter or the webhook failed. The other one is notified anyway.
     """
     if not drift.drifted:
         return []
@@ -106,20 +106,20 @@ def alert(drift: Drift, monitor: MonitorConfig) -> Annotated[list[str], "alerted
 
 
 def report_directory(run_name: str) -> Path:
-    """Of a monitoring run: drift.html and drift.json.
+    """Return the directory of a monitoring run's drift.html and drift.json.
 
     Raises:
-        ValueError: as `check_run_name`.
+        ValueError: see `check_run_name`.
     """
     check_run_name(run_name)
     return shared_path("monitoring") / run_name
 
 
 def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse:
-    """The run that served this traffic.
+    """Find the run whose model served this traffic.
 
     Raises:
-        ValueError: it cannot be found.
+        ValueError: the run cannot be found.
     """
     if monitor.run:
         try:

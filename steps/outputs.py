@@ -1,6 +1,6 @@
-"""outputs/<run name>/ with a run's results as files, for users; no step reads results from them.
+"""Writes a run's results as files to outputs/<run name>/, for users. No step reads results from there.
 
-outputs/latest links to the newest run, outputs/staging and outputs/production to one of the model in the stage.
+outputs/latest links to the newest run. outputs/staging and outputs/production link to a run of the model in the stage.
 """
 
 import json
@@ -16,15 +16,17 @@ from uuid import uuid4
 from gpt2core.files import atomic_write, naming_file
 from gpt2core.types import Lineage, RunRef
 
-# What outputs/ has beside the directories of runs
+# Entries of outputs/ other than directories of runs
 Shared = Literal["latest", "staging", "production", "experiments", "monitoring", "images", "wandb", "compare.html"]
 LINKS = ("latest", "staging", "production")  # to directories of runs
-RUN_ID = ".run_id"  # lineage.json has the id of the run that built the Bento, which a cached run did not
-MAX_NAME = 200  # bytes; file systems allow 255, and the directory's temporary name is longer
+# File with the id of the run that wrote the directory. lineage.json has the id of the run that built the Bento, which
+# is an earlier run if the step was cached.
+RUN_ID = ".run_id"
+MAX_NAME = 200  # bytes of a run's name; file systems allow 255, but the directory's temporary name is longer
 
 
 def outputs_dir() -> Path:
-    """`outputs/` of the checkout, or $GPT2_INSTRUCT_OUTPUTS: a step's container runs from another directory."""
+    """Return `outputs/` of the checkout, or $GPT2_INSTRUCT_OUTPUTS, which a step's container needs."""
     return Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or Path(__file__).parent.parent / "outputs")
 
 
@@ -33,7 +35,7 @@ def shared_path(name: Shared) -> Path:
 
 
 def adapter_in(directory: Path) -> str:
-    """The sha256 of the adapter in a run's directory, by its lineage; "" if there is no complete directory."""
+    """Return the adapter's sha256 in the lineage of a run's directory; "" if the directory is not complete."""
     try:
         return Lineage.from_json_file(directory / "lineage.json").adapter.sha256 if directory.is_dir() else ""
     except (FileNotFoundError, ValueError):
@@ -56,7 +58,7 @@ def check_outputs() -> None:
     """
     Raises:
         OSError: outputs/ cannot be written.
-        ValueError: it has a directory where a run makes a link.
+        ValueError: outputs/ has a directory with the name of a link that runs create.
     """
     directory = outputs_dir()
     directory.mkdir(parents=True, exist_ok=True)
@@ -74,16 +76,17 @@ def write_outputs(
     links: Mapping[str, Path] = MappingProxyType({}),
     pointers: Sequence[str] = ("latest",),
 ) -> Path:
-    """Write a run's files, copies of directories and links to directories; then point outputs/<pointer> at the run.
-
-    The directory appears only when it is complete.
+    """Write outputs/<run name>/ atomically, then link outputs/<pointer> to it.
 
     Args:
-        pointers: names of links in outputs/.
+        texts: file name -> content.
+        folders: name -> directory that is copied.
+        links: name -> directory that is linked.
+        pointers: names of links in outputs/ to the new directory.
 
     Raises:
-        ValueError: as `check_run_name`.
-        FileExistsError: the directory exists and is not of this run; it stays as it is.
+        ValueError: see `check_run_name`.
+        FileExistsError: another run wrote a directory of this name, which stays as it is.
     """
     check_run_name(run.name)
     directory, partial = outputs_dir() / run.name, outputs_dir() / f".{run.name}-{run.id}"
@@ -102,7 +105,7 @@ def write_outputs(
 
 
 def _written_before(directory: Path, run: RunRef) -> bool:
-    """Whether this run has written the directory, in an earlier attempt of a step that is retried."""
+    """Whether this run wrote the directory in an earlier attempt. Raises FileExistsError if another run wrote it."""
     if not os.path.lexists(directory):
         return False
     marker = directory / RUN_ID
@@ -116,14 +119,14 @@ def _written_before(directory: Path, run: RunRef) -> bool:
 def _fill(
     directory: Path, texts: Mapping[str, str | bytes], folders: Mapping[str, Path], links: Mapping[str, Path]
 ) -> None:
-    rmtree(directory, ignore_errors=True)  # of an attempt that was killed here
+    rmtree(directory, ignore_errors=True)  # left by an attempt that was killed
     directory.mkdir(parents=True)
     for name, text in texts.items():
         atomic_write(directory / name, text.encode() if isinstance(text, str) else text)
     for name, folder in folders.items():
         with naming_file(directory / name, sum(file.stat().st_size for file in folder.rglob("*"))):
             copytree(folder, directory / name, copy_function=copyfile)
-        (directory / name).chmod(0o755)  # copytree kept the 0700 of a temporary directory
+        (directory / name).chmod(0o755)  # copytree copied the mode of a temporary directory, 0700
     for name, target in links.items():
         _link(directory / name, target.resolve())
 
@@ -140,10 +143,10 @@ def _link(link: Path, target: Path) -> None:
 
 
 def json_text(value: Any) -> str:
-    """For people: indented, with non-ASCII characters as they are."""
+    """Format JSON for people: indented, with non-ASCII characters as they are."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def wandb_directory() -> Path:
-    """The directory of wandb's files, including those of offline runs."""
+    """Return the directory of wandb's files, which include offline runs."""
     return shared_path("wandb")

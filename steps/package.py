@@ -25,7 +25,7 @@ def package(
     package: PackageConfig,
     evaluate: EvaluateConfig,
 ) -> tuple[Annotated[str, "bento"], Annotated[Lineage, "lineage"]]:
-    """Build the Bento, serve it and compare its answers with those of `evaluate`; returns its tag and lineage."""
+    """Build the Bento, serve it, compare its answers with those of `evaluate`, and return its tag and lineage."""
     context = get_step_context()
     lineage = Lineage(
         run=RunRef(str(context.pipeline_run.id), context.pipeline_run.name),
@@ -48,6 +48,6 @@ def package(
 
 
 def _commit(extra: dict[str, object]) -> Commit:
-    """The commit that the start of the run recorded; a step's container has no git."""
+    """Return the commit that was recorded when the run started, because a step's container has no git."""
     recorded = extra.get("commit")
     return Commit.from_json(recorded) if isinstance(recorded, dict) else describe_commit()

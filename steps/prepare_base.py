@@ -21,10 +21,10 @@ from steps.metadata import attach_metadata
 def prepare_base(
     base: BaseConfig, n_facts: int | None, seed: int, base_sha256: str = ""
 ) -> Annotated[Path, ArtifactConfig(name="base", artifact_type=ArtifactType.MODEL)]:
-    """The base: a directory with the nano model, pretrained here, or with a reference to a model of the hub.
+    """Return the base: a directory with a model that is made here, or with a reference to a model of the hub.
 
     Args:
-        base_sha256: as `BaseConfig.located`.
+        base_sha256: see `BaseConfig.resolved`.
     """
     with output_directory("base-") as directory:
         figures: Figures

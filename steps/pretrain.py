@@ -31,7 +31,7 @@ def pretrain(
     Annotated[list[dict[str, float]], "history"],
     Annotated[TrainSummary, "train_summary"],
 ]:
-    """Train a tokenizer and a GPT-2 on the documents; returns checkpoint, logged values by step, and a summary."""
+    """Train a tokenizer and a GPT-2 on the documents; return checkpoint, logged values by step, and a summary."""
     with output_directory("base-") as directory:
         base = train_base(documents, text, model, pretrain, seed, tracking, directory)
         save_pretrained(base.model, directory)
@@ -53,7 +53,7 @@ def train_base(
     tracking: TrackingConfig,
     directory: Path,
 ) -> Pretrained:
-    """`pretrain_text` with checkpoints in the artifact store, progress and tracking."""
+    """Call `pretrain_text` with checkpoints in the artifact store, progress and tracking."""
     config = model.to_gpt2()
     values = {"model": asdict(config), "pretrain": asdict(pretrain), "text": asdict(text), "seed": seed}
     key = [asdict(config), asdict(pretrain), seed, documents, text.val_fraction]

@@ -19,19 +19,19 @@ class Promotion(JsonDataclass):
     stage: str  # "" unless promoted
     model_version: str  # name/number
     reason: str
-    champion: str = ""  # the model version in the stage, if it has the same adapter
+    champion: str = ""  # model version in the stage if it has the same adapter, else ""
 
 
 @step(enable_cache=False)
 def promote(
-    comparison: Comparison, repeats: str, metrics: Evaluation, promote: PromoteConfig
+    comparison: Comparison, same_as: str, metrics: Evaluation, promote: PromoteConfig
 ) -> Annotated[Promotion, "promotion"]:
-    """Move this run's model version to the stage if it passes the gate; record the reason either way.
+    """Move this run's model version to the stage if it passes the gate, and record the decision with its reason.
 
     Runs after `package`, which fails if the service's answers differ from those of the evaluated model.
     """
-    if repeats:
-        promoted, reason = False, f"{repeats} in stage {promote.stage} has the same adapter; nothing changes"
+    if same_as:
+        promoted, reason = False, f"{same_as} in stage {promote.stage} has the same adapter; nothing changes"
     else:
         promoted, reason = decide(comparison, promote)
     version = get_step_context().model
@@ -44,7 +44,7 @@ def promote(
         stage=promote.stage if promoted else "",
         model_version=f"{version.name}/{version.version}",
         reason=reason,
-        champion=repeats,
+        champion=same_as,
     )
     attach_metadata("promotion", promotion.to_json())
     scores = metrics.to_json()
@@ -54,9 +54,10 @@ def promote(
 
 
 def _unchanged(champion: str, own: Model, stage: str, reason: str) -> tuple[bool, str]:
-    """Whether the stage still holds the champion that this run was compared with, and the reason.
+    """Whether the stage still contains the champion that this run was compared with, and the reason.
 
-    A concurrent run may have promoted its model since. The run's own version is there if this step is retried.
+    A concurrent run may have promoted its model in the meantime. The stage contains the run's own version if this step
+    is retried.
     """
     found = in_stage(own.name, stage)
     now = "" if found is None else version_name(found)
@@ -69,15 +70,15 @@ def _unchanged(champion: str, own: Model, stage: str, reason: str) -> tuple[bool
 
 
 def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
-    """Decide whether to promote the tuned model; returns the decision and its reason as a sentence.
+    """Decide whether to promote the tuned model; return the decision and its reason.
 
-    It must be better than its base (p below alpha) and, if there is a champion, not worse than it by more than the
-    margin, at one-sided level alpha.
+    The model must be better than its base (p below alpha). If there is a champion, the one-sided confidence bound
+    (level 1 - alpha) of the difference to the champion must not be below -margin.
     """
     higher = METRICS[promote.metric].higher_is_better
     base = comparison.tuned_vs_base[promote.metric]
     better = base.difference > 0 if higher else base.difference < 0
-    against_base = f"{promote.metric} differs from the base's by {_figures(base)}"
+    against_base = f"{promote.metric} differs from the base by {_figures(base)}"
     if not better:
         return False, f"not better than the base: {against_base}"
     if base.p_value >= promote.alpha:
@@ -89,16 +90,18 @@ def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
             return False, f"promote.champion is required, but {comparison.note}"
         return True, f"better than the base: {against_base}; {comparison.note}"
     if comparison.tuned_vs_champion is None:
-        return False, f"{comparison.note}; with promote.champion=ignore, the champion does not count"
+        return False, f"{comparison.note}; promote.champion=ignore skips the comparison with the champion"
     if comparison.worst is None:
         return False, (
-            f"not shown to be as good as the champion: {promote.metric} has no bound with so few independent records "
-            f"or an infinite loss: {comparison.note}; with promote.champion=ignore, the champion does not count"
+            f"not shown to be as good as the champion: {promote.metric} has no confidence bound, because there are too "
+            f"few independent test records or an infinite loss ({comparison.note}); use a larger test split or another "
+            "promote.metric, or promote.champion=ignore, which skips the comparison with the champion"
         )
     champion = comparison.tuned_vs_champion[promote.metric]
     against = (
-        f"{promote.metric} differs from that of {comparison.champion} by {_figures(champion)}; at level "
-        f"{promote.alpha:g} it may be worse by {max(0.0, -comparison.worst):.4f}, and the margin is {promote.margin:g}"
+        f"{promote.metric} differs from {comparison.champion} by {_figures(champion)}; at a confidence of "
+        f"{100 * (1 - promote.alpha):g} % it is worse by at most {max(0.0, -comparison.worst):.4f}, and the margin is "
+        f"{promote.margin:g}"
     )
     if comparison.worst < -promote.margin:
         return False, f"not shown to be as good as the champion: {against}"
@@ -106,7 +109,7 @@ def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
 
 
 def compared_on(comparison: Comparison, metric: str) -> dict[str, Any]:
-    """The comparisons on one metric, as in metrics.json."""
+    """Return the comparisons on one metric, as in metrics.json."""
     champion = comparison.tuned_vs_champion
     return {
         "tuned_vs_base": comparison.tuned_vs_base[metric].to_json(),
@@ -122,7 +125,7 @@ def _figures(found: Difference) -> str:
 
 
 def in_stage(model: str, stage: str) -> ModelVersionResponse | None:
-    """The version of the model that is in the stage now; None if there is none."""
+    """Return the version of the model that is in the stage now; None if the stage is empty."""
     try:
         return Client().get_model_version(model, stage)
     except KeyError:
@@ -130,7 +133,7 @@ def in_stage(model: str, stage: str) -> ModelVersionResponse | None:
 
 
 def version_name(version: ModelVersionResponse) -> str:
-    """As lineage and promotions name it: name/number."""
+    """Return the name of a model version in lineage and promotions: name/number."""
     return f"{version.model.name}/{version.name}"
 
 
@@ -138,7 +141,7 @@ def check_stage(required: Literal["", "staging", "production"], promotion: Promo
     """Raise RuntimeError unless the adapter is in the required stage or a later one.
 
     Args:
-        built_by: the model version (`name/number`) whose run built the cached artifacts of this run; often the same.
+        built_by: the model version (`name/number`) whose run built the Bento: this run's, or an earlier one if cached.
     """
     enough = {"": (), "staging": ("staging", "production"), "production": ("production",)}[required]
     versions = dict.fromkeys(each for each in (promotion.model_version, built_by, promotion.champion) if each)

@@ -27,7 +27,7 @@ def report(
     test_records: list[Record],
     tracking: TrackingConfig,
 ) -> tuple[Annotated[HTMLString, "report"], Annotated[str, "report_json"], Annotated[HTMLString, "curves"]]:
-    """The report as an HTML page and as JSON, and the training curves as an HTML page."""
+    """Write the report as an HTML page and as JSON, and the training curves as an HTML page."""
     data = check_data(train_records, val_records, test_records)
     attach_metadata("report", {"same_record": data.same_record, "same_question": data.same_question, "near": data.near})
     context = get_step_context()

@@ -18,10 +18,10 @@ def split_data(
     Annotated[list[Record], "test_records"],
     Annotated[SplitSummary, "split"],
 ]:
-    """Split into train, validation and test records with whole groups; also returns size and sha256 of each part.
+    """Split into train, validation and test records without splitting groups; also return size and sha256 of each part.
 
     Args:
-        patience: of training, which fails without validation records; checked here, before pretraining.
+        patience: `train.patience`. It needs validation records, which is checked here, before pretraining.
     """
     parts = split_records(records, seed if data.order == "seed" else None, data.val_fraction, data.test_fraction)
     check_patience(patience, data, len(parts.val))

@@ -10,8 +10,8 @@ from typing import Any
 
 from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
-OPENAI_IDS = ("chatcmpl-", "cmpl-")  # prefixes of the request id in OpenAI's routes
-MAX_NUMBER = 2**53  # integers up to it are exact in float64
+OPENAI_IDS = ("chatcmpl-", "cmpl-")  # prefixes of the request id in the responses of OpenAI's routes
+MAX_NUMBER = 2**53  # integers up to this one are exact in float64
 
 
 @dataclass
@@ -19,7 +19,9 @@ class Traffic:
     """The content of a log and its rotated files, oldest first."""
 
     completions: list[LoggedCompletion] = field(default_factory=list)
-    feedback: list[tuple[str, LoggedFeedback]] = field(default_factory=list)  # with its location, like requests.jsonl:7
+    feedback: list[tuple[str, LoggedFeedback]] = field(
+        default_factory=list
+    )  # location, like requests.jsonl:7; feedback
     problems: list[str] = field(default_factory=list)  # unreadable lines, with their locations
     lost: int = 0  # lines that the service could not write
 
@@ -27,7 +29,7 @@ class Traffic:
 def read_traffic(log: str | Path) -> Traffic:
     """Read the log and its rotated files LOG.1 (the newest), LOG.2 and so on.
 
-    A line that cannot be read, like the last one of a killed service, is added to `problems`.
+    A line that cannot be read, like the last line of a killed service, is added to `problems`.
 
     Raises:
         FileNotFoundError: there is no such log.
@@ -41,7 +43,7 @@ def read_traffic(log: str | Path) -> Traffic:
         with file.open("rb") as stream:  # lines end at \n only; text may contain other line separators
             for number, line in enumerate(stream, 1):
                 _add(traffic, f"{file}:{number}", line)
-    # by time: several replicas' logs may have been put into one file
+    # sort by time: the file may be the concatenated logs of several replicas
     traffic.completions.sort(key=lambda completion: completion.time)
     traffic.feedback.sort(key=lambda placed: placed[1].time)
     return traffic
@@ -57,7 +59,7 @@ def _add(traffic: Traffic, location: str, line: bytes) -> None:
         if "rating" in value:
             traffic.feedback.append((location, LoggedFeedback.from_json(value)))
         elif "shadow" in value:
-            LoggedShadow.from_json(value)  # no client saw it: not traffic
+            LoggedShadow.from_json(value)  # validates only: no client saw this answer, so it is not traffic
         else:
             traffic.completions.append(LoggedCompletion.from_json(value))
         traffic.lost += lost
@@ -75,20 +77,20 @@ def _check_values(line: Mapping[str, Any]) -> None:
 
 
 def completion_of(feedback: LoggedFeedback, known: Container[str]) -> str | None:
-    """The request id of the completion that the feedback names, by that id or by the `id` of an OpenAI response."""
+    """Return the id of the request that the feedback names, by its id or by the `id` of an OpenAI response."""
     given = feedback.request_id
     names = (given, *(given.removeprefix(start) for start in OPENAI_IDS if given.startswith(start)))
     return next((name for name in names if name in known), None)
 
 
 def ratings_of(traffic: Traffic, completions: Sequence[LoggedCompletion]) -> Counter[str]:
-    """How many requests of these completions have each rating, by their newest one."""
+    """Count the ratings of these completions' requests. Of several ratings of a request, the newest counts."""
     known = {completion.request_id for completion in completions}
     newest = {completion_of(feedback, known): feedback.rating for _, feedback in traffic.feedback}
     return Counter(rating for request_id, rating in newest.items() if request_id is not None)
 
 
 def summary(problems: Sequence[str], shown: int = 10) -> str:
-    """The first problems, one per line."""
+    """Return the first problems, one per line."""
     rest = len(problems) - shown
     return "\n".join([*problems[:shown], *([f"and {rest} more"] if rest > 0 else [])])

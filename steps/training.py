@@ -1,4 +1,4 @@
-"""Shared by the training steps: checkpoints in the artifact store, tracking, and progress."""
+"""Code of all training steps: checkpoints in the artifact store, tracking and progress."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ from steps.outputs import wandb_directory
 def resumable_training(
     name: str, total_steps: int, key: Any, values: Mapping[str, Any], tracking: TrackingConfig
 ) -> Iterator[tuple[Log, Checkpoints]]:
-    """The training callback, and where the training writes its checkpoint.
+    """Context manager: yields the training callback and the directory of the training's checkpoint.
 
     Args:
-        name: shown with the progress.
-        key: as `stored_checkpoints`.
+        name: name of the training in the progress display.
+        key: see `stored_checkpoints`.
         values: the configuration that wandb shows.
     """
     run_name = get_step_context().pipeline_run.name

@@ -1,4 +1,4 @@
-"""Helpers of several packages' tests."""
+"""Helpers for the tests of several packages."""
 
 import socket
 import time
@@ -25,7 +25,7 @@ from gpt2core.types import (
 
 
 def make_lineage(run: str = "run-17", **changes: object) -> Lineage:
-    """A complete lineage; `changes` replace its fields."""
+    """Return a complete lineage. `changes` replace its fields."""
     scores = Scores(exact_match=0.5, token_f1=0.5, rouge_l=0.5, perplexity=2.0, finished=1.0)
     fields = {
         "run": RunRef(id=run, name=run),
@@ -41,8 +41,8 @@ def make_lineage(run: str = "run-17", **changes: object) -> Lineage:
 
 
 def build_bento(base_dir: Path, adapter_dir: Path, run: str = "run-17") -> str:
-    """The tag of a Bento whose lineage states the digests of these directories."""
-    from deploy import bento  # here: the tests of gpt2core run without bentoml
+    """Build a Bento whose lineage has the digests of these directories; return its tag."""
+    from deploy import bento  # imported here because the tests of gpt2core run without bentoml
 
     base = BaseRef(name="gpt2-nano", revision="", sha256=directory_sha256(base_dir, checkpoint_files(base_dir)))
     lineage = make_lineage(run, base=base, adapter=bento.describe_adapter(adapter_dir))
@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll until the condition holds; AssertionError naming `what` after so many seconds."""
+    """Poll until the condition holds. Raise AssertionError with the description `what` after this number of seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {seconds:.0f} s"
@@ -64,7 +64,7 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
 
 
 def is_ready(url: str) -> bool:
-    """Whether a service answers /readyz with 200."""
+    """Whether a service responds to /readyz with a status below 400."""
     try:
         return requests.get(f"{url}/readyz", timeout=5).ok
     except requests.RequestException:
@@ -79,19 +79,19 @@ def flip_bit(file: Path) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the model's state dict."""
+    """Return a copy of the model's state dict."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same_state(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Whether both have the same names, dtypes and bits."""
+    """Whether two state dicts have the same names, dtypes and values."""
     return one.keys() == other.keys() and all(
         torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one
     )
 
 
 def randomize_lora(model: GPT2, std: float = 0.3) -> GPT2:
-    """Give the LoRA weights random values, in place: lora_B is zero otherwise."""
+    """Give the LoRA weights random values, in place, because lora_B is initialized with zeros."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for _, layer in lora_layers(model):

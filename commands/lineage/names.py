@@ -1,4 +1,4 @@
-"""Resolves a possibly abbreviated name to the full name."""
+"""Resolves a name, which may be abbreviated, to the full name."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -9,14 +9,14 @@ MAX_SHOWN = 10  # candidates shown for an ambiguous name
 
 
 class LineageError(ValueError):
-    """A name that matches nothing, or several things."""
+    """A name that matches nothing, or several names."""
 
 
 def resolve(name: str, runs: Sequence[TracedRun]) -> str:
-    """The one known name that equals `name` or starts with it.
+    """Return the only known name that equals `name` or starts with it.
 
     Raises:
-        LineageError: with the candidates.
+        LineageError: no name or several names match; the message lists candidates.
     """
     names = {known: kind for run in reversed(runs) for known, kind in run.names.items()}
     if name in names:
@@ -29,7 +29,7 @@ def resolve(name: str, runs: Sequence[TracedRun]) -> str:
         more = f"\n  and {len(matches) - MAX_SHOWN} more" if len(matches) > MAX_SHOWN else ""
         raise LineageError(f"{name!r} matches {len(matches)} names; give more characters of one:{shown}{more}")
     if not names:
-        raise LineageError("ZenML's store has no finetuning run yet; `make run` makes one")
+        raise LineageError("ZenML's store has no finetuning run yet; `make run` starts a run")
     near = get_close_matches(name, names, n=3) or list(runs[0].names)
     shown = "".join(f"\n  {known}  ({names[known]})" for known in near)
     raise LineageError(

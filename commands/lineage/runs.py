@@ -19,7 +19,7 @@ class TracedRun:
         self.artifacts = {name: versions[0] for step in outputs for name, versions in step if versions}
 
     def metadata(self, artifact: str, key: str) -> Any:
-        """Metadata of an artifact; "" if the run did not produce it."""
+        """Return a value of an artifact's metadata; "" if the run did not produce the artifact."""
         return self.artifacts[artifact].run_metadata.get(key, "") if artifact in self.artifacts else ""
 
     @cached_property
@@ -29,14 +29,14 @@ class TracedRun:
 
     @cached_property
     def lineage(self) -> Lineage | None:
-        """The /metadata response of its Bento; None if the run did not build one."""
+        """The /metadata response of the run's Bento; None if the run did not build a Bento."""
         lineage = self.artifacts["lineage"].load() if "lineage" in self.artifacts else None
-        # Runs of earlier releases stored the JSON object.
+        # runs of earlier versions stored the JSON object
         return Lineage.from_json(lineage) if isinstance(lineage, dict) else lineage
 
     @cached_property
     def model_versions(self) -> list[str]:
-        """The model version by number and, where it has one, by stage."""
+        """The names of the model version: by number and, if it is in a stage, by stage."""
         version = self.run.model_version
         if version is None:
             return []
@@ -44,7 +44,7 @@ class TracedRun:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """All names that refer to this run, with their kinds; empty if the run did not split data."""
+        """All names that refer to this run, and their kinds; empty if the run did not split data."""
         digests = dict(zip(self.data, Split._fields, strict=True))
         if not any(digests):
             return {}
@@ -56,6 +56,6 @@ class TracedRun:
         return names
 
     def cached_from(self, step: str) -> str:
-        """The id of the run that computed a cached step; "" if this run computed it."""
+        """Return the id of the run that computed a cached step; "" if this run computed it."""
         original = self.run.steps[step].original_step_run_id
         return "" if original is None else str(Client().get_run_step(original).pipeline_run_id)

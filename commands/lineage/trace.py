@@ -9,14 +9,17 @@ from commands.lineage.names import resolve
 from commands.lineage.runs import TracedRun
 from commands.lineage.tree import data_node, draw
 
-FINETUNINGS = {"pipeline": "finetune_pipeline", "sort_by": "desc:created"}  # a sweep has many adapters and no Bento
+FINETUNINGS = {
+    "pipeline": "finetune_pipeline",
+    "sort_by": "desc:created",
+}  # not sweeps, which have many adapters and no Bento
 
 
 def trace(name: str) -> str:
-    """The trees of all runs that the name refers to, one tree per data split.
+    """Draw the trees of all runs that the name refers to, one tree per data split.
 
     Args:
-        name: of a run, its id, a model version, a Bento's tag, or the start of the sha256 of a data part or adapter.
+        name: a run's name or id, a model version, a Bento's tag, or the start of the sha256 of a data part or adapter.
 
     Raises:
         LineageError: no run or several runs match; lists candidates.

@@ -18,7 +18,7 @@ class Node:
 
 
 def data_node(runs: Sequence[TracedRun], deployments: Sequence[ArtifactVersionResponse]) -> Node:
-    """The tree of runs that share their data."""
+    """Build the tree of runs that share their data."""
     first = runs[0]
     node = Node(f"data from {_origin(first)}")
     for part, digest in zip(Split._fields, first.data, strict=True):
@@ -33,7 +33,7 @@ def draw(node: Node) -> str:
 
 def _origin(run: TracedRun) -> str:
     location, digest = run.metadata("records", "location"), run.metadata("records", "file_sha256")
-    if not location:  # a run of an earlier release
+    if not location:  # a run of an earlier version
         return str(run.metadata("records", "source")) or "an unknown source"
     return f"{location}, sha256 {digest}" if digest else str(location)
 

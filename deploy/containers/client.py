@@ -13,7 +13,7 @@ from docker.errors import DockerException, ImageNotFound
 from docker.models.containers import Container
 from requests import RequestException
 
-TIMEOUT = 60  # seconds without a byte from the engine; streams of logs have no limit
+TIMEOUT = 60  # seconds without a byte from the engine; log streams have no limit
 DEFAULT_HOST = "/var/run/docker.sock"
 
 
@@ -48,7 +48,7 @@ def hardening(tmpfs: Mapping[str, str], pids_limit: int) -> dict[str, Any]:
     """Arguments of `containers.run` for every container of this project.
 
     Args:
-        tmpfs: path -> mount options; besides volumes, the only writable paths.
+        tmpfs: path -> mount options. Only these paths and volumes are writable.
     """
     return {
         "read_only": True,
@@ -60,8 +60,9 @@ def hardening(tmpfs: Mapping[str, str], pids_limit: int) -> dict[str, Any]:
 
 
 def require_image(client: docker.DockerClient, image: str) -> None:
-    """Raises:
-    EngineError: the engine does not have the image.
+    """
+    Raises:
+        EngineError: the engine does not have the image.
     """
     try:
         client.images.get(image)

@@ -1,4 +1,4 @@
-"""Images of the service and of pipeline steps: built from their Dockerfiles, looked up, each with its SBOM."""
+"""Builds and looks up the images of the service and of pipeline steps. Each image has an SBOM."""
 
 import hashlib
 import io
@@ -37,7 +37,7 @@ STEPS_FILES = (
 BUILD_ARGS = ("BASE_IMAGE", "BUILD_IMAGE", "TORCH_INDEX")
 BUILD_NETWORK = "BUILD_NETWORK"
 BUILD_TIMEOUT = 1800  # seconds without a byte from the engine; it is silent while pip installs
-LOG_LINES = 40  # of a failed build, in its error
+LOG_LINES = 40  # lines of a failed build's log in its error
 SBOM = "/opt/venv/sbom.cdx.json"  # in both images
 
 
@@ -49,10 +49,10 @@ class Image:
 
 
 def service_image(tag: str) -> Image:
-    """The image of a Bento, built if the engine does not have it.
+    """Return the image of a Bento. Builds it if the engine does not have it.
 
     Raises:
-        EngineError, BentoError: as `build_service`.
+        EngineError, BentoError: see `build_service`.
     """
     with connect(BUILD_TIMEOUT) as client:
         try:
@@ -62,10 +62,10 @@ def service_image(tag: str) -> Image:
 
 
 def build_service(tag: str) -> Image:
-    """Build the image of a Bento; its name and tag are the Bento's, and it is tagged `latest` too.
+    """Build the image of a Bento, with the Bento's name and tag, and tag it `latest` too.
 
     Raises:
-        EngineError: the build failed; with the last lines of its log.
+        EngineError: the build failed. The message has the last lines of its log.
         BentoError: the store has no such Bento.
     """
     lineage = bento.lineage(tag)
@@ -100,10 +100,10 @@ def pinned(reference: str) -> str:
 
 
 def build_steps() -> Image:
-    """Build the image that pipeline steps run in, tagged with a digest of its sources, and `latest`.
+    """Build the image that pipeline steps run in. Its tags are a digest of its sources, and `latest`.
 
     Raises:
-        EngineError: the build failed; with the last lines of its log.
+        EngineError: the build failed. The message has the last lines of its log.
     """
     context, content = io.BytesIO(), hashlib.sha256()
     with tarfile.open(fileobj=context, mode="w") as archive:
@@ -151,7 +151,7 @@ def _build(context: BinaryIO, dockerfile: str, tag: str, labels: Mapping[str, st
 
 
 def _build_settings() -> str:
-    """The build settings of the environment, for an error message."""
+    """Return the build settings of the environment, for an error message."""
     settings = [f"{name}={os.environ[name]}" for name in (*BUILD_ARGS, BUILD_NETWORK) if name in os.environ]
     return " ".join(settings) or "BASE_IMAGE selects another base image, TORCH_INDEX another package index for torch"
 

@@ -1,8 +1,8 @@
 """Reverse proxy of a deployment on one machine: listens on its port and forwards each request to the current service.
 
-A service is replaced without a failed request: each request uses a new connection to the service that is current at its
-start. `service.py` runs the proxy in a container of the service's image, to which `deploy/bento.py` copies this file,
-and writes the file with the current service's address.
+No request fails when the service is replaced: each request opens a new connection to the service that is current at
+that time. `service.py` runs the proxy in a container of the service's image and writes the file with the current
+service's address. `deploy/bento.py` copies this module into the image.
 """
 
 import logging
@@ -26,8 +26,8 @@ CURRENT = web.AppKey("current", list[str])  # the last address that was read, if
 
 
 def make_app(address: Path = ADDRESS) -> web.Application:
-    """The proxy as an application. It reads the `address` file for each request."""
-    # bodies are forwarded as they are: decompressed, they would not match their headers
+    """Build the proxy application. It reads the `address` file for each request."""
+    # bodies are forwarded without decompression, because they must match their headers
     app = web.Application(handler_args={"auto_decompress": False})
     app[CURRENT] = []
 
@@ -39,7 +39,7 @@ def make_app(address: Path = ADDRESS) -> web.Application:
             yield
 
     async def forward(request: web.Request) -> web.StreamResponse:
-        if not request.raw_path.startswith("/"):  # a URL, as for a forward proxy
+        if not request.raw_path.startswith("/"):  # a whole URL, as clients send it to a forward proxy
             return web.Response(status=400, text="the request target is not a path\n")
         with suppress(OSError, ValueError):  # the file is being written: use the last address
             app[CURRENT][:] = [_read(address)]
@@ -73,7 +73,7 @@ async def _relay(request: web.Request, response: ClientResponse) -> web.StreamRe
         async for chunk in response.content.iter_any():
             await relayed.write(chunk)
     except ClientError:
-        # the connection is aborted so that the client can tell that the response is incomplete
+        # abort the connection, so that the client can tell that the response is incomplete
         if request.transport is not None:
             request.transport.abort()
         return relayed
@@ -89,7 +89,7 @@ def _read(address: Path) -> str:
 
 
 def _end_to_end(headers: Mapping[str, str]) -> "CIMultiDict[str]":
-    """The headers that are forwarded."""
+    """Return the headers that are forwarded: all except hop-by-hop headers."""
     kept = CIMultiDict(headers)
     for name in (*HOP_BY_HOP, *headers.get("Connection", "").split(",")):
         kept.popall(name.strip(), None)

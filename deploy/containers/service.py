@@ -1,8 +1,8 @@
 """The docker target: a service in a local container, behind a reverse proxy that owns the port.
 
-The port identifies a deployment: gpt2-instruct-3000 is the name of its proxy (`proxy.py`), of the network that proxy
-and services share, and of the volume that stores the current service's address. The previous service is kept stopped
-for `rollback`.
+The port identifies a deployment. For port 3000, gpt2-instruct-3000 is the name of the proxy (`proxy.py`), of the
+network that proxy and services share, and of the volume that stores the current service's address. The previous service
+is stopped but kept for `rollback`.
 """
 
 import os
@@ -32,15 +32,15 @@ from gpt2core.types import Lineage, Sample
 
 BENTO_LABEL = "gpt2-instruct.bento"
 DEPLOYMENT_LABEL = "gpt2-instruct.deployment"
-PORT = "3000/tcp"  # of the image
+PORT = "3000/tcp"  # port that the image exposes
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
-CONNECT_TIME = 2  # seconds for requests that the proxy received before the switch to connect
+CONNECT_TIME = 2  # seconds in which requests that the proxy received before the switch connect to the old service
 STOP_TIMEOUT = 75  # seconds; longer than the service's time limit for a request
 POLL = 0.1  # seconds
 RESTART = {"Name": "unless-stopped"}
 HARDENING = hardening(tmpfs={"/tmp": "size=128m,mode=1777"}, pids_limit=512)
 MEMORY, PROXY_MEMORY = "2g", "256m"  # limits; gpt2-nano takes 340 MB
-LOG_LIMIT = {"max-size": "10m", "max-file": "5"}  # as a kubelet's
+LOG_LIMIT = {"max-size": "10m", "max-file": "5"}  # the defaults of a kubelet
 
 
 class DockerTarget:
@@ -80,11 +80,11 @@ class DockerTarget:
                 previous = current
             else:
                 previous = group.newest_except(candidate, current)
-            group.retire(candidate, previous)
+            group.stop_old_services(candidate, previous)
             return group.outcome("deployed", candidate, previous)
 
     def rollback(self) -> Deployment:
-        """Start the kept service, switch the proxy to it, and keep the current one, so a second rollback undoes this.
+        """Start the kept service, switch the proxy to it, and keep the current service: a second rollback undoes this.
 
         Raises:
             DeployError: there is no kept service, it is not ready in time, or the engine fails.
@@ -101,11 +101,11 @@ class DockerTarget:
             except BaseException:
                 previous.stop(timeout=STOP_TIMEOUT)
                 raise
-            group.retire(previous, current)
+            group.stop_old_services(previous, current)
             return group.outcome("rolled_back", previous, current)
 
     def describe(self) -> Version | None:
-        """The version that the proxy forwards requests to; None if nothing is deployed on the port."""
+        """Return the version that the proxy forwards requests to; None if nothing is deployed on the port."""
         with self._open() as group:
             return _version(group.current())
 
@@ -139,7 +139,7 @@ class _ServiceGroup:
             )
 
     def current(self) -> Container | None:
-        """The service that the proxy forwards requests to."""
+        """Return the service that the proxy forwards requests to; None if there is none."""
         proxy = self._get(self.name)
         if proxy is None:
             return None
@@ -150,7 +150,7 @@ class _ServiceGroup:
         return self._get(address.removeprefix("http://").partition(":")[0])
 
     def newest_except(self, *excluded: Container | None) -> Container | None:
-        """The service that was started last, without the excluded ones."""
+        """Return the service that was started last, ignoring the excluded services; None if there is no other."""
         ids = {container.id for container in excluded if container is not None}
         rest = [container for container in self._services() if container.id not in ids]
         return max(rest, key=lambda container: container.attrs["State"]["StartedAt"], default=None)
@@ -192,7 +192,7 @@ class _ServiceGroup:
         )
 
     def switch(self, new: Container, old: Container | None) -> None:
-        """Make the proxy forward requests to `new`; if that fails, to `old` again."""
+        """Make the proxy forward requests to `new`. If that fails, restore `old`, or remove the proxy."""
         proxy = self._get(self.name) or self._create_proxy(new.image.id)
         _set_current(proxy, new)
         try:
@@ -204,8 +204,8 @@ class _ServiceGroup:
                 _set_current(proxy, old)
             raise
 
-    def retire(self, current: Container, kept: Container | None) -> None:
-        """Drain and stop every service but the current one; remove all of these but `kept`."""
+    def stop_old_services(self, current: Container, kept: Container | None) -> None:
+        """Drain and stop every service except `current`; remove the stopped services except `kept`."""
         time.sleep(CONNECT_TIME)
         for service in self._services():
             if service.id != current.id:
@@ -251,13 +251,13 @@ class _ServiceGroup:
         )
 
     def _log_limit(self) -> dict[str, Any]:
-        """Container options that rotate the logs of Docker's default driver, which would grow without limit."""
+        """Return container options for log rotation: logs of Docker's default driver would grow without limit."""
         if self.client.info().get("LoggingDriver") != LogConfig.types.JSON:
             return {}
         return {"log_config": LogConfig(type=LogConfig.types.JSON, config=LOG_LIMIT)}
 
     def _start_proxy(self, proxy: Container) -> None:
-        """Start the proxy, unless it runs, and wait until it reaches the current service."""
+        """Start the proxy if it does not run, and wait until it reaches the current service."""
         try:
             proxy.start()
         except APIError as error:
@@ -284,7 +284,7 @@ class _ServiceGroup:
 
 
 def _files(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Container options that mount adapters and request log at the same paths as on this machine."""
+    """Return container options that mount adapters and request log at their paths on this machine."""
     volumes: dict[str, dict[str, str]] = {}
     if adapters := environment.get("GPT2_ADAPTERS_DIR"):
         volumes[adapters] = {"bind": adapters, "mode": "ro"}
@@ -292,7 +292,7 @@ def _files(environment: Mapping[str, str]) -> dict[str, Any]:
         folder = Path(log).parent
         folder.mkdir(parents=True, exist_ok=True)
         volumes[str(folder)] = {"bind": str(folder), "mode": "rw"}
-    # the user of this process, to whom these files belong, instead of the image's
+    # run as the user of this process, who owns these files, instead of the image's user
     return {"volumes": volumes, "user": f"{os.getuid()}:{os.getgid()}"} if volumes else {}
 
 
@@ -302,11 +302,11 @@ def _set_current(proxy: Container, service: Container) -> None:
 
 
 def address_file(proxy: Container) -> str:
-    """Path of the file with the current service's address, in a proxy's container.
+    """Return the path of the file with the current service's address in a proxy's container.
 
-    Later deployments do not replace a proxy, so one of an older version may have another mount point.
+    Deployments do not replace an existing proxy, so the proxy of an older version may have another mount point.
     """
-    proxy.reload()  # a container that was just created has no mounts yet
+    proxy.reload()  # the object of a newly created container has no mounts yet
     [mount] = [mount for mount in proxy.attrs["Mounts"] if mount.get("Name") == proxy.name]
     return f"{mount['Destination']}/{ADDRESS.name}"
 

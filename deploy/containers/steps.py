@@ -32,7 +32,7 @@ class StepContainer:
     """The container of one step of a pipeline run: its command, and the paths of this machine that it can access.
 
     writable, readable: absolute paths of this machine, mounted at the same path.
-    memory: limit, e.g. "8g"; /tmp and /app are in memory and count. None: no limit.
+    memory: limit, such as "8g". /tmp and /app are in memory and count towards it. None: no limit.
     """
 
     image: str
@@ -50,7 +50,7 @@ def run(step: StepContainer) -> None:
     """Start the step's container, forward its log until it ends, and remove it.
 
     Raises:
-        EngineError: as `start`; or the exit code is not 0, with the last lines of the log.
+        EngineError: see `start`; or the exit code is not 0. The message then has the last lines of the log.
     """
     with _interruptions(), connect() as client:
         try:
@@ -63,17 +63,17 @@ def start(step: StepContainer) -> None:
     """Start the step's container in the background.
 
     Raises:
-        EngineError: there is no engine or no such image, a path to mount does not exist, or the engine refuses.
+        EngineError: there is no engine or no such image, a path to mount does not exist, or the engine fails.
     """
     with connect() as client:
         _start(client, step)
 
 
 def follow(run_id: str, step: str) -> None:
-    """Forward the log of a started container until it ends, and remove it. No effect if there is none.
+    """Forward the log of the step's container until it ends, and remove it. Does nothing if there is no container.
 
     Raises:
-        EngineError: the exit code is not 0; with the last lines of the log.
+        EngineError: the exit code is not 0. The message has the last lines of the log.
     """
     with connect() as client:
         container = _find(client, run_id, step)
@@ -123,7 +123,7 @@ def _start(client: DockerClient, step: StepContainer) -> Container:
 
 
 def run_arguments(step: StepContainer, has_gpus: bool) -> dict[str, Any]:
-    """Arguments of `containers.run`: hardened, with this process's user, the mounts and every GPU.
+    """Return the arguments of `containers.run`: hardening, this process's user, the mounts and every GPU.
 
     Raises:
         EngineError: a path to mount is relative or does not exist. The engine would create a directory there.
@@ -183,7 +183,7 @@ def _remove(container: Container | None) -> None:
 
 
 def log_lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """The lines of a UTF-8 stream whose chunks may end within a line or a character."""
+    """Yield the lines of a UTF-8 stream. Its chunks may end within a line or within a character."""
     decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for chunk in chunks:
         *whole, rest = (rest + decoder.decode(chunk)).split("\n")
@@ -196,8 +196,9 @@ def log_lines(chunks: Iterator[bytes]) -> Iterator[str]:
 def _interruptions() -> Iterator[Callable[[], None]]:
     """Make `SIGNALS` interrupt the block; yields a check that raises KeyboardInterrupt if one has arrived.
 
-    Python drops a signal handler's exception in some places, for example in a destructor that the garbage collector
-    calls. The check, which also runs at the end, still detects the signal.
+    Yields a function that raises KeyboardInterrupt if a signal has arrived. It also runs at the end of the block. It is
+    needed because Python ignores a signal handler's exception in some places, for example in a destructor that the
+    garbage collector calls.
     """
     arrived = False
     previous: dict[int, Any] = {}
@@ -205,7 +206,7 @@ def _interruptions() -> Iterator[Callable[[], None]]:
     def handle(number: int, frame: Any) -> None:
         nonlocal arrived
         arrived = True
-        if callable(previous[number]):  # of the caller, or of ZenML
+        if callable(previous[number]):  # the handler of the caller, or of ZenML
             previous[number](number, frame)
         raise KeyboardInterrupt
 

@@ -68,7 +68,7 @@ class Cluster:
             4,
             connect=2,
             read=1,
-            other=0,  # an untrusted certificate
+            other=0,  # other errors, such as an untrusted certificate
             backoff_factor=0.5,
             status_forcelist=(429, 500, 502, 503, 504),
             allowed_methods=None,  # every method: apply and predict are safe to repeat
@@ -85,7 +85,7 @@ class Cluster:
         return self.connection.namespace
 
     def get(self, kind: str, name: str = NAME) -> Manifest | None:
-        """The object; None if it does not exist."""
+        """Return the object; None if it does not exist."""
         try:
             return self._call("GET", f"{self._path(kind)}/{name}")
         except NotFoundError:
@@ -95,8 +95,9 @@ class Cluster:
         """Server-side apply: set the manifest's fields and no others.
 
         Args:
-            force: take over fields that another manager owns, instead of failing with a conflict; and remove
-                `kubectl apply` as a co-owner of fields with equal values, which would conflict when they change.
+            force: take ownership of fields that another manager owns, instead of failing with a conflict. Also removes
+                kubectl's managed fields: otherwise `kubectl apply` would stay a co-owner of fields with equal values,
+                and they would conflict when they change.
         """
         path = f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}"
         query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower())]
@@ -116,7 +117,7 @@ class Cluster:
             try:
                 self._call("PATCH", path, patch, [("fieldManager", FIELD_MANAGER)], JSON_PATCH)
                 return
-            except ConflictError:  # a controller has written the status since
+            except ConflictError:  # a controller wrote the status after the apply
                 pass
         logger.warning("%s or %s is still an owner of fields of %s: it changed too often", KUBECTL, ROLLBACK, path)
 
@@ -124,7 +125,7 @@ class Cluster:
         self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
 
     def replica_sets(self, deployment: Manifest) -> list[Manifest]:
-        """The ReplicaSets of the Deployment, oldest revision first."""
+        """Return the ReplicaSets of the Deployment, oldest revision first."""
         uid = deployment["metadata"]["uid"]
         owned = [
             each
@@ -143,7 +144,7 @@ class Cluster:
         return str(self._call("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
 
     def predict(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The service's response to POST /predict, through the API server's proxy; {} unless it is a JSON object."""
+        """Send POST /predict through the API server's proxy; return the response, {} unless it is a JSON object."""
         path = f"{self._path('Service')}/{NAME}:http/proxy/predict"
         response = self._call("POST", path, dict(body), timeout=PREDICT_TIMEOUT, headers=api_key_header())
         return response if isinstance(response, dict) else {}
@@ -159,8 +160,8 @@ class Cluster:
         ]
         if missing:
             raise KubeError(
-                f"{self.connection.source} may not {', '.join(missing)} in {self}; have the Role of "
-                "k8s/optional/deployer.yaml bound to your user"
+                f"{self.connection.source} lacks permissions in {self}: {', '.join(missing)}; ask a cluster "
+                "administrator to apply k8s/optional/deployer.yaml and to bind its Role to your user"
             )
 
     def _is_allowed(self, group: str, resource: str, verb: str) -> bool:
@@ -220,18 +221,23 @@ def _disown(written: Manifest) -> list[Manifest]:
         return []
     return [
         {"op": "replace", "path": "/metadata/managedFields", "value": others},
-        {"op": "replace", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},  # or a conflict
+        {
+            "op": "replace",
+            "path": "/metadata/resourceVersion",
+            "value": metadata["resourceVersion"],
+        },  # fail if it changed
     ]
 
 
 def revision(manifest: Manifest) -> int:
-    """The revision of a Deployment or ReplicaSet; 0 before the controller has set it."""
+    """Return the revision of a Deployment or ReplicaSet; 0 before the controller has set it."""
     return int(manifest["metadata"].get("annotations", {}).get(REVISION, 0))
 
 
 def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str]:
-    """The client configuration and the source of its credentials: the configured kubeconfig, $KUBECONFIG, the pod's
-    service account, or ~/.kube/config.
+    """Return the client configuration and the source of its credentials.
+
+    The source is the configured kubeconfig, $KUBECONFIG, the pod's service account, or ~/.kube/config.
 
     Raises:
         KubeError: there is no usable kubeconfig, or it does not have the configured context.
@@ -253,7 +259,7 @@ def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str
 
 
 def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
-    """Run one of the client's loaders. Its errors are not chained, since they may quote the file, which has secrets."""
+    """Run one of the client's loaders. Its errors are not chained: they may quote the file, which contains secrets."""
     try:
         load(*arguments, **options)
     except ConfigException as error:
@@ -263,7 +269,7 @@ def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
 
 
 def _contexts(files: str) -> list[str]:
-    """The names of the contexts in one or more kubeconfigs, separated as in $KUBECONFIG."""
+    """Return the names of the contexts in one or more kubeconfigs, whose paths are separated as in $KUBECONFIG."""
     names = []
     for file in filter(os.path.isfile, files.split(os.pathsep)):
         try:

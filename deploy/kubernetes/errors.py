@@ -17,11 +17,11 @@ class KubeError(DeployError):
 
 
 class NotFoundError(KubeError):
-    """There is no object of that name."""
+    """There is no object of this name."""
 
 
 class ConflictError(KubeError):
-    """The object was changed since it was read."""
+    """The object was changed after it was read."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class Connection:
 
     host: str
     namespace: str
-    source: str  # of the credentials: a kubeconfig or the pod's service account
+    source: str  # source of the credentials: a kubeconfig or the pod's service account
 
     def __str__(self) -> str:
         return f"namespace {self.namespace} of {self.host}"
 
 
 def translate_api_error(error: ApiException, method: str, path: str, connection: Connection) -> KubeError:
-    """The error for a response with an error status."""
+    """Return the error for a response with an error status."""
     host, source = connection.host, connection.source
     status = _status(error.body)
     details = status.get("details", {})
     message = status.get("message") or error.body or error.reason
     match error.status:
-        case 401 if '"unauthorized"' in (error.body or ""):  # a response of the service, through the proxy
+        case 401 if '"unauthorized"' in (error.body or ""):  # response of the service, through the API server's proxy
             return KubeError(
                 f"the service requires a token: set GPT2_API_TOKEN in the environment of this run to the value in "
                 f"Secret {NAME} of {connection}"
@@ -80,7 +80,7 @@ def translate_api_error(error: ApiException, method: str, path: str, connection:
 
 
 def translate_connection_error(error: HTTPError, connection: Connection) -> KubeError:
-    """The error for a request without a response."""
+    """Return the error for a request without a response."""
     cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
     if isinstance(cause, SSLError):
         return KubeError(f"{connection.source} does not trust the certificate of {connection.host}: {cause}")
@@ -91,7 +91,7 @@ def translate_connection_error(error: HTTPError, connection: Connection) -> Kube
 
 
 def _status(body: Any) -> dict[str, Any]:
-    """The body as a Kubernetes Status object; {} if it is none."""
+    """Return the body as a Kubernetes Status object; {} if it is not one."""
     try:
         status = json.loads(body)
     except (TypeError, ValueError):

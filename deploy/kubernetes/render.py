@@ -1,4 +1,4 @@
-"""The manifests of k8s/ for one image and lineage, with the ids of the lineage as labels and annotations."""
+"""Renders the manifests of k8s/ for an image and a lineage, with the lineage's ids as labels and annotations."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from deploy.target import Version
 from gpt2core.types import Lineage
 
 MANIFESTS = ROOT / "k8s"
-PREFIX = f"{NAME}/"  # of labels and annotations with ids of the lineage
+PREFIX = f"{NAME}/"  # prefix of the keys of labels and annotations with ids of the lineage
 SEARCHABLE = ("run-id", "commit", "adapter-sha256", "data-train-sha256")  # ids that are labels too, for selectors
 VERSION = "app.kubernetes.io/version"  # label
 LABEL_LENGTH = 63  # Kubernetes' limit; one character less than a sha256
 
 
 def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> list[Manifest]:
-    """The manifests of k8s/; the Deployment comes last because its pods need the other objects.
+    """Return the manifests of k8s/. The Deployment comes last because its pods need the other objects.
 
     Args:
-        memory: request and limit of a pod, like 2g; "": as in k8s/.
+        memory: memory request and limit of a pod, like 2g; "": as in k8s/.
     """
     manifests: list[Manifest] = [
         yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(MANIFESTS.glob("*.yaml"))
@@ -35,7 +35,7 @@ def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> li
     container["image"] = image
     if memory:
         for amounts in container["resources"].values():
-            amounts["memory"] = f"{memory.upper()}i"  # 2g: 2 GiB, as docker counts
+            amounts["memory"] = f"{memory.upper()}i"  # for docker, 2g means 2 GiB, in Kubernetes 2Gi
     for metadata in (deployment["metadata"], template["metadata"]):
         metadata["labels"] = metadata["labels"] | labels(lineage)
         metadata["annotations"] = metadata.get("annotations", {}) | annotations(lineage)
@@ -72,7 +72,7 @@ def _is_id(key: str) -> bool:
 
 
 def annotations(lineage: Lineage) -> dict[str, str]:
-    """The ids of the lineage, as /metadata of the pod has them."""
+    """Return the ids of the lineage, with the values of the pod's /metadata."""
     ids = {
         "run-id": lineage.run.id,
         "run-name": lineage.run.name,
@@ -90,7 +90,7 @@ def annotations(lineage: Lineage) -> dict[str, str]:
 
 
 def labels(lineage: Lineage) -> dict[str, str]:
-    """The ids for label selectors, cut to the length of a label."""
+    """Return the ids for label selectors, cut to the maximum length of a label."""
     ids = annotations(lineage)
     searchable = {PREFIX + key: ids[PREFIX + key][:LABEL_LENGTH] for key in SEARCHABLE}
     return searchable | {VERSION: lineage.bento.partition(":")[2]}

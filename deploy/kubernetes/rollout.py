@@ -64,8 +64,8 @@ class KubernetesTarget:
                 return _undone(cluster, before, deployment, str(error))
         except DeployError:
             raise
-        # Everything else is an interrupt (ZenML raises an exception of its own for Ctrl-C and SIGTERM) or a bug. The
-        # apply is covered too: it may have taken effect although its response was not read.
+        # Any other exception is an interrupt (ZenML raises its own exception for Ctrl-C and SIGTERM) or a bug. The
+        # block includes the apply, which may have taken effect although its response was not read.
         except BaseException as interrupt:
             logger.warning("interrupted, rolling back")
             undone = _undone(cluster, before, deployment, f"interrupted ({type(interrupt).__name__})")
@@ -114,7 +114,7 @@ class KubernetesTarget:
         # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.
         force = self.config.force or (before is not None and version_of(before).image == placeholder_image())
         for manifest in manifests:
-            # An existing namespace may be shared; its labels belong to its owner.
+            # An existing namespace is not changed: it may be shared, and its labels belong to its owner.
             if manifest["kind"] != "Namespace" or self.cluster.get("Namespace", self.cluster.namespace) is None:
                 self.cluster.apply(manifest, force)
 
@@ -128,7 +128,7 @@ def _check_scale(cluster: Cluster, deployment: Manifest) -> None:
 
 
 def _verify_service(cluster: Cluster, bento: str, samples: Sequence[Sample], max_new_tokens: int) -> None:
-    """Raise DeployError unless the service is this Bento and its answers pass `verify_answers`."""
+    """Raise DeployError if the service is another Bento or its answers do not pass `verify_answers`."""
     deadline = time.monotonic() + SETTLE_TIMEOUT
 
     def generate(instruction: str, input: str) -> str:
@@ -139,7 +139,7 @@ def _verify_service(cluster: Cluster, bento: str, samples: Sequence[Sample], max
 
 
 def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: float) -> str:
-    """The answer of this Bento. Requests that reach other pods are repeated until the deadline (`time.monotonic`)."""
+    """Request an answer of this Bento. Repeats requests that reach other pods until the deadline (`time.monotonic`)."""
     while True:
         try:
             response = cluster.predict(body)
@@ -186,7 +186,7 @@ def _restored(cluster: Cluster, current: Manifest) -> str:
 
 
 def _running_image(cluster: Cluster, deployment: Manifest) -> str:
-    """The digest of the running image, as a node reports it; "" if no node does."""
+    """Return the digest of the running image as a node reports it; "" if no node reports it."""
     [newest] = cluster.replica_sets(deployment)[-1:]
     statuses = [status for pod in cluster.pods(newest) for status in pod["status"].get("containerStatuses", ())]
     return next((status["imageID"] for status in statuses if status.get("imageID")), "")
@@ -198,7 +198,7 @@ def _undone(cluster: Cluster, before: Manifest | None, deployment: Deployment, r
 
 
 def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:
-    """Undo a rollout, which may not have started: the outcome, the resulting state in words, and its revision."""
+    """Undo a rollout, which may not have started; return the outcome, the resulting state in words, its revision."""
     try:
         live = cluster.get("Deployment")
         if before is None:

@@ -11,7 +11,7 @@ from deploy.kubernetes.errors import KubeError
 logger = logging.getLogger(__name__)
 
 POLL = 1.0  # seconds
-# Seconds in which a failed image pull may still succeed: the kubelet retries after 10, 20 and 40 seconds.
+# Seconds for which a failed image pull is tolerated: the kubelet retries after 10, 20 and 40 seconds.
 IMAGE_PULL_TIMEOUT = 60.0
 CRASHED = "CrashLoopBackOff"
 PULL_FAILURES = ("ErrImagePull", "ImagePullBackOff")
@@ -36,7 +36,7 @@ def wait_for_rollout(cluster: Cluster) -> Manifest:
     """Wait until all pods of the Deployment have its newest template and are available; return the Deployment.
 
     Raises:
-        KubeError: the rollout cannot succeed, or did not in time.
+        KubeError: the rollout cannot succeed, or did not succeed in time.
     """
     return _Rollout(cluster).wait()
 
@@ -68,8 +68,8 @@ class _Rollout:
                 if all(status.get(count, 0) == replicas for count in counts):
                     return deployment
                 self._check_progress(deployment)
-            # The controller reports a rollout as failed after progressDeadlineSeconds without progress. This limit is
-            # for a cluster without a running controller.
+            # The controller reports a rollout as failed after progressDeadlineSeconds without progress. This limit
+            # ends the wait in a cluster without a running controller.
             limit = deployment["spec"].get("progressDeadlineSeconds", 600) * (replicas + 1)
             if time.monotonic() > start + limit:
                 raise KubeError(f"the rollout in {self.cluster} did not finish within {limit} seconds")
@@ -140,7 +140,7 @@ class _Rollout:
 
 
 def _unmet_conditions(pods: list[Manifest]) -> Iterator[str]:
-    """Messages such as the scheduler's "0/1 nodes are available: 1 Insufficient cpu"."""
+    """Yield the messages of unmet conditions, such as "0/1 nodes are available: 1 Insufficient cpu"."""
     for pod in pods:
         for condition in pod.get("status", {}).get("conditions", ()):
             if condition["status"] == "False" and condition.get("message"):

@@ -1,6 +1,6 @@
 """The base model as an artifact: a directory with base.json, and the checkpoint if it is small.
 
-A base from the hub is stored as name, revision and sha256; its 1.5 GB are downloaded where they are needed.
+A base from the hub is stored as name, revision and sha256. Its files (1.5 GB) are downloaded where they are needed.
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ def write_base(directory: Path, base: BaseRef, figures: Figures) -> None:
 
 
 def read_base(directory: Path) -> BaseRef:
-    """The reference in base.json."""
+    """Read the reference in base.json."""
     return BaseRef.from_json_file(directory / REFERENCE)
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether the directory holds the weights, not only the reference to them."""
+    """Whether the directory contains the weights, not only a reference to them."""
     return any(directory.glob("*.safetensors"))
 
 
 def open_base(directory: Path) -> Path:
-    """The directory of the checkpoint; downloads it first if `directory` holds only a reference.
+    """Return the directory of the checkpoint. Downloads it first if `directory` contains only a reference.
 
     Raises:
-        HubError: the download fails, or its sha256 is not the recorded one.
+        HubError: the download fails, or it has another sha256 than base.json records.
         ValueError: the checkpoint in the directory has another sha256 than base.json records.
     """
     base = read_base(directory)

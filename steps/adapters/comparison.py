@@ -6,7 +6,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from markupsafe import escape
 
-from gpt2core.checkpoint import atomic_write
+from gpt2core.files import atomic_write
 from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
 from steps.adapters.pages import render
@@ -14,7 +14,7 @@ from steps.adapters.pages import render
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run's values, and its tuned model's answers to the test records that all compared runs share."""
+    """A run's configuration, and the tuned model's answers to the test records that all compared runs share."""
 
     name: str
     values: dict[str, str]  # configuration and data, by dotted key
@@ -25,12 +25,12 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Compared:
-    """The first run compared with the others."""
+    """The comparison of the first run with the others."""
 
     runs: list[ComparedRun]
-    changed_values: dict[str, list[str]]  # keys in which the runs differ: the value of each
-    differences: list[dict[str, Difference]]  # of each further run to the first, by metric
-    changed_answers: list[list[Sample]]  # by record: all runs' samples, if not all are right or all wrong
+    changed_values: dict[str, list[str]]  # key in which the runs differ -> the value of each run
+    differences: list[dict[str, Difference]]  # for each other run: metric -> difference to the first run
+    changed_answers: list[list[Sample]]  # for each record that some but not all runs answer correctly: all samples
 
 
 def write_comparison(compared: Compared, file: Path) -> Path:

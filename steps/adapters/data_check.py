@@ -11,7 +11,7 @@ from gpt2core.data import Record, count_duplicates
 from gpt2core.metrics import normalize
 from gpt2core.types import JsonDataclass
 
-NEAR = 0.9  # cosine similarity of character n-grams from which two records are near duplicates
+NEAR = 0.9  # minimum cosine similarity (of character n-grams) of near duplicates
 SHOWN = 10
 
 
@@ -26,13 +26,13 @@ class Overlap(JsonDataclass):
 
 @dataclass(frozen=True)
 class PartCheck(JsonDataclass):
-    """One part of the data."""
+    """Sizes and duplicates of one part of the split."""
 
     name: str
     records: int
-    duplicates: int  # records equal to an earlier one of the part
-    median_characters: float  # of instruction, input and output together
-    longest_characters: int
+    duplicates: int  # number of records that are equal to an earlier record of the part
+    median_characters: float  # median length of instruction, input and output together
+    longest_characters: int  # maximum of these lengths
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class DataCheck(JsonDataclass):
     """Sizes of the parts, and the overlap of test and training records."""
 
     parts: list[PartCheck]
-    same_record: int  # test records that are also in the training part
-    same_question: int  # test records whose instruction and input are in the training part
-    near: int  # other test records with a similarity of at least NEAR to a training record
-    examples: list[Overlap]  # the most similar
+    same_record: int  # number of test records that are also in the training part
+    same_question: int  # number of other test records whose instruction and input are in the training part
+    near: int  # number of other test records with a similarity of at least NEAR to a training record
+    examples: list[Overlap]  # the overlaps with the highest similarity
 
     @property
     def leaks(self) -> bool:
@@ -52,7 +52,7 @@ class DataCheck(JsonDataclass):
 
 
 def check_data(train: Sequence[Record], val: Sequence[Record], test: Sequence[Record]) -> DataCheck:
-    """Compare the parts.
+    """Check the parts of the split, and compare test with training records.
 
     Near duplicates are found by the cosine similarity of TF-IDF weighted character n-grams (3 to 5) of the whole
     record, so records that share a template but not their content count as different.

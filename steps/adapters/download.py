@@ -45,16 +45,17 @@ def fetch(
     """Download the file unless `destination` already has this sha256; return `destination`.
 
     Args:
-        sha256: of the file, in hexadecimal.
-        max_bytes: of the file, after decompression if the server compresses it.
+        sha256: digest of the file, in hexadecimal.
+        max_bytes: maximum size of the file, after decompression if the server compresses it.
         timeout: seconds to connect, and seconds between two bytes.
-        retries: after broken connections, incomplete bodies and the statuses `BUSY`, with exponential backoff.
-        max_seconds: for all attempts and the waits between them.
-        max_wait: seconds before the next attempt, also if the server's Retry-After is longer.
+        retries: number of retries after broken connections, incomplete bodies and the statuses `BUSY`, with exponential
+            backoff.
+        max_seconds: limit for all attempts and the waits between them.
+        max_wait: maximum of seconds between two attempts, even if the server's Retry-After is longer.
         setting: the configuration section of the file (`data` or `text`), for messages.
 
     Raises:
-        DownloadError: nothing is written, and an existing file is kept.
+        DownloadError: the download failed. Nothing is written, and an existing file is kept.
     """
     sha256, shown = sha256.lower(), without_secrets(url)
     if destination.is_file() and file_sha256(destination) == sha256:
@@ -98,7 +99,7 @@ def fetch(
 
 
 class _LimitError(Exception):
-    """A rejected response; the message continues a sentence that starts with the URL."""
+    """A response that was rejected. The message is the rest of a sentence that starts with the URL."""
 
 
 class _Session(requests.Session):
@@ -126,7 +127,7 @@ def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: fl
         total = _content_length(response)
         if total is not None and total > max_bytes:
             raise _LimitError(f"has {total:,} bytes, more than {setting}.max_bytes={max_bytes}")
-        # disable=None: only on a terminal
+        # disable=None shows the bar only on a terminal
         with tqdm(total=total, desc=file.name.split(".")[1], unit="B", unit_scale=True, disable=None) as bar:
             # read1 returns the bytes that have arrived. read and iter_content wait for a whole chunk, which a server
             # that sends single bytes can delay forever.
@@ -143,7 +144,7 @@ def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: fl
 
 
 def _content_length(response: requests.Response) -> int | None:
-    """None if the server does not send it, or sends the length of the compressed body."""
+    """Return the size of the file; None if the server does not send it, or sends the compressed size."""
     text = response.headers.get("Content-Length")
     if text is not None and not (text.isascii() and text.isdigit()):
         raise _LimitError(f"has the header Content-Length: {text[:40]!r}, which is not a number of bytes")
@@ -166,6 +167,6 @@ def _wait(error: Exception, shown: str, seconds: float, max_wait: float, deadlin
 
 
 def without_secrets(url: str) -> str:
-    """The URL without user, password and query, which may contain tokens."""
+    """Remove user, password and query from the URL, because they may contain secrets."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

@@ -1,8 +1,8 @@
 """Drift of live traffic relative to the served run: the signals, and Evidently's report of the distributions.
 
 The reference is the run's own evaluation: the prompts of the test split and the tuned model's answers to them.
-Vocabulary and similarity are measured against the training prompts, for both traffic and reference. New subjects alone
-are therefore not drift: those of the test split are not in the training prompts either.
+For vocabulary and similarity, the traffic and the test split are both compared with the training prompts. Questions
+about new subjects alone are therefore not drift: the test split too has subjects that no training prompt has.
 """
 
 import re
@@ -26,21 +26,21 @@ from gpt2core.types import JsonDataclass, LoggedCompletion, Sample
 from steps.adapters.pages import render
 from steps.config import MonitorConfig
 
-TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # number of prompt characters that are not the user's
+TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # number of characters that the prompt template adds
 NUMBERS = ("prompt_characters", "answer_characters", "unknown_words", "similarity", "seconds")
 
 
 @dataclass(frozen=True)
 class Signal(JsonDataclass):
-    """One comparison of traffic and reference."""
+    """A comparison of traffic and reference."""
 
     name: str
-    reference: float | None  # None: the reference has no such value
-    live: float | None  # None: not known, see `note`
-    change: float | None  # what is compared with the limit
+    reference: float | None  # value of the reference; None: the reference has no such value
+    live: float | None  # value of the traffic; None: it is unknown, and `note` says why
+    change: float | None  # value that is compared with `limit`; None: `live` is unknown
     limit: float
     drifted: bool
-    note: str  # meaning of `change`, or the reason why it is missing
+    note: str  # meaning of the values, and the reason if they are unknown
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Drift(JsonDataclass):
     """The result of monitoring."""
 
     drifted: bool
-    verdict: str  # as a sentence
+    verdict: str  # a sentence
     run: str
     adapter_sha256: str
-    requests: int  # that were compared
-    first: str  # ISO 8601 times of the oldest and the newest of them; "" without any
-    last: str
+    requests: int  # number of requests that were compared
+    first: str  # time of the oldest of these requests, ISO 8601; "" if there is none
+    last: str  # time of the newest of these requests, ISO 8601; "" if there is none
     signals: list[Signal]
     finish_reasons: dict[str, int]
     ratings: dict[str, int]
-    unreadable: int  # lines of the log
-    lost: int  # lines that the service could not write
+    unreadable: int  # number of lines of the log that cannot be read
+    lost: int  # number of lines that the service could not write
 
 
 def measure(
@@ -68,12 +68,12 @@ def measure(
     samples: Sequence[Sample],
     config: MonitorConfig,
 ) -> tuple[list[Signal], str]:
-    """The signals, and Evidently's page.
+    """Compute the signals, and Evidently's page.
 
     Args:
-        completions: at least two, of the tuned model.
-        ratings: the number of good and bad ones.
-        train, samples: of the run that is served.
+        completions: at least two completions of the tuned model.
+        ratings: the number of good and bad ratings.
+        train, samples: training records and test samples of the served run.
     """
     training_prompts = _TrainingPrompts(train)
     prompts = [None if each.prompt is None else _question(each.prompt) for each in completions]
@@ -101,7 +101,7 @@ def measure(
 
 
 def write_drift(drift: Drift, evidently: str) -> str:
-    """Write a self-contained page; `evidently` is "" if nothing was compared."""
+    """Render a self-contained page. `evidently` is "" if nothing was compared."""
     return render("drift.html.j2", drift=drift, evidently=evidently)
 
 
@@ -115,13 +115,13 @@ class _TrainingPrompts:
     def __init__(self, train: Sequence[Record]) -> None:
         texts = [f"{record['instruction']}\n{record.get('input', '')}" for record in train]
         self._words = {word for text in texts for word in _words(text)}
-        # As in the report's check of the data: TF-IDF weighted character n-grams, cosine similarity.
+        # TF-IDF weighted character n-grams and cosine similarity, as in the report's check of the data
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
         training_prompts = self._vectorizer.fit_transform(texts)
         self._nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(training_prompts)
 
     def compare(self, texts: Sequence[str | None]) -> dict[str, list[float]]:
-        """Share of unknown words and similarity to the nearest training prompt, by text; NaN for None."""
+        """Compute each text's share of unknown words and similarity to the nearest training prompt; NaN for None."""
         distinct = list(dict.fromkeys(text for text in texts if text is not None))
         if not distinct:
             return {name: [np.nan] * len(texts) for name in ("unknown_words", "similarity")}

@@ -26,11 +26,11 @@ _NAMES = {
 
 
 def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str) -> None:
-    """Write the model, its adapter merged, with the tokenizer of the directory and the chat template.
+    """Write the model with its adapter merged, the tokenizer of the directory, and the chat template.
 
     Args:
-        quantize: a key of TYPES, for the matrices; vectors, positions, and with q8_0 rows that are not a multiple of 32
-            long, stay f32.
+        quantize: format of the matrices, a key of TYPES. Vectors and positions stay f32. With q8_0, so do matrices
+            whose rows are not a multiple of 32 long.
 
     Raises:
         ValueError: llama.cpp's GPT-2 cannot express the model.
@@ -60,7 +60,7 @@ def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str) -> N
 
 
 def write_gguf_adapter(model: GPT2, file: Path) -> None:
-    """Write the model's adapter, which must not be merged, for `llama.cpp --lora`; the scaling is part of lora_b.
+    """Write the model's adapter for `llama.cpp --lora`. It must not be merged. lora_b includes the scaling.
 
     Raises:
         ValueError: the adapter is a DoRA.
@@ -74,7 +74,7 @@ def write_gguf_adapter(model: GPT2, file: Path) -> None:
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)  # 0: llama.cpp does not scale by alpha / rank
+    writer.add_float32("adapter.lora.alpha", 0.0)  # with 0, llama.cpp does not scale by alpha / rank
     for name, layer in lora_layers(model):
         n, rank, width = layer.lora_A.shape
         b = layer.lora_B.new_zeros(layer.n_blocks, layer.lora_B.shape[1], n, rank)  # (blocks, out / blocks, n, R)

@@ -8,8 +8,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from gpt2core.checkpoint import directory_sha256, read_config
-from gpt2core.files import CHECKPOINT_FILES, checkpoint_files, shard_files
+from gpt2core.checkpoint import read_config
+from gpt2core.files import CHECKPOINT_FILES, checkpoint_files, directory_sha256, shard_files
 from gpt2core.records import SUFFIXES
 from gpt2core.types import BaseRef
 
@@ -18,7 +18,7 @@ TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these
 
 
 class HubError(RuntimeError):
-    """A base model or dataset that is unavailable or differs from the recorded one."""
+    """A base model or dataset is unavailable, or differs from its recorded sha256."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ def fetch_base(base: BaseRef) -> Fetched:
     """Download a repository of the hub, or read a local directory.
 
     Args:
-        base: name (a repository or a directory), revision (the commit: a branch or tag may move; ignored for a
-            directory) and sha256 by `directory_sha256` ("": not known yet, so not checked).
+        base: `name` is a repository or a directory. `revision` is a commit, because branches and tags may move; it is
+            ignored for a directory. `sha256` is by `directory_sha256`; "": not known yet, so not checked.
 
     Raises:
         HubError: the download fails, files are missing, or the sha256 differs.
     """
     is_directory = Path(base.name).is_dir()
     try:
-        # Resolved, because later commands have another working directory and links such as outputs/latest change.
+        # An absolute path: later commands have another working directory, and links such as outputs/latest change.
         path = Path(base.name).resolve() if is_directory else _download_base(base)
         files = checkpoint_files(path)
         if missing := _missing(path, files):
@@ -69,8 +69,8 @@ def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
     Args:
         name: a repository or a directory.
         revision: the commit; ignored for a directory.
-        path: a file or directory in it; "": all files of records.
-        max_bytes: of all files together.
+        path: a file or directory in the repository; "": all files of records.
+        max_bytes: maximum size of all files together.
 
     Returns:
         The directory, or the file or directory `path` in it.
@@ -90,7 +90,7 @@ def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
 
 
 def _missing(path: Path, files: Sequence[str]) -> str:
-    """What a checkpoint's directory lacks, and the way out; "" if nothing."""
+    """Return what a checkpoint's directory lacks, with a hint for the user; "" if it is complete."""
     use_another = "use a GPT-2 checkpoint that has it"
     if "config.json" not in files:
         return f"config.json; {use_another}"
@@ -115,7 +115,7 @@ def _absent_shards(path: Path) -> list[str]:
 
 def _download_base(base: BaseRef) -> Path:
     path = _download("base", base.name, base.revision, CHECKPOINT_FILES)
-    if others := _absent_shards(path):  # shards that are not called model-*-of-*: into the same directory
+    if others := _absent_shards(path):  # shards that are not called model-*-of-* are added to the same directory
         _download("base", base.name, base.revision, [escape(name) for name in others])
     return path
 
@@ -128,7 +128,7 @@ def _download(
     repo_type: str = "model",
     max_bytes: int | None = None,
 ) -> Path:
-    """A snapshot of the files that match; `key` is the part of the configuration that names the repository."""
+    """Download a snapshot of the files that match. `key`: configuration section that names the repository."""
     from huggingface_hub import snapshot_download  # takes seconds to import; only hub users need it
     from huggingface_hub.errors import DryRunError, HFValidationError, HTTPError
 

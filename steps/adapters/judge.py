@@ -38,7 +38,7 @@ SCHEMA = {
 
 
 def judge_answers(samples: Sequence[Sample], config: JudgeConfig) -> tuple[list[Sample], Judgement]:
-    """The samples, with score and reason for the judged answers, and the summary."""
+    """Return the samples with score and reason of the judged answers, and the summary."""
     token = os.environ.get(config.token_env, "") if config.token_env else ""
     if config.token_env and not token:
         missing = JudgeError(f"the environment variable {config.token_env} is not set")
@@ -46,7 +46,7 @@ def judge_answers(samples: Sequence[Sample], config: JudgeConfig) -> tuple[list[
     failures: list[JudgeError] = []
     with _session(token) as session, ThreadPoolExecutor(THREADS) as pool:
         judged = [*pool.map(partial(_judge, session, config, failures), samples)]
-    if token:  # an API may repeat it in an error
+    if token:  # an API may repeat the token in an error
         judged = [
             JudgeError(str(each).replace(token, "…")) if isinstance(each, JudgeError) else each for each in judged
         ]
@@ -54,7 +54,7 @@ def judge_answers(samples: Sequence[Sample], config: JudgeConfig) -> tuple[list[
 
 
 class JudgeError(Exception):
-    """Why an answer was not judged."""
+    """The reason why an answer was not judged."""
 
 
 def _session(token: str) -> requests.Session:
@@ -65,14 +65,14 @@ def _session(token: str) -> requests.Session:
             request.headers["Authorization"] = f"Bearer {token}"
             return request
 
-        session.auth = bearer  # a header of the session would be replaced by a password in ~/.netrc
+        session.auth = bearer  # a password in ~/.netrc would replace a header of the session
     return session
 
 
 def _judge(
     session: requests.Session, config: JudgeConfig, failures: list[JudgeError], sample: Sample
 ) -> tuple[float, str] | JudgeError:
-    """Score and reason, or why there are none. Failed requests are added to `failures`."""
+    """Request score and reason; return the error if there are none. Adds failed requests to `failures`."""
     if len(failures) >= MAX_FAILURES:
         return failures[0]
     try:
@@ -110,10 +110,10 @@ def _ask(session: requests.Session, config: JudgeConfig, sample: Sample) -> str:
 
 
 def _read(text: str) -> tuple[float, str]:
-    """Score and reason in a reply, which may have other text around the JSON.
+    """Parse score and reason from a reply, which may have other text around the JSON.
 
     Raises:
-        ValueError, TypeError, KeyError: they are not there.
+        ValueError, TypeError, KeyError: the reply has no valid score or reason.
     """
     value, _ = json.JSONDecoder().raw_decode(text, max(0, text.find("{")))
     score = float(value["score"])

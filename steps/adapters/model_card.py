@@ -21,7 +21,7 @@ def adapter_card(
     val_data: SplitPart,
     summary: TrainSummary,
 ) -> str:
-    """The card of an adapter that is not evaluated yet: base, training and limits.
+    """Render the card of an adapter that is not evaluated yet: base, training and limits.
 
     It is part of the adapter's sha256, so it contains nothing that differs between identical runs.
     """
@@ -48,13 +48,13 @@ def adapter_card(
 def evaluated_card(
     adapter: Path, lineage: Lineage, evaluation: Evaluation, records: int, content: str, library: str = ""
 ) -> str:
-    """The card in an adapter's directory with results and lineage, for another form of the model.
+    """Add results and lineage to the card of an adapter, for a directory with another form of the model.
 
     Args:
-        adapter: its directory; an adapter of PEFT or of an older version may have no card or a different one.
-        records: of the test split.
-        content: what the directory with the card holds.
-        library: that loads the model ("transformers", "peft"), which the hub shows; "": none.
+        adapter: directory of the adapter. An adapter of PEFT or of an older version may have no card or another card.
+        records: number of test records.
+        content: description of the directory's content.
+        library: library that loads the model ("transformers", "peft"); the hub shows it. "": no library.
     """
     file = adapter / CARD
     card = ModelCard(file.read_text(encoding="utf-8") if file.is_file() else f"# {NAME}\n", ignore_metadata_errors=True)

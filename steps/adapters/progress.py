@@ -11,12 +11,12 @@ from tqdm import tqdm
 from gpt2core.train import Log
 
 logger = logging.getLogger(__name__)
-SECONDS = 5  # between two log lines
+SECONDS = 5  # seconds between two log lines
 
 
 @contextmanager
 def training_progress(description: str, total_steps: int, log: Log | None = None) -> Iterator[Log]:
-    """A training callback that shows each logged step with the losses, and calls `log`."""
+    """Context manager: yields a training callback that shows each logged step with the losses, and calls `log`."""
     losses: dict[str, str] = {}
     with _progress(description, total_steps, "step") as show:
 
@@ -31,7 +31,7 @@ def training_progress(description: str, total_steps: int, log: Log | None = None
 
 @contextmanager
 def counting_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A callback that takes the number of items done so far."""
+    """Context manager: yields a callback that takes the number of items done so far."""
     with _progress(description, total, "it") as show:
         yield lambda done: show(done, {})
 

@@ -19,7 +19,7 @@ from evidently.presets import ValueStats
 from markupsafe import Markup, escape
 from plotly.subplots import make_subplots
 
-from gpt2core.checkpoint import atomic_write
+from gpt2core.files import atomic_write
 from gpt2core.metrics import METRICS, RECORD_METRICS, mean
 from gpt2core.prompt import RESPONSE
 from gpt2core.types import Comparison, Evaluation, Sample
@@ -27,8 +27,8 @@ from steps.adapters.data_check import DataCheck
 from steps.adapters.pages import render
 from steps.adapters.statistics import interval
 
-DESCRIPTORS = ("characters", "words", "prompt_leaked", "repeats_itself")  # of each answer
-REPEATS = r"(?s)\b(\w+)\b(?:\W+\1\b){3}"  # a word four times in a row
+DESCRIPTORS = ("characters", "words", "prompt_leaked", "repeats_itself")  # Evidently's descriptors of each answer
+REPEATS = r"(?s)\b(\w+)\b(?:\W+\1\b){3}"  # matches a word four times in a row
 N_EXAMPLES = 5
 # The panels of curves.html: heading -> key of the training history -> name of the line
 CURVES = {
@@ -89,7 +89,7 @@ def write_report(
 
 
 def word_diff(reference: str, answer: str) -> Markup:
-    """The answer as HTML; words that only the reference has are in <del>, words that only the answer has in <ins>."""
+    """Render the answer as HTML, with words of only the reference in <del> and words of only the answer in <ins>."""
     old, new = (re.findall(r"\s*\S+", text) for text in (reference, answer))
     parts = []
     for kind, i, j, k, m in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
@@ -104,7 +104,7 @@ def word_diff(reference: str, answer: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Slice:
-    """A subset of the records: the shares that base and tuned model answer correctly, with 95 % intervals."""
+    """A subset of the records, with the shares of correct answers of base and tuned model and their 95 % intervals."""
 
     name: str
     records: int
@@ -115,7 +115,7 @@ class _Slice:
 
 
 def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
-    """Exact match for short, medium and long reference answers, a third of the records each."""
+    """Compute exact match for short, medium and long reference answers (a third of the records each)."""
     order = sorted(samples, key=lambda sample: len(sample.output))
     slices = []
     for part in (order[i * len(order) // 3 : (i + 1) * len(order) // 3] for i in range(3)):
@@ -130,7 +130,7 @@ def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
 
 
 def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Samples whose answer became correct or wrong, by heading."""
+    """Select the samples whose answer became correct or wrong, by heading."""
 
     def changed(side: str, was: float) -> list[Sample]:
         answered = [sample for sample in samples if getattr(sample, f"{side}_scores") is not None]
@@ -145,7 +145,7 @@ def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _calibration(samples: Sequence[Sample]) -> list[tuple[str, int, float, float]]:
-    """Tuned answers by confidence: range, number, mean confidence, share that is correct."""
+    """Group tuned answers by confidence: range, number of answers, mean confidence, share of correct answers."""
     rows = []
     for low, high in itertools.pairwise((0.0, 0.5, 0.8, 0.9, 0.95, 1.0)):
         part = [s for s in samples if s.tuned_confidence is not None and low <= s.tuned_confidence < high + (high == 1)]
@@ -158,7 +158,7 @@ def _calibration(samples: Sequence[Sample]) -> list[tuple[str, int, float, float
 
 
 def _problems(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
-    """Answers of base and tuned model with a visible problem, by its name."""
+    """Count the answers of base and tuned model that have a visible problem, by its name."""
     checks: dict[str, Callable[[str], bool]] = {
         "repeat the prompt's headings": lambda text: RESPONSE in text,
         "repeat a word four times": lambda text: re.search(REPEATS, text) is not None,
@@ -177,7 +177,7 @@ def _problems(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
 
 
 def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
-    """Evidently's page and data: distributions of scores and lengths, tuned (current) against base (reference)."""
+    """Return Evidently's page and data: distributions of scores and lengths, tuned (current) and base (reference)."""
     definition = DataDefinition(numerical_columns=list(RECORD_METRICS), text_columns=["answer"])
     descriptors = [
         TextLength("answer", alias="characters"),
@@ -203,7 +203,7 @@ def _frame(samples: Sequence[Sample], model: Literal["base", "tuned"]) -> pd.Dat
 
 
 def _finite(value: Any) -> Any:
-    """The value with null in place of NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity by None, because JSON does not have them."""
     if isinstance(value, Mapping):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -212,9 +212,9 @@ def _finite(value: Any) -> Any:
 
 
 def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title: str) -> Path:
-    """Write curves.html, self-contained: losses, optimization, throughput and use of the machine by optimizer step.
+    """Write a self-contained curves.html: losses, optimization, throughput and machine usage by optimizer step.
 
-    Panels with one line have it in their heading instead of in the legend.
+    The heading of a panel with one line names it. The legend names the lines of the other panels.
     """
     logged = {key for entry in history for key in entry}
     panels = {
@@ -227,7 +227,7 @@ def write_curves(history: Sequence[Mapping[str, float]], directory: Path, title:
         for key, name in names.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if not points and key.startswith("system/"):
-                continue  # no GPU
+                continue  # a machine without a GPU does not log GPU values
             steps, values = zip(*points, strict=True) if points else ((), ())
             line = go.Scatter(x=steps, y=values, name=name, mode="lines+markers", showlegend=len(names) > 1)
             figure.add_trace(line, row=row, col=1)

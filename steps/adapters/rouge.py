@@ -7,7 +7,7 @@ from rouge_score.tokenizers import Tokenizer
 
 
 class _Words(Tokenizer):
-    """Words of any script, and punctuation: rouge-score's default tokenizer drops everything but a-z and 0-9."""
+    """Tokenizes words of any script and punctuation. rouge-score's default tokenizer keeps only a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+|[^\w\s]", text.casefold())
@@ -17,5 +17,5 @@ _SCORER = RougeScorer(["rougeL"], tokenizer=_Words())
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F-measure of the longest common subsequence of words, case-insensitive; 0 if one text has no words."""
+    """Compute the F-measure of the longest common subsequence of words, ignoring case; 0 if a text has no words."""
     return float(_SCORER.score(reference, answer)["rougeL"].fmeasure)

@@ -1,7 +1,7 @@
-"""Intervals of scores and paired comparisons of two models, by scipy and statsmodels.
+"""Confidence intervals of scores and paired comparisons of two models, by scipy and statsmodels.
 
-Records that share a `group` are not independent, so every method here works on whole groups where a group has more than
-one record (E. Miller, Adding Error Bars to Evals, arXiv:2411.00640, section 2.2).
+Records that share a `group` are not independent. If a group has more than one record, every method here therefore works
+on whole groups (E. Miller, Adding Error Bars to Evals, arXiv:2411.00640, section 2.2).
 """
 
 from collections.abc import Sequence
@@ -19,24 +19,24 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Answer, Difference, Evaluation, Sample
 
 N_RESAMPLES = 9999
-MIN_GROUPS = 10  # independent records for a bound of perplexity
-POWER = 0.8  # for the smallest detectable difference
+MIN_GROUPS = 10  # minimum number of independent groups for a bound of perplexity
+POWER = 0.8  # power of the test for the smallest detectable difference
 _BATCH = 2**21  # values that one batch of resamples may hold
 Values = NDArray[np.float64]
 
 
 def score(answers: Sequence[Answer], metric: str) -> float:
-    """One model's score, as `gpt2core.metrics.aggregate` computes it."""
+    """Compute the score of one model, as `gpt2core.metrics.aggregate` does."""
     return float(_score(metric, *_values(answers, metric), axis=-1))
 
 
 def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> list[float]:
-    """The 95 % interval [low, high] of one model's score; [] where the data allow none.
+    """Compute the 95 % interval [low, high] of one model's score; [] with one group or an infinite value.
 
-    Wilson's for a share of independent records; otherwise the percentile bootstrap over groups.
+    Uses Wilson's interval for a share of independent records, otherwise the percentile bootstrap over groups.
 
     Args:
-        groups: of each record; "" is a group of its own.
+        groups: the group of each record; a record with "" is a group of its own.
         metric: a name of `gpt2core.metrics.METRICS`.
     """
     values, weights = _values(answers, metric)
@@ -48,17 +48,18 @@ def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> l
 
 
 def intervals(answers: Sequence[Answer], groups: Sequence[str]) -> dict[str, list[float]]:
-    """`interval` for each metric."""
+    """Compute `interval` for each metric."""
     return {metric: interval(answers, groups, metric) for metric in METRICS}
 
 
 def difference(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[str], metric: str) -> Difference:
-    """How the new model's score differs from the old one's, on the same records in the same order.
+    """Compare the new model's score with the old model's, on the same records in the same order.
 
-    The interval is the paired percentile bootstrap over groups. The p-value (two-sided, no difference) is McNemar's
-    exact test for shares of independent records, otherwise the paired permutation test over groups.
+    The interval is the paired percentile bootstrap over groups. The p-value (two-sided; null hypothesis: no difference)
+    is from McNemar's exact test for shares of independent records, otherwise from the paired permutation test over
+    groups.
 
-    Args: as `interval`.
+    Args: see `interval`.
     """
     records = _paired(new, old, metric)
     sums = _by_group(records, groups)
@@ -86,18 +87,21 @@ def difference(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[st
 
 
 def differences(new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[str]) -> dict[str, Difference]:
-    """`difference` for each metric."""
+    """Compute `difference` for each metric."""
     return {metric: difference(new, old, groups, metric) for metric in METRICS}
 
 
-def worst_difference(
+def non_inferiority_bound(
     new: Sequence[Answer], old: Sequence[Answer], groups: Sequence[str], metric: str, alpha: float
 ) -> float | None:
-    """The one-sided bound at 1 - alpha of how much worse the new model may be; negative: worse. None: no bound.
+    """Compute the lower confidence bound (one-sided, level 1 - alpha) of the new model's improvement over the old one.
 
-    For scores from 0 to 1, one record won and one lost are added (A. Agresti and Y. Min, Statistics in Medicine 24,
-    2005): without them a bootstrap of few changed answers gives too narrow an interval, and one of equal answers has
-    width 0. Perplexity has no largest loss to add, so it has no bound below `MIN_GROUPS` independent records.
+    A negative bound means that the new model may be worse by this much. None: too few groups, or an infinite loss.
+
+    For scores from 0 to 1, two records are added: one with score 1 of the new and 0 of the old model, and the reverse
+    (A. Agresti and Y. Min, Statistics in Medicine 24, 2005). Without them, the bootstrap interval is too narrow if few
+    answers differ, and has width 0 if none does. Perplexity has no largest possible loss that could be added, so it has
+    no bound with fewer than `MIN_GROUPS` groups.
     """
     sums = _by_group(_paired(new, old, metric), groups)
     if metric == "perplexity":
@@ -115,7 +119,7 @@ def worst_difference(
 
 
 def agreement(judged: Sequence[bool], right: Sequence[bool], groups: Sequence[str]) -> tuple[float, list[float]]:
-    """The share of records on which a judge and exact match agree, with its 95 % interval as in `interval`."""
+    """Compute the share of records on which a judge and exact match agree, and its 95 % interval (see `interval`)."""
     same = np.array([a == b for a, b in zip(judged, right, strict=True)], dtype=float)
     if not _repeated(groups):
         low, high = proportion_confint(same.sum(), len(same), method="wilson")
@@ -126,21 +130,21 @@ def agreement(judged: Sequence[bool], right: Sequence[bool], groups: Sequence[st
 
 
 def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, list[float]]:
-    """Cohen's kappa and its 95 % interval (Fleiss, Cohen and Everitt 1969), for independent records.
+    """Compute Cohen's kappa and its 95 % interval (Fleiss, Cohen and Everitt 1969), for independent records.
 
-    None if expected agreement is 1: both give all records the same verdict.
+    None if the expected agreement is 1, because both give all records the same verdict.
     """
     table = [[sum(a == x and b == y for a, b in zip(judged, right, strict=True)) for y in (0, 1)] for x in (0, 1)]
     if sum(sum(row) > 0 for row in table) < 2 and sum(sum(column) > 0 for column in zip(*table, strict=True)) < 2:
         return None, []
-    with np.errstate(divide="ignore", invalid="ignore"):  # of the z value, which is not used
+    with np.errstate(divide="ignore", invalid="ignore"):  # for the z value, which is not used
         found = cohens_kappa(table)
     ci95 = [float(found.kappa_low), float(found.kappa_upp)]
     return float(found.kappa), ci95 if np.isfinite(ci95).all() else []
 
 
 def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluation:
-    """The evaluation with the 95 % interval of each score of base and tuned model, over all records and by family."""
+    """Add the 95 % interval of each score of base and tuned model to the evaluation, over all records and by family."""
     groups = [sample.group for sample in samples]
     answers_of = {model: [sample.answer(model) for sample in samples] for model in ("base", "tuned")}
     families = {}
@@ -154,7 +158,7 @@ def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluat
 
 
 def _values(answers: Sequence[Answer], metric: str) -> tuple[Values, Values]:
-    """Value and weight of each record; the score is the sum of the values by that of the weights (see `_score`)."""
+    """Return the value and the weight of each record. The score is sum(values) / sum(weights); see `_score`."""
     if metric == "perplexity":
         tokens = np.array([answer.reference_tokens for answer in answers], dtype=float)
         return np.array([answer.scores.nll for answer in answers]) * tokens, tokens
@@ -164,10 +168,10 @@ def _values(answers: Sequence[Answer], metric: str) -> tuple[Values, Values]:
 
 
 def _paired(new: Sequence[Answer], old: Sequence[Answer], metric: str) -> Values:
-    """Values and weights of the new and of the old model: (4, records).
+    """Stack new model's values, new model's weights, old model's values, old model's weights: (4, records).
 
-    Perplexities per token of two tokenizers cannot be compared, but the nats of one text can: both models' are divided
-    by the tokens of the new one. The other metrics have equal weights.
+    Perplexities per token of different tokenizers cannot be compared, but the nats of a text can. The nats of both
+    models are therefore divided by the new model's number of tokens. For the other metrics, both weights are equal.
     """
     (values, weights), (others, _) = _values(new, metric), _values(old, metric)
     return np.stack([values, weights, others, weights])
@@ -184,7 +188,7 @@ def _repeated(groups: Sequence[str]) -> bool:
 
 
 def _by_group(rows: Values, groups: Sequence[str]) -> Values:
-    """Each row summed by group: (rows, records) -> (rows, groups)."""
+    """Sum each row over the records of a group: (rows, records) -> (rows, groups)."""
     keys = {key: i for i, key in enumerate(dict.fromkeys(group or i for i, group in enumerate(groups)))}
     index = [keys[group or i] for i, group in enumerate(groups)]
     sums = np.zeros((len(keys), len(rows)))
@@ -193,7 +197,7 @@ def _by_group(rows: Values, groups: Sequence[str]) -> Values:
 
 
 def _bootstrap(sums: Values, statistic: object, confidence: float, alternative: str) -> list[float]:
-    """[low, high]; [] if there are too few groups or a value is not finite."""
+    """Compute the percentile bootstrap interval [low, high]; [] if there is one group or a value is not finite."""
     if sums.shape[1] < 2 or not np.isfinite(sums).all():
         return []
     found = stats.bootstrap(
@@ -212,7 +216,7 @@ def _bootstrap(sums: Values, statistic: object, confidence: float, alternative: 
 
 
 def _permutation(sums: Values) -> float:
-    """The p-value of no difference, by swapping both models' answers group by group."""
+    """Compute the p-value of the paired permutation test, which swaps both models' answers group by group."""
     a, _, b, _ = sums
     if len(a) < 2 or np.array_equal(a, b) or not np.isfinite(sums).all():
         return 1.0
@@ -229,6 +233,6 @@ def _permutation(sums: Values) -> float:
 
 
 def _detectable(deviation: float, n: int) -> float:
-    """The smallest true mean difference that n independent groups show at alpha 0.05 with a power of 0.8."""
+    """Compute the smallest true mean difference that n independent groups show at alpha 0.05 with a power of 0.8."""
     effect = tt_solve_power(nobs=n, alpha=0.05, power=POWER, alternative="two-sided")
     return float(np.asarray(effect).item()) * deviation

@@ -44,7 +44,7 @@ def write_sweep(trials: Sequence[Trial], sweep: SweepConfig, directory: Path) ->
 
 
 def _spread(trials: Sequence[Trial], metric: str) -> str:
-    """Mean ± standard deviation over the seeds."""
+    """Format mean ± standard deviation over the seeds."""
     measured = [value for trial in trials if (value := trial.metrics[metric]) is not None]
     if not measured:
         return "none"
@@ -65,15 +65,15 @@ def _table(sweep: SweepConfig, rows: Mapping[str, Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """The text in one cell of a Markdown table."""
+    """Escape a text for a cell of a Markdown table."""
     return re.sub(r"([\\|])", r"\\\1", " ".join(text.splitlines()))
 
 
 def _plot(trials: Mapping[str, Sequence[Trial]], metric: str) -> str:
-    """SVG: losses by step, one line per seed, if there are any; and the metric by variant, one point per seed."""
+    """Plot losses by step (one line per seed; if trials have them) and the metric by variant (one point per seed)."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    curves: dict[str, Line2D] = {}  # the first one of each variant, for the legend
+    curves: dict[str, Line2D] = {}  # the first curve of each variant, for the legend
     for i, (label, found) in enumerate(trials.items()):
         for trial in found:
             if trial.curve:
@@ -83,7 +83,7 @@ def _plot(trials: Mapping[str, Sequence[Trial]], metric: str) -> str:
             if (value := trial.metrics[metric]) is not None:
                 right.plot(value, i, "o", color=f"C{i % 10}", alpha=0.6)
     if curves:
-        # Texts are set afterwards: legend() would parse $ as mathtext and leave out a label that starts with _
+        # Set the texts afterwards: legend() would parse $ as mathtext and ignore labels that start with _
         legend = left.legend(list(curves.values()), [""] * len(curves), fontsize="x-small")
         for text, label in zip(legend.get_texts(), curves, strict=True):
             text.set(text=label, parse_math=False)
@@ -91,7 +91,7 @@ def _plot(trials: Mapping[str, Sequence[Trial]], metric: str) -> str:
     else:
         figure.delaxes(left)
     right.set_yticks(range(len(trials)), list(trials), fontsize="x-small", parse_math=False)
-    right.invert_yaxis()  # the first variant on top, as in the table
+    right.invert_yaxis()  # the first variant is at the top, as in the table
     right.set_xlabel(metric)
     svg = StringIO()
     figure.savefig(svg, format="svg")

@@ -13,7 +13,7 @@ from gpt2core.record_formats import COLUMNS
 from gpt2core.records import NO_COLUMNS, PARTS, SUFFIXES, Row
 
 PARQUET = ".parquet"
-SPLITS, STATE = "dataset_dict.json", "state.json"  # of a saved DatasetDict, and of a saved Dataset
+SPLITS, STATE = "dataset_dict.json", "state.json"  # files of a saved DatasetDict and of a saved Dataset
 
 
 def is_table(path: Path) -> bool:
@@ -22,16 +22,16 @@ def is_table(path: Path) -> bool:
 
 
 def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[Row]:
-    """The rows of a .parquet file, of a directory of them, or of a directory that `datasets` wrote by `save_to_disk`.
+    """Yield the rows of a .parquet file, a directory of such files, or a directory of `save_to_disk` (datasets).
 
-    A directory may have parts: those of a DatasetDict, or those that its Parquet files name (see `text_files`).
+    A directory may have parts of the split: of a DatasetDict, or in the names of Parquet files (see `text_files`).
 
     Args:
-        columns: key of a record -> its name in the files. Where Python cannot represent a value, the other columns have
-            True in its place.
+        columns: key of a record -> its column in the files.
 
     Raises:
-        ValueError: naming the file that is damaged or of another kind, or has such a value in a column of records.
+        ValueError: a file is damaged or of another kind, or a used column has a value that Python cannot represent. (In
+            other columns, True replaces such a value.)
     """
     used = {*COLUMNS, *columns.values()}
     if path.is_file():
@@ -55,14 +55,14 @@ def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
 
 
 def text_files(path: Path) -> list[tuple[Path, str]]:
-    """The JSON and CSV files of a directory without tables, each with its part of the split ("": none).
+    """Return the JSON and CSV files of a directory, each with its part of the split ("": no part).
 
-    The part is a word in the file's name, or in that of the nearest directory below `path` that has one, as for the
-    datasets library: test-00000-of-00001.csv, my_test.csv, test/0.csv. Hidden files, and those that begin with _, are
-    left out. [] for a file, and for a directory that `read_rows` reads.
+    The part is a word in the file's name, or else in the name of the nearest directory below `path` that has such a
+    word, as in the datasets library: test-00000-of-00001.csv, my_test.csv, test/0.csv. Hidden files and files whose
+    name begins with _ are ignored. Returns [] for a file, and for a directory that `read_rows` reads.
 
     Raises:
-        ValueError: there are several files, and not all name a part, or they are not one dataset.
+        ValueError: there are several files, and not all of them name a part, or they are not one dataset.
     """
     if not path.is_dir() or (path / SPLITS).is_file() or (path / STATE).is_file():
         return []
@@ -76,7 +76,7 @@ def text_files(path: Path) -> list[tuple[Path, str]]:
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """The Parquet, JSON and CSV files of a directory, each with its part, as `text_files` defines it."""
+    """Return the Parquet, JSON and CSV files of a directory, each with its part, as `text_files` defines it."""
     names = [
         file.relative_to(path)
         for file in sorted(path.rglob("*"))
@@ -86,13 +86,13 @@ def _files(path: Path) -> list[tuple[Path, str]]:
         name
         for name in names
         if not any(each.startswith((".", "_")) for each in name.parts)
-        and not name.name.startswith("dataset_info")  # the hub's description
+        and not name.name.startswith("dataset_info")  # metadata of the hub
     ]
     parts = {name: _part(path, name) for name in names}
     tables = [name for name in names if name.suffix.lower() == PARQUET]
-    if tables and any(parts.values()):  # else any other JSON file is a description
+    if tables and any(parts.values()):  # other files that name no part are metadata, not records
         names = [name for name in names if name in tables or parts[name]]
-    # test.csv beside test.parquet, and the configurations of a dataset of the hub: not to be mixed up
+    # reject test.csv beside test.parquet, and several configurations of a dataset of the hub
     folders = {tuple(each for each in name.parts[:-1] if not _words(each)) for name in names}
     stems = {name.with_suffix("") for name in names}
     kinds = {name.suffix.lower() == PARQUET for name in names}
@@ -108,7 +108,7 @@ def _files(path: Path) -> list[tuple[Path, str]]:
 
 
 def _part(path: Path, name: Path) -> str:
-    """The part in a file's name, or in that of its nearest directory; "" if there is none."""
+    """Return the part in the name of the file or of its nearest directory; "" if there is none."""
     for each in (name.stem, *reversed(name.parts[:-1])):
         found = _words(each)
         if len({PARTS[word] for word in found}) > 1:
@@ -119,7 +119,7 @@ def _part(path: Path, name: Path) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name that are names of parts."""
+    """Return the words of a name that are names of parts."""
     return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word in PARTS]
 
 

@@ -1,6 +1,6 @@
 """Experiment tracking by wandb. A failure of wandb is logged as a warning and the step continues.
 
-A training is one wandb run, whose id stays the same when the training is resumed and when its results are added.
+A training is one wandb run. Its id is the same when the training is resumed and when its results are added.
 """
 
 import logging
@@ -23,13 +23,14 @@ INIT_TIMEOUT = 20  # seconds; maximum delay of a run without a network
 def track(
     tracking: TrackingConfig, run_name: str, run_id: str, values: Mapping[str, Any], directory: Path
 ) -> Iterator[Log]:
-    """A training callback that logs to wandb: "off" does nothing, "offline" writes files below the directory.
+    """Context manager: yields a training callback that logs to wandb.
 
-    A resumed training logs its whole history again (`gpt2core.train`). Online, wandb ignores steps that it already has.
-    Offline, the files of the interrupted attempt are removed, because the new ones have every step.
+    With "off" it does nothing, with "offline" it writes files below the directory. A resumed training logs its whole
+    history again (`gpt2core.train`). Online, wandb ignores steps that it already has. Offline, the files of the
+    interrupted attempt are removed, because the new files contain every step.
 
     Args:
-        run_id: of the wandb run; a resumed training continues the run with its id.
+        run_id: id of the wandb run. A resumed training continues the wandb run with the same id.
         values: the configuration that wandb shows.
     """
     if tracking.wandb == "offline":
@@ -65,7 +66,7 @@ def track_results(
 
     Args:
         report: path or URI of the report.
-        step: the last one of the training.
+        step: the last step of the training.
     """
     with _run(tracking, run_name, run_id, directory) as run:
         if run is None:
@@ -86,7 +87,10 @@ def track_results(
 def _run(
     tracking: TrackingConfig, run_name: str, run_id: str, directory: Path, values: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """The wandb run with this id, None if it is off or did not start; finished as failed if the block raises."""
+    """Context manager: yields the wandb run with this id; None if wandb is off or did not start.
+
+    The run ends as failed if the block raises an exception.
+    """
     run = None if tracking.wandb == "off" else _start(tracking, run_name, run_id, directory, values)
     exit_code = 1
     try:
@@ -115,7 +119,7 @@ def _start(
             disable_git=True,
             silent=True,
         )
-        wandb.setup(settings)  # silent for the login too, which would ask for a key in a terminal and wait
+        wandb.setup(settings)  # before the login, which would otherwise ask for a key in a terminal and wait
         return wandb.init(
             project=tracking.project,
             name=run_name,

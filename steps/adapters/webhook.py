@@ -13,13 +13,14 @@ BUSY = (429, 500, 502, 503, 504)  # statuses after which a request is repeated
 
 
 class WebhookError(RuntimeError):
-    """The message was not accepted. The text has only the host, since the path of a webhook is often a secret."""
+    """The message was not accepted. The error names only the host, because a webhook's path is often a secret."""
 
 
 def post(url: str, content: dict[str, Any]) -> None:
-    """
+    """Post the content as JSON.
+
     Raises:
-        WebhookError: not an http(s) URL, no connection, or a status other than 2xx.
+        WebhookError: the URL is not http(s), the host cannot be reached, or the status is not 2xx.
     """
     try:
         parts = urlsplit(url)
@@ -29,7 +30,7 @@ def post(url: str, content: dict[str, Any]) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise WebhookError("the webhook is not an http or https URL")
     try:
-        # stream: the body, which may have no end, is not read
+        # stream=True: do not read the body, which may be endless
         with (
             retrying_session() as session,
             session.post(url, json=content, timeout=TIMEOUT, allow_redirects=False, stream=True) as response,
@@ -42,9 +43,9 @@ def post(url: str, content: dict[str, Any]) -> None:
 
 
 def retrying_session() -> requests.Session:
-    """A session that repeats any request after broken connections and the statuses BUSY, with exponential backoff."""
+    """Return a session that retries after broken connections and the statuses BUSY, with exponential backoff."""
     retry = Retry(RETRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=0.5, raise_on_status=False)
-    retry.respect_retry_after_header = False  # it may demand a wait of any length
+    retry.respect_retry_after_header = False  # the header may require a wait of any length
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))

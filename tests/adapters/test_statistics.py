@@ -9,7 +9,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from gpt2core.metrics import METRICS, RecordScores
 from gpt2core.types import Answer
-from steps.adapters.statistics import agreement, difference, interval, kappa, worst_difference
+from steps.adapters.statistics import agreement, difference, interval, kappa, non_inferiority_bound
 
 
 def answers(values, nll=1.0, tokens=4):
@@ -77,22 +77,22 @@ def test_a_difference_of_means_agrees_with_a_paired_t_test():
 
 def test_the_bound_of_a_worse_model_depends_on_the_number_of_records():
     same = answers(BINARY)
-    assert worst_difference(same, same, ALONE, "exact_match", 0.05) == pytest.approx(-0.056, abs=0.02)
+    assert non_inferiority_bound(same, same, ALONE, "exact_match", 0.05) == pytest.approx(-0.056, abs=0.02)
     many = answers(BINARY * 10)
-    assert worst_difference(many, many, ALONE * 10, "exact_match", 0.05) > -0.01
-    worse = worst_difference(answers([0] * 40), same, ALONE, "exact_match", 0.05)
+    assert non_inferiority_bound(many, many, ALONE * 10, "exact_match", 0.05) > -0.01
+    worse = non_inferiority_bound(answers([0] * 40), same, ALONE, "exact_match", 0.05)
     assert worse < -0.75
     # perplexity is better when lower
-    assert worst_difference(answers(BINARY, 0.5), answers(BINARY, 1.0), ALONE, "perplexity", 0.05) > 0
+    assert non_inferiority_bound(answers(BINARY, 0.5), answers(BINARY, 1.0), ALONE, "perplexity", 0.05) > 0
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_few_equal_answers_do_not_show_that_two_models_are_equal(metric):
     same = answers([0.5, 0.5])
-    bound = worst_difference(same, same, [""] * 2, metric, 0.05)
+    bound = non_inferiority_bound(same, same, [""] * 2, metric, 0.05)
     assert bound is None if metric == "perplexity" else bound < -0.05
     many = answers(BINARY * 5)
-    assert worst_difference(many, many, ALONE * 5, metric, 0.05) > -0.02
+    assert non_inferiority_bound(many, many, ALONE * 5, metric, 0.05) > -0.02
 
 
 def test_perplexities_of_two_tokenizers_are_compared_per_token_of_the_new_model():
@@ -103,24 +103,24 @@ def test_perplexities_of_two_tokenizers_are_compared_per_token_of_the_new_model(
     old = answers([0] * 40, list(nats / 8), tokens=8)
     found = difference(new, old, ALONE, "perplexity")
     assert (found.difference, found.p_value) == (pytest.approx(0, abs=1e-9), 1.0)
-    assert worst_difference(new, old, ALONE, "perplexity", 0.05) == pytest.approx(0, abs=1e-9)
+    assert non_inferiority_bound(new, old, ALONE, "perplexity", 0.05) == pytest.approx(0, abs=1e-9)
     more = nats + generator.normal(2.0, 0.1, 40)
     worse = answers([0] * 40, list(more / 8), tokens=8)
     assert difference(worse, new, ALONE, "perplexity").difference > 0
     assert difference(new, worse, ALONE, "perplexity").difference < 0
-    assert worst_difference(worse, new, ALONE, "perplexity", 0.05) < 0
+    assert non_inferiority_bound(worse, new, ALONE, "perplexity", 0.05) < 0
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_data_that_allow_no_interval(metric):
     one = answers([1])
     found = difference(answers([1], 0.5), answers([1], 1.0), [""], metric)
-    assert worst_difference(one, one, [""], "token_f1", 0.05) < -0.3
+    assert non_inferiority_bound(one, one, [""], "token_f1", 0.05) < -0.3
     assert (found.ci95, found.p_value, found.detectable) == ([], 1.0, None)
     endless = answers([1, 1, 1], [1.0, math.inf, 1.0])
     if metric == "perplexity":
         assert difference(endless, endless, [""] * 3, metric).ci95 == []
-        assert worst_difference(endless, endless, [""] * 3, metric, 0.05) is None
+        assert non_inferiority_bound(endless, endless, [""] * 3, metric, 0.05) is None
 
 
 @pytest.mark.parametrize("judged", [[1, 1, 0, 0, 1, 0, 1, 1], [1] * 8, [1, 0, 1, 0, 0, 0, 0, 0]])

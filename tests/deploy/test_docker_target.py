@@ -228,7 +228,7 @@ def test_a_failed_deployment_leaves_the_current_service_and_nothing_else(
 ):
     deploy(first.reference)
     with load(config) as responses:
-        with pytest.raises(VerificationError, match="answered 'something else'"):
+        with pytest.raises(VerificationError, match="expected 'something else'"):
             deploy(second.reference, [replace(samples[0], tuned="something else")])
         with pytest.raises(DeployError, match=r"(?s)exit code 3.*no such weights"):
             deploy(broken)

@@ -59,7 +59,7 @@ def test_verification_returns_equal_answers(tag, url):
 
 
 def test_other_answers_are_refused(tag):
-    with pytest.raises(VerificationError, match=r"(?s)to 'Hello\.'.*answered 'something else'.*but 100% are required"):
+    with pytest.raises(VerificationError, match=r"(?s)but 100% must.*'Hello\.'.*expected 'something else'"):
         verify_bento(tag, [SAMPLE], 5, "cpu")
 
 
@@ -91,7 +91,7 @@ def test_answers_of_another_device_need_the_agreed_share_only(tag, url):
     answer = request_answer(url, "Hello.", "", 5)
     samples = [replace(SAMPLE, tuned=answer), SAMPLE]
     assert verify_bento(tag, samples, 5, "cuda") == [answer, answer]
-    with pytest.raises(VerificationError, match="but 100% are required"):
+    with pytest.raises(VerificationError, match="but 100% must"):
         verify_bento(tag, samples, 5, "cpu")
 
 

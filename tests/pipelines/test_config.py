@@ -255,3 +255,17 @@ def test_patience_without_validation_records_is_refused_before_anything_runs():
 )
 def test_patience_with_validation_records_is_allowed(data):
     data.check_patience(TrainConfig(patience=3))
+
+
+def test_a_config_of_another_pipeline_is_reported_with_the_right_command():
+    rank_sweep = ROOT / "configs" / "experiments" / "rank_sweep.yaml"
+    with pytest.raises(ConfigError, match=r"rank_sweep\.yaml configures a sweep .* `python run\.py sweep --config"):
+        read_config(rank_sweep, finetune_pipeline)
+    with pytest.raises(ConfigError, match=r"local\.yaml has no parameters\.sweep; configs/experiments/ has"):
+        read_config(ROOT / "configs" / "local.yaml", sweep_pipeline)
+
+
+def test_the_rule_of_a_field_is_reported_with_its_key_in_the_file(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        read_config(write_config(tmp_path, "parameters: {lora: {rank: 0}}"), finetune_pipeline)
+    assert str(error.value).endswith("mine.yaml: parameters.lora.rank is 0; it must be at least 1")

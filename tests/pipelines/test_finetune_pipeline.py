@@ -196,7 +196,7 @@ def test_a_worse_model_does_not_replace_the_champion(outputs, cached_run, caplog
     assert against["difference"] > 0  # but its perplexity is higher than the champion's
     assert against["n"] == len(worse.samples)
     version = f"gpt2-instruct/{cached_run.record.model_version.name}"
-    assert f"not shown to be as good as the champion: perplexity differs from that of {version}" in promotion.reason
+    assert f"not shown to be as good as the champion: perplexity differs from {version}" in promotion.reason
     assert [row["champion"] for row in worse.samples] == [row["tuned"] for row in cached_run.samples]
     assert (outputs / "staging").resolve() == cached_run.directory
     # side by side, from their names

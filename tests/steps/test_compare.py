@@ -35,10 +35,10 @@ def compared(monkeypatch, tmp_path):
     monkeypatch.setattr(compare_module, "attach_metadata", lambda *_: None)
 
     def run(**promote):
-        _, comparison, repeats = compare.entrypoint(
+        _, comparison, same_as = compare.entrypoint(
             list(SAMPLES), RECORDS, tmp_path, EvaluateConfig(), PromoteConfig(**promote)
         )
-        assert repeats == ""
+        assert same_as == ""
         return comparison
 
     return run

@@ -35,9 +35,9 @@ BESIDE = replace(ALONE, champion="gpt2-instruct/3", tuned_vs_champion={"exact_ma
         ),
         (BESIDE, {}, True, "as good as the champion"),
         (BESIDE, {"margin": 0.01}, False, "not shown to be as good as the champion"),
-        (replace(BESIDE, worst=-0.3), {}, False, "worse by 0.3000, and the margin is 0.05"),
+        (replace(BESIDE, worst=-0.3), {}, False, "worse by at most 0.3000, and the margin is 0.05"),
         (replace(BESIDE, worst=-0.3), {"champion": "ignore"}, True, "promote.champion is ignore"),
-        (replace(BESIDE, worst=None, note="on 2 of 9 records"), {}, False, "no bound with so few independent records"),
+        (replace(BESIDE, worst=None, note="on 2 of 9 records"), {}, False, "too few independent test records"),
         (
             replace(BESIDE, tuned_vs_champion=None, worst=None, note="it was trained on them"),
             {},
