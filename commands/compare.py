@@ -12,7 +12,7 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
 from steps.adapters.comparison import Compared, ComparedRun, write_comparison
 from steps.adapters.statistics import differences, intervals, score
-from steps.outputs import shared_path
+from steps.outputs import LINKS, outputs_dir, shared_path
 
 
 class CompareError(ValueError):
@@ -50,6 +50,7 @@ def _find(name: str) -> TracedRun:
     try:
         run = TracedRun(Client().get_pipeline_run(linked_run(name)))
     except KeyError:
+        link = outputs_dir() / name
         if name in LINKS and not link.is_symlink():
             hint = "`make run` starts a run" if name == "latest" else "no model has been promoted to this stage yet"
             raise CompareError(f"{link} does not exist: {hint}") from None

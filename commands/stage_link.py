@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def linked_run(name: str) -> str:
-    """The run that latest, staging or production of outputs/ links to; any other name as it is."""
+    """Return the name of the run that outputs/latest, staging or production links to; any other name as it is."""
     link = outputs_dir() / name
     return link.resolve().name if link.is_symlink() else name
 

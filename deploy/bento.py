@@ -36,7 +36,7 @@ BUILD_FILES = tuple(
 )
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
 LOG_LINES = 60  # lines of a failed command's output in its error
-LINE_LENGTH = 1000  # characters of each
+LINE_LENGTH = 1000  # characters of each of these lines
 
 
 class BentoError(RuntimeError):
@@ -154,7 +154,7 @@ def _different_key(stated: Mapping[str, Any], known: Mapping[str, Any]) -> str:
 
 
 def models(tag: str) -> dict[str, Path]:
-    """The stored directories of a Bento's base and adapter."""
+    """Return the stored directories of a Bento's base and adapter."""
     found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text(encoding="utf-8"))["args"]
     return {name: _in_store("models", found[name]) for name in ("base", "adapter")}
 
@@ -195,7 +195,7 @@ def bentoml_command(verb: str) -> list[str]:
 
 
 def bentoml_environment() -> dict[str, str]:
-    """This process's environment, without variables that would import this checkout's code or change the port.
+    """Return this process's environment without variables that would import this checkout's code or change the port.
 
     The output is UTF-8: BentoML prints characters that a latin-1 locale lacks.
     """

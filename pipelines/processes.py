@@ -39,7 +39,7 @@ class Process(JsonDataclass):
 
 
 def fail_killed_runs(pipeline: str) -> None:
-    """Mark the pipeline's unfinished runs as failed whose process has ended, and remove their containers."""
+    """Mark unfinished runs of the pipeline as failed if their process has ended, and remove their containers."""
     for status in UNFINISHED:
         for run in Client().list_pipeline_runs(pipeline=pipeline, status=status, size=100, hydrate=True).items:
             recorded = run.config.extra.get("process")

@@ -10,13 +10,13 @@ from deploy.source import code_files
 def code_of(
     step_module: str, *others: str, files: Iterable[str] = (), also: Callable[[], str] | None = None
 ) -> CachePolicy:
-    """A cache policy whose key covers the source files of the modules and all their transitive imports from this
+    """Return a cache policy whose key covers the source files of the modules and all their transitive imports from this
     repository, with their templates.
 
     Args:
         files: other files that the key covers, relative to the root. Git must not ignore them: ZenML uploads code
             without ignored files, and a key with a missing file is an error.
-        also: its result is part of the key too.
+        also: a function whose result is part of the key too.
     """
     return CachePolicy(
         file_dependencies=sorted({*code_files(step_module, *others), *files}),

@@ -9,7 +9,7 @@ from gpt2core.checkpoint import CONFIG, read_config, save_adapter
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
-from gpt2core.files import write_files
+from gpt2core.files import directory_sha256, write_files
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.train import training_steps
 from gpt2core.types import SplitPart, TrainSummary

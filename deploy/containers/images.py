@@ -83,9 +83,10 @@ def build_service(tag: str) -> Image:
 
 
 def pinned(reference: str) -> str:
-    """The reference with a digest instead of a tag, if this machine's engine has the image and its registry the digest.
+    """Replace the tag of an image reference by its registry digest, so that the tag cannot move to another image.
 
-    Returned unchanged otherwise, e.g. for an image that was loaded into a cluster's nodes without a registry.
+    This requires that the local engine has the image and that its registry confirms the digest. Otherwise, for example
+    if the image was loaded into the cluster's nodes without a registry, the reference is returned unchanged.
     """
     if "@" in reference:
         return reference

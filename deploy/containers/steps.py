@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 NAME = "gpt2-instruct"  # prefix of container names and labels
 STOP_TIMEOUT = 10  # seconds from SIGTERM to SIGKILL; enough for ZenML to record that the step was stopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LAST_LINES = 30  # of a failed container's log, in its error
+LAST_LINES = 30  # lines of a failed container's log in its error
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def log_lines(chunks: Iterator[bytes]) -> Iterator[str]:
 
 @contextmanager
 def _interruptions() -> Iterator[Callable[[], None]]:
-    """Make `SIGNALS` interrupt the block; yields a check that raises KeyboardInterrupt if one has arrived.
+    """Context manager: `SIGNALS` raise KeyboardInterrupt in the block.
 
     Yields a function that raises KeyboardInterrupt if a signal has arrived. It also runs at the end of the block. It is
     needed because Python ignores a signal handler's exception in some places, for example in a destructor that the

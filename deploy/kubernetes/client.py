@@ -39,10 +39,10 @@ DEPLOYER = ROOT / "k8s" / "optional" / "deployer.yaml"  # its Role lists the per
 FIELD_MANAGER = NAME
 ROLLBACK = f"{NAME}-rollback"  # the field manager of a rollback
 KUBECTL = "kubectl-client-side-apply"  # the field manager of `kubectl apply`
-OWNERSHIP_ATTEMPTS = 5  # to remove both as owners of fields, while controllers change the object
+OWNERSHIP_ATTEMPTS = 5  # attempts to remove both as owners of fields, while controllers change the object
 REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
 CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
-LOG_LINES = 20  # of a crashed container
+LOG_LINES = 20  # lines of a crashed container's log in the error
 JSON_PATCH = "application/json-patch+json"
 PATHS = {
     "Namespace": "/api/v1/namespaces",
@@ -139,7 +139,7 @@ class Cluster:
         return self._list("Pod", f"pod-template-hash={replica_set['metadata']['labels']['pod-template-hash']}")
 
     def crash_log(self, pod: str, container: str) -> str:
-        """The last lines of the container's previous instance, the one that crashed."""
+        """Return the last log lines of the container's previous instance, which crashed."""
         query = [("container", container), ("previous", "true"), ("tailLines", str(LOG_LINES))]
         return str(self._call("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
 
@@ -150,7 +150,7 @@ class Cluster:
         return response if isinstance(response, dict) else {}
 
     def check_permissions(self) -> None:
-        """Raise KubeError naming every permission that a deployment needs and the credentials lack."""
+        """Raise KubeError if the credentials lack a permission that a deployment needs; it names all of them."""
         [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text(encoding="utf-8")) if each["kind"] == "Role"]
         missing = [
             f"{verb} {resource}{f'.{group}' if group else ''}"
@@ -212,8 +212,9 @@ class Cluster:
 
 
 def _disown(written: Manifest) -> list[Manifest]:
-    """The JSON patch that removes the managed fields of `kubectl apply` and of rollbacks, as client-go's csaupgrade
-    does; [] if there are none."""
+    """Return the JSON patch that removes the managed fields of `kubectl apply` and of rollbacks, as client-go's
+    csaupgrade does; [] if there are none.
+    """
     metadata = written["metadata"]
     entries = metadata.get("managedFields", [])
     others = [each for each in entries if each["manager"] not in (KUBECTL, ROLLBACK)]
