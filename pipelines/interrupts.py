@@ -15,7 +15,7 @@ SECONDS = 2.0  # seconds until an interruption that was lost is repeated
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Context manager: raise KeyboardInterrupt on `SIGNALS` that are not ignored, as nohup does, and again if it is lost.
+    """Context manager: raise KeyboardInterrupt on `SIGNALS` except ignored ones (nohup), and again if it is lost.
 
     Python ignores exceptions that a signal handler raises within a destructor or a weak reference's callback
     ("Exception ignored in"), so the run would continue. Only the main thread can set a signal handler; in other threads
