@@ -204,7 +204,8 @@ def locale_encoded(file: Path) -> Iterator[int]:
         called = ast.unparse(call.func)
         modes = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
         binary = any(isinstance(mode, ast.Constant) and re.fullmatch("[rwax]b[+]?", str(mode.value)) for mode in modes)
-        other = "fileobj" in keywords or called == "fileio.open"  # tarfile's, and ZenML's, which has no encoding
+        # tarfile's, ZenML's, which has no encoding, and a file descriptor's
+        other = "fileobj" in keywords or called in ("fileio.open", "os.open")
         opens = called.rpartition(".")[2] == "open" and not binary and not other
         text = any(keyword.arg == "text" and ast.unparse(keyword.value) == "True" for keyword in call.keywords)
         if (opens or text or called.endswith((".read_text", ".write_text"))) and "encoding" not in keywords:
