@@ -14,7 +14,7 @@ from bentos.dependencies import record, request_id, route_key, served
 from bentos.errors import ServiceError, error_response
 from bentos.limits import DEADLINE
 from bentos.openapi import ERRORS, operation
-from bentos.schemas import Envelope, ErrorResponse, PredictRequest, PredictResponse
+from bentos.schemas import DEFAULTS, TUNED, Envelope, ErrorResponse, PredictRequest, PredictResponse
 from bentos.streaming import cancel_on_disconnect, event_stream, grammars
 
 Format = Annotated[str, Query(json_schema_extra={"enum": ["", "lambda"]})]
@@ -47,22 +47,24 @@ async def predict(request: Request, format: Format = "") -> Response:
 async def _predict(request: Request, may_stream: bool) -> Response:
     deadline = monotonic() + DEADLINE
     body = await read_body(request, PredictRequest)
-    stream = body.stream and may_stream
+    stream = bool(body.stream) and may_stream
+    adapter = TUNED if body.adapter is None else body.adapter
+    max_new_tokens = DEFAULTS.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
     generator = served(request).generator
-    if body.max_new_tokens > generator.n_positions:
-        message = f"max_new_tokens is {body.max_new_tokens}, but the context holds {generator.n_positions} tokens"
+    if max_new_tokens > generator.n_positions:
+        message = f"max_new_tokens is {max_new_tokens}, but the context holds {generator.n_positions} tokens"
         raise ServiceError("invalid_request", message, "max_new_tokens")
-    config = generator.config(body.max_new_tokens, body.sampling())
+    config = generator.config(max_new_tokens, body.sampling())
     [grammar] = await grammars(request, body.structure(), 1, deadline)
-    generator.check_model(body.adapter, "adapter")  # after the last await, during which it could be unloaded
+    generator.check_model(adapter, "adapter")  # after the last await, during which it could be unloaded
     generation = GenerationRequest(
-        generator.encode_instruction(body.instruction, body.input),
+        generator.encode_instruction(body.instruction, body.input or ""),
         config,
-        body.adapter,
+        adapter,
         deadline,
         request_id(request),
         route_key(request),
-        stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
         clean=grammar is None,
         stream=stream,
         grammar=grammar,

@@ -145,14 +145,16 @@ class StrictRequest(BaseModel):
 
 
 class PredictRequest(StrictRequest, Sampling, Structured):
-    """An instruction, and how to decode the answer."""
+    """An instruction, and how to decode the answer. Null means the default."""
 
     instruction: str = Field(pattern=r"\S", description="not blank")
-    input: str = ""
-    max_new_tokens: MaxTokens = DEFAULTS.max_new_tokens
-    stop: Stops = Field(default=[], description="the answer ends before the first of these")
-    stream: bool = Field(False, description="server-sent events with new text of the answer each; [DONE] at the end")
-    adapter: str = Field(TUNED, description="a name of /v1/models")
+    input: str | None = ""
+    max_new_tokens: MaxTokens | None = DEFAULTS.max_new_tokens
+    stop: Stops | None = Field(default=[], description="the answer ends before the first of these")
+    stream: bool | None = Field(
+        False, description="server-sent events with new text of the answer each; [DONE] at the end"
+    )
+    adapter: str | None = Field(TUNED, description="a name of /v1/models")
 
 
 class Usage(BaseModel):

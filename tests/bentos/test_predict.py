@@ -109,6 +109,14 @@ def test_an_answer_is_limited_by_the_context(url, tuned):
     assert response["finish_reason"] == "length"
 
 
+def test_null_is_the_default_of_every_optional_field(url):
+    optional = dict.fromkeys(PredictRequest.model_fields.keys() - {"instruction"})
+    response = predict(url, instruction="Hello.", **optional)
+    assert response.status_code == 200
+    default = predict(url, instruction="Hello.", max_new_tokens=DEFAULTS.max_new_tokens)
+    assert response.json()["answer"] == default.json()["answer"]
+
+
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e39, 1e300])
 @pytest.mark.parametrize("controls", [{}, {"min_tokens": 5}])
 def test_extreme_temperatures_are_answered(url, temperature, controls):
@@ -126,7 +134,7 @@ def test_extreme_temperatures_are_answered(url, temperature, controls):
         (b"{}", "instruction"),
         (b'{"instruction": " \\n"}', "instruction"),
         (b'{"instruction": 3}', "instruction"),
-        (b'{"instruction": "a", "input": null}', "input"),
+        (b'{"instruction": null}', "instruction"),
         (b'{"instruction": "a", "temperature": true}', "temperature"),
         (b'{"instruction": "a", "temperature": "0.5"}', "temperature"),
         (b'{"instruction": "a", "temperature": NaN}', "temperature"),
