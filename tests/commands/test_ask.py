@@ -80,7 +80,7 @@ def test_a_file_is_answered_line_by_line_in_order(base_dir, adapter_dir, tmp_pat
         (["--file", "x", "--input", "y"], "--input goes with INSTRUCTION"),
         ([" "], "'instruction' is empty"),
         (["word " * 200], "n_positions is 128"),
-        (["Hello", "--run", "elsewhere"], "no finished run"),
+        (["Hello", "--run", "elsewhere"], "is not the directory of a finished run"),
         (["Hello", "--temperature", "-1"], "temperature is -1.0"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
     ],

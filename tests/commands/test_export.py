@@ -217,7 +217,7 @@ def test_errors_are_one_line(tmp_path):
     (tmp_path / "full" / "file").touch()
     for options, message in (
         (["--out", str(tmp_path / "full"), "--format", "hf"], "is not an empty directory; choose a new one"),
-        (["--out", str(tmp_path / "new"), "--format", "hf", "--run", "no"], "no finished run"),
+        (["--out", str(tmp_path / "new"), "--format", "hf", "--run", "no"], "is not the directory of a finished run"),
         (["--out", str(tmp_path / "new"), "--format", "hf", "--quantize", "f16"], "goes with --format gguf"),
     ):
         done = CliRunner().invoke(main, ["export", *options])
