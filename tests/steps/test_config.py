@@ -62,6 +62,6 @@ def test_a_hub_base_may_have_any_name():
 def test_a_base_of_the_hub_needs_a_commit_and_a_directory_needs_none(tmp_path):
     for base in (BaseConfig("hub", "someone/else", "main"), BaseConfig("hub", str(tmp_path / "missing"))):
         with pytest.raises(ValueError, match=r"BaseConfig.revision .* 40 hexadecimal digits.*is no directory"):
-            base.located()
+            base.resolved()
     base = BaseConfig("hub", "someone/else", "0" * 40)
-    assert base.located() == (base, "")
+    assert base.resolved() == (base, "")
