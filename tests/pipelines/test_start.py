@@ -201,8 +201,14 @@ def test_a_stopped_run_ends_with_one_line_and_leaves_nothing_behind(tmp_path, nu
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
     environment.pop("ZENML_LOGGING_VERBOSITY")
     log = tmp_path / "log"
+
+    def do_not_ignore() -> None:  # as under nohup, where a run ignores SIGHUP
+        signal.signal(number, signal.SIG_DFL)
+
     with log.open("w") as stream:
-        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=do_not_ignore
+        )
         try:
             wait_until(lambda: run.poll() is not None or list((tmp_path / "tmp").glob("base-*")), 280, "pretraining")
             run.send_signal(number)
