@@ -37,9 +37,8 @@ def _orchestrator() -> type[Any]:
             if resource_settings.cpu_count:
                 task = task.set_cpu_limit(str(resource_settings.cpu_count))
             if resource_settings.memory:
-                task = task.set_memory_limit(
-                    resource_settings.memory.removesuffix("B")
-                )  # ZenML's 12GB is 12G in Kubernetes
+                # ZenML's 12GB is 12G in Kubernetes
+                task = task.set_memory_limit(resource_settings.memory.removesuffix("B"))
             if resource_settings.gpu_count:
                 task = task.set_accelerator_type(GPU).set_accelerator_limit(resource_settings.gpu_count)
             return task

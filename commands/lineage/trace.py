@@ -9,10 +9,8 @@ from commands.lineage.names import resolve
 from commands.lineage.runs import TracedRun
 from commands.lineage.tree import data_node, draw
 
-FINETUNINGS = {
-    "pipeline": "finetune_pipeline",
-    "sort_by": "desc:created",
-}  # not sweeps, which have many adapters and no Bento
+# Sweeps are left out: they have many adapters and no Bento.
+FINETUNINGS = {"pipeline": "finetune_pipeline", "sort_by": "desc:created"}
 
 
 def trace(name: str) -> str:

@@ -104,7 +104,7 @@ class Cluster:
         self._write(path, manifest, query, "application/apply-patch+yaml", disown=force)
 
     def patch_deployment(self, patch: list[Manifest]) -> None:
-        """Apply a JSON patch to the Deployment. Nobody owns the fields it changes, so the next apply can set them."""
+        """Apply a JSON patch to the Deployment. Its field manager is removed, so the next apply does not conflict."""
         query = [("fieldManager", ROLLBACK)]
         self._write(f"{self._path('Deployment')}/{NAME}", patch, query, JSON_PATCH, disown=True)
 
@@ -222,11 +222,8 @@ def _disown(written: Manifest) -> list[Manifest]:
         return []
     return [
         {"op": "replace", "path": "/metadata/managedFields", "value": others},
-        {
-            "op": "replace",
-            "path": "/metadata/resourceVersion",
-            "value": metadata["resourceVersion"],
-        },  # fail if it changed
+        # fails if the object has changed since
+        {"op": "replace", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
     ]
 
 

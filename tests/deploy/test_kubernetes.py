@@ -313,9 +313,7 @@ def test_a_deployment_after_a_rollback_does_not_conflict_with_it(api, config, fi
     assert {owner for field in owners for owner in owners[field]} == {"gpt2-instruct", "kube-controller-manager"}
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RunInterruptedException])
-def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, interrupt):
-    api.pod_states[NEW] = "unready"
+def interrupt_first_wait(monkeypatch, interrupt: type[BaseException]) -> None:
     interrupts = iter([interrupt])
 
     def sleep(_: float) -> None:
@@ -323,6 +321,12 @@ def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, 
             raise each
 
     monkeypatch.setattr(wait.time, "sleep", sleep)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RunInterruptedException])
+def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, interrupt):
+    api.pod_states[NEW] = "unready"
+    interrupt_first_wait(monkeypatch, interrupt)
     with pytest.raises(DeployInterrupted) as interrupted:
         deploy_next(config)
     assert isinstance(interrupted.value.__cause__, interrupt)
@@ -469,13 +473,7 @@ def test_an_interrupted_rollback_restores_the_version_that_ran(api, config, firs
     caplog.set_level(logging.WARNING, "deploy")
     deploy_next(config)
     api.pod_states[OLD] = "unready"
-    interrupts = iter([KeyboardInterrupt])
-
-    def sleep(_: float) -> None:
-        for each in interrupts:
-            raise each
-
-    monkeypatch.setattr(wait.time, "sleep", sleep)
+    interrupt_first_wait(monkeypatch, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         rollback(config)
     assert f"the rollback was interrupted; {NEW} runs again, as revision 4" in caplog.messages
