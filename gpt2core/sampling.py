@@ -4,7 +4,7 @@
 logits before a token is chosen: logit_bias, the penalties, min_tokens and a grammar. Shape letters: B rows, V tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from math import inf
 from random import Random
@@ -157,52 +157,70 @@ def choose(
             scheduling. The tokens of rows that failed are not valid ids.
     """
     best = most_likely(logits) if best is None else best
-    outputs: dict[int, int | Exception] = {}
-    scores: dict[int, Tensor] = {}  # row -> logits after the controls, for rows that are not greedy
     used = {i: sampler for i, sampler in enumerate(samplers) if sampler is not None}
-    for i, sampler in used.items():
-        try:
-            if not sampler.is_greedy:
-                scores[i] = sampler.scores(logits[i], completions[i])
-        except Exception as error:
-            outputs[i] = error
+    scores, outputs = _scores(used, logits, completions)
     controlled = [i for i in scores if used[i].has_controls]
-    drawn = {i: sampler.random.random() for i in scores if (sampler := used[i]).random is not None}
+    drawn = {i: random.random() for i in scores if (random := used[i].random) is not None}
     parts = [best]
     if controlled:
         parts.append(most_likely(torch.stack([scores[i] for i in controlled])))
     if drawn:
         parts.append(draw([scores[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
-    on_device = torch.cat(parts)
-    reading = copy_to_host_async(on_device)
+    candidates = torch.cat(parts)  # of every row, then of the rows `controlled`, then of the rows `drawn`
+    reading = copy_to_host_async(candidates)
     if ahead is not None:
-        chosen = on_device
-        if scores:
-            places = {i: k for k, i in enumerate([*range(len(best)), *controlled, *drawn])}  # a row's last entry counts
-            index = int_tensor([places[i] for i in range(len(best))])
-            chosen = on_device.index_select(0, to_device(index, best.device))
-        ahead(chosen)
-    found: list[int] = reading()
-    likely, others = found[: len(best)], found[len(best) :]
-    after_controls = dict(zip(controlled, others[: len(controlled)], strict=True))
-    tokens = dict(zip(drawn, others[len(controlled) :], strict=True))
-    for i, sampler in used.items():
-        if i in outputs:
-            continue
-        token = after_controls.get(i, likely[i])
+        ahead(_last_candidates(candidates, [*range(len(best)), *controlled, *drawn]) if scores else candidates)
+    read: list[int] = reading()
+    likely, others = read[: len(best)], read[len(best) :]
+    after_controls = dict(zip(controlled, others, strict=False))
+    sampled = dict(zip(drawn, others[len(controlled) :], strict=True))
+    for i in used.keys() - outputs.keys():
         try:
-            if likely[i] < 0:
-                raise NonFiniteLogits
-            if token < 0:
-                raise ValueError("no token may follow: the controls of this request exclude all of them")
-            token = tokens.get(i, token)
-            if token >= logits.shape[1]:  # it would fail the next step, and so every request of the step
-                last = logits.shape[1] - 1
-                raise RuntimeError(f"token {token} was drawn, but the ids of the model are from 0 to {last}")
-            outputs[i] = sampler.accept(token)
+            outputs[i] = used[i].accept(_token(likely[i], after_controls.get(i), sampled.get(i), logits.shape[1]))
         except Exception as error:
             outputs[i] = error
     return [outputs.get(i, 0) for i in range(len(samplers))]
+
+
+def _scores(
+    samplers: Mapping[int, Sampler], logits: Tensor, completions: Sequence[Sequence[int]]
+) -> tuple[dict[int, Tensor], dict[int, int | Exception]]:
+    """Return {row: logits (V) after the controls} of rows that are not greedy, and {row: exception} of failed rows."""
+    scores: dict[int, Tensor] = {}
+    failed: dict[int, int | Exception] = {}
+    for i, sampler in samplers.items():
+        try:
+            if not sampler.is_greedy:
+                scores[i] = sampler.scores(logits[i], completions[i])
+        except Exception as error:
+            failed[i] = error
+    return scores, failed
+
+
+def _last_candidates(candidates: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return the last candidate (B) of each row. `rows` has the row of each candidate."""
+    places = {row: place for place, row in enumerate(rows)}
+    index = int_tensor([places[row] for row in range(len(places))])
+    return candidates.index_select(0, to_device(index, candidates.device))
+
+
+def _token(likely: int, after_controls: int | None, sampled: int | None, vocab_size: int) -> int:
+    """Return the token of a row, which is the last of its candidates.
+
+    Args:
+        likely: the result of `most_likely` for the row's logits.
+        after_controls: the same for its logits after the controls. None: it has no controls.
+        sampled: the token that was drawn. None: the row is not sampled.
+    """
+    if likely < 0:
+        raise NonFiniteLogits
+    if after_controls is not None and after_controls < 0:
+        raise ValueError("no token may follow: the controls of this request exclude all of them")
+    token = likely if after_controls is None else after_controls
+    token = token if sampled is None else sampled
+    if token >= vocab_size:  # it would fail the next step, and so every request of the step
+        raise RuntimeError(f"token {token} was drawn, but the ids of the model are from 0 to {vocab_size - 1}")
+    return token
 
 
 def sampling_values(config: GenerationConfig, vocab_size: int) -> tuple[float, int, float, float]:
