@@ -15,7 +15,8 @@ from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.files import json_bytes, read_json, write_files
 from gpt2core.lora import add_lora, lora_config, lora_layers
 from gpt2core.model import GPT2
-from gpt2core.peft_format import MAX_CONFIG, PEFT_CONFIG, read_peft
+from gpt2core.peft_config import MAX_CONFIG, PEFT_CONFIG
+from gpt2core.peft_format import read_peft
 from gpt2core.prompt import PROMPT_TEMPLATE
 from gpt2core.tensors import check_weight, read_tensors
 
