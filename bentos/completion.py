@@ -121,27 +121,13 @@ class Completion:
                 await self._notifier.wait()
                 reason = running.finish_reason  # read before the tokens, so that no token is missed
                 text = self._read_tokens()
-                if self.request.prompt_only and reason == "stop":
-                    reason = "length"
-                elif self._detokenizer.stopped:
-                    reason = "stop"
-                elif reason == "deadline":
-                    ended_by = reason
-                    raise ServiceError(
-                        "deadline_exceeded", "the completion was not ready in time; request fewer tokens, or retry"
-                    )
-                elif reason == "cancelled":
-                    raise ServiceError("shutting_down", "the service stopped or dropped this request; retry")
-                elif reason == "error":
-                    ended_by = reason
-                    if isinstance(running.error, ServiceError):  # raised by the grammar
-                        raise running.error
-                    raise ServiceError("generation_failed", str(running.error))
+                if self._detokenizer.stopped:
+                    self.finish_reason = ended_by = "stop"
                 elif reason is not None:
+                    ended_by = reason
+                    self.finish_reason = ended_by = self._finish_reason(reason)
                     text += self._detokenizer.finish()
-                if reason is not None:
-                    self.finish_reason = ended_by = reason
-                if text or reason is not None:
+                if text or self.finish_reason is not None:
                     new, sent = slice(sent, self.n_tokens), self.n_tokens
                     chunk = Chunk(text, running.tokens[new], [*running.logprobs[new]])
                     yield self._with_prompt(chunk) if needs_echo else chunk
@@ -161,6 +147,22 @@ class Completion:
     def cancel(self) -> None:
         """Remove the completion from the engine before its next step. Has no effect after its end."""
         self._end("cancelled")
+
+    def _finish_reason(self, reason: str) -> FinishReason:
+        """Return the client's reason for that of the engine.
+
+        Raises:
+            ServiceError: the engine ended the completion early.
+        """
+        error = self._running.error
+        if reason == "deadline":
+            message = "the completion was not ready in time; request fewer tokens, or retry"
+            raise ServiceError("deadline_exceeded", message)
+        if reason == "cancelled":
+            raise ServiceError("shutting_down", "the service stopped or dropped this request; retry")
+        if reason == "error":  # the grammar raises ServiceError itself
+            raise error if isinstance(error, ServiceError) else ServiceError("generation_failed", str(error))
+        return "length" if self.request.prompt_only or reason == "length" else "stop"
 
     def _with_prompt(self, chunk: Chunk) -> Chunk:
         request, of_prompt = self.request, [None, *self._running.prompt_logprobs]

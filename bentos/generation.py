@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, time
-from typing import Any, get_args
+from typing import Any
 
-from bentos import canary
+from bentos.canary import Canary
 from bentos.compat import MODEL_FILE
-from bentos.completion import Completion, CompletionResult, FinishReason, GenerationRequest, TokenNotifier
+from bentos.completion import Completion, CompletionResult, GenerationRequest, TokenNotifier
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
 from bentos.limits import DEADLINE, MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
 from bentos.metrics import Gauge, Metrics, render_gauges
 from bentos.request_log import RequestLog
-from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, ShadowStatus, Structure
+from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryRequest, CanaryStatus, Structure
 from bentos.shadow import Comparison, ShadowQueue
 from bentos.shared_adapters import MANIFEST, Manifest
 from gpt2core.checkpoint import load_pretrained
@@ -63,10 +63,8 @@ class TextGenerator:
         self._metrics, self._request_log = metrics, request_log
         self._adapters_dir, self._follow_adapters = adapters_dir, follow_adapters
         self._adapters: dict[str, AdapterVersion] = {}
-        self._canary: CanaryRequest | None = None
-        self._arms: dict[str, CanaryArm] = {}
+        self._canary = Canary()
         self._shadows = ShadowQueue(self._submit_shadow, self._compare_shadow, self._drop_shadow)
-        self._shadow_status = ShadowStatus()
         self._changing = asyncio.Lock()
         model = load_pretrained(base_dir, device=best_device(), mapped=True)
         self.engine = Engine(model, MAX_BATCH, weights, MAX_QUEUE, base_sha256, accept_other_base)
@@ -172,7 +170,7 @@ class TextGenerator:
             limit = f"this model's maximum context length is {self.n_positions} tokens"
             message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
-        requests = [self._route(request) for request in requests]
+        requests = [self._canary.route(request) for request in requests]  # here: no adapter is unloaded in between
         completions: list[Completion] = []
         self._shadows.interrupt()
         try:
@@ -220,7 +218,7 @@ class TextGenerator:
             if name in (TUNED, BASE):
                 raise ServiceError("invalid_request", f"lora_name: {name} cannot be unloaded", "lora_name")
             self.check_model(name, "lora_name")
-            if self._canary is not None and self._canary.adapter == name:
+            if self._canary.adapter == name:
                 raise ServiceError("invalid_request", f"lora_name: {name} is the canary; end it first", "lora_name")
             self._unload(name)
 
@@ -238,8 +236,7 @@ class TextGenerator:
             self._set_canary(request)
 
     def canary_status(self) -> CanaryStatus:
-        shadow = self._shadow_status if self._canary is not None and self._canary.shadow else None
-        return CanaryStatus(canary=self._canary, versions=list(self._arms.values()), shadow=shadow)
+        return self._canary.status()
 
     async def follow(self, manifest: Manifest) -> None:
         """Serve the adapters and the canary of the manifest.
@@ -290,25 +287,10 @@ class TextGenerator:
             gauges["gpt2_weights_perplexity_increase"] = (text, increase)
         return render_gauges(gauges)
 
-    def _route(self, request: GenerationRequest) -> GenerationRequest:
-        """Apply the canary. Called at submission, because an earlier result could name an unloaded adapter."""
-        if self._canary is None or self._canary.shadow or not self._is_chosen(request):
-            return request
-        return replace(request, model=self._canary.adapter)
-
-    def _is_chosen(self, request: GenerationRequest) -> bool:
-        key = request.route_key or request.request_id
-        return self._canary is not None and request.model == TUNED and canary.routes_to_canary(self._canary, key)
-
     def _set_canary(self, request: CanaryRequest | None) -> None:
         names = [] if request is None else [TUNED, request.adapter]
-        versions = [self._adapters[name] for name in names]
-        was_shadow, is_shadow = (one is not None and one.shadow for one in (self._canary, request))
-        if versions != [arm.adapter for arm in self._arms.values()] or was_shadow != is_shadow:
-            self._arms = {version.name: CanaryArm(adapter=version) for version in versions}
-            self._shadow_status = ShadowStatus()
+        if self._canary.set(request, [self._adapters[name] for name in names]):
             self._shadows.clear()
-        self._canary = request
 
     def _check_not_following(self) -> None:
         if self._follow_adapters:
@@ -387,26 +369,14 @@ class TextGenerator:
                 self._metrics.observe(result)
             if self._request_log is not None:
                 self._request_log.write(result, self.tokenizer.decode)
-            arm = self._arms.get(result.request.model)
-            if arm is not None and arm.adapter == result.adapter:
-                canary.observe(arm, result)
+            self._canary.observe(result)
         finally:  # after an error too: a request that stays counted as in flight would stop shadow mode forever
-            self._shadows.request_ended(result if self._is_shadowed(result) else None)
-
-    def _is_shadowed(self, result: CompletionResult) -> bool:
-        """Whether the canary repeats this request: shadow mode is on, and the answers can be compared.
-
-        Sampled answers differ by chance. A request with a grammar cannot be repeated, because a grammar is used once.
-        """
-        request, is_shadow = result.request, self._canary is not None and self._canary.shadow
-        is_comparable = request.config.temperature == 0 and request.grammar is None and not request.prompt_only
-        is_finished = result.finish_reason in get_args(FinishReason)
-        return is_shadow and is_comparable and is_finished and self._is_chosen(request)
+            self._shadows.request_ended(result if self._canary.repeats(result) else None)
 
     def _submit_shadow(
         self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]
     ) -> Completion:
-        assert self._canary is not None  # waiting requests are dropped when the canary ends
+        assert self._canary.adapter is not None  # waiting requests are dropped when the canary ends
         again = replace(request, model=self._canary.adapter, logprobs=0, stream=False, echo=None)
         try:
             return self._submit(replace(again, deadline=monotonic() + DEADLINE), on_end)
@@ -414,20 +384,18 @@ class TextGenerator:
             raise self._engine_error(error, "prompt") from None
 
     def _compare_shadow(self, answered: CompletionResult, shadow: CompletionResult, logprob: float | None) -> None:
-        arm = self._arms.get(shadow.request.model)
-        if arm is None or arm.adapter != shadow.adapter:
+        if not self._canary.observe(shadow):
             return  # the answer is from a version that has been replaced
-        canary.observe(arm, shadow)
         texts = [self.tokenizer.decode(result.tokens) for result in (answered, shadow)]
         comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
         if not shadow.failed:
-            canary.observe_shadow(self._shadow_status, comparison)
+            self._canary.observe_shadow(comparison)
         if self._metrics is not None:
             self._metrics.observe_shadow(comparison)
         if self._request_log is not None:
             self._request_log.write_shadow(comparison, texts[1])
 
     def _drop_shadow(self) -> None:
-        self._shadow_status.dropped += 1
+        self._canary.observe_dropped()
         if self._metrics is not None:
             self._metrics.dropped_shadows.inc()
