@@ -3,8 +3,8 @@
 import logging
 
 from gpt2core.types import Lineage
+from steps.model_versions import in_stage, version_name
 from steps.outputs import outputs_dir
-from steps.promote import in_stage, version_name
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from steps.config import (
 from steps.deploy import deploy as deploy_step
 from steps.evaluate import evaluate as evaluate_step
 from steps.export_outputs import export_outputs
-from steps.fetch_data import fetch_data
+from steps.fetch_data import fetch_step
 from steps.finetune import finetune
 from steps.package import package as package_step
 from steps.prepare_base import prepare_base
@@ -53,9 +53,7 @@ def finetune_pipeline(
     base.check_rank(lora)
     data.check_patience(train)
     base, base_sha256 = base.resolved()
-    # Local files may change under the same name, so they are always read. Later steps are cached by the records.
-    fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
-    records = fetch(data, base, seed, base_sha256)
+    records = fetch_step(data)(data, base, seed, base_sha256)
     train_records, val_records, test_records, split = split_data(records, data, seed, train.patience)
     # Runs after the split, so that wrong data fails before pretraining.
     base_dir = prepare_base(base, data.n_facts, seed, base_sha256, after="split_data")

@@ -8,7 +8,7 @@ from typing import Any
 from pipelines.variants import Parameters
 from steps.attention_trial import attention_trial
 from steps.config import SweepConfig, TrackingConfig
-from steps.fetch_data import fetch_data
+from steps.fetch_data import fetch_step
 from steps.fetch_text import fetch_text
 from steps.finetune import finetune
 from steps.finetune_trial import finetune_trial
@@ -29,8 +29,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     shared = _SharedSteps()
 
     def prepare(data: Any, base: Any, base_sha256: str) -> Any:
-        fetch = fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
-        records = fetch(data, base, seed, base_sha256, id=shared.name("fetch_data"))
+        records = fetch_step(data)(data, base, seed, base_sha256, id=shared.name("fetch_data"))
         return split_data(records, data, seed, id=shared.name("split_data"))
 
     def train_adapters(parts: Any, base: Any, lora: Any, train: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from steps.adapters.statistics import differences, intervals, non_inferiority_bo
 from steps.config import EvaluateConfig, PromoteConfig
 from steps.materializers import SampleListMaterializer
 from steps.metadata import attach_metadata
-from steps.promote import in_stage, version_name
+from steps.model_versions import in_stage, version_name
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from zenml import get_step_context, step
 from zenml.client import Client
@@ -12,7 +12,8 @@ from deploy.targets import open_target
 from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import attach_metadata, save_extra_artifact
-from steps.promote import Promotion, check_stage
+from steps.model_versions import stage_of
+from steps.promote import Promotion
 
 FAILED = ("rolled_back", "failed")  # outcomes of a deployment that failed
 
@@ -30,7 +31,7 @@ def deploy(
     """Deploy the Bento to the configured target; target none leaves it in the Bento store."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
-    check_stage(deploy.require_stage, promotion, lineage.model_version)
+    _check_stage(deploy.require_stage, promotion, lineage.model_version)
     target = open_target(deploy)
     deployment = Deployment("none", "none", bento)
     interrupt: BaseException | None = None
@@ -47,6 +48,24 @@ def deploy(
         raise RuntimeError(f"{bento} was not deployed: {deployment.reason}")
     attach_metadata("deployment", content)
     return content
+
+
+def _check_stage(required: Literal["", "staging", "production"], promotion: Promotion, built_by: str) -> None:
+    """Raise RuntimeError unless the adapter is in the required stage or a later one.
+
+    Args:
+        built_by: the model version (`name/number`) whose run built the Bento: this run's, or an earlier one if cached.
+    """
+    enough = {"": (), "staging": ("staging", "production"), "production": ("production",)}[required]
+    versions = dict.fromkeys(each for each in (promotion.model_version, built_by, promotion.champion) if each)
+    stages = {version: stage_of(version) for version in versions}
+    if enough and not any(stage in enough for stage in stages.values()):
+        found = ", ".join(f"{each} is in {f'stage {stage}' if stage else 'no stage'}" for each, stage in stages.items())
+        name, _, number = built_by.partition("/")
+        raise RuntimeError(
+            f"deploy.require_stage is {required}, but {found}; promote it with `zenml model version update {name} "
+            f"{number} --stage {required}` and run this again"
+        )
 
 
 def rollback() -> Deployment:

@@ -11,8 +11,9 @@ from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Evaluation, Lineage, RunRef, Sample, SplitSummary
 from steps.adapters.base import REFERENCE, has_checkpoint, open_base
 from steps.config import PromoteConfig
+from steps.model_versions import in_stage, version_name
 from steps.outputs import adapter_in, json_text, shared_path, write_outputs
-from steps.promote import Promotion, compared_on, in_stage, version_name
+from steps.promote import Promotion, compared_on
 
 logger = logging.getLogger(__name__)
 

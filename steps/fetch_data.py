@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from tiktoken import Encoding
 from zenml import step
+from zenml.steps import BaseStep
 
 from gpt2core.checkpoint import CONFIG, read_config
 from gpt2core.config import GPT2Config
@@ -75,6 +76,14 @@ def fetch_data(
         logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, locations)
     attach_metadata("records", {"source": data.source, **origin, **about})
     return kept
+
+
+def fetch_step(data: DataConfig) -> BaseStep:
+    """Return `fetch_data` for this data. It is not cached for sources whose data may change under the same name.
+
+    Later steps are cached by the records.
+    """
+    return fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
 
 
 def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:

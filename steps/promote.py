@@ -1,14 +1,13 @@
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from zenml import Model, get_step_context, log_metadata, step
-from zenml.client import Client
-from zenml.models import ModelVersionResponse
 
 from gpt2core.metrics import METRICS
 from gpt2core.types import Comparison, Difference, Evaluation, JsonDataclass
 from steps.config import PromoteConfig
 from steps.metadata import attach_metadata
+from steps.model_versions import in_stage, version_name
 
 
 @dataclass(frozen=True)
@@ -122,42 +121,3 @@ def compared_on(comparison: Comparison, metric: str) -> dict[str, Any]:
 def _figures(found: Difference) -> str:
     interval = f"95 % interval {found.ci95[0]:+.4f} to {found.ci95[1]:+.4f}, " if found.ci95 else ""
     return f"{found.difference:+.4f} ({interval}p {found.p_value:.3g}, n {found.n})"
-
-
-def in_stage(model: str, stage: str) -> ModelVersionResponse | None:
-    """Return the version of the model that is in the stage now; None if the stage is empty."""
-    try:
-        return Client().get_model_version(model, stage)
-    except KeyError:
-        return None
-
-
-def version_name(version: ModelVersionResponse) -> str:
-    """Return the name of a model version in lineage and promotions: name/number."""
-    return f"{version.model.name}/{version.name}"
-
-
-def check_stage(required: Literal["", "staging", "production"], promotion: Promotion, built_by: str) -> None:
-    """Raise RuntimeError unless the adapter is in the required stage or a later one.
-
-    Args:
-        built_by: the model version (`name/number`) whose run built the Bento: this run's, or an earlier one if cached.
-    """
-    enough = {"": (), "staging": ("staging", "production"), "production": ("production",)}[required]
-    versions = dict.fromkeys(each for each in (promotion.model_version, built_by, promotion.champion) if each)
-    stages = {version: _stage(version) for version in versions}
-    if enough and not any(stage in enough for stage in stages.values()):
-        found = ", ".join(f"{each} is in {f'stage {stage}' if stage else 'no stage'}" for each, stage in stages.items())
-        name, _, number = built_by.partition("/")
-        raise RuntimeError(
-            f"deploy.require_stage is {required}, but {found}; promote it with `zenml model version update {name} "
-            f"{number} --stage {required}` and run this again"
-        )
-
-
-def _stage(version: str) -> str | None:
-    name, _, number = version.partition("/")
-    try:
-        return Client().get_model_version(name, number).stage
-    except KeyError:  # the version was deleted
-        return None
