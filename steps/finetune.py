@@ -11,7 +11,7 @@ from gpt2core.data import Record, encode_records, records_sha256
 from gpt2core.distributed import finetune_adapter
 from gpt2core.files import directory_sha256, write_files
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.train import training_steps
+from gpt2core.training_plan import training_steps
 from gpt2core.types import SplitPart, TrainSummary
 from steps.adapters.base import open_base, read_base
 from steps.adapters.model_card import CARD, adapter_card

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpt2core import batching, train
+from gpt2core import batching, training_plan
 from gpt2core.batching import pack
 from gpt2core.config import GenerationConfig, LoraConfig, TrainConfig
 from gpt2core.data import Example
@@ -127,7 +127,7 @@ EXAMPLES = [Example([7, 8, 9, *range(4 + i % 5)], 4) for i in range(20)]
     ids=["packed", "checkpointing", "accumulation", "dora", "all-weights"],
 )
 def test_training_waits_for_the_gpu_only_to_log(tiny_config, monkeypatch, cuda, config, lora):
-    monkeypatch.setattr(train, "pack", lambda *arguments: cuda.waits.append("pack") or pack(*arguments))
+    monkeypatch.setattr(training_plan, "pack", lambda *arguments: cuda.waits.append("pack") or pack(*arguments))
     finetune(make_model(tiny_config, lora), EXAMPLES, [], config)
     packs = ["pack"] * config.gradient_accumulation_steps
     logged = ["read in _read_losses", "read in _step"]  # the losses since the last entry, and the norm of the gradient

@@ -23,7 +23,8 @@ from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.losses import token_losses
 from gpt2core.model import GPT2
 from gpt2core.optimizers import learning_rate_factor
-from gpt2core.train import finetune, pretrain, training_steps
+from gpt2core.train import finetune, pretrain
+from gpt2core.training_plan import training_steps
 from tests.copies import ROOT
 from tests.helpers import randomize_lora, same_state, snapshot
 
