@@ -66,40 +66,57 @@ def pack(
     """
     first = [example.prompt_length if loss_on == "response" else 1 for example in examples]  # index of the first label
     shared = _common_prefix(examples, min(first) - 1) if share_prefix and len(examples) > 1 else 0
-    lengths = [len(example.input_ids) - 1 - shared for example in examples]  # the last token is a label only
-    input_ids, positions = [*examples[0].input_ids[:shared]], list(range(shared))
-    labels, labeled, owners = list[int](), list[int](), list[int]()
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
-    for i in order:
-        ids, start = examples[i].input_ids, len(input_ids) - shared  # token k >= shared gets the row index start + k
-        input_ids += ids[shared:-1]
-        positions += range(shared, len(ids) - 1)
-        labels += ids[first[i] :]
-        labeled += range(start + first[i] - 1, start + len(ids) - 1)
-        owners += [i] * (len(ids) - first[i])
-    texts, n_tokens, n_labels = [lengths[i] for i in order], sum(lengths) + shared * len(examples), len(labels)
+    row = _Row(examples[0].input_ids[:shared])
+    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids)):
+        row.add(examples[i].input_ids, first[i], i)
+    n_tokens, n_labels = sum(row.lengths) + shared * len(examples), len(row.labels)
     if padded:
-        step = _bucket_step(max(len(input_ids), LEAST_TOKENS), 16)
-        n_texts = -(-step // PADDING_LENGTH)
-        n = n_texts + -(len(input_ids) + n_texts) % step  # every padding sequence has at least one token
-        texts += [n // n_texts + (i < n % n_texts) for i in range(n_texts)]
-        input_ids += [0] * n
-        positions += [0] * n
-        n_ignored = -n_labels % _bucket_step(max(n_labels, LEAST_LABELS), 2)
-        labels += [IGNORED] * n_ignored
-        labeled += [len(input_ids) - 1] * n_ignored
-        owners += [0] * n_ignored
+        row.pad()
     kind = VarlenSequences if use_varlen else PaddedSequences
     return Batch(
-        int_tensor(input_ids)[None],
-        int_tensor(labels),
+        int_tensor(row.input_ids)[None],
+        int_tensor(row.labels),
         n_tokens,
-        int_tensor(labeled),
-        int_tensor(owners),
-        int_tensor(positions)[None],
-        kind.make(shared, texts),
-        len(labels) - n_labels,
+        int_tensor(row.labeled),
+        int_tensor(row.owners),
+        int_tensor(row.positions)[None],
+        kind.make(shared, row.lengths),
+        len(row.labels) - n_labels,
     ).to(device)
+
+
+class _Row:
+    """The row of `pack`: the shared prefix, then the other tokens of each example. Lists as in `Batch`."""
+
+    def __init__(self, prefix: Sequence[int]) -> None:
+        self.shared = len(prefix)
+        self.input_ids, self.positions = [*prefix], list(range(len(prefix)))
+        self.labels, self.labeled, self.owners = list[int](), list[int](), list[int]()
+        self.lengths = list[int]()  # number of each sequence's tokens after the prefix
+
+    def add(self, input_ids: Sequence[int], first_label: int, owner: int) -> None:
+        """Add an example, whose last token is a label only."""
+        start = len(self.input_ids) - self.shared  # token k >= shared gets the row index start + k
+        end = len(input_ids) - 1
+        self.input_ids += input_ids[self.shared : -1]
+        self.positions += range(self.shared, end)
+        self.labels += input_ids[first_label:]
+        self.labeled += range(start + first_label - 1, start + end)
+        self.owners += [owner] * (len(input_ids) - first_label)
+        self.lengths.append(end - self.shared)
+
+    def pad(self) -> None:
+        """Round the numbers of tokens and labels up by padding sequences and by labels that are ignored."""
+        step = _bucket_step(max(len(self.input_ids), LEAST_TOKENS), 16)
+        n_sequences = -(-step // PADDING_LENGTH)
+        n = n_sequences + -(len(self.input_ids) + n_sequences) % step  # every sequence has at least one token
+        self.lengths += [n // n_sequences + (i < n % n_sequences) for i in range(n_sequences)]
+        self.input_ids += [0] * n
+        self.positions += [0] * n
+        n_ignored = -len(self.labels) % _bucket_step(max(len(self.labels), LEAST_LABELS), 2)
+        self.labels += [IGNORED] * n_ignored
+        self.labeled += [len(self.input_ids) - 1] * n_ignored
+        self.owners += [0] * n_ignored
 
 
 def _bucket_step(n: int, n_buckets: int) -> int:
