@@ -60,7 +60,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     Private because torch sends fp32 products to MKL, which does not use AVX-512 on AMD processors. The public route,
     `F.linear(x.to_mkldnn(), ...).to_dense()`, copies both operands; `torch.backends.mkldnn.matmul.fp32_precision`
-    computes in bf16 (docs/decisions/0012-fp32-products-by-onednn.md).
+    computes in bf16 (docs/decisions/0012-fp32-matrix-products.md).
     """
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 

@@ -1,7 +1,7 @@
 """y = x W^T + b on a CPU by oneDNN, forward and backward: in fp32, and in bf16 with prepacked weights.
 
 torch sends fp32 products to MKL, which uses only the vector units of Intel's processors: on an AMD EPYC with AVX-512,
-it reaches 45 % of oneDNN's throughput (`docs/decisions/0012-fp32-products-by-onednn.md`). On a processor without bf16
+it reaches 45 % of oneDNN's throughput (`docs/decisions/0012-fp32-matrix-products.md`). On a processor without bf16
 instructions, bf16 products are computed in fp32 and rounded: the same sums, four times as fast.
 """
 
