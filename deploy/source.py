@@ -1,6 +1,7 @@
 """The running code: its files, its git commit and the versions of the main libraries."""
 
 import ast
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from gpt2core.types import Commit
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "zenml", "bentoml", "transformers", "evidently", "wandb")
 CODE = ("gpt2core", "steps", "deploy", "bentos")
+GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
 DATA = (".c", ".css", ".cu", ".html", ".j2")
 
 
@@ -52,23 +54,32 @@ def _imports(text: str) -> list[str]:
 
 
 def describe_commit() -> Commit:
-    return Commit(_git("rev-parse", "HEAD") or "unknown", bool(_git("status", "--porcelain")))
+    """Return the commit of this checkout; "unknown" without git, and if no repository tracks these files.
+
+    It is dirty if there are changes or untracked files, or if git cannot say.
+    """
+    if not _git("ls-files", "run.py"):  # a copy of the project in the directory of another repository
+        return Commit("unknown", dirty=False)
+    changes = _git("status", "--porcelain", "--untracked-files=normal")
+    return Commit(_git("rev-parse", "HEAD") or "unknown", dirty=changes != "")
 
 
 def describe_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
-def _git(*arguments: str) -> str:
-    """Return the output of a git command; "" if there is no git or no checkout, as in a container."""
+def _git(*arguments: str) -> str | None:
+    """Return the output of a git command; None if it fails, such as without git or a checkout, as in a container."""
+    # git sets variables such as GIT_DIR for hooks; they select another repository than that of ROOT
+    environment = {name: value for name, value in os.environ.items() if name not in GIT_VARIABLES}
     try:
         command = ["git", "-C", str(ROOT), *arguments]  # the user's own git, found in PATH
         done = subprocess.run(  # noqa: S603 (no shell)
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=10
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(package: str) -> str:

@@ -2,7 +2,9 @@
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import psutil
@@ -22,27 +24,44 @@ class Process(JsonDataclass):
 
     host: str
     pid: int
-    started: float  # seconds since the epoch
+    started: str  # see `_started`
 
     @classmethod
     def current(cls) -> Self:
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return cls(socket.gethostname(), os.getpid(), _started(os.getpid()))
 
     def has_ended(self) -> bool:
         """Whether the process has ended; False for a process of another machine, which is unknown."""
         if self.host != socket.gethostname():
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > 1
-        except psutil.NoSuchProcess:
+            return _started(self.pid) != self.started
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
+
+
+def _started(pid: int) -> str:
+    """Return a text that identifies the start of the process.
+
+    On Linux, psutil's time of the start moves with the system clock. Boot and clock ticks since it do not.
+    """
+    if not sys.platform.startswith("linux"):
+        return str(psutil.Process(pid).create_time())
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # the name before may contain spaces
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} {int(fields[19])}"
+
+
+def _was_killed(recorded: object) -> bool:
+    try:
+        return isinstance(recorded, dict) and Process.from_json(recorded).has_ended()
+    except ValueError:  # recorded by an older version of this project
+        return False
 
 
 def fail_killed_runs(pipeline: str) -> None:
     """Mark unfinished runs of the pipeline as failed if their process has ended, and remove their containers."""
     for status in UNFINISHED:
         for run in Client().list_pipeline_runs(pipeline=pipeline, status=status, size=100, hydrate=True).items:
-            recorded = run.config.extra.get("process")
-            if isinstance(recorded, dict) and Process.from_json(recorded).has_ended():
+            if _was_killed(run.config.extra.get("process")):
                 containers.remove_run(str(run.id))  # first: a stopped step still records its own status
                 mark_failed(run, "the process of the run was killed")
