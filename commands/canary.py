@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Mapping
+from ipaddress import ip_address
 from math import sqrt
 from statistics import NormalDist
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import requests
 from statsmodels.stats.proportion import confint_proportions_2indep
@@ -27,7 +29,7 @@ class Service:
     def __init__(self, url: str) -> None:
         """Reads the token from the environment variable GPT2_ADMIN_TOKEN."""
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {os.environ.get('GPT2_ADMIN_TOKEN', '').strip()}"}
+        self._token = os.environ.get("GPT2_ADMIN_TOKEN", "").strip()
 
     def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
         """Load the adapter unless `path` is "", and send it a share of the requests, or copies of them (`shadow`)."""
@@ -55,9 +57,17 @@ class Service:
             raise CanaryError(f"{self.url} has no canary; start one with `python run.py canary start NAME`")
         return str(canary["adapter"])
 
+    def _authenticate(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         try:
-            response = requests.request(method, self.url + path, json=body, headers=self._headers, timeout=TIMEOUT)
+            with requests.Session() as session:
+                session.auth = self._authenticate  # a password of ~/.netrc would replace a header
+                # a proxy of the environment cannot reach this machine, and must not get the token
+                session.trust_env = not _is_loopback(self.url)
+                response = session.request(method, self.url + path, json=body, timeout=TIMEOUT)
             content: dict[str, Any] = response.json()
             problem = None if response.ok else content["error"]["message"]
         except (requests.RequestException, LookupError, TypeError) as error:
@@ -65,6 +75,14 @@ class Service:
         if problem is not None:
             raise CanaryError(f"{self.url}{path}: {problem}")
         return content
+
+
+def _is_loopback(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name, or no valid URL
+        return False
 
 
 def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) -> tuple[Verdict, str]:

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import requests
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 from zenml.models import PipelineRunResponse
 from zenml.utils.dashboard_utils import get_run_url
 
 from pipelines.processes import Process
+from steps.adapters.webhook import post
 
 VARIABLE = "GPT2_INSTRUCT_WEBHOOK"  # not a key of the configuration: webhook URLs are secrets
-TIMEOUT = 10  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ def notifying_webhook(pipeline: str) -> Iterator[None]:
 
 def _post(url: str, pipeline: str, status: str, reason: str) -> None:
     try:
-        requests.post(url, json=_message(pipeline, status, reason), timeout=TIMEOUT).raise_for_status()
+        post(url, _message(pipeline, status, reason))
     # any exception: ZenML's store may have failed; without its text, which contains the URL
     except Exception as error:
         logger.warning("the webhook in %s was not notified that the run %s: %s", VARIABLE, status, type(error).__name__)

@@ -1,5 +1,8 @@
 """A JSON message to an HTTP address, by requests: bounded in time, retried, without redirects."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +35,7 @@ def post(url: str, content: dict[str, Any]) -> None:
     try:
         # stream=True: do not read the body, which may be endless
         with (
+            _hiding_path(),
             retrying_session() as session,
             session.post(url, json=content, timeout=TIMEOUT, allow_redirects=False, stream=True) as response,
         ):
@@ -42,11 +46,24 @@ def post(url: str, content: dict[str, Any]) -> None:
         raise WebhookError(f"{shown} answered {status}")
 
 
+@contextmanager
+def _hiding_path() -> Iterator[None]:
+    """Context manager without urllib3's warning about each retry, which contains the path."""
+    logger = logging.getLogger("urllib3.connectionpool")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def retrying_session() -> requests.Session:
     """Return a session that retries after broken connections and the statuses BUSY, with exponential backoff."""
     retry = Retry(RETRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=0.5, raise_on_status=False)
     retry.respect_retry_after_header = False  # the header may require a wait of any length
     session = requests.Session()
+    session.auth = lambda request: request  # otherwise requests would send a password of ~/.netrc
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     return session

@@ -21,6 +21,7 @@ def receiver(status: int = 204, location: str = "") -> Iterator[tuple[str, list]
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            assert self.headers["Authorization"] is None  # otherwise `received` is complete, but there is no response
             self.send_response(status)
             if location:
                 self.send_header("Location", location)
@@ -39,7 +40,9 @@ def receiver(status: int = 204, location: str = "") -> Iterator[tuple[str, list]
         server.server_close()
 
 
-def test_the_message_arrives_as_json():
+def test_the_message_arrives_as_json_without_the_passwords_of_netrc(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("default login alice password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with receiver() as (url, received):
         post(f"{url}/hook?key=1", {"text": "É"})
     assert received == [{"text": "É"}]
@@ -69,3 +72,9 @@ def test_the_message_of_an_error_has_no_secret():
         post(f"http://user:secret@127.0.0.1:{free_port()}/secret", {})
     assert "cannot be reached" in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_no_log_of_a_host_that_cannot_be_reached_has_the_path(caplog):
+    with pytest.raises(WebhookError, match=r"^http://127.0.0.1 cannot be reached"):
+        post(f"http://127.0.0.1:{free_port()}/secret", {"text": "a"})
+    assert "secret" not in caplog.text

@@ -12,7 +12,7 @@ from commands.canary import decide
 from gpt2core.checkpoint import directory_sha256
 from run import main
 from tests.bentos.client import predict, served
-from tests.helpers import build_bento, wait_until
+from tests.helpers import build_bento, free_port, wait_until
 
 
 def run(*words: str):
@@ -48,6 +48,28 @@ def test_a_canary_is_started_promoted_and_aborted(base_dir, adapter_dir, tmp_pat
             assert result.exit_code == 1
             assert message in result.output
             assert len(result.output.splitlines()) == 1
+
+
+def test_the_token_reaches_a_service_on_this_machine_in_spite_of_netrc_and_proxy(tmp_path, monkeypatch):
+    class Admin(BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.headers["Authorization"] == "Bearer admin"
+            body = json.dumps({"canary": None}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *values): ...
+
+    (tmp_path / "netrc").write_text("default login alice password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("GPT2_ADMIN_TOKEN", "admin")
+    with HTTPServer(("127.0.0.1", 0), Admin) as server:
+        Thread(target=server.handle_request).start()
+        result = run("canary", "status", "--url", f"http://127.0.0.1:{server.server_port}")
+    assert result.output == "no canary\n"
 
 
 @pytest.mark.parametrize("body", [b'{"detail": "Not Found"}', b'"no"', b"<html>"])

@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
 
 import pytest
 
@@ -35,21 +35,23 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def webhook():
-    """The address of a server, and the bodies that it received."""
-    received = []
+    """The address of a server, and the bodies that it received. Its own bodies never end."""
+    received, closing = [], Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
+            self.send_response(200)
             self.end_headers()
+            closing.wait()
 
         def log_message(self, *_):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/secret", received
+        closing.set()
         server.shutdown()
 
 
