@@ -3,7 +3,7 @@
 import logging
 
 from gpt2core.types import Lineage
-from steps.model_versions import in_stage, version_name
+from steps.model_versions import adapter_of, in_stage, version_name
 from steps.outputs import outputs_dir
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ def check_stage_link(stage: str) -> None:
     if version is None:
         logger.warning("%s is the run %s, but this ZenML store has no model version in stage %s", link, run, stage)
         return
-    adapter = version.get_artifact("adapter")
-    found = "" if adapter is None else str(adapter.run_metadata.get("sha256", ""))
+    found = adapter_of(version)
     if found not in ("", lineage.adapter.sha256):  # "" if the artifact was deleted
         raise ValueError(
             f"{link} is the run {run} with the adapter {lineage.adapter.sha256[:12]}, but {version_name(version)} in "

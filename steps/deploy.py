@@ -12,7 +12,7 @@ from deploy.targets import open_target
 from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import attach_metadata, save_extra_artifact
-from steps.model_versions import stage_of
+from steps.model_versions import adapter_of, find_version
 from steps.promote import Promotion
 
 FAILED = ("rolled_back", "failed")  # outcomes of a deployment that failed
@@ -31,7 +31,7 @@ def deploy(
     """Deploy the Bento to the configured target; target none leaves it in the Bento store."""
     if not exists(bento):
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
-    _check_stage(deploy.require_stage, promotion, lineage.model_version)
+    _check_stage(deploy.require_stage, promotion, lineage)
     target = open_target(deploy)
     deployment = Deployment("none", "none", bento)
     interrupt: BaseException | None = None
@@ -50,21 +50,28 @@ def deploy(
     return content
 
 
-def _check_stage(required: Literal["", "staging", "production"], promotion: Promotion, built_by: str) -> None:
+def _check_stage(required: Literal["", "staging", "production"], promotion: Promotion, lineage: Lineage) -> None:
     """Raise RuntimeError unless the adapter is in the required stage or a later one.
 
-    Args:
-        built_by: the model version (`name/number`) whose run built the Bento: this run's, or an earlier one if cached.
+    It can be in the stage as this run's model version, as that of the run that built the Bento, if the Bento is cached,
+    or as the champion.
     """
     enough = {"": (), "staging": ("staging", "production"), "production": ("production",)}[required]
-    versions = dict.fromkeys(each for each in (promotion.model_version, built_by, promotion.champion) if each)
-    stages = {version: stage_of(version) for version in versions}
+    names = dict.fromkeys(each for each in (lineage.model_version, promotion.model_version, promotion.champion) if each)
+    # ZenML gives the number of a deleted version to another one, so the name alone does not identify the adapter
+    stages = {
+        name: version.stage
+        for name in names
+        if (version := find_version(name)) is not None and adapter_of(version) == lineage.adapter.sha256
+    }
     if enough and not any(stage in enough for stage in stages.values()):
-        found = ", ".join(f"{each} is in {f'stage {stage}' if stage else 'no stage'}" for each, stage in stages.items())
-        name, _, number = built_by.partition("/")
+        found = ", ".join(f"{name} is in {f'stage {stage}' if stage else 'no stage'}" for name, stage in stages.items())
+        name, _, number = next(iter(stages), "").partition("/")
         raise RuntimeError(
             f"deploy.require_stage is {required}, but {found}; promote it with `zenml model version update {name} "
             f"{number} --stage {required}` and run this again"
+            if stages
+            else f"deploy.require_stage is {required}, but no model version has this adapter; run this with --no-cache"
         )
 
 
@@ -74,9 +81,11 @@ def rollback() -> Deployment:
     Raises:
         DeployError: nothing was deployed, there is no earlier version, or that version does not start.
     """
-    newest_first = {"artifact": "deployment", "sort_by": "desc:created", "size": 1000}
+    newest_first = {"artifact": "deployment", "sort_by": "desc:created", "size": 1000, "hydrate": True}
     for artifact in depaginate(Client().list_artifact_versions, **newest_first):
-        content = artifact.load()
+        content: dict[str, Any] = artifact.run_metadata  # the content of the artifact, whose file may be missing
+        if "config" not in content or "outcome" not in content:  # of another project in the same store
+            continue
         if "run" in content and content["outcome"] in FAILED:  # a rollback on request has no run
             continue
         config = DeployConfig(**content["config"])

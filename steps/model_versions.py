@@ -17,10 +17,16 @@ def version_name(version: ModelVersionResponse) -> str:
     return f"{version.model.name}/{version.name}"
 
 
-def stage_of(version: str) -> str | None:
-    """Return the stage of a model version `name/number`; None: it has none, or was deleted."""
-    name, _, number = version.partition("/")
+def find_version(name: str) -> ModelVersionResponse | None:
+    """Return the model version of this name (name/number); None if it was deleted."""
+    model, _, number = name.partition("/")
     try:
-        return Client().get_model_version(name, number).stage
+        return Client().get_model_version(model, number)
     except KeyError:
         return None
+
+
+def adapter_of(version: ModelVersionResponse) -> str:
+    """Return the sha256 of the version's adapter; "" if the artifact was deleted."""
+    adapter = version.get_artifact("adapter")
+    return "" if adapter is None else str(adapter.run_metadata.get("sha256", ""))

@@ -1,11 +1,19 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from zenml import Model, link_artifact_to_model, save_artifact
+from zenml.client import Client
+from zenml.utils.pagination_utils import depaginate
 
 from deploy.target import DeployError, Deployment
 from run import main
 from steps import deploy as step
+from steps.metadata import save_extra_artifact
+from steps.model_versions import version_name
+from steps.promote import Promotion
+from tests.helpers import make_lineage
 
 
 def test_an_image_of_a_service_that_was_never_built_is_one_line(tmp_path, monkeypatch):
@@ -17,14 +25,13 @@ def test_an_image_of_a_service_that_was_never_built_is_one_line(tmp_path, monkey
 
 @pytest.fixture
 def records(monkeypatch):
-    """Sets the recorded outcomes, newest first; a rollback's reason is the namespace that was rolled back."""
+    """Stores the outcomes, newest first, in ZenML; a rollback's reason is the namespace that was rolled back."""
 
     def record(*contents):
-        artifacts = [SimpleNamespace(load=lambda content=content: content) for content in contents]
-        monkeypatch.setattr(step, "Client", lambda: SimpleNamespace(list_artifact_versions=None))
-        monkeypatch.setattr(step, "depaginate", lambda *_, **__: artifacts)
-        monkeypatch.setattr(step, "save_extra_artifact", lambda name, content: None)
-        monkeypatch.setattr(step, "open_target", open_target)
+        for artifact in depaginate(Client().list_artifact_versions, artifact="deployment"):
+            Client().delete_artifact_version(artifact.id)
+        for content in reversed(contents):
+            save_extra_artifact("deployment", content)
 
     def open_target(config):
         if config.target == "none":
@@ -32,7 +39,9 @@ def records(monkeypatch):
         outcome = Deployment("kubernetes", "rolled_back", "", reason=config.namespace)
         return SimpleNamespace(rollback=lambda: outcome)
 
-    return record
+    monkeypatch.setattr(step, "open_target", open_target)
+    yield record
+    record()
 
 
 def outcome_in(namespace, outcome, **values):
@@ -52,3 +61,46 @@ def test_a_deployment_that_failed_is_not_the_last_one(records, outcome):
 def test_a_rollback_on_request_is_followed_by_one_on_the_same_target(records):
     records(outcome_in("prod", "rolled_back"), outcome_in("staging", "deployed", run="2"))
     assert step.rollback().reason == "prod"
+
+
+def test_a_rollback_needs_no_file_and_ignores_artifacts_of_other_projects(records):
+    records(outcome_in("prod", "deployed", run="1"))
+    [artifact] = Client().list_artifact_versions(artifact="deployment").items
+    shutil.rmtree(artifact.uri)
+    save_artifact("prod-eu", "deployment", user_metadata={"outcome": "deployed"})
+    assert step.rollback().reason == "prod"
+
+
+@pytest.fixture
+def model_version():
+    """A function (adapter's sha256, stage) -> the name of a new model version with this adapter, in this stage."""
+    Client().create_model("staged")
+
+    def make(sha256, stage):
+        version = Client().create_model_version("staged")
+        adapter = save_artifact(sha256, "adapter", user_metadata={"sha256": sha256})
+        link_artifact_to_model(adapter, model=Model(name="staged", version=version.name))
+        if stage:
+            version.set_stage(stage, force=True)
+        return version_name(version)
+
+    yield make
+    Client().delete_model("staged")
+
+
+def promotion_of(version):
+    return Promotion(promoted=False, stage="", model_version=version, reason="")
+
+
+def test_a_required_stage_is_that_of_the_adapter_not_of_a_name_that_zenml_used_again(model_version):
+    ours, other = "a" * 64, "b" * 64
+    staged, unstaged = model_version(ours, "production"), model_version(ours, "")
+    lineage = make_lineage(model_version=staged)
+    assert lineage.adapter.sha256 == ours
+    step._check_stage("staging", promotion_of(unstaged), lineage)
+    Client().delete_model_version(Client().get_model_version("staged", "production").id)
+    with pytest.raises(RuntimeError, match=f"{unstaged} is in no stage; .* staged {unstaged[-1]} --stage staging"):
+        step._check_stage("staging", promotion_of(unstaged), lineage)
+    reused = model_version(other, "production")
+    with pytest.raises(RuntimeError, match="no model version has this adapter"):
+        step._check_stage("staging", promotion_of(reused), make_lineage(model_version=reused))
