@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bentos.limits import ADAPTERS_POLL, MAX_ADAPTERS
 from bentos.metrics import render_gauges
 from bentos.schemas import BASE, TUNED, AdapterName, CanaryRequest
-from gpt2core.files import directory_sha256, json_bytes, write_files
+from gpt2core.files import directory_sha256, json_bytes, list_files, write_files
+from gpt2core.peft_config import PEFT_CONFIG
 
 MANIFEST = "adapters.json"
 
@@ -67,11 +68,15 @@ def publish(
         shadow: the canary is in shadow mode.
 
     Raises:
-        ValueError, OSError: a name or the canary is wrong, or a directory does not exist or is empty.
+        ValueError, OSError: a name or the canary is wrong, or a directory has no adapter or is not below `directory`.
     """
     for path in adapters.values():
-        if not (directory / path).is_dir() or not any((directory / path).iterdir()):
+        files = list_files(directory / path) if (directory / path).is_dir() else []
+        if not {"adapter.json", PEFT_CONFIG} & {*files}:
             raise ValueError(f"{directory / path} is not a directory with an adapter")
+        for file in ("", *files):
+            if directory.resolve() not in (directory / path / file).resolve().parents:
+                raise ValueError(f"{directory / path / file} is not below {directory}, so no replica would load it")
     shared = {name: {"path": path, "sha256": directory_sha256(directory / path)} for name, path in adapters.items()}
     request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
     content = json_bytes({"adapters": shared, "canary": request})

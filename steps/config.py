@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from gpt2core.config import (
     PRESETS,
@@ -21,6 +22,9 @@ from gpt2core.config import (
 from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.metrics import METRICS
 from gpt2core.record_formats import COLUMNS
+from gpt2core.records import SUFFIXES
+
+DATA_SUFFIXES = (*SUFFIXES, ".parquet")  # of files with records
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class DataConfig:
             bool(re.fullmatch("[0-9a-fA-F]{64}", self.sha256)) or self.source != "url",
             "the 64 hexadecimal digits of the file's sha256",
         )
+        known = self.source != "url" or PurePosixPath(urlsplit(self.url).path).suffix.lower() in DATA_SUFFIXES
+        check_field(self, "url", known, f"the URL of a file, which ends in one of {', '.join(DATA_SUFFIXES)}")
         check_field(self, "max_bytes", self.max_bytes >= 1, "at least 1")
         check_field(
             self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"

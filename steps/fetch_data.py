@@ -93,7 +93,11 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
     if data.source == "url":
         with TemporaryDirectory() as directory:
             file = Path(directory) / PurePosixPath(urlsplit(data.url).path).name
-            records = _read_file(fetch(data.url, file, data.sha256, data.max_bytes), data)
+            fetch(data.url, file, data.sha256, data.max_bytes)
+            try:
+                records = _read_file(file, data)
+            except ValueError as error:  # the directory will not exist any more
+                raise ValueError(str(error).replace(str(file), without_secrets(data.url))) from None
         return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
     if data.source == "hub":
         found = fetch_dataset(data.name, data.revision, data.path, data.max_bytes)

@@ -11,6 +11,7 @@ from zenml import get_step_context, step
 from zenml.client import Client
 from zenml.models import PipelineRunResponse
 from zenml.types import HTMLString
+from zenml.utils.pagination_utils import depaginate
 
 from gpt2core.files import atomic_write
 from steps.adapters.drift import Drift, Signal, measure, write_drift
@@ -134,11 +135,14 @@ def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse
         artifact="adapter", run_metadata=f"sha256:contains:{digest}", sort_by="desc:created", hydrate=True
     )
     runs = [each.producer_pipeline_run_id for each in trained if each.producer_pipeline_run_id is not None]
-    if not runs:
-        raise ValueError(
-            f"{monitor.log} is of the adapter {digest}, which no run of this ZenML store trained; set monitor.run"
-        )
-    return Client().get_pipeline_run(runs[0])
+    if not runs:  # the run that trained it was deleted; later runs have it from the cache
+        ids = {each.id for each in trained}
+        newest_first = {"name": "finetune", "sort_by": "desc:created", "hydrate": True}
+        steps = depaginate(Client().list_run_steps, **newest_first) if ids else []
+        runs = [each.pipeline_run_id for each in steps if ids & {version.id for version in each.outputs["adapter"]}]
+    if runs:
+        return Client().get_pipeline_run(runs[0])
+    raise ValueError(f"{monitor.log} is of the adapter {digest}, which no run of this ZenML store has; set monitor.run")
 
 
 def _verdict(run: str, requests: int, signals: Sequence[Signal], monitor: MonitorConfig) -> str:

@@ -123,6 +123,11 @@ def test_adapters_writes_the_manifest(tmp_path, adapter_dir):
         "adapters": {"formal": {"path": "v2", "sha256": digest}},
         "canary": {"adapter": "formal", "share": 0.1, "shadow": False},
     }
+    (tmp_path / "link").symlink_to(adapter_dir)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    for path in (str(adapter_dir), "link", "other", "."):
+        assert run("adapters", str(tmp_path), f"formal={path}").exit_code == 1, path
     for words in (["formal=v3"], ["formal"], ["formal=v2", "--canary", "formal=2"], ["formal=v2", "--canary", "x"]):
         result = run("adapters", str(tmp_path), *words)
         assert result.exit_code in (1, 2)

@@ -100,6 +100,16 @@ def test_what_cannot_be_used_is_named_by_its_line_and_the_rest_is_written(log, t
     ]
 
 
+def test_a_link_to_the_file_of_records_stays_a_link(log, tmp_path):
+    answered(log, "a", "Say yes.")
+    log.write_feedback("a", "bad", "yes", None)
+    log.close()
+    (tmp_path / "link.jsonl").symlink_to("shared.jsonl")
+    collect(tmp_path / "requests.jsonl", tmp_path / "link.jsonl")
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len(read_records(tmp_path / "shared.jsonl")) == 1
+
+
 def test_a_log_without_a_usable_correction_is_one_line_and_writes_nothing(log, tmp_path):
     log.write_feedback("a", "bad", "yes", None)
     log.close()

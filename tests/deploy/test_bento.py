@@ -178,6 +178,12 @@ def test_the_output_of_bentoml_is_utf_8_in_every_locale(monkeypatch):
     assert done.stdout.split() == ["utf-8", "1"]
 
 
+def test_a_relative_bentoml_home_is_the_same_directory_for_child_processes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BENTOML_HOME", "store")
+    assert bento.bentoml_environment()["BENTOML_HOME"] == str(tmp_path / "store")
+
+
 def test_a_full_disk_in_bentoml_names_the_store_and_the_free_bytes_in_short_lines(monkeypatch, tmp_path):
     code = "import sys; sys.exit('[Errno 28] No space left on device' + 'x' * 100_000)"
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path))

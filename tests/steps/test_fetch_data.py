@@ -2,6 +2,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -61,6 +62,19 @@ def test_records_from_a_url_are_read_counted_and_traceable(url, caplog):
     assert (about["source"], about["records"], about["duplicates"]) == ("url", 5, 2)
     assert (about["location"], about["file_sha256"]) == (url, sha256)
     assert "2 of 5 records repeat an earlier instruction and input (2 of them also the output)" in caplog.text
+
+
+def test_an_error_in_a_file_from_a_url_names_the_url(url, tmp_path):
+    content = b'[{"instruction": "What?"}]'
+    (tmp_path / "records.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(url)}: record 1 .*output"):
+        read_source(DataConfig(source="url", url=url, sha256=hashlib.sha256(content).hexdigest()), 0)
+
+
+@pytest.mark.parametrize("path", ["", "/", "/x/..", "/export?file=a.json"])
+def test_a_url_without_the_name_of_a_file_is_refused_before_the_run(path):
+    with pytest.raises(ValueError, match=r"DataConfig.url .* ends in one of .json"):
+        DataConfig(source="url", url=f"http://host{path}", sha256="0" * 64)
 
 
 def test_a_file_with_another_digest_fails_the_step(url):
