@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 import requests
 import yaml
 from click.testing import CliRunner
+from zenml import pipeline, step
 from zenml.client import Client
 from zenml.enums import StackComponentType
 
@@ -21,6 +23,11 @@ from pipelines.errors import ConfigError
 from pipelines.monitor_pipeline import monitor_pipeline
 from pipelines.start import start
 from run import main
+from steps.config import MonitorConfig
+from steps.metadata import attach_metadata
+from steps.monitor import _served_run
+from steps.traffic import Traffic
+from tests.adapters.test_drift import completion
 from tests.adapters.test_webhook import receiver
 from tests.bentos.client import served
 from tests.bentos.test_feedback import feedback_lines, send
@@ -137,6 +144,26 @@ def test_a_run_whose_files_are_missing_is_named_with_a_way_out(monitor, traffic,
     last = result.output.splitlines()[-1]
     assert f"the files of the run {dev_run.record.name} cannot be read" in last
     assert "set monitor.run to the new run" in last
+
+
+@step
+def finetune() -> Annotated[str, "adapter"]:
+    attach_metadata("adapter", {"sha256": "e" * 64})
+    return "weights"
+
+
+@pipeline
+def only_finetune() -> None:
+    finetune()
+
+
+def test_an_adapter_from_the_cache_is_found_after_the_run_that_trained_it_was_deleted():
+    trained, cached = only_finetune(), only_finetune()
+    assert cached.steps["finetune"].status == "cached"
+    traffic = Traffic([completion(adapter_sha256="e" * 64)])
+    assert _served_run(traffic, MonitorConfig(log="a")).id == trained.id
+    Client().delete_pipeline_run(trained.id)
+    assert _served_run(traffic, MonitorConfig(log="a")).id == cached.id
 
 
 def test_the_alerter_of_the_stack_is_told(monitor, traffic, tmp_path):
