@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from pathlib import Path
 from queue import Full, Queue
+from threading import Lock
 from typing import Any
 
 from bentos.completion import CompletionResult
@@ -33,6 +34,7 @@ class RequestLog:
         handler = _File(file, self._lose)
         handler.setFormatter(logging.Formatter("%(message)s"))
         self._text, self._dropped, self._is_failing = text, 0, False
+        self._lock = Lock()  # of _dropped, which the writing thread changes too
         self._queue: Queue[logging.LogRecord] = Queue(MAX_WAITING)
         self._handler = QueueHandler(self._queue)
         self._listener: QueueListener | None = QueueListener(self._queue, handler)
@@ -104,17 +106,19 @@ class RequestLog:
         return {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
     def _enqueue(self, line: dict[str, Any]) -> bool:
-        if self._dropped:
-            line["lost_before"] = self._dropped
+        with self._lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            line["lost_before"] = dropped
         record = logging.LogRecord(__name__, logging.INFO, "", 0, json.dumps(line, ensure_ascii=False), None, None)
-        record.__dict__["n_lines"] = 1 + self._dropped
+        record.__dict__["n_lines"] = 1 + dropped
         try:
             self._handler.enqueue(record)
-            self._dropped = 0
             return True
         except Full:
-            self._dropped += 1
-            if self._dropped == 1:
+            with self._lock:
+                self._dropped += 1 + dropped
+            if not dropped:
                 logger.warning("the disk is too slow for the request log; lines are being dropped")
             return False
 
@@ -122,7 +126,8 @@ class RequestLog:
         """Called in the writing thread after each line, with the number of lost lines (0: none) and the reason."""
         if n_lines and not self._is_failing:
             logger.warning("the request log cannot be written; lines are being dropped: %s", error)
-        self._dropped += n_lines
+        with self._lock:
+            self._dropped += n_lines
         self._is_failing = n_lines > 0
 
 

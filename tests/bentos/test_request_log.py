@@ -1,7 +1,9 @@
+import errno
 import hashlib
 import json
 import os
 import resource
+import sys
 import threading
 from contextlib import suppress
 
@@ -116,6 +118,24 @@ def test_the_rest_of_a_line_that_failed_half_way_is_neither_lost_nor_written_lat
             damaged += 1
     assert [line["request_id"] for line in found] == ["full0", "full1", "after"]
     assert (found[-1]["lost_before"], damaged) == (8, 1)
+
+
+def test_all_lost_lines_are_counted_although_two_threads_count(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(request_log._File, "_write", fail)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for i in range(5):
+            log = RequestLog(tmp_path / f"log{i}", "keep")
+            for _ in range(1000):
+                log.write_feedback("r", "good", None, None)
+            log.close()
+            assert log._dropped == 1000
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_blocked_disk_drops_lines_and_delays_nothing(tmp_path, monkeypatch):
