@@ -19,7 +19,7 @@ install: .venv/.installed  ## install everything into .venv; targets that need i
 	touch $@
 
 run: install  ## run the whole pipeline with CONFIG (configs/local.yaml)
-	$(BIN)/python run.py finetune --config $(CONFIG)
+	$(BIN)/python run.py finetune --config "$(CONFIG)"
 
 test: install  ## run the quick tests
 	$(BIN)/pytest --cov --cov-report=term

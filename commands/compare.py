@@ -11,6 +11,7 @@ from commands.stage_link import linked_run
 from gpt2core.metrics import METRICS
 from gpt2core.types import Difference, Sample
 from steps.adapters.comparison import Compared, ComparedRun, write_comparison
+from steps.adapters.download import without_secrets
 from steps.adapters.statistics import differences, intervals, score
 from steps.outputs import LINKS, outputs_dir, shared_path
 
@@ -80,7 +81,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", str(value)
+            text = str(value)
+            yield f"{prefix}{key}", without_secrets(text) if "://" in text else text
 
 
 def _key(sample: Sample) -> tuple[str, str, str]:

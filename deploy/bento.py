@@ -195,12 +195,12 @@ def bentoml_command(verb: str) -> list[str]:
 
 
 def bentoml_environment() -> dict[str, str]:
-    """Return this process's environment without variables that would import this checkout's code or change the port.
+    """Return this process's environment without variables that would import this checkout's code or change the service.
 
     The store is that of this process, whatever the child's working directory. The output is UTF-8: BentoML prints
     characters that a latin-1 locale lacks.
     """
-    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT", "PYTHONIOENCODING")
+    removed = ("PYTHONPATH", "PORT", "BENTOML_PORT", "BENTOML_CONFIG", "BENTOML_CONFIG_OPTIONS", "PYTHONIOENCODING")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
     return kept | {"BENTOML_HOME": str(bentoml_home()), "BENTOML_DO_NOT_TRACK": "true", "PYTHONUTF8": "1"}
 

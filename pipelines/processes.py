@@ -22,22 +22,27 @@ UNFINISHED = (ExecutionStatus.INITIALIZING, ExecutionStatus.RUNNING)
 class Process(JsonDataclass):
     """A process. The start time distinguishes it from a later process with the same id."""
 
-    host: str
+    host: str  # name and namespace of process ids: containers can have the name of their host
     pid: int
     started: str  # see `_started`
 
     @classmethod
     def current(cls) -> Self:
-        return cls(socket.gethostname(), os.getpid(), _started(os.getpid()))
+        return cls(_host(), os.getpid(), _started(os.getpid()))
 
     def has_ended(self) -> bool:
         """Whether the process has ended; False for a process of another machine, which is unknown."""
-        if self.host != socket.gethostname():
+        if self.host != _host():
             return False
         try:
             return _started(self.pid) != self.started
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return True
+
+
+def _host() -> str:
+    namespace = Path("/proc/self/ns/pid")  # a link, on Linux
+    return f"{socket.gethostname()} {os.readlink(namespace)}" if namespace.is_symlink() else socket.gethostname()
 
 
 def _started(pid: int) -> str:

@@ -53,11 +53,13 @@ def open_store() -> None:
 
     Raises:
         StoreError: the database is damaged or locked.
+        KeyError: the active project or stack does not exist.
     """
     directory = Path(get_global_config_directory())
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / "first-use.lock"), short_store_errors():
-        _ = Client().zen_store
+        client = Client()
+        _ = client.zen_store, client.active_project, client.active_stack_model
 
 
 class PipelineSource(Pipeline):

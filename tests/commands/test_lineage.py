@@ -1,11 +1,15 @@
 """`python run.py lineage` with real runs."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
 from run import main
+from tests.copies import ROOT
 
 pytestmark = pytest.mark.timeout(900)  # whole runs; a busy machine takes several times as long
 
@@ -66,3 +70,18 @@ def test_an_ambiguous_name_is_an_error_with_all_candidates(dev_run, cached_run):
     assert result.exit_code == 1
     assert "give more characters of one" in result.output
     assert dev_run.record.name in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ZENML_ACTIVE_STACK_ID", "0" * 32, "No stack with this ID"),
+        ("ZENML_LOGGING_VERBOSITY", "loud", "Verbosity must be one of"),
+    ],
+)
+def test_a_wrong_variable_of_zenml_is_one_line(name, value, message):
+    command = [sys.executable, str(ROOT / "run.py"), "lineage", "latest"]
+    done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

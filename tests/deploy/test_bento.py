@@ -184,6 +184,12 @@ def test_a_relative_bentoml_home_is_the_same_directory_for_child_processes(monke
     assert bento.bentoml_environment()["BENTOML_HOME"] == str(tmp_path / "store")
 
 
+@pytest.mark.parametrize("name", ["BENTOML_CONFIG", "BENTOML_CONFIG_OPTIONS"])
+def test_the_configuration_of_another_service_does_not_reach_child_processes(monkeypatch, name):
+    monkeypatch.setenv(name, "other.yaml")
+    assert name not in bento.bentoml_environment()
+
+
 def test_a_full_disk_in_bentoml_names_the_store_and_the_free_bytes_in_short_lines(monkeypatch, tmp_path):
     code = "import sys; sys.exit('[Errno 28] No space left on device' + 'x' * 100_000)"
     monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
