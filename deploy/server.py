@@ -16,7 +16,7 @@ from deploy.bento import BentoError, bentoml_command, bentoml_environment, bento
 from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Sample
 
-START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
+START_TIMEOUT = 480  # seconds; a service of gpt2-medium took 170 s to start in a pod
 STOP_TIMEOUT = 20  # seconds for a graceful shutdown
 # The supervisor ends the server when this process ends.
 SUPERVISED = (sys.executable, "-I", str(Path(__file__).with_name("supervisor.py")))

@@ -7,6 +7,7 @@ from zenml.enums import ExecutionMode
 
 from deploy.config import DeployConfig
 from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.types import NAME
 from steps.compare import compare
 from steps.config import (
     BaseConfig,
@@ -33,7 +34,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 @pipeline(
     execution_mode=ExecutionMode.FAIL_FAST,
-    model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"),
+    model=Model(name=NAME, description="GPT-2 with a LoRA adapter for instructions"),
 )
 def finetune_pipeline(
     seed: Seed = 0,

@@ -6,10 +6,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.metrics import METRICS
-from gpt2core.types import BaseRef, Evaluation, Lineage, SplitPart, TrainSummary
+from gpt2core.types import NAME, BaseRef, Evaluation, Lineage, SplitPart, TrainSummary
 
 CARD = "README.md"
-NAME = "gpt2-instruct"
 HERE = Path(__file__).parent
 
 
