@@ -7,6 +7,7 @@ ends. A stage that exceeds its limit keeps the figures recorded until then.
 
 import argparse
 import json
+import logging
 import os
 import re
 import shlex
@@ -139,6 +140,19 @@ class Stage:
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+class RecordWarnings(logging.Handler):
+    """Records the warnings of a stage, such as why it continued without graphs or kernels, and prints them."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(logging.WARNING)
+        self._stage, self._found = stage, list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._found.append(f"{record.name}: {record.getMessage()}"[:300])
+        print(self._found[-1], file=sys.stderr)
+        self._stage.record(warnings=self._found[:20])
 
 
 def _gpt2_tokenizer() -> Any:
@@ -459,6 +473,7 @@ def main() -> None:
         function = STAGES[options.stage][1]
         assert function is not None
         stage = Stage(options.device, options.scratch, options.scratch / f"{options.stage}.json")
+        logging.getLogger("gpt2core").addHandler(RecordWarnings(stage))
         function(stage)
         sys.exit(stage.failed)
     out = options.out or ROOT / ("benchmarks/results" if options.device == "cuda" else "outputs") / "gpu.json"
@@ -493,6 +508,8 @@ def _run_stages(device: str, names: Sequence[str], out: Path) -> int:
                     print(f"  {key}: {value}")
                 elif isinstance(value, int | float):
                     print(f"  {key}: {value:,.4g}" if value < 100 else f"  {key}: {value:,.0f}")
+            for message in figures.get("warnings", []):
+                print(f"  warning: {message}")
             if "error" in entry:
                 print(entry["error"])
     print(f"written to {out}")

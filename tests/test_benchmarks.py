@@ -1,6 +1,7 @@
 """The benchmarks at the smallest size: they run, and write what they should. No test asserts a time."""
 
 import json
+import logging
 import sys
 from subprocess import run
 
@@ -130,6 +131,18 @@ def test_a_failed_measurement_fails_its_stage_after_the_others_and_a_lack_of_mem
     assert stage.failed
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == {"a.error": "not enough memory", "b.error": "two lines", "c": [32, "done"]}
+
+
+def test_a_warning_such_as_a_failed_capture_is_a_figure_of_its_stage(tmp_path):
+    logger, stage = logging.getLogger("gpt2core.x"), gpu.Stage("cpu", tmp_path, tmp_path / "figures.json")
+    handler = gpu.RecordWarnings(stage)
+    logger.addHandler(handler)
+    try:
+        logger.warning("no graph: %s", "why")
+        logger.info("not recorded")
+    finally:
+        logger.removeHandler(handler)
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"warnings": ["gpt2core.x: no graph: why"]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
