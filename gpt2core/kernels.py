@@ -205,8 +205,9 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
         RuntimeError: the device cannot capture `compute`. The current stream is restored.
     """
     graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
-    if pool is None:  # graphs cannot use memory that torch's allocator has cached: give it back to the device first
-        torch.cuda.empty_cache()
+    if pool is None:
+        gc.collect()  # autograd nodes in reference cycles keep the stream of earlier steps: the capture would fail
+        torch.cuda.empty_cache()  # graphs cannot use memory that torch's allocator has cached
         pool = torch.cuda.graph_pool_handle()
     # torch.cuda.graph would wait for the device and empty the allocator's caches each time, which takes about 100 ms
     with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(_capture_stream(device)):

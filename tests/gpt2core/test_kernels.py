@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -170,6 +171,30 @@ def test_a_failed_capture_is_ended_and_its_memory_released_once(monkeypatch, is_
         kernels.capture_graph(compute, torch.device("cuda", 0), (0, 7))
     assert not recording
     assert released == ["by the graph" if is_valid else "by us"]
+
+
+def test_the_first_capture_starts_without_garbage(monkeypatch):
+    """Autograd nodes in a reference cycle would keep the default stream, which invalidates a capture."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            pass
+
+        def capture_end(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(kernels, "_capture_stream", lambda device: None)
+    garbage = weakref.ref(Cycle())
+    _, is_collected = kernels.capture_graph(lambda: garbage() is None, torch.device("cuda", 0))
+    assert is_collected
 
 
 THREADS = """
