@@ -327,49 +327,54 @@ def profiling(stage: Stage) -> None:
 def launches(stage: Stage) -> None:
     """Measure whether kernel launches limit a training step: forward and backward of a batch, with and without them.
 
-    A CUDA graph launches all kernels at once, and compiling the blocks makes fewer of them.
+    A CUDA graph launches all kernels at once, and compiling the blocks makes fewer of them. All times are measured
+    before the first profile: CUDA stays instrumented after one, and launches take longer.
     """
+    timed = dict[str, tuple[Callable[[], object], float]]()  # name -> the step and its milliseconds
     for preset in stage.sizes.train:
         with stage.attempt(preset):
-            _record_launches(stage, preset)
+            model, step, n_tokens = _training_step(stage, preset)
+            stage.record(**{f"{preset}.tokens": n_tokens})
+            timed[f"{preset}.eager"] = step, _record_times(stage, f"{preset}.eager", step)
+            if stage.device == "cuda":
+                with stage.attempt(f"{preset}.graph", required=False):
+                    _record_times(stage, f"{preset}.graph", _graph_of(step, model))
+                model.zero_grad()  # the gradients' memory belongs to the graph
+    preset = stage.sizes.train[-1]  # the smallest, since compiling takes half a minute or more
+    with stage.attempt(f"{preset}.compiled", required=False):  # needs Triton and a C compiler
+        model, step, _ = _training_step(stage, preset)
+        for block in model.h:
+            block.compile(backend="inductor" if stage.device == "cuda" else "aot_eager", dynamic=True)
+        timed[f"{preset}.compiled"] = step, _record_times(stage, f"{preset}.compiled", step)
+    for name, (step, step_ms) in timed.items():
+        with stage.attempt(f"{name}.profile"):
+            found = _profile(stage, step)
+            busy_ms = 1e3 * found["busy_share"] * found["seconds"]
+            figures = {"kernels": found["calls"], "busy_ms": busy_ms, "busy_share": busy_ms / step_ms}
+            stage.record(**{f"{name}.{key}": value for key, value in figures.items()})
 
 
-def _record_launches(stage: Stage, preset: str) -> None:
+def _training_step(stage: Stage, preset: str) -> tuple[GPT2, Callable[[], object], int]:
+    """Return a model, a function that computes forward and backward of one batch, and the batch's number of tokens."""
     device, config = torch.device(stage.device), GPT2Config.preset(preset)
-    on_gpu = stage.device == "cuda"
     model = add_lora(load_pretrained(stage.base(preset, trainable_model), device=device), LoraConfig(rank=8), seed=0)
     for weight in model.train().parameters():  # as precision="bf16-mixed" does
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else torch.bfloat16)
     use_varlen = has_varlen_attention(device, config.head_width)
     batch = pack(stage.examples(preset)[: stage.sizes.batch_size], "response", device, use_varlen=use_varlen)
+    return model, lambda: batch_losses(model, batch).sum().backward(), batch.input_ids.numel()
 
-    def step() -> None:
-        batch_losses(model, batch).sum().backward()
 
-    def record(name: str, step: Callable[[], object], profiled: bool = True) -> None:
-        first, _ = _timed(stage, step)
-        step()
-        n_steps = 20 if on_gpu else 2
-        seconds, _ = _timed(stage, lambda: [step() for _ in range(n_steps)])
-        host_seconds = min(_launch_seconds(stage, step) for _ in range(5 if on_gpu else 1))
-        figures = {"first_ms": 1e3 * first, "step_ms": 1e3 * seconds / n_steps, "host_ms": 1e3 * host_seconds}
-        if profiled:
-            found = _profile(stage, step)
-            busy_ms = 1e3 * found["busy_share"] * found["seconds"]
-            figures |= {"kernels": found["calls"], "busy_ms": busy_ms, "busy_share": busy_ms / figures["step_ms"]}
-        stage.record(**{f"{preset}.{name}.{key}": value for key, value in figures.items()})
-
-    stage.record(**{f"{preset}.tokens": batch.input_ids.numel()})
-    record("eager", step)
-    if on_gpu:
-        with stage.attempt(f"{preset}.graph", required=False):
-            record("graph", _graph_of(step, model), profiled=False)
-    if preset == stage.sizes.train[-1]:  # the smallest, since compiling takes half a minute or more
-        with stage.attempt(f"{preset}.compiled", required=False):  # needs Triton and a C compiler
-            model.zero_grad()  # the gradients' memory belongs to the graph
-            for block in model.h:
-                block.compile(backend="inductor" if on_gpu else "aot_eager", dynamic=True)
-            record("compiled", step)
+def _record_times(stage: Stage, name: str, step: Callable[[], object]) -> float:
+    """Record the times of a step; return its milliseconds."""
+    first, _ = _timed(stage, step)
+    step()
+    n_steps = 20 if stage.device == "cuda" else 2
+    seconds, _ = _timed(stage, lambda: [step() for _ in range(n_steps)])
+    host_seconds = min(_launch_seconds(stage, step) for _ in range(5 if stage.device == "cuda" else 1))
+    figures = {"first_ms": 1e3 * first, "step_ms": 1e3 * seconds / n_steps, "host_ms": 1e3 * host_seconds}
+    stage.record(**{f"{name}.{key}": value for key, value in figures.items()})
+    return figures["step_ms"]
 
 
 def _launch_seconds(stage: Stage, step: Callable[[], object]) -> float:

@@ -107,6 +107,18 @@ def test_a_dry_run_of_gpu_check_passes_every_stage_and_writes_its_figures(tmp_pa
     assert figures["launches"]["gpt2-nano.compiled.kernels"] > 0
 
 
+def test_launches_are_timed_before_the_first_profile(tmp_path, monkeypatch):
+    stage, calls = gpu.Stage("cpu", tmp_path, tmp_path / "figures.json"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "_record_times", lambda stage, name, step: calls.append(name) or 1.0)
+    monkeypatch.setattr(
+        gpu, "_profile", lambda *_: calls.append("profile") or {"seconds": 1.0, "busy_share": 1.0, "calls": 1}
+    )
+    gpu.launches(stage)
+    assert calls == ["gpt2-nano.eager", "gpt2-nano.compiled", "profile", "profile"]
+    assert not stage.failed
+
+
 def test_a_stage_that_exceeds_its_limit_is_ended_and_keeps_its_figures(tmp_path):
     (tmp_path / "training.json").write_text('{"seconds": 1.0}')
     entry = gpu._run_stage("training", "cpu", tmp_path, limit=0.1)
