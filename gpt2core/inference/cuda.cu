@@ -123,46 +123,101 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < n; i += THREADS) out[i] = to_bf16((x[i] - mean) * factor * weight[i] + bias[i]);
 }
 
+// Load 16 bytes. Volatile: the compiler would move loads behind computations to save registers, and wait for each one.
+__device__ uint4 load16(const bf16 *from) {
+#ifdef __CUDACC__
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+  return x;
+#else
+  return *(const uint4 *)from;
+#endif
+}
+
+__device__ bf16 load2(const bf16 *from) {  // load 2 bytes, in the same way
+#ifdef __CUDACC__
+  bf16 x;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  return x;
+#else
+  return *from;
+#endif
+}
+
+__device__ float gelu(float x) {  // approximated by tanh, as in GPT-2
+  return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * (x * x * x))));
+}
+
 #define WARPS 4  // warps per block of `linear`
 
-// out (N, n_out) = x (N, n_in) W^T + bias for N = 1, 2 or 4, where n_in is a multiple of 8. One warp per output: the
-// time of such a layer is the time to read its weights.
-template <int N>
-__device__ void linear(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {
-  int lane = threadIdx.x % 32, output = blockIdx.x * WARPS + threadIdx.x / 32;
+// out (N, n_out) = x (N, n_in) W^T + bias, or its GELU, for N = 1, 2 or 4, where n_in is a multiple of 8. The time of such a layer is
+// the time to read its weights, so as many loads as possible should be in flight: one warp per output, or with SPLIT
+// one block. The order of a sum depends on n_in and SPLIT, not on N.
+template <int N, bool SPLIT>
+__device__ void linear(
+    bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out, int with_gelu) {
+  __shared__ float parts[WARPS][N];
+  const int step = SPLIT ? WARPS * 256 : 256;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = SPLIT ? blockIdx.x : blockIdx.x * WARPS + warp;
   if (output >= n_out) return;
-  float sums[N] = {0};
+  float own_bias = to_float(load2(bias + output)), sums[N] = {0};
   weight += (size_t)output * n_in;
-  for (int start = lane * 8; start < n_in; start += UNROLL * 256) {
-    uint4 w[UNROLL];
+  for (int start = 8 * (SPLIT ? threadIdx.x : lane); start < n_in; start += UNROLL * step) {
+    uint4 w[UNROLL], inputs[UNROLL][N];
 #pragma unroll
     for (int i = 0; i < UNROLL; i++)
-      if (start + i * 256 < n_in) w[i] = *(const uint4 *)(weight + start + i * 256);
+      if (start + i * step < n_in) w[i] = load16(weight + start + i * step);
+    auto load_inputs = [&](int i) {
+#pragma unroll
+      for (int row = 0; row < N; row++) inputs[i][row] = load16(x + (size_t)row * n_in + start + i * step);
+    };
+#pragma unroll
+    for (int i = 0; i < UNROLL; i++)
+      if (N <= 2 && start + i * step < n_in) load_inputs(i);  // those of 4 rows need too many registers
 #pragma unroll
     for (int i = 0; i < UNROLL; i++) {
-      if (start + i * 256 >= n_in) continue;
+      if (start + i * step >= n_in) continue;
+      if (N > 2) load_inputs(i);
       float w8[8], x8[8];
       unpack(w8, w[i]);
 #pragma unroll
       for (int row = 0; row < N; row++) {
-        unpack(x8, *(const uint4 *)(x + (size_t)row * n_in + start + i * 256));
+        unpack(x8, inputs[i][row]);
         sums[row] += dot(w8, x8);
       }
     }
   }
 #pragma unroll
   for (int row = 0; row < N; row++) {
-    float sum = warp_sum(sums[row], 32);
-    if (lane == 0) out[(size_t)row * n_out + output] = to_bf16(sum + to_float(bias[output]));
+    sums[row] = warp_sum(sums[row], 32);
+    if (SPLIT && lane == 0) parts[warp][row] = sums[row];
   }
+  if (SPLIT) {
+    __syncthreads();
+    if (warp > 0) return;
+#pragma unroll
+    for (int row = 0; row < N; row++) {
+      sums[row] = 0;
+      for (int i = 0; i < WARPS; i++) sums[row] += parts[i][row];
+    }
+  }
+  float sum = sums[0];  // lane i < N stores row i
+#pragma unroll
+  for (int row = 1; row < N; row++) sum = lane == row ? sums[row] : sum;
+  bf16 y = to_bf16(sum + own_bias);
+  if (with_gelu) y = to_bf16(gelu(to_float(y)));  // from the rounded sum, as torch computes it
+  if (lane < N) out[(size_t)lane * n_out + output] = y;
 }
 
-#define LINEAR(N)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                               \
-      linear_##N(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {  \
-    linear<N>(out, x, weight, bias, n_in, n_out);                                                        \
+#define LINEAR(name, N, SPLIT)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                            \
+      name(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out, int with_gelu) {      \
+    linear<N, SPLIT>(out, x, weight, bias, n_in, n_out, with_gelu);                                                   \
   }
 
-LINEAR(1)
-LINEAR(2)
-LINEAR(4)
+LINEAR(linear_1, 1, false)
+LINEAR(linear_2, 2, false)
+LINEAR(linear_4, 4, false)
+LINEAR(split_linear_1, 1, true)
+LINEAR(split_linear_2, 2, true)
+LINEAR(split_linear_4, 4, true)

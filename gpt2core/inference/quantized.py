@@ -60,6 +60,7 @@ class QuantizedModel:
         self.perplexity_increase: float | None = None  # fraction relative to fp32, set by `quantize_fastest`
         self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # dtype of activations
         self._kernels = cuda.kernels_for(model.config, self.dtype, self.device)
+        self._has_tanh_gelu = model.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
         scratch = None  # memory of native.py, if it computes the layers
         if weights == "int8" and native.is_available(model.config):
             scratch = native.Scratch(model.config.n_embd, model.config.mlp_width)
@@ -149,7 +150,11 @@ class QuantizedModel:
             qkv = project(c_attn, "attn.c_attn", normalized)  # (N, 3 * C)
             y = project(attn_proj, "attn.c_proj", attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1))))
             x, normalized = self._add(x, y, block.ln_2)
-            y = project(mlp_proj, "mlp.c_proj", block.activation(project(c_fc, "mlp.c_fc", normalized)))
+            if adapters is None and isinstance(c_fc, _KernelLinear) and self._has_tanh_gelu:
+                expanded = c_fc(normalized, gelu=True)
+            else:
+                expanded = block.activation(project(c_fc, "mlp.c_fc", normalized))
+            y = project(mlp_proj, "mlp.c_proj", expanded)
             if layer + 1 == len(self.blocks):
                 break
             x, normalized = self._add(x, y, self.blocks[layer + 1].ln_1)
@@ -285,13 +290,25 @@ def _projection(
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
     weight, bias = _copy(weight, dtype), None if bias is None else _copy(bias, dtype)
     if kernels is not None and bias is not None:
-        linear, own_bias = kernels.linear, bias
-        return lambda x: linear(x, weight, own_bias) if len(x) in cuda.LINEAR_ROWS else F.linear(x, weight, bias)
+        return _KernelLinear(weight, bias, kernels)
     large = dtype == torch.bfloat16 or weight.numel() >= LARGE
     if large and weight.device.type == "cpu" and has_onednn():
         packed = prepack(weight)
         return lambda x: onednn_linear(x, packed, bias)
     return lambda x: F.linear(x, weight, bias)
+
+
+class _KernelLinear:
+    """x W^T + b for x (N, in), or GELU (tanh) of it: by a kernel of cuda.py for few rows, else by torch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, kernels: cuda.Kernels) -> None:
+        self._weight, self._bias, self._kernels = weight, bias, kernels
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        if len(x) in cuda.LINEAR_ROWS:
+            return self._kernels.linear(x, self._weight, self._bias, gelu)
+        y = F.linear(x, self._weight, self._bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def _int8_projection(weight: Tensor, bias: Tensor | None) -> Projection:

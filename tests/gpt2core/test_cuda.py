@@ -16,7 +16,6 @@ from gpt2core.inference import cuda
 from tests.gpt2core.decoding import check_bf16_completion, random_prompts, save_random_adapter
 
 COMPILER = shutil.which("c++")
-NAMES = ("attend", "add_norm", *(f"linear_{n}" for n in cuda.LINEAR_ROWS))
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -33,7 +32,7 @@ def kernels(request, tmp_path_factory):
         pytest.skip("there is no C++ compiler")
     source = tmp_path_factory.mktemp("cuda") / "cuda.cpp"
     emulator = Path(__file__).with_name("cuda_emulator.h")
-    launchers = "\n".join(f"LAUNCHER({name})" for name in NAMES)
+    launchers = "\n".join(f"LAUNCHER({name})" for name in cuda.NAMES)
     source.write_text(f'#include "{emulator}"\n#include "{cuda.SOURCE}"\n{launchers}\n')
     library = source.with_suffix(".so")
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(source), "-o", str(library)]
@@ -130,9 +129,11 @@ def test_the_sum_is_normalized(kernels, n):
 
 
 @pytest.mark.parametrize("N", cuda.LINEAR_ROWS)
-@pytest.mark.parametrize(("n_in", "n_out"), [(8, 3), (768, 6), (1600, 9)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 3), (768, 6), (1032, 3), (3072, 5), (6400, 2)])
 def test_linear_layers_of_few_rows(kernels, N, n_in, n_out):
     x, weight, bias = random(kernels, N, n_in), random(kernels, n_out, n_in), random(kernels, n_out)
     found = kernels.linear(x, weight, bias)
     torch.testing.assert_close(found.float(), F.linear(x.float(), weight.float(), bias.float()), rtol=0.01, atol=0.01)
     assert torch.equal(found[-1:], kernels.linear(x[-1:], weight, bias))
+    activated = kernels.linear(x, weight, bias, gelu=True)
+    torch.testing.assert_close(activated, F.gelu(found, approximate="tanh"), rtol=0.01, atol=1e-4)  # one bit of bf16
