@@ -34,6 +34,32 @@ __device__ float warp_sum(float x, int lanes) {  // sum over each group of `lane
   return x;
 }
 
+// Load 16, 4 or 2 bytes. Volatile: the compiler would move loads behind computations to save registers, and wait for
+// each one.
+#ifdef __CUDACC__
+__device__ uint4 load16(const bf16 *from) {
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+  return x;
+}
+
+__device__ float load4(const float *from) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  return x;
+}
+
+__device__ bf16 load2(const bf16 *from) {
+  bf16 x;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  return x;
+}
+#else
+__device__ uint4 load16(const bf16 *from) { return *(const uint4 *)from; }
+__device__ float load4(const float *from) { return *from; }
+__device__ bf16 load2(const bf16 *from) { return *from; }
+#endif
+
 #define HEAD_DIM 64             // D
 #define THREADS 256             // threads per block
 #define GROUPS (THREADS / 8)    // 8 threads share a key: 16 bytes each
@@ -96,9 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   out[((size_t)row * n_head + head) * HEAD_DIM + threadIdx.x] = to_bf16(y / all);
 }
 
-__device__ float block_sum(float x, float *shared) {
+__device__ float block_sum(float x, float *shared) {  // every sum needs its own `shared`
   x = warp_sum(x, 32);
-  __syncthreads();
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
   float sum = 0;
@@ -106,42 +131,35 @@ __device__ float block_sum(float x, float *shared) {
   return sum;
 }
 
-// x (N, n) += y (N, n), and out (N, n) = layer_norm(x). One block per row.
+#define PER_THREAD 8  // values per thread of `add_norm`
+
+// x (N, n) += y (N, n), and out (N, n) = layer_norm(x), for n <= PER_THREAD * THREADS. One block per row. All loads
+// come first, so that it waits for them once.
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_norm(bf16 *out, float *x, const bf16 *y, const float *weight, const float *bias, int n, float eps) {
-  __shared__ float shared[THREADS / 32];
-  out += (size_t)blockIdx.x * n, x += (size_t)blockIdx.x * n, y += (size_t)blockIdx.x * n;
-  float sum = 0, squares = 0;
-  for (int i = threadIdx.x; i < n; i += THREADS) {
-    float value = x[i] + to_float(y[i]);
-    x[i] = value;
-    sum += value;
-  }
-  float mean = block_sum(sum, shared) / n;
-  for (int i = threadIdx.x; i < n; i += THREADS) squares += (x[i] - mean) * (x[i] - mean);
-  float factor = rsqrtf(block_sum(squares, shared) / n + eps);
-  for (int i = threadIdx.x; i < n; i += THREADS) out[i] = to_bf16((x[i] - mean) * factor * weight[i] + bias[i]);
-}
-
-// Load 16 bytes. Volatile: the compiler would move loads behind computations to save registers, and wait for each one.
-__device__ uint4 load16(const bf16 *from) {
-#ifdef __CUDACC__
-  uint4 x;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
-  return x;
-#else
-  return *(const uint4 *)from;
-#endif
-}
-
-__device__ bf16 load2(const bf16 *from) {  // load 2 bytes, in the same way
-#ifdef __CUDACC__
-  bf16 x;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
-  return x;
-#else
-  return *from;
-#endif
+  __shared__ float shared[2][THREADS / 32];
+  size_t first = (size_t)blockIdx.x * n + threadIdx.x;
+  out += first, x += first, y += first, weight += threadIdx.x, bias += threadIdx.x;
+  float values[PER_THREAD], weights[PER_THREAD], biases[PER_THREAD], sum = 0, squares = 0;
+  bf16 added[PER_THREAD];
+  int end = n - threadIdx.x;  // this thread's values are 0, THREADS, 2 * THREADS, ... below `end`
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) {
+      values[j] = load4(x + i), added[j] = load2(y + i);
+      weights[j] = load4(weight + i), biases[j] = load4(bias + i);
+    }
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) x[i] = values[j] += to_float(added[j]), sum += values[j];
+  float mean = block_sum(sum, shared[0]) / n;
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) squares += (values[j] - mean) * (values[j] - mean);
+  float factor = rsqrtf(block_sum(squares, shared[1]) / n + eps);
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) out[i] = to_bf16((values[j] - mean) * factor * weights[j] + biases[j]);
 }
 
 __device__ float gelu(float x) {  // approximated by tanh, as in GPT-2

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64  # the only head width that the attention kernel supports
 THREADS, LINEAR_WARPS = 256, 4  # the same numbers as in cuda.cu
+MAX_WIDTH = 8 * THREADS  # largest width of `add_norm`: PER_THREAD * THREADS
 LINEAR_ROWS = (1, 2, 4)  # numbers of rows with a kernel
 ONE_WARP = 1024  # a linear layer with more inputs uses all warps of a block per output; one warp loads these at once
 NAMES = ("attend", "add_norm", *(f"{kind}linear_{n}" for n in LINEAR_ROWS for kind in ("", "split_")))
@@ -29,7 +30,8 @@ SOURCE = Path(__file__).with_name("cuda.cu")
 
 def kernels_for(config: GPT2Config, dtype: torch.dtype, device: torch.device) -> "Kernels | None":
     """Return the kernels; None if the device, the dtype or the model's shape is not supported."""
-    suits = config.head_width == HEAD_WIDTH and config.n_embd % 8 == 0 and config.mlp_width % 8 == 0
+    is_aligned = config.n_embd % 8 == 0 and config.mlp_width % 8 == 0
+    suits = config.head_width == HEAD_WIDTH and is_aligned and config.n_embd <= MAX_WIDTH
     return _compiled(device) if suits and dtype == torch.bfloat16 and device.type == "cuda" else None
 
 

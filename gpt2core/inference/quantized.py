@@ -104,7 +104,7 @@ class QuantizedModel:
         attention: Attention | None = None,
         adapters: RowAdapters | native.RowAdapters | None = None,
     ) -> Tensor:
-        """Compute the last layer's hidden states (N, C) of tokens (N).
+        """Compute the last layer's hidden states (N, C) of tokens (N), normalized by ln_f unless `is_native`.
 
         Args:
             attention: made by the owner of the KV caches; None: the tokens are one sequence, without a cache.
@@ -119,10 +119,10 @@ class QuantizedModel:
         return self._native_layers(x, cast(Sequence[native.Span], spans), cast(native.RowAdapters | None, adapters))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the logits (N, token_count), fp32, of hidden states (N, C); padding rows of the head are left out."""
+        """Compute the logits (N, token_count), fp32, of results (N, C) of `hidden`, without the head's padding rows."""
         if isinstance(self.head, native.Int8Linear):
             return self.head(hidden, self.ln_f)
-        return self.head(self.ln_f(hidden).to(self.dtype))[:, : self.config.token_count].float()
+        return self.head(hidden)[:, : self.config.token_count].float()
 
     def _new_cache(self, n: int) -> Tensor:
         """Allocate memory for the keys and values (n_layer, 2, H, n, D) of one sequence of n tokens."""
@@ -155,10 +155,9 @@ class QuantizedModel:
             else:
                 expanded = block.activation(project(c_fc, "mlp.c_fc", normalized))
             y = project(mlp_proj, "mlp.c_proj", expanded)
-            if layer + 1 == len(self.blocks):
-                break
-            x, normalized = self._add(x, y, self.blocks[layer + 1].ln_1)
-        return x + y
+            last = layer + 1 == len(self.blocks)
+            x, normalized = self._add(x, y, self.ln_f if last else self.blocks[layer + 1].ln_1)
+        return normalized
 
     def _add(self, x: Tensor, y: Tensor, norm: "_Norm") -> tuple[Tensor, Tensor]:
         """Return the sum of x (N, C), fp32, and y (N, C), and its layer norm in y's dtype.

@@ -118,7 +118,7 @@ def test_a_row_with_nan_does_not_affect_the_others(kernels):
     assert torch.equal(found[[0, 2]], qkv[[0, 2], 2])
 
 
-@pytest.mark.parametrize("n", [16, 768, 1600])
+@pytest.mark.parametrize("n", [16, 768, 1600, cuda.MAX_WIDTH])
 def test_the_sum_is_normalized(kernels, n):
     x, y = random(kernels, 3, n, dtype=torch.float32), random(kernels, 3, n)
     weight, bias = random(kernels, n).float(), random(kernels, 1, n)[0].float()
