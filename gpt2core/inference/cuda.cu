@@ -1,5 +1,5 @@
 // Kernels of a decoding step: attention of one query per row with the row's KV cache, the residual addition fused with
-// layer norm, and linear layers for few rows. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
+// layer norm, linear layers for few rows, and argmax. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
 
 typedef unsigned short bf16;  // the bits of a bf16 number
 
@@ -239,3 +239,42 @@ LINEAR(linear_4, 4, false)
 LINEAR(split_linear_1, 1, true)
 LINEAR(split_linear_2, 2, true)
 LINEAR(split_linear_4, 4, true)
+
+#define MAX_THREADS 1024
+#define LOGITS 16  // loads in flight per thread of `most_likely`
+
+__device__ void keep_larger(float &top, int &place, float other_top, int other_place) {  // the first of equal ones
+  if (other_top > top || (other_top == top && other_place < place)) top = other_top, place = other_place;
+}
+
+// The index (N) of the largest of each row of logits (N, n); -1 if it is NaN or infinite. One block per row. NaN counts
+// as infinity, whose place is -1.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) most_likely(long long *out, const float *logits, int n) {
+  __shared__ float tops[32];
+  __shared__ int places[32];
+  float top = -INF;
+  int place = -1;
+  logits += (size_t)blockIdx.x * n + threadIdx.x;
+  int end = n - threadIdx.x;
+  for (int start = 0; start < end; start += LOGITS * MAX_THREADS) {
+    const float *from = logits + start;
+    float values[LOGITS];
+#pragma unroll
+    for (int i = 0, j = 0; i < LOGITS; i++, j += MAX_THREADS) values[i] = start + j < end ? load4(from + j) : -INF;
+#pragma unroll
+    for (int i = 0; i < LOGITS; i++) {
+      if (values[i] > top) top = values[i], place = threadIdx.x + start + i * MAX_THREADS;
+      if (!(values[i] < INF)) top = INF, place = -1;
+    }
+  }
+  for (int distance = 1; distance < 32; distance *= 2) {
+    float other_top = __shfl_xor_sync(0xffffffff, top, distance);
+    int other_place = __shfl_xor_sync(0xffffffff, place, distance);
+    keep_larger(top, place, other_top, other_place);
+  }
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, places[threadIdx.x / 32] = place;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int i = 1; i < 32; i++) keep_larger(top, place, tops[i], places[i]);
+  out[blockIdx.x] = place;
+}

@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GPT2Config
+from gpt2core.sampling import most_likely
 
 logger = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64  # the only head width that the attention kernel supports
-THREADS, LINEAR_WARPS = 256, 4  # the same numbers as in cuda.cu
+THREADS, MAX_THREADS, LINEAR_WARPS = 256, 1024, 4  # the same numbers as in cuda.cu
 MAX_WIDTH = 8 * THREADS  # largest width of `add_norm`: PER_THREAD * THREADS
 LINEAR_ROWS = (1, 2, 4)  # numbers of rows with a kernel
 ONE_WARP = 1024  # a linear layer with more inputs uses all warps of a block per output; one warp loads these at once
-NAMES = ("attend", "add_norm", *(f"{kind}linear_{n}" for n in LINEAR_ROWS for kind in ("", "split_")))
+NAMES = ("attend", "add_norm", "most_likely", *(f"{kind}linear_{n}" for n in LINEAR_ROWS for kind in ("", "split_")))
 SOURCE = Path(__file__).with_name("cuda.cu")
 
 
@@ -82,6 +83,13 @@ class Kernels:
         if n_in > ONE_WARP:
             name, blocks = f"split_{name}", n_out
         self._launch(name, (blocks, 1), 32 * LINEAR_WARPS, out, x, weight, bias, n_in, n_out, int(gelu))
+        return out
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """Compute `gpt2core.sampling.most_likely` for logits (N, n) in fp32."""
+        N, n = logits.shape
+        out = torch.empty(N, dtype=torch.long, device=logits.device)
+        self._launch("most_likely", (N, 1), MAX_THREADS, out, logits, n)
         return out
 
     def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
@@ -162,6 +170,10 @@ def check(kernels: Kernels, device: torch.device) -> None:
         expected = F.linear(inputs.float(), matrix.float(), own_bias.float())
         compare(kernels.linear(inputs, matrix, own_bias), expected)
         compare(kernels.linear(inputs, matrix, own_bias, gelu=True), F.gelu(expected, approximate="tanh"))
+
+    logits = random(3, 20_000).float()
+    logits[0, 5], logits[1, 19_999], logits[2, 7] = 9, 9, torch.nan
+    torch.testing.assert_close(kernels.most_likely(logits), most_likely(logits))
 
 
 def compile_kernels(architecture: str) -> bytes:

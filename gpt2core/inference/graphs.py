@@ -19,7 +19,6 @@ from gpt2core.inference.kv_cache import StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import Request
 from gpt2core.kernels import capture_graph
-from gpt2core.sampling import most_likely
 from gpt2core.tensors import int_tensor, to_device
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ class RowDecoder:
             None if stack is None else RowAdapters(stack, adapters),
         )
         logits = model.logits(hidden)
-        return logits, most_likely(logits)
+        return logits, model.most_likely(logits)
 
     def _replay(self, n: int, width: int, stack: AdapterStack | None) -> Outputs:
         """Compute the same as `_compute` by a graph. If a capture fails, all later steps run without graphs."""

@@ -22,6 +22,7 @@ from gpt2core.inference.kv_cache import new_cache
 from gpt2core.kernels import has_bf16, has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
 from gpt2core.model import GPT2, Block, eval_mode, pad_rows
+from gpt2core.sampling import most_likely
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,10 @@ class QuantizedModel:
         if isinstance(self.head, native.Int8Linear):
             return self.head(hidden, self.ln_f)
         return self.head(hidden)[:, : self.config.token_count].float()
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """Return the most likely token of each row of `logits`; -1 where the largest logit is NaN or infinite."""
+        return most_likely(logits) if self._kernels is None else self._kernels.most_likely(logits)
 
     def _new_cache(self, n: int) -> Tensor:
         """Allocate memory for the keys and values (n_layer, 2, H, n, D) of one sequence of n tokens."""

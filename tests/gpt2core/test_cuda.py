@@ -13,6 +13,7 @@ from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine
 from gpt2core.inference import cuda
+from gpt2core.sampling import most_likely
 from tests.gpt2core.decoding import check_bf16_completion, random_prompts, save_random_adapter
 
 COMPILER = shutil.which("c++")
@@ -63,7 +64,7 @@ def test_the_check_before_their_use_finds_each_difference(kernels):
             return own if name != self.name else lambda *arguments: own(*arguments).roll(1, -1)
 
     cuda.check(kernels, torch.device(kernels.device))
-    for name in ("attend", "add_norm", "linear"):
+    for name in ("attend", "add_norm", "linear", "most_likely"):
         with pytest.raises(AssertionError):
             cuda.check(Other(name), torch.device(kernels.device))
 
@@ -137,3 +138,15 @@ def test_linear_layers_of_few_rows(kernels, N, n_in, n_out):
     assert torch.equal(found[-1:], kernels.linear(x[-1:], weight, bias))
     activated = kernels.linear(x, weight, bias, gelu=True)
     torch.testing.assert_close(activated, F.gelu(found, approximate="tanh"), rtol=0.01, atol=1e-4)  # one bit of bf16
+
+
+@pytest.mark.parametrize("n", [5, 1025, 50_257])
+def test_the_most_likely_token_is_the_first_of_the_largest(kernels, n):
+    logits = random(kernels, 8, n, dtype=torch.float32)
+    logits[1, [n // 2, n - 1]] = 9  # twice the largest one
+    logits[2:6, n - 2] = torch.tensor([torch.nan, torch.inf, -torch.inf, 9], device=kernels.device)
+    logits[5, 1], logits[5, n - 1] = torch.inf, torch.nan
+    logits[6], logits[7] = -torch.inf, -1e38
+    found = kernels.most_likely(logits).cpu()
+    assert torch.equal(found, most_likely(logits.cpu()))
+    assert found[[1, 2, 3, 5, 6, 7]].tolist() == [n // 2, -1, -1, -1, -1, 0]
