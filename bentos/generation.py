@@ -203,9 +203,11 @@ class TextGenerator:
                 message = f"{MAX_ADAPTERS} adapters are already loaded; unload one first"
                 raise ServiceError("too_many_adapters", message, "lora_name")
             try:
-                return await asyncio.to_thread(self._load, name, path)
+                version = await asyncio.to_thread(self._load, name, path)
             except (ValueError, OSError) as error:
                 raise ServiceError("invalid_adapter", f"lora_path: {error}", "lora_path") from None
+            self._set_canary(self._canary.request)  # its adapter may be another version now
+            return version
 
     async def unload(self, name: str) -> None:
         """Unload an adapter; running completions keep it.
