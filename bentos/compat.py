@@ -4,12 +4,15 @@ tests/bentos/test_compat.py fails when BentoML no longer needs one of them.
 """
 
 import asyncio
+import atexit
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
+import tempfile
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +22,7 @@ from typing import Any
 import click
 from _bentoml_sdk import Service
 from _bentoml_sdk.service.openapi import generate_spec
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
@@ -55,6 +59,9 @@ class WrappableService(Service[Any]):
         super().inject_config()
         context = click.get_current_context(silent=True)
         if context is not None and context.info_name == "serve":
+            http = BentoMLContainer.http
+            check_port(context.params["host"] or http.host.get(), context.params["port"] or http.port.get())
+            use_own_metrics_directory()
             stop_at_sighup()
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
@@ -203,6 +210,23 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 def bound_heads() -> None:
     """Make uvicorn use `BoundedHttpProtocol`. BentoML starts uvicorn afterwards, in this process."""
     auto.AutoHTTPProtocol = BoundedHttpProtocol
+
+
+def check_port(host: str, port: int) -> None:
+    """Exit with a one-line error if the port cannot be listened on. BentoML would exit with a traceback."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as BentoML's socket
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SystemExit(f"Error: cannot listen on {host}, port {port}: {error.strerror}") from None
+
+
+def use_own_metrics_directory() -> None:
+    """Keep this server's metrics apart. By default they are in BENTOML_HOME, and a server that starts deletes them."""
+    directory = tempfile.mkdtemp(prefix="bentoml-metrics-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    BentoMLContainer.prometheus_multiproc_dir.set(directory)
 
 
 def stop_at_sighup() -> None:
