@@ -176,11 +176,12 @@ class TextGenerator:
         try:
             for request in requests:
                 completions.append(self._submit(request, [self._observe, *([on_end] if on_end else [])]))
-                self._shadows.request_started()
         except (EngineFull, EngineClosed, ValueError) as error:
             for completion in completions:
-                completion.cancel()
+                completion.withdraw()
             raise self._engine_error(error, param) from None
+        for _ in completions:
+            self._shadows.request_started()
         return completions
 
     async def load(self, name: str, directory: str) -> AdapterVersion:
