@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
@@ -24,6 +23,7 @@ from deploy import bento
 from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect, hardening, read_file, write_file
 from deploy.containers.images import service_image
+from deploy.containers.mounts import mount_files
 from deploy.containers.proxy import ADDRESS
 from deploy.server import service_environment
 from deploy.target import DeployError, Deployment, Version
@@ -159,7 +159,9 @@ class _ServiceGroup:
         """Start a service that only the proxy's network and this machine can reach."""
         if not [network for network in self.client.networks.list(names=[self.name]) if network.name == self.name]:
             self.client.networks.create(self.name)
-        environment = service_environment()
+        environment, mounts = mount_files(service_environment())
+        # run as the user of this process, who owns the mounted files, instead of the image's user
+        user = {"user": f"{os.getuid()}:{os.getgid()}"} if mounts else {}
         return self.client.containers.run(
             image,
             name=f"{self.name}-{token_hex(4)}",
@@ -168,9 +170,10 @@ class _ServiceGroup:
             ports={PORT: ("127.0.0.1",)},
             mem_limit=self._memory,
             environment=environment,
+            mounts=mounts,
             detach=True,
+            **user,
             **self._log_limit(),
-            **_files(environment),
             **HARDENING,
         )
 
@@ -214,11 +217,13 @@ class _ServiceGroup:
                     service.remove()
 
     def is_up_to_date(self, current: Container, image: str) -> bool:
-        """Whether the service is ready and has this image, the configured memory and this process's environment."""
-        environment = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
+        """Whether the service is ready and has this image, the configured memory and this process's settings."""
+        environment, mounts = mount_files(service_environment())
+        given = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
-            and service_environment(environment) == service_environment()
+            and service_environment(given) == environment
+            and _places(current.attrs["HostConfig"].get("Mounts") or []) == _places(mounts)
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self._memory)
             and is_ready(self.url)
         )
@@ -283,17 +288,8 @@ class _ServiceGroup:
             return None
 
 
-def _files(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return container options that mount adapters and request log at their paths on this machine."""
-    volumes: dict[str, dict[str, str]] = {}
-    if adapters := environment.get("GPT2_ADAPTERS_DIR"):
-        volumes[adapters] = {"bind": adapters, "mode": "ro"}
-    if log := environment.get("GPT2_REQUEST_LOG"):
-        folder = Path(log).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        volumes[str(folder)] = {"bind": str(folder), "mode": "rw"}
-    # run as the user of this process, who owns these files, instead of the image's user
-    return {"volumes": volumes, "user": f"{os.getuid()}:{os.getgid()}"} if volumes else {}
+def _places(mounts: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    return {(mount["Source"], mount["Target"]) for mount in mounts}
 
 
 def _set_current(proxy: Container, service: Container) -> None:

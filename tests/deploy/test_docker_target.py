@@ -172,18 +172,24 @@ def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first,
 
 
 def test_a_service_writes_the_request_log_and_reads_adapters_of_this_machine(
-    first, deploy, monkeypatch, tmp_path, adapter_dir
+    engine, first, deploy, monkeypatch, tmp_path, adapter_dir
 ):
     monkeypatch.setenv("GPT2_REQUEST_LOG", str(tmp_path / "log" / "requests.jsonl"))
     monkeypatch.setenv("GPT2_ADAPTERS_DIR", str(adapter_dir.parent))
     monkeypatch.setenv("GPT2_ADMIN_TOKEN", "admin")
-    url = deploy(first.reference).url
+    deployed = deploy(first.reference)
+    url = deployed.url
     body, headers = {"lora_name": "x", "lora_path": adapter_dir.name}, {"Authorization": "Bearer admin"}
     assert requests.post(f"{url}/v1/load_lora_adapter", json=body, headers=headers, timeout=TIMEOUT).ok
     answer = requests.post(f"{url}/predict", json={"instruction": "Hello.", "adapter": "x"}, timeout=TIMEOUT)
     log = tmp_path / "log" / "requests.jsonl"
     wait_until(lambda: log.is_file() and answer.headers["X-Request-Id"] in log.read_text(), TIMEOUT, "a line")
     assert deploy(first.reference).outcome == "unchanged"
+    mounts = engine.containers.get(deployed.container).attrs["Mounts"]
+    writable = {(mount["Source"], mount["Destination"]) for mount in mounts if mount["RW"]}
+    assert writable == {(str(log.parent), "/requests")}
+    monkeypatch.setenv("GPT2_REQUEST_LOG", str(tmp_path / "other" / "requests.jsonl"))
+    assert deploy(first.reference).outcome == "deployed"
 
 
 def test_a_run_deploys_its_service_and_the_rollback_command_restores_the_one_before(
