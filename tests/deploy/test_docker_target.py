@@ -1,8 +1,11 @@
 """The docker target on the container engine of this machine."""
 
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,7 +15,9 @@ from click.testing import CliRunner
 
 from deploy import bento
 from deploy.config import DeployConfig
-from deploy.containers import service
+from deploy.containers import lock, service
+from deploy.containers.client import EngineError
+from deploy.containers.lock import engine_lock
 from deploy.containers.service import DockerTarget
 from deploy.source import ROOT
 from deploy.target import DeployError, Deployment, Version
@@ -128,6 +133,52 @@ def test_only_the_last_service_is_kept(engine, first, second, deploy, config):
     assert third.outcome == "deployed"
     assert third.previous == Version(first.reference, first.reference)  # not the service of the same image
     assert states(engine, config) == {"running": 2, "exited": 1}
+
+
+def test_a_service_that_a_killed_run_did_not_verify_is_no_version_to_roll_back_to(
+    engine, first, second, deploy, config
+):
+    deploy(first.reference)
+    name = f"{bento.NAME}-{config.port}"
+    labels = {service.DEPLOYMENT_LABEL: name, service.BENTO_LABEL: second.reference}
+    engine.containers.run(second.digest, name=f"{name}-candidate", labels=labels, network=name, detach=True)
+    with pytest.raises(DeployError, match="no previous version"):
+        DockerTarget(config).rollback()
+    assert served(config) == first.reference
+    assert states(engine, config) == {"running": 2}
+
+
+def test_two_deployments_at_once_are_done_one_after_the_other(engine, first, second, deploy, config):
+    deploy(first.reference)
+    with load(config) as responses, ThreadPoolExecutor() as pool:
+        others = [pool.submit(deploy, second.reference, memory=memory) for memory in ("2g", "3g")]
+        assert [other.result().outcome for other in others] == ["deployed", "deployed"]
+    assert responses.keys() == {first.reference, second.reference}
+    assert states(engine, config) == {"running": 2, "exited": 1}
+    assert DockerTarget(config).rollback().image == first.reference
+
+
+def test_a_killed_process_does_not_hold_the_lock(engine, first, config, monkeypatch):
+    name = f"{bento.NAME}-{config.port}-lock"
+    code = (
+        "import sys, time, docker; from deploy.containers.lock import engine_lock; "
+        "lock = engine_lock(docker.from_env(), *sys.argv[1:]); lock.__enter__(); print(flush=True); time.sleep(600)"
+    )
+    arguments = [sys.executable, "-c", code, name, first.digest]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with monkeypatch.context() as impatient:
+            impatient.setattr(lock, "TIMEOUT", 0)
+            with pytest.raises(EngineError, match=f"another deployment holds the lock {name}"):
+                engine_lock(engine, name, first.digest).__enter__()
+        holder.kill()
+    with engine_lock(engine, name, first.digest):
+        pass
+    engine.containers.create(first.digest, name=name)  # by a process that was killed before it started it
+    monkeypatch.setattr(lock, "START_TIMEOUT", 1)
+    with engine_lock(engine, name, first.digest):
+        pass
+    assert containers(engine, config) == []
 
 
 def test_a_deployment_on_another_host_is_refused(first, deploy, config):
