@@ -21,7 +21,7 @@ from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.download import fetch, without_secrets
 from steps.adapters.hub import fetch_base, fetch_dataset
-from steps.adapters.tables import is_table, read_rows, text_files
+from steps.adapters.tables import data_files, is_table, read_rows, text_files
 from steps.cache import code_of
 from steps.config import BaseConfig, DataConfig
 from steps.metadata import attach_metadata
@@ -104,13 +104,14 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
         location = f"{data.name}/{data.path}" if data.path else data.name
         if not Path(data.name).is_dir():
             location += f" at {data.revision}"
-        return _read_file(found, data), {"location": location, "file_sha256": _sha256(str(found))}
-    records, origin = _read_file(Path(data.path), data), {"location": data.path, "file_sha256": _sha256(data.path)}
+        return _read_file(found, data), {"location": location, "file_sha256": _sha256(found)}
+    records = _read_file(Path(data.path), data)
+    origin = {"location": data.path, "file_sha256": _sha256(Path(data.path))}
     for part, path in (("val", data.val_path), ("test", data.test_path)):
         if path:
             own = _of_part(_read_file(Path(path), data), part, path)
             records = [record for record in records if record.get("part") != part] + own
-            origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(path)}
+            origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(Path(path))}
     return records, origin
 
 
@@ -142,8 +143,13 @@ def _of_part(records: list[Record], part: str, source: str | Path) -> list[Recor
     return found
 
 
-def _sha256(path: str) -> str:
-    return directory_sha256(path) if Path(path).is_dir() else file_sha256(path)
+def _sha256(path: Path) -> str:
+    if path.is_dir():
+        return directory_sha256(path)
+    if is_table(path) and not path.is_file():  # a pattern
+        directory, files = data_files(path)
+        return directory_sha256(directory, [file.relative_to(directory).as_posix() for file in files])
+    return file_sha256(path)
 
 
 def _tokenizer(base: BaseConfig, sha256: str, n_facts: int | None, seed: int) -> tuple[Encoding, int]:

@@ -41,6 +41,12 @@ def test_a_parquet_file_and_a_directory_of_them_are_read(tmp_path):
         (("train.csv", "train.jsonl"), "several directories or formats"),
         (("train.parquet", "other.parquet"), r"other\.parquet names no part of the split"),
         (("train_test.parquet", "x.parquet"), "more than one part of the split: train and test"),
+        (
+            ("train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001-3d4c.parquet"),
+            "for the part train: train_gen, train_sft",
+        ),
+        (("data/dev_a-00000-of-00001.json", "data/dev-00000-of-00001.json"), r"dev, dev_a; .*like data/dev-\*\.json"),
+        (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), ["train", "train"]),
         (("a.csv", "test.csv"), r"2 files of records \(a\.csv, test\.csv\)"),
     ],
 )
@@ -58,6 +64,24 @@ def test_the_files_of_a_directory_name_their_parts(tmp_path, names, parts):
     else:
         with pytest.raises(ValueError, match=parts):
             found()
+
+
+def test_a_pattern_selects_files_of_a_directory(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "data").mkdir()
+    for name, row in zip(("train_sft", "train_gen", "test_sft", "test_gen"), ROWS, strict=True):
+        pd.DataFrame([row]).to_parquet(tmp_path / f"data/{name}-00000-of-00001.parquet")
+        pd.DataFrame([row]).to_csv(tmp_path / f"data/{name}.csv", index=False)
+    assert text_files(tmp_path / "data/*_sft-*") == []
+    assert read(tmp_path / "data/*_sft-*") == [ROWS[2] | {"part": "test"}, ROWS[0] | {"part": "train"}]
+    assert "1 files of the part train: train_sft-00000-of-00001.parquet" in caplog.text
+    csv = [(tmp_path / "data/test_sft.csv", "test"), (tmp_path / "data/train_sft.csv", "train")]
+    assert text_files(tmp_path / "*/*_sft.csv") == csv
+    for name in ("a-1.csv", "a-2.csv"):
+        (tmp_path / name).touch()
+    assert text_files(tmp_path / "a-?.csv") == [(tmp_path / "a-1.csv", ""), (tmp_path / "a-2.csv", "")]
+    with pytest.raises(ValueError, match=r"no files of records match .*x-\*\.csv"):
+        read(tmp_path / "x-*.csv")
 
 
 def test_directories_of_the_datasets_library_are_read(tmp_path):

@@ -133,6 +133,20 @@ def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
         read_source(DataConfig(source="file", path=mine, val_path=str(parts)), 0)
 
 
+@pytest.mark.parametrize("source", ["file", "hub"])
+def test_a_pattern_selects_files_and_the_digest_covers_only_these(tmp_path, source):
+    for name, record in zip(("train_a", "test_a", "train_b"), RECORDS, strict=False):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
+    where = {"name": str(tmp_path), "path": "*_a.jsonl"} if source == "hub" else {"path": str(tmp_path / "*_a.jsonl")}
+    data = DataConfig(source=source, **where)
+    records, origin = read_source(data, 0)
+    assert records == [RECORDS[1] | {"part": "test"}, RECORDS[0] | {"part": "train"}]
+    (tmp_path / "train_b.jsonl").unlink()
+    assert read_source(data, 0) == (records, origin)
+    (tmp_path / "train_a.jsonl").write_text(json.dumps(RECORDS[2]))
+    assert read_source(data, 0)[1]["file_sha256"] != origin["file_sha256"]
+
+
 @pytest.mark.parametrize(
     ("text", "documents"),
     [
