@@ -47,6 +47,9 @@ _BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and byte order mar
 _CONTENTS = (  # first bytes of other formats that occur in files with a text file's suffix
     (b"\x1f\x8b", "is compressed by gzip; decompress it"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; decompress it"),
+    (b"\xfd7zXZ\0", "is compressed by xz; decompress it"),
+    (b"BZh", "is compressed by bzip2; decompress it"),
     (b"PAR1", "is a Parquet file; rename it to .parquet"),
     (b"version https://git-lfs", "is a pointer of Git LFS, not the data; fetch it by git lfs pull"),
 )
@@ -247,11 +250,25 @@ def _decode(content: bytes, file: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         before = content[content.rfind(b"\n", 0, error.start) + 1 : error.start].decode(errors="replace")
+        if error.reason == "unexpected end of data":
+            hint = "the file ends inside a character: it is cut off, or has another encoding"
+        elif _is_mostly_utf8(content):
+            hint = "other lines are UTF-8, so the file is damaged here or mixes encodings; correct this line"
+        else:
+            hint = (
+                "find out its encoding and convert it, for example by iconv -f WINDOWS-1252 -t UTF-8 (or from CP1250, "
+                "CP1251, SHIFT_JIS, GB18030); a wrong choice gives wrong letters without an error"
+            )
         raise ValueError(
-            f"{file}, line {line}, column {len(before) + 1}: byte 0x{content[error.start]:02x} is not UTF-8; the file "
-            f"looks like Latin-1 (ISO-8859-1) or Windows-1252 text, so convert it: iconv -f WINDOWS-1252 -t UTF-8. "
+            f"{file}, line {line}, column {len(before) + 1}: byte 0x{content[error.start]:02x} is not UTF-8; {hint}. "
             f"The text before it is {before[-40:]!r}"
         ) from None
+
+
+def _is_mostly_utf8(content: bytes) -> bool:
+    """Return whether at least half of the lines that are not ASCII are UTF-8. A few lines of any encoding may be."""
+    lines = [line for line in content.split(b"\n") if not line.isascii()]
+    return 2 * sum("\ufffd" not in line.decode(errors="replace") for line in lines) >= len(lines)
 
 
 def _csv_rows(text: str, file: Path) -> Iterator[Row]:

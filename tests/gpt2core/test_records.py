@@ -255,6 +255,9 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.json", json.dumps([GOOD]).encode("utf-16-le"), ["UTF-16"]),
         ("a.json", json.dumps([GOOD]).encode("utf-32"), ["UTF-32"]),
         ("a.jsonl", f"{LINE}\n" + LINE.replace("\\u00e9", "é"), []),
+        ("a.csv", "instruction,output\nСтолица?,Париж\n".encode("cp1251"), ["byte 0xd1", "find out", "CP1251"]),
+        ("a.csv", b"q,a\n\xe9,x\n" + "é,x\n".encode(), ["line 2, column 1", "mixes encodings; correct this line"]),
+        ("a.csv", "instruction,output\né,é".encode()[:-1], ["line 2, column 3", "cut off"]),
         ("a.csv", "instruction,output\n", ["list of records is empty"]),
         ("a.txt", LINE, [".txt", ".json or .jsonl, .csv"]),
         ("a.csv", 'instruction,output\n"a\nb",c\n\nd\n', ["line 5 (record 2)", "1 cells", "2 columns"]),
@@ -279,12 +282,18 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0.5}]}), ["messages[1]: 'weight' is 0.5"]),
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"train": "no"}]}), ["messages[1]: 'train' is \"no\""]),
         ("a.json", b"\x1f\x8b\x08\0\0", ["compressed by gzip"]),
+        ("a.json", b"\xfd7zXZ\0", ["compressed by xz"]),
+        ("a.json", b"\x28\xb5\x2f\xfd", ["compressed by zstd"]),
+        ("a.json", b"BZh91AY", ["compressed by bzip2"]),
         ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS", "git lfs pull"]),
     ],
 )
 def test_an_error_names_the_file_and_the_place(write, name, text, named):
     if not named:  # the same text in Latin-1
-        text, named = text.encode("latin-1"), ["line 2, column 22", "byte 0xe9", "Latin-1", "Say "]
+        text, named = (
+            text.encode("latin-1"),
+            ["line 2, column 22", "byte 0xe9", "iconv -f WINDOWS-1252", "CP1251", "Say "],
+        )
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
         read_records(write(name, text))
     for part in named:
