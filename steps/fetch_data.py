@@ -1,5 +1,5 @@
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -16,7 +16,7 @@ from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.files import directory_sha256, file_sha256
-from gpt2core.records import PARTS, Record, check_records, make_records, read_records, records_sha256
+from gpt2core.records import PARTS, FileRecord, Record, check_records, make_records, read_records, records_sha256
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.download import fetch, without_secrets
@@ -46,7 +46,8 @@ def fetch_data(
     try:
         kept, too_long = limit_lengths(records, tokenizer, context_length, data.too_long)
     except ValueError as error:
-        raise ValueError(f"{origin['location']}: {error}") from None
+        locations = ", ".join(value for key, value in origin.items() if key.endswith("location"))
+        raise ValueError(f"{locations}: {error}") from None
     markers = find_markers(records)
     about = {
         "records": len(kept),
@@ -106,10 +107,13 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
             location += f" at {data.revision}"
         return _read_file(found, data), {"location": location, "file_sha256": _sha256(found)}
     records = _read_file(Path(data.path), data)
+    if data.val_path or data.test_path:
+        _add_prefix(records, _prefix(Path(data.path)))
     origin = {"location": data.path, "file_sha256": _sha256(Path(data.path))}
     for part, path in (("val", data.val_path), ("test", data.test_path)):
         if path:
             own = _of_part(_read_file(Path(path), data), part, path)
+            _add_prefix(own, _prefix(Path(path)))
             records = [record for record in records if record.get("part") != part] + own
             origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(Path(path))}
     return records, origin
@@ -117,14 +121,27 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
 
 def _read_file(path: Path, data: DataConfig) -> list[Record]:
     if files := text_files(path):
-        return [
-            record
-            for file, part in files
-            for record in _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
-        ]
+        found = list[Record]()
+        for file, part in files:
+            own = _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
+            _add_prefix(own, f"{file.relative_to(data_files(path)[0]).as_posix()}, ")
+            found += own
+        return found
     if is_table(path):
         return make_records(read_rows(path, data.columns), str(path), columns=data.columns)
     return read_records(path, columns=data.columns)
+
+
+def _add_prefix(records: Iterable[Record], prefix: str) -> None:
+    """Put a prefix before the locations of records."""
+    for record in records:
+        if isinstance(record, FileRecord):
+            record.location = f"{prefix}{record.location}"
+
+
+def _prefix(path: Path) -> str:
+    """Return what makes a location in the path complete. It begins with a file if the path has several."""
+    return f"{path}, " if path.is_file() else f"{data_files(path)[0]}/"
 
 
 def _of_part(records: list[Record], part: str, source: str | Path) -> list[Record]:

@@ -56,14 +56,14 @@ def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
     """
     used = {*COLUMNS, *columns.values()}
     if path.is_file():
-        yield from _rows(_read_parquet(path), "", path, used)
+        yield from _rows(_read_parquet(path), "", path, "", used)
     elif (path / SPLITS).is_file():
         for name in read_json(path / SPLITS).get("splits") or ():
             if str(name).lower() not in PARTS:
                 raise ValueError(f"{path} has a part {name!r}; the known ones are {', '.join(PARTS)}")
-            yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name), used)
+            yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name), str(name), used)
     elif (path / STATE).is_file():
-        yield from _rows(_read_dataset(path), "", path, used)
+        yield from _rows(_read_dataset(path), "", path, "", used)
     else:
         files = [(file, part) for file, part in _files(path) if file.suffix.lower() == PARQUET]
         if not files:
@@ -74,8 +74,9 @@ def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
                 f"{path} is a directory without Parquet files or a dataset of the datasets library (found: {found})"
             )
         _log_parts(path, files)
+        directory, _ = data_files(path)
         for file, part in files:
-            yield from _rows(_read_parquet(file), part, file, used)
+            yield from _rows(_read_parquet(file), part, file, file.relative_to(directory).as_posix(), used)
 
 
 def text_files(path: Path) -> list[tuple[Path, str]]:
@@ -168,14 +169,16 @@ def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word in PARTS]
 
 
-def _rows(table: pa.Table, part: str, source: Path, used: Collection[str]) -> Iterator[Row]:
+def _rows(table: pa.Table, part: str, source: Path, name: str, used: Collection[str]) -> Iterator[Row]:
+    """Yield the rows of a table. Their location begins with `name`; "": there is only one table."""
+    prefix = f"{name}, " if name else ""
     number = 0
     for batch in table.to_batches():
         names = batch.schema.names
         values = {name: _values(column, name, source, used) for name, column in zip(names, batch.columns, strict=True)}
         for i in range(batch.num_rows):
             number += 1
-            yield Row(f"{source.name}, record {number}", {name: column[i] for name, column in values.items()}, part)
+            yield Row(f"{prefix}record {number}", {name: column[i] for name, column in values.items()}, part)
 
 
 def _values(column: pa.Array, name: str, source: Path, used: Collection[str]) -> list[Any]:

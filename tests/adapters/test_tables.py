@@ -105,7 +105,7 @@ def test_errors_name_the_file_and_the_record(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet: the column 'instruction', of type string, .*'utf-8' codec"):
         read(file)
     pd.DataFrame([ROWS[0], {"instruction": "x", "output": None}]).to_parquet(file)
-    with pytest.raises(ValueError, match=r"a\.parquet, record 2: 'output' is null"):
+    with pytest.raises(ValueError, match=r"a\.parquet: record 2: 'output' is null"):
         read(file)
     with pytest.raises(ValueError, match=r"without Parquet files or .* \(found: nothing\)"):
         list(read_rows((tmp_path / "empty").mkdir() or tmp_path / "empty"))

@@ -133,6 +133,34 @@ def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
         read_source(DataConfig(source="file", path=mine, val_path=str(parts)), 0)
 
 
+@pytest.mark.parametrize("is_table", [False, True])
+def test_locations_have_the_file_if_there_are_several(tmp_path, caplog, is_table):
+    caplog.set_level(logging.WARNING)
+    for name in ("h/main", "d/x/train", "d/x/test"):
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if is_table:
+            pd.DataFrame([RECORDS[0], LONG]).to_parquet(file.with_suffix(".parquet"))
+        else:
+            file.write_text(f"{json.dumps(RECORDS[0])}\n{json.dumps(LONG)}\n")
+    suffix, line = (".parquet", "") if is_table else (".jsonl", " (line 2)")
+    main, directory = str(tmp_path / f"h/main{suffix}"), str(tmp_path / "d")
+    named = [f"{part}{suffix}, record 2{line} has" for part in ("test", "train")]
+    cases = [
+        ({"path": main}, rf"{main}: 1 of 2 records .*: record 2{line} has"),
+        ({"path": directory}, rf"{directory}: 2 of 4 records .*: x/{named[0]} .* x/{named[1]}"),
+        (
+            {"path": main, "test_path": directory},
+            rf"{main}, {directory}: 2 of 4 .*: {main}, record 2{line} has .* {directory}/x/{named[0]}",
+        ),
+    ]
+    for paths, message in cases:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            only_fetch_data(DataConfig(source="file", **paths))
+    fetched(DataConfig(source="file", path=directory, too_long="drop"))
+    assert f"were dropped: x/{named[0][:-4]}, x/{named[1][:-4]}" in caplog.text
+
+
 @pytest.mark.parametrize("source", ["file", "hub"])
 def test_a_pattern_selects_files_and_the_digest_covers_only_these(tmp_path, source):
     for name, record in zip(("train_a", "test_a", "train_b"), RECORDS, strict=False):
