@@ -13,8 +13,10 @@ from gpt2core.config import GPT2Config, TooLong
 from gpt2core.metrics import normalize
 from gpt2core.prompt import MARKERS, format_prompt
 from gpt2core.records import (  # re-exported: the public path of these names
+    PARTS,
     REQUIRED,
     TEXTS,
+    Part,
     Record,
     check_records,
     check_texts,
@@ -31,6 +33,7 @@ __all__ = [
     "LongRecord",
     "Record",
     "Split",
+    "by_part",
     "check_examples",
     "check_records",
     "count_duplicates",
@@ -102,10 +105,31 @@ def find_markers(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def count_leaks(records: Sequence[Record]) -> int:
-    """Return the number of records with the `part` val or test whose question is also in the train part."""
-    train = {same_question(record) for record in records if record.get("part", "train") == "train"}
-    return sum(record.get("part") in ("val", "test") and same_question(record) in train for record in records)
+def count_leaks(records: Sequence[Record], part: Part = "train") -> int:
+    """Return the number of records of later parts (of train, val, test) whose question is also in this part."""
+    parts = Split._fields
+    known = {same_question(record) for record in records if _part(record) == part}
+    later = parts[parts.index(part) + 1 :]
+    return sum(_part(record) in later and same_question(record) in known for record in records)
+
+
+def by_part(records: Sequence[Record]) -> Split:
+    """Return the records by their own `part`. Those without one are train records.
+
+    Raises:
+        ValueError: a part is unknown.
+    """
+    parts = Split([], [], [])
+    for record in records:
+        getattr(parts, _part(record)).append(record)
+    return parts
+
+
+def _part(record: Record) -> Part:
+    part = record.get("part") or "train"
+    if part.lower() not in PARTS:
+        raise ValueError(f"a record has the part {part!r}; the known ones are {', '.join(PARTS)}")
+    return PARTS[part.lower()]
 
 
 def split_records(
@@ -114,17 +138,20 @@ def split_records(
     """Split by the records' own `part`. A part without records is split off from the train records.
 
     Raises:
-        ValueError: a text is missing or not a string (see `check_records`); otherwise as `split_evenly`.
+        ValueError: a text is missing or not a string (see `check_records`), or a part is unknown; otherwise as
+            `split_evenly`.
     """
     check_texts(records)
-    given: dict[str, list[Record]] = {name: [] for name in Split._fields}
-    for record in records:
-        given[record.get("part") or "train"].append({key: text for key, text in record.items() if key != "part"})
-    if not given["train"]:
+    given = Split(*([_without_part(record) for record in part] for part in by_part(records)))
+    if not given.train:
         raise ValueError(f"{len(records)} records, but none of them is for training")
-    fractions = (0.0 if given["val"] else val_fraction, 0.0 if given["test"] else test_fraction)
-    parts = split_evenly(given["train"], seed, *fractions)
-    return Split(parts.train, given["val"] or parts.val, given["test"] or parts.test)
+    fractions = (0.0 if given.val else val_fraction, 0.0 if given.test else test_fraction)
+    parts = split_evenly(given.train, seed, *fractions)
+    return Split(parts.train, given.val or parts.val, given.test or parts.test)
+
+
+def _without_part(record: Record) -> Record:
+    return {key: text for key, text in record.items() if key != "part"}
 
 
 def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: float, test_fraction: float) -> Split:

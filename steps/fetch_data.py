@@ -11,7 +11,7 @@ from zenml.steps import BaseStep
 
 from gpt2core.checkpoint import CONFIG, read_config
 from gpt2core.config import GPT2Config
-from gpt2core.data import count_duplicates, count_leaks, count_repeated_questions, find_markers, limit_lengths
+from gpt2core.data import by_part, count_duplicates, count_leaks, count_repeated_questions, find_markers, limit_lengths
 from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
@@ -49,25 +49,30 @@ def fetch_data(
         locations = ", ".join(value for key, value in origin.items() if key.endswith("location"))
         raise ValueError(f"{locations}: {error}") from None
     markers = find_markers(records)
+    parts = by_part(records)
     about = {
         "records": len(kept),
-        "duplicates": count_duplicates(records),
-        "repeated_questions": count_repeated_questions(records),
+        "duplicates": sum(map(count_duplicates, parts)),
+        "repeated_questions": sum(map(count_repeated_questions, parts)),
         "with_prompt_markers": len(markers),
         "too_long": len(too_long),
         "in_train": count_leaks(records),
+        "test_in_val": count_leaks(records, "val"),
         "sha256": records_sha256(kept),
     }
     if about["repeated_questions"]:
         logger.warning(
-            "%d of %d records repeat an earlier instruction and input (%d of them also the output); "
-            "a split keeps them together",
-            *(about["repeated_questions"], len(records), about["duplicates"]),
+            "%d of %d records repeat an earlier instruction and input%s (%d of them also the output)%s",
+            *(about["repeated_questions"], len(records), " of the same part" if parts.val or parts.test else ""),
+            *(about["duplicates"], "" if parts.val or parts.test else "; a split keeps them together"),
         )
     if about["in_train"]:
         logger.warning(
             "%d records of the given validation and test parts repeat a question of the train part", about["in_train"]
         )
+    if about["test_in_val"]:
+        what = "records of the given test part repeat a question of the validation part"
+        logger.warning("%d %s", about["test_in_val"], what)
     if markers:
         what = "contain a section header of the prompt, at which answers are cut"
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))

@@ -13,6 +13,7 @@ from gpt2core.data import (
     LongRecord,
     check_examples,
     count_duplicates,
+    count_leaks,
     count_repeated_questions,
     encode_records,
     find_markers,
@@ -78,6 +79,14 @@ def test_without_a_seed_the_order_of_the_file_is_kept_train_then_test_then_valid
     records = numbered(1100)
     parts = split_records(records, None)
     assert parts.train + parts.test + parts.val == records
+
+
+def test_a_part_may_have_any_of_its_names_and_an_unknown_one_is_named():
+    records = [*numbered(9), *numbered(1, part="Validation"), *numbered(1, part="Test")]
+    assert [len(part) for part in split_records(records, 0)] == [9, 1, 1]
+    assert count_leaks(records) == 2
+    with pytest.raises(ValueError, match=r"the part 'held out'; the known ones are train, .*dev"):
+        split_records([*records, *numbered(1, part="held out")], 0)
 
 
 def test_another_seed_gives_another_split():

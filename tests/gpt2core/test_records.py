@@ -180,6 +180,7 @@ def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
     assert [len(part) for part in split_records(records, 0)] == [3, 1, 2]
     assert split_records(records, 0).test == rows[4:]
     assert count_leaks(records) == 3
+    assert count_leaks(records, "val") == 2
     without_val = [record for record in records if record["part"] != "val"]
     assert [len(part) for part in split_records(without_val, 0)] == [3, 0, 2]  # one question cannot be split
 

@@ -61,7 +61,8 @@ def test_records_from_a_url_are_read_counted_and_traceable(url, caplog):
     assert records == RECORDS
     assert (about["source"], about["records"], about["duplicates"]) == ("url", 5, 2)
     assert (about["location"], about["file_sha256"]) == (url, sha256)
-    assert "2 of 5 records repeat an earlier instruction and input (2 of them also the output)" in caplog.text
+    repeats = "2 of 5 records repeat an earlier instruction and input (2 of them also the output)"
+    assert f"{repeats}; a split keeps them together" in caplog.text
 
 
 def test_an_error_in_a_file_from_a_url_names_the_url(url, tmp_path):
@@ -122,6 +123,21 @@ def test_own_files_for_the_parts_are_read_with_mapped_columns_and_leaks_are_coun
     assert [record["part"] for record in records[5:]] == ["test", "test"]
     assert (about["in_train"], about["test_location"]) == (1, str(test_path))
     assert "1 records of the given validation and test parts repeat a question of the train part" in caplog.text
+
+
+def test_repeats_in_other_given_parts_are_not_reported_as_kept_together(tmp_path, caplog):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": "x"}) + "\n" for i in (7, 8, 9, 9)))
+    path, again = write(tmp_path, RECORDS), str(other)
+    _, about = fetched(DataConfig(source="file", path=path, val_path=again, test_path=again))
+    assert (about["in_train"], about["test_in_val"], about["repeated_questions"]) == (0, 4, 4)
+    assert "4 records of the given test part repeat a question of the validation part" in caplog.text
+    assert "repeat an earlier instruction and input of the same part (4 of them also the output)\n" in caplog.text
+    assert "keeps them together" not in caplog.text
+    caplog.clear()
+    _, about = fetched(DataConfig(source="file", path=path, test_path=path))
+    assert (about["in_train"], about["test_in_val"], about["repeated_questions"]) == (5, 0, 4)
+    assert "5 records of the given validation and test parts repeat a question of the train part" in caplog.text
 
 
 def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
