@@ -1,5 +1,6 @@
 """Parquet files and directories of the datasets library, by pyarrow."""
 
+import json
 import logging
 import re
 from collections import defaultdict
@@ -172,13 +173,30 @@ def _words(name: str) -> list[str]:
 def _rows(table: pa.Table, part: str, source: Path, name: str, used: Collection[str]) -> Iterator[Row]:
     """Yield the rows of a table. Their location begins with `name`; "": there is only one table."""
     prefix = f"{name}, " if name else ""
+    class_names = _class_names(table.schema)
     number = 0
     for batch in table.to_batches():
         names = batch.schema.names
         values = {name: _values(column, name, source, used) for name, column in zip(names, batch.columns, strict=True)}
+        for name, labels in class_names.items():
+            known = dict(enumerate(labels)) | {-1: None}  # -1: no label
+            values[name] = [known.get(value, value) for value in values[name]]
         for i in range(batch.num_rows):
             number += 1
             yield Row(f"{prefix}record {number}", {name: column[i] for name, column in values.items()}, part)
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of the classes of each column that is a ClassLabel of the datasets library."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: [str(each) for each in feature["names"]]
+            for name, feature in features.items()
+            if name in schema.names and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, AttributeError, ValueError):  # no metadata of this library
+        return {}
 
 
 def _values(column: pa.Array, name: str, source: Path, used: Collection[str]) -> list[Any]:

@@ -95,6 +95,17 @@ def test_directories_of_the_datasets_library_are_read(tmp_path):
     assert sorted(record["output"] for record in records) == ["0", "1", "2", "3"]
 
 
+def test_class_labels_are_read_as_their_names(tmp_path):
+    features = datasets.Features({"q": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    dataset = datasets.Dataset.from_dict({"q": ["Say 0.", "Say 1.", "x"], "label": [1, 0, -1]}, features)
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(tmp_path / "a")
+    columns = {"instruction": "q", "output": "label"}
+    for path in (tmp_path / "a.parquet", tmp_path / "a"):
+        rows = [row.value for row in read_rows(path, columns)]
+        assert [row["label"] for row in rows] == ["good", "bad", None]
+
+
 def test_errors_name_the_file_and_the_record(tmp_path):
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1 not really")
