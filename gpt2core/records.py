@@ -22,9 +22,10 @@ from gpt2core.record_formats import (
     REQUIRED,
     SHAREGPT,
     TEXTS,
-    begins_with_answer,
     format_of,
     ignored_keys,
+    is_turn,
+    roles_of,
     shorten,
     to_records,
 )
@@ -123,7 +124,7 @@ def make_records(
     records: list[Record] = []
     problems: list[str] = []
     formats, ignored = Counter[str](), Counter[str]()
-    skipped = 0
+    conversations = with_system = skipped = 0
     for row in rows:
         found: list[Record | str]
         try:
@@ -132,7 +133,11 @@ def make_records(
             found = [str(error)]
         formats[format_of(row.value, columns)] += 1
         ignored.update(ignored_keys(row.value, columns))
-        skipped += begins_with_answer(row.value, columns)
+        roles = roles_of(row.value, columns)
+        conversations += bool(roles)
+        with_system += "system" in roles
+        first = next((role for role in roles if role != "system"), "")
+        skipped += format_of(row.value, columns) == SHAREGPT and first == "assistant"
         # The group is named by its content: a number could be the same for conversations of different files.
         digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
         for answer, record in enumerate(found, 1):
@@ -154,6 +159,9 @@ def make_records(
     if ignored:
         keys = ", ".join(f"{shorten(key)} in {count}" for key, count in ignored.most_common(SHOWN_PROBLEMS))
         logger.warning("%s: keys that are not used: %s (data.columns maps names)", source, keys)
+    if with_system:
+        what = "have system messages, which are dropped"
+        logger.warning("%s: %d of %d conversations %s", source, with_system, conversations, what)
     if skipped:
         what = "begin with an answer instead of a question; this answer is skipped"
         logger.warning("%s: %d of %d conversations %s", source, skipped, formats[SHAREGPT], what)
@@ -218,6 +226,8 @@ def _record(value: Any, required: Sequence[str]) -> Record | str:
     record = {}
     for key in (*TEXTS, *LABELS):
         text = value.get(key)
+        if key in LABELS and isinstance(text, int) and not isinstance(text, bool):  # an id
+            text = str(text)
         if text is None and key not in required:
             if key in TEXTS:
                 record[key] = ""
@@ -399,7 +409,10 @@ class _Parser:
         """Return whether the value is an object of lists of records, like {"train": [...], "test": [...]}."""
         if not isinstance(value, dict) or not value or value.keys() & self.lists:
             return False
-        return all(isinstance(inner, list) and all(isinstance(x, dict) for x in inner) for inner in value.values())
+        return all(
+            isinstance(inner, list) and all(isinstance(x, dict) and not is_turn(x) for x in inner)
+            for inner in value.values()
+        )
 
     def _parts(self, text: str, position: int, offset: int, names: Sequence[str]) -> Iterator[Row]:
         """Yield the records of the object of lists at the position. It must be valid JSON."""

@@ -125,6 +125,12 @@ def test_an_answer_of_weight_0_and_those_of_a_prompt_are_context_only(write, lay
     assert question == expected | {"output": ""}
 
 
+def test_labels_may_be_integers(write):
+    rows = [GOOD | {"group": 7, "family": 0}, {"messages": SAY, "group": 7}]
+    records = read_records(write("a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert records == [GOOD | {"group": "7", "family": "0"}, GOOD | {"group": "7"}]
+
+
 def test_keys_that_no_record_gets_are_named_in_a_warning(write, caplog):
     caplog.set_level(logging.WARNING)
     rows = [GOOD | {"Input": "lost", "history": [["a", "b"]], "id": None}, GOOD | {"Input": "lost"}]
@@ -163,12 +169,24 @@ def test_an_answer_before_the_first_question_of_sharegpt_is_skipped_and_counted(
     system, greeting = {"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello!"}
     rows = [{"conversations": conversation} for conversation in (turns, [greeting, *turns], [system, greeting, *turns])]
     assert read_records(write("a.jsonl", "\n".join(map(json.dumps, rows)))) == [GOOD] * 3
-    [record] = caplog.records
+    dropped, record = caplog.records
+    assert dropped.getMessage().endswith("a.jsonl: 1 of 3 conversations have system messages, which are dropped")
     assert record.getMessage().endswith(
         "a.jsonl: 2 of 3 conversations begin with an answer instead of a question; this answer is skipped"
     )
     with pytest.raises(ValueError, match="comes after no turn"):  # OpenAI's format has no such habit
         read_records(write("a.jsonl", json.dumps({"messages": [SAY[1], *SAY]})))
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "prompt"])
+def test_conversations_with_system_messages_are_counted(write, caplog, key):
+    caplog.set_level(logging.WARNING)
+    rows = [[{"role": role, "content": "Be a pirate."}, *SAY] for role in ("system", "developer")] + [SAY, SAY]
+    values = [{"prompt": turns[:-1], "completion": turns[-1:]} if key == "prompt" else {key: turns} for turns in rows]
+    lines = [*map(json.dumps, values), LINE]
+    assert read_records(write("a.jsonl", "\n".join(lines))) == [GOOD] * 5
+    [record] = caplog.records
+    assert record.getMessage().endswith("a.jsonl: 2 of 4 conversations have system messages, which are dropped")
 
 
 def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
@@ -249,7 +267,8 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.json", json.dumps([GOOD, {"instruction": "x"}]), ["record 2 (line 1)", "no 'output'"]),
         ("a.json", json.dumps([GOOD, GOOD | {"output": 3}]), ["record 2", "'output'", "3", "int"]),
         ("a.json", json.dumps([GOOD | {"output": None}]), ["record 1", "'output' is null"]),
-        ("a.json", json.dumps([GOOD | {"group": 3}]), ["record 1", "'group'"]),
+        ("a.json", json.dumps([GOOD | {"group": 3.5}]), ["record 1", "'group'"]),
+        ("a.json", json.dumps([GOOD | {"family": True}]), ["record 1", "'family' is true, a bool"]),
         ("a.jsonl", f"{LINE}\n\n{json.dumps(GOOD | {'output': ' '})}", ["record 2 (line 3)", "'output' is empty"]),
         ("a.json", '[{"instruction": "\\ud800", "output": "x"}]', ["record 1", "'instruction'", "Unicode"]),
         ("a.json", json.dumps([GOOD], ensure_ascii=False).encode("utf-16"), ["UTF-16", "byte order mark", "UTF-8"]),
@@ -278,6 +297,12 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.csv", f'messages\n"{"[" * 100_000}"\n', ["'messages' is text that is not JSON"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["no answer of the assistant"]),
         ("a.jsonl", '{"prompt": "x"}', ["no 'completion'"]),
+        (
+            "a.jsonl",
+            json.dumps({"chosen": SAY, "rejected": SAY}),
+            ["record 1", "'chosen' is a conv", "{messages: chosen}"],
+        ),
+        ("a.jsonl", json.dumps({"conversation": SAY}), ["record 1", "set data.columns to {messages: conversation}"]),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}', ["'completion' is \"y\""]),
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0}]}), ["no answer", "to learn"]),
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0.5}]}), ["messages[1]: 'weight' is 0.5"]),
