@@ -52,6 +52,7 @@ __all__ = [
     "to_jsonl",
 ]
 
+TRUNCATED = "truncated"  # key of a record whose output is cut
 SHOWN_RECORDS = 10  # maximum number of locations in one message
 
 
@@ -63,7 +64,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One record as tokens: prompt, response, end of text."""
+    """One record as tokens: prompt, response, end of text (not if the response is truncated)."""
 
     input_ids: list[int]  # or an array or a tensor, which becomes a list
     prompt_length: int
@@ -137,9 +138,11 @@ def split_records(
 ) -> Split:
     """Split by the records' own `part`. A part without records is split off from the train records.
 
+    Truncated records (see `limit_lengths`) of the test part are dropped.
+
     Raises:
-        ValueError: a text is missing or not a string (see `check_records`), or a part is unknown; otherwise as
-            `split_evenly`.
+        ValueError: a text is missing or not a string (see `check_records`), a part is unknown, or all test records were
+            truncated; otherwise as `split_evenly`.
     """
     check_texts(records)
     given = Split(*([_without_part(record) for record in part] for part in by_part(records)))
@@ -147,7 +150,11 @@ def split_records(
         raise ValueError(f"{len(records)} records, but none of them is for training")
     fractions = (0.0 if given.val else val_fraction, 0.0 if given.test else test_fraction)
     parts = split_evenly(given.train, seed, *fractions)
-    return Split(parts.train, given.val or parts.val, given.test or parts.test)
+    chosen = given.test or parts.test
+    test = [record for record in chosen if not record.get(TRUNCATED)]
+    if chosen and not test:
+        raise ValueError(f"all {len(chosen)} records of the test part were truncated; set too_long to drop")
+    return Split(parts.train, given.val or parts.val, test)
 
 
 def _without_part(record: Record) -> Record:
@@ -266,7 +273,9 @@ def limit_lengths(
 ) -> tuple[list[Record], list[LongRecord]]:
     """Apply `too_long` to records that do not fit into the context.
 
-    Returns the records that fit or were truncated, and a description of the dropped and the truncated records.
+    Returns the records that fit or were truncated, and a description of the dropped and the truncated records. A
+    truncated record has the key `truncated`: its example does not end with the end of text, so that the model does not
+    learn to stop there. A test record is dropped instead, because a full answer would differ from a cut reference.
 
     Raises:
         ValueError: `too_long` is "error" and a record does not fit, or it is "truncate" and a prompt leaves no space
@@ -276,13 +285,16 @@ def limit_lengths(
     if found and too_long == "error":
         raise _too_long_error(found, len(records), context_length)
     limited: dict[int, Record] = dict(enumerate(records))
+    without_room = []
     for long in found:
-        shorter = _truncate(records[long.index], tokenizer, context_length) if too_long == "truncate" else None
-        if shorter is not None:
-            limited[long.index] = shorter
-        else:
-            del limited[long.index]
-    without_room = [long for long in found if too_long == "truncate" and long.index not in limited]
+        record = limited.pop(long.index)
+        if too_long == "truncate" and _part(record) != "test":
+            shorter = _truncate(record, tokenizer, context_length)
+            if shorter is None:
+                without_room.append(long)
+            else:
+                limited[long.index] = shorter
+    limited = dict(sorted(limited.items()))
     if without_room:
         raise ValueError(
             f"{len(without_room)} prompts leave no room for an output in a context of {context_length} tokens: "
@@ -333,17 +345,18 @@ def check_examples(name: str, examples: Sequence[Example], config: GPT2Config) -
 
 def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:
     prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record.get("input", "")))
-    return Example([*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token], len(prompt))
+    end = [] if record.get(TRUNCATED) else [tokenizer.eot_token]
+    return Example([*prompt, *tokenizer.encode_ordinary(record["output"]), *end], len(prompt))
 
 
 def _truncate(record: Record, tokenizer: tiktoken.Encoding, context_length: int) -> Record | None:
     """Return the record with its output cut to the longest prefix that fits; None if not even one token fits."""
     example = _encode(record, tokenizer)
     output = example.input_ids[example.prompt_length : -1]
-    for length in range(context_length - example.prompt_length - 1, 0, -1):
+    for length in range(context_length - example.prompt_length, 0, -1):
         # A cut inside a character leaves incomplete bytes, which are ignored; the shorter text may have other tokens.
         text = tokenizer.decode_bytes(output[:length]).decode(errors="ignore")
-        shorter = record | {"output": text}
+        shorter = record | {"output": text, TRUNCATED: "true"}
         if text.strip() and len(_encode(shorter, tokenizer).input_ids) <= context_length:
             return shorter
     return None

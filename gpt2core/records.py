@@ -32,7 +32,7 @@ from gpt2core.record_formats import (
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, str]  # keys: instruction, input, output; if known also group, family, part
+Record = dict[str, str]  # keys: instruction, input, output; if known also group, family, part; truncated
 Part = Literal["train", "val", "test"]
 PARTS: Mapping[str, Part] = MappingProxyType(
     {

@@ -78,6 +78,8 @@ def fetch_data(
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
     if too_long:
         what = f"have more tokens than the context of {context_length} and were {PAST_PARTICIPLES[data.too_long]}"
+        if data.too_long == "truncate" and len(kept) < len(records):
+            what += f" ({len(records) - len(kept)} of the test part dropped)"
         locations = _first([record.location for record in too_long])
         logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, locations)
     attach_metadata("records", {"source": data.source, **origin, **about})

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import threading
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
@@ -102,6 +103,18 @@ def test_records_that_are_too_long_are_dropped_or_truncated_on_request(tmp_path,
     assert len(records) == about["records"] == left
     assert about["too_long"] == 1
     assert f"1 of 6 records have more tokens than the context of 128 and were {done}: record 6 (line 6)" in caplog.text
+
+
+def test_test_records_that_are_too_long_are_dropped_also_by_truncate(tmp_path, caplog):
+    test_path = tmp_path / "test.jsonl"
+    test_path.write_text(f"{json.dumps(RECORDS[0])}\n{json.dumps(LONG)}\n")
+    data = DataConfig(source="file", path=write(tmp_path, [*RECORDS, LONG]), test_path=str(test_path))
+    _, about = fetched(replace(data, too_long="truncate"))
+    assert about["records"] == 7
+    assert (
+        "2 of 8 records have more tokens than the context of 128 and were truncated (1 of the test part dropped): "
+        in (caplog.text)
+    )
 
 
 def test_records_with_section_headers_of_the_prompt_are_counted_and_named(tmp_path, caplog):
