@@ -1,3 +1,4 @@
+import logging
 from typing import Annotated
 
 from zenml import step
@@ -7,6 +8,8 @@ from gpt2core.types import SplitPart, SplitSummary
 from steps.cache import code_of
 from steps.config import DataConfig, check_patience
 from steps.metadata import attach_metadata
+
+logger = logging.getLogger(__name__)
 
 
 @step(cache_policy=code_of(__name__))
@@ -24,6 +27,8 @@ def split_data(
         patience: `train.patience`. It needs validation records, which is checked here, before pretraining.
     """
     parts = split_records(records, seed if data.order == "seed" else None, data.val_fraction, data.test_fraction)
+    if dropped := len(records) - sum(map(len, parts)):
+        logger.warning("%d test records whose output was truncated (data.too_long) are dropped", dropped)
     check_patience(patience, data, len(parts.val))
     summary = {
         name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)
