@@ -41,7 +41,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
     finished = open_run(run)
     card = _model_card(finished, kind)
     if kind == "peft":
-        export_peft(finished.load(merge=False), out, finished.base.name)
+        export_peft(finished.load(merge=False), out, finished.base.name, finished.base.revision or None)
     elif kind == "hf":
         _write_hf(finished, out)
     else:
