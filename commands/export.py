@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 from shutil import copy2
+from typing import NamedTuple
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
@@ -15,12 +16,34 @@ from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from steps.adapters.model_card import CARD, evaluated_card
 
 logger = logging.getLogger(__name__)
-FORMATS = {  # name -> the library that loads it, and the description in its model card
-    "peft": ("peft", "The adapter in PEFT's format."),
-    "hf": ("transformers", "The base with the adapter merged into its weights, for transformers."),
-    "gguf": (
+
+
+class _Format(NamedTuple):
+    library: str  # the library that loads it; the hub shows it
+    content: str  # for the model card
+    merged_use: str = ""  # for the model card of a merged model
+
+
+FORMATS = {
+    "peft": _Format("peft", "The adapter in PEFT's format."),
+    "hf": _Format(
+        "transformers",
+        "The base with the adapter merged into its weights, for transformers.",
+        """```python
+from transformers import pipeline
+
+answer = pipeline("text-generation", "DIRECTORY")
+messages = [{"role": "user", "content": "What is the antonym of hot?"}]
+print(answer(messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
+```
+
+The tokenizer's chat template writes the prompt of the training, Alpaca's.""",
+    ),
+    "gguf": _Format(
         "",
         "For llama.cpp: `model.gguf` is the base with the adapter merged, `adapter.gguf` (not of a DoRA) the adapter.",
+        "`llama-cli -m DIRECTORY/model.gguf`, or with a GGUF file of the base `llama-cli -m BASE.gguf --lora "
+        "DIRECTORY/adapter.gguf`.\nThe chat template of `model.gguf` writes the prompt of the training, Alpaca's.",
     ),
 }
 
@@ -80,5 +103,5 @@ def _model_card(finished: FinishedRun, kind: str) -> str:
     lineage = Lineage.from_json_file(directory / "lineage.json")
     evaluation = Evaluation.from_json_file(directory / "metrics.json")
     split = SplitSummary.from_json_file(directory / "split.json")
-    library, content = FORMATS[kind]
-    return evaluated_card(finished.adapter, lineage, evaluation, split.test.records, content, library)
+    library, content, merged_use = FORMATS[kind]
+    return evaluated_card(finished.adapter, lineage, evaluation, split.test, content, library, merged_use)

@@ -2,7 +2,7 @@ from typing import Annotated
 
 from zenml import step
 
-from gpt2core.data import Record, Split, records_sha256, split_records
+from gpt2core.data import Record, Split, records_sha256, same_question, split_records
 from gpt2core.types import SplitPart, SplitSummary
 from steps.cache import code_of
 from steps.config import DataConfig, check_patience
@@ -25,8 +25,14 @@ def split_data(
     """
     parts = split_records(records, seed if data.order == "seed" else None, data.val_fraction, data.test_fraction)
     check_patience(patience, data, len(parts.val))
+    trained = {same_question(record) for record in parts.train}
     summary = {
-        name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)
+        name: SplitPart(
+            records_sha256(part),
+            len(part),
+            None if name == "train" else sum(same_question(record) in trained for record in part),
+        )
+        for name, part in zip(Split._fields, parts, strict=True)
     }
     for name, about in summary.items():
         attach_metadata(f"{name}_records", about.to_json())

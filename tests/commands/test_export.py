@@ -1,6 +1,9 @@
 """`python run.py export`: each format is read by its own library, and greedy tokens are compared."""
 
 import json
+import re
+import subprocess
+import sys
 from shutil import copytree
 
 import gguf
@@ -81,6 +84,20 @@ def test_peft_reads_the_adapter(base_dir, tmp_path, prompt, expected):
     export(tmp_path / "out", "peft")
     hf = AutoModelForCausalLM.from_pretrained(base_dir)
     assert greedy(PeftModel.from_pretrained(hf, tmp_path / "out"), prompt) == expected
+
+
+def test_the_card_of_a_merged_model_says_how_to_use_it(tmp_path):
+    export(tmp_path / "peft", "peft")
+    export(tmp_path / "hf", "hf")
+    export(tmp_path / "gguf", "gguf")
+    cards = {kind: (tmp_path / kind / "README.md").read_text() for kind in ("peft", "hf", "gguf")}
+    assert "merged into its weights" not in cards["peft"]
+    for kind, use in (("hf", 'pipeline("text-generation"'), ("gguf", "llama-cli -m DIRECTORY/model.gguf")):
+        assert "merged into its weights" in cards[kind]
+        assert use in cards[kind]
+    [snippet] = re.findall(r"```python\n(.*?)```", cards["hf"], re.DOTALL)
+    code = snippet.replace("DIRECTORY", str(tmp_path / "hf"))
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template(tmp_path, prompt, expected):
