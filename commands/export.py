@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
-from gpt2core.files import json_bytes, list_files, write_files
+from gpt2core.files import json_bytes, list_files, read_json, write_files
 from gpt2core.lora import lora_config
 from gpt2core.prompt import chat_template
-from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB
+from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, read_padding_token
 from gpt2core.types import Evaluation, Lineage, SplitSummary
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from steps.adapters.model_card import CARD, evaluated_card
@@ -91,7 +91,13 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         "chat_template": chat_template(),
     }
-    files = {"tokenizer_config.json": json_bytes(tokenizer_config)}
+    padding = read_padding_token(finished.base_dir)
+    if padding is not None:
+        tokenizer_config["pad_token"] = padding[0]
+    own = finished.base_dir / TOKENIZER_CONFIG
+    if own.is_file() and (side := read_json(own).get("padding_side")) in ("left", "right"):
+        tokenizer_config["padding_side"] = side
+    files = {TOKENIZER_CONFIG: json_bytes(tokenizer_config)}
     if model.config.generation_config is None:
         ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
         files["generation_config.json"] = json_bytes(ids | {"do_sample": False})

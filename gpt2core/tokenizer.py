@@ -17,7 +17,7 @@ from gpt2core.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
-ADDED_TOKENS = "added_tokens.json"
+ADDED_TOKENS, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
 # GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit of 100,000 changes
 # only the tokens of longer runs of whitespace. Without it, a run of a million makes tiktoken panic (not an Exception).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
@@ -68,6 +68,29 @@ def read_token_ids(directory: Path) -> dict[str, int] | None:
         vocabulary = _read_tokenizer(directory / TOKENIZER)
         return {**vocabulary.ids, **vocabulary.special}
     return _read_vocab(directory) if (directory / VOCAB).is_file() else None
+
+
+def read_padding_token(directory: Path) -> tuple[str, int] | None:
+    """Return text and id of the padding token that the files of a base name for transformers; None: there is none.
+
+    A token that is not special is not returned: transformers makes a padding token special, and then no longer finds it
+    in text.
+
+    Raises:
+        ValueError: a file is damaged; as `load_tokenizer`.
+    """
+    special = read_vocabulary(directory).special
+    for name, key in (
+        (TOKENIZER_CONFIG, "pad_token"),
+        ("special_tokens_map.json", "pad_token"),
+        ("generation_config.json", "pad_token_id"),
+    ):
+        token = read_json(directory / name).get(key) if (directory / name).is_file() else None
+        text = token.get("content") if isinstance(token, dict) else token
+        found = next((pair for pair in special.items() if text in pair and type(text) in (str, int)), None)
+        if found is not None:
+            return found
+    return None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2core.lora import lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.prompt import chat_template
-from gpt2core.tokenizer import load_tokenizer, read_vocabulary
+from gpt2core.tokenizer import load_tokenizer, read_padding_token, read_vocabulary
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -116,6 +116,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, n_rows: int) -> Non
     writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
+    padding = read_padding_token(directory)
+    if padding is not None:
+        writer.add_pad_token_id(padding[1])
     writer.add_add_bos_token(False)
     writer.add_chat_template(chat_template())
 

@@ -22,7 +22,7 @@ from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.generate import generate
 from gpt2core.lora import add_lora
 from gpt2core.prompt import format_prompt
-from gpt2core.tokenizer import load_tokenizer
+from gpt2core.tokenizer import load_tokenizer, read_padding_token
 from gpt2core.types import BaseRef, Evaluation, SplitPart, SplitSummary
 from run import main
 from steps.adapters.base import write_base
@@ -197,6 +197,33 @@ def test_a_flag_that_llama_cpp_does_not_have_is_refused(words_dir, tmp_path, fla
         ValueError, match=f"tokenizer.json: the added token '<user>' has {flag}, which llama.cpp does not"
     ):
         write_gguf(load_pretrained(directory), directory, tmp_path / "model.gguf", "f32")
+
+
+@pytest.mark.parametrize("source", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_exports_keep_the_padding_token_of_the_base(outputs, words_dir, adapter_dir, source):
+    directory, tokenizer = words_dir
+    config = {"pad_token": "<pad>", "padding_side": "left"}
+    (directory / "tokenizer_config.json").unlink()
+    content = {"pad_token_id": tokenizer.pad_token_id} if source == "generation_config.json" else config
+    (directory / source).write_text(json.dumps(content))
+    write_run(outputs / "words", directory, adapter_dir)
+    export(outputs / "hf", "hf", "--run", "words")
+    export(outputs / "gguf", "gguf", "--run", "words")
+    exported = AutoTokenizer.from_pretrained(outputs / "hf")
+    assert exported.pad_token == "<pad>"
+    assert exported.padding_side == ("left" if source == "tokenizer_config.json" else "right")
+    assert exported(["a", "a b c d"], padding=True)["attention_mask"] != [[1], [1]]
+    field = gguf.GGUFReader(outputs / "gguf" / "model.gguf").fields["tokenizer.ggml.padding_token_id"]
+    assert field.contents() == tokenizer.pad_token_id
+
+
+def test_a_padding_token_that_is_not_special_is_not_exported(base_dir, tmp_path):
+    (directory := tmp_path / "base").mkdir()
+    copytree(base_dir, directory, dirs_exist_ok=True)
+    (directory / "tokenizer_config.json").write_text('{"pad_token": "!"}')  # would no longer be found in text
+    assert read_padding_token(directory) is None
+    write_gguf(load_pretrained(directory), directory, tmp_path / "model.gguf", "f32")
+    assert "tokenizer.ggml.padding_token_id" not in gguf.GGUFReader(tmp_path / "model.gguf").fields
 
 
 def test_a_dora_is_exported_to_gguf_merged_alone(outputs, base_dir, tmp_path, prompt):
