@@ -48,12 +48,13 @@ The tokenizer's chat template writes the prompt of the training, Alpaca's.""",
 }
 
 
-def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
+def export(kind: str, out: Path, run: str, quantize: str = "f32", history: bool = False) -> list[Path]:
     """Write the run's model into a new or empty directory; return the files.
 
     Args:
         kind: peft, hf or gguf.
         quantize: type of the matrices in a GGUF file: f32, f16 or q8_0.
+        history: the chat template of hf and gguf uses earlier turns as the input.
 
     Raises:
         FileNotFoundError, HubError, ValueError: see `open_run`.
@@ -66,10 +67,10 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
     if kind == "peft":
         export_peft(finished.load(merge=False), out, finished.base.name, finished.base.revision or None)
     elif kind == "hf":
-        _write_hf(finished, out)
+        _write_hf(finished, out, history)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize)
+        write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize, history)
         adapter = finished.load(merge=False)
         if lora_config(adapter).dora:
             logger.warning("%s: no adapter.gguf, because llama.cpp has no DoRA; model.gguf has the adapter merged", out)
@@ -79,7 +80,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
     return [out / name for name in list_files(out)]
 
 
-def _write_hf(finished: FinishedRun, out: Path) -> None:
+def _write_hf(finished: FinishedRun, out: Path, history: bool) -> None:
     model = finished.load(merge=True)
     save_pretrained(model, out)
     for name in (TOKENIZER, VOCAB, MERGES):
@@ -89,7 +90,7 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": model.config.n_positions,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-        "chat_template": chat_template(),
+        "chat_template": chat_template(history),
     }
     padding = read_padding_token(finished.base_dir)
     if padding is not None:

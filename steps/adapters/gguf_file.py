@@ -25,12 +25,13 @@ _NAMES = {
 }
 
 
-def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str) -> None:
+def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str, history: bool = False) -> None:
     """Write the model with its adapter merged, the tokenizer of the directory, and the chat template.
 
     Args:
         quantize: format of the matrices, a key of TYPES. Vectors and positions stay f32. With q8_0, so do matrices
             whose rows are not a multiple of 32 long.
+        history: see `chat_template`.
 
     Raises:
         ValueError: llama.cpp's GPT-2 cannot express the model.
@@ -53,6 +54,7 @@ def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str) -> N
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     _add_tokenizer(writer, tokenizer_dir, config.vocab_size)
+    writer.add_chat_template(chat_template(history))
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:
             _add_tensor(writer, name.replace(".linear.", "."), tensor, kind)
@@ -120,7 +122,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, n_rows: int) -> Non
     if padding is not None:
         writer.add_pad_token_id(padding[1])
     writer.add_add_bos_token(False)
-    writer.add_chat_template(chat_template())
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:

@@ -22,6 +22,7 @@ from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.generate import generate
 from gpt2core.lora import add_lora
 from gpt2core.prompt import format_prompt
+from gpt2core.records import read_records
 from gpt2core.tokenizer import load_tokenizer, read_padding_token
 from gpt2core.types import BaseRef, Evaluation, SplitPart, SplitSummary
 from run import main
@@ -113,6 +114,33 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
     assert card.data.library_name == "transformers"
     assert "| Exact match | 0.5 | 0.5 |" in card.text
     assert load_pretrained(out).config.token_count == len(tokenizer)
+
+
+def test_a_chat_template_with_history_writes_earlier_turns_as_in_training(outputs, tmp_path):
+    chat = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "My name is {Bob}."},
+        {"role": "assistant", "content": "Hi\n'Bob'."},
+        {"role": "user", "content": "What is my name?"},
+        {"role": "assistant", "content": "Bob"},
+        {"role": "user", "content": "And mine?"},
+    ]
+    export(tmp_path / "hf", "hf", "--multi-turn", "history")
+    export(tmp_path / "gguf", "gguf", "--multi-turn", "history")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    field = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields["tokenizer.chat_template"]
+    assert field.contents() == tokenizer.chat_template
+    for n in (2, 4, 6):
+        (file := tmp_path / "chat.json").write_text(json.dumps([{"messages": [*chat[:n], chat[2]]}]))
+        [*_, record] = read_records(file)
+        prompt = format_prompt(record["instruction"], record["input"])
+        assert tokenizer.apply_chat_template(chat[:n], tokenize=False, add_generation_prompt=True) == prompt
+    text = tokenizer.apply_chat_template(chat[:5], tokenize=False)  # a training example
+    assert (
+        text == format_prompt("What is my name?", "User: My name is {Bob}.\nAssistant: Hi\n'Bob'.") + "Bob<|endoftext|>"
+    )
+    without = [{"role": "assistant", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(without, tokenize=False) == format_prompt("") + "Hi<|endoftext|>"
 
 
 @pytest.mark.parametrize("own", ['{"eos_token_id": 5, "temperature": 0.5}', None])
@@ -263,6 +291,7 @@ def test_errors_are_one_line(tmp_path):
         (["--out", str(tmp_path / "full"), "--format", "hf"], "is not an empty directory; choose a new one"),
         (["--out", str(tmp_path / "new"), "--format", "hf", "--run", "no"], "is not the directory of a finished run"),
         (["--out", str(tmp_path / "new"), "--format", "hf", "--quantize", "f16"], "goes with --format gguf"),
+        (["--out", str(tmp_path / "new"), "--format", "peft", "--multi-turn", "history"], "--format hf or gguf"),
     ):
         done = CliRunner().invoke(main, ["export", *options])
         assert done.exit_code in (1, 2)
