@@ -18,6 +18,7 @@ from gpt2core.files import read_json, read_text
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
 ADDED_TOKENS, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
+_NO_END = f"has no {END_OF_TEXT!r}, GPT-2's end of text; other ends of text, such as </s>, are not supported"
 # GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit of 100,000 changes
 # only the tokens of longer runs of whitespace. Without it, a run of a million makes tiktoken panic (not an Exception).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
@@ -124,7 +125,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
             )
     ids = _read_vocab(directory)
     if END_OF_TEXT not in ids:
-        raise ValueError(f"{directory / VOCAB} has no {END_OF_TEXT!r}")
+        raise ValueError(f"{directory / VOCAB} {_NO_END}")
     special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
     lines = read_text(directory / MERGES).split("\n")
     merges = [line.rstrip("\r") for line in lines]
@@ -190,7 +191,7 @@ def _read_tokenizer(file: Path) -> Vocabulary:
     if END_OF_TEXT in ids:
         special[END_OF_TEXT] = ids[END_OF_TEXT]
     if END_OF_TEXT not in special:
-        raise ValueError(f"{file} has no {END_OF_TEXT!r}")
+        raise ValueError(f"{file} {_NO_END}")
     ordinary = {token: id for token, id in ids.items() if token not in special}
     return Vocabulary(str(file), ordinary, pairs, special, added)
 
@@ -212,6 +213,13 @@ def _ranks(vocabulary: Vocabulary) -> dict[bytes, int]:
     missing = [token for token in (*_byte_of_character(), *merged) if token not in ids]
     if missing:
         raise ValueError(f"{source}: the vocabulary has no {missing[0]!r}, which the merges need; they do not match")
+    made = {*_byte_of_character(), *merged}
+    other = next((token for token in ids if token not in made), None)
+    if other is not None:
+        raise ValueError(
+            f"{source}: no merge makes the token {other!r}; the files do not match, or it is a special token: declare "
+            f"it in transformers (add_special_tokens, then save_pretrained), which lists it in {TOKENIZER}"
+        )
     order = [ids[token] for token in merged]
     if order != sorted(order) or len(ids) != len(set(merged)) + 256:
         raise ValueError(f"{source}: tokens are not numbered in the order of the merges; this is not a GPT-2 tokenizer")
