@@ -227,6 +227,7 @@ class SplitPart(JsonDataclass):
 
     sha256: str
     records: int
+    in_train: int | None = None  # number of records whose question is also in the train part; None: not counted
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from typing import Annotated
 
 from zenml import step
 
-from gpt2core.data import Record, Split, records_sha256, split_records
+from gpt2core.data import Record, Split, records_sha256, same_question, split_records
 from gpt2core.types import SplitPart, SplitSummary
 from steps.cache import code_of
 from steps.config import DataConfig, check_patience
@@ -30,8 +30,14 @@ def split_data(
     if dropped := len(records) - sum(map(len, parts)):
         logger.warning("%d test records whose output was truncated (data.too_long) are dropped", dropped)
     check_patience(patience, data, len(parts.val))
+    trained = {same_question(record) for record in parts.train}
     summary = {
-        name: SplitPart(records_sha256(part), len(part)) for name, part in zip(Split._fields, parts, strict=True)
+        name: SplitPart(
+            records_sha256(part),
+            len(part),
+            None if name == "train" else sum(same_question(record) in trained for record in part),
+        )
+        for name, part in zip(Split._fields, parts, strict=True)
     }
     for name, about in summary.items():
         attach_metadata(f"{name}_records", about.to_json())
