@@ -77,6 +77,3 @@ class Target(Protocol):
         Raises:
             DeployError: there is no such version, or it did not become ready.
         """
-
-    def describe(self) -> Version | None:
-        """Return the version that currently serves users; None if there is none."""

@@ -85,11 +85,6 @@ class DockerTarget:
             with group.locked(image):
                 return group.rollback()
 
-    def describe(self) -> Version | None:
-        """Return the version that the proxy forwards requests to; None if nothing is deployed on the port."""
-        with self._open() as group:
-            return _version(group.current())
-
     @contextmanager
     def _open(self) -> Iterator["_ServiceGroup"]:
         try:

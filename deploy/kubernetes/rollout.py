@@ -14,7 +14,7 @@ from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import bento_of, placeholder_image, render, rollback_patch, version_of
 from deploy.kubernetes.wait import check_not_paused, wait_for_rollout
-from deploy.target import DeployError, DeployInterrupted, Deployment, Version
+from deploy.target import DeployError, DeployInterrupted, Deployment
 from deploy.verify import verify_answers
 from gpt2core.types import Lineage, Sample
 
@@ -105,10 +105,6 @@ class KubernetesTarget:
             revision=now.revision,
             previous=version_of(current),
         )
-
-    def describe(self) -> Version | None:
-        deployment = self.cluster.get("Deployment")
-        return None if deployment is None else version_of(deployment)
 
     def _apply(self, manifests: list[Manifest], before: Manifest | None) -> None:
         # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.

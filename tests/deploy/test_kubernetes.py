@@ -96,14 +96,6 @@ def test_the_next_version_replaces_the_first_and_names_it_as_previous(api, confi
     assert api.running() == [NEW, NEW]
 
 
-def test_describe_names_the_version_that_serves(config, api):
-    api.namespaces["gpt2-instruct"] = {}
-    target = KubernetesTarget(config)
-    assert target.describe() is None
-    deploy(config)
-    assert target.describe() == Version(LINEAGE.bento, OLD, 1)
-
-
 def test_the_memory_of_a_pod_can_be_configured_and_is_as_in_the_file_otherwise(api, config, first):
     def memory():
         [container] = api.object("deployments")["spec"]["template"]["spec"]["containers"]
