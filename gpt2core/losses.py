@@ -1,6 +1,7 @@
 """Cross-entropy of the labeled tokens of packed examples, for training, validation and evaluation."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from gpt2core.batching import IGNORED, Batch, pack, uses_varlen
 from gpt2core.data import Example
+from gpt2core.inference import cuda
 from gpt2core.model import GPT2, eval_mode
 
 
@@ -17,8 +19,29 @@ def batch_losses(model: GPT2, batch: Batch) -> Tensor:
     The head and the last MLP compute only the tokens before a label.
     """
     hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labeled)
-    logits = model.padded_head(hidden.flatten(0, -2)).float()
-    return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED, reduction="none")
+    logits, labels = model.padded_head(hidden.flatten(0, -2)), batch.labels.flatten()
+    kernels = cuda.loss_kernels_for(logits) if logits.requires_grad else None
+    if kernels is not None:
+        return cast(Tensor, _CrossEntropy.apply(logits, labels, kernels))
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy by a CUDA kernel, which overwrites the logits with their gradients in the forward pass.
+
+    torch's operators write seven tensors of the logits' size, most of them in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, kernels: cuda.Kernels) -> Tensor:
+        losses = kernels.cross_entropy_(logits, labels)
+        ctx.save_for_backward(logits)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients.detach().mul_(grad[:, None]), None, None
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-// Kernels of a decoding step: attention of one query per row with the row's KV cache, the residual addition fused with
+// Kernels of a decoding step, and the loss of training: attention of one query per row with the row's KV cache, the residual addition fused with
 // layer norm, linear layers for few rows, and argmax. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
 
 typedef unsigned short bf16;  // the bits of a bf16 number
@@ -277,4 +277,61 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) most_likely(long long 
   if (threadIdx.x > 0) return;
   for (int i = 1; i < 32; i++) keep_larger(top, place, tops[i], places[i]);
   out[blockIdx.x] = place;
+}
+
+#define VOCABULARY_LOADS 7  // 16-byte loads per thread of `cross_entropy`: up to 57,344 logits
+
+// Cross-entropy (N) of bf16 logits (N, n) and labels (N), 0 for negative labels. The logits are replaced by the
+// gradient. n is a multiple of 8. One block per row, which holds the row in registers.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+    cross_entropy(float *losses, bf16 *logits, const long long *labels, int n) {
+  __shared__ float tops[32], sums[32];
+  logits += (size_t)blockIdx.x * n;
+  int label = labels[blockIdx.x], first = threadIdx.x * 8;
+  float own = label < 0 ? 0 : to_float(load2(logits + label));  // before it is overwritten
+  uint4 packed[VOCABULARY_LOADS];
+  float x[8], top = -INF, sum = 0;
+#pragma unroll
+  for (int i = 0; i < VOCABULARY_LOADS; i++)
+    if (first + i * 8 * MAX_THREADS < n) packed[i] = load16(logits + first + i * 8 * MAX_THREADS);
+#pragma unroll
+  for (int i = 0; i < VOCABULARY_LOADS; i++) {
+    if (first + i * 8 * MAX_THREADS >= n) continue;
+    unpack(x, packed[i]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) top = fmaxf(top, x[j]);
+  }
+  for (int distance = 1; distance < 32; distance *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, distance));
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  __syncthreads();
+  for (int i = 0; i < 32; i++) top = fmaxf(top, tops[i]);
+#pragma unroll
+  for (int i = 0; i < VOCABULARY_LOADS; i++) {
+    if (first + i * 8 * MAX_THREADS >= n) continue;
+    unpack(x, packed[i]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += __expf(x[j] - top);
+  }
+  sum = warp_sum(sum, 32);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0;
+  for (int i = 0; i < 32; i++) sum += sums[i];
+  if (threadIdx.x == 0) losses[blockIdx.x] = label < 0 ? 0 : logf(sum) + (top - own);
+  float factor = 1 / sum;
+#pragma unroll
+  for (int i = 0; i < VOCABULARY_LOADS; i++) {
+    int column = first + i * 8 * MAX_THREADS;
+    if (column >= n) continue;
+    unpack(x, packed[i]);
+    unsigned parts[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float gradient = __expf(x[j] - top) * factor - (column + j == label);
+      parts[j] = label < 0 ? 0 : to_bf16(gradient);
+    }
+    packed[i].x = parts[0] | parts[1] << 16, packed[i].y = parts[2] | parts[3] << 16;
+    packed[i].z = parts[4] | parts[5] << 16, packed[i].w = parts[6] | parts[7] << 16;
+    *(uint4 *)(logits + column) = packed[i];
+  }
 }

@@ -1,7 +1,7 @@
 """The kernels of cuda.cu, compiled at run time by NVRTC, which every CUDA build of torch contains.
 
 They need neither a compiler in the image nor the CUDA toolkit. If they cannot be compiled, or do not support the
-model's shape, torch's operators compute the same.
+model's shape, torch's operators compute the same. All are for decoding, except for the loss of training.
 """
 
 import ctypes
@@ -25,7 +25,14 @@ THREADS, MAX_THREADS, LINEAR_WARPS = 256, 1024, 4  # the same numbers as in cuda
 MAX_WIDTH = 8 * THREADS  # largest width of `add_norm`: PER_THREAD * THREADS
 LINEAR_ROWS = (1, 2, 4)  # numbers of rows with a kernel
 ONE_WARP = 1024  # a linear layer with more inputs uses all warps of a block per output; one warp loads these at once
-NAMES = ("attend", "add_norm", "most_likely", *(f"{kind}linear_{n}" for n in LINEAR_ROWS for kind in ("", "split_")))
+MAX_LOGITS = 7 * 8 * MAX_THREADS  # of `cross_entropy`: VOCABULARY_LOADS * 8 * MAX_THREADS
+NAMES = (
+    "attend",
+    "add_norm",
+    "most_likely",
+    "cross_entropy",
+    *(f"{kind}linear_{n}" for n in LINEAR_ROWS for kind in ("", "split_")),
+)
 SOURCE = Path(__file__).with_name("cuda.cu")
 
 
@@ -34,6 +41,13 @@ def kernels_for(config: GPT2Config, dtype: torch.dtype, device: torch.device) ->
     is_aligned = config.n_embd % 8 == 0 and config.mlp_width % 8 == 0
     suits = config.head_width == HEAD_WIDTH and is_aligned and config.n_embd <= MAX_WIDTH
     return _compiled(device) if suits and dtype == torch.bfloat16 and device.type == "cuda" else None
+
+
+def loss_kernels_for(logits: Tensor) -> "Kernels | None":
+    """Return the kernels for the loss of logits (N, n); None if their device, dtype or shape is not supported."""
+    suits = logits.is_contiguous() and logits.shape[-1] % 8 == 0 and logits.shape[-1] <= MAX_LOGITS
+    suits = suits and logits.dtype == torch.bfloat16 and logits.device.type == "cuda"
+    return _compiled(logits.device) if suits and len(logits) else None
 
 
 class Kernels:
@@ -92,6 +106,16 @@ class Kernels:
         self._launch("most_likely", (N, 1), MAX_THREADS, out, logits, n)
         return out
 
+    def cross_entropy_(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy (N), fp32, of logits (N, n) in bf16 and labels (N); it is 0 for negative labels.
+
+        The logits are replaced by the gradients of their row's cross-entropy.
+        """
+        N, n = logits.shape
+        losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+        self._launch("cross_entropy", (N, 1), MAX_THREADS, losses, logits, labels, n)
+        return losses
+
     def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
         values = [_as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -128,9 +152,9 @@ def _compiled(device: torch.device) -> Kernels | None:
             kernels = Kernels(compile_kernels(f"sm_{major}{minor}"), device)
             check(kernels, device)
         return kernels
-    except Exception as error:  # decoding then uses torch's operators
+    except Exception as error:  # torch's operators then compute the same
         reason = str(error).partition("\n")[0]
-        logger.warning("no kernels for this GPU, decoding with torch's operators, which is slower: %s", reason)
+        logger.warning("no kernels for this GPU, computing with torch's operators, which is slower: %s", reason)
         return None
 
 
@@ -174,6 +198,14 @@ def check(kernels: Kernels, device: torch.device) -> None:
     logits = random(3, 20_000).float()
     logits[0, 5], logits[1, 19_999], logits[2, 7] = 9, 9, torch.nan
     torch.testing.assert_close(kernels.most_likely(logits), most_likely(logits))
+
+    with torch.inference_mode(False), torch.enable_grad():
+        scores, labels = random(3, 20_000).requires_grad_(), torch.tensor([7, -1, 19_999], device=device)
+        losses = F.cross_entropy(scores.float(), labels, ignore_index=-1, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), scores)
+    found = scores.detach().clone()
+    compare(kernels.cross_entropy_(found, labels), losses.detach())
+    torch.testing.assert_close(found, gradient, rtol=0.02, atol=1e-7)
 
 
 def compile_kernels(architecture: str) -> bytes:

@@ -9,10 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2core.batching import IGNORED, pack
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
+from gpt2core.data import Example
 from gpt2core.engine import Engine
 from gpt2core.inference import cuda
+from gpt2core.losses import _CrossEntropy, batch_losses
+from gpt2core.model import GPT2
 from gpt2core.sampling import most_likely
 from tests.gpt2core.decoding import check_bf16_completion, random_prompts, save_random_adapter
 
@@ -63,8 +67,9 @@ def test_the_check_before_their_use_finds_each_difference(kernels):
             own = getattr(kernels, name)
             return own if name != self.name else lambda *arguments: own(*arguments).roll(1, -1)
 
-    cuda.check(kernels, torch.device(kernels.device))
-    for name in ("attend", "add_norm", "linear", "most_likely"):
+    with torch.inference_mode():
+        cuda.check(kernels, torch.device(kernels.device))
+    for name in ("attend", "add_norm", "linear", "most_likely", "cross_entropy_"):
         with pytest.raises(AssertionError):
             cuda.check(Other(name), torch.device(kernels.device))
 
@@ -150,3 +155,37 @@ def test_the_most_likely_token_is_the_first_of_the_largest(kernels, n):
     found = kernels.most_likely(logits).cpu()
     assert torch.equal(found, most_likely(logits.cpu()))
     assert found[[1, 2, 3, 5, 6, 7]].tolist() == [n // 2, -1, -1, -1, -1, 0]
+
+
+@pytest.mark.parametrize("n", [64, 8200, 50_304])
+def test_the_loss_and_its_gradients_are_those_of_torch(kernels, n):
+    """With columns of padding, which are -inf, and an ignored label."""
+    logits = 3 * random(kernels, 4, n)
+    logits[:, n - 3 :] = -torch.inf
+    labels = torch.tensor([0, n - 4, IGNORED, n // 2], device=kernels.device)
+    weights = torch.tensor([0.3, 2.0, 5.0, -1.0], device=kernels.device)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = F.cross_entropy(theirs.float(), labels, ignore_index=IGNORED, reduction="none")
+    found = _CrossEntropy.apply(ours * 1, labels, kernels)  # a copy, as it is overwritten
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for loss in (found, expected):
+        (loss * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.02, atol=1e-6)
+    assert not ours.grad[2].any()
+    assert not ours.grad[:, n - 3 :].any()
+
+
+def test_training_with_the_loss_kernel_gives_the_gradients_of_torch(kernels, monkeypatch):
+    config = GPT2Config(vocab_size=104, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model = GPT2(config, torch.Generator().manual_seed(0)).to(kernels.device, torch.bfloat16)
+    batch = pack([Example([1, 2, 3, 4, 5], 2), Example([7, 8, 9], 1)], "response", kernels.device)
+    found = []
+    for one in (None, kernels):
+        monkeypatch.setattr(cuda, "loss_kernels_for", lambda logits, one=one: one)
+        model.zero_grad()
+        losses = batch_losses(model, batch)
+        losses.mean().backward()
+        found.append((losses.detach(), [weight.grad.float() for weight in model.parameters()]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
+    for one, other in zip(found[1][1], found[0][1], strict=True):
+        assert (one - other).norm() <= 0.02 * other.norm() + 1e-6
