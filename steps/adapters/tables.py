@@ -141,7 +141,8 @@ def _refuse_several_splits(path: Path, files: Sequence[tuple[Path, str]]) -> Non
             splits[PARTS[part]].add(shard[1])
     for part, found in splits.items():
         if len(found) > 1:
-            example = files[0][0].with_name(f"{min(found)}-*{files[0][0].suffix}").as_posix()
+            split = re.sub(rf"^({'|'.join(PARTS)})(?=[-._])", "*", min(found))  # *_gen also selects test_gen
+            example = files[0][0].with_name(f"{split}-*{files[0][0].suffix}").as_posix()
             raise ValueError(
                 f"{path} has several splits for the part {part}: {', '.join(sorted(found))}; "
                 f"select files by a pattern in data.path, like {example}"

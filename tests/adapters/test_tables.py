@@ -43,7 +43,7 @@ def test_a_parquet_file_and_a_directory_of_them_are_read(tmp_path):
         (("train_test.parquet", "x.parquet"), "more than one part of the split: train and test"),
         (
             ("train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001-3d4c.parquet"),
-            "for the part train: train_gen, train_sft",
+            r"for the part train: train_gen, train_sft; .*like \*_gen-\*\.parquet",
         ),
         (("data/dev_a-00000-of-00001.json", "data/dev-00000-of-00001.json"), r"dev, dev_a; .*like data/dev-\*\.json"),
         (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), ["train", "train"]),
