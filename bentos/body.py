@@ -75,10 +75,11 @@ def _validation_error(error: ValidationError, model: type[BaseModel]) -> Service
         return ServiceError("invalid_request", reason)
     param, *inner = map(str, best["loc"])
     near = get_close_matches(param[:100], model.model_fields, n=1)
-    if best["type"] == "extra_forbidden" and near:
+    if best["type"] == "extra_forbidden" and near and not inner:
         reason += f"; did you mean {near[0]}?"
     is_in_list = len(inner) > 0 and isinstance(best["loc"][1], int)  # else `inner` contains names of a union's types
-    place = inner if is_in_list else [part for part in inner if part.isdecimal()]
+    names_field = best["type"] in ("extra_forbidden", "unsupported")  # then the last part is a field of an object
+    place = inner if is_in_list else [part for part in inner if part.isdecimal()] + (inner[-1:] if names_field else [])
     return ServiceError("invalid_request", f"{'.'.join([param, *place])}: {reason}", param)
 
 

@@ -109,6 +109,7 @@ def _source(structure: Structure) -> str:
     if structure.kind == "json":
         schema = json.loads(text)
         _check_schema(schema)
+        json.dumps(schema, allow_nan=False)  # raises ValueError for Infinity and NaN, which are not JSON
         # Allow only the whitespace of json.dumps: a small model can fill the token limit with line breaks.
         return llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -119,11 +120,14 @@ def _source(structure: Structure) -> str:
 
 
 def _check_schema(schema: Any) -> None:
-    """Reject a schema that llguidance would compile for minutes, with growing memory.
+    """Reject a schema that llguidance would compile for minutes, with growing memory, or not follow exactly.
 
     Raises:
-        ValueError: the schema has too many patterns, or `multipleOf` values with a too large common multiple.
+        ValueError: the schema has too many patterns, `multipleOf` values with a too large common multiple, or options
+            of llguidance, such as the one that ignores keywords that it does not support.
     """
+    if isinstance(schema, dict) and "x-guidance" in schema:
+        raise ValueError("x-guidance is not supported")
     patterns, multiple = set[str](), 1
     for one in _objects(schema):
         patterns |= {value for key in ("pattern", "format") if isinstance(value := one.get(key), str)}

@@ -93,10 +93,13 @@ class Structure:
 class ResponseFormat(BaseModel):
     """OpenAI's `response_format`. `json_schema` contains the schema in its field `schema`."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
+    object_schema: dict[str, Any] | None = Field(
+        None, alias="schema", description="llama.cpp's and Together's form: the schema of a json_object"
+    )
 
 
 class Structured(BaseModel):
@@ -121,7 +124,9 @@ class Structured(BaseModel):
         found = [one for one in possible if one.value is not None]
         if not found:
             return None
-        others = [name for name in ("stop", "stop_token_ids", "min_tokens", "echo") if getattr(self, name, None)]
+        others = [
+            name for name in ("stop", "stop_token_ids", "min_tokens", "echo") if _is_set(getattr(self, name, None))
+        ]
         for name in [one.param for one in found[1:]] + others:
             raise ServiceError("invalid_request", f"{name}: not together with {found[0].param}", name)
         return found[0]
@@ -131,12 +136,17 @@ class Structured(BaseModel):
         if form is None or form.type == "text":
             return None
         if form.type == "json_object":
-            return {"type": "object"}
+            return {"type": "object"} if form.object_schema is None else form.object_schema
         schema = (form.json_schema or {}).get("schema")
         if not isinstance(schema, dict):
             message = "response_format: json_schema must be an object with the schema in its field schema"
             raise ServiceError("invalid_request", message, "response_format")
         return schema
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a parameter has an effect: empty stop strings have none."""
+    return any(one != "" for one in value) if isinstance(value, list) else bool(value)
 
 
 class StrictRequest(BaseModel):

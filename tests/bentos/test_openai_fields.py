@@ -112,6 +112,28 @@ def test_a_value_that_asks_for_what_is_not_there_is_a_400_that_names_the_field(u
         assert error_of(response)["message"] == "tools: this field is not supported; leave it out, or send null"
 
 
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        (
+            {"stream_options": {"continuous_usage_stats": True}},
+            "this field is not supported; leave it out, or send null",
+        ),
+        ({"response_format": {"type": "text", "strict": True}}, "unknown field"),
+    ],
+)
+def test_the_message_names_an_unsupported_field_within_another(url, field, reason):
+    [(name, value)] = field.items()
+    response = post(url, "completions", stream=True, **field)
+    assert error_of(response)["message"] == f"{name}.{[*value][-1]}: {reason}"
+    assert error_of(response)["param"] == name
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_empty_stops_are_ignored_with_structured_output_too(url, route):
+    assert post(url, route, guided_choice=["red"], stop=[""]).status_code == 200
+
+
 def test_errors_are_the_clients_exceptions_with_type_param_and_code(client):
     with pytest.raises(openai.NotFoundError) as raised:
         client.completions.create(model="gpt-9", prompt="a")

@@ -98,6 +98,8 @@ def test_completions_of_500_random_schemas_conform(tuned, tokenizer):
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [[1], "a"]}}}},
             lambda text: json.loads(text) in ([1], "a"),
         ),
+        ({"response_format": {"type": "json_object", "schema": {"const": 7}}}, "7".__eq__),  # llama.cpp's form
+        ({"guided_choice": ["red"], "stop": []}, "red".__eq__),
     ],
 )
 def test_every_route_returns_text_that_matches(url, fields, accepts):
@@ -122,6 +124,10 @@ def test_every_route_returns_text_that_matches(url, fields, accepts):
         ({"guided_json": "[" * 5_000}, "guided_json"),
         ({"guided_json": '{"type": "array", "items": ' * 500 + "{}" + "}" * 500}, "guided_json"),
         ({"guided_json": {"$ref": "#"}}, "guided_json"),
+        ({"guided_json": '{"const": Infinity}'}, "guided_json"),
+        ({"guided_json": '{"enum": [1e400]}'}, "guided_json"),
+        ({"guided_json": {"x-guidance": {"lenient": True}, "not": {}}}, "guided_json"),
+        ({"response_format": {"type": "json_object", "strict": True}}, "response_format"),
         ({"guided_regex": r"[^\s\S]"}, "guided_regex"),
         ({"guided_regex": r"(\p{L}{1,500}|\w{1,300}){1,100}", "max_new_tokens": 80}, "guided_regex"),
         ({"guided_regex": "a{100000}"}, "guided_regex"),
