@@ -153,12 +153,13 @@ def ask(
 @click.option("--out", required=True, help="A new or empty directory.")
 @click.option("--run", "name", default="latest", show_default=True, help="A run's name, latest, staging or production.")
 @click.option("--quantize", type=click.Choice(["f16", "q8_0"]), help="Type of matrices in a GGUF file; default f32.")
+@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="Type of the weights of hf; default fp32.")
 @click.option(
     "--multi-turn",
     type=click.Choice(["last", "history"]),
     help="Earlier turns in the chat template: ignored (last, the default), or used as input (history).",
 )
-def export(kind: str, out: str, name: str, quantize: str | None, multi_turn: str | None) -> None:
+def export(kind: str, out: str, name: str, quantize: str | None, dtype: str | None, multi_turn: str | None) -> None:
     """Export the model of a finished run.
 
     peft: the adapter, for PEFT. hf: the base with the adapter merged, and the tokenizer, for transformers, vLLM and
@@ -166,13 +167,16 @@ def export(kind: str, out: str, name: str, quantize: str | None, multi_turn: str
     """
     if quantize is not None and kind != "gguf":
         raise click.UsageError("--quantize goes with --format gguf")
+    if dtype is not None and kind != "hf":
+        raise click.UsageError("--dtype goes with --format hf")
     if multi_turn is not None and kind == "peft":
         raise click.UsageError("--multi-turn goes with --format hf or gguf: peft has no chat template")
     _check_stages(name)
     from commands.export import export as write
 
     with _one_line():
-        click.echo("\n".join(map(str, write(kind, Path(out), name, quantize or "f32", multi_turn == "history"))))
+        files = write(kind, Path(out), name, quantize or "f32", multi_turn == "history", dtype or "fp32")
+        click.echo("\n".join(map(str, files)))
 
 
 @main.command()

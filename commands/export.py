@@ -10,6 +10,7 @@ from gpt2core.checkpoint import export_peft, save_pretrained
 from gpt2core.files import json_bytes, list_files, read_json, write_files
 from gpt2core.lora import lora_config
 from gpt2core.prompt import chat_template
+from gpt2core.tensors import DTYPES
 from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, read_padding_token
 from gpt2core.types import Evaluation, Lineage, SplitSummary
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
@@ -48,13 +49,16 @@ The tokenizer's chat template writes the prompt of the training, Alpaca's.""",
 }
 
 
-def export(kind: str, out: Path, run: str, quantize: str = "f32", history: bool = False) -> list[Path]:
+def export(
+    kind: str, out: Path, run: str, quantize: str = "f32", history: bool = False, dtype: str = "fp32"
+) -> list[Path]:
     """Write the run's model into a new or empty directory; return the files.
 
     Args:
         kind: peft, hf or gguf.
         quantize: type of the matrices in a GGUF file: f32, f16 or q8_0.
         history: the chat template of hf and gguf uses earlier turns as the input.
+        dtype: type of the weights of hf: fp32, fp16 or bf16.
 
     Raises:
         FileNotFoundError, HubError, ValueError: see `open_run`.
@@ -67,7 +71,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32", history: bool 
     if kind == "peft":
         export_peft(finished.load(merge=False), out, finished.base.name, finished.base.revision or None)
     elif kind == "hf":
-        _write_hf(finished, out, history)
+        _write_hf(finished, out, history, dtype)
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize, history)
@@ -80,9 +84,9 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32", history: bool 
     return [out / name for name in list_files(out)]
 
 
-def _write_hf(finished: FinishedRun, out: Path, history: bool) -> None:
+def _write_hf(finished: FinishedRun, out: Path, history: bool, dtype: str) -> None:
     model = finished.load(merge=True)
-    save_pretrained(model, out)
+    save_pretrained(model, out, DTYPES[dtype])
     for name in (TOKENIZER, VOCAB, MERGES):
         if (finished.base_dir / name).is_file():
             copy2(finished.base_dir / name, out / name)

@@ -130,14 +130,18 @@ def load_pretrained(
     return model.requires_grad_(True).eval()
 
 
-def save_pretrained(model: GPT2, directory: str | Path) -> Path:
+def save_pretrained(model: GPT2, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write config.json and model.safetensors for transformers, and generation_config.json if the model has its text.
 
     A model with norm_position "post" gets another model_type, which only this project can read. As a "gpt2",
     transformers would load it, and compute something else.
 
+    Args:
+        dtype: type of the weights in the file; None: the model's.
+
     Raises:
-        ValueError: the model has LoRA layers that are not merged, or weights that are not finite.
+        ValueError: the model has LoRA layers that are not merged, or weights that are not finite or beyond the range
+            of `dtype`.
     """
     if any(not layer.merged for _, layer in lora_layers(model)):
         raise ValueError("the model has LoRA layers that are not merged; merge_lora(model) or remove_lora(model) first")
@@ -147,6 +151,9 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
             continue
         name = name.replace(".linear.", ".")
         check_weight("the model", name, tensor)
+        tensor = tensor.to(dtype or tensor.dtype)
+        if dtype is not None and not is_finite(tensor):
+            raise ValueError(f"the model: tensor {name!r} has values beyond the range of {dtype}; use another dtype")
         state[f"transformer.{name}"] = (tensor.T if name.endswith(CONV1D) else tensor).contiguous().cpu()
     config = model.config
     description = {
@@ -155,7 +162,7 @@ def save_pretrained(model: GPT2, directory: str | Path) -> Path:
         "tie_word_embeddings": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
-        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
+        "dtype": str(dtype or model.wte.weight.dtype).removeprefix("torch."),
         **{key: value for key, value in asdict(config).items() if key not in _SEPARATE},
     }
     if config.n_tokens is not None:

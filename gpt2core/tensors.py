@@ -13,6 +13,7 @@ from torch import Tensor
 from gpt2core.files import check_exists
 
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # 8-bit types would need scales
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in configurations
 
 
 def read_tensors(file: Path, device: str | torch.device = "cpu", mapped: bool = False) -> dict[str, Tensor]:

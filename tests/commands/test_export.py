@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from shutil import copytree
 
 import gguf
@@ -16,11 +17,11 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy.bento import describe_adapter
-from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter
+from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GenerationConfig, LoraConfig
 from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.generate import generate
-from gpt2core.lora import add_lora
+from gpt2core.lora import add_lora, merge_lora
 from gpt2core.prompt import format_prompt
 from gpt2core.records import read_records
 from gpt2core.tokenizer import load_tokenizer, read_padding_token
@@ -114,6 +115,28 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
     assert card.data.library_name == "transformers"
     assert "| Exact match | 0.5 | 0.5 |" in card.text
     assert load_pretrained(out).config.token_count == len(tokenizer)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_merged_model_may_have_16_bits(tmp_path, tuned, name, dtype):
+    export(tmp_path / "out", "hf", "--dtype", name)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == dtype
+    merged = merge_lora(deepcopy(tuned)).state_dict()["h.0.mlp.c_fc.weight"]
+    assert torch.equal(theirs.state_dict()["transformer.h.0.mlp.c_fc.weight"], merged.T.to(dtype))
+
+
+def test_weights_beyond_the_range_of_fp16_are_refused(outputs, base_dir, adapter_dir):
+    base = copytree(base_dir, outputs / "large")
+    model = load_pretrained(base)
+    model.wte.weight.data[0, 0] = 1e5
+    save_pretrained(model, base)
+    write_run(outputs / "run", base, adapter_dir)
+    done = CliRunner().invoke(
+        main, ["export", "--format", "hf", "--dtype", "fp16", "--run", "run", "--out", str(outputs / "new")]
+    )
+    assert done.exit_code == 1
+    assert "'wte.weight' has values beyond the range of torch.float16; use another dtype" in done.output
 
 
 def test_a_chat_template_with_history_writes_earlier_turns_as_in_training(outputs, tmp_path):
@@ -292,6 +315,7 @@ def test_errors_are_one_line(tmp_path):
         (["--out", str(tmp_path / "new"), "--format", "hf", "--run", "no"], "is not the directory of a finished run"),
         (["--out", str(tmp_path / "new"), "--format", "hf", "--quantize", "f16"], "goes with --format gguf"),
         (["--out", str(tmp_path / "new"), "--format", "peft", "--multi-turn", "history"], "--format hf or gguf"),
+        (["--out", str(tmp_path / "new"), "--format", "gguf", "--dtype", "fp16"], "goes with --format hf"),
     ):
         done = CliRunner().invoke(main, ["export", *options])
         assert done.exit_code in (1, 2)
