@@ -26,7 +26,7 @@ _MAY_DIFFER = ("epochs", "max_steps", "patience", "devices", "gradient_checkpoin
 
 
 class Plan(ABC):
-    """The constants of a training. Steps are optimizer steps."""
+    """The constants of a training run. Steps are optimizer steps."""
 
     config: TrainConfig | PretrainConfig
     total_steps: int
@@ -130,11 +130,11 @@ class PretrainingPlan(Plan):
         sequences = (len(tokens) - self._length - 1) // self._length
         self._steps_per_pass = sequences // self._per_step
         if self._steps_per_pass < 1:
-            way_out = f"lower batch_size or gradient_accumulation_steps to a product of at most {sequences}"
+            hint = f"lower batch_size or gradient_accumulation_steps to a product of at most {sequences}"
             if sequences < 1:  # too few even for a step of one sequence
-                way_out = "use a longer text, or a lower model.n_positions"
+                hint = "use a longer text, or a lower model.n_positions"
             needed = f"a step of {self._per_step} sequences of {self._length}"
-            raise ValueError(f"{len(tokens)} tokens are too few for {needed}; {way_out}")
+            raise ValueError(f"{len(tokens)} tokens are too few for {needed}; {hint}")
 
     def optimizers(self, weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
         return pretraining_optimizers(weights, self.config)

@@ -24,7 +24,7 @@ def finetune_trial(
     generation: GenerationConfig,
     samples: int,
 ) -> Annotated[Trial, "trial"]:
-    """Score an adapter of the step `finetune`, and compare the bytes of repeated trainings."""
+    """Score an adapter of the step `finetune`, and compare the bytes of repeated training runs."""
     return score_adapters(
         label,
         seed,
