@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
+    """JSON lines of completions and feedback. A thread writes them, so that a slow disk never delays a response."""
+
     def __init__(self, file: str | Path, text: LogText = "hash") -> None:
         """
         Args:

@@ -59,6 +59,8 @@ class Plan(ABC):
 
 
 class FinetuningPlan(Plan):
+    """Epochs over the examples, shuffled by seed and epoch; `patience` can end them early."""
+
     config: TrainConfig
 
     def __init__(
@@ -114,6 +116,8 @@ class FinetuningPlan(Plan):
 
 
 class PretrainingPlan(Plan):
+    """A fixed number of steps over a stream of tokens, cut into sequences of the context length."""
+
     config: PretrainConfig
 
     def __init__(self, model: GPT2, tokens: Tensor, config: PretrainConfig, saves: bool) -> None:

@@ -1,3 +1,5 @@
+"""The main pipeline, from instruction records to a deployed service; configuration classes have the defaults."""
+
 from dataclasses import replace
 from typing import Annotated
 

@@ -1,3 +1,5 @@
+"""Paired comparison of the tuned model with its base and the champion; `promote` decides by its result."""
+
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

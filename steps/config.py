@@ -295,6 +295,8 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """How the answers of base and tuned model to the test split are generated, and whether an LLM judges them."""
+
     max_new_tokens: int = 64
     batch_size: int = 16
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -327,6 +329,8 @@ class PromoteConfig:
 
 @dataclass(frozen=True)
 class PackageConfig:
+    """How the service is verified after the Bento is built."""
+
     smoke_prompts: int = 3  # number of test records whose answers are compared after the build
 
     def __post_init__(self) -> None:
@@ -336,6 +340,8 @@ class PackageConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
+    """Whether training runs are logged to wandb, and to which of its projects."""
+
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "gpt2-instruct"
 

@@ -1,3 +1,5 @@
+"""Scores of a sweep's adapters, which the step `finetune` trains, as in a run."""
+
 from pathlib import Path
 from typing import Annotated
 

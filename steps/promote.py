@@ -1,3 +1,5 @@
+"""The promotion gate. Only this step of the pipeline changes a stage."""
+
 from dataclasses import dataclass
 from typing import Annotated, Any
 

@@ -1,3 +1,5 @@
+"""Splits the records; the lineage has the digests of the parts."""
+
 from typing import Annotated
 
 from zenml import step
