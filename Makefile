@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/local.yaml
 PORT ?= 3000
-HOST ?= 0.0.0.0
+HOST ?= 127.0.0.1
+OUTPUTS := $(or $(GPT2_INSTRUCT_OUTPUTS),outputs)
 
 .PHONY: help install run test test-slow test-kubeflow chaos lint audit hashes licenses format serve report dashboard bench bench-growth gpu-check image image-train stack-local stack-docker stack-kubernetes stack-kubeflow experiment clean
 
@@ -69,14 +70,14 @@ format: install  ## format the code
 	$(BIN)/ruff format .
 
 serve: install  ## serve the newest run on PORT (3000)
-	@test -f outputs/latest/bento.txt || { echo "There is no Bento yet; build one with: make run" >&2; exit 1; }
-	exec $(BIN)/python -m bentoml serve "$$(cat outputs/latest/bento.txt)" --host $(HOST) --port $(PORT)
+	@test -f "$(OUTPUTS)/latest/bento.txt" || { echo "There is no Bento yet; build one with: make run" >&2; exit 1; }
+	exec $(BIN)/python -m bentoml serve "$$(cat "$(OUTPUTS)/latest/bento.txt")" --host $(HOST) --port $(PORT)
 
 report:  ## open the report of the newest run
-	@test -f outputs/latest/report.html || { echo "There is no report yet; write one with: make run" >&2; exit 1; }
-	@realpath outputs/latest/report.html
+	@test -f "$(OUTPUTS)/latest/report.html" || { echo "There is no report yet; write one with: make run" >&2; exit 1; }
+	@realpath "$(OUTPUTS)/latest/report.html"
 	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
-		$(PYTHON) -m webbrowser "file://$$(realpath outputs/latest/report.html)"; fi
+		$(PYTHON) -m webbrowser "file://$$(realpath "$(OUTPUTS)/latest/report.html")"; fi
 
 dashboard: install  ## open ZenML's dashboard
 	$(BIN)/zenml login --local

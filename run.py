@@ -153,7 +153,12 @@ def ask(
 @click.option("--out", required=True, help="A new or empty directory.")
 @click.option("--run", "name", default="latest", show_default=True, help="A run's name, latest, staging or production.")
 @click.option("--quantize", type=click.Choice(["f16", "q8_0"]), help="Type of matrices in a GGUF file; default f32.")
-def export(kind: str, out: str, name: str, quantize: str | None) -> None:
+@click.option(
+    "--multi-turn",
+    type=click.Choice(["last", "history"]),
+    help="Earlier turns in the chat template: ignored (last, the default), or used as input (history).",
+)
+def export(kind: str, out: str, name: str, quantize: str | None, multi_turn: str | None) -> None:
     """Export the model of a finished run.
 
     peft: the adapter, for PEFT. hf: the base with the adapter merged, and the tokenizer, for transformers, vLLM and
@@ -161,11 +166,13 @@ def export(kind: str, out: str, name: str, quantize: str | None) -> None:
     """
     if quantize is not None and kind != "gguf":
         raise click.UsageError("--quantize goes with --format gguf")
+    if multi_turn is not None and kind == "peft":
+        raise click.UsageError("--multi-turn goes with --format hf or gguf: peft has no chat template")
     _check_stages(name)
     from commands.export import export as write
 
     with _errors_as_one_line():
-        click.echo("\n".join(map(str, write(kind, Path(out), name, quantize or "f32"))))
+        click.echo("\n".join(map(str, write(kind, Path(out), name, quantize or "f32", multi_turn == "history"))))
 
 
 @main.command()

@@ -7,6 +7,7 @@ ends. A stage that exceeds its limit keeps the figures recorded until then.
 
 import argparse
 import json
+import logging
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
@@ -140,6 +142,19 @@ class Stage:
             torch.cuda.synchronize()
 
 
+class RecordWarnings(logging.Handler):
+    """Records the warnings of a stage, such as why it continued without graphs or kernels, and prints them."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(logging.WARNING)
+        self._stage, self._found = stage, list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._found.append(f"{record.name}: {record.getMessage()}"[:300])
+        print(self._found[-1], file=sys.stderr)
+        self._stage.record(warnings=self._found[:20])
+
+
 def _gpt2_tokenizer() -> Any:
     """Load GPT-2's tokenizer; None if its files are missing. The environment may name another directory."""
     if (files := SHARED / "tiktoken").is_dir():
@@ -194,8 +209,7 @@ def _train(stage: Stage, preset: str) -> None:
 
     batch_size, (warm_up, _) = _largest(sizes.batch_size, lambda n: train(1, n))
     epoch, _ = train(1, batch_size)
-    wanted = sizes.epochs if preset == sizes.train[0] else min(sizes.epochs, 8)
-    epochs = max(1, min(wanted, int(60 / epoch)))
+    epochs = max(1, min(sizes.epochs, int(60 / epoch)))
     if stage.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, result = train(epochs, batch_size)
@@ -207,6 +221,8 @@ def _train(stage: Stage, preset: str) -> None:
         "seconds_of_all_epochs": seconds * sizes.epochs / epochs,
         "warm_up_seconds": warm_up,
         "tokens_per_second": epochs * sum(len(example.input_ids) - 1 for example in examples) / seconds,
+        # without the first two batches of each shape, which are computed without a graph and captured
+        "steady_tokens_per_second": median(entry["train/tokens_per_second"] for entry in result.history),
         "flop_per_second": flop / seconds,
         "final_loss": result.history[-1]["train/loss"],
     }
@@ -311,49 +327,54 @@ def profiling(stage: Stage) -> None:
 def launches(stage: Stage) -> None:
     """Measure whether kernel launches limit a training step: forward and backward of a batch, with and without them.
 
-    A CUDA graph launches all kernels at once, and compiling the blocks makes fewer of them.
+    A CUDA graph launches all kernels at once, and compiling the blocks makes fewer of them. All times are measured
+    before the first profile: CUDA stays instrumented after one, and launches take longer.
     """
+    timed = dict[str, tuple[Callable[[], object], float]]()  # name -> the step and its milliseconds
     for preset in stage.sizes.train:
         with stage.attempt(preset):
-            _record_launches(stage, preset)
+            model, step, n_tokens = _training_step(stage, preset)
+            stage.record(**{f"{preset}.tokens": n_tokens})
+            timed[f"{preset}.eager"] = step, _record_times(stage, f"{preset}.eager", step)
+            if stage.device == "cuda":
+                with stage.attempt(f"{preset}.graph", required=False):
+                    _record_times(stage, f"{preset}.graph", _graph_of(step, model))
+                model.zero_grad()  # the gradients' memory belongs to the graph
+    preset = stage.sizes.train[-1]  # the smallest, since compiling takes half a minute or more
+    with stage.attempt(f"{preset}.compiled", required=False):  # needs Triton and a C compiler
+        model, step, _ = _training_step(stage, preset)
+        for block in model.h:
+            block.compile(backend="inductor" if stage.device == "cuda" else "aot_eager", dynamic=True)
+        timed[f"{preset}.compiled"] = step, _record_times(stage, f"{preset}.compiled", step)
+    for name, (step, step_ms) in timed.items():
+        with stage.attempt(f"{name}.profile"):
+            found = _profile(stage, step)
+            busy_ms = 1e3 * found["busy_share"] * found["seconds"]
+            figures = {"kernels": found["calls"], "busy_ms": busy_ms, "busy_share": busy_ms / step_ms}
+            stage.record(**{f"{name}.{key}": value for key, value in figures.items()})
 
 
-def _record_launches(stage: Stage, preset: str) -> None:
+def _training_step(stage: Stage, preset: str) -> tuple[GPT2, Callable[[], object], int]:
+    """Return a model, a function that computes forward and backward of one batch, and the batch's number of tokens."""
     device, config = torch.device(stage.device), GPT2Config.preset(preset)
-    on_gpu = stage.device == "cuda"
     model = add_lora(load_pretrained(stage.base(preset, trainable_model), device=device), LoraConfig(rank=8), seed=0)
     for weight in model.train().parameters():  # as precision="bf16-mixed" does
         weight.data = weight.data.to(torch.float32 if weight.requires_grad else torch.bfloat16)
     use_varlen = has_varlen_attention(device, config.head_width)
     batch = pack(stage.examples(preset)[: stage.sizes.batch_size], "response", device, use_varlen=use_varlen)
+    return model, lambda: batch_losses(model, batch).sum().backward(), batch.input_ids.numel()
 
-    def step() -> None:
-        batch_losses(model, batch).sum().backward()
 
-    def record(name: str, step: Callable[[], object], profiled: bool = True) -> None:
-        first, _ = _timed(stage, step)
-        step()
-        n_steps = 20 if on_gpu else 2
-        seconds, _ = _timed(stage, lambda: [step() for _ in range(n_steps)])
-        host_seconds = min(_launch_seconds(stage, step) for _ in range(5 if on_gpu else 1))
-        figures = {"first_ms": 1e3 * first, "step_ms": 1e3 * seconds / n_steps, "host_ms": 1e3 * host_seconds}
-        if profiled:
-            found = _profile(stage, step)
-            busy_ms = 1e3 * found["busy_share"] * found["seconds"]
-            figures |= {"kernels": found["calls"], "busy_ms": busy_ms, "busy_share": busy_ms / figures["step_ms"]}
-        stage.record(**{f"{preset}.{name}.{key}": value for key, value in figures.items()})
-
-    stage.record(**{f"{preset}.tokens": batch.input_ids.numel()})
-    record("eager", step)
-    if on_gpu:
-        with stage.attempt(f"{preset}.graph", required=False):
-            record("graph", _graph_of(step, model), profiled=False)
-    if preset == stage.sizes.train[-1]:  # the smallest, since compiling takes half a minute or more
-        with stage.attempt(f"{preset}.compiled", required=False):  # needs Triton and a C compiler
-            model.zero_grad()  # the gradients' memory belongs to the graph
-            for block in model.h:
-                block.compile(backend="inductor" if on_gpu else "aot_eager", dynamic=True)
-            record("compiled", step)
+def _record_times(stage: Stage, name: str, step: Callable[[], object]) -> float:
+    """Record the times of a step; return its milliseconds."""
+    first, _ = _timed(stage, step)
+    step()
+    n_steps = 20 if stage.device == "cuda" else 2
+    seconds, _ = _timed(stage, lambda: [step() for _ in range(n_steps)])
+    host_seconds = min(_launch_seconds(stage, step) for _ in range(5 if stage.device == "cuda" else 1))
+    figures = {"first_ms": 1e3 * first, "step_ms": 1e3 * seconds / n_steps, "host_ms": 1e3 * host_seconds}
+    stage.record(**{f"{name}.{key}": value for key, value in figures.items()})
+    return figures["step_ms"]
 
 
 def _launch_seconds(stage: Stage, step: Callable[[], object]) -> float:
@@ -457,6 +478,7 @@ def main() -> None:
         function = STAGES[options.stage][1]
         assert function is not None
         stage = Stage(options.device, options.scratch, options.scratch / f"{options.stage}.json")
+        logging.getLogger("gpt2core").addHandler(RecordWarnings(stage))
         function(stage)
         sys.exit(stage.failed)
     out = options.out or ROOT / ("benchmarks/results" if options.device == "cuda" else "outputs") / "gpu.json"
@@ -491,6 +513,8 @@ def _run_stages(device: str, names: Sequence[str], out: Path) -> int:
                     print(f"  {key}: {value}")
                 elif isinstance(value, int | float):
                     print(f"  {key}: {value:,.4g}" if value < 100 else f"  {key}: {value:,.0f}")
+            for message in figures.get("warnings", []):
+                print(f"  warning: {message}")
             if "error" in entry:
                 print(entry["error"])
     print(f"written to {out}")

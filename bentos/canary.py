@@ -14,18 +14,18 @@ class Canary:
     """The canary of this process, if there is one, and the statistics of both versions since it started."""
 
     def __init__(self) -> None:
-        self._request: CanaryRequest | None = None
+        self.request: CanaryRequest | None = None  # None: there is no canary
         self._arms: dict[str, CanaryArm] = {}
         self._shadow_status = ShadowStatus()
 
     @property
     def adapter(self) -> str | None:
         """The name of the canary's adapter."""
-        return None if self._request is None else self._request.adapter
+        return None if self.request is None else self.request.adapter
 
     @property
     def is_shadow(self) -> bool:
-        return self._request is not None and self._request.shadow
+        return self.request is not None and self.request.shadow
 
     def set(self, request: CanaryRequest | None, versions: Sequence[AdapterVersion]) -> bool:
         """Start, change or end (None) the canary.
@@ -40,18 +40,18 @@ class Canary:
         if restarts:
             self._arms = {version.name: CanaryArm(adapter=version) for version in versions}
             self._shadow_status = ShadowStatus()
-        self._request = request
+        self.request = request
         return restarts
 
     def status(self) -> CanaryStatus:
         shadow = self._shadow_status if self.is_shadow else None
-        return CanaryStatus(canary=self._request, versions=[*self._arms.values()], shadow=shadow)
+        return CanaryStatus(canary=self.request, versions=[*self._arms.values()], shadow=shadow)
 
     def route(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request for the version that answers it."""
-        if self._request is None or self._request.shadow or not self._chooses(request):
+        if self.request is None or self.request.shadow or not self._chooses(request):
             return request
-        return replace(request, model=self._request.adapter)
+        return replace(request, model=self.request.adapter)
 
     def repeats(self, result: CompletionResult) -> bool:
         """Whether the canary repeats this request: shadow mode is on, and the answers can be compared.
@@ -91,7 +91,7 @@ class Canary:
 
     def _chooses(self, request: GenerationRequest) -> bool:
         key = request.route_key or request.request_id
-        return self._request is not None and request.model == TUNED and routes_to_canary(self._request, key)
+        return self.request is not None and request.model == TUNED and routes_to_canary(self.request, key)
 
 
 def routes_to_canary(canary: CanaryRequest, key: str) -> bool:

@@ -4,19 +4,25 @@ tests/bentos/test_compat.py fails when BentoML no longer needs one of them.
 """
 
 import asyncio
+import atexit
 import json
 import os
 import select
+import shutil
+import signal
 import socket
 import struct
+import tempfile
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
+import click
 from _bentoml_sdk import Service
 from _bentoml_sdk.service.openapi import generate_spec
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
@@ -30,7 +36,7 @@ from bentos.errors import STATUS, error_content
 from bentos.limits import DEADLINE, HEAD_TIMEOUT, KEEP_ALIVE, LAST_HANDSHAKES, MAX_HEAD
 
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
-SO_ATTACH_FILTER = 26  # Linux constant that Python's socket module does not have
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # Linux constants that Python's socket module does not have
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
 
 
@@ -47,6 +53,16 @@ class WrappableService(Service[Any]):
 
     def complete_spec(self, paths: dict[str, Any]) -> None:
         """Called with the paths of the OpenAPI document, to change them in place."""
+
+    def inject_config(self) -> None:
+        """BentoML calls it in every process; in the parent process before anything else."""
+        super().inject_config()
+        context = click.get_current_context(silent=True)
+        if context is not None and context.info_name == "serve":
+            http = BentoMLContainer.http
+            check_port(context.params["host"] or http.host.get(), context.params["port"] or http.port.get())
+            use_own_metrics_directory()
+            stop_at_sighup()
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         return self.wrap(super().to_asgi(is_main))
@@ -196,6 +212,34 @@ def bound_heads() -> None:
     auto.AutoHTTPProtocol = BoundedHttpProtocol
 
 
+def check_port(host: str, port: int) -> None:
+    """Exit with a one-line error if the port cannot be listened on. BentoML would exit with a traceback."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as BentoML's socket
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SystemExit(f"Error: cannot listen on {host}, port {port}: {error.strerror}") from None
+
+
+def use_own_metrics_directory() -> None:
+    """Keep this server's metrics apart. By default they are in BENTOML_HOME, and a server that starts deletes them."""
+    directory = tempfile.mkdtemp(prefix="bentoml-metrics-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    BentoMLContainer.prometheus_multiproc_dir.set(directory)
+
+
+def stop_at_sighup() -> None:
+    """Make BentoML's parent process stop at SIGHUP as at SIGTERM, unless SIGHUP is ignored, as after `nohup`.
+
+    By default it starts a second worker, and ends the first one, which closes the port of both (`stop_listening`).
+    """
+    from bentoml._internal.utils.circus import Arbiter  # no worker needs it, and tornado and zmq, which it imports
+
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    Arbiter.reload = lambda self, **_: None if ignored else self.stop()
+
+
 async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
     """Refuse new connections; accepted connections stay open.
 
@@ -206,7 +250,7 @@ async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
     descriptor, so the kernel would accept connections for another second, and reset them when the parent exits.
     `shutdown` ends listening itself (Linux), but resets connections that are not accepted yet. A packet filter
     therefore drops new connections first. A client that tries to connect during that time retries after a second,
-    and is refused then.
+    and is refused then. If only the worker was stopped, BentoML starts another one, which listens again.
     """
     servers = getattr(getattr(sigterm_handler, "__self__", None), "servers", [])
     for listening in [listening for server in servers for listening in server.sockets]:
@@ -216,6 +260,8 @@ async def stop_listening(sigterm_handler: Callable[..., object]) -> None:
             while select.select([duplicate], [], [], 0)[0]:
                 await asyncio.sleep(0.01)
             duplicate.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # no filter
+                duplicate.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
     for server in servers:
         server.close()
 

@@ -148,6 +148,11 @@ class Completion:
         """Remove the completion from the engine before its next step. Has no effect after its end."""
         self._end("cancelled")
 
+    def withdraw(self) -> None:
+        """Cancel the completion without recording it, because the request that it belongs to was refused."""
+        self._on_end = ()
+        self.cancel()
+
     def _finish_reason(self, reason: str) -> FinishReason:
         """Return the client's reason for that of the engine.
 

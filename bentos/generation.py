@@ -177,11 +177,12 @@ class TextGenerator:
         try:
             for request in requests:
                 completions.append(self._submit(request, [self._observe, *([on_end] if on_end else [])]))
-                self._shadows.request_started()
         except (EngineFull, EngineClosed, ValueError) as error:
             for completion in completions:
-                completion.cancel()
+                completion.withdraw()
             raise self._engine_error(error, param) from None
+        for _ in completions:
+            self._shadows.request_started()
         return completions
 
     async def load(self, name: str, directory: str) -> AdapterVersion:
@@ -204,9 +205,11 @@ class TextGenerator:
                 message = f"{MAX_ADAPTERS} adapters are already loaded; unload one first"
                 raise ServiceError("too_many_adapters", message, "lora_name")
             try:
-                return await asyncio.to_thread(self._load, name, path)
+                version = await asyncio.to_thread(self._load, name, path)
             except (ValueError, OSError) as error:
                 raise ServiceError("invalid_adapter", f"lora_path: {error}", "lora_path") from None
+            self._set_canary(self._canary.request)  # its adapter may be another version now
+            return version
 
     async def unload(self, name: str) -> None:
         """Unload an adapter; running completions keep it.

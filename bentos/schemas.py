@@ -16,9 +16,10 @@ from bentos.limits import (
     MAX_STOPS,
 )
 from gpt2core.config import GenerationConfig
+from gpt2core.types import NAME
 
 DEFAULTS = GenerationConfig()
-TUNED = "gpt2-instruct"  # the base with the run's adapter; the default model
+TUNED = NAME  # the base with the run's adapter; the default model
 BASE = "base"
 
 

@@ -3,34 +3,58 @@
 import logging
 from pathlib import Path
 from shutil import copy2
+from typing import NamedTuple
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import export_peft, save_pretrained
-from gpt2core.files import json_bytes, list_files, write_files
+from gpt2core.files import json_bytes, list_files, read_json, write_files
 from gpt2core.lora import lora_config
 from gpt2core.prompt import chat_template
-from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, VOCAB
+from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, read_padding_token
 from gpt2core.types import Evaluation, Lineage, SplitSummary
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from steps.adapters.model_card import CARD, evaluated_card
 
 logger = logging.getLogger(__name__)
-FORMATS = {  # name -> the library that loads it, and the description in its model card
-    "peft": ("peft", "The adapter in PEFT's format."),
-    "hf": ("transformers", "The base with the adapter merged into its weights, for transformers."),
-    "gguf": (
+
+
+class _Format(NamedTuple):
+    library: str  # the library that loads it; the hub shows it
+    content: str  # for the model card
+    merged_use: str = ""  # for the model card of a merged model
+
+
+FORMATS = {
+    "peft": _Format("peft", "The adapter in PEFT's format."),
+    "hf": _Format(
+        "transformers",
+        "The base with the adapter merged into its weights, for transformers.",
+        """```python
+from transformers import pipeline
+
+answer = pipeline("text-generation", "DIRECTORY")
+messages = [{"role": "user", "content": "What is the antonym of hot?"}]
+print(answer(messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])
+```
+
+The tokenizer's chat template writes the prompt of the training, Alpaca's.""",
+    ),
+    "gguf": _Format(
         "",
         "For llama.cpp: `model.gguf` is the base with the adapter merged, `adapter.gguf` (not of a DoRA) the adapter.",
+        "`llama-cli -m DIRECTORY/model.gguf`, or with a GGUF file of the base `llama-cli -m BASE.gguf --lora "
+        "DIRECTORY/adapter.gguf`.\nThe chat template of `model.gguf` writes the prompt of the training, Alpaca's.",
     ),
 }
 
 
-def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
+def export(kind: str, out: Path, run: str, quantize: str = "f32", history: bool = False) -> list[Path]:
     """Write the run's model into a new or empty directory; return the files.
 
     Args:
         kind: peft, hf or gguf.
         quantize: type of the matrices in a GGUF file: f32, f16 or q8_0.
+        history: the chat template of hf and gguf uses earlier turns as the input.
 
     Raises:
         FileNotFoundError, HubError, ValueError: see `open_run`.
@@ -41,12 +65,12 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
     finished = open_run(run)
     card = _model_card(finished, kind)
     if kind == "peft":
-        export_peft(finished.load(merge=False), out, finished.base.name)
+        export_peft(finished.load(merge=False), out, finished.base.name, finished.base.revision or None)
     elif kind == "hf":
-        _write_hf(finished, out)
+        _write_hf(finished, out, history)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize)
+        write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize, history)
         adapter = finished.load(merge=False)
         if lora_config(adapter).dora:
             logger.warning("%s: no adapter.gguf, because llama.cpp has no DoRA; model.gguf has the adapter merged", out)
@@ -56,7 +80,7 @@ def export(kind: str, out: Path, run: str, quantize: str = "f32") -> list[Path]:
     return [out / name for name in list_files(out)]
 
 
-def _write_hf(finished: FinishedRun, out: Path) -> None:
+def _write_hf(finished: FinishedRun, out: Path, history: bool) -> None:
     model = finished.load(merge=True)
     save_pretrained(model, out)
     for name in (TOKENIZER, VOCAB, MERGES):
@@ -66,9 +90,15 @@ def _write_hf(finished: FinishedRun, out: Path) -> None:
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": model.config.n_positions,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-        "chat_template": chat_template(),
+        "chat_template": chat_template(history),
     }
-    files = {"tokenizer_config.json": json_bytes(tokenizer_config)}
+    padding = read_padding_token(finished.base_dir)
+    if padding is not None:
+        tokenizer_config["pad_token"] = padding[0]
+    own = finished.base_dir / TOKENIZER_CONFIG
+    if own.is_file() and (side := read_json(own).get("padding_side")) in ("left", "right"):
+        tokenizer_config["padding_side"] = side
+    files = {TOKENIZER_CONFIG: json_bytes(tokenizer_config)}
     if model.config.generation_config is None:
         ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
         files["generation_config.json"] = json_bytes(ids | {"do_sample": False})
@@ -80,5 +110,5 @@ def _model_card(finished: FinishedRun, kind: str) -> str:
     lineage = Lineage.from_json_file(directory / "lineage.json")
     evaluation = Evaluation.from_json_file(directory / "metrics.json")
     split = SplitSummary.from_json_file(directory / "split.json")
-    library, content = FORMATS[kind]
-    return evaluated_card(finished.adapter, lineage, evaluation, split.test.records, content, library)
+    library, content, merged_use = FORMATS[kind]
+    return evaluated_card(finished.adapter, lineage, evaluation, split.test, content, library, merged_use)

@@ -25,11 +25,10 @@ from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
 from gpt2core.files import checkpoint_files, file_sha256, list_files, naming_file, read_json, verify_directory
 from gpt2core.inference.native import NAME as NATIVE_LIBRARY
 from gpt2core.inference.native import library_file
-from gpt2core.types import AdapterRef, Lineage
+from gpt2core.types import NAME, AdapterRef, Lineage
 
 logger = logging.getLogger(__name__)
 
-NAME = "gpt2-instruct"
 MODULES = ("bentos.service", "deploy.containers.proxy")  # run from a Bento: service, reverse proxy of the docker target
 BUILD_FILES = tuple(
     f"bentos/{name}" for name in ("Dockerfile", "bentofile.yaml", "requirements.txt", "requirements-hashed.txt")

@@ -19,7 +19,7 @@ class DeployConfig:
     """The deploy target: none, a container of this machine's engine, or a Kubernetes cluster."""
 
     target: Literal["none", "docker", "kubernetes"] = "none"
-    require_stage: Literal["", "staging", "production"] = ""  # stage that the model version must be in; "": any
+    require_stage: Literal["", "staging", "production"] = ""  # stage that the model must be in, or a later one; "": any
     host: str = "127.0.0.1"  # docker: the address to listen on; 0.0.0.0 also accepts requests from other machines
     port: int = 3000  # docker: also names the deployment
     memory: str = ""  # memory limit of the service; "": 2g (docker), or as in k8s/ (kubernetes)

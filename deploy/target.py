@@ -28,7 +28,8 @@ class Deployment(JsonDataclass):
     """The outcome of a deployment or a rollback.
 
     outcome: "none" (the Bento stays in the Bento store), "deployed", "unchanged" (the Bento already ran), "rolled_back"
-        (to `previous`, or to no version after a first deployment), or "failed" (the rollback failed too).
+        (to `previous`, or to no version after a first deployment), or "failed" (the previous version could not be
+        restored, or there was nothing to roll back).
     """
 
     target: str

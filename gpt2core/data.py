@@ -13,8 +13,10 @@ from gpt2core.config import GPT2Config, TooLong
 from gpt2core.metrics import normalize
 from gpt2core.prompt import MARKERS, format_prompt
 from gpt2core.records import (  # re-exported: the public path of these names
+    PARTS,
     REQUIRED,
     TEXTS,
+    Part,
     Record,
     check_records,
     check_texts,
@@ -31,6 +33,7 @@ __all__ = [
     "LongRecord",
     "Record",
     "Split",
+    "by_part",
     "check_examples",
     "check_records",
     "count_duplicates",
@@ -49,6 +52,7 @@ __all__ = [
     "to_jsonl",
 ]
 
+TRUNCATED = "truncated"  # key of a record whose output is cut
 SHOWN_RECORDS = 10  # maximum number of locations in one message
 
 
@@ -60,7 +64,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One record as tokens: prompt, response, end of text."""
+    """One record as tokens: prompt, response, end of text (not if the response is truncated)."""
 
     input_ids: list[int]  # or an array or a tensor, which becomes a list
     prompt_length: int
@@ -102,10 +106,31 @@ def find_markers(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def count_leaks(records: Sequence[Record]) -> int:
-    """Return the number of records with the `part` val or test whose question is also in the train part."""
-    train = {same_question(record) for record in records if record.get("part", "train") == "train"}
-    return sum(record.get("part") in ("val", "test") and same_question(record) in train for record in records)
+def count_leaks(records: Sequence[Record], part: Part = "train") -> int:
+    """Return the number of records of later parts (of train, val, test) whose question is also in this part."""
+    parts = Split._fields
+    known = {same_question(record) for record in records if _part(record) == part}
+    later = parts[parts.index(part) + 1 :]
+    return sum(_part(record) in later and same_question(record) in known for record in records)
+
+
+def by_part(records: Sequence[Record]) -> Split:
+    """Return the records by their own `part`. Those without one are train records.
+
+    Raises:
+        ValueError: a part is unknown.
+    """
+    parts = Split([], [], [])
+    for record in records:
+        getattr(parts, _part(record)).append(record)
+    return parts
+
+
+def _part(record: Record) -> Part:
+    part = record.get("part") or "train"
+    if part.lower() not in PARTS:
+        raise ValueError(f"a record has the part {part!r}; the known ones are {', '.join(PARTS)}")
+    return PARTS[part.lower()]
 
 
 def split_records(
@@ -113,18 +138,27 @@ def split_records(
 ) -> Split:
     """Split by the records' own `part`. A part without records is split off from the train records.
 
+    Truncated records (see `limit_lengths`) of the test part are dropped.
+
     Raises:
-        ValueError: a text is missing or not a string (see `check_records`); otherwise as `split_evenly`.
+        ValueError: a text is missing or not a string (see `check_records`), a part is unknown, or all test records were
+            truncated; otherwise as `split_evenly`.
     """
     check_texts(records)
-    given: dict[str, list[Record]] = {name: [] for name in Split._fields}
-    for record in records:
-        given[record.get("part") or "train"].append({key: text for key, text in record.items() if key != "part"})
-    if not given["train"]:
+    given = Split(*([_without_part(record) for record in part] for part in by_part(records)))
+    if not given.train:
         raise ValueError(f"{len(records)} records, but none of them is for training")
-    fractions = (0.0 if given["val"] else val_fraction, 0.0 if given["test"] else test_fraction)
-    parts = split_evenly(given["train"], seed, *fractions)
-    return Split(parts.train, given["val"] or parts.val, given["test"] or parts.test)
+    fractions = (0.0 if given.val else val_fraction, 0.0 if given.test else test_fraction)
+    parts = split_evenly(given.train, seed, *fractions)
+    chosen = given.test or parts.test
+    test = [record for record in chosen if not record.get(TRUNCATED)]
+    if chosen and not test:
+        raise ValueError(f"all {len(chosen)} records of the test part were truncated; set too_long to drop")
+    return Split(parts.train, given.val or parts.val, test)
+
+
+def _without_part(record: Record) -> Record:
+    return {key: text for key, text in record.items() if key != "part"}
 
 
 def split_evenly(records: Sequence[Record], seed: int | None, val_fraction: float, test_fraction: float) -> Split:
@@ -239,7 +273,9 @@ def limit_lengths(
 ) -> tuple[list[Record], list[LongRecord]]:
     """Apply `too_long` to records that do not fit into the context.
 
-    Returns the records that fit or were truncated, and a description of the dropped and the truncated records.
+    Returns the records that fit or were truncated, and a description of the dropped and the truncated records. A
+    truncated record has the key `truncated`: its example does not end with the end of text, so that the model does not
+    learn to stop there. A test record is dropped instead, because a full answer would differ from a cut reference.
 
     Raises:
         ValueError: `too_long` is "error" and a record does not fit, or it is "truncate" and a prompt leaves no space
@@ -249,13 +285,16 @@ def limit_lengths(
     if found and too_long == "error":
         raise _too_long_error(found, len(records), context_length)
     limited: dict[int, Record] = dict(enumerate(records))
+    without_room = []
     for long in found:
-        shorter = _truncate(records[long.index], tokenizer, context_length) if too_long == "truncate" else None
-        if shorter is not None:
-            limited[long.index] = shorter
-        else:
-            del limited[long.index]
-    without_room = [long for long in found if too_long == "truncate" and long.index not in limited]
+        record = limited.pop(long.index)
+        if too_long == "truncate" and _part(record) != "test":
+            shorter = _truncate(record, tokenizer, context_length)
+            if shorter is None:
+                without_room.append(long)
+            else:
+                limited[long.index] = shorter
+    limited = dict(sorted(limited.items()))
     if without_room:
         raise ValueError(
             f"{len(without_room)} prompts leave no room for an output in a context of {context_length} tokens: "
@@ -306,17 +345,18 @@ def check_examples(name: str, examples: Sequence[Example], config: GPT2Config) -
 
 def _encode(record: Record, tokenizer: tiktoken.Encoding) -> Example:
     prompt = tokenizer.encode_ordinary(format_prompt(record["instruction"], record.get("input", "")))
-    return Example([*prompt, *tokenizer.encode_ordinary(record["output"]), tokenizer.eot_token], len(prompt))
+    end = [] if record.get(TRUNCATED) else [tokenizer.eot_token]
+    return Example([*prompt, *tokenizer.encode_ordinary(record["output"]), *end], len(prompt))
 
 
 def _truncate(record: Record, tokenizer: tiktoken.Encoding, context_length: int) -> Record | None:
     """Return the record with its output cut to the longest prefix that fits; None if not even one token fits."""
     example = _encode(record, tokenizer)
     output = example.input_ids[example.prompt_length : -1]
-    for length in range(context_length - example.prompt_length - 1, 0, -1):
+    for length in range(context_length - example.prompt_length, 0, -1):
         # A cut inside a character leaves incomplete bytes, which are ignored; the shorter text may have other tokens.
         text = tokenizer.decode_bytes(output[:length]).decode(errors="ignore")
-        shorter = record | {"output": text}
+        shorter = record | {"output": text, TRUNCATED: "true"}
         if text.strip() and len(_encode(shorter, tokenizer).input_ids) <= context_length:
             return shorter
     return None

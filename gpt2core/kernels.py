@@ -205,25 +205,37 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
         RuntimeError: the device cannot capture `compute`. The current stream is restored.
     """
     graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
-    if pool is None:  # graphs cannot use memory that torch's allocator has cached: give it back to the device first
-        torch.cuda.empty_cache()
+    if pool is None:
+        gc.collect()  # autograd nodes in reference cycles keep the stream of earlier steps: the capture would fail
+        torch.cuda.empty_cache()  # graphs cannot use memory that torch's allocator has cached
         pool = torch.cuda.graph_pool_handle()
     # torch.cuda.graph would wait for the device and empty the allocator's caches each time, which takes about 100 ms
     with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(_capture_stream(device)):
         gc.disable()  # during a capture, the garbage collector must not free another graph
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may use the device
-            try:
-                outputs = compute()
-            except BaseException:
-                with suppress(RuntimeError):  # its message says only that the capture has failed
-                    graph.capture_end()
-                raise
+            outputs = compute()
             graph.capture_end()
+        except BaseException:
+            _discard_capture(graph, device, pool)
+            raise
         finally:
             if was_enabled:
                 gc.enable()
     return graph, outputs
+
+
+def _discard_capture(graph: "torch.cuda.CUDAGraph", device: torch.device, pool: Any) -> None:
+    """End a capture that has failed, and release its memory.
+
+    Private because torch's `capture_end` of an invalid capture raises before it tells the allocator. The allocator
+    would then keep the memory, and not free cached memory if an allocation fails later.
+    """
+    with suppress(RuntimeError):  # its message says only that the capture has failed
+        graph.capture_end()
+    with suppress(RuntimeError):  # the capture was valid, so the graph releases its memory itself
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 @contextmanager

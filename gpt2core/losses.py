@@ -17,7 +17,7 @@ def batch_losses(model: GPT2, batch: Batch) -> Tensor:
     The head and the last MLP compute only the tokens before a label.
     """
     hidden = model.hidden(batch.input_ids, batch.sequences, positions=batch.positions, keep=batch.labeled)
-    logits = model.head(hidden.flatten(0, -2)).float()
+    logits = model.padded_head(hidden.flatten(0, -2)).float()
     return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED, reduction="none")
 
 

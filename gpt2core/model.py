@@ -28,6 +28,14 @@ def pad_rows(weight: Tensor) -> Tensor:
     return F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
 
 
+def pad_bias(n_outputs: int, like: Tensor) -> Tensor:
+    """Return the bias for a product with `pad_rows`: 0 for the n_outputs of the weight, -inf for the additional ones.
+
+    It has the dtype and device of `like`.
+    """
+    return F.pad(like.new_zeros(n_outputs), (0, -n_outputs % ALIGNED), value=-torch.inf)
+
+
 def best_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,11 +132,19 @@ class GPT2(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Compute the logits (..., V) of hidden states (..., C)."""
+        logits, n = self.padded_head(hidden), len(self.wte.weight)
+        return logits if logits.shape[-1] == n else logits[..., :n]
+
+    def padded_head(self, hidden: Tensor) -> Tensor:
+        """Compute the logits (..., >= V) of hidden states (..., C). Additional logits at the end are -inf.
+
+        Only a GPU has them. A loss does not need to cut them off, which would take two copies of all logits' gradients.
+        """
         if self.prepacked_head is not None:
             return linear(hidden, self.prepacked_head)
         weight = self.wte.weight
         if hidden.device.type == "cuda" and hidden.numel() >= ALIGNED * hidden.shape[-1]:
-            return linear(hidden, pad_rows(weight))[..., : len(weight)]
+            return linear(hidden, pad_rows(weight), pad_bias(len(weight), weight))
         return linear(hidden, weight)
 
 

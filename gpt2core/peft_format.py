@@ -28,7 +28,7 @@ _KEY = re.compile(
 )
 
 
-def export_peft(model: GPT2, directory: str | Path, base: str | None = None) -> Path:
+def export_peft(model: GPT2, directory: str | Path, base: str | None = None, revision: str | None = None) -> Path:
     """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
 
     The n pairs of a fused c_attn become one pair of rank n * R, whose lora_B is zero outside the adapted thirds. alpha
@@ -37,6 +37,7 @@ def export_peft(model: GPT2, directory: str | Path, base: str | None = None) -> 
 
     Args:
         base: path or Hub name of the base, which PEFT loads if it is not given a model; None: not known.
+        revision: commit of a base of the Hub, which PEFT then loads; None: the newest.
 
     Raises:
         ValueError: the model has no LoRA layers, or their weights are not finite.
@@ -64,6 +65,7 @@ def export_peft(model: GPT2, directory: str | Path, base: str | None = None) -> 
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,

@@ -55,18 +55,33 @@ def split_prompt(prompt: str) -> tuple[str, str] | None:
     return (instruction, input) if input else (inner, "")
 
 
-def chat_template() -> str:
+def chat_template(history: bool = False) -> str:
     """Return the template in Jinja for tokenizer_config.json and GGUF files.
 
-    As in the service, the last user turn is the instruction, and other turns are not used. A final assistant turn is
-    formatted as in a training example.
+    As in the service, the last user turn is the instruction, and system messages are not used. A final assistant turn
+    is formatted as in a training example.
+
+    Args:
+        history: earlier turns are the input, as in training on conversations. False: they are not used.
     """
-    before, after = (json.dumps(text) for text in PROMPT_TEMPLATE.without_input.split("{instruction}"))
+    before, after = PROMPT_TEMPLATE.without_input.split("{instruction}")
+    between = PROMPT_TEMPLATE.with_input.removeprefix(before + "{instruction}").removesuffix("{input}" + after)
+    texts = (before, between, after, format_turns([("user", "")]), format_turns([("assistant", "")]))
+    before, between, after, user, assistant = map(json.dumps, texts)
+    turns = (
+        "{%- for message in messages[:last.index] -%}"
+        "{%- if message['role'] in ['user', 'assistant'] and message['content'] | trim -%}"
+        f"{{%- set separator = '\\n' if last.turns else {between} -%}}"
+        f"{{%- set role = {user} if message['role'] == 'user' else {assistant} -%}}"
+        "{%- set last.turns = last.turns + separator + role + message['content'] -%}"
+        "{%- endif -%}{%- endfor -%}"
+    )
     return (
-        "{%- set last = namespace(user='') -%}"
+        "{%- set last = namespace(user='', index=0, turns='') -%}"
         "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-        "{%- set last.user = message['content'] -%}{%- endif -%}{%- endfor -%}"
-        f"{{{{- {before} + last.user + {after} -}}}}"
+        "{%- set last.user = message['content'] -%}{%- set last.index = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+        f"{turns if history else ''}"
+        f"{{{{- {before} + last.user + last.turns + {after} -}}}}"
         "{%- if messages[-1]['role'] == 'assistant' -%}{{- messages[-1]['content'] + eos_token -}}{%- endif -%}"
     )
 

@@ -55,16 +55,21 @@ def ignored_keys(value: Any, columns: Mapping[str, str]) -> list[str]:
     return unused
 
 
-def begins_with_answer(value: Any, columns: Mapping[str, str]) -> bool:
-    """Return whether a conversation in ShareGPT's format begins with an answer, like a greeting, which is skipped."""
+def roles_of(value: Any, columns: Mapping[str, str]) -> list[str]:
+    """Return the role of each turn of a conversation; [] for a value of another format."""
     if not isinstance(value, dict):
-        return False
+        return []
     value = _rename(value, _applying(value, columns))
-    if _format(value) == SHAREGPT:
-        with suppress(ValueError):
-            roles = [_role(turn) for turn in _messages(value, SHAREGPT)]
-            return next((role for role in roles if role != "system"), "") == "assistant"
-    return False
+    roles: list[str] = []
+    for key in _FORMATS.get(_format(value), ()):
+        if key in CHATS or isinstance(value.get(key), list):
+            with suppress(ValueError):
+                roles += map(_role, _messages(value, key))
+    return roles
+
+
+def is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and all(_key(value, keys) in value for keys in (_ROLE_KEYS, _CONTENT_KEYS))
 
 
 def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -84,6 +89,9 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
             raise ValueError(f"no {own!r}, which data.columns gives as {key!r}, in {shorten(value)}")
     value = _rename(value, columns)
     kind = _format(value)
+    for key, inner in value.items():
+        if not kind and isinstance(inner, list) and inner and is_turn(inner[0]):
+            raise ValueError(f"{key!r} is a conversation; to read it, set data.columns to {{messages: {key}}}")
     if kind in CHATS:
         return _conversation(value, kind, required)
     if kind == "prompt/completion":

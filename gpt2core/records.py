@@ -22,16 +22,17 @@ from gpt2core.record_formats import (
     REQUIRED,
     SHAREGPT,
     TEXTS,
-    begins_with_answer,
     format_of,
     ignored_keys,
+    is_turn,
+    roles_of,
     shorten,
     to_records,
 )
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, str]  # keys: instruction, input, output; if known also group, family, part
+Record = dict[str, str]  # keys: instruction, input, output; if known also group, family, part; truncated
 Part = Literal["train", "val", "test"]
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
@@ -47,6 +48,9 @@ _BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and byte order mar
 _CONTENTS = (  # first bytes of other formats that occur in files with a text file's suffix
     (b"\x1f\x8b", "is compressed by gzip; decompress it"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; decompress it"),
+    (b"\xfd7zXZ\0", "is compressed by xz; decompress it"),
+    (b"BZh", "is compressed by bzip2; decompress it"),
     (b"PAR1", "is a Parquet file; rename it to .parquet"),
     (b"version https://git-lfs", "is a pointer of Git LFS, not the data; fetch it by git lfs pull"),
 )
@@ -120,7 +124,7 @@ def make_records(
     records: list[Record] = []
     problems: list[str] = []
     formats, ignored = Counter[str](), Counter[str]()
-    skipped = 0
+    conversations = with_system = skipped = 0
     for row in rows:
         found: list[Record | str]
         try:
@@ -129,7 +133,11 @@ def make_records(
             found = [str(error)]
         formats[format_of(row.value, columns)] += 1
         ignored.update(ignored_keys(row.value, columns))
-        skipped += begins_with_answer(row.value, columns)
+        roles = roles_of(row.value, columns)
+        conversations += bool(roles)
+        with_system += "system" in roles
+        first = next((role for role in roles if role != "system"), "")
+        skipped += format_of(row.value, columns) == SHAREGPT and first == "assistant"
         # The group is named by its content: a number could be the same for conversations of different files.
         digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
         for answer, record in enumerate(found, 1):
@@ -151,6 +159,9 @@ def make_records(
     if ignored:
         keys = ", ".join(f"{shorten(key)} in {count}" for key, count in ignored.most_common(SHOWN_PROBLEMS))
         logger.warning("%s: keys that are not used: %s (data.columns maps names)", source, keys)
+    if with_system:
+        what = "have system messages, which are dropped"
+        logger.warning("%s: %d of %d conversations %s", source, with_system, conversations, what)
     if skipped:
         what = "begin with an answer instead of a question; this answer is skipped"
         logger.warning("%s: %d of %d conversations %s", source, skipped, formats[SHAREGPT], what)
@@ -215,6 +226,8 @@ def _record(value: Any, required: Sequence[str]) -> Record | str:
     record = {}
     for key in (*TEXTS, *LABELS):
         text = value.get(key)
+        if key in LABELS and isinstance(text, int) and not isinstance(text, bool):  # an id
+            text = str(text)
         if text is None and key not in required:
             if key in TEXTS:
                 record[key] = ""
@@ -247,11 +260,25 @@ def _decode(content: bytes, file: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         before = content[content.rfind(b"\n", 0, error.start) + 1 : error.start].decode(errors="replace")
+        if error.reason == "unexpected end of data":
+            hint = "the file ends inside a character: it is cut off, or has another encoding"
+        elif _is_mostly_utf8(content):
+            hint = "other lines are UTF-8, so the file is damaged here or mixes encodings; correct this line"
+        else:
+            hint = (
+                "find out its encoding and convert it, for example by iconv -f WINDOWS-1252 -t UTF-8 (or from CP1250, "
+                "CP1251, SHIFT_JIS, GB18030); a wrong choice gives wrong letters without an error"
+            )
         raise ValueError(
-            f"{file}, line {line}, column {len(before) + 1}: byte 0x{content[error.start]:02x} is not UTF-8; the file "
-            f"looks like Latin-1 (ISO-8859-1) or Windows-1252 text, so convert it: iconv -f WINDOWS-1252 -t UTF-8. "
+            f"{file}, line {line}, column {len(before) + 1}: byte 0x{content[error.start]:02x} is not UTF-8; {hint}. "
             f"The text before it is {before[-40:]!r}"
         ) from None
+
+
+def _is_mostly_utf8(content: bytes) -> bool:
+    """Return whether at least half of the lines that are not ASCII are UTF-8. A few lines of any encoding may be."""
+    lines = [line for line in content.split(b"\n") if not line.isascii()]
+    return 2 * sum("\ufffd" not in line.decode(errors="replace") for line in lines) >= len(lines)
 
 
 def _csv_rows(text: str, file: Path) -> Iterator[Row]:
@@ -382,7 +409,10 @@ class _Parser:
         """Return whether the value is an object of lists of records, like {"train": [...], "test": [...]}."""
         if not isinstance(value, dict) or not value or value.keys() & self.lists:
             return False
-        return all(isinstance(inner, list) and all(isinstance(x, dict) for x in inner) for inner in value.values())
+        return all(
+            isinstance(inner, list) and all(isinstance(x, dict) and not is_turn(x) for x in inner)
+            for inner in value.values()
+        )
 
     def _parts(self, text: str, position: int, offset: int, names: Sequence[str]) -> Iterator[Row]:
         """Yield the records of the object of lists at the position. It must be valid JSON."""

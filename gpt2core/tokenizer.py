@@ -17,7 +17,8 @@ from gpt2core.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
-ADDED_TOKENS = "added_tokens.json"
+ADDED_TOKENS, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
+_NO_END = f"has no {END_OF_TEXT!r}, GPT-2's end of text; other ends of text, such as </s>, are not supported"
 # GPT-2's pre-tokenization (Radford et al. 2019, section 2.2), in tiktoken's faster form. The limit of 100,000 changes
 # only the tokens of longer runs of whitespace. Without it, a run of a million makes tiktoken panic (not an Exception).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s{1,100000}(?!\S)|\s"
@@ -70,6 +71,29 @@ def read_token_ids(directory: Path) -> dict[str, int] | None:
     return _read_vocab(directory) if (directory / VOCAB).is_file() else None
 
 
+def read_padding_token(directory: Path) -> tuple[str, int] | None:
+    """Return text and id of the padding token that the files of a base name for transformers; None: there is none.
+
+    A token that is not special is not returned: transformers makes a padding token special, and then no longer finds it
+    in text.
+
+    Raises:
+        ValueError: a file is damaged; as `load_tokenizer`.
+    """
+    special = read_vocabulary(directory).special
+    for name, key in (
+        (TOKENIZER_CONFIG, "pad_token"),
+        ("special_tokens_map.json", "pad_token"),
+        ("generation_config.json", "pad_token_id"),
+    ):
+        token = read_json(directory / name).get(key) if (directory / name).is_file() else None
+        text = token.get("content") if isinstance(token, dict) else token
+        found = next((pair for pair in special.items() if text in pair and type(text) in (str, int)), None)
+        if found is not None:
+            return found
+    return None
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The content of a byte-level BPE's files."""
@@ -101,7 +125,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
             )
     ids = _read_vocab(directory)
     if END_OF_TEXT not in ids:
-        raise ValueError(f"{directory / VOCAB} has no {END_OF_TEXT!r}")
+        raise ValueError(f"{directory / VOCAB} {_NO_END}")
     special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
     lines = read_text(directory / MERGES).split("\n")
     merges = [line.rstrip("\r") for line in lines]
@@ -169,7 +193,7 @@ def _read_tokenizer(file: Path) -> Vocabulary:
     if END_OF_TEXT in ids:
         special[END_OF_TEXT] = ids[END_OF_TEXT]
     if END_OF_TEXT not in special:
-        raise ValueError(f"{file} has no {END_OF_TEXT!r}")
+        raise ValueError(f"{file} {_NO_END}")
     ordinary = {token: id for token, id in ids.items() if token not in special}
     return Vocabulary(str(file), ordinary, pairs, special, added)
 
@@ -191,6 +215,13 @@ def _ranks(vocabulary: Vocabulary) -> dict[bytes, int]:
     missing = [token for token in (*_byte_of_character(), *merged) if token not in ids]
     if missing:
         raise ValueError(f"{source}: the vocabulary has no {missing[0]!r}, which the merges need; they do not match")
+    made = {*_byte_of_character(), *merged}
+    other = next((token for token in ids if token not in made), None)
+    if other is not None:
+        raise ValueError(
+            f"{source}: no merge makes the token {other!r}; the files do not match, or it is a special token: declare "
+            f"it in transformers (add_special_tokens, then save_pretrained), which lists it in {TOKENIZER}"
+        )
     order = [ids[token] for token in merged]
     if order != sorted(order) or len(ids) != len(set(merged)) + 256:
         raise ValueError(f"{source}: tokens are not numbered in the order of the merges; this is not a GPT-2 tokenizer")

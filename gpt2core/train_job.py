@@ -3,6 +3,8 @@
 The job is `{"base": DIR, "records": FILE, "out": DIR, "seed": 0, "lora": {…}, "train": {…}}`. torchrun takes the number
 of machines and its own rank from its options, or from the variables PET_* that Kubeflow's Trainer sets. All processes
 must see the same directories. `python -m gpt2core.train_job` runs the job in one process, with the same losses.
+
+A tenth of the records is the test split, as in the pipeline; it is not trained on, but written for an evaluation.
 """
 
 import json
@@ -16,16 +18,18 @@ from gpt2core.checkpoint import read_config, save_adapter
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import encode_records, split_records
 from gpt2core.distributed import finetune_adapter, rank
-from gpt2core.files import atomic_write, json_bytes
-from gpt2core.records import read_records
+from gpt2core.files import atomic_write, checkpoint_files, directory_sha256, json_bytes
+from gpt2core.records import read_records, to_jsonl
 from gpt2core.tokenizer import load_tokenizer
+from gpt2core.types import BaseRef
 
 
 @dataclass(frozen=True)
 class Job:
     base: str  # a checkpoint directory in Hugging Face's format, with its tokenizer
-    records: str  # JSON or JSONL
-    out: str  # directory for adapter/, history.json, and checkpoints/, from which an interrupted job resumes
+    records: str  # a file that `read_records` reads
+    # directory for adapter/, history.json, test.jsonl, and checkpoints/, from which an interrupted job resumes
+    out: str
     seed: int = 0
     lora: dict[str, Any] = field(default_factory=dict)  # arguments of LoraConfig
     train: dict[str, Any] = field(default_factory=dict)  # arguments of TrainConfig
@@ -47,7 +51,7 @@ def run(job: Job) -> None:
     tokenizer, n_positions = load_tokenizer(job.base), read_config(Path(job.base, "config.json")).n_positions
     split = split_records(read_records(job.records), job.seed)
     train, val = (encode_records(records, tokenizer, n_positions) for records in (split.train, split.val))
-    lora, config = LoraConfig(**job.lora), TrainConfig(**job.train, seed=job.seed)
+    lora, config = LoraConfig(**job.lora), TrainConfig(**({"seed": job.seed} | job.train))
     out = Path(job.out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
@@ -56,7 +60,9 @@ def run(job: Job) -> None:
 
     model, result = finetune_adapter(job.base, lora, train, val, config, log, out / "checkpoints")
     if rank() == 0:
-        save_adapter(model, out / "adapter")
+        base = BaseRef(job.base, "", directory_sha256(job.base, checkpoint_files(job.base)))
+        save_adapter(model, out / "adapter", base=base.to_json())
+        atomic_write(out / "test.jsonl", to_jsonl(split.test))
         atomic_write(out / "history.json", json_bytes(result.history))
 
 

@@ -44,6 +44,7 @@ class JsonDataclass:
             raise ValueError(f"{file} is damaged or was changed: {error}") from None
 
 
+NAME = "gpt2-instruct"  # of the model, its service, Bento, containers and projects
 MODELS = ("base", "tuned", "champion")  # the models that answer a test record
 
 
@@ -227,6 +228,7 @@ class SplitPart(JsonDataclass):
 
     sha256: str
     records: int
+    in_train: int | None = None  # number of records whose question is also in the train part; None: not counted
 
 
 @dataclass(frozen=True)

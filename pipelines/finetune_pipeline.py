@@ -8,7 +8,9 @@ from zenml import Model, pipeline
 from zenml.enums import ExecutionMode
 
 from deploy.config import DeployConfig
+from deploy.targets import check_target
 from gpt2core.config import LoraConfig, TrainConfig
+from gpt2core.types import NAME
 from steps.compare import compare
 from steps.config import (
     BaseConfig,
@@ -35,7 +37,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 @pipeline(
     execution_mode=ExecutionMode.FAIL_FAST,
-    model=Model(name="gpt2-instruct", description="GPT-2 with a LoRA adapter for instructions"),
+    model=Model(name=NAME, description="GPT-2 with a LoRA adapter for instructions"),
 )
 def finetune_pipeline(
     seed: Seed = 0,
@@ -54,6 +56,7 @@ def finetune_pipeline(
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
     base.check_rank_early(lora)
     data.check_patience_early(train)
+    check_target(deploy)
     base, base_sha256 = base.resolved()
     records = fetch_step(data)(data, base, seed, base_sha256)
     train_records, val_records, test_records, split = split_data(records, data, seed, train.patience)

@@ -8,7 +8,7 @@ from pipelines.finetune_pipeline import Seed
 from steps.config import ModelConfig, TextConfig, TrackingConfig
 from steps.evaluate_text import evaluate_text
 from steps.export_base import export_base
-from steps.fetch_text import fetch_text
+from steps.fetch_text import text_step
 from steps.pretrain import pretrain as pretrain_step
 
 
@@ -21,8 +21,7 @@ def pretrain_pipeline(
     tracking: TrackingConfig = TrackingConfig(),
 ) -> None:
     """Pretrain a GPT-2 on a text; `finetune_pipeline` can use it as its base."""
-    fetch = fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
-    documents = fetch(text, seed)
+    documents = text_step(text)(text, seed)
     base, history, summary = pretrain_step(documents, text, model, pretrain, seed, tracking)
     metrics = evaluate_text(documents, base, summary, text)
     export_base(base, history, metrics)

@@ -9,7 +9,7 @@ from pipelines.variants import Parameters
 from steps.attention_trial import attention_trial
 from steps.config import SweepConfig, TrackingConfig
 from steps.fetch_data import fetch_step
-from steps.fetch_text import fetch_text
+from steps.fetch_text import text_step
 from steps.finetune import finetune
 from steps.finetune_trial import finetune_trial
 from steps.prepare_base import prepare_base
@@ -80,8 +80,7 @@ def pretrain_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     shared = _SharedSteps()
 
     def fetch(text: Any) -> Any:
-        step = fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
-        return step(text, seed, id=shared.name("fetch_text"))
+        return text_step(text)(text, seed, id=shared.name("fetch_text"))
 
     def run(label: str, parameters: Parameters, trial_seed: int) -> Any:
         text, model, pretrain = (parameters[name] for name in ("text", "model", "pretrain"))

@@ -40,7 +40,7 @@ class DataConfig:
     name: str = ""  # with source: hub; a dataset of the Hugging Face hub, or a directory
     revision: str = ""  # commit of the dataset
     max_bytes: int = 2**28  # limit of the download
-    path: str = ""  # with source: file or hub; .json, .jsonl, .csv, .parquet, or a directory (hub: within `name`)
+    path: str = ""  # with source: file or hub; .json, .jsonl, .csv, .parquet, a directory or a pattern (hub: in `name`)
     val_path: str = ""  # file of the validation records; "": they are split off from `path`
     test_path: str = ""  # file of the test records; "": they are split off from `path`
     columns: Mapping[str, str] = field(default_factory=dict)  # key of a record -> its name in the file

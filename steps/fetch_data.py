@@ -1,5 +1,5 @@
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -11,17 +11,17 @@ from zenml.steps import BaseStep
 
 from gpt2core.checkpoint import CONFIG, read_config
 from gpt2core.config import GPT2Config
-from gpt2core.data import count_duplicates, count_leaks, count_repeated_questions, find_markers, limit_lengths
+from gpt2core.data import by_part, count_duplicates, count_leaks, count_repeated_questions, find_markers, limit_lengths
 from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.files import directory_sha256, file_sha256
-from gpt2core.records import PARTS, Record, check_records, make_records, read_records, records_sha256
+from gpt2core.records import PARTS, FileRecord, Record, check_records, make_records, read_records, records_sha256
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.download import fetch, without_secrets
 from steps.adapters.hub import fetch_base, fetch_dataset
-from steps.adapters.tables import is_table, read_rows, text_files
+from steps.adapters.tables import data_files, is_table, read_rows, text_files
 from steps.cache import code_of
 from steps.config import BaseConfig, DataConfig
 from steps.metadata import attach_metadata
@@ -46,32 +46,40 @@ def fetch_data(
     try:
         kept, too_long = limit_lengths(records, tokenizer, context_length, data.too_long)
     except ValueError as error:
-        raise ValueError(f"{origin['location']}: {error}") from None
+        locations = ", ".join(value for key, value in origin.items() if key.endswith("location"))
+        raise ValueError(f"{locations}: {error}") from None
     markers = find_markers(records)
+    parts = by_part(records)
     about = {
         "records": len(kept),
-        "duplicates": count_duplicates(records),
-        "repeated_questions": count_repeated_questions(records),
+        "duplicates": sum(map(count_duplicates, parts)),
+        "repeated_questions": sum(map(count_repeated_questions, parts)),
         "with_prompt_markers": len(markers),
         "too_long": len(too_long),
         "in_train": count_leaks(records),
+        "test_in_val": count_leaks(records, "val"),
         "sha256": records_sha256(kept),
     }
     if about["repeated_questions"]:
         logger.warning(
-            "%d of %d records repeat an earlier instruction and input (%d of them also the output); "
-            "a split keeps them together",
-            *(about["repeated_questions"], len(records), about["duplicates"]),
+            "%d of %d records repeat an earlier instruction and input%s (%d of them also the output)%s",
+            *(about["repeated_questions"], len(records), " of the same part" if parts.val or parts.test else ""),
+            *(about["duplicates"], "" if parts.val or parts.test else "; a split keeps them together"),
         )
     if about["in_train"]:
         logger.warning(
             "%d records of the given validation and test parts repeat a question of the train part", about["in_train"]
         )
+    if about["test_in_val"]:
+        what = "records of the given test part repeat a question of the validation part"
+        logger.warning("%d %s", about["test_in_val"], what)
     if markers:
         what = "contain a section header of the prompt, at which answers are cut"
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
     if too_long:
         what = f"have more tokens than the context of {context_length} and were {PAST_PARTICIPLES[data.too_long]}"
+        if data.too_long == "truncate" and len(kept) < len(records):
+            what += f" ({len(records) - len(kept)} of the test part dropped)"
         locations = _first([record.location for record in too_long])
         logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, locations)
     attach_metadata("records", {"source": data.source, **origin, **about})
@@ -104,26 +112,43 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
         location = f"{data.name}/{data.path}" if data.path else data.name
         if not Path(data.name).is_dir():
             location += f" at {data.revision}"
-        return _read_file(found, data), {"location": location, "file_sha256": _sha256(str(found))}
-    records, origin = _read_file(Path(data.path), data), {"location": data.path, "file_sha256": _sha256(data.path)}
+        return _read_file(found, data), {"location": location, "file_sha256": _sha256(found)}
+    records = _read_file(Path(data.path), data)
+    if data.val_path or data.test_path:
+        _add_prefix(records, _prefix(Path(data.path)))
+    origin = {"location": data.path, "file_sha256": _sha256(Path(data.path))}
     for part, path in (("val", data.val_path), ("test", data.test_path)):
         if path:
             own = _of_part(_read_file(Path(path), data), part, path)
+            _add_prefix(own, _prefix(Path(path)))
             records = [record for record in records if record.get("part") != part] + own
-            origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(path)}
+            origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(Path(path))}
     return records, origin
 
 
 def _read_file(path: Path, data: DataConfig) -> list[Record]:
     if files := text_files(path):
-        return [
-            record
-            for file, part in files
-            for record in _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
-        ]
+        found = list[Record]()
+        for file, part in files:
+            own = _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
+            _add_prefix(own, f"{file.relative_to(data_files(path)[0]).as_posix()}, ")
+            found += own
+        return found
     if is_table(path):
         return make_records(read_rows(path, data.columns), str(path), columns=data.columns)
     return read_records(path, columns=data.columns)
+
+
+def _add_prefix(records: Iterable[Record], prefix: str) -> None:
+    """Put a prefix before the locations of records."""
+    for record in records:
+        if isinstance(record, FileRecord):
+            record.location = f"{prefix}{record.location}"
+
+
+def _prefix(path: Path) -> str:
+    """Return what makes a location in the path complete. It begins with a file if the path has several."""
+    return f"{path}, " if path.is_file() else f"{data_files(path)[0]}/"
 
 
 def _of_part(records: list[Record], part: str, source: str | Path) -> list[Record]:
@@ -142,8 +167,13 @@ def _of_part(records: list[Record], part: str, source: str | Path) -> list[Recor
     return found
 
 
-def _sha256(path: str) -> str:
-    return directory_sha256(path) if Path(path).is_dir() else file_sha256(path)
+def _sha256(path: Path) -> str:
+    if path.is_dir():
+        return directory_sha256(path)
+    if is_table(path) and not path.is_file():  # a pattern
+        directory, files = data_files(path)
+        return directory_sha256(directory, [file.relative_to(directory).as_posix() for file in files])
+    return file_sha256(path)
 
 
 def _tokenizer(base: BaseConfig, sha256: str, n_facts: int | None, seed: int) -> tuple[Encoding, int]:

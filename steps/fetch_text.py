@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from zenml import step
+from zenml.steps import BaseStep
 
 from gpt2core.demo.prose import write_prose
 from gpt2core.demo.world import make_world
@@ -33,6 +34,11 @@ def fetch_text(text: TextConfig, seed: int) -> Annotated[list[str], "documents"]
         documents, origin = _read(file), {"location": text.path, "file_sha256": file_sha256(file)}
     attach_metadata("documents", {"documents": len(documents), "characters": sum(map(len, documents)), **origin})
     return documents
+
+
+def text_step(text: TextConfig) -> BaseStep:
+    """Return `fetch_text` for this text. It is not cached for a file, which may change under the same name."""
+    return fetch_text.with_options(enable_cache=False) if text.source == "file" else fetch_text
 
 
 def _read(file: Path) -> list[str]:

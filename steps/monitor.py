@@ -14,6 +14,7 @@ from zenml.types import HTMLString
 from zenml.utils.pagination_utils import depaginate
 
 from gpt2core.files import atomic_write
+from gpt2core.types import NAME
 from steps.adapters.drift import Drift, Signal, measure, write_drift
 from steps.adapters.webhook import WebhookError, post
 from steps.config import MonitorConfig
@@ -22,8 +23,6 @@ from steps.outputs import check_run_name, json_text, shared_path
 from steps.traffic import Traffic, ratings_of, read_traffic, summary
 
 logger = logging.getLogger(__name__)
-
-TUNED = "gpt2-instruct"  # name of the run's adapter in the service
 
 
 @step(enable_cache=False)
@@ -127,7 +126,7 @@ def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse
             return Client().get_pipeline_run(monitor.run)
         except KeyError:
             raise ValueError(f"monitor.run: there is no run {monitor.run!r}") from None
-    served = [each.adapter_sha256 for each in traffic.completions[-monitor.max_requests :] if each.model == TUNED]
+    served = [each.adapter_sha256 for each in traffic.completions[-monitor.max_requests :] if each.model == NAME]
     if not served:
         raise ValueError(f"{monitor.log} has no completion of the tuned model; set monitor.run to compare with a run")
     digest = Counter(served).most_common(1)[0][0]

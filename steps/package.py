@@ -39,9 +39,7 @@ def package(
         adapter=bento.describe_adapter(adapter),
         metrics=LineageMetrics(metrics.base, metrics.tuned, metrics.train),
     )
-    card = evaluated_card(
-        adapter, lineage, metrics, split.test.records, "A BentoML service of the adapter on its base."
-    )
+    card = evaluated_card(adapter, lineage, metrics, split.test, "A BentoML service of the adapter on its base.")
     tag = bento.build(open_base(base), adapter, lineage, card)
     verified = samples[: package.smoke_prompts]
     verify_bento(tag, verified, evaluate.max_new_tokens, metrics.device)

@@ -1,6 +1,7 @@
 """The benchmarks at the smallest size: they run, and write what they should. No test asserts a time."""
 
 import json
+import logging
 import sys
 from subprocess import run
 
@@ -106,6 +107,18 @@ def test_a_dry_run_of_gpu_check_passes_every_stage_and_writes_its_figures(tmp_pa
     assert figures["launches"]["gpt2-nano.compiled.kernels"] > 0
 
 
+def test_launches_are_timed_before_the_first_profile(tmp_path, monkeypatch):
+    stage, calls = gpu.Stage("cpu", tmp_path, tmp_path / "figures.json"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "_record_times", lambda stage, name, step: calls.append(name) or 1.0)
+    monkeypatch.setattr(
+        gpu, "_profile", lambda *_: calls.append("profile") or {"seconds": 1.0, "busy_share": 1.0, "calls": 1}
+    )
+    gpu.launches(stage)
+    assert calls == ["gpt2-nano.eager", "gpt2-nano.compiled", "profile", "profile"]
+    assert not stage.failed
+
+
 def test_a_stage_that_exceeds_its_limit_is_ended_and_keeps_its_figures(tmp_path):
     (tmp_path / "training.json").write_text('{"seconds": 1.0}')
     entry = gpu._run_stage("training", "cpu", tmp_path, limit=0.1)
@@ -130,6 +143,18 @@ def test_a_failed_measurement_fails_its_stage_after_the_others_and_a_lack_of_mem
     assert stage.failed
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == {"a.error": "not enough memory", "b.error": "two lines", "c": [32, "done"]}
+
+
+def test_a_warning_such_as_a_failed_capture_is_a_figure_of_its_stage(tmp_path):
+    logger, stage = logging.getLogger("gpt2core.x"), gpu.Stage("cpu", tmp_path, tmp_path / "figures.json")
+    handler = gpu.RecordWarnings(stage)
+    logger.addHandler(handler)
+    try:
+        logger.warning("no graph: %s", "why")
+        logger.info("not recorded")
+    finally:
+        logger.removeHandler(handler)
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"warnings": ["gpt2core.x: no graph: why"]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

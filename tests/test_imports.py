@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "bentos": {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
         *("llguidance",),  # grammar.py
-        *("_bentoml_sdk", "opentelemetry", "uvicorn"),  # compat.py
+        *("_bentoml_sdk", "click", "opentelemetry", "uvicorn"),  # compat.py
     },
     "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic", "pydantic_core"},
     "bentos/middleware": {"bentos", "starlette"},

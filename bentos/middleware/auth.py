@@ -35,7 +35,7 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted = self._accepted_tokens(scope) if scope["type"] == "http" else None
         if accepted is None and scope["type"] == "http" and _is_forged(scope):
-            message = "a page of another site sent this request; only application/json is accepted from there"
+            message = "a page of another site sent this request; the service does not permit that (CORS)"
             await error_response(ServiceError("forbidden", message))(scope, receive, send)
         elif accepted is None or _has_token(scope, accepted):
             await self.app(scope, receive, send)

@@ -2,15 +2,16 @@
 
 The port identifies a deployment. For port 3000, gpt2-instruct-3000 is the name of the proxy (`proxy.py`), of the
 network that proxy and services share, and of the volume that stores the current service's address. The previous service
-is stopped but kept for `rollback`.
+is stopped but kept for `rollback`. A service gets its restart policy when it is verified: one without it, except the
+current, was left behind by a killed run.
 """
 
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
@@ -23,12 +24,16 @@ from docker.utils import parse_bytes
 from deploy import bento
 from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect, hardening, read_file, write_file
-from deploy.containers.images import service_image
+from deploy.containers.images import Image, service_image
+from deploy.containers.lock import engine_lock
+from deploy.containers.mounts import mount_files
 from deploy.containers.proxy import ADDRESS
 from deploy.server import service_environment
 from deploy.target import DeployError, Deployment, Version
 from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
+
+logger = logging.getLogger(__name__)
 
 BENTO_LABEL = "gpt2-instruct.bento"
 DEPLOYMENT_LABEL = "gpt2-instruct.deployment"
@@ -63,25 +68,9 @@ class DockerTarget:
             def verify(url: str) -> None:
                 verify_answers(lineage.bento, partial(request_answer, url, max_new_tokens=max_new_tokens), samples)
 
-            current = group.current()
-            if current is not None and group.is_up_to_date(current, image.digest):
-                verify(group.url)
-                return group.outcome("unchanged", current, group.newest_except(current))
-            candidate = group.start_service(image.digest, lineage.bento)
-            try:
-                verify(group.wait_until_ready(candidate))
-                candidate.update(restart_policy=RESTART)
-                group.switch(candidate, current)
-            except BaseException:
-                candidate.remove(force=True)
-                raise
-            # a service with the same image is not a version to roll back to
-            if current is not None and current.image.id != candidate.image.id:
-                previous = current
-            else:
-                previous = group.newest_except(candidate, current)
-            group.stop_old_services(candidate, previous)
-            return group.outcome("deployed", candidate, previous)
+            with group.locked(image.digest):
+                group.check_host()  # of a proxy that another run created in the meantime
+                return group.deploy(image, verify)
 
     def rollback(self) -> Deployment:
         """Start the kept service, switch the proxy to it, and keep the current service: a second rollback undoes this.
@@ -90,19 +79,11 @@ class DockerTarget:
             DeployError: there is no kept service, it is not ready in time, or the engine fails.
         """
         with self._open() as group:
-            current = group.current()
-            previous = group.newest_except(current)
-            if previous is None:
+            image = group.any_image()
+            if image is None:
                 raise DeployError(f"port {self.config.port} has no previous version to roll back to")
-            previous.start()
-            try:
-                group.wait_until_ready(previous)
-                group.switch(previous, current)
-            except BaseException:
-                previous.stop(timeout=STOP_TIMEOUT)
-                raise
-            group.stop_old_services(previous, current)
-            return group.outcome("rolled_back", previous, current)
+            with group.locked(image):
+                return group.rollback()
 
     def describe(self) -> Version | None:
         """Return the version that the proxy forwards requests to; None if nothing is deployed on the port."""
@@ -128,6 +109,54 @@ class _ServiceGroup:
         self.name = f"{bento.NAME}-{config.port}"
         self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"  # noqa: S104 (compares)
 
+    @contextmanager
+    def locked(self, image: str) -> Iterator[None]:
+        """Context manager: exclude other deployments and rollbacks; remove what killed ones left behind."""
+        with engine_lock(self.client, f"{self.name}-lock", image):
+            current = self.current()
+            for service in self._services():
+                if not _is_verified(service) and (current is None or service.id != current.id):
+                    logger.warning("removing the container %s, which a killed run did not verify", service.name)
+                    service.remove(force=True)
+            yield
+
+    def deploy(self, image: Image, verify: Callable[[str], None]) -> Deployment:
+        current = self.current()
+        if current is not None and self.is_up_to_date(current, image.digest):
+            verify(self.url)
+            return self.outcome("unchanged", current, self.newest_except(current))
+        candidate = self.create_service(image.digest, image.reference)
+        try:
+            candidate.start()
+            verify(self.wait_until_ready(candidate))
+            candidate.update(restart_policy=RESTART)
+            self.switch(candidate, current)
+        except BaseException:
+            candidate.remove(force=True)
+            raise
+        # a service with the same image is not a version to roll back to
+        if current is not None and current.image.id != candidate.image.id:
+            previous = current
+        else:
+            previous = self.newest_except(candidate, current)
+        self.stop_old_services(candidate, previous)
+        return self.outcome("deployed", candidate, previous)
+
+    def rollback(self) -> Deployment:
+        current = self.current()
+        previous = self.newest_except(current)
+        if previous is None:
+            raise DeployError(f"port {self.config.port} has no previous version to roll back to")
+        previous.start()
+        try:
+            self.wait_until_ready(previous)
+            self.switch(previous, current)
+        except BaseException:
+            previous.stop(timeout=STOP_TIMEOUT)
+            raise
+        self.stop_old_services(previous, current)
+        return self.outcome("rolled_back", previous, current)
+
     def check_host(self) -> None:
         """Check deploy.host: a proxy cannot change its address, and a second proxy cannot use the same port."""
         proxy = self._get(self.name)
@@ -150,17 +179,23 @@ class _ServiceGroup:
         return self._get(address.removeprefix("http://").partition(":")[0])
 
     def newest_except(self, *excluded: Container | None) -> Container | None:
-        """Return the service that was started last, ignoring the excluded services; None if there is no other."""
+        """Return the verified service that was started last, ignoring the excluded ones; None if there is no other."""
         ids = {container.id for container in excluded if container is not None}
-        rest = [container for container in self._services() if container.id not in ids]
+        rest = [service for service in self._services() if _is_verified(service) and service.id not in ids]
         return max(rest, key=lambda container: container.attrs["State"]["StartedAt"], default=None)
 
-    def start_service(self, image: str, tag: str) -> Container:
-        """Start a service that only the proxy's network and this machine can reach."""
+    def any_image(self) -> str | None:
+        """Return the image of a service; None if there is no service."""
+        return next((str(service.attrs["Image"]) for service in self._services()), None)
+
+    def create_service(self, image: str, tag: str) -> Container:
+        """Create a service that only the proxy's network and this machine can reach."""
         if not [network for network in self.client.networks.list(names=[self.name]) if network.name == self.name]:
             self.client.networks.create(self.name)
-        environment = service_environment()
-        return self.client.containers.run(
+        environment, mounts = mount_files(service_environment())
+        # run as the user of this process, who owns the mounted files, instead of the image's user
+        user = {"user": f"{os.getuid()}:{os.getgid()}"} if mounts else {}
+        return self.client.containers.create(
             image,
             name=f"{self.name}-{token_hex(4)}",
             labels={DEPLOYMENT_LABEL: self.name, BENTO_LABEL: tag},
@@ -168,9 +203,10 @@ class _ServiceGroup:
             ports={PORT: ("127.0.0.1",)},
             mem_limit=self._memory,
             environment=environment,
+            mounts=mounts,
             detach=True,
+            **user,
             **self._log_limit(),
-            **_files(environment),
             **HARDENING,
         )
 
@@ -205,20 +241,22 @@ class _ServiceGroup:
             raise
 
     def stop_old_services(self, current: Container, kept: Container | None) -> None:
-        """Drain and stop every service except `current`; remove the stopped services except `kept`."""
+        """Drain and stop every verified service except `current`; remove the stopped services except `kept`."""
         time.sleep(CONNECT_TIME)
         for service in self._services():
-            if service.id != current.id:
+            if _is_verified(service) and service.id != current.id:
                 service.stop(timeout=STOP_TIMEOUT)
                 if kept is None or service.id != kept.id:
                     service.remove()
 
     def is_up_to_date(self, current: Container, image: str) -> bool:
-        """Whether the service is ready and has this image, the configured memory and this process's environment."""
-        environment = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
+        """Whether the service is ready and has this image, the configured memory and this process's settings."""
+        environment, mounts = mount_files(service_environment())
+        given = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
-            and service_environment(environment) == service_environment()
+            and service_environment(given) == environment
+            and _places(current.attrs["HostConfig"].get("Mounts") or []) == _places(mounts)
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self._memory)
             and is_ready(self.url)
         )
@@ -274,7 +312,8 @@ class _ServiceGroup:
             time.sleep(POLL)
 
     def _services(self) -> list[Container]:
-        return list(self.client.containers.list(all=True, filters={"label": f"{DEPLOYMENT_LABEL}={self.name}"}))
+        label = f"{DEPLOYMENT_LABEL}={self.name}"
+        return list(self.client.containers.list(all=True, filters={"label": label}, ignore_removed=True))
 
     def _get(self, name: str) -> Container | None:
         try:
@@ -283,17 +322,12 @@ class _ServiceGroup:
             return None
 
 
-def _files(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return container options that mount adapters and request log at their paths on this machine."""
-    volumes: dict[str, dict[str, str]] = {}
-    if adapters := environment.get("GPT2_ADAPTERS_DIR"):
-        volumes[adapters] = {"bind": adapters, "mode": "ro"}
-    if log := environment.get("GPT2_REQUEST_LOG"):
-        folder = Path(log).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        volumes[str(folder)] = {"bind": str(folder), "mode": "rw"}
-    # run as the user of this process, who owns these files, instead of the image's user
-    return {"volumes": volumes, "user": f"{os.getuid()}:{os.getgid()}"} if volumes else {}
+def _is_verified(service: Container) -> bool:
+    return service.attrs["HostConfig"]["RestartPolicy"]["Name"] not in ("", "no")
+
+
+def _places(mounts: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    return {(mount["Source"], mount["Target"]) for mount in mounts}
 
 
 def _set_current(proxy: Container, service: Container) -> None:

@@ -18,10 +18,10 @@ from docker.models.containers import Container
 from docker.types import DeviceRequest
 
 from deploy.containers.client import EngineError, connect, hardening, require_image
+from gpt2core.types import NAME
 
 logger = logging.getLogger(__name__)
 
-NAME = "gpt2-instruct"  # prefix of container names and labels
 STOP_TIMEOUT = 10  # seconds from SIGTERM to SIGKILL; enough for ZenML to record that the step was stopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_LINES = 30  # lines of a failed container's log in its error

@@ -1,5 +1,5 @@
 // Kernels of a decoding step: attention of one query per row with the row's KV cache, the residual addition fused with
-// layer norm, and linear layers for few rows. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
+// layer norm, linear layers for few rows, and argmax. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
 
 typedef unsigned short bf16;  // the bits of a bf16 number
 
@@ -33,6 +33,32 @@ __device__ float warp_sum(float x, int lanes) {  // sum over each group of `lane
   for (int distance = 1; distance < lanes; distance *= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
   return x;
 }
+
+// Load 16, 4 or 2 bytes. Volatile: the compiler would move loads behind computations to save registers, and wait for
+// each one.
+#ifdef __CUDACC__
+__device__ uint4 load16(const bf16 *from) {
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+  return x;
+}
+
+__device__ float load4(const float *from) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  return x;
+}
+
+__device__ bf16 load2(const bf16 *from) {
+  bf16 x;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  return x;
+}
+#else
+__device__ uint4 load16(const bf16 *from) { return *(const uint4 *)from; }
+__device__ float load4(const float *from) { return *from; }
+__device__ bf16 load2(const bf16 *from) { return *from; }
+#endif
 
 #define HEAD_DIM 64             // D
 #define THREADS 256             // threads per block
@@ -96,9 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   out[((size_t)row * n_head + head) * HEAD_DIM + threadIdx.x] = to_bf16(y / all);
 }
 
-__device__ float block_sum(float x, float *shared) {
+__device__ float block_sum(float x, float *shared) {  // every sum needs its own `shared`
   x = warp_sum(x, 32);
-  __syncthreads();
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
   float sum = 0;
@@ -106,63 +131,150 @@ __device__ float block_sum(float x, float *shared) {
   return sum;
 }
 
-// x (N, n) += y (N, n), and out (N, n) = layer_norm(x). One block per row.
+#define PER_THREAD 8  // values per thread of `add_norm`
+
+// x (N, n) += y (N, n), and out (N, n) = layer_norm(x), for n <= PER_THREAD * THREADS. One block per row. All loads
+// come first, so that it waits for them once.
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_norm(bf16 *out, float *x, const bf16 *y, const float *weight, const float *bias, int n, float eps) {
-  __shared__ float shared[THREADS / 32];
-  out += (size_t)blockIdx.x * n, x += (size_t)blockIdx.x * n, y += (size_t)blockIdx.x * n;
-  float sum = 0, squares = 0;
-  for (int i = threadIdx.x; i < n; i += THREADS) {
-    float value = x[i] + to_float(y[i]);
-    x[i] = value;
-    sum += value;
-  }
-  float mean = block_sum(sum, shared) / n;
-  for (int i = threadIdx.x; i < n; i += THREADS) squares += (x[i] - mean) * (x[i] - mean);
-  float factor = rsqrtf(block_sum(squares, shared) / n + eps);
-  for (int i = threadIdx.x; i < n; i += THREADS) out[i] = to_bf16((x[i] - mean) * factor * weight[i] + bias[i]);
+  __shared__ float shared[2][THREADS / 32];
+  size_t first = (size_t)blockIdx.x * n + threadIdx.x;
+  out += first, x += first, y += first, weight += threadIdx.x, bias += threadIdx.x;
+  float values[PER_THREAD], weights[PER_THREAD], biases[PER_THREAD], sum = 0, squares = 0;
+  bf16 added[PER_THREAD];
+  int end = n - threadIdx.x;  // this thread's values are 0, THREADS, 2 * THREADS, ... below `end`
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) {
+      values[j] = load4(x + i), added[j] = load2(y + i);
+      weights[j] = load4(weight + i), biases[j] = load4(bias + i);
+    }
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) x[i] = values[j] += to_float(added[j]), sum += values[j];
+  float mean = block_sum(sum, shared[0]) / n;
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) squares += (values[j] - mean) * (values[j] - mean);
+  float factor = rsqrtf(block_sum(squares, shared[1]) / n + eps);
+#pragma unroll
+  for (int j = 0, i = 0; j < PER_THREAD; j++, i += THREADS)
+    if (i < end) out[i] = to_bf16((values[j] - mean) * factor * weights[j] + biases[j]);
+}
+
+__device__ float gelu(float x) {  // approximated by tanh, as in GPT-2
+  return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * (x * x * x))));
 }
 
 #define WARPS 4  // warps per block of `linear`
 
-// out (N, n_out) = x (N, n_in) W^T + bias for N = 1, 2 or 4, where n_in is a multiple of 8. One warp per output: the
-// time of such a layer is the time to read its weights.
-template <int N>
-__device__ void linear(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {
-  int lane = threadIdx.x % 32, output = blockIdx.x * WARPS + threadIdx.x / 32;
+// out (N, n_out) = x (N, n_in) W^T + bias, or its GELU, for N = 1, 2 or 4, where n_in is a multiple of 8. The time of such a layer is
+// the time to read its weights, so as many loads as possible should be in flight: one warp per output, or with SPLIT
+// one block. The order of a sum depends on n_in and SPLIT, not on N.
+template <int N, bool SPLIT>
+__device__ void linear(
+    bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out, int with_gelu) {
+  __shared__ float parts[WARPS][N];
+  const int step = SPLIT ? WARPS * 256 : 256;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = SPLIT ? blockIdx.x : blockIdx.x * WARPS + warp;
   if (output >= n_out) return;
-  float sums[N] = {0};
+  float own_bias = to_float(load2(bias + output)), sums[N] = {0};
   weight += (size_t)output * n_in;
-  for (int start = lane * 8; start < n_in; start += UNROLL * 256) {
-    uint4 w[UNROLL];
+  for (int start = 8 * (SPLIT ? threadIdx.x : lane); start < n_in; start += UNROLL * step) {
+    uint4 w[UNROLL], inputs[UNROLL][N];
 #pragma unroll
     for (int i = 0; i < UNROLL; i++)
-      if (start + i * 256 < n_in) w[i] = *(const uint4 *)(weight + start + i * 256);
+      if (start + i * step < n_in) w[i] = load16(weight + start + i * step);
+    auto load_inputs = [&](int i) {
+#pragma unroll
+      for (int row = 0; row < N; row++) inputs[i][row] = load16(x + (size_t)row * n_in + start + i * step);
+    };
+#pragma unroll
+    for (int i = 0; i < UNROLL; i++)
+      if (N <= 2 && start + i * step < n_in) load_inputs(i);  // those of 4 rows need too many registers
 #pragma unroll
     for (int i = 0; i < UNROLL; i++) {
-      if (start + i * 256 >= n_in) continue;
+      if (start + i * step >= n_in) continue;
+      if (N > 2) load_inputs(i);
       float w8[8], x8[8];
       unpack(w8, w[i]);
 #pragma unroll
       for (int row = 0; row < N; row++) {
-        unpack(x8, *(const uint4 *)(x + (size_t)row * n_in + start + i * 256));
+        unpack(x8, inputs[i][row]);
         sums[row] += dot(w8, x8);
       }
     }
   }
 #pragma unroll
   for (int row = 0; row < N; row++) {
-    float sum = warp_sum(sums[row], 32);
-    if (lane == 0) out[(size_t)row * n_out + output] = to_bf16(sum + to_float(bias[output]));
+    sums[row] = warp_sum(sums[row], 32);
+    if (SPLIT && lane == 0) parts[warp][row] = sums[row];
   }
+  if (SPLIT) {
+    __syncthreads();
+    if (warp > 0) return;
+#pragma unroll
+    for (int row = 0; row < N; row++) {
+      sums[row] = 0;
+      for (int i = 0; i < WARPS; i++) sums[row] += parts[i][row];
+    }
+  }
+  float sum = sums[0];  // lane i < N stores row i
+#pragma unroll
+  for (int row = 1; row < N; row++) sum = lane == row ? sums[row] : sum;
+  bf16 y = to_bf16(sum + own_bias);
+  if (with_gelu) y = to_bf16(gelu(to_float(y)));  // from the rounded sum, as torch computes it
+  if (lane < N) out[(size_t)lane * n_out + output] = y;
 }
 
-#define LINEAR(N)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                               \
-      linear_##N(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out) {  \
-    linear<N>(out, x, weight, bias, n_in, n_out);                                                        \
+#define LINEAR(name, N, SPLIT)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                            \
+      name(bf16 *out, const bf16 *x, const bf16 *weight, const bf16 *bias, int n_in, int n_out, int with_gelu) {      \
+    linear<N, SPLIT>(out, x, weight, bias, n_in, n_out, with_gelu);                                                   \
   }
 
-LINEAR(1)
-LINEAR(2)
-LINEAR(4)
+LINEAR(linear_1, 1, false)
+LINEAR(linear_2, 2, false)
+LINEAR(linear_4, 4, false)
+LINEAR(split_linear_1, 1, true)
+LINEAR(split_linear_2, 2, true)
+LINEAR(split_linear_4, 4, true)
+
+#define MAX_THREADS 1024
+#define LOGITS 16  // loads in flight per thread of `most_likely`
+
+__device__ void keep_larger(float &top, int &place, float other_top, int other_place) {  // the first of equal ones
+  if (other_top > top || (other_top == top && other_place < place)) top = other_top, place = other_place;
+}
+
+// The index (N) of the largest of each row of logits (N, n); -1 if it is NaN or infinite. One block per row. NaN counts
+// as infinity, whose place is -1.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) most_likely(long long *out, const float *logits, int n) {
+  __shared__ float tops[32];
+  __shared__ int places[32];
+  float top = -INF;
+  int place = -1;
+  logits += (size_t)blockIdx.x * n + threadIdx.x;
+  int end = n - threadIdx.x;
+  for (int start = 0; start < end; start += LOGITS * MAX_THREADS) {
+    const float *from = logits + start;
+    float values[LOGITS];
+#pragma unroll
+    for (int i = 0, j = 0; i < LOGITS; i++, j += MAX_THREADS) values[i] = start + j < end ? load4(from + j) : -INF;
+#pragma unroll
+    for (int i = 0; i < LOGITS; i++) {
+      if (values[i] > top) top = values[i], place = threadIdx.x + start + i * MAX_THREADS;
+      if (!(values[i] < INF)) top = INF, place = -1;
+    }
+  }
+  for (int distance = 1; distance < 32; distance *= 2) {
+    float other_top = __shfl_xor_sync(0xffffffff, top, distance);
+    int other_place = __shfl_xor_sync(0xffffffff, place, distance);
+    keep_larger(top, place, other_top, other_place);
+  }
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, places[threadIdx.x / 32] = place;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int i = 1; i < 32; i++) keep_larger(top, place, tops[i], places[i]);
+  out[blockIdx.x] = place;
+}

@@ -7,6 +7,7 @@ model's shape, torch's operators compute the same.
 import ctypes
 import logging
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GPT2Config
+from gpt2core.sampling import most_likely
 
 logger = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64  # the only head width that the attention kernel supports
-THREADS, LINEAR_WARPS = 256, 4  # the same numbers as in cuda.cu
+THREADS, MAX_THREADS, LINEAR_WARPS = 256, 1024, 4  # the same numbers as in cuda.cu
+MAX_WIDTH = 8 * THREADS  # largest width of `add_norm`: PER_THREAD * THREADS
 LINEAR_ROWS = (1, 2, 4)  # numbers of rows with a kernel
+ONE_WARP = 1024  # a linear layer with more inputs uses all warps of a block per output; one warp loads these at once
+NAMES = ("attend", "add_norm", "most_likely", *(f"{kind}linear_{n}" for n in LINEAR_ROWS for kind in ("", "split_")))
 SOURCE = Path(__file__).with_name("cuda.cu")
 
 
 def kernels_for(config: GPT2Config, dtype: torch.dtype, device: torch.device) -> "Kernels | None":
     """Return the kernels; None if the device, the dtype or the model's shape is not supported."""
-    suits = config.head_width == HEAD_WIDTH and config.n_embd % 8 == 0 and config.mlp_width % 8 == 0
+    is_aligned = config.n_embd % 8 == 0 and config.mlp_width % 8 == 0
+    suits = config.head_width == HEAD_WIDTH and is_aligned and config.n_embd <= MAX_WIDTH
     return _compiled(device) if suits and dtype == torch.bfloat16 and device.type == "cuda" else None
 
 
@@ -46,7 +52,7 @@ class Kernels:
         module = ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
         self._functions = {}
-        for name in ("attend", "add_norm", *(f"linear_{n}" for n in LINEAR_ROWS)):
+        for name in NAMES:
             self._functions[name] = ctypes.c_void_p()
             found = self._driver.cuModuleGetFunction(ctypes.byref(self._functions[name]), module, name.encode())
             self._check(found)
@@ -69,12 +75,21 @@ class Kernels:
         self._launch("add_norm", (N, 1), THREADS, out, x, y, weight, bias, C, eps)
         return out
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Compute `F.linear` for x (N, in), where N is one of LINEAR_ROWS."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+        """Compute `F.linear` for x (N, in), where N is one of LINEAR_ROWS; with `gelu`, GELU (tanh) of the result."""
         N, (n_out, n_in) = len(x), weight.shape
         out = x.new_empty(N, n_out)
-        blocks = -(-n_out // LINEAR_WARPS)
-        self._launch(f"linear_{N}", (blocks, 1), 32 * LINEAR_WARPS, out, x, weight, bias, n_in, n_out)
+        name, blocks = f"linear_{N}", -(-n_out // LINEAR_WARPS)
+        if n_in > ONE_WARP:
+            name, blocks = f"split_{name}", n_out
+        self._launch(name, (blocks, 1), 32 * LINEAR_WARPS, out, x, weight, bias, n_in, n_out, int(gelu))
+        return out
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """Compute `gpt2core.sampling.most_likely` for logits (N, n) in fp32."""
+        N, n = logits.shape
+        out = torch.empty(N, dtype=torch.long, device=logits.device)
+        self._launch("most_likely", (N, 1), MAX_THREADS, out, logits, n)
         return out
 
     def _launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Tensor | int | float) -> None:
@@ -134,14 +149,14 @@ def check(kernels: Kernels, device: torch.device) -> None:
         torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)  # bf16 has 8 bits
 
     qkv, kv, lengths = random(3, 3, 2, HEAD_WIDTH), random(3, 2, 2, 300, HEAD_WIDTH), [1, 40, 300]
-    expected = []
+    outputs = []
     for row, length in enumerate(lengths):
         kv[row, :, :, length - 1 :] = torch.nan  # the new token's column, and columns that must not be read
         keys, values = torch.cat([kv[row, :, :, : length - 1], qkv[row, 1:, :, None]], 2).float()
         q = qkv[row, 0, :, None].float()
-        expected.append(F.scaled_dot_product_attention(q, keys, values, scale=0.2).flatten())
+        outputs.append(F.scaled_dot_product_attention(q, keys, values, scale=0.2).flatten())
     positions = torch.tensor([length - 1 for length in lengths], device=device)
-    compare(kernels.attend(qkv, kv, positions, 0.2), torch.stack(expected))
+    compare(kernels.attend(qkv, kv, positions, 0.2), torch.stack(outputs))
     stored = [kv[row, :, :, length - 1] for row, length in enumerate(lengths)]
     compare(torch.stack(stored), qkv[:, 1:].float())
 
@@ -150,9 +165,15 @@ def check(kernels: Kernels, device: torch.device) -> None:
     compare(kernels.add_norm(x, y, weight, bias, 1e-5), F.layer_norm(total, (776,), weight, bias))
     compare(x, total)
 
-    for n in LINEAR_ROWS:
-        inputs, matrix, own_bias = random(n, 1288), random(37, 1288) / 36, random(37)
-        compare(kernels.linear(inputs, matrix, own_bias), F.linear(inputs.float(), matrix.float(), own_bias.float()))
+    for n, n_in in product(LINEAR_ROWS, (776, 1288)):  # one warp, and all warps of a block per output
+        inputs, matrix, own_bias = random(n, n_in), random(37, n_in) / 36, random(37)
+        expected = F.linear(inputs.float(), matrix.float(), own_bias.float())
+        compare(kernels.linear(inputs, matrix, own_bias), expected)
+        compare(kernels.linear(inputs, matrix, own_bias, gelu=True), F.gelu(expected, approximate="tanh"))
+
+    logits = random(3, 20_000).float()
+    logits[0, 5], logits[1, 19_999], logits[2, 7] = 9, 9, torch.nan
+    torch.testing.assert_close(kernels.most_likely(logits), most_likely(logits))
 
 
 def compile_kernels(architecture: str) -> bytes:

@@ -22,6 +22,7 @@ from gpt2core.inference.kv_cache import new_cache
 from gpt2core.kernels import has_bf16, has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
 from gpt2core.lora import LoraLinear
 from gpt2core.model import GPT2, Block, eval_mode, pad_rows
+from gpt2core.sampling import most_likely
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class QuantizedModel:
         self.perplexity_increase: float | None = None  # fraction relative to fp32, set by `quantize_fastest`
         self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # dtype of activations
         self._kernels = cuda.kernels_for(model.config, self.dtype, self.device)
+        self._has_tanh_gelu = model.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
         scratch = None  # memory of native.py, if it computes the layers
         if weights == "int8" and native.is_available(model.config):
             scratch = native.Scratch(model.config.n_embd, model.config.mlp_width)
@@ -103,7 +105,7 @@ class QuantizedModel:
         attention: Attention | None = None,
         adapters: RowAdapters | native.RowAdapters | None = None,
     ) -> Tensor:
-        """Compute the last layer's hidden states (N, C) of tokens (N).
+        """Compute the last layer's hidden states (N, C) of tokens (N), normalized by ln_f unless `is_native`.
 
         Args:
             attention: made by the owner of the KV caches; None: the tokens are one sequence, without a cache.
@@ -118,10 +120,14 @@ class QuantizedModel:
         return self._native_layers(x, cast(Sequence[native.Span], spans), cast(native.RowAdapters | None, adapters))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the logits (N, token_count), fp32, of hidden states (N, C); padding rows of the head are left out."""
+        """Compute the logits (N, token_count), fp32, of results (N, C) of `hidden`, without the head's padding rows."""
         if isinstance(self.head, native.Int8Linear):
             return self.head(hidden, self.ln_f)
-        return self.head(self.ln_f(hidden).to(self.dtype))[:, : self.config.token_count].float()
+        return self.head(hidden)[:, : self.config.token_count].float()
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """Return the most likely token of each row of `logits`; -1 where the largest logit is NaN or infinite."""
+        return most_likely(logits) if self._kernels is None else self._kernels.most_likely(logits)
 
     def _new_cache(self, n: int) -> Tensor:
         """Allocate memory for the keys and values (n_layer, 2, H, n, D) of one sequence of n tokens."""
@@ -149,11 +155,14 @@ class QuantizedModel:
             qkv = project(c_attn, "attn.c_attn", normalized)  # (N, 3 * C)
             y = project(attn_proj, "attn.c_proj", attention(layer, qkv.unflatten(-1, (3, self.config.n_head, -1))))
             x, normalized = self._add(x, y, block.ln_2)
-            y = project(mlp_proj, "mlp.c_proj", block.activation(project(c_fc, "mlp.c_fc", normalized)))
-            if layer + 1 == len(self.blocks):
-                break
-            x, normalized = self._add(x, y, self.blocks[layer + 1].ln_1)
-        return x + y
+            if adapters is None and isinstance(c_fc, _KernelLinear) and self._has_tanh_gelu:
+                expanded = c_fc(normalized, gelu=True)
+            else:
+                expanded = block.activation(project(c_fc, "mlp.c_fc", normalized))
+            y = project(mlp_proj, "mlp.c_proj", expanded)
+            last = layer + 1 == len(self.blocks)
+            x, normalized = self._add(x, y, self.ln_f if last else self.blocks[layer + 1].ln_1)
+        return normalized
 
     def _add(self, x: Tensor, y: Tensor, norm: "_Norm") -> tuple[Tensor, Tensor]:
         """Return the sum of x (N, C), fp32, and y (N, C), and its layer norm in y's dtype.
@@ -285,13 +294,25 @@ def _projection(
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
     weight, bias = _copy(weight, dtype), None if bias is None else _copy(bias, dtype)
     if kernels is not None and bias is not None:
-        linear, own_bias = kernels.linear, bias
-        return lambda x: linear(x, weight, own_bias) if len(x) in cuda.LINEAR_ROWS else F.linear(x, weight, bias)
+        return _KernelLinear(weight, bias, kernels)
     large = dtype == torch.bfloat16 or weight.numel() >= LARGE
     if large and weight.device.type == "cpu" and has_onednn():
         packed = prepack(weight)
         return lambda x: onednn_linear(x, packed, bias)
     return lambda x: F.linear(x, weight, bias)
+
+
+class _KernelLinear:
+    """x W^T + b for x (N, in), or GELU (tanh) of it: by a kernel of cuda.py for few rows, else by torch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, kernels: cuda.Kernels) -> None:
+        self._weight, self._bias, self._kernels = weight, bias, kernels
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        if len(x) in cuda.LINEAR_ROWS:
+            return self._kernels.linear(x, self._weight, self._bias, gelu)
+        y = F.linear(x, self._weight, self._bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
 
 
 def _int8_projection(weight: Tensor, bias: Tensor | None) -> Projection:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2core.lora import lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.prompt import chat_template
-from gpt2core.tokenizer import load_tokenizer, read_vocabulary
+from gpt2core.tokenizer import load_tokenizer, read_padding_token, read_vocabulary
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -25,12 +25,13 @@ _NAMES = {
 }
 
 
-def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str) -> None:
+def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str, history: bool = False) -> None:
     """Write the model with its adapter merged, the tokenizer of the directory, and the chat template.
 
     Args:
         quantize: format of the matrices, a key of TYPES. Vectors and positions stay f32. With q8_0, so do matrices
             whose rows are not a multiple of 32 long.
+        history: see `chat_template`.
 
     Raises:
         ValueError: llama.cpp's GPT-2 cannot express the model.
@@ -53,6 +54,7 @@ def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str) -> N
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     _add_tokenizer(writer, tokenizer_dir, config.vocab_size)
+    writer.add_chat_template(chat_template(history))
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:
             _add_tensor(writer, name.replace(".linear.", "."), tensor, kind)
@@ -116,8 +118,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path, n_rows: int) -> Non
     writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
+    padding = read_padding_token(directory)
+    if padding is not None:
+        writer.add_pad_token_id(padding[1])
     writer.add_add_bos_token(False)
-    writer.add_chat_template(chat_template())
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:

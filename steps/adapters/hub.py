@@ -12,6 +12,7 @@ from gpt2core.checkpoint import read_config
 from gpt2core.files import CHECKPOINT_FILES, checkpoint_files, directory_sha256, shard_files
 from gpt2core.records import SUFFIXES
 from gpt2core.types import BaseRef
+from steps.adapters.tables import data_files, is_table
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these is sufficient
@@ -69,11 +70,11 @@ def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
     Args:
         name: a repository or a directory.
         revision: the commit; ignored for a directory.
-        path: a file or directory in the repository; "": all files of records.
+        path: a file, a directory or a pattern of files in the repository; "": all files of records.
         max_bytes: maximum size of all files together.
 
     Returns:
-        The directory, or the file or directory `path` in it.
+        The directory, or `path` in it.
 
     Raises:
         HubError: the download fails or is too large, or there is no such path.
@@ -84,7 +85,8 @@ def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
         patterns = [path, f"{path}/*"] if path else [f"*{suffix}" for suffix in (*SUFFIXES, ".parquet")]
         directory = _download("data", name, revision, patterns, "dataset", max_bytes)
     found = (directory / path).absolute()
-    if not found.is_relative_to(directory.absolute()) or ".." in Path(path).parts or not found.exists():
+    exists = found.exists() or (is_table(found) and data_files(found)[1])
+    if not found.is_relative_to(directory.absolute()) or ".." in Path(path).parts or not exists:
         raise HubError(f"data.path is {path!r}, which {name} does not have")
     return directory / path
 

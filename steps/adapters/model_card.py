@@ -6,10 +6,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.metrics import METRICS
-from gpt2core.types import BaseRef, Evaluation, Lineage, SplitPart, TrainSummary
+from gpt2core.types import NAME, BaseRef, Evaluation, Lineage, SplitPart, TrainSummary
 
 CARD = "README.md"
-NAME = "gpt2-instruct"
+TRAINING = "\n## Training\n"  # in model_card.md.j2, begins what is also true of the merged model
 HERE = Path(__file__).parent
 
 
@@ -46,15 +46,23 @@ def adapter_card(
 
 
 def evaluated_card(
-    adapter: Path, lineage: Lineage, evaluation: Evaluation, records: int, content: str, library: str = ""
+    adapter: Path,
+    lineage: Lineage,
+    evaluation: Evaluation,
+    test: SplitPart,
+    content: str,
+    library: str = "",
+    merged_use: str = "",
 ) -> str:
     """Add results and lineage to the card of an adapter, for a directory with another form of the model.
 
     Args:
         adapter: directory of the adapter. An adapter of PEFT or of an older version may have no card or another card.
-        records: number of test records.
+        test: the test part of the data.
         content: description of the directory's content.
         library: library that loads the model ("transformers", "peft"); the hub shows it. "": no library.
+        merged_use: how to use a directory with the merged model, instead of the adapter's title and use. "": it has the
+            adapter.
     """
     file = adapter / CARD
     card = ModelCard(file.read_text(encoding="utf-8") if file.is_file() else f"# {NAME}\n", ignore_metadata_errors=True)
@@ -66,13 +74,19 @@ def evaluated_card(
         EvalResult(
             task_type="text-generation",
             dataset_type="instructions",
-            dataset_name=f"test split, {records} records, sha256 {lineage.data['test'][:12]}",
+            dataset_name=f"test split, {test.records} records, sha256 {lineage.data['test'][:12]}",
             metric_type=name,
             metric_name=metric.heading,
             metric_value=round(getattr(evaluation.tuned, name), 4),
         )
         for name, metric in METRICS.items()
     ]
+    if merged_use:
+        _, training, rest = card.text.partition(TRAINING)
+        head = ModelCard.from_template(
+            ModelCardData(), template_path=str(HERE / "model_card_merged.md.j2"), base=lineage.base, use=merged_use
+        )
+        card.text = f"{head.text.strip()}\n{training}{rest}"
     rows = {
         metric.heading: [_score(evaluation, side, name) for side in ("base", "tuned")]
         for name, metric in METRICS.items()
@@ -81,7 +95,7 @@ def evaluated_card(
         ModelCardData(),
         template_path=str(HERE / "model_card_results.md.j2"),
         content=content,
-        records=records,
+        test=test,
         rows=rows,
         lineage=lineage,
     )

@@ -41,8 +41,7 @@ def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> l
     """
     values, weights = _values(answers, metric)
     if METRICS[metric].is_share and not _repeated(groups):
-        low, high = proportion_confint(values.sum(), len(values), method="wilson")
-        return [float(low), float(high)]
+        return _wilson(values)
     sums = _by_group(np.stack([values, weights]), groups)
     return _bootstrap(sums, lambda value, weight, axis=-1: _score(metric, value, weight, axis), 0.95, "two-sided")
 
@@ -122,8 +121,7 @@ def agreement(judged: Sequence[bool], right: Sequence[bool], groups: Sequence[st
     """Compute the share of records on which a judge and exact match agree, and its 95 % interval (see `interval`)."""
     same = np.array([a == b for a, b in zip(judged, right, strict=True)], dtype=float)
     if not _repeated(groups):
-        low, high = proportion_confint(same.sum(), len(same), method="wilson")
-        return float(same.mean()), [float(low), float(high)]
+        return float(same.mean()), _wilson(same)
     sums = _by_group(np.stack([same, np.ones(len(same))]), groups)
     ratio = _bootstrap(sums, lambda a, n, axis=-1: a.sum(axis=axis) / n.sum(axis=axis), 0.95, "two-sided")
     return float(same.mean()), ratio
@@ -194,6 +192,13 @@ def _by_group(rows: Values, groups: Sequence[str]) -> Values:
     sums = np.zeros((len(keys), len(rows)))
     np.add.at(sums, index, rows.T)
     return sums.T
+
+
+def _wilson(hits: Values) -> list[float]:
+    """Compute Wilson's 95 % interval [low, high] of a share; `hits` are 0 or 1."""
+    n, total = hits.sum(), len(hits)
+    low, high = proportion_confint(n, total, method="wilson")
+    return [float(low) if n else 0.0, float(high) if n < total else 1.0]  # exact where the formula rounds, to 2.8e-17
 
 
 def _bootstrap(sums: Values, statistic: object, confidence: float, alternative: str) -> list[float]:

@@ -1,7 +1,11 @@
 """Parquet files and directories of the datasets library, by pyarrow."""
 
+import json
+import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,31 @@ from gpt2core.files import read_json
 from gpt2core.record_formats import COLUMNS
 from gpt2core.records import NO_COLUMNS, PARTS, SUFFIXES, Row
 
+logger = logging.getLogger(__name__)
 PARQUET = ".parquet"
+_WILDCARD = re.compile(r"[*?[]")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*")  # a file's name in a dataset of the hub; group 1: the name of its split
 SPLITS, STATE = "dataset_dict.json", "state.json"  # files of a saved DatasetDict and of a saved Dataset
 
 
 def is_table(path: Path) -> bool:
-    """Whether `read_rows` reads the path: a Parquet file, or any directory."""
-    return path.is_dir() or (path.is_file() and path.suffix.lower() == PARQUET)
+    """Whether `read_rows` reads the path: a Parquet file, any directory, or a pattern of files."""
+    return path.is_dir() or _is_pattern(path) or (path.is_file() and path.suffix.lower() == PARQUET)
+
+
+def data_files(path: Path) -> tuple[Path, list[Path]]:
+    """Return the directory of a pattern like data/*_sft-*.parquet, and the files in it that match, sorted.
+
+    Hidden files and files whose name begins with _ do not match. For a directory, return it and all such files in it.
+    """
+    fixed = path if path.is_dir() else Path(*takewhile(lambda each: not _WILDCARD.search(each), path.parts))
+    files = fixed.rglob("*") if fixed == path else fixed.glob(path.relative_to(fixed).as_posix())
+    names = (file.relative_to(fixed) for file in files if not file.is_dir())
+    return fixed, sorted(fixed / name for name in names if not any(each.startswith((".", "_")) for each in name.parts))
+
+
+def _is_pattern(path: Path) -> bool:
+    return bool(_WILDCARD.search(str(path))) and not path.exists()
 
 
 def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[Row]:
@@ -35,23 +57,27 @@ def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
     """
     used = {*COLUMNS, *columns.values()}
     if path.is_file():
-        yield from _rows(_read_parquet(path), "", path, used)
+        yield from _rows(_read_parquet(path), "", path, "", used)
     elif (path / SPLITS).is_file():
         for name in read_json(path / SPLITS).get("splits") or ():
             if str(name).lower() not in PARTS:
                 raise ValueError(f"{path} has a part {name!r}; the known ones are {', '.join(PARTS)}")
-            yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name), used)
+            yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name), str(name), used)
     elif (path / STATE).is_file():
-        yield from _rows(_read_dataset(path), "", path, used)
+        yield from _rows(_read_dataset(path), "", path, "", used)
     else:
         files = [(file, part) for file, part in _files(path) if file.suffix.lower() == PARQUET]
         if not files:
+            if _is_pattern(path):
+                raise ValueError(f"no files of records match {path}")
             found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
             raise ValueError(
                 f"{path} is a directory without Parquet files or a dataset of the datasets library (found: {found})"
             )
+        _log_parts(path, files)
+        directory, _ = data_files(path)
         for file, part in files:
-            yield from _rows(_read_parquet(file), part, file, used)
+            yield from _rows(_read_parquet(file), part, file, file.relative_to(directory).as_posix(), used)
 
 
 def text_files(path: Path) -> list[tuple[Path, str]]:
@@ -59,36 +85,35 @@ def text_files(path: Path) -> list[tuple[Path, str]]:
 
     The part is a word in the file's name, or else in the name of the nearest directory below `path` that has such a
     word, as in the datasets library: test-00000-of-00001.csv, my_test.csv, test/0.csv. Hidden files and files whose
-    name begins with _ are ignored. Returns [] for a file, and for a directory that `read_rows` reads.
+    name begins with _ are ignored. `path` may also be a pattern (see `data_files`); if no file that matches names a
+    part, all files are one set of records. Returns [] for a file, and for a directory that `read_rows` reads.
 
     Raises:
         ValueError: there are several files, and not all of them name a part, or they are not one dataset.
     """
-    if not path.is_dir() or (path / SPLITS).is_file() or (path / STATE).is_file():
+    if not (path.is_dir() or _is_pattern(path)) or (path / SPLITS).is_file() or (path / STATE).is_file():
         return []
     files = _files(path)
     if any(file.suffix.lower() == PARQUET for file, _ in files):
         return []
-    if len(files) > 1 and not all(part for _, part in files):
-        names = ", ".join(file.relative_to(path).as_posix() for file, _ in files[:5])
+    named = [file for file, part in files if part]
+    if len(files) > 1 and len(named) < len(files) and (named or path.is_dir()):
+        names = ", ".join(file.relative_to(data_files(path)[0]).as_posix() for file, _ in files[:5])
         raise ValueError(f"{path} has {len(files)} files of records ({names}); name one of them in data.path")
+    _log_parts(path, files)
     return files
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
     """Return the Parquet, JSON and CSV files of a directory, each with its part, as `text_files` defines it."""
+    directory, files = data_files(path)
     names = [
-        file.relative_to(path)
-        for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in (PARQUET, *SUFFIXES) and not file.is_dir()
+        file.relative_to(directory)
+        for file in files
+        if file.suffix.lower() in (PARQUET, *SUFFIXES)
+        and not file.name.startswith("dataset_info")  # metadata of the hub
     ]
-    names = [
-        name
-        for name in names
-        if not any(each.startswith((".", "_")) for each in name.parts)
-        and not name.name.startswith("dataset_info")  # metadata of the hub
-    ]
-    parts = {name: _part(path, name) for name in names}
+    parts = {name: _part(directory, name) for name in names}
     tables = [name for name in names if name.suffix.lower() == PARQUET]
     if tables and any(parts.values()):  # other files that name no part are metadata, not records
         names = [name for name in names if name in tables or parts[name]]
@@ -104,7 +129,29 @@ def _files(path: Path) -> list[tuple[Path, str]]:
     if any(parts[name] for name in tables) and not all(parts[name] for name in tables):
         without = next(name for name in tables if not parts[name])
         raise ValueError(f"{path}: {without.as_posix()} names no part of the split ({', '.join(PARTS)})")
-    return [(path / name, parts[name]) for name in names]
+    _refuse_several_splits(path, [(name, parts[name]) for name in names])
+    return [(directory / name, parts[name]) for name in names]
+
+
+def _refuse_several_splits(path: Path, files: Sequence[tuple[Path, str]]) -> None:
+    """Refuse train_sft-00000-of-00001 beside train_gen-00000-of-00001: the datasets library has them as two splits."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for name, part in files:
+        if part and (shard := _SHARD.fullmatch(name.stem)) and _words(shard[1]):
+            splits[PARTS[part]].add(shard[1])
+    for part, found in splits.items():
+        if len(found) > 1:
+            example = files[0][0].with_name(f"{min(found)}-*{files[0][0].suffix}").as_posix()
+            raise ValueError(
+                f"{path} has several splits for the part {part}: {', '.join(sorted(found))}; "
+                f"select files by a pattern in data.path, like {example}"
+            )
+
+
+def _log_parts(path: Path, files: Sequence[tuple[Path, str]]) -> None:
+    for part in sorted({PARTS[part] for _, part in files if part}):
+        names = [file.name for file, own in files if own and PARTS[own] == part]
+        logger.info("%s: %d files of the part %s: %s", path, len(names), part, ", ".join(names[:5]))
 
 
 def _part(path: Path, name: Path) -> str:
@@ -123,14 +170,33 @@ def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word in PARTS]
 
 
-def _rows(table: pa.Table, part: str, source: Path, used: Collection[str]) -> Iterator[Row]:
+def _rows(table: pa.Table, part: str, source: Path, name: str, used: Collection[str]) -> Iterator[Row]:
+    """Yield the rows of a table. Their location begins with `name`; "": there is only one table."""
+    prefix = f"{name}, " if name else ""
+    class_names = _class_names(table.schema)
     number = 0
     for batch in table.to_batches():
         names = batch.schema.names
         values = {name: _values(column, name, source, used) for name, column in zip(names, batch.columns, strict=True)}
+        for name, labels in class_names.items():
+            known = dict(enumerate(labels)) | {-1: None}  # -1: no label
+            values[name] = [known.get(value, value) for value in values[name]]
         for i in range(batch.num_rows):
             number += 1
-            yield Row(f"{source.name}, record {number}", {name: column[i] for name, column in values.items()}, part)
+            yield Row(f"{prefix}record {number}", {name: column[i] for name, column in values.items()}, part)
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of the classes of each column that is a ClassLabel of the datasets library."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: [str(each) for each in feature["names"]]
+            for name, feature in features.items()
+            if name in schema.names and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, AttributeError, ValueError):  # no metadata of this library
+        return {}
 
 
 def _values(column: pa.Array, name: str, source: Path, used: Collection[str]) -> list[Any]:

@@ -31,6 +31,12 @@ def test_the_interval_of_a_share_is_wilsons():
     assert interval(answers(BINARY), ALONE, "exact_match") == pytest.approx(expected)
 
 
+def test_the_interval_of_a_share_of_none_or_all_ends_at_it():
+    for n in range(5, 40):  # where Wilson's formula rounds, it leaves 2.8e-17 or 1 - 1.1e-16
+        assert interval(answers([0] * n), [""] * n, "exact_match")[0] == 0
+        assert interval(answers([1] * n), [""] * n, "exact_match")[1] == 1
+
+
 @pytest.mark.parametrize("metric", ["token_f1", "perplexity"])
 def test_the_interval_of_a_mean_is_close_to_the_normal_one(metric):
     values = np.random.default_rng(0).normal(0.5, 0.1, 200)

@@ -41,6 +41,12 @@ def test_a_parquet_file_and_a_directory_of_them_are_read(tmp_path):
         (("train.csv", "train.jsonl"), "several directories or formats"),
         (("train.parquet", "other.parquet"), r"other\.parquet names no part of the split"),
         (("train_test.parquet", "x.parquet"), "more than one part of the split: train and test"),
+        (
+            ("train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001-3d4c.parquet"),
+            "for the part train: train_gen, train_sft",
+        ),
+        (("data/dev_a-00000-of-00001.json", "data/dev-00000-of-00001.json"), r"dev, dev_a; .*like data/dev-\*\.json"),
+        (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), ["train", "train"]),
         (("a.csv", "test.csv"), r"2 files of records \(a\.csv, test\.csv\)"),
     ],
 )
@@ -60,6 +66,24 @@ def test_the_files_of_a_directory_name_their_parts(tmp_path, names, parts):
             found()
 
 
+def test_a_pattern_selects_files_of_a_directory(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "data").mkdir()
+    for name, row in zip(("train_sft", "train_gen", "test_sft", "test_gen"), ROWS, strict=True):
+        pd.DataFrame([row]).to_parquet(tmp_path / f"data/{name}-00000-of-00001.parquet")
+        pd.DataFrame([row]).to_csv(tmp_path / f"data/{name}.csv", index=False)
+    assert text_files(tmp_path / "data/*_sft-*") == []
+    assert read(tmp_path / "data/*_sft-*") == [ROWS[2] | {"part": "test"}, ROWS[0] | {"part": "train"}]
+    assert "1 files of the part train: train_sft-00000-of-00001.parquet" in caplog.text
+    csv = [(tmp_path / "data/test_sft.csv", "test"), (tmp_path / "data/train_sft.csv", "train")]
+    assert text_files(tmp_path / "*/*_sft.csv") == csv
+    for name in ("a-1.csv", "a-2.csv"):
+        (tmp_path / name).touch()
+    assert text_files(tmp_path / "a-?.csv") == [(tmp_path / "a-1.csv", ""), (tmp_path / "a-2.csv", "")]
+    with pytest.raises(ValueError, match=r"no files of records match .*x-\*\.csv"):
+        read(tmp_path / "x-*.csv")
+
+
 def test_directories_of_the_datasets_library_are_read(tmp_path):
     chat = {"messages": [{"role": "user", "content": "Say 0."}, {"role": "assistant", "content": "0"}]}
     datasets.Dataset.from_list([chat]).save_to_disk(tmp_path / "one")
@@ -69,6 +93,17 @@ def test_directories_of_the_datasets_library_are_read(tmp_path):
     records = read(tmp_path / "both")
     assert [record["part"] for record in records] == ["train", "train", "train", "test"]
     assert sorted(record["output"] for record in records) == ["0", "1", "2", "3"]
+
+
+def test_class_labels_are_read_as_their_names(tmp_path):
+    features = datasets.Features({"q": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    dataset = datasets.Dataset.from_dict({"q": ["Say 0.", "Say 1.", "x"], "label": [1, 0, -1]}, features)
+    dataset.to_parquet(tmp_path / "a.parquet")
+    dataset.save_to_disk(tmp_path / "a")
+    columns = {"instruction": "q", "output": "label"}
+    for path in (tmp_path / "a.parquet", tmp_path / "a"):
+        rows = [row.value for row in read_rows(path, columns)]
+        assert [row["label"] for row in rows] == ["good", "bad", None]
 
 
 def test_errors_name_the_file_and_the_record(tmp_path):
@@ -81,7 +116,7 @@ def test_errors_name_the_file_and_the_record(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet: the column 'instruction', of type string, .*'utf-8' codec"):
         read(file)
     pd.DataFrame([ROWS[0], {"instruction": "x", "output": None}]).to_parquet(file)
-    with pytest.raises(ValueError, match=r"a\.parquet, record 2: 'output' is null"):
+    with pytest.raises(ValueError, match=r"a\.parquet: record 2: 'output' is null"):
         read(file)
     with pytest.raises(ValueError, match=r"without Parquet files or .* \(found: nothing\)"):
         list(read_rows((tmp_path / "empty").mkdir() or tmp_path / "empty"))

@@ -82,5 +82,5 @@ def pids(*options: str) -> list[int]:
 
 
 def server_pid(url: str) -> int:
-    """BentoML's parent process."""
+    """The supervisor (deploy/supervisor.py) of BentoML's parent process, to which it forwards SIGTERM."""
     return pids("-f", "--", f"--port {urlsplit(url).port}")[0]

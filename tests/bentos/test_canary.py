@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -208,6 +209,25 @@ def test_a_request_interrupts_a_shadow_which_begins_again_later(shadowing):
 
     assert run(scenario) == 0
     assert max(running) == 1  # never beside a request
+
+
+def test_another_version_of_the_canary_is_compared_from_the_beginning(shadowing, adapters):
+    other = shutil.copytree(adapters / "good", adapters / "other")
+    (other / "README.md").write_text("another digest")
+
+    async def scenario(generator: TextGenerator):
+        await ask(generator)
+        await until(lambda: generator.canary_status().shadow.compared == 1)
+        await generator.load("next", "other")
+        reloaded = generator.canary_status().model_copy(deep=True)
+        await ask(generator)
+        await until(lambda: generator.canary_status().shadow.compared == 1)
+        return reloaded
+
+    status = shadowing[0](scenario)
+    assert status.shadow.compared == 0
+    assert [arm.completed for arm in status.versions] == [0, 0]
+    assert status.versions[1].adapter.sha256 == directory_sha256(other)
 
 
 def test_shadows_are_dropped_when_many_wait_and_forgotten_at_the_end(shadowing, monkeypatch):

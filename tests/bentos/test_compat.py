@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 
 from bentos import compat
 from bentos.middleware.metrics_path import path_label
+from tests.helpers import free_port
 
 
 @pytest.fixture
@@ -218,21 +219,23 @@ def requests_until_refused(port: int) -> set[str]:
     return set(iter(lambda: request(port), "refused"))
 
 
+class Server:  # uvicorn's
+    def __init__(self, *servers: asyncio.Server) -> None:
+        self.servers = servers
+
+    def handle_exit(self) -> None: ...
+
+
+async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"answer")
+    writer.close()
+
+
 async def answers_while_the_port_closes() -> set[str]:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"answer")
-        writer.close()
-
-    class Server:  # uvicorn's
-        def __init__(self, *servers: asyncio.Server) -> None:
-            self.servers = servers
-
-        def handle_exit(self) -> None: ...
-
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
     with listening.dup():  # the parent's
-        server = await asyncio.start_server(answer, sock=listening)
+        server = await asyncio.start_server(respond, sock=listening)
         port = listening.getsockname()[1]
         clients = [asyncio.create_task(asyncio.to_thread(requests_until_refused, port)) for _ in range(16)]
         await asyncio.sleep(0.1)
@@ -244,3 +247,19 @@ def test_no_connection_is_reset_or_forgotten_while_the_port_closes():
     """Without the packet filter, one round in three or four failed."""
     for _ in range(8):
         assert asyncio.run(answers_while_the_port_closes()) == {"answer"}
+
+
+async def answer_of_the_next_worker() -> str:
+    listening = socket.create_server(("127.0.0.1", free_port()))  # a socket with port 0 would lose its port
+    with listening.dup() as of_parent:
+        first = await asyncio.start_server(respond, sock=listening)
+        await compat.stop_listening(Server(first).handle_exit)
+        port = of_parent.getsockname()[1]
+        assert request(port) == "refused"
+        async with await asyncio.start_server(respond, sock=of_parent.dup()):
+            return await asyncio.wait_for(asyncio.to_thread(request, port), 10)
+
+
+def test_the_next_worker_can_listen_on_the_same_socket():
+    """BentoML starts one if only the worker gets SIGTERM."""
+    assert asyncio.run(answer_of_the_next_worker()) == "answer"

@@ -182,8 +182,10 @@ def test_requests_are_queued_all_or_none(slow_generator, monkeypatch):
         submit(slow_generator, n=3, max_new_tokens=60)
 
     monkeypatch.setattr(slow_generator.engine, "submit", submit_two)
+    monkeypatch.setattr(slow_generator, "_observe", lambda result: pytest.fail("it was recorded as a completion"))
     with pytest.raises(ServiceError):
         asyncio.run(run())
+    assert slow_generator._shadows._in_flight == 0
     wait_until(lambda: sum(map(slow_generator.engine.stats().get, ("waiting", "running"))) == 0, 20, "an idle engine")
 
 

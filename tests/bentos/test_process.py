@@ -11,10 +11,12 @@ from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import openai
+import psutil
 import pytest
 import requests
 
 from tests.bentos.client import served, server_pid
+from tests.helpers import wait_until
 
 
 def get(address: tuple[str, int]) -> bytes:
@@ -96,6 +98,14 @@ def test_readiness_fails_first_and_requests_in_flight_are_completed(bento_tag):
             assert seen[-1].status_code == 503
             assert seen[-1].headers["Connection"] == "close"
             assert [response.result().status_code for response in responses] == [200] * 8
+
+
+def test_sighup_ends_the_service(bento_tag):
+    """BentoML would start a second worker on the socket that the first one shuts down."""
+    with served(bento_tag) as url:
+        [server] = psutil.Process(server_pid(url)).children()
+        server.send_signal(signal.SIGHUP)
+        wait_until(lambda: not server.is_running(), 30, "the end of the service")
 
 
 def test_a_service_with_an_api_token_requires_it(bento_tag):

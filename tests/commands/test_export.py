@@ -1,6 +1,9 @@
 """`python run.py export`: each format is read by its own library, and greedy tokens are compared."""
 
 import json
+import re
+import subprocess
+import sys
 from shutil import copytree
 
 import gguf
@@ -19,7 +22,8 @@ from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.generate import generate
 from gpt2core.lora import add_lora
 from gpt2core.prompt import format_prompt
-from gpt2core.tokenizer import load_tokenizer
+from gpt2core.records import read_records
+from gpt2core.tokenizer import load_tokenizer, read_padding_token
 from gpt2core.types import BaseRef, Evaluation, SplitPart, SplitSummary
 from run import main
 from steps.adapters.base import write_base
@@ -83,6 +87,20 @@ def test_peft_reads_the_adapter(base_dir, tmp_path, prompt, expected):
     assert greedy(PeftModel.from_pretrained(hf, tmp_path / "out"), prompt) == expected
 
 
+def test_the_card_of_a_merged_model_says_how_to_use_it(tmp_path):
+    export(tmp_path / "peft", "peft")
+    export(tmp_path / "hf", "hf")
+    export(tmp_path / "gguf", "gguf")
+    cards = {kind: (tmp_path / kind / "README.md").read_text() for kind in ("peft", "hf", "gguf")}
+    assert "merged into its weights" not in cards["peft"]
+    for kind, use in (("hf", 'pipeline("text-generation"'), ("gguf", "llama-cli -m DIRECTORY/model.gguf")):
+        assert "merged into its weights" in cards[kind]
+        assert use in cards[kind]
+    [snippet] = re.findall(r"```python\n(.*?)```", cards["hf"], re.DOTALL)
+    code = snippet.replace("DIRECTORY", str(tmp_path / "hf"))
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template(tmp_path, prompt, expected):
     out = tmp_path / "out"
     export(out, "hf")
@@ -96,6 +114,33 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
     assert card.data.library_name == "transformers"
     assert "| Exact match | 0.5 | 0.5 |" in card.text
     assert load_pretrained(out).config.token_count == len(tokenizer)
+
+
+def test_a_chat_template_with_history_writes_earlier_turns_as_in_training(outputs, tmp_path):
+    chat = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "My name is {Bob}."},
+        {"role": "assistant", "content": "Hi\n'Bob'."},
+        {"role": "user", "content": "What is my name?"},
+        {"role": "assistant", "content": "Bob"},
+        {"role": "user", "content": "And mine?"},
+    ]
+    export(tmp_path / "hf", "hf", "--multi-turn", "history")
+    export(tmp_path / "gguf", "gguf", "--multi-turn", "history")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    field = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields["tokenizer.chat_template"]
+    assert field.contents() == tokenizer.chat_template
+    for n in (2, 4, 6):
+        (file := tmp_path / "chat.json").write_text(json.dumps([{"messages": [*chat[:n], chat[2]]}]))
+        [*_, record] = read_records(file)
+        prompt = format_prompt(record["instruction"], record["input"])
+        assert tokenizer.apply_chat_template(chat[:n], tokenize=False, add_generation_prompt=True) == prompt
+    text = tokenizer.apply_chat_template(chat[:5], tokenize=False)  # a training example
+    assert (
+        text == format_prompt("What is my name?", "User: My name is {Bob}.\nAssistant: Hi\n'Bob'.") + "Bob<|endoftext|>"
+    )
+    without = [{"role": "assistant", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(without, tokenize=False) == format_prompt("") + "Hi<|endoftext|>"
 
 
 @pytest.mark.parametrize("own", ['{"eos_token_id": 5, "temperature": 0.5}', None])
@@ -182,6 +227,33 @@ def test_a_flag_that_llama_cpp_does_not_have_is_refused(words_dir, tmp_path, fla
         write_gguf(load_pretrained(directory), directory, tmp_path / "model.gguf", "f32")
 
 
+@pytest.mark.parametrize("source", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_exports_keep_the_padding_token_of_the_base(outputs, words_dir, adapter_dir, source):
+    directory, tokenizer = words_dir
+    config = {"pad_token": "<pad>", "padding_side": "left"}
+    (directory / "tokenizer_config.json").unlink()
+    content = {"pad_token_id": tokenizer.pad_token_id} if source == "generation_config.json" else config
+    (directory / source).write_text(json.dumps(content))
+    write_run(outputs / "words", directory, adapter_dir)
+    export(outputs / "hf", "hf", "--run", "words")
+    export(outputs / "gguf", "gguf", "--run", "words")
+    exported = AutoTokenizer.from_pretrained(outputs / "hf")
+    assert exported.pad_token == "<pad>"
+    assert exported.padding_side == ("left" if source == "tokenizer_config.json" else "right")
+    assert exported(["a", "a b c d"], padding=True)["attention_mask"] != [[1], [1]]
+    field = gguf.GGUFReader(outputs / "gguf" / "model.gguf").fields["tokenizer.ggml.padding_token_id"]
+    assert field.contents() == tokenizer.pad_token_id
+
+
+def test_a_padding_token_that_is_not_special_is_not_exported(base_dir, tmp_path):
+    (directory := tmp_path / "base").mkdir()
+    copytree(base_dir, directory, dirs_exist_ok=True)
+    (directory / "tokenizer_config.json").write_text('{"pad_token": "!"}')  # would no longer be found in text
+    assert read_padding_token(directory) is None
+    write_gguf(load_pretrained(directory), directory, tmp_path / "model.gguf", "f32")
+    assert "tokenizer.ggml.padding_token_id" not in gguf.GGUFReader(tmp_path / "model.gguf").fields
+
+
 def test_a_dora_is_exported_to_gguf_merged_alone(outputs, base_dir, tmp_path, prompt):
     model = randomize_lora(add_lora(load_pretrained(base_dir), LoraConfig(rank=4, dora=True)))
     with pytest.raises(ValueError, match=r"DoRA's magnitudes .lora.dora is true.*merged model"):
@@ -219,6 +291,7 @@ def test_errors_are_one_line(tmp_path):
         (["--out", str(tmp_path / "full"), "--format", "hf"], "is not an empty directory; choose a new one"),
         (["--out", str(tmp_path / "new"), "--format", "hf", "--run", "no"], "is not the directory of a finished run"),
         (["--out", str(tmp_path / "new"), "--format", "hf", "--quantize", "f16"], "goes with --format gguf"),
+        (["--out", str(tmp_path / "new"), "--format", "peft", "--multi-turn", "history"], "--format hf or gguf"),
     ):
         done = CliRunner().invoke(main, ["export", *options])
         assert done.exit_code in (1, 2)

@@ -1,8 +1,11 @@
 """The docker target on the container engine of this machine."""
 
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,7 +15,9 @@ from click.testing import CliRunner
 
 from deploy import bento
 from deploy.config import DeployConfig
-from deploy.containers import service
+from deploy.containers import lock, service
+from deploy.containers.client import EngineError
+from deploy.containers.lock import engine_lock
 from deploy.containers.service import DockerTarget
 from deploy.source import ROOT
 from deploy.target import DeployError, Deployment, Version
@@ -130,6 +135,52 @@ def test_only_the_last_service_is_kept(engine, first, second, deploy, config):
     assert states(engine, config) == {"running": 2, "exited": 1}
 
 
+def test_a_service_that_a_killed_run_did_not_verify_is_no_version_to_roll_back_to(
+    engine, first, second, deploy, config
+):
+    deploy(first.reference)
+    name = f"{bento.NAME}-{config.port}"
+    labels = {service.DEPLOYMENT_LABEL: name, service.BENTO_LABEL: second.reference}
+    engine.containers.run(second.digest, name=f"{name}-candidate", labels=labels, network=name, detach=True)
+    with pytest.raises(DeployError, match="no previous version"):
+        DockerTarget(config).rollback()
+    assert served(config) == first.reference
+    assert states(engine, config) == {"running": 2}
+
+
+def test_two_deployments_at_once_are_done_one_after_the_other(engine, first, second, deploy, config):
+    deploy(first.reference)
+    with load(config) as responses, ThreadPoolExecutor() as pool:
+        others = [pool.submit(deploy, second.reference, memory=memory) for memory in ("2g", "3g")]
+        assert [other.result().outcome for other in others] == ["deployed", "deployed"]
+    assert responses.keys() == {first.reference, second.reference}
+    assert states(engine, config) == {"running": 2, "exited": 1}
+    assert DockerTarget(config).rollback().image == first.reference
+
+
+def test_a_killed_process_does_not_hold_the_lock(engine, first, config, monkeypatch):
+    name = f"{bento.NAME}-{config.port}-lock"
+    code = (
+        "import sys, time, docker; from deploy.containers.lock import engine_lock; "
+        "lock = engine_lock(docker.from_env(), *sys.argv[1:]); lock.__enter__(); print(flush=True); time.sleep(600)"
+    )
+    arguments = [sys.executable, "-c", code, name, first.digest]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with monkeypatch.context() as impatient:
+            impatient.setattr(lock, "TIMEOUT", 0)
+            with pytest.raises(EngineError, match=f"another deployment holds the lock {name}"):
+                engine_lock(engine, name, first.digest).__enter__()
+        holder.kill()
+    with engine_lock(engine, name, first.digest):
+        pass
+    engine.containers.create(first.digest, name=name)  # by a process that was killed before it started it
+    monkeypatch.setattr(lock, "START_TIMEOUT", 1)
+    with engine_lock(engine, name, first.digest):
+        pass
+    assert containers(engine, config) == []
+
+
 def test_a_deployment_on_another_host_is_refused(first, deploy, config):
     deploy(first.reference)
     message = rf"deploy.host is 127\.0\.0\.2, but port {config.port} is served on 127\.0\.0\.1"
@@ -172,18 +223,24 @@ def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first,
 
 
 def test_a_service_writes_the_request_log_and_reads_adapters_of_this_machine(
-    first, deploy, monkeypatch, tmp_path, adapter_dir
+    engine, first, deploy, monkeypatch, tmp_path, adapter_dir
 ):
     monkeypatch.setenv("GPT2_REQUEST_LOG", str(tmp_path / "log" / "requests.jsonl"))
     monkeypatch.setenv("GPT2_ADAPTERS_DIR", str(adapter_dir.parent))
     monkeypatch.setenv("GPT2_ADMIN_TOKEN", "admin")
-    url = deploy(first.reference).url
+    deployed = deploy(first.reference)
+    url = deployed.url
     body, headers = {"lora_name": "x", "lora_path": adapter_dir.name}, {"Authorization": "Bearer admin"}
     assert requests.post(f"{url}/v1/load_lora_adapter", json=body, headers=headers, timeout=TIMEOUT).ok
     answer = requests.post(f"{url}/predict", json={"instruction": "Hello.", "adapter": "x"}, timeout=TIMEOUT)
     log = tmp_path / "log" / "requests.jsonl"
     wait_until(lambda: log.is_file() and answer.headers["X-Request-Id"] in log.read_text(), TIMEOUT, "a line")
     assert deploy(first.reference).outcome == "unchanged"
+    mounts = engine.containers.get(deployed.container).attrs["Mounts"]
+    writable = {(mount["Source"], mount["Destination"]) for mount in mounts if mount["RW"]}
+    assert writable == {(str(log.parent), "/requests")}
+    monkeypatch.setenv("GPT2_REQUEST_LOG", str(tmp_path / "other" / "requests.jsonl"))
+    assert deploy(first.reference).outcome == "deployed"
 
 
 def test_a_run_deploys_its_service_and_the_rollback_command_restores_the_one_before(

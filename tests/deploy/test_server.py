@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -105,14 +106,21 @@ def test_a_server_keeps_the_metrics_of_another(url, metrics_of_another_server):
     assert metrics_of_another_server.read_bytes() == b"running"
 
 
-def refusal(tag: str, **environment: str) -> str:
+def refusal(tag: str, *options: str, **environment: str) -> str:
     """The last line of a server that BentoML would restart if a worker, and not its parent, refused to start."""
-    command = [*bento.bentoml_command("serve"), tag, "--port", str(free_port())]
+    command = [*bento.bentoml_command("serve"), tag, *(options or ("--port", str(free_port())))]
     environment = bento.bentoml_environment() | environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done.stderr.splitlines()[-1]
+
+
+def test_a_port_that_is_taken_is_reported_in_one_line(tag):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        expected = f"Error: cannot listen on 127.0.0.1, port {port}: Address already in use"
+        assert refusal(tag, "--host", "127.0.0.1", "--port", str(port)) == expected
 
 
 def test_a_server_with_wrong_settings_or_lineage_ends_with_one_line(base_dir, adapter_dir):

@@ -24,7 +24,6 @@ static uint3_t threadIdx, blockIdx;
 static ucontext_t scheduler, contexts[MAX_THREADS];
 static bool ended[MAX_THREADS];
 static int current, n_threads, n_arrived, generation;
-static float exchanged[MAX_THREADS];
 static void (*kernel_body)();
 
 static void take_turns() {
@@ -39,11 +38,12 @@ static void __syncthreads() {
   while (generation == mine) take_turns();
 }
 
-static float __shfl_xor_sync(unsigned, float value, int distance) {  // every thread of the warp calls it
+template <typename T> static T __shfl_xor_sync(unsigned, T value, int distance) {  // every thread of the warp calls it
+  static T exchanged[MAX_THREADS];
   int self = current;
   exchanged[self] = value;
   take_turns();
-  float found = exchanged[self ^ distance];
+  T found = exchanged[self ^ distance];
   take_turns();
   return found;
 }

@@ -106,6 +106,11 @@ def test_an_integer_is_accepted_for_a_float():
     assert LoraConfig(alpha=8).alpha == 8
 
 
+def test_integers_in_a_pair_of_floats_become_floats():
+    for config in (TrainConfig, PretrainConfig):  # torch refuses betas of different types
+        assert [type(beta) for beta in config(betas=(0, 0.95)).betas] == [float, float]
+
+
 def test_numbers_of_numpy_become_those_of_python():
     lora, train = LoraConfig(rank=np.int64(4), alpha=np.float32(8)), TrainConfig(learning_rate=np.float32(0.5))
     generation = GenerationConfig(max_new_tokens=np.int32(3), stop=[[np.int64(1)]], temperature=np.float16(0.5))

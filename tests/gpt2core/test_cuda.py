@@ -13,10 +13,10 @@ from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine
 from gpt2core.inference import cuda
+from gpt2core.sampling import most_likely
 from tests.gpt2core.decoding import check_bf16_completion, random_prompts, save_random_adapter
 
 COMPILER = shutil.which("c++")
-NAMES = ("attend", "add_norm", *(f"linear_{n}" for n in cuda.LINEAR_ROWS))
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -33,7 +33,7 @@ def kernels(request, tmp_path_factory):
         pytest.skip("there is no C++ compiler")
     source = tmp_path_factory.mktemp("cuda") / "cuda.cpp"
     emulator = Path(__file__).with_name("cuda_emulator.h")
-    launchers = "\n".join(f"LAUNCHER({name})" for name in NAMES)
+    launchers = "\n".join(f"LAUNCHER({name})" for name in cuda.NAMES)
     source.write_text(f'#include "{emulator}"\n#include "{cuda.SOURCE}"\n{launchers}\n')
     library = source.with_suffix(".so")
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(source), "-o", str(library)]
@@ -64,7 +64,7 @@ def test_the_check_before_their_use_finds_each_difference(kernels):
             return own if name != self.name else lambda *arguments: own(*arguments).roll(1, -1)
 
     cuda.check(kernels, torch.device(kernels.device))
-    for name in ("attend", "add_norm", "linear"):
+    for name in ("attend", "add_norm", "linear", "most_likely"):
         with pytest.raises(AssertionError):
             cuda.check(Other(name), torch.device(kernels.device))
 
@@ -119,7 +119,7 @@ def test_a_row_with_nan_does_not_affect_the_others(kernels):
     assert torch.equal(found[[0, 2]], qkv[[0, 2], 2])
 
 
-@pytest.mark.parametrize("n", [16, 768, 1600])
+@pytest.mark.parametrize("n", [16, 768, 1600, cuda.MAX_WIDTH])
 def test_the_sum_is_normalized(kernels, n):
     x, y = random(kernels, 3, n, dtype=torch.float32), random(kernels, 3, n)
     weight, bias = random(kernels, n).float(), random(kernels, 1, n)[0].float()
@@ -130,9 +130,23 @@ def test_the_sum_is_normalized(kernels, n):
 
 
 @pytest.mark.parametrize("N", cuda.LINEAR_ROWS)
-@pytest.mark.parametrize(("n_in", "n_out"), [(8, 3), (768, 6), (1600, 9)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 3), (768, 6), (1032, 3), (3072, 5), (6400, 2)])
 def test_linear_layers_of_few_rows(kernels, N, n_in, n_out):
     x, weight, bias = random(kernels, N, n_in), random(kernels, n_out, n_in), random(kernels, n_out)
     found = kernels.linear(x, weight, bias)
     torch.testing.assert_close(found.float(), F.linear(x.float(), weight.float(), bias.float()), rtol=0.01, atol=0.01)
     assert torch.equal(found[-1:], kernels.linear(x[-1:], weight, bias))
+    activated = kernels.linear(x, weight, bias, gelu=True)
+    torch.testing.assert_close(activated, F.gelu(found, approximate="tanh"), rtol=0.01, atol=1e-4)  # one bit of bf16
+
+
+@pytest.mark.parametrize("n", [5, 1025, 50_257])
+def test_the_most_likely_token_is_the_first_of_the_largest(kernels, n):
+    logits = random(kernels, 8, n, dtype=torch.float32)
+    logits[1, [n // 2, n - 1]] = 9  # twice the largest one
+    logits[2:6, n - 2] = torch.tensor([torch.nan, torch.inf, -torch.inf, 9], device=kernels.device)
+    logits[5, 1], logits[5, n - 1] = torch.inf, torch.nan
+    logits[6], logits[7] = -torch.inf, -1e38
+    found = kernels.most_likely(logits).cpu()
+    assert torch.equal(found, most_likely(logits.cpu()))
+    assert found[[1, 2, 3, 5, 6, 7]].tolist() == [n // 2, -1, -1, -1, -1, 0]

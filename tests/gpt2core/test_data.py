@@ -13,6 +13,7 @@ from gpt2core.data import (
     LongRecord,
     check_examples,
     count_duplicates,
+    count_leaks,
     count_repeated_questions,
     encode_records,
     find_markers,
@@ -78,6 +79,14 @@ def test_without_a_seed_the_order_of_the_file_is_kept_train_then_test_then_valid
     records = numbered(1100)
     parts = split_records(records, None)
     assert parts.train + parts.test + parts.val == records
+
+
+def test_a_part_may_have_any_of_its_names_and_an_unknown_one_is_named():
+    records = [*numbered(9), *numbered(1, part="Validation"), *numbered(1, part="Test")]
+    assert [len(part) for part in split_records(records, 0)] == [9, 1, 1]
+    assert count_leaks(records) == 2
+    with pytest.raises(ValueError, match=r"the part 'held out'; the known ones are train, .*dev"):
+        split_records([*records, *numbered(1, part="held out")], 0)
 
 
 def test_another_seed_gives_another_split():
@@ -178,6 +187,31 @@ def test_long_records_are_dropped_or_truncated_on_request(tokenizer, lengths):
         assert 0 < len(after["output"]) < len(before["output"])
     assert max(len(example.input_ids) for example in encode_records(kept, tokenizer, context)) > lengths[0]
     assert limit_lengths(LONG, tokenizer, max(lengths), "truncate") == (LONG, [])
+
+
+def test_a_truncated_output_has_no_end_of_text_and_is_never_a_test_reference(tokenizer, lengths):
+    context = lengths[0] + 5
+    kept, _ = limit_lengths(LONG, tokenizer, context, "truncate")
+    whole, *cut = encode_records(kept, tokenizer, context)
+    assert whole.input_ids[-1] == tokenizer.eot_token
+    assert tokenizer.eot_token not in cut[0].input_ids + cut[1].input_ids
+    full = encode_records(LONG, tokenizer, max(lengths))
+    assert cut[1].input_ids == full[2].input_ids[:context]  # a prefix of the tokens that fills the context
+    given = [GOOD, *(record | {"part": "test"} for record in LONG), LONG[2] | {"part": "val"}]
+    kept, found = limit_lengths(given, tokenizer, context, "truncate")
+    assert [(record.get("part"), len(record["output"]) > 1) for record in kept] == [
+        (None, False),
+        ("test", False),
+        ("val", True),
+    ]
+    assert len(found) == 3
+    longer = [record | {"output": "e" * 60} for record in numbered(20)]
+    limited, _ = limit_lengths([*numbered(20), *longer], tokenizer, context, "truncate")
+    parts = split_records(limited, 0, 0.1, 0.4)
+    assert 0 < len(parts.test) < 16
+    assert all(record["output"] == record["instruction"][4:-1] for record in parts.test)
+    with pytest.raises(ValueError, match="all 4 records of the test part were truncated"):
+        split_records(limited[20:], 0, 0.0, 0.2)
 
 
 def test_a_prompt_without_room_for_an_output_is_named_and_at_least_one_record_must_remain(tokenizer, lengths):

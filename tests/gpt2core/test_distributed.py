@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2core.checkpoint import load_pretrained
+from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.distributed import finetune_adapter
+from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.lora import lora_layers
+from gpt2core.records import read_records
 
 LORA = LoraConfig(rank=3)
 
@@ -110,6 +112,11 @@ def test_two_machines_under_kubeflows_trainer_train_like_one_process(base_dir, t
     # what Trainer v2 sets in the pods of a TrainJob with two nodes and one process each
     trainer = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
     alone = train_job(tmp_path, "alone", base_dir)
+    adapter, base = tmp_path / "alone" / "adapter", load_pretrained(base_dir)
+    load_adapter(base, adapter, directory_sha256(base_dir, checkpoint_files(base_dir)))
+    with pytest.raises(ValueError, match="trained on the base"):
+        load_adapter(load_pretrained(base_dir), adapter, "0" * 64)
+    assert len(read_records(tmp_path / "alone" / "test.jsonl")) == 2
     together = train_job(tmp_path, "together", base_dir, *(trainer | {"PET_NODE_RANK": rank} for rank in "01"))
     for key in ("train/loss", "val/loss", "train/grad_norm"):
         ours, theirs = ([entry[key] for entry in history if key in entry] for history in (together, alone))

@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,67 @@ def test_lazy_zeros_are_writable_zeros(dtype):
     assert not zeros.any()
     zeros += 1
     assert (zeros == 1).all()
+
+
+@pytest.mark.parametrize("is_valid", [True, False], ids=["valid", "invalid"])
+def test_a_failed_capture_is_ended_and_its_memory_released_once(monkeypatch, is_valid):
+    """With a stand-in for torch's graphs: `capture_end` of an invalid capture raises before it tells the allocator."""
+    recording, released = [], []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            recording.append(pool)
+
+        def capture_end(self):
+            if not is_valid:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            recording.remove((0, 7))
+            released.append("by the graph")
+
+    def end(device, pool):
+        if pool not in recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        recording.remove(pool)
+
+    def compute():
+        raise ValueError("not computable")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(kernels, "_capture_stream", lambda device: None)
+    assert hasattr(torch._C, "_cuda_endAllocateToPool")
+    assert hasattr(torch._C, "_cuda_releasePool")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: released.append("by us"))
+    with pytest.raises(ValueError, match="not computable"):
+        kernels.capture_graph(compute, torch.device("cuda", 0), (0, 7))
+    assert not recording
+    assert released == ["by the graph" if is_valid else "by us"]
+
+
+def test_the_first_capture_starts_without_garbage(monkeypatch):
+    """Autograd nodes in a reference cycle would keep the default stream, which invalidates a capture."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            pass
+
+        def capture_end(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(kernels, "_capture_stream", lambda device: None)
+    garbage = weakref.ref(Cycle())
+    _, is_collected = kernels.capture_graph(lambda: garbage() is None, torch.device("cuda", 0))
+    assert is_collected
 
 
 THREADS = """

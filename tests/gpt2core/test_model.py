@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.config import GPT2Config
 from gpt2core.engine import Engine
-from gpt2core.model import GPT2, KVCache, eval_mode
+from gpt2core.model import GPT2, KVCache, eval_mode, pad_bias, pad_rows
 
 # Both sides sum the same fp32 numbers in different order; logits here are 1 to 10, so errors are near 1e-6.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -240,6 +240,18 @@ def test_the_head_is_the_token_embedding(model):
         hidden = model.hidden(ids)
         model.wte.weight[96] += 1.0
         torch.testing.assert_close(model.head(hidden)[..., 96], hidden @ model.wte.weight[96], **SELF_TOLERANCE)
+
+
+def test_a_padded_head_gives_the_same_losses_and_gradients():
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (97, 5))
+    labels = torch.tensor([0, 96, 3, -100, 50])
+    logits = F.linear(hidden, pad_rows(weight), pad_bias(97, weight))
+    assert logits.shape == (5, 128)
+    found, expected = (F.cross_entropy(x, labels, reduction="none") for x in (logits, hidden @ weight.T))
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(one.sum(), (hidden, weight)) for one in (found, expected)]
+    torch.testing.assert_close(*grads)
 
 
 def test_bf16_logits_are_close_to_fp32(model):

@@ -123,6 +123,13 @@ def test_an_export_names_a_base_only_if_it_is_told(hf, bare, tmp_path):
     torch.testing.assert_close(theirs(IDS).logits, adapted(IDS), **TOLERANCE)
 
 
+def test_an_export_pins_a_base_of_the_hub_to_its_commit(bare, tmp_path):
+    adapted = randomize_lora(add_lora(bare, LoraConfig()))
+    for name, revision in (("pinned", "f" * 40), ("free", None)):  # PEFT loads the base with this revision
+        export_peft(adapted, tmp_path / name, "my/gpt2", revision)
+        assert peft.PeftConfig.from_pretrained(tmp_path / name).revision == revision
+
+
 def test_an_untrained_adapter_of_peft_changes_nothing(bare, hf, tmp_path):
     model = peft.get_peft_model(deepcopy(hf), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     model.save_pretrained(tmp_path)

@@ -125,6 +125,12 @@ def test_an_answer_of_weight_0_and_those_of_a_prompt_are_context_only(write, lay
     assert question == expected | {"output": ""}
 
 
+def test_labels_may_be_integers(write):
+    rows = [GOOD | {"group": 7, "family": 0}, {"messages": SAY, "group": 7}]
+    records = read_records(write("a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert records == [GOOD | {"group": "7", "family": "0"}, GOOD | {"group": "7"}]
+
+
 def test_keys_that_no_record_gets_are_named_in_a_warning(write, caplog):
     caplog.set_level(logging.WARNING)
     rows = [GOOD | {"Input": "lost", "history": [["a", "b"]], "id": None}, GOOD | {"Input": "lost"}]
@@ -163,12 +169,24 @@ def test_an_answer_before_the_first_question_of_sharegpt_is_skipped_and_counted(
     system, greeting = {"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello!"}
     rows = [{"conversations": conversation} for conversation in (turns, [greeting, *turns], [system, greeting, *turns])]
     assert read_records(write("a.jsonl", "\n".join(map(json.dumps, rows)))) == [GOOD] * 3
-    [record] = caplog.records
+    dropped, record = caplog.records
+    assert dropped.getMessage().endswith("a.jsonl: 1 of 3 conversations have system messages, which are dropped")
     assert record.getMessage().endswith(
         "a.jsonl: 2 of 3 conversations begin with an answer instead of a question; this answer is skipped"
     )
     with pytest.raises(ValueError, match="comes after no turn"):  # OpenAI's format has no such habit
         read_records(write("a.jsonl", json.dumps({"messages": [SAY[1], *SAY]})))
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "prompt"])
+def test_conversations_with_system_messages_are_counted(write, caplog, key):
+    caplog.set_level(logging.WARNING)
+    rows = [[{"role": role, "content": "Be a pirate."}, *SAY] for role in ("system", "developer")] + [SAY, SAY]
+    values = [{"prompt": turns[:-1], "completion": turns[-1:]} if key == "prompt" else {key: turns} for turns in rows]
+    lines = [*map(json.dumps, values), LINE]
+    assert read_records(write("a.jsonl", "\n".join(lines))) == [GOOD] * 5
+    [record] = caplog.records
+    assert record.getMessage().endswith("a.jsonl: 2 of 4 conversations have system messages, which are dropped")
 
 
 def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
@@ -180,6 +198,7 @@ def test_the_parts_of_a_file_are_the_parts_of_the_split(write):
     assert [len(part) for part in split_records(records, 0)] == [3, 1, 2]
     assert split_records(records, 0).test == rows[4:]
     assert count_leaks(records) == 3
+    assert count_leaks(records, "val") == 2
     without_val = [record for record in records if record["part"] != "val"]
     assert [len(part) for part in split_records(without_val, 0)] == [3, 0, 2]  # one question cannot be split
 
@@ -248,13 +267,17 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.json", json.dumps([GOOD, {"instruction": "x"}]), ["record 2 (line 1)", "no 'output'"]),
         ("a.json", json.dumps([GOOD, GOOD | {"output": 3}]), ["record 2", "'output'", "3", "int"]),
         ("a.json", json.dumps([GOOD | {"output": None}]), ["record 1", "'output' is null"]),
-        ("a.json", json.dumps([GOOD | {"group": 3}]), ["record 1", "'group'"]),
+        ("a.json", json.dumps([GOOD | {"group": 3.5}]), ["record 1", "'group'"]),
+        ("a.json", json.dumps([GOOD | {"family": True}]), ["record 1", "'family' is true, a bool"]),
         ("a.jsonl", f"{LINE}\n\n{json.dumps(GOOD | {'output': ' '})}", ["record 2 (line 3)", "'output' is empty"]),
         ("a.json", '[{"instruction": "\\ud800", "output": "x"}]', ["record 1", "'instruction'", "Unicode"]),
         ("a.json", json.dumps([GOOD], ensure_ascii=False).encode("utf-16"), ["UTF-16", "byte order mark", "UTF-8"]),
         ("a.json", json.dumps([GOOD]).encode("utf-16-le"), ["UTF-16"]),
         ("a.json", json.dumps([GOOD]).encode("utf-32"), ["UTF-32"]),
         ("a.jsonl", f"{LINE}\n" + LINE.replace("\\u00e9", "é"), []),
+        ("a.csv", "instruction,output\nСтолица?,Париж\n".encode("cp1251"), ["byte 0xd1", "find out", "CP1251"]),
+        ("a.csv", b"q,a\n\xe9,x\n" + "é,x\n".encode(), ["line 2, column 1", "mixes encodings; correct this line"]),
+        ("a.csv", "instruction,output\né,é".encode()[:-1], ["line 2, column 3", "cut off"]),
         ("a.csv", "instruction,output\n", ["list of records is empty"]),
         ("a.txt", LINE, [".txt", ".json or .jsonl, .csv"]),
         ("a.csv", 'instruction,output\n"a\nb",c\n\nd\n', ["line 5 (record 2)", "1 cells", "2 columns"]),
@@ -274,17 +297,29 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.csv", f'messages\n"{"[" * 100_000}"\n', ["'messages' is text that is not JSON"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', ["no answer of the assistant"]),
         ("a.jsonl", '{"prompt": "x"}', ["no 'completion'"]),
+        (
+            "a.jsonl",
+            json.dumps({"chosen": SAY, "rejected": SAY}),
+            ["record 1", "'chosen' is a conv", "{messages: chosen}"],
+        ),
+        ("a.jsonl", json.dumps({"conversation": SAY}), ["record 1", "set data.columns to {messages: conversation}"]),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}', ["'completion' is \"y\""]),
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0}]}), ["no answer", "to learn"]),
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"weight": 0.5}]}), ["messages[1]: 'weight' is 0.5"]),
         ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"train": "no"}]}), ["messages[1]: 'train' is \"no\""]),
         ("a.json", b"\x1f\x8b\x08\0\0", ["compressed by gzip"]),
+        ("a.json", b"\xfd7zXZ\0", ["compressed by xz"]),
+        ("a.json", b"\x28\xb5\x2f\xfd", ["compressed by zstd"]),
+        ("a.json", b"BZh91AY", ["compressed by bzip2"]),
         ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS", "git lfs pull"]),
     ],
 )
 def test_an_error_names_the_file_and_the_place(write, name, text, named):
     if not named:  # the same text in Latin-1
-        text, named = text.encode("latin-1"), ["line 2, column 22", "byte 0xe9", "Latin-1", "Say "]
+        text, named = (
+            text.encode("latin-1"),
+            ["line 2, column 22", "byte 0xe9", "iconv -f WINDOWS-1252", "CP1251", "Say "],
+        )
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
         read_records(write(name, text))
     for part in named:

@@ -177,6 +177,26 @@ def test_files_that_do_not_match_are_refused(broken, damage):
         load_tokenizer(broken)
 
 
+def test_another_end_of_text_is_refused_with_the_reason(broken):
+    edit_vocab(broken, lambda vocab: vocab.update({"</s>": vocab.pop(END_OF_TEXT)}))
+    with pytest.raises(
+        ValueError, match=r"vocab.json has no '<\|endoftext\|>', .* other ends of text, such as </s>, are"
+    ):
+        load_tokenizer(broken)
+
+
+def test_a_special_token_in_vocab_json_is_refused_with_the_way_out(broken):
+    edit_vocab(broken, lambda vocab: vocab.update({"<pad>": len(vocab)}))
+    with pytest.raises(ValueError, match=r"no merge makes the token '<pad>'.*add_special_tokens"):
+        load_tokenizer(broken)
+    tokenizer = GPT2TokenizerFast.from_pretrained(broken)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(broken)
+    text = "The quick <pad> fox"
+    expected = tokenizer(text, split_special_tokens=True)["input_ids"]
+    assert load_tokenizer(broken).encode_ordinary(text) == expected
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_a_vocabulary_that_is_not_a_json_object_is_refused_with_its_name(broken, content):
     (broken / "vocab.json").write_text(content)

@@ -72,7 +72,8 @@ def test_a_second_run_of_the_same_name_is_one_line_and_the_first_keeps_its_direc
 def test_split_json_has_the_digest_and_size_of_each_part(dev_run):
     parts = split_records(write_records(make_world(0, N_FACTS), 0), 0)
     assert dev_run.read("split.json") == {
-        name: {"sha256": records_sha256(part), "records": len(part)} for name, part in parts._asdict().items()
+        name: {"sha256": records_sha256(part), "records": len(part), "in_train": None if name == "train" else 0}
+        for name, part in parts._asdict().items()
     }
 
 
@@ -128,7 +129,7 @@ def test_the_adapter_and_the_bento_have_a_model_card(dev_run):
     ("step", "artifact", "keys"),
     [
         ("fetch_data", "records", {"source", "records", "duplicates", "sha256"}),
-        ("split_data", "test_records", {"records", "sha256"}),
+        ("split_data", "test_records", {"records", "sha256", "in_train"}),
         ("prepare_base", "base", {"sha256", "parameters", "corpus_tokens", "cloze_accuracy", "train_loss"}),
         ("finetune", "adapter", {"sha256", "loss", "val_loss", "tokens_seen", "tokens_per_second"}),
         ("evaluate", "metrics", {"base", "tuned"}),

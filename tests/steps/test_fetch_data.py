@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import threading
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
@@ -61,7 +62,8 @@ def test_records_from_a_url_are_read_counted_and_traceable(url, caplog):
     assert records == RECORDS
     assert (about["source"], about["records"], about["duplicates"]) == ("url", 5, 2)
     assert (about["location"], about["file_sha256"]) == (url, sha256)
-    assert "2 of 5 records repeat an earlier instruction and input (2 of them also the output)" in caplog.text
+    repeats = "2 of 5 records repeat an earlier instruction and input (2 of them also the output)"
+    assert f"{repeats}; a split keeps them together" in caplog.text
 
 
 def test_an_error_in_a_file_from_a_url_names_the_url(url, tmp_path):
@@ -103,6 +105,18 @@ def test_records_that_are_too_long_are_dropped_or_truncated_on_request(tmp_path,
     assert f"1 of 6 records have more tokens than the context of 128 and were {done}: record 6 (line 6)" in caplog.text
 
 
+def test_test_records_that_are_too_long_are_dropped_also_by_truncate(tmp_path, caplog):
+    test_path = tmp_path / "test.jsonl"
+    test_path.write_text(f"{json.dumps(RECORDS[0])}\n{json.dumps(LONG)}\n")
+    data = DataConfig(source="file", path=write(tmp_path, [*RECORDS, LONG]), test_path=str(test_path))
+    _, about = fetched(replace(data, too_long="truncate"))
+    assert about["records"] == 7
+    assert (
+        "2 of 8 records have more tokens than the context of 128 and were truncated (1 of the test part dropped): "
+        in (caplog.text)
+    )
+
+
 def test_records_with_section_headers_of_the_prompt_are_counted_and_named(tmp_path, caplog):
     odd = {"instruction": "Complete it.", "input": "", "output": "### Response: yes"}
     _, about = fetched(DataConfig(source="file", path=write(tmp_path, [*RECORDS, odd])))
@@ -124,6 +138,21 @@ def test_own_files_for_the_parts_are_read_with_mapped_columns_and_leaks_are_coun
     assert "1 records of the given validation and test parts repeat a question of the train part" in caplog.text
 
 
+def test_repeats_in_other_given_parts_are_not_reported_as_kept_together(tmp_path, caplog):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": "x"}) + "\n" for i in (7, 8, 9, 9)))
+    path, again = write(tmp_path, RECORDS), str(other)
+    _, about = fetched(DataConfig(source="file", path=path, val_path=again, test_path=again))
+    assert (about["in_train"], about["test_in_val"], about["repeated_questions"]) == (0, 4, 4)
+    assert "4 records of the given test part repeat a question of the validation part" in caplog.text
+    assert "repeat an earlier instruction and input of the same part (4 of them also the output)\n" in caplog.text
+    assert "keeps them together" not in caplog.text
+    caplog.clear()
+    _, about = fetched(DataConfig(source="file", path=path, test_path=path))
+    assert (about["in_train"], about["test_in_val"], about["repeated_questions"]) == (5, 0, 4)
+    assert "5 records of the given validation and test parts repeat a question of the train part" in caplog.text
+
+
 def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
     mine, parts = write(tmp_path, RECORDS[:1]), tmp_path / "parts.json"
     parts.write_text(json.dumps({"train": RECORDS[1:2], "test": RECORDS[2:3]}))
@@ -131,6 +160,48 @@ def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
     assert records == [RECORDS[0], RECORDS[2] | {"part": "test"}]
     with pytest.raises(ValueError, match="configured as the val part, but has only test, train records"):
         read_source(DataConfig(source="file", path=mine, val_path=str(parts)), 0)
+
+
+@pytest.mark.parametrize("is_table", [False, True])
+def test_locations_have_the_file_if_there_are_several(tmp_path, caplog, is_table):
+    caplog.set_level(logging.WARNING)
+    for name in ("h/main", "d/x/train", "d/x/test"):
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if is_table:
+            pd.DataFrame([RECORDS[0], LONG]).to_parquet(file.with_suffix(".parquet"))
+        else:
+            file.write_text(f"{json.dumps(RECORDS[0])}\n{json.dumps(LONG)}\n")
+    suffix, line = (".parquet", "") if is_table else (".jsonl", " (line 2)")
+    main, directory = str(tmp_path / f"h/main{suffix}"), str(tmp_path / "d")
+    named = [f"{part}{suffix}, record 2{line} has" for part in ("test", "train")]
+    cases = [
+        ({"path": main}, rf"{main}: 1 of 2 records .*: record 2{line} has"),
+        ({"path": directory}, rf"{directory}: 2 of 4 records .*: x/{named[0]} .* x/{named[1]}"),
+        (
+            {"path": main, "test_path": directory},
+            rf"{main}, {directory}: 2 of 4 .*: {main}, record 2{line} has .* {directory}/x/{named[0]}",
+        ),
+    ]
+    for paths, message in cases:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            only_fetch_data(DataConfig(source="file", **paths))
+    fetched(DataConfig(source="file", path=directory, too_long="drop"))
+    assert f"were dropped: x/{named[0][:-4]}, x/{named[1][:-4]}" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["file", "hub"])
+def test_a_pattern_selects_files_and_the_digest_covers_only_these(tmp_path, source):
+    for name, record in zip(("train_a", "test_a", "train_b"), RECORDS, strict=False):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record))
+    where = {"name": str(tmp_path), "path": "*_a.jsonl"} if source == "hub" else {"path": str(tmp_path / "*_a.jsonl")}
+    data = DataConfig(source=source, **where)
+    records, origin = read_source(data, 0)
+    assert records == [RECORDS[1] | {"part": "test"}, RECORDS[0] | {"part": "train"}]
+    (tmp_path / "train_b.jsonl").unlink()
+    assert read_source(data, 0) == (records, origin)
+    (tmp_path / "train_a.jsonl").write_text(json.dumps(RECORDS[2]))
+    assert read_source(data, 0)[1]["file_sha256"] != origin["file_sha256"]
 
 
 @pytest.mark.parametrize(
