@@ -137,7 +137,7 @@ def ask(
     _check_stages(name)
     from commands.ask import TunedModel, read_questions
 
-    with _one_line():
+    with _errors_as_one_line():
         if file is None:
             for text in TunedModel(name, sampling, adapter, accept_other_base).stream(instruction or "", input):
                 click.echo(text, nl=False)
@@ -174,7 +174,7 @@ def export(kind: str, out: str, name: str, quantize: str | None, dtype: str | No
     _check_stages(name)
     from commands.export import export as write
 
-    with _one_line():
+    with _errors_as_one_line():
         files = write(kind, Path(out), name, quantize or "f32", multi_turn == "history", dtype or "fp32")
         click.echo("\n".join(map(str, files)))
 
@@ -187,7 +187,7 @@ def records(log: str, out: Path) -> None:
     from commands.records import collect
     from steps.traffic import summary
 
-    with _one_line():
+    with _errors_as_one_line():
         collected = collect(log, out)
     if collected.problems:
         click.echo(f"not used:\n{summary(collected.problems)}", err=True)
@@ -207,7 +207,7 @@ def lineage(name: str) -> None:
     from commands.lineage.trace import trace
     from commands.stage_link import linked_run
 
-    with _one_line():
+    with _errors_as_one_line():
         click.echo(trace(linked_run(name)))
 
 
@@ -224,7 +224,7 @@ def compare(names: tuple[str, ...]) -> None:
     _check_stages(*names)
     from commands.compare import compare as compare_runs
 
-    with _one_line():
+    with _errors_as_one_line():
         table, page = compare_runs(names)
     click.echo(f"{table}\n\n{page}")
 
@@ -240,7 +240,7 @@ def verify(name: str, key: Path | None) -> None:
     _open_store()
     from commands.verify import verify as check
 
-    with _one_line():
+    with _errors_as_one_line():
         click.echo("\n".join(check(name, key)))
 
 
@@ -252,7 +252,7 @@ def sign(directory: Path, key: Path) -> None:
     _open_store()
     from commands.verify import sign as sign_lineage
 
-    with _one_line():
+    with _errors_as_one_line():
         click.echo(sign_lineage(directory, key))
 
 
@@ -262,7 +262,7 @@ def rollback() -> None:
     from pipelines.interrupts import interruptible
     from steps.deploy import rollback as roll_back
 
-    with _one_line(), interruptible():
+    with _errors_as_one_line(), interruptible():
         outcome = roll_back()
     click.echo("\n".join(f"{name}: {value}" for name, value in outcome.to_json().items() if value))
 
@@ -312,7 +312,7 @@ def canary(
     from commands.canary import Service, decide, describe
 
     service = Service(url)
-    with _one_line():
+    with _errors_as_one_line():
         if action == "decide":
             action, reason = decide(service.status(), max_failures, max_slowdown)
             click.echo(f"{action}: {reason}")
@@ -339,7 +339,7 @@ def adapters(directory: Path, names: tuple[str, ...], canary: str | None, shadow
     share = re.fullmatch(r"([^=]+)=(\d*\.?\d+)", canary or "")
     if len(pairs) < len(names) or (canary and share is None):
         raise click.UsageError("pass adapters as NAME=PATH with distinct names, and the canary as NAME=SHARE")
-    with _one_line():
+    with _errors_as_one_line():
         manifest = publish(directory, pairs, None if share is None else (share[1], float(share[2])), shadow)
     for name, adapter in manifest.adapters.items():
         click.echo(f"{name}: {adapter.sha256}")
@@ -361,7 +361,7 @@ def image(which: str) -> None:
     newest = shared_path("latest") / "bento.txt"
     if which == "service" and not newest.is_file():
         raise click.ClickException("there is no Bento yet; build one with: make run")
-    with _one_line():
+    with _errors_as_one_line():
         if which == "steps":
             built = images.build_steps()
         else:
@@ -378,12 +378,12 @@ def _start(name: str, config: str, values: tuple[str, ...], no_cache: bool) -> "
     from pipelines.start import RunError, start
 
     pipeline = getattr(import_module(f"pipelines.{name}"), name)
-    with _one_line(ConfigError, RunError):
+    with _errors_as_one_line(ConfigError, RunError):
         return start(pipeline, config, values, {"enable_cache": False} if no_cache else {})
 
 
 @contextmanager
-def _one_line(*errors: type[Exception]) -> Iterator[None]:
+def _errors_as_one_line(*errors: type[Exception]) -> Iterator[None]:
     """Context manager: report these errors, and wrong input or a damaged file, in one line."""
     reported: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError, *errors)
     try:
@@ -396,7 +396,7 @@ def _one_line(*errors: type[Exception]) -> Iterator[None]:
 
 def _open_store() -> None:
     """Open ZenML's store before importing steps, which opens it too, but reports errors in hundreds of lines."""
-    with _one_line(KeyError):  # which ZenML raises for wrong values of its environment variables
+    with _errors_as_one_line(KeyError):  # which ZenML raises for wrong values of its environment variables
         from pipelines.zenml_compat import open_store
 
         open_store()
@@ -410,7 +410,7 @@ def _check_stages(*names: str) -> None:
     _open_store()
     from commands.stage_link import check_stage_link
 
-    with _one_line():
+    with _errors_as_one_line():
         for stage in sorted(stages):
             check_stage_link(stage)
 

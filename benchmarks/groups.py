@@ -212,7 +212,7 @@ def adapters(setting: Setting) -> list[Row]:
     invariant = "same tokens and log probabilities alone as in a batch, 16 requests, 8 adapters"
     rows = [
         make_row("16 requests, 8 adapters", "tokens/s", values["ours"], values["merged"], setting.command, note=note),
-        make_row(invariant, "%", equal, None, setting.command, 100, note="to the bit; the limit is our target"),
+        make_row(invariant, "%", equal, None, setting.command, 100, note="bit-identical; the limit is our target"),
     ]
     medium = GPT2(GPT2Config.preset(setting.medium), torch.Generator().manual_seed(0)).eval()
     save_pretrained(medium, setting.directory / "medium")

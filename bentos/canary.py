@@ -30,8 +30,10 @@ class Canary:
     def set(self, request: CanaryRequest | None, versions: Sequence[AdapterVersion]) -> bool:
         """Start, change or end (None) the canary.
 
-        Returns whether the statistics start again, because the mode or one of the versions, which are those of the
-        default adapter and of the canary, is new.
+        Returns whether the statistics were reset, because the mode or a version has changed.
+
+        Args:
+            versions: of the default adapter and of the canary.
         """
         is_shadow = request is not None and request.shadow
         restarts = [*versions] != [arm.adapter for arm in self._arms.values()] or is_shadow != self.is_shadow

@@ -107,7 +107,7 @@ class TextGenerator:
         The engine also caps `max_new_tokens` at the space that the prompt leaves in the context.
 
         Raises:
-            ServiceError: a parameter has an unknown token id, excludes another one, or has more than 64 bits.
+            ServiceError: a parameter has an unknown token id, conflicts with another one, or does not fit into 64 bits.
         """
         max_new_tokens = min(max_new_tokens, self.n_positions)
         if (least := sampling.get("min_tokens", 0)) > max_new_tokens:
@@ -170,7 +170,8 @@ class TextGenerator:
             limit = f"this model's maximum context length is {self.n_positions} tokens"
             message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
-        requests = [self._canary.route(request) for request in requests]  # here: no adapter is unloaded in between
+        # route and submit without an await in between: otherwise the chosen adapter could be unloaded first
+        requests = [self._canary.route(request) for request in requests]
         completions: list[Completion] = []
         self._shadows.interrupt()
         try:

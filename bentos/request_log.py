@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
+    """JSON lines of completions and feedback. A thread writes them, so that a slow disk never delays a response."""
+
     def __init__(self, file: str | Path, text: LogText = "hash") -> None:
         """
         Args:
@@ -31,7 +33,7 @@ class RequestLog:
             text: how prompts and completions are logged: as sha256 (repetitions stay visible), as text, or not at all.
         """
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        handler = _File(file, self._lose)
+        handler = _File(file, self._on_write)
         handler.setFormatter(logging.Formatter("%(message)s"))
         self._text, self._dropped, self._is_failing = text, 0, False
         self._lock = Lock()  # of _dropped, which the writing thread changes too
@@ -122,8 +124,8 @@ class RequestLog:
                 logger.warning("the disk is too slow for the request log; lines are being dropped")
             return False
 
-    def _lose(self, n_lines: int, error: BaseException | None) -> None:
-        """Called in the writing thread after each line, with the number of lost lines (0: none) and the reason."""
+    def _on_write(self, n_lines: int, error: BaseException | None) -> None:
+        """Callback of the writing thread after each line; `n_lines` is the number of lost lines, 0 on success."""
         if n_lines and not self._is_failing:
             logger.warning("the request log cannot be written; lines are being dropped: %s", error)
         with self._lock:

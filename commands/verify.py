@@ -1,4 +1,4 @@
-"""`python run.py verify` and `sign`: check the digests of a Bento, a directory or a pod, back to the data.
+"""`python run.py verify` and `sign`: check the digests of a Bento, directory or pod, and of what it was made from.
 
 The signature is an in-toto statement (https://github.com/in-toto/attestation) in a DSSE envelope, signed with Ed25519.
 Its subjects are the lineage and the directories and records whose digests the lineage states.

@@ -17,8 +17,10 @@ DATA = (".c", ".css", ".cu", ".html", ".j2")
 
 
 def code_files(*modules: str) -> list[str]:
-    """The files of the modules, of all they import from CODE, and of the DATA beside them that a file names, like the
-    templates that it renders; relative to ROOT, sorted.
+    """Return the source files of the modules and of their transitive imports within CODE, and their data files.
+
+    A data file has a suffix of DATA, is in the directory of a source file, and its name occurs in that file, like a
+    template's. Paths are relative to ROOT and sorted.
     """
     found: set[Path] = set()
     todo = [file for module in modules for file in _files_of(module)]

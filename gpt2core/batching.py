@@ -12,10 +12,10 @@ from gpt2core.sequences import PaddedSequences, Sequences, VarlenSequences
 from gpt2core.tensors import int_tensor, to_device
 
 IGNORED = -100  # label that does not count in the loss, as in F.cross_entropy
-# The numbers of tokens and labels of a padded batch are rounded up to multiples of a step. The step is 1/16 (tokens) or
-# 1/2 (labels) of the largest power of two up to the number. The steps of these two numbers are the smallest ones. The
-# first two batches of every shape are slow, so a small number of shapes saves more time than the padding costs.
-LEAST_TOKENS, LEAST_LABELS = 4096, 1024
+# Padded batches round their numbers of tokens and labels up to bucket sizes: 16 per power of two for tokens, and 2 for
+# labels. Below MIN_TOKENS and MIN_LABELS, the distance between bucket sizes is constant. The first two
+# batches of a shape are slow, so few shapes save more time than the padding costs.
+MIN_TOKENS, MIN_LABELS = 4096, 1024
 PADDING_LENGTH = 64  # approximate length of a padding sequence; a long one could become the batch's longest sequence
 
 
@@ -107,13 +107,13 @@ class _Row:
 
     def pad(self) -> None:
         """Round the numbers of tokens and labels up by padding sequences and by labels that are ignored."""
-        step = _bucket_step(max(len(self.input_ids), LEAST_TOKENS), 16)
+        step = _bucket_step(max(len(self.input_ids), MIN_TOKENS), 16)
         n_sequences = -(-step // PADDING_LENGTH)
         n = n_sequences + -(len(self.input_ids) + n_sequences) % step  # every sequence has at least one token
         self.lengths += [n // n_sequences + (i < n % n_sequences) for i in range(n_sequences)]
         self.input_ids += [0] * n
         self.positions += [0] * n
-        n_ignored = -len(self.labels) % _bucket_step(max(len(self.labels), LEAST_LABELS), 2)
+        n_ignored = -len(self.labels) % _bucket_step(max(len(self.labels), MIN_LABELS), 2)
         self.labels += [IGNORED] * n_ignored
         self.labeled += [len(self.input_ids) - 1] * n_ignored
         self.owners += [0] * n_ignored

@@ -54,7 +54,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
 # fields of GPT2Config that do not describe the architecture
-_SEPARATE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
+_NOT_ARCHITECTURE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
 # other names that transformers reads: GPT2Config.attribute_map
 _ALIASES = {
     "hidden_size": "n_embd",
@@ -133,8 +133,8 @@ def load_pretrained(
 def save_pretrained(model: GPT2, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write config.json and model.safetensors for transformers, and generation_config.json if the model has its text.
 
-    A model with norm_position "post" gets another model_type, which only this project can read. As a "gpt2",
-    transformers would load it, and compute something else.
+    A model with norm_position "post" gets another model_type, which only this project can read. With
+    "gpt2", transformers would load it and silently compute other logits.
 
     Args:
         dtype: type of the weights in the file; None: the model's.
@@ -163,7 +163,7 @@ def save_pretrained(model: GPT2, directory: str | Path, dtype: torch.dtype | Non
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "dtype": str(dtype or model.wte.weight.dtype).removeprefix("torch."),
-        **{key: value for key, value in asdict(config).items() if key not in _SEPARATE},
+        **{key: value for key, value in asdict(config).items() if key not in _NOT_ARCHITECTURE},
     }
     if config.n_tokens is not None:
         description["n_tokens"] = config.n_tokens
@@ -270,8 +270,8 @@ def _weight_files(directory: Path) -> list[Path]:
     if not (directory / INDEX).is_file():
         found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
         binary = next((name for name in found if name.endswith(BINARIES)), None)
-        way_out = "load it with transformers and save_pretrained it"
-        hint = f"; {binary} can run any code and is not read; {way_out}" if binary else ""
+        convert = "convert it: load it with transformers and call save_pretrained(directory)"
+        hint = f"; {binary} can run any code and is not read; {convert}" if binary else ""
         raise FileNotFoundError(
             f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'}){hint}"
         )

@@ -105,7 +105,7 @@ class LoraConfig:
         check_field(self, "rank", self.rank >= 1, "at least 1")
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
-        check_field(self, "alpha", self.alpha != 0, "other than 0, which switches the adapter off")
+        check_field(self, "alpha", self.alpha != 0, "non-zero (0 disables the adapter)")
         check_field(self, "b_lr_ratio", self.b_lr_ratio > 0, "above 0")
         check_field(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         distinct = bool(self.targets) and len(set(self.targets)) == len(self.targets)

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from gpt2core.kernels import has_bf16, has_onednn, onednn_linear, prepack
 
-SMALL = 2**20  # multiplications; below this, oneDNN's call overhead is larger than its gain
-FEW_ROWS = 32  # rows of x; below this, converting a bf16 weight to fp32 takes longer than it saves
+MIN_MULTIPLICATIONS = 2**20  # multiplications; below this, oneDNN's call overhead is larger than its gain
+MIN_ROWS = 32  # rows of x; below this, converting a bf16 weight to fp32 takes longer than it saves
 
 
 class PrepackedWeight(NamedTuple):
@@ -37,7 +37,7 @@ class PrepackedWeight(NamedTuple):
 class Linear(nn.Linear):
     """`nn.Linear`, computed by `linear`."""
 
-    prepacked: PrepackedWeight | None = None  # replaces the weight during a training that does not change it
+    prepacked: PrepackedWeight | None = None  # replaces the weight in training runs that do not change it
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight if self.prepacked is None else self.prepacked, self.bias)
@@ -62,8 +62,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not has_onednn():
         return False
     if x.dtype == torch.bfloat16:
-        return x.numel() >= FEW_ROWS * x.shape[-1] and not has_bf16()
-    return x.dtype == torch.float32 and x.numel() * len(weight) >= SMALL
+        return x.numel() >= MIN_ROWS * x.shape[-1] and not has_bf16()
+    return x.dtype == torch.float32 and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

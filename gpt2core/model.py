@@ -149,6 +149,8 @@ class GPT2(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to its input (B, T, C); layer norms before them, or after the addition (post)."""
+
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -173,6 +175,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with one fused matrix for q, k and v, as in GPT-2's checkpoints."""
+
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -202,6 +206,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with the activation in between, computed for each token alone."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.activate = activation(config.activation_function)

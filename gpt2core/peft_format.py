@@ -100,8 +100,8 @@ def read_peft(
     peft = PeftConfig.read(directory)
     if not (directory / PEFT_WEIGHTS).is_file() and (directory / PEFT_BIN).is_file():
         raise FileNotFoundError(
-            f"{directory} has only {PEFT_BIN}, which can execute code and is not read; load it with PEFT and "
-            f"save_pretrained it as {PEFT_WEIGHTS}"
+            f"{directory} has only {PEFT_BIN}, which can execute code and is not read; convert it to {PEFT_WEIGHTS}: "
+            "load it with PEFT and call save_pretrained(directory)"
         )
     layers = _read_layers(directory / PEFT_WEIGHTS, config, device, peft)
     pairs = {

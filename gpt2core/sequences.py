@@ -31,7 +31,8 @@ class VarlenSequences:
 
     shared: int  # P
     keys: Tensor  # (M): index of each key's token in the row
-    places: Tensor  # (P * (S + 1) + N - P): index among the keys of each copy of the prefix, then of each other token
+    # (P * (S + 1) + N - P): position among the M keys: first of all S + 1 copies of the prefix, then of other tokens
+    key_index: Tensor
     ends_q: Tensor  # (S + 2), or (S + 1) without a prefix: arguments of `varlen_attention`
     ends_k: Tensor
     max_q: int  # upper bound of a sequence's length, a multiple of LIMIT so that few shapes of CUDA graphs occur
@@ -53,26 +54,26 @@ class VarlenSequences:
             keys += [*prefix, *range(start, start + length)]
             start += length
         ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
-        places = int_tensor(of_prefix + own)
+        key_index = int_tensor(of_prefix + own)
         max_q, max_k = (-(-max(n) // cls.LIMIT) * cls.LIMIT for n in (n_queries, n_keys))
-        return cls(shared, int_tensor(keys), places, ends_q, ends_k, max_q, max_k)
+        return cls(shared, int_tensor(keys), key_index, ends_q, ends_k, max_q, max_k)
 
     def to(self, device: torch.device | str) -> Self:
-        keys, places = to_device(self.keys, device), to_device(self.places, device)
+        keys, key_index = to_device(self.keys, device), to_device(self.key_index, device)
         ends_q, ends_k = to_device(self.ends_q, device), to_device(self.ends_k, device)
-        return replace(self, keys=keys, places=places, ends_q=ends_q, ends_k=ends_k)
+        return replace(self, keys=keys, key_index=key_index, ends_q=ends_q, ends_k=ends_k)
 
     def attend(self, qkv: Tensor, scale: float) -> Tensor:
         """Compute the attention (1, N, C) for qkv (1, N, 3, H, D)."""
         # The gradient of split and unbind is one copy; the gradient of an index is zeros, a copy and an addition.
         q, kv = qkv.squeeze(0).split([1, 2], 1)  # (N, 1, H, D), (N, 2, H, D)
-        k, v = (_KeysOfTexts.apply(kv, self) if self.shared else kv).unbind(1)  # two of (M, H, D)
+        k, v = (_RepeatPrefix.apply(kv, self) if self.shared else kv).unbind(1)  # two of (M, H, D)
         limits = (self.ends_q, self.ends_k, self.max_q, self.max_k)
         y = varlen_attention(q.squeeze(1), k, v, *limits, scale)  # (N, H, D)
         return y.flatten(1)[None]
 
 
-class _KeysOfTexts(torch.autograd.Function):
+class _RepeatPrefix(torch.autograd.Function):
     """Repeat the keys and values of the prefix before those of each sequence.
 
     The backward pass gathers and sums; autograd's backward pass of an index would sort all indices, which is slower.
@@ -88,7 +89,7 @@ class _KeysOfTexts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         P, S = ctx.sequences.shared, len(ctx.sequences.ends_q) - 2
-        of_prefix, own = grad.index_select(0, ctx.sequences.places).tensor_split([P * (S + 1)])
+        of_prefix, own = grad.index_select(0, ctx.sequences.key_index).tensor_split([P * (S + 1)])
         return torch.cat([of_prefix.unflatten(0, (S + 1, P)).sum(0), own]), None
 
 

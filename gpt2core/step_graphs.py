@@ -143,7 +143,7 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
     assert batch.labeled is not None
     assert batch.positions is not None
     yield from (batch.input_ids, batch.labels, batch.labeled, batch.positions)
-    yield from (sequences.keys, sequences.places, sequences.ends_q, sequences.ends_k)
+    yield from (sequences.keys, sequences.key_index, sequences.ends_q, sequences.ends_k)
 
 
 def _shape(batch: Batch) -> tuple[object, ...]:

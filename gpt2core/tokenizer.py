@@ -162,7 +162,9 @@ def _read_tokenizer(file: Path) -> Vocabulary:
         and not model.get("ignore_merges")
     )
     if not is_gpt2:
-        raise ValueError(f"{file} is not a GPT-2 tokenizer: a byte-level BPE without normalizer and prefix space")
+        raise ValueError(
+            f"{file} is not a GPT-2 tokenizer; needed is a byte-level BPE without normalizer and prefix space"
+        )
     # transformers 5 writes a TemplateProcessing without special tokens, which adds nothing
     kind = post_processor.get("type", "ByteLevel")
     if kind != "ByteLevel" and (kind != "TemplateProcessing" or post_processor.get("special_tokens")):

@@ -32,7 +32,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The results of a training besides the weights.
+    """The results of a training run besides the weights.
 
     history: one entry for each step after which values are logged or a validation takes place. `step` is the number of
         completed optimizer steps. Logged values are `train/loss`, `train/learning_rate`, `train/grad_norm`,
@@ -51,7 +51,7 @@ class TrainResult:
         """Summarize the history: the last logged values, mean utilization and peak memory.
 
         Args:
-            wandb_run: id of the training's run in wandb; "": not tracked.
+            wandb_run: id of the run in wandb; "": not tracked.
         """
         last = {name: value for entry in self.history for name, value in entry.items()}
         return TrainSummary(
@@ -148,7 +148,7 @@ def _run(model: GPT2, plan: Plan, log: Log | None, checkpoint_dir: str | Path | 
             state.resume(directory, fingerprint)
             if state.progress.step > plan.total_steps:
                 raise ValueError(
-                    f"the checkpoint in {directory} is of step {state.progress.step}, but this training has "
+                    f"the checkpoint in {directory} is of step {state.progress.step}, but this run has "
                     f"{plan.total_steps} steps; raise epochs or max_steps, or pass another checkpoint_dir"
                 )
             for entry in state.progress.history:  # a tracker then has the whole curve, also after a kill

@@ -26,7 +26,7 @@ _MAY_DIFFER = ("epochs", "max_steps", "patience", "devices", "gradient_checkpoin
 
 
 class Plan(ABC):
-    """The constants of a training. Steps are optimizer steps."""
+    """The constants of a training run. Steps are optimizer steps."""
 
     config: TrainConfig | PretrainConfig
     total_steps: int
@@ -59,6 +59,8 @@ class Plan(ABC):
 
 
 class FinetuningPlan(Plan):
+    """Epochs over the examples, shuffled by seed and epoch; `patience` can end them early."""
+
     config: TrainConfig
 
     def __init__(
@@ -114,6 +116,8 @@ class FinetuningPlan(Plan):
 
 
 class PretrainingPlan(Plan):
+    """A fixed number of steps over a stream of tokens, cut into sequences of the context length."""
+
     config: PretrainConfig
 
     def __init__(self, model: GPT2, tokens: Tensor, config: PretrainConfig, saves: bool) -> None:
@@ -130,11 +134,11 @@ class PretrainingPlan(Plan):
         sequences = (len(tokens) - self._length - 1) // self._length
         self._steps_per_pass = sequences // self._per_step
         if self._steps_per_pass < 1:
-            way_out = f"lower batch_size or gradient_accumulation_steps to a product of at most {sequences}"
+            hint = f"lower batch_size or gradient_accumulation_steps to a product of at most {sequences}"
             if sequences < 1:  # too few even for a step of one sequence
-                way_out = "use a longer text, or a lower model.n_positions"
+                hint = "use a longer text, or a lower model.n_positions"
             needed = f"a step of {self._per_step} sequences of {self._length}"
-            raise ValueError(f"{len(tokens)} tokens are too few for {needed}; {way_out}")
+            raise ValueError(f"{len(tokens)} tokens are too few for {needed}; {hint}")
 
     def optimizers(self, weights: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
         return pretraining_optimizers(weights, self.config)

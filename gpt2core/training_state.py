@@ -1,4 +1,4 @@
-"""The state of a training, and its checkpoint file."""
+"""State of a training run, and its checkpoint file."""
 
 import hashlib
 import json

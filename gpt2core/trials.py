@@ -50,7 +50,7 @@ def score_adapters(
     """Score a finetuned adapter, and return its trial.
 
     Args:
-        adapters: adapters of repeated trainings with the same seed. The first one is scored; the metric same_bytes
+        adapters: adapters of repeated training runs with the same seed. The first one is scored; the metric same_bytes
             compares the files of all.
         history, summary: results of the first training.
 

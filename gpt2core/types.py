@@ -164,7 +164,7 @@ class TrainSummary(JsonDataclass):
     tokens_per_second: float
     utilization: float | None = None  # mean share of the GPU's time (without a GPU, of all CPUs) that training used
     peak_memory_mib: float | None = None  # peak memory on the GPU; without a GPU, of the process
-    wandb_run: str = ""  # id of the training's run in wandb; empty: not tracked
+    wandb_run: str = ""  # id of the run in wandb; empty: not tracked
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ class Comparison(JsonDataclass):
     champion: str  # the model version in the target stage; "" if there is none
     tuned_vs_champion: dict[str, Difference] | None  # None: not compared, see `note`
     note: str  # records on which the champion was compared, or the reason why it was not
-    worst: float | None = None  # confidence bound of the difference to the champion on promote.metric; negative: worse
+    # lower confidence bound of the improvement over the champion on promote.metric; negative: may be worse by this much
+    worst: float | None = None
     champion_scores: Scores | None = None
     champion_intervals: dict[str, list[float]] = field(default_factory=dict)
     judge: Judgement | None = None  # None: evaluate.judge is off

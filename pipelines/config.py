@@ -48,7 +48,7 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _check_is_of(pipeline: Pipeline, config: Any, source: str) -> None:
-    """Raise ConfigError if only one of configuration and pipeline is for a sweep."""
+    """Raise ConfigError if a sweep configuration is used with another pipeline, or the reverse."""
     parameters = (config.get("parameters") or {}) if isinstance(config, Mapping) else {}
     is_sweep = isinstance(parameters, Mapping) and "sweep" in parameters
     if is_sweep and pipeline.name != "sweep_pipeline":

@@ -1,3 +1,5 @@
+"""The main pipeline, from instruction records to a deployed service; configuration classes have the defaults."""
+
 from dataclasses import replace
 from typing import Annotated
 
@@ -52,8 +54,8 @@ def finetune_pipeline(
     """Finetune an adapter on instruction data; evaluate, package, promote and deploy it."""
     if lora.dora:  # the service does not merge adapters, and the engine cannot apply an unmerged DoRA
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
-    base.check_rank(lora)
-    data.check_patience(train)
+    base.check_rank_early(lora)
+    data.check_patience_early(train)
     check_target(deploy)
     base, base_sha256 = base.resolved()
     records = fetch_step(data)(data, base, seed, base_sha256)

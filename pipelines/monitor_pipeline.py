@@ -1,3 +1,5 @@
+"""The pipeline that checks a running service; a cron job or a person starts it."""
+
 from zenml import pipeline
 from zenml.enums import ExecutionMode
 

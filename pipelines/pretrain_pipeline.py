@@ -1,3 +1,5 @@
+"""The pipeline that makes a base from a text; `finetune_pipeline` pretrains gpt2-nano itself and does not need it."""
+
 from zenml import pipeline
 from zenml.enums import ExecutionMode
 

@@ -20,7 +20,7 @@ from pipelines.notify import notifying_webhook
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.run_name import check_unused_run_name
 from pipelines.stack import check_stack
-from pipelines.zenml_compat import INTERRUPTIONS, short_errors, short_store_errors, verified_cache
+from pipelines.zenml_compat import INTERRUPTIONS, log_failed_steps_once, store_errors_as_one_line, verified_cache
 from steps.config import BaseConfig, default_learning_rate
 from steps.outputs import check_outputs
 
@@ -63,8 +63,8 @@ def start(
         with (
             TemporaryDirectory() as directory,
             interruptible(),
-            short_errors(),
-            short_store_errors(),
+            log_failed_steps_once(),
+            store_errors_as_one_line(),
             verified_cache(is_intact),
             notifying_webhook(pipeline.name),
         ):

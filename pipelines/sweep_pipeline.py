@@ -1,3 +1,5 @@
+"""The pipeline of experiments; its steps depend on the configuration (`pipelines/trials.py`)."""
+
 from zenml import pipeline
 from zenml.enums import ExecutionMode
 

@@ -38,7 +38,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
             # a repeated training is compared with the first training, so it must not come from the cache
             step = finetune.with_options(enable_cache=False) if runs else finetune
             name = shared.name(f"finetune_seed_{train.seed}")
-            after = [shared.last] if runs else []  # not in parallel: trainings with equal inputs share a checkpoint
+            after = [shared.last] if runs else []  # not in parallel: runs with equal inputs share a checkpoint
             runs.append(step(parts[0], parts[1], base, lora, train, tracking, id=name, after=after))
             shared.last = name
         return runs

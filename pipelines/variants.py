@@ -41,8 +41,8 @@ def variants_of(sweep: SweepConfig, given: Parameters) -> dict[str, Parameters]:
     for label, variant in variants.items():
         if sweep.kind == "finetune":
             try:
-                variant["base"].check_rank(variant["lora"])
-                variant["data"].check_patience(variant["train"])
+                variant["base"].check_rank_early(variant["lora"])
+                variant["data"].check_patience_early(variant["train"])
             except ValueError as error:
                 raise ConfigError(f"sweep.variants.{label}: {error}") from None
     return variants

@@ -34,7 +34,7 @@ class StoreError(RuntimeError):
 
 
 @contextmanager
-def short_store_errors() -> Iterator[None]:
+def store_errors_as_one_line() -> Iterator[None]:
     """Context manager: convert errors of ZenML's database to StoreError. They would print a hundred lines."""
     try:
         yield
@@ -57,7 +57,7 @@ def open_store() -> None:
     """
     directory = Path(get_global_config_directory())
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / "first-use.lock"), short_store_errors():
+    with FileLock(directory / "first-use.lock"), store_errors_as_one_line():
         client = Client()
         _ = client.zen_store, client.active_project, client.active_stack_model
 
@@ -92,7 +92,7 @@ def replace_module(name: str, source: PipelineSource) -> None:
 
 
 @contextmanager
-def short_errors() -> Iterator[None]:
+def log_failed_steps_once() -> Iterator[None]:
     """Context manager: log a failed step in one line, and an interrupted step not at all.
 
     The local orchestrator logs the exception with its traceback and also raises it, so the user would see it twice.

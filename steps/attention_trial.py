@@ -1,3 +1,5 @@
+"""A trial of a sweep without training: one attention layer on its own."""
+
 from typing import Annotated
 
 from zenml import step

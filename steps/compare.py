@@ -1,3 +1,5 @@
+"""Paired comparison of the tuned model with its base and the champion; `promote` decides by its result."""
+
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,8 +48,8 @@ def compare(
 ) -> tuple[Annotated[list[Sample], "compared_samples"], Annotated[Comparison, "comparison"], Annotated[str, "same_as"]]:
     """Compare the tuned model with its base, and with the champion on test records that this was not trained on.
 
-    `same_as` is the champion's model version if this run produced the same adapter, else "". If it did, the stored
-    comparison of the promoted run is returned.
+    `same_as` is the champion's model version if this run produced the same adapter, else "". If it did, the comparison
+    of the champion's own run is returned, provided that its answers are equal.
     """
     tuned, base = _answers_of(samples, "tuned", "base")
     against_base = differences(tuned, base, [sample.group for sample in samples])

@@ -1,3 +1,5 @@
+"""The last step of a sweep. It is not cached, since it writes files outside of the artifact store."""
+
 from typing import Annotated
 
 from zenml import step

@@ -52,8 +52,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_field(self, "path", bool(self.path) or self.source != "file", "the file of the records if source is file")
-        check_field(self, "name", bool(self.name) == (self.source == "hub"), "a dataset if, and only if, source is hub")
+        check_field(
+            self, "path", bool(self.path) or self.source != "file", "a path (required when data.source is file)"
+        )
+        rule = (
+            "a dataset (required when data.source is hub)"
+            if self.source == "hub"
+            else "empty unless data.source is hub"
+        )
+        check_field(self, "name", bool(self.name) == (self.source == "hub"), rule)
         check_field(
             self,
             "sha256",
@@ -61,7 +68,7 @@ class DataConfig:
             "the 64 hexadecimal digits of the file's sha256",
         )
         known = self.source != "url" or PurePosixPath(urlsplit(self.url).path).suffix.lower() in DATA_SUFFIXES
-        check_field(self, "url", known, f"the URL of a file, which ends in one of {', '.join(DATA_SUFFIXES)}")
+        check_field(self, "url", known, f"a URL that ends in one of {', '.join(DATA_SUFFIXES)}")
         check_field(self, "max_bytes", self.max_bytes >= 1, "at least 1")
         check_field(
             self, "n_facts", self.n_facts is None or self.n_facts >= 1, "at least 1, or null for the whole world"
@@ -75,10 +82,10 @@ class DataConfig:
         check_field(self, "val_fraction", 0 <= self.val_fraction < 0.5, "0, for no validation, or below 0.5")
         check_field(self, "test_fraction", 0 < self.test_fraction < 0.5, "above 0 and below 0.5")
 
-    def check_patience(self, train: TrainConfig) -> None:
-        """Call `check_patience` if the configuration alone rules out validation records.
+    def check_patience_early(self, train: TrainConfig) -> None:
+        """Reject `train.patience` if this configuration can have no validation records.
 
-        The step `split_data` checks the records.
+        The step `split_data` checks the records themselves.
         """
         if not self.val_fraction and not self.val_path and self.source in ("bundled", "url"):
             check_patience(train.patience, self, n_val=0)
@@ -86,7 +93,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The base model: a preset that is pretrained here (nano), the same untrained (random), or a model of the hub."""
+    """The base model.
+
+    A preset that the pipeline pretrains (nano), the same preset with random weights (random), or a model of the Hugging
+    Face hub or a local directory (hub).
+    """
 
     source: Literal["nano", "random", "hub"] = "nano"
     name: str = "gpt2-nano"  # a preset; with source: hub a repository or a directory
@@ -113,8 +124,8 @@ class BaseConfig:
         path = Path(self.name).resolve()
         return replace(self, name=str(path)), directory_sha256(path, checkpoint_files(path))
 
-    def check_rank(self, lora: LoraConfig) -> None:
-        """Call `check_rank` for a base that is made here. The step `finetune` checks a base of the hub."""
+    def check_rank_early(self, lora: LoraConfig) -> None:
+        """Reject a rank that is too large for a preset. The step `finetune` checks it for a base of the hub."""
         if self.source != "hub":
             check_rank(lora, GPT2Config.preset(self.name).n_embd)
 
@@ -184,7 +195,7 @@ TRIAL_METRICS: Mapping[str, Mapping[str, str]] = {
         "tokens_per_second": "throughput of the training steps",
         "utilization": "share of the time in which training used the GPU, or without a GPU the CPUs",
         "peak_mib": "peak memory of the GPU, or without a GPU of the process",
-        "same_bytes": "1 if repeated trainings gave the same adapter",
+        "same_bytes": "1 if repeated training runs gave the same adapter",
         "distinct": "different answers to a test record",
     },
     "pretrain": {
@@ -212,7 +223,7 @@ class SweepConfig:
     metrics: tuple[str, ...] = ()  # columns of the table, from `TRIAL_METRICS`; empty: the first three of the kind
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds; data, split and base always use the run's seed
     samples: int = 1  # number of answers to each test record
-    repeats: int = 1  # number of trainings per seed; their adapters are compared
+    repeats: int = 1  # training runs per seed; their adapters are compared
     name: str = "sweep"  # name of the directory in outputs/experiments; run.py sets it to the configuration file's name
     scale: Literal["small", "full"] = "small"
     full: Mapping[str, Mapping[str, Any]] = field(
@@ -284,6 +295,8 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """How the answers of base and tuned model to the test split are generated, and whether an LLM judges them."""
+
     max_new_tokens: int = 64
     batch_size: int = 16
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -316,6 +329,8 @@ class PromoteConfig:
 
 @dataclass(frozen=True)
 class PackageConfig:
+    """How the service is verified after the Bento is built."""
+
     smoke_prompts: int = 3  # number of test records whose answers are compared after the build
 
     def __post_init__(self) -> None:
@@ -325,6 +340,8 @@ class PackageConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
+    """Whether training runs are logged to wandb, and to which of its projects."""
+
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "gpt2-instruct"
 

@@ -1,3 +1,5 @@
+"""Generates the answers that all later steps use: scores, comparison, report, and verification of the service."""
+
 import logging
 from dataclasses import replace
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Evaluation of a pretrained base by its loss, since it cannot answer questions."""
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Last step of `pretrain_pipeline`: results for users, and the base for later runs."""
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated

@@ -1,3 +1,5 @@
+"""Last step of `finetune_pipeline`: results for users. `run.py ask`, `export` and `compare` read them."""
+
 import logging
 from dataclasses import asdict
 from pathlib import Path

@@ -161,7 +161,7 @@ def _of_part(records: list[Record], part: str, source: str | Path) -> list[Recor
     found = [record for record in records if record.get("part", part) == part]
     if not found:
         own = ", ".join(sorted({record["part"] for record in records}))
-        raise ValueError(f"{source} is to be the part {part}, but has only {own} records")
+        raise ValueError(f"{source} is configured as the {part} part, but has only {own} records")
     for record in found:
         record["part"] = part
     return found

@@ -1,3 +1,5 @@
+"""Text for pretraining; instruction records come from `fetch_data`."""
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated

@@ -1,3 +1,5 @@
+"""Training of the adapter. It resumes from checkpoints in the artifact store."""
+
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated

@@ -1,3 +1,5 @@
+"""Scores of a sweep's adapters, which the step `finetune` trains, as in a run."""
+
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +26,7 @@ def finetune_trial(
     generation: GenerationConfig,
     samples: int,
 ) -> Annotated[Trial, "trial"]:
-    """Score an adapter of the step `finetune`, and compare the bytes of repeated trainings."""
+    """Score an adapter of the step `finetune`, and compare the bytes of repeated training runs."""
     return score_adapters(
         label,
         seed,

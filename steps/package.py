@@ -1,3 +1,5 @@
+"""Builds the Bento, and verifies it as a running service before any other step may use it."""
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated

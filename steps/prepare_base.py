@@ -1,3 +1,5 @@
+"""Provides the base. A model of the hub stays a reference: its weights are not in the artifact store."""
+
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated

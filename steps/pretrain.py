@@ -1,3 +1,5 @@
+"""Pretraining on a text; sweeps use `train_base` too."""
+
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated

@@ -1,3 +1,5 @@
+"""A trial of a sweep that pretrains a model and discards its weights."""
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter

@@ -1,3 +1,5 @@
+"""The promotion gate. Only this step of the pipeline changes a stage."""
+
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ class Promotion(JsonDataclass):
     stage: str  # "" unless promoted
     model_version: str  # name/number
     reason: str
-    champion: str = ""  # model version in the stage if it has the same adapter, else ""
+    champion: str = ""  # the champion's model version if its adapter equals this run's, else ""
 
 
 @step(enable_cache=False)

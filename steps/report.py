@@ -1,3 +1,5 @@
+"""Renders the report; its content is in `steps/adapters/report.py`."""
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated

@@ -1,3 +1,5 @@
+"""Splits the records; the lineage has the digests of the parts."""
+
 import logging
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Code of all training steps: checkpoints in the artifact store, tracking and progress."""
+"""Shared setup of the training steps: checkpoints in the artifact store, tracking and progress."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -2,16 +2,24 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import run
+from bentos.settings import Settings
+from deploy.containers import images
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = re.compile(r"```\w*\n(.*?)```|`([^`\n]+)`", re.DOTALL)
+
+
+REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+PACKAGES = ("bentos", "commands", "deploy", "gpt2core", "pipelines", "stacks", "steps")
+READ = re.compile(r'os\.environ(?:\.get\(|\.setdefault\(|\[)(?:"(\w+)"|([A-Z_]+)\b)|"(\w+)" in os\.environ')
 
 
 def commands(program: str, text: str) -> list[list[str]]:
@@ -65,6 +73,35 @@ def test_every_source_file_that_a_page_names_exists(page):
     folders = "gpt2core|steps|pipelines|commands|deploy|bentos|stacks|benchmarks|examples|tests|k8s"
     names = re.findall(rf"`((?:{folders})/[\w./]*)`", page.read_text())
     assert [name for name in names if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_reference_lists_every_command_of_run_py():
+    rows = re.findall(r"^\| `(\w+)[ `]", REFERENCE.partition("## Environment")[0], re.MULTILINE)
+    assert rows == list(run.main.commands)
+
+
+def environment_variables() -> set[str]:
+    """The environment variables that the code reads: by os.environ, as a service's setting, or in a stack's file."""
+    names = {*images.BUILD_ARGS, "OTEL_SDK_DISABLED"}
+    names |= {f"GPT2_{field.name.upper()}" for field in fields(Settings) if field.name != "tracing"}
+    for file in [ROOT / "run.py", *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]:
+        text = file.read_text(encoding="utf-8")
+        for name, constant, member in READ.findall(text):
+            value = re.search(rf'^{constant} = "(\w+)"', text, re.MULTILINE) if constant else None
+            names.add(name or member or value[1])
+    for file in (ROOT / "stacks").glob("*.yaml"):
+        names |= set(re.findall(r"\$([A-Z_]+)", file.read_text(encoding="utf-8")))
+    return names
+
+
+def test_the_reference_lists_every_environment_variable_that_the_code_reads():
+    listed = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", "".join(re.findall(r"^\|([^|]+)\|", REFERENCE, re.MULTILINE))))
+    assert environment_variables() - listed == set()
+
+
+def test_the_readme_lists_every_configuration():
+    configs = [path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").iterdir()]
+    assert [name for name in configs if f"]({name})" not in README] == []
 
 
 def test_the_readmes_set_paths_are_keys_of_the_configuration():

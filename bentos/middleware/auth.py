@@ -13,6 +13,8 @@ from bentos.errors import ServiceError, error_response
 
 
 class AuthMiddleware:
+    """Rejects requests without a valid token, and requests that a page of another site sends through a browser."""
+
     def __init__(
         self,
         app: ASGIApp,

@@ -67,12 +67,12 @@ class DrainMiddleware:
     def _drain_after_startup(self, send: Send) -> Send:
         async def observed(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                self._take_sigterm()
+                self._install_sigterm_handler()
             await send(message)
 
         return observed
 
-    def _take_sigterm(self) -> None:
+    def _install_sigterm_handler(self) -> None:
         """Drain at SIGTERM, and call the server's own handler afterwards."""
         server = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread() or not callable(server):

@@ -31,10 +31,10 @@ def _boolean(value: Any) -> Any:
 
 # Fields with one supported value
 Unsupported = Annotated[Any, AfterValidator(_neutral), WithJsonSchema({"enum": [*NEUTRAL]})]
-One = Annotated[float, Field(ge=1, le=1)] | None
-No = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
-Yes = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
-Label = Any  # labels for the sender's use, without influence on the completion
+MustBeOne = Annotated[float, Field(ge=1, le=1)] | None
+MustBeFalse = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
+MustBeTrue = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
+IgnoredLabel = Any  # labels for the sender's use, without influence on the completion
 
 StopOrEmpty = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1), WHOLE]  # capped at the context length
@@ -78,16 +78,16 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     stop: StopOrEmpty | Annotated[list[StopOrEmpty], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = Field(None, description="include_usage: only with stream")
-    user: Label = None
+    user: IgnoredLabel = None
     # fields of other servers' APIs, which their clients send
-    length_penalty: One = None
-    typical_p: One = None
-    skip_special_tokens: Yes = None
-    spaces_between_special_tokens: Yes = None
-    chat_id: Label = None
-    session_id: Label = None
-    conversation_id: Label = None
-    request_id: Label = None
+    length_penalty: MustBeOne = None
+    typical_p: MustBeOne = None
+    skip_special_tokens: MustBeTrue = None
+    spaces_between_special_tokens: MustBeTrue = None
+    chat_id: IgnoredLabel = None
+    session_id: IgnoredLabel = None
+    conversation_id: IgnoredLabel = None
+    request_id: IgnoredLabel = None
 
     def seeds(self) -> list[int | None]:
         """Return the seed of each of the `n` choices."""
@@ -178,13 +178,13 @@ class ChatRequest(OpenAIRequest):
     audio: Unsupported = None
     prediction: Unsupported = None
     web_search_options: None = None  # {} requests a search
-    store: No = None
-    metadata: Label = None
-    service_tier: Label = None
-    safety_identifier: Label = None
-    prompt_cache_key: Label = None
-    prompt_cache_retention: Label = None
-    add_generation_prompt: Yes = None
+    store: MustBeFalse = None
+    metadata: IgnoredLabel = None
+    service_tier: IgnoredLabel = None
+    safety_identifier: IgnoredLabel = None
+    prompt_cache_key: IgnoredLabel = None
+    prompt_cache_retention: IgnoredLabel = None
+    add_generation_prompt: MustBeTrue = None
 
 
 class TokenizeRequest(LenientRequest):
@@ -197,7 +197,7 @@ class TokenizeRequest(LenientRequest):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1), FAIL_FAST] | None = None
     add_special_tokens: bool | None = True
-    add_generation_prompt: Yes = None
+    add_generation_prompt: MustBeTrue = None
     return_token_strs: bool | None = False
 
 

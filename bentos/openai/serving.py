@@ -1,4 +1,4 @@
-"""Code of /v1/completions and /v1/chat/completions: converts a parsed request to a whole or streamed response."""
+"""Shared code of /v1/completions and /v1/chat/completions: turns a parsed request into a whole or streamed response."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Route(ABC):
-    """A request to one of the routes: reads its fields and builds its choices."""
+    """A parsed request to an OpenAI route: its prompts and options, and how a completion becomes a choice."""
 
     object: str  # value of `object` in the response
     chunk_object: str  # value of `object` in a streamed event

@@ -116,7 +116,7 @@ def _start(client: DockerClient, step: StepContainer) -> Container:
             **arguments,
         )
     except APIError as error:
-        raise EngineError(f"the engine does not start a container of {step.image}: {error.explanation}") from None
+        raise EngineError(f"cannot start a container from {step.image}: {error.explanation}") from None
     except BaseException:  # interrupted, perhaps after the container started
         _remove(_find(client, step.run_id, step.step))
         raise

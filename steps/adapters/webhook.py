@@ -48,7 +48,7 @@ def post(url: str, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _hiding_path() -> Iterator[None]:
-    """Context manager without urllib3's warning about each retry, which contains the path."""
+    """Context manager: suppress urllib3's warnings about retries, which contain the URL's path."""
     logger = logging.getLogger("urllib3.connectionpool")
     level = logger.level
     logger.setLevel(logging.ERROR)

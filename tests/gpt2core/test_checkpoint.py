@@ -442,7 +442,7 @@ def test_a_key_missing_from_all_shards_is_named_with_the_index(sharded):
 
 def test_pickled_weights_are_not_read(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    message = "pytorch_model.bin can run any code and is not read; load it with transformers and save_pretrained it"
+    message = "pytorch_model.bin can run any code and is not read; convert it: load it with transformers"
     refused(directory, "neither model.safetensors nor", message, kind=FileNotFoundError)
 
 

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from gpt2core import linear as module
-from gpt2core.linear import FEW_ROWS, SMALL, Linear, PrepackedWeight, linear
+from gpt2core.linear import MIN_MULTIPLICATIONS, MIN_ROWS, Linear, PrepackedWeight, linear
 
 
 def tensors(shape, width, dtype=torch.float32, frozen=False):
     """x, W and b; x and W large enough to be multiplied by oneDNN."""
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(*size, generator=generator, dtype=dtype) for size in ((*shape, 96), (width, 96), (width,)))
-    assert x.numel() * width >= SMALL
+    assert x.numel() * width >= MIN_MULTIPLICATIONS
     return x.requires_grad_(), w.requires_grad_(not frozen), b.requires_grad_(not frozen)
 
 
@@ -90,7 +90,7 @@ def test_other_dtypes_are_computed_by_torch(monkeypatch, dtype, has):
 def test_few_rows_of_bf16_are_computed_by_torch(monkeypatch):
     monkeypatch.setattr(module, "has_bf16", lambda: False)
     x, w, b = tensors((301,), 64, torch.bfloat16)
-    few = x[: FEW_ROWS - 1]
+    few = x[: MIN_ROWS - 1]
     assert torch.equal(linear(few, w, b), F.linear(few, w, b))
 
 

@@ -149,7 +149,7 @@ def describe(directory, **values):
         ({"bias": "all"}, "bias is 'all'"),
         ({"use_qalora": True}, "use_qalora is True; this feature of PEFT is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
-        ({"lora_alpha": 0}, "LoraConfig.alpha is 0.0; it must be other than 0"),
+        ({"lora_alpha": 0}, "LoraConfig.alpha is 0.0; it must be non-zero"),
         ({"a_feature_of_tomorrow": 1}, "a_feature_of_tomorrow is 1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
         ({"r": 4}, "the rank of transformer.h.0.attn.c_attn is 4, but its weights have rank 3"),

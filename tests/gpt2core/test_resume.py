@@ -93,7 +93,7 @@ def test_interrupted_pretraining_ends_like_uninterrupted_pretraining(pretrained,
 
 def test_a_checkpoint_of_a_longer_training_is_refused(tune, tmp_path):
     tune(tmp_path)
-    with pytest.raises(ValueError, match=r"is of step 18, but this training has 6 steps; raise epochs or max_steps"):
+    with pytest.raises(ValueError, match=r"is of step 18, but this run has 6 steps; raise epochs or max_steps"):
         tune(tmp_path, config=replace(CONFIG, epochs=2))
 
 

@@ -20,8 +20,8 @@ from tests.helpers import randomize_lora
 @pytest.fixture
 def model(tiny_config, monkeypatch):
     monkeypatch.setattr(sequences, "varlen_attention", attention_by_sequence)
-    monkeypatch.setattr(batching, "LEAST_TOKENS", 1)  # otherwise batches as small as these have one shape
-    monkeypatch.setattr(batching, "LEAST_LABELS", 1)
+    monkeypatch.setattr(batching, "MIN_TOKENS", 1)  # otherwise batches as small as these have one shape
+    monkeypatch.setattr(batching, "MIN_LABELS", 1)
     model = GPT2(tiny_config, torch.Generator().manual_seed(0))
     return randomize_lora(add_lora(model, LoraConfig(rank=2), seed=0)).train()
 

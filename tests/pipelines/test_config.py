@@ -256,7 +256,7 @@ def test_patience_without_validation_records_is_refused_before_anything_runs():
     [DataConfig(), DataConfig(source="file", path="parts/", val_fraction=0)],  # the directory may have a part
 )
 def test_patience_with_validation_records_is_allowed(data):
-    data.check_patience(TrainConfig(patience=3))
+    data.check_patience_early(TrainConfig(patience=3))
 
 
 def test_a_config_of_another_pipeline_is_reported_with_the_right_command():

@@ -17,7 +17,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 
 from pipelines.artifacts import is_intact
 from pipelines.finetune_pipeline import finetune_pipeline
-from pipelines.zenml_compat import PipelineSource, short_errors, verified_cache
+from pipelines.zenml_compat import PipelineSource, log_failed_steps_once, verified_cache
 from steps.materializers import DirectoryMaterializer, output_directory
 from tests.copies import ROOT
 from tests.helpers import flip_bit
@@ -106,7 +106,7 @@ def test_a_failed_step_is_logged_without_its_traceback(caplog):
         failing()
     assert any(record.exc_info for record in caplog.records)  # otherwise the workaround is not needed any more
     caplog.clear()
-    with pytest.raises(ValueError, match="wrong"), caplog.at_level(logging.ERROR), short_errors():
+    with pytest.raises(ValueError, match="wrong"), caplog.at_level(logging.ERROR), log_failed_steps_once():
         failing()
     assert "Failed to run step `fail`: wrong" in caplog.text
     assert not any(record.exc_info for record in caplog.records)

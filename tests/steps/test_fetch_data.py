@@ -158,7 +158,7 @@ def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
     parts.write_text(json.dumps({"train": RECORDS[1:2], "test": RECORDS[2:3]}))
     records, _ = read_source(DataConfig(source="file", path=mine, test_path=str(parts)), 0)
     assert records == [RECORDS[0], RECORDS[2] | {"part": "test"}]
-    with pytest.raises(ValueError, match=r"parts\.json is to be the part val, but has only test, train records"):
+    with pytest.raises(ValueError, match="configured as the val part, but has only test, train records"):
         read_source(DataConfig(source="file", path=mine, val_path=str(parts)), 0)
 
 
