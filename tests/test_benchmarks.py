@@ -145,7 +145,8 @@ def test_a_failed_measurement_fails_its_stage_after_the_others_and_a_lack_of_mem
     assert figures == {"a.error": "not enough memory", "b.error": "two lines", "c": [32, "done"]}
 
 
-def test_a_warning_such_as_a_failed_capture_is_a_figure_of_its_stage(tmp_path):
+def test_a_warning_such_as_a_failed_capture_is_a_figure_of_its_stage(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "gpt2core.x")  # the tests of ZenML raise the level of all loggers
     logger, stage = logging.getLogger("gpt2core.x"), gpu.Stage("cpu", tmp_path, tmp_path / "figures.json")
     handler = gpu.RecordWarnings(stage)
     logger.addHandler(handler)
