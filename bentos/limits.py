@@ -25,7 +25,8 @@ GRAMMAR_FUEL = 20_000  # work units of llguidance for a grammar; its default, 1,
 MASK_TIMEOUT = 5.0  # seconds that the engine waits for the allowed tokens of one completion
 MAX_STOP_TOKENS, MAX_BIASES = 64, 1_024  # stop_token_ids and logit_bias of one request
 MAX_CORRECTION, MAX_COMMENT = 20_000, 2_000  # characters of feedback
-MAX_PROMPTS = MAX_CHOICES = 8  # prompts of a request to the OpenAI routes, and `n`; their product fits into the queue
+MAX_CHOICES = 8  # `n` of a request to the OpenAI routes
+MAX_PROMPTS = MAX_QUEUE  # prompts of a request, and their product with `n`, which then fits into the queue
 
 DRAIN_MIN, DRAIN_MAX = 1.0, 5.0  # seconds after SIGTERM in which the service still accepts connections
 LAST_HANDSHAKES = 0.2  # seconds after that in which connections that are already being opened are accepted

@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
@@ -146,6 +147,7 @@ class _File(RotatingFileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            self._reopen_if_moved()
             if self.shouldRollover(record):
                 self.doRollover()
             self._write(self.format(record).encode() + b"\n")
@@ -153,6 +155,13 @@ class _File(RotatingFileHandler):
             self._report(record.__dict__["n_lines"], error)
         else:
             self._report(0, None)
+
+    def _reopen_if_moved(self) -> None:
+        """Continue in a new file if the file was moved or deleted, for example by logrotate."""
+        file, stream = Path(self.baseFilename), self.stream
+        if stream is not None and not (file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))):
+            stream.close()
+            self.stream = self._open()
 
     def _open(self) -> Any:
         file = Path(self.baseFilename)

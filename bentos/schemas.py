@@ -205,10 +205,13 @@ class LoadAdapterRequest(StrictRequest):
 
     lora_name: AdapterName
     lora_path: str = Field(min_length=1, description="a directory below the server's GPT2_ADAPTERS_DIR")
+    load_inplace: bool | None = Field(None, description="ignored: an adapter of this name is always replaced")
+    base_model_name: str | None = Field(None, description="ignored: the adapter's digest of its base is checked")
 
 
 class UnloadAdapterRequest(StrictRequest):
     lora_name: str
+    lora_int_id: int | None = Field(None, description="ignored: names identify adapters")
 
 
 class CanaryRequest(StrictRequest):

@@ -33,7 +33,7 @@ from gpt2core.files import list_files, read_json, verify_directory
 from gpt2core.types import Lineage
 
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
-PROBES = ("/livez", "/readyz", "/healthz", "/metrics")  # no token, no log, no effect on draining
+PROBES = ("/livez", "/readyz", "/healthz", "/health", "/metrics")  # no token, no log, no effect on draining
 BENTOML_PATHS = (*PROBES, "/docs.json", "/schema.json")
 
 

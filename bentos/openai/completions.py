@@ -12,7 +12,7 @@ from bentos.body import read_body
 from bentos.completion import Chunk, FinishReason
 from bentos.dependencies import served
 from bentos.errors import ServiceError
-from bentos.limits import DEADLINE
+from bentos.limits import DEADLINE, MAX_PROMPTS
 from bentos.openai.logprobs import token_text
 from bentos.openai.protocol import CompletionRequest
 from bentos.openai.serving import Route, respond
@@ -52,6 +52,9 @@ class CompletionRoute(Route):
             raise ServiceError("invalid_request", message, "best_of")
         prompt = body.prompt or ""
         many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        if len(many) * (body.n or 1) > MAX_PROMPTS:
+            message = f"{len(many)} prompts with n={body.n}; one request may have at most {MAX_PROMPTS} completions"
+            raise ServiceError("invalid_request", message, "prompt")
         for ids in many:
             if not isinstance(ids, str):
                 generator.check_known(ids, "prompt")

@@ -10,6 +10,7 @@ INEXPRESSIBLE = (
     "not together with",
     "min_tokens is",
     "best_of is",
+    "one request may have at most",  # the product of two fields
     "contains the token id",  # keys are limited by their pattern only
     "guided_json: ",  # the field is text or a schema that must be valid itself
     "guided_regex: ",

@@ -47,6 +47,11 @@ def test_only_adapters_below_the_directory_and_free_names_are_loaded(url, name, 
     assert error_of(response)["param"] in ("lora_name", "lora_path")
 
 
+def test_the_fields_of_vllms_clients_are_accepted(url, adapters):
+    assert admin(url, "load", lora_name="v", lora_path="good", load_inplace=False, base_model_name="gpt2").ok
+    assert admin(url, "unload", lora_name="v", lora_int_id=None).ok
+
+
 def test_files_may_be_links_to_files_below_the_directory_alone(url, adapters):
     """Kubernetes and the cache of Hugging Face make such links."""
     for name, target in (("linked", adapters / "good"), ("escaping", adapters.parent / "outside")):

@@ -193,7 +193,8 @@ def test_the_body_is_uncompressed_json_in_utf8(url, body, encoding, status, reas
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"prompt": ["a"] * 9}, "prompt: List should have at most 8 items after validation, not 9"),
+        ({"prompt": ["a"] * 65}, "prompt: List should have at most 64 items after validation, not 65"),
+        ({"prompt": ["a"] * 22, "n": 3}, "22 prompts with n=3; one request may have at most 64 completions"),
         ({"prompt": ["a", [1]]}, "prompt.1: Input should be a valid string"),
         ({"prompt": [[1], [1, "a"]]}, "prompt.1.1: Input should be a valid integer"),
         ({"prompt": []}, "prompt: List should have at least 1 item after validation, not 0"),
@@ -338,12 +339,14 @@ def test_metadata_is_the_lineage_with_the_bentos_tag(url, bento_tag):
     assert metadata == bento.lineage(bento_tag).to_json()
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/metrics"])
 def test_health_and_metrics_are_bentomls(url, path):
     assert requests.get(url + path, timeout=10).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/models/base", "/metadata", "/livez", "/readyz", "/metrics"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1/models", "/v1/models/base", "/metadata", "/livez", "/readyz", "/health", "/metrics"]
+)
 def test_head_answers_where_get_does(url, path):
     get, head = requests.get(url + path, timeout=10), requests.head(url + path, timeout=10)
     assert head.status_code == get.status_code == 200

@@ -138,6 +138,21 @@ def test_all_lost_lines_are_counted_although_two_threads_count(tmp_path, monkeyp
         sys.setswitchinterval(before)
 
 
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_log_that_was_moved_or_deleted_is_continued_in_a_new_file(tmp_path, moves):
+    file = tmp_path / "requests.jsonl"
+    log = RequestLog(str(file), "keep")
+    log.write(result("first"), decode)
+    wait_until(lambda: file.read_bytes().endswith(b"\n"), 20, "the first line")
+    if moves:
+        file.rename(tmp_path / "moved")
+    else:
+        file.unlink()
+    log.write(result("second"), decode)
+    log.close()
+    assert [line["request_id"] for line in lines(file)] == ["second"]
+
+
 def test_a_blocked_disk_drops_lines_and_delays_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(request_log, "MAX_WAITING", 10)
     pipe = tmp_path / "pipe"
