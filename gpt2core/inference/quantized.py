@@ -33,8 +33,8 @@ Projection = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 # A format replaces fp32 if it is faster by at least this factor and raises perplexity by at most this share.
 MIN_SPEEDUP, MAX_PERPLEXITY_COST = 1.3, 0.01
 SAMPLES, SAMPLE_TOKENS = 4, 32  # number of texts to measure perplexity on, and number of sampled tokens per text
-SMALL = 2**22  # weights; a smaller model fits into a processor's caches, so it stays in fp32, as it was evaluated
-LARGE = 2**18  # weights; for a smaller fp32 matrix, oneDNN's call overhead exceeds its gain
+MIN_WEIGHTS_TO_QUANTIZE = 2**22  # a smaller model fits into a processor's caches: it stays in fp32, as it was evaluated
+MIN_WEIGHTS_FOR_ONEDNN = 2**18  # for a smaller fp32 matrix, oneDNN's call overhead exceeds its gain
 
 
 class QuantizedModel:
@@ -180,12 +180,12 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
 
     The time is measured on two blocks and the head, in steps of one row and of `max_batch` rows. A format is rejected
     if it raises the perplexity by more than MAX_PERPLEXITY_COST on text that the model itself generates. Two cases are
-    not measured: a model with fewer than SMALL weights stays in fp32, and a GPU uses bf16.
+    not measured: a model with fewer than MIN_WEIGHTS_TO_QUANTIZE weights stays in fp32, and a GPU uses bf16.
     """
     device = model.wte.weight.device
     if device.type != "cpu":
         return QuantizedModel(model, "bf16")
-    if sum(weight.numel() for weight in model.parameters()) < SMALL:
+    if sum(weight.numel() for weight in model.parameters()) < MIN_WEIGHTS_TO_QUANTIZE:
         return QuantizedModel(model, "fp32")
     # a processor without bf16 instructions emulates bf16, which is never the fastest
     candidates = [weights for weights in supported_formats(device) if weights != "bf16" or has_bf16()]
@@ -295,7 +295,7 @@ def _projection(
     weight, bias = _copy(weight, dtype), None if bias is None else _copy(bias, dtype)
     if kernels is not None and bias is not None:
         return _KernelLinear(weight, bias, kernels)
-    large = dtype == torch.bfloat16 or weight.numel() >= LARGE
+    large = dtype == torch.bfloat16 or weight.numel() >= MIN_WEIGHTS_FOR_ONEDNN
     if large and weight.device.type == "cpu" and has_onednn():
         packed = prepack(weight)
         return lambda x: onednn_linear(x, packed, bias)

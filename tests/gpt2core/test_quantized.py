@@ -95,7 +95,7 @@ def test_int8_rows_of_zeros_and_with_an_outlier_do_not_affect_each_other():
 def test_auto_takes_the_fastest_format_that_keeps_perplexity(model, monkeypatch, caplog):
     seconds = {"fp32": 3.0, "bf16": 2.0, "int8": 1.0}
     cost = {"bf16": 0.001, "int8": 0.002}
-    monkeypatch.setattr(quantized, "SMALL", 0)
+    monkeypatch.setattr(quantized, "MIN_WEIGHTS_TO_QUANTIZE", 0)
     monkeypatch.setattr(quantized, "_step_seconds", lambda whole, n: seconds[whole.weights])
     monkeypatch.setattr(quantized, "has_bf16", lambda: True)
     monkeypatch.setattr(quantized, "_perplexity_cost", lambda model, whole: cost[whole.weights])
