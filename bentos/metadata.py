@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from bentos.dependencies import served
 from bentos.errors import ServiceError
@@ -17,9 +17,9 @@ async def metadata(request: Request) -> JSONResponse:
     return JSONResponse(served(request).lineage.to_json())
 
 
-@router.get("/health", responses=ERRORS)
-async def health(request: Request) -> Response:
+@router.get("/health", response_class=PlainTextResponse, responses=ERRORS)
+async def health(request: Request) -> PlainTextResponse:
     """Return 200 if the engine runs, as vLLM does. Probes use /livez and /readyz."""
     if not served(request).generator.engine.is_alive:
         raise ServiceError("shutting_down", "the engine has stopped")
-    return Response(media_type="text/plain")
+    return PlainTextResponse()
