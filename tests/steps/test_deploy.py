@@ -25,11 +25,13 @@ def test_an_image_of_a_service_that_was_never_built_is_one_line(tmp_path, monkey
 
 @pytest.fixture
 def records(monkeypatch):
-    """Stores the outcomes, newest first, in ZenML; a rollback's reason is the namespace that was rolled back."""
+    """Stores outcomes, newest first, in ZenML, and hides those before; a rollback's reason is its namespace."""
+
+    def stored(*arguments, **filters):
+        return [artifact for artifact in depaginate(*arguments, **filters) if artifact.id not in hidden]
 
     def record(*contents):
-        for artifact in depaginate(Client().list_artifact_versions, artifact="deployment"):
-            Client().delete_artifact_version(artifact.id)
+        hidden.update(artifact.id for artifact in stored(Client().list_artifact_versions, artifact="deployment"))
         for content in reversed(contents):
             save_extra_artifact("deployment", content)
 
@@ -39,9 +41,15 @@ def records(monkeypatch):
         outcome = Deployment("kubernetes", "rolled_back", "", reason=config.namespace)
         return SimpleNamespace(rollback=lambda: outcome)
 
-    monkeypatch.setattr(step, "open_target", open_target)
-    yield record
+    hidden = set()
     record()
+    others = {*hidden}
+    monkeypatch.setattr(step, "open_target", open_target)
+    monkeypatch.setattr(step, "depaginate", stored)
+    yield record
+    for artifact in depaginate(Client().list_artifact_versions, artifact="deployment"):
+        if artifact.id not in others:
+            Client().delete_artifact_version(artifact.id)
 
 
 def outcome_in(namespace, outcome, **values):
@@ -65,7 +73,7 @@ def test_a_rollback_on_request_is_followed_by_one_on_the_same_target(records):
 
 def test_a_rollback_needs_no_file_and_ignores_artifacts_of_other_projects(records):
     records(outcome_in("prod", "deployed", run="1"))
-    [artifact] = Client().list_artifact_versions(artifact="deployment").items
+    [artifact] = step.depaginate(Client().list_artifact_versions, artifact="deployment")
     shutil.rmtree(artifact.uri)
     save_artifact("prod-eu", "deployment", user_metadata={"outcome": "deployed"})
     assert step.rollback().reason == "prod"
