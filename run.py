@@ -101,7 +101,7 @@ def pretrain(config: str, values: tuple[str, ...], no_cache: bool) -> None:
 @run_options("configs/experiments/rank_sweep.yaml")
 def sweep(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     """Train and score every variant of the sweep with every seed, and compare them."""
-    name = re.sub(r"\W+", "_", Path(config).stem)
+    name = re.sub(r"[^\w.-]+", "_", Path(config).stem)
     run = _start("sweep_pipeline", config, (f"sweep.name={name!r}", *values), no_cache)
     if run is not None:
         [table], [directory] = (run.steps["compare_trials"].outputs[name] for name in ("table", "directory"))
