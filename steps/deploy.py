@@ -56,7 +56,8 @@ def _check_stage(required: Literal["", "staging", "production"], promotion: Prom
     It can be in the stage as this run's model version, as that of the run that built the Bento, if the Bento is cached,
     or as the champion.
     """
-    enough = {"": (), "staging": ("staging", "production"), "production": ("production",)}[required]
+    if not required:
+        return
     names = dict.fromkeys(each for each in (lineage.model_version, promotion.model_version, promotion.champion) if each)
     # ZenML gives the number of a deleted version to another one, so the name alone does not identify the adapter
     stages = {
@@ -64,14 +65,16 @@ def _check_stage(required: Literal["", "staging", "production"], promotion: Prom
         for name in names
         if (version := find_version(name)) is not None and adapter_of(version) == lineage.adapter.sha256
     }
-    if enough and not any(stage in enough for stage in stages.values()):
+    if not stages:
+        raise RuntimeError(
+            f"deploy.require_stage is {required}, but no model version has this adapter; run this with --no-cache"
+        )
+    if not {required, "production"} & {*stages.values()}:
         found = ", ".join(f"{name} is in {f'stage {stage}' if stage else 'no stage'}" for name, stage in stages.items())
-        name, _, number = next(iter(stages), "").partition("/")
+        name, _, number = next(iter(stages)).partition("/")
         raise RuntimeError(
             f"deploy.require_stage is {required}, but {found}; promote it with `zenml model version update {name} "
             f"{number} --stage {required}` and run this again"
-            if stages
-            else f"deploy.require_stage is {required}, but no model version has this adapter; run this with --no-cache"
         )
 
 
