@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core import cuda
 from gpt2core.config import GPT2Config
-from gpt2core.inference import cuda
 from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.native import CACHE_DTYPE, Span, n_heads_with_scales
 from gpt2core.inference.request import Request
