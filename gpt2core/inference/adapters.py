@@ -39,7 +39,7 @@ def make_adapter(
     """Prepare an adapter for a stack.
 
     Args:
-        lora, state: the results of `gpt2core.checkpoint.read_adapter`.
+        lora, state: the results of `gpt2core.adapter_files.read_adapter`.
 
     Raises:
         ValueError: the adapter uses DoRA, or a weight is NaN or infinite, before or after scaling and conversion to

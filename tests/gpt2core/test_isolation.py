@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter
+from gpt2core.adapter_files import read_adapter
+from gpt2core.checkpoint import load_pretrained, save_adapter
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine, NonFiniteLogits
 from gpt2core.generate import generate
