@@ -108,7 +108,7 @@ class _Matrix(ctypes.Structure):
 
 
 class _Scratch(ctypes.Structure):
-    _fields_ = _fields(ctypes.c_void_p, "normed", "q", "step", "zero")
+    _fields_ = _fields(ctypes.c_void_p, "normed", "q", "scale", "zero")
 
 
 class _Product(ctypes.Structure):
