@@ -21,8 +21,16 @@ from typing import Any
 import yaml
 
 from deploy.source import ROOT, code_files
-from gpt2core.checkpoint import ADAPTER_CONFIG, directory_sha256
-from gpt2core.files import checkpoint_files, file_sha256, list_files, naming_file, read_json, verify_directory
+from gpt2core.adapter_files import ADAPTER_CONFIG
+from gpt2core.files import (
+    checkpoint_files,
+    directory_sha256,
+    file_sha256,
+    list_files,
+    naming_file,
+    read_json,
+    verify_directory,
+)
 from gpt2core.inference.native import NAME as NATIVE_LIBRARY
 from gpt2core.inference.native import library_file
 from gpt2core.types import NAME, AdapterRef, Lineage

@@ -1,4 +1,4 @@
-"""GPT-2 checkpoints in Hugging Face's format. Also re-exports the public functions for adapters and digests.
+"""GPT-2 checkpoints in Hugging Face's format. Also re-exports the public functions for adapters.
 
 Only safetensors and JSON are read and written, so loading a file cannot execute code.
 """
@@ -11,41 +11,16 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gpt2core.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter, save_adapter
+from gpt2core.adapter_files import load_adapter, save_adapter
 from gpt2core.config import GPT2Config
-from gpt2core.files import (
-    INDEX,
-    WEIGHTS,
-    atomic_write,
-    directory_sha256,
-    file_sha256,
-    json_bytes,
-    read_json,
-    read_text,
-    shard_files,
-    write_files,
-)
+from gpt2core.files import INDEX, WEIGHTS, json_bytes, read_json, read_text, shard_files, write_files
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_format import export_peft
 from gpt2core.tensors import WEIGHT_TYPES, check_weight, is_finite, read_tensors
 from gpt2core.tokenizer import END_OF_TEXT, read_token_ids
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
-    "CONFIG",
-    "atomic_write",
-    "directory_sha256",
-    "export_peft",
-    "file_sha256",
-    "load_adapter",
-    "load_pretrained",
-    "read_adapter",
-    "read_config",
-    "save_adapter",
-    "save_pretrained",
-]
+__all__ = ["CONFIG", "export_peft", "load_adapter", "load_pretrained", "read_config", "save_adapter", "save_pretrained"]
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's GPT-2 stores these as (in, out)
 MASKS = (".attn.bias", ".attn.masked_bias")  # constant causal masks of old checkpoints

@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from gpt2core.checkpoint import read_adapter
+from gpt2core.adapter_files import read_adapter
 from gpt2core.config import GenerationConfig, GPT2Config, WeightFormat, Weights
 from gpt2core.generate import check_prompt
 from gpt2core.inference.adapters import Adapter, make_adapter

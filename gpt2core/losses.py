@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core import cuda
 from gpt2core.batching import IGNORED, Batch, pack, uses_varlen
 from gpt2core.data import Example
-from gpt2core.inference import cuda
 from gpt2core.model import GPT2, eval_mode
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig, LoraTarget
 from gpt2core.files import json_bytes, write_files
-from gpt2core.lora import TARGET_LAYERS, lora_config, lora_layers
+from gpt2core.lora import layer_targets, lora_config, lora_layers, widen_b
 from gpt2core.model import GPT2
 from gpt2core.peft_config import PEFT_CONFIG, PeftConfig
 from gpt2core.tensors import check_weight, read_tensors
@@ -46,15 +46,12 @@ def export_peft(model: GPT2, directory: str | Path, base: str | None = None, rev
     state, ranks, alphas = {}, {}, {}
     for name, layer in lora_layers(model):
         n, rank, width = layer.lora_A.shape
-        b = layer.lora_B.new_zeros(layer.n_blocks, layer.lora_B.shape[1], n, rank)  # (blocks, out / blocks, n, R)
-        for pair, block in enumerate(layer.blocks):
-            b[block, :, pair] = layer.lora_B.data[pair]
         key = f"base_model.model.transformer.{name}"
         state[f"{key}.lora_A.weight"] = layer.lora_A.data.reshape(n * rank, width).cpu().clone()
-        state[f"{key}.lora_B.weight"] = b.flatten(2).flatten(0, 1).contiguous().cpu()
+        state[f"{key}.lora_B.weight"] = widen_b(layer.lora_B.data, layer.targets).cpu()
         if config.dora:
-            magnitude = layer.base_blocks().norm(dim=-1)
-            magnitude[list(layer.blocks)] = layer.lora_magnitude.data
+            magnitude = layer.base_slices().norm(dim=-1)
+            magnitude[list(layer.slices)] = layer.lora_magnitude.data
             state[f"{key}.lora_magnitude_vector"] = magnitude.flatten().cpu()
         module = ".".join(name.split(".")[2:])  # attn.c_proj and mlp.c_proj need different names
         assert config.alpha is not None
@@ -155,9 +152,9 @@ class _Layer:
     magnitude: Tensor | None  # (out), with DoRA
 
     @property
-    def targets(self) -> list[LoraTarget]:
+    def targets(self) -> tuple[LoraTarget, ...]:
         """The targets within the layer, in the order of its output."""
-        return [target for target in LORA_TARGETS if TARGET_LAYERS[target][0] == self.path]
+        return layer_targets(self.path)
 
 
 def _used_columns(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ group, and they are padded to L tokens.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Self, cast
 
 import torch
@@ -44,19 +45,18 @@ class VarlenSequences:
     def make(cls, shared: int, lengths: Sequence[int]) -> Self:
         """Prepare attention for a prefix of `shared` tokens and sequences with these numbers of further tokens."""
         prefix = range(shared)
+        keys = [*prefix]  # as in the class: the token of each key
+        prefix_keys, other_keys = [*prefix], list[int]()  # positions among the keys
+        for start, length in zip(accumulate(lengths, initial=shared), lengths, strict=False):
+            copy_end = len(keys) + shared  # the sequence's keys are a copy of the prefix, then its other tokens
+            prefix_keys += range(len(keys), copy_end)
+            other_keys += range(copy_end, copy_end + length)
+            keys += [*prefix, *range(start, start + length)]
         n_queries = [shared, *lengths] if shared else [*lengths]  # not every kernel accepts an empty sequence
         n_keys = [shared, *(shared + length for length in lengths)] if shared else n_queries
-        keys, start = [*prefix], shared
-        of_prefix, own = [*prefix], list[int]()
-        for length in lengths:
-            of_prefix += range(len(keys), len(keys) + shared)
-            own += range(len(keys) + shared, len(keys) + shared + length)
-            keys += [*prefix, *range(start, start + length)]
-            start += length
         ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (n_queries, n_keys))
-        key_index = int_tensor(of_prefix + own)
         max_q, max_k = (-(-max(n) // cls.LIMIT) * cls.LIMIT for n in (n_queries, n_keys))
-        return cls(shared, int_tensor(keys), key_index, ends_q, ends_k, max_q, max_k)
+        return cls(shared, int_tensor(keys), int_tensor(prefix_keys + other_keys), ends_q, ends_k, max_q, max_k)
 
     def to(self, device: torch.device | str) -> Self:
         keys, key_index = to_device(self.keys, device), to_device(self.key_index, device)
@@ -89,8 +89,8 @@ class _RepeatPrefix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         P, S = ctx.sequences.shared, len(ctx.sequences.ends_q) - 2
-        of_prefix, own = grad.index_select(0, ctx.sequences.key_index).tensor_split([P * (S + 1)])
-        return torch.cat([of_prefix.unflatten(0, (S + 1, P)).sum(0), own]), None
+        prefix_grads, other_grads = grad.index_select(0, ctx.sequences.key_index).tensor_split([P * (S + 1)])
+        return torch.cat([prefix_grads.unflatten(0, (S + 1, P)).sum(0), other_grads]), None
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class PaddedSequences:
             lengths: the longest first.
         """
         groups, order, start, offset = list[Tensor](), list(range(shared)), shared, shared
-        left = deque(lengths)
-        while left:
-            rows, longest = list[list[int]](), left[0]
-            while left and 2 * left[0] >= longest:
-                length = left.popleft()
+        remaining = deque(lengths)
+        while remaining:
+            rows, longest = list[list[int]](), remaining[0]
+            while remaining and 2 * remaining[0] >= longest:
+                length = remaining.popleft()
                 rows.append([*range(start, start + length), *[0] * (longest - length)])
                 order += range(offset, offset + length)
                 start, offset = start + length, offset + longest
@@ -146,56 +146,65 @@ class PaddedSequences:
         if self.shared:
             yield prefix[0], prefix[1], prefix[2]
         for index in self.groups:
-            own = qkv.index_select(0, index.flatten()).unflatten(0, index.shape)  # (S, L, 3, H, D)
-            q, *kv = own.permute(2, 0, 3, 1, 4).contiguous()
-            k, v = (torch.cat([of.expand(len(q), -1, -1, -1), x], 2) for of, x in zip(prefix[1:], kv, strict=True))
+            group = qkv.index_select(0, index.flatten()).unflatten(0, index.shape)  # (S, L, 3, H, D)
+            q, *kv = group.permute(2, 0, 3, 1, 4).contiguous()  # (S, H, L, D) each
+            k, v = (torch.cat([p.expand(len(q), -1, -1, -1), x], 2) for p, x in zip(prefix[1:], kv, strict=True))
             yield q, k, v
 
 
 class _DenseAttention(torch.autograd.Function):
     """Attention as plain matrix products, with its own backward pass.
 
-    With A = softmax(scale Q K^T + bias), Y = A V and the gradient dY: dV = A^T dY, dS = scale softmax'(dY V^T),
-    dQ = dS K and dK = dS^T Q. Gradients of the prefix's keys and values are summed over all sequences. This backward
-    pass gathers the gradients by index; autograd's would add each of them into a tensor of zeros.
+    Gradients of the prefix's keys and values are summed over all sequences. This backward pass gathers the gradients by
+    index; autograd's would add each of them into a tensor of zeros.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, sequences: PaddedSequences, scale: float) -> Tensor:
         """Return the attention (N, C) for qkv (N, 3, H, D)."""
-        kept, outputs = list[Tensor](), []
+        saved, outputs = list[Tensor](), []
         for q, k, v in sequences.split(qkv):
             weights = ((q * scale) @ k.transpose(2, 3)).add_(_causal_bias(q, k)).softmax(-1)
             weights = weights.to(q.dtype)  # (S, H, L, P + L); fp32 under autocast
             outputs.append((weights @ v).transpose(1, 2).flatten(2).flatten(0, 1))
-            kept += q, k, v, weights
-        ctx.save_for_backward(*kept)
+            saved += q, k, v, weights
+        ctx.save_for_backward(*saved)
         ctx.sequences, ctx.scale = sequences, scale
         return torch.cat(outputs).index_select(0, sequences.order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        saved, sequences, scale = ctx.saved_tensors, ctx.sequences, ctx.scale
-        shapes = [q.shape for q in saved[::4]]  # (S, H, L, D)
-        sizes, order = [S * L for S, _, L, _ in shapes], sequences.order
-        padded = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, order, grad)
-        # grads: qkv gradients of the prefix and of each group; of_prefix (2, H, P, D): the groups' share for k and v
-        grads, of_prefix = list[Tensor](), grad.new_zeros(2, *shapes[0][1:])
-        for i, (part, (S, H, L, D)) in enumerate(zip(padded.split(sizes), shapes, strict=True)):
-            q, k, v, weights = saved[4 * i : 4 * i + 4]
-            own = part.view(S, L, H, D).transpose(1, 2).contiguous()
-            scores = softmax_gradient(own @ v.transpose(2, 3), weights).mul_(scale)
-            q_grad, k_grad, v_grad = scores @ k, scores.transpose(2, 3) @ q, weights.transpose(2, 3) @ own
-            P = k.shape[2] - L
+        saved, sequences = ctx.saved_tensors, ctx.sequences
+        groups = [saved[i : i + 4] for i in range(0, len(saved), 4)]  # q, k, v and weights; the prefix is the first
+        sizes = [len(q) * q.shape[2] for q, *_ in groups]  # S * L
+        y_grads = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, sequences.order, grad).split(sizes)
+        qkv_grads = list[Tensor]()
+        prefix_grad = grad.new_zeros(2, *groups[0][0].shape[1:])  # (2, H, P, D): of k and v as parts of the groups
+        for (q, k, v, weights), y_grad in zip(groups, y_grads, strict=True):
+            S, H, L, D = q.shape
+            y_grad = y_grad.view(S, L, H, D).transpose(1, 2).contiguous()
+            q_grad, k_grad, v_grad = _dense_gradients(q, k, v, weights, y_grad, ctx.scale)
+            P = k.shape[2] - L  # 0 for the prefix itself
             if P:
-                of_prefix += torch.stack([k_grad[:, :, :P].sum(0), v_grad[:, :, :P].sum(0)])
-            of_group = torch.stack([q_grad, k_grad[:, :, P:], v_grad[:, :, P:]])  # (3, S, H, L, D)
-            grads.append(of_group.permute(1, 3, 0, 2, 4).flatten(0, 1))  # (S * L, 3, H, D)
-        result = torch.cat(grads).index_select(0, order)
+                prefix_grad += torch.stack([k_grad[:, :, :P].sum(0), v_grad[:, :, :P].sum(0)])
+            qkv_grad = torch.stack([q_grad, k_grad[:, :, P:], v_grad[:, :, P:]])  # (3, S, H, L, D)
+            qkv_grads.append(qkv_grad.permute(1, 3, 0, 2, 4).flatten(0, 1))  # (S * L, 3, H, D)
+        result = torch.cat(qkv_grads).index_select(0, sequences.order)  # (N, 3, H, D)
         if sequences.shared:
-            result[: sequences.shared, 1:] += of_prefix.permute(2, 0, 1, 3)
+            result[: sequences.shared, 1:] += prefix_grad.permute(2, 0, 1, 3)
         return result, None, None
+
+
+def _dense_gradients(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor, y_grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients dQ, dK and dV of Y = A V with A = softmax(scale Q K^T + bias), for the gradient dY.
+
+    dV = A^T dY, dS = scale softmax'(dY V^T), dQ = dS K and dK = dS^T Q.
+    """
+    score_grad = softmax_gradient(y_grad @ v.transpose(2, 3), weights).mul_(scale)  # (S, H, L, P + L)
+    return score_grad @ k, score_grad.transpose(2, 3) @ q, weights.transpose(2, 3) @ y_grad
 
 
 Sequences = VarlenSequences | PaddedSequences

@@ -61,24 +61,30 @@ class StepGraphs:
     def __call__(self, batch: Batch, n_labels: int) -> Tensor:
         """Do the same as `add_gradients`. The next call overwrites the returned sum."""
         key = _shape(batch)
-        if self._is_enabled and key not in self._graphs and len(self._graphs) < MAX_GRAPHS:
-            self._graphs[key] = None  # a warm-up: what libraries allocate at their first call must not be captured
-        elif self._is_enabled and key in self._graphs:
+        if self._is_enabled and key in self._graphs:
             try:
-                graph = self._graphs[key] = self._graphs[key] or self._capture(batch)
-                if not self._is_checked:
-                    self._check(graph, batch, n_labels)
-                return self._replay(graph, batch, n_labels)
+                return self._compute_by_graph(key, batch, n_labels)
             except Exception as error:  # any error, since training can continue without graphs
                 self._stop(error)
-        if not any(self._graphs.values()):
-            return add_gradients(self._model, batch, n_labels)
-        try:
-            with _restoring_gradients(self._model, always=False):
-                return add_gradients(self._model, batch, n_labels)
-        except torch.OutOfMemoryError as error:  # the graphs hold memory that this step may need
-            self._stop(error)
-        torch.cuda.empty_cache()  # not in the except block: there, the error's traceback still refers to tensors
+        elif self._is_enabled and len(self._graphs) < MAX_GRAPHS:
+            self._graphs[key] = None  # a warm-up: what libraries allocate at their first call must not be captured
+        return self._compute_without(batch, n_labels)
+
+    def _compute_by_graph(self, key: tuple[object, ...], batch: Batch, n_labels: int) -> Tensor:
+        graph = self._graphs[key] = self._graphs[key] or self._capture(batch)
+        if not self._is_checked:
+            self._check(graph, batch, n_labels)
+        return self._replay(graph, batch, n_labels)
+
+    def _compute_without(self, batch: Batch, n_labels: int) -> Tensor:
+        """Compute a step without a graph. If it needs the memory that graphs hold, release them and repeat it."""
+        if any(self._graphs.values()):
+            try:
+                with _restoring_gradients(self._model, always=False):
+                    return add_gradients(self._model, batch, n_labels)
+            except torch.OutOfMemoryError as error:
+                self._stop(error)
+            torch.cuda.empty_cache()  # not in the except block: there, the error's traceback still refers to tensors
         return add_gradients(self._model, batch, n_labels)
 
     def _stop(self, error: Exception) -> None:
@@ -88,8 +94,8 @@ class StepGraphs:
 
     def _replay(self, graph: _Graph, batch: Batch, n_labels: int) -> Tensor:
         self._n_labels.fill_(n_labels)
-        for own, other in zip(_tensors(graph.batch), _tensors(batch), strict=True):
-            own.copy_(other)
+        for captured, new in zip(_tensors(graph.batch), _tensors(batch), strict=True):
+            captured.copy_(new)
         graph.graph.replay()
         return graph.loss
 
@@ -99,20 +105,20 @@ class StepGraphs:
         Raises:
             RuntimeError: the loss or the gradients differ by more than rounding errors.
         """
-        losses, added = list[Tensor](), list[list[Tensor]]()
+        losses, gradients = list[Tensor](), list[list[Tensor]]()  # of the step without a graph, then of the replay
         for compute in (partial(add_gradients, self._model), partial(self._replay, graph)):
             with _restoring_gradients(self._model, always=True) as grads:
                 losses.append(compute(batch, n_labels).clone())
-                added.append([grad - before for grad, before in grads])
-        norms = torch.stack([one.norm() for one in added[0]])
-        errors = torch.stack([(one - other).norm() for one, other in zip(*added, strict=True)])
+                gradients.append([grad - before for grad, before in grads])
+        norms = torch.stack([gradient.norm() for gradient in gradients[0]])
+        errors = torch.stack([(plain - replayed).norm() for plain, replayed in zip(*gradients, strict=True)])
         is_equal = (errors <= 0.1 * norms + 0.001 * norms.norm()).all()  # bf16 and another order of summation
         if not bool(is_equal & ((losses[0] - losses[1]).abs() <= 0.01 * losses[0].abs())):
             raise RuntimeError("its gradients are not those of the step without a graph")
         self._is_checked = True
 
     def _capture(self, batch: Batch) -> _Graph:
-        pool = next((one.graph.pool() for one in self._graphs.values() if one is not None), None)
+        pool = next((graph.graph.pool() for graph in self._graphs.values() if graph is not None), None)
         compute = partial(add_gradients, self._model, batch, self._n_labels)
         graph, loss = capture_graph(compute, self._n_labels.device, pool)
         logger.debug("captured a CUDA graph of a training step of %d tokens", batch.input_ids.numel())

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2core.checkpoint import ADAPTER_WEIGHTS, file_sha256, load_adapter, load_pretrained
+from gpt2core.adapter_files import ADAPTER_WEIGHTS
+from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import AttentionConfig, GenerationConfig
 from gpt2core.data import Record, encode_records
 from gpt2core.evaluate import sample_answers
+from gpt2core.files import file_sha256
 from gpt2core.lora import merge_lora
 from gpt2core.losses import token_losses
 from gpt2core.model import best_device

@@ -104,7 +104,7 @@ EXTRAS = {
 COMPAT = {
     "gpt2core/kernels.py",
     "gpt2core/inference/native.py",
-    "gpt2core/inference/cuda.py",
+    "gpt2core/cuda.py",
     "bentos/compat.py",
     "pipelines/zenml_compat.py",
 }

@@ -42,7 +42,7 @@ def test_the_wheel_installs_gpt2core_and_no_other_top_level_name(built):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = wheel.namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"gpt2core"}
-    assert {"gpt2core/py.typed", "gpt2core/inference/cuda.cu"} <= set(names)
+    assert {"gpt2core/py.typed", "gpt2core/cuda.cu"} <= set(names)
 
 
 def test_the_source_distribution_holds_everything_that_runs_from_a_checkout(built):

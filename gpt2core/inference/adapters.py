@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gpt2core.config import GPT2Config, LoraConfig
+from gpt2core.config import GPT2Config, LoraConfig, LoraTarget
 from gpt2core.inference import native
 from gpt2core.linear import linear
-from gpt2core.lora import TARGET_LAYERS
+from gpt2core.lora import LAYER_PATHS, TARGET_LAYERS, layer_targets, widen_b
 from gpt2core.tensors import int_tensor, is_finite, to_device
 
 
@@ -24,7 +24,9 @@ from gpt2core.tensors import int_tensor, is_finite, to_device
 class Adapter:
     """A loaded adapter. Adapters are compared by identity: loading the same files twice gives two adapters."""
 
-    matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, target) -> A (rank, in), scaled B (width, rank)
+    matrices: Mapping[
+        tuple[int, LoraTarget], tuple[Tensor, Tensor]
+    ]  # (layer, target) -> A (rank, in), scaled B (width, rank)
 
     @cached_property
     def for_kernels(self) -> native.LowRankMatrices:
@@ -37,7 +39,7 @@ def make_adapter(
     """Prepare an adapter for a stack.
 
     Args:
-        lora, state: the results of `gpt2core.checkpoint.read_adapter`.
+        lora, state: the results of `gpt2core.adapter_files.read_adapter`.
 
     Raises:
         ValueError: the adapter uses DoRA, or a weight is NaN or infinite, before or after scaling and conversion to
@@ -48,9 +50,8 @@ def make_adapter(
             "the adapter uses DoRA, which is only served merged: merge_lora(model), save_pretrained(model, directory) "
             "and serve that directory, or train with lora.dora: false"
         )
-    matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    for path in {TARGET_LAYERS[target][0] for target in lora.targets}:
-        targets = [target for target, (own, _, _) in TARGET_LAYERS.items() if own == path and target in lora.targets]
+    matrices: dict[tuple[int, LoraTarget], tuple[Tensor, Tensor]] = {}
+    for path in {TARGET_LAYERS[target].path for target in lora.targets}:
         for layer in range(config.n_layer):
             name = f"h.{layer}.{path}"
             a, b = state[f"{name}.lora_A"].to(device, dtype), (lora.scaling * state[f"{name}.lora_B"]).to(device, dtype)
@@ -59,7 +60,7 @@ def make_adapter(
                     f"the adapter has NaN or infinite values in {name}, scaled by {lora.scaling} as "
                     f"{str(dtype).removeprefix('torch.')}; the training that made it diverged"
                 )
-            matrices |= {(layer, target): (a[i], b[i]) for i, target in enumerate(targets)}
+            matrices |= {(layer, target): (a[i], b[i]) for i, target in enumerate(layer_targets(path, lora.targets))}
     return Adapter(matrices)
 
 
@@ -77,12 +78,12 @@ class AdapterStack:
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self.owner: dict[str, Tensor] = {}  # path -> (R): index of each rank's adapter
         n_layer = 1 + max(layer for adapter in adapters for layer, _ in adapter.matrices)
-        for path in {path for path, _, _ in TARGET_LAYERS.values()}:
+        for path in LAYER_PATHS:
             own = [
                 (i, target)
                 for i, adapter in enumerate(adapters)
-                for target in TARGET_LAYERS
-                if TARGET_LAYERS[target][0] == path and (0, target) in adapter.matrices
+                for target in layer_targets(path)
+                if (0, target) in adapter.matrices
             ]
             if not own:
                 continue
@@ -90,7 +91,7 @@ class AdapterStack:
             self.owner[path] = to_device(torch.tensor(owners), device)
             for layer in range(n_layer):
                 pairs = [(target, *adapters[i].matrices[layer, target]) for i, target in own]
-                wide = [_widen(b, target) for target, _, b in pairs]
+                wide = [widen_b(b[None], [target]) for target, _, b in pairs]
                 self.matrices[layer, path] = torch.cat([a for _, a, _ in pairs]), torch.cat(wide, 1)
 
     def indices(self, adapters: Sequence[Adapter | None]) -> list[int]:
@@ -102,14 +103,6 @@ class AdapterStack:
         if len(self.adapters) == 1 and None not in adapters:
             return RowAdapters(self, None)
         return RowAdapters(self, to_device(int_tensor(self.indices(adapters)), self.device))
-
-
-def _widen(b: Tensor, target: str) -> Tensor:
-    """Return B (out, rank), which is zero outside the target's block of outputs, from B (width, rank)."""
-    _, block, n_blocks = TARGET_LAYERS[target]
-    wide = b.new_zeros(n_blocks, *b.shape)
-    wide[block] = b
-    return wide.flatten(0, 1)
 
 
 def _index_of(adapters: Sequence[Adapter]) -> dict[Adapter | None, int]:

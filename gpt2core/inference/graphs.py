@@ -111,7 +111,7 @@ class RowDecoder:
     def _compute(self, n: int, width: int, stack: AdapterStack | None) -> Outputs:
         model, cache = self._model, self._cache
         ids, positions, adapters = self._inputs[:, :n].unbind()
-        cache.begin_rows(positions, width)
+        cache.begin_step(positions, width)
         hidden = model.hidden(
             ids,
             positions,

@@ -3,6 +3,7 @@
 Shape letters: B rows, W columns attended to; T, S, C, H and D as in model.py.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2core import cuda
 from gpt2core.config import GPT2Config
-from gpt2core.inference import cuda
 from gpt2core.inference.adapters import Adapter
 from gpt2core.inference.native import CACHE_DTYPE, Span, n_heads_with_scales
 from gpt2core.inference.request import Request
@@ -114,22 +115,12 @@ class PrefillBatch:
         return varlen_attention(qkv[:, 0], kv[:, 0], kv[:, 1], *limits, scale).flatten(1)
 
 
-class RowCache:
-    """Requests being decoded: one row each, and all rows end at the same column of the cache.
+class RowCache(ABC):
+    """Requests being decoded, one row each. kv is (n_layer, max_batch, 2, H, columns, D).
 
-                          end
-        row 0   . . A A A A |        A: the row's own tokens, `lengths[row]` many
-        row 1   . . . . A A |        .: columns that attention masks
-
-    Position embeddings are added before the first layer, so a token's column does not have to be its position: each
-    step appends one column for all rows, independent of their lengths. kv is (n_layer, max_batch, 2, H, columns, D).
-
-    All columns outside a row's own tokens must be finite: attention masks them, but 0 * NaN is NaN. Therefore `remove`
-    erases a finished request's columns, and moving rows allocates new memory.
+    Subclasses decide at which columns a row's tokens are. Position embeddings are added before the first layer, so the
+    column of a token does not have to be its position.
     """
-
-    SPARE = 256  # free columns after a move, before the rows have to be moved to the start again
-    ALIGN = 64  # a move rounds `end` up to a multiple of this, so that prompts of similar length need no further move
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
         self._shape = (config.n_layer, max_batch, 2, config.n_head, config.head_width)
@@ -137,12 +128,6 @@ class RowCache:
         self.kv = self._allocate(0)
         self.requests: list[Request | None] = []  # request of each row; None: the row is free
         self.lengths: list[int] = []  # number of cached tokens of each row
-        self.end = 0  # column after the last token of every row: the next one to write
-        self._mask: Tensor | None = None
-        # Views for the current step, one per layer: the new column (B, 2, H, D), keys and values (B, H, W, D) up to it.
-        self._new: Sequence[Tensor] = ()
-        self._k: Sequence[Tensor] = ()
-        self._v: Sequence[Tensor] = ()
 
     @property
     def n_active(self) -> int:
@@ -155,6 +140,87 @@ class RowCache:
             0 if request is None else length for request, length in zip(self.requests, self.lengths, strict=True)
         ]
         return ids, positions, [None if request is None else request.adapter for request in self.requests]
+
+    @abstractmethod
+    def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+        """Compute attention (B, C) of one new token per row from qkv (B, 3, H, D); store their keys and values."""
+
+    def end_step(self) -> None:
+        """Count the new token of each row. Call it after the last layer."""
+        self.lengths = [0 if r is None else n + 1 for r, n in zip(self.requests, self.lengths, strict=True)]
+
+    def add(self, prefill: PrefillCache) -> None:
+        """Assign the first free row to a completely processed prompt, and copy its keys and values there."""
+        row = next((i for i, request in enumerate(self.requests) if request is None), len(self.requests))
+        if row == len(self.requests):
+            self.requests.append(None)
+            self.lengths.append(0)
+        self.requests[row], self.lengths[row] = prefill.request, prefill.length
+        self._write(row, prefill.kv)
+
+    def remove(self, row: int) -> None:
+        """Free the row."""
+        self.requests[row], self.lengths[row] = None, 0
+
+    def clear(self) -> None:
+        """Free all rows, also in the middle of a step."""
+        self.requests, self.lengths = [], []
+
+    def compact(self) -> None:
+        """Remove free rows at the end.
+
+        While half of the rows or more are free, move the last row to the first free one.
+        """
+        while self.requests:
+            if self.requests[-1] is None:
+                self.requests.pop()
+                self.lengths.pop()
+            elif 2 * self.n_active <= len(self.requests):
+                row, last = self.requests.index(None), len(self.requests) - 1
+                self.requests[row], self.lengths[row] = self.requests[last], self.lengths[last]
+                self._write(row, self.kv[:, last, :, :, self._columns(last)])
+                self.remove(last)
+            else:
+                return
+
+    @abstractmethod
+    def _columns(self, row: int) -> slice:
+        """Return the columns of the row's own tokens."""
+
+    def _write(self, row: int, kv: Tensor) -> None:
+        """Set the keys and values (n_layer, 2, H, T, D) of all the row's tokens."""
+        self.kv[:, row, :, :, self._columns(row)] = kv
+
+    def _allocate(self, columns: int) -> Tensor:
+        """Allocate zeros, so that rows that are never used take no physical memory on a CPU."""
+        *rows, D = self._shape
+        return new_cache((*rows, columns, D), self._dtype, self._device, zeros=True)
+
+
+class AlignedRowCache(RowCache):
+    """Rows that all end at the same column.
+
+                          end
+        row 0   . . A A A A |        A: the row's own tokens, `lengths[row]` many
+        row 1   . . . . A A |        .: columns that attention masks
+
+    Each step appends one column for all rows, independent of their lengths.
+
+    All columns outside a row's own tokens must be finite: attention masks them, but 0 * NaN is NaN. Therefore `remove`
+    erases a finished request's columns, and moving rows allocates new memory.
+    """
+
+    SPARE = 256  # free columns after a move, before the rows have to be moved to the start again
+    ALIGN = 64  # a move rounds `end` up to a multiple of this, so that prompts of similar length need no further move
+
+    def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
+        super().__init__(config, dtype, device, max_batch)
+        self.end = 0  # column after the last token of every row: the next one to write
+        self._mask: Tensor | None = None
+        # Views for the current step, one per layer: the new column (B, 2, H, D), keys and values (B, H, W, D) up to it.
+        self._new: Sequence[Tensor] = ()
+        self._k: Sequence[Tensor] = ()
+        self._v: Sequence[Tensor] = ()
 
     def begin_step(self) -> None:
         """Reserve a column for the next token of each row and compute which columns each row attends to."""
@@ -184,80 +250,49 @@ class RowCache:
             self._move(max(self.lengths))
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        """Compute attention (B, C) of one new token per row from qkv (B, 3, H, D); store their keys and values."""
         self._new[layer].copy_(qkv[:, 1:])
         q = qkv[:, 0, :, None]  # (B, H, 1, D)
         y = F.scaled_dot_product_attention(q, self._k[layer], self._v[layer], attn_mask=self._mask, scale=scale)
         return y.flatten(1)
 
     def end_step(self) -> None:
-        """Advance to the next column. Call it after the last layer."""
         if self.requests:
             self.end += 1
-            self.lengths = [0 if r is None else n + 1 for r, n in zip(self.requests, self.lengths, strict=True)]
-
-    def add(self, prefill: PrefillCache) -> None:
-        """Assign the first free row to a completely processed prompt, and copy its keys and values there."""
-        row = next((i for i, request in enumerate(self.requests) if request is None), len(self.requests))
-        if row == len(self.requests):
-            self.requests.append(None)
-            self.lengths.append(0)
-        self.requests[row], self.lengths[row] = prefill.request, prefill.length
-        if self.end < prefill.length:
-            self._move(max(self.lengths))
-        self._write(row, prefill.kv)
+            super().end_step()
 
     def remove(self, row: int) -> None:
         """Free the row and erase its keys and values."""
         self.kv[:, row, :, :, self._columns(row)] = 0
-        self.requests[row], self.lengths[row] = None, 0
+        super().remove(row)
 
     def clear(self) -> None:
-        """Free all rows, also in the middle of a step."""
-        self.requests, self.lengths, self.end = [], [], 0
+        super().clear()
+        self.end = 0
         self.kv = self._allocate(0)
 
     def compact(self) -> None:
-        """Remove free rows at the end.
-
-        While half of the rows or more are free, move the last row to the first free one. If no row is left, start again
-        at the first column.
-        """
-        while self.requests:
-            if self.requests[-1] is None:
-                self.requests.pop()
-                self.lengths.pop()
-            elif 2 * self.n_active <= len(self.requests):
-                row, last = self.requests.index(None), len(self.requests) - 1
-                self.requests[row], self.lengths[row] = self.requests[last], self.lengths[last]
-                self._write(row, self.kv[:, last, :, :, self._columns(last)])
-                self.remove(last)
-            else:
-                return
-        self.end = 0
+        """As in `RowCache`. If no row is left, start again at the first column."""
+        super().compact()
+        if not self.requests:
+            self.end = 0
 
     def _columns(self, row: int) -> slice:
-        """Return the columns of the row's own tokens."""
         return slice(self.end - self.lengths[row], self.end)
 
     def _write(self, row: int, kv: Tensor) -> None:
-        """Set the keys and values (n_layer, 2, H, T, D) of all the row's tokens."""
-        self.kv[:, row, :, :, self._columns(row)] = kv
+        if self.end < self.lengths[row]:
+            self._move(max(self.lengths))
+        super()._write(row, kv)
 
     def _move(self, end: int) -> None:
         """Move the rows' columns so that they end at `end`, rounded up to ALIGN, with SPARE columns to grow into."""
         end = -(-end // self.ALIGN) * self.ALIGN
-        n, held = len(self.requests), min(self.end, end)
-        window = self.kv[:, :n, ..., self.end - held : self.end, :]
-        if held or end + self.SPARE > self.kv.shape[4]:
+        n, n_kept = len(self.requests), min(self.end, end)
+        window = self.kv[:, :n, ..., self.end - n_kept : self.end, :]
+        if n_kept or end + self.SPARE > self.kv.shape[4]:
             self.kv = self._allocate(max(end + self.SPARE, self.kv.shape[4]))
-            self.kv[:, :n, ..., end - held : end, :] = window
+            self.kv[:, :n, ..., end - n_kept : end, :] = window
         self.end = end
-
-    def _allocate(self, columns: int) -> Tensor:
-        """Allocate zeros, so that rows that are never used take no physical memory on a CPU."""
-        *rows, D = self._shape
-        return new_cache((*rows, columns, D), self._dtype, self._device, zeros=True)
 
 
 class StaticRowCache(RowCache):
@@ -265,15 +300,15 @@ class StaticRowCache(RowCache):
 
     kv has max_batch rows of n_positions columns from the start, and a step uses the first rows and columns (`shape`).
     The kernels of cuda.py read only the columns of a row's own tokens. Without them, attention reads all columns that
-    the step uses, and masks the others. `begin_rows` replaces `begin_step`. A row is not erased when its request ends,
-    since a step that was launched ahead may still write to it.
+    the step uses, and masks the others. A row is not erased when its request ends, since a step that was launched ahead
+    may still write to it.
     """
 
     WIDTH = 128  # smallest number of columns of a step; larger numbers are powers of two
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype, device: torch.device, max_batch: int) -> None:
-        self.max_batch, self.n_positions = max_batch, config.n_positions
         super().__init__(config, dtype, device, max_batch)
+        self.max_batch, self.n_positions = max_batch, config.n_positions
         self.kv = self._allocate(config.n_positions)
         self._rows = torch.arange(max_batch, device=device)
         self._kernels = cuda.kernels_for(config, dtype, device)  # None: attention by torch
@@ -284,7 +319,7 @@ class StaticRowCache(RowCache):
         width = self.n_positions if self._kernels is not None else max(width, self.WIDTH)
         return min(n, self.max_batch), min(width, self.n_positions)
 
-    def begin_rows(self, positions: Tensor, width: int) -> None:
+    def begin_step(self, positions: Tensor, width: int) -> None:
         """Prepare `attend` for the next tokens of the first B rows.
 
         Args:
@@ -292,17 +327,17 @@ class StaticRowCache(RowCache):
             width: number of columns that attention reads without the kernels; above all positions.
         """
         B = len(positions)
-        self._places = self._rows[:B], positions
+        self._new = self._rows[:B], positions  # row and column of each new token
         if self._kernels is not None:
             return
         window = self.kv[:, :B, ..., :width, :]  # (n_layer, B, 2, H, W, D)
         self._windows = window.unbind()
-        beyond = torch.arange(width, device=self.kv.device) > positions[:, None]
-        self._bias = torch.zeros(beyond.shape, dtype=self.kv.dtype, device=self.kv.device)
-        self._bias = self._bias.masked_fill_(beyond, -torch.inf)[:, None, None]  # (B, 1, 1, W)
+        is_later = torch.arange(width, device=self.kv.device) > positions[:, None]  # (B, W)
+        self._bias = torch.zeros(is_later.shape, dtype=self.kv.dtype, device=self.kv.device)
+        self._bias = self._bias.masked_fill_(is_later, -torch.inf)[:, None, None]  # (B, 1, 1, W)
 
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
-        rows, positions = self._places
+        rows, positions = self._new
         if self._kernels is not None:
             return self._kernels.attend(qkv, self.kv[layer], positions, scale)
         window = self._windows[layer]  # (B, 2, H, W, D)
@@ -311,12 +346,6 @@ class StaticRowCache(RowCache):
         y = F.scaled_dot_product_attention(q, window[:, 0], window[:, 1], attn_mask=self._bias, scale=scale)
         return y.flatten(1)
 
-    def remove(self, row: int) -> None:
-        self.requests[row], self.lengths[row] = None, 0
-
-    def clear(self) -> None:
-        self.requests, self.lengths = [], []
-
     def _columns(self, row: int) -> slice:
         return slice(0, self.lengths[row])
 
@@ -324,9 +353,6 @@ class StaticRowCache(RowCache):
         if self._kernels is None:  # masked columns must be finite, and earlier requests may have left NaN
             self.kv[:, row].zero_()
         super()._write(row, kv)
-
-    def _move(self, end: int) -> None:
-        """Do nothing: rows stay at fixed addresses."""
 
 
 class PrefixCache:

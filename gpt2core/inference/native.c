@@ -19,12 +19,12 @@
 #define COLUMNS 4          // registers per tile: a tile has LANES * COLUMNS outputs
 #define TILE (LANES * COLUMNS)
 #define ROWS 6             // rows per pass: 24 accumulators, 4 weights and a broadcast fit into 32 registers
-#define GROUP 48           // rows whose sums are kept together
+#define ROW_GROUP 48       // rows whose sums are kept together
 #define BLOCK 256          // inputs per block: all rows use a block of a tile's weights (16 kB) before the next block
 #define LINE 64            // bytes of a cache line, and of a register
-#define AHEAD 4096         // bytes: distance of prefetches in front of the reads, if weights are read in a single pass
+#define PREFETCH_DISTANCE 4096  // bytes in front of the reads, if weights are read in a single pass
 #define INLINE static inline __attribute__((always_inline))
-#define ALONE static __attribute__((noinline))  // compiled once, so that all callers get the same rounding
+#define NOINLINE static __attribute__((noinline))  // compiled once, so that all callers get the same rounding
 
 int interface(void) { return INTERFACE; }
 
@@ -36,7 +36,7 @@ int interface(void) { return INTERFACE; }
 #define SPINS 2000  // iterations of a waiting thread before it sleeps or yields: some tens of microseconds
 
 typedef struct {
-    _Alignas(LINE) atomic_ullong left;  // jobs [begin, end): begin in the upper 32 bits, end in the lower 32 bits
+    _Alignas(LINE) atomic_ullong remaining;  // jobs [begin, end): begin in the upper 32 bits, end in the lower 32 bits
 } Share;
 
 typedef struct {
@@ -53,14 +53,14 @@ static atomic_uint generation;  // counts the values of `current`
 // Take half of the remaining jobs of a share: the first ones of the thread's own share, the last ones of another
 // thread's.
 static int take(Share *share, int is_own, int64_t *first, int64_t *end) {
-    unsigned long long left = atomic_load(&share->left), rest;
+    unsigned long long remaining = atomic_load(&share->remaining), rest;
     do {
-        int64_t begin = left >> 32, stop = left & UINT32_MAX, n = (stop - begin + 1) / 2;
+        int64_t begin = remaining >> 32, stop = remaining & UINT32_MAX, n = (stop - begin + 1) / 2;
         if (!n) return 0;
         *first = is_own ? begin : stop - n;
         *end = *first + n;
         rest = is_own ? (uint64_t)*end << 32 | stop : (uint64_t)begin << 32 | *first;
-    } while (!atomic_compare_exchange_weak(&share->left, &left, rest));
+    } while (!atomic_compare_exchange_weak(&share->remaining, &remaining, rest));
     return 1;
 }
 
@@ -97,7 +97,8 @@ static void for_each(int64_t count, void (*work)(void *, int64_t, int64_t), void
     }
     int64_t n = atomic_load(&n_workers) + 1;
     Share shares[n];
-    for (int64_t i = 0; i < n; i++) atomic_init(&shares[i].left, (uint64_t)(count * i / n) << 32 | count * (i + 1) / n);
+    for (int64_t i = 0; i < n; i++)
+        atomic_init(&shares[i].remaining, (uint64_t)(count * i / n) << 32 | count * (i + 1) / n);
     Jobs jobs = {work, arguments, shares, n};
     atomic_store(&current, &jobs);
     atomic_fetch_add(&generation, 1);
@@ -150,7 +151,7 @@ INLINE __m512 gelu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.0f)));
 }
 
-ALONE void normalise_row(const float *x, const float *weight, const float *bias, float eps, float *y, int64_t width) {
+NOINLINE void normalise_row(const float *x, const float *weight, const float *bias, float eps, float *y, int64_t width) {
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += LANES) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
     __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
@@ -166,9 +167,9 @@ ALONE void normalise_row(const float *x, const float *weight, const float *bias,
     }
 }
 
-// Quantize a row: x = step * (q - zero). The range of q, 0 to 255, covers the row's values and 0. A row with a value
-// that is not finite gets the step NaN, so that its results are NaN too.
-ALONE void quantize_row(const float *x, uint8_t *q, float *step, int32_t *zero, int64_t width) {
+// Quantize a row: x = scale * (q - zero). The range of q, 0 to 255, covers the row's values and 0. A row with a value
+// that is not finite gets the scale NaN, so that its results are NaN too.
+NOINLINE void quantize_row(const float *x, uint8_t *q, float *scale, int32_t *zero, int64_t width) {
     __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
     __mmask16 is_bad = 0;
     for (int64_t i = 0; i < width; i += LANES) {
@@ -180,14 +181,14 @@ ALONE void quantize_row(const float *x, uint8_t *q, float *step, int32_t *zero, 
     float least = _mm512_reduce_min_ps(low);
     float range = _mm512_reduce_max_ps(high) - least;
     if (is_bad || range > FLT_MAX) {
-        *step = __builtin_nanf("");
+        *scale = __builtin_nanf("");
         *zero = 0;
         memset(q, 0, width);
         return;
     }
-    *step = range / 255 > 1e-30f ? range / 255 : 1e-30f;
-    *zero = (int32_t)(-least / *step + 0.5f);
-    __m512 inverse = _mm512_set1_ps(1 / *step), origin = _mm512_set1_ps((float)*zero);
+    *scale = range / 255 > 1e-30f ? range / 255 : 1e-30f;
+    *zero = (int32_t)(-least / *scale + 0.5f);
+    __m512 inverse = _mm512_set1_ps(1 / *scale), origin = _mm512_set1_ps((float)*zero);
     for (int64_t i = 0; i < width; i += LANES) {
         __m512i v = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), inverse, origin));
         v = _mm512_max_epi32(v, _mm512_setzero_si512());
@@ -207,7 +208,7 @@ typedef struct {
 typedef struct {
     float *normed;  // (n, in): output of the layer norm
     uint8_t *q;  // (n, in)
-    float *step;  // (n)
+    float *scale;  // (n)
     int32_t *zero;  // (n)
 } Scratch;
 
@@ -230,18 +231,18 @@ static void prepare_rows(void *pointer, int64_t n, int64_t end) {
             normalise_row(x, p->norm_weight, p->norm_bias, p->eps, p->scratch.normed + n * in, in);
             x = p->scratch.normed + n * in;
         }
-        quantize_row(x, p->scratch.q + n * in, p->scratch.step + n, p->scratch.zero + n, in);
+        quantize_row(x, p->scratch.q + n * in, p->scratch.scale + n, p->scratch.zero + n, in);
     }
 }
 
-ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t tile) {
+NOINLINE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t tile) {
     const Matrix *m = p->matrix;
-    __m512 step = _mm512_set1_ps(p->scratch.step[n]);
+    __m512 x_scale = _mm512_set1_ps(p->scratch.scale[n]);
     __m512i zero = _mm512_set1_epi32(p->scratch.zero[n]);
     for (int64_t o = tile * TILE; o < (tile + 1) * TILE && o < m->out; o += LANES, sums++) {
         __mmask16 mask = m->out - o < LANES ? (1u << (m->out - o)) - 1 : 0xffff;
         __m512i whole = _mm512_sub_epi32(*sums, _mm512_mullo_epi32(zero, _mm512_loadu_si512(m->sums + o)));
-        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(step, _mm512_loadu_ps(m->scale + o)));
+        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(x_scale, _mm512_loadu_ps(m->scale + o)));
         y = _mm512_add_ps(y, _mm512_loadu_ps(m->bias + o));
         if (p->applies_gelu) y = gelu(y);
         float *out = p->y + n * m->out + o;
@@ -251,53 +252,55 @@ ALONE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t 
 }
 
 // sums[r] += q[r] * w for `rows` rows q, which are `in` bytes apart, and n_in inputs of a tile's weights. Meanwhile,
-// n_in / share lines of the memory `ahead` are prefetched into the L2 cache.
+// n_in / n_passes lines of memory at `next` are prefetched into the L2 cache.
 INLINE void add_products(
-    const uint8_t *q, int64_t in, const int rows, const int8_t *w, int64_t n_in, __m512i *sums, const int8_t *ahead, int share
+    const uint8_t *q, int64_t in, const int rows, const int8_t *w, int64_t n_in, __m512i *sums,
+    const int8_t *next, int n_passes
 ) {
-    __m512i own[ROWS][COLUMNS];
+    __m512i totals[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < COLUMNS; c++) own[r][c] = _mm512_load_si512(sums + r * COLUMNS + c);
+        for (int c = 0; c < COLUMNS; c++) totals[r][c] = _mm512_load_si512(sums + r * COLUMNS + c);
     int due = 0;
     for (int64_t k = 0; k < n_in; k += 4, w += TILE * 4) {
         __m512i weights[COLUMNS];
-        for (due += COLUMNS; due >= share; due -= share, ahead += LINE)  // the weights of four inputs are COLUMNS lines
-            _mm_prefetch(ahead, _MM_HINT_T1);
+        for (due += COLUMNS; due >= n_passes; due -= n_passes, next += LINE)
+            _mm_prefetch(next, _MM_HINT_T1);  // the weights of four inputs are COLUMNS lines
         for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
         for (int r = 0; r < rows; r++) {
-            int32_t four;
-            memcpy(&four, q + r * in + k, 4);
-            __m512i x = _mm512_set1_epi32(four);
-            for (int c = 0; c < COLUMNS; c++) own[r][c] = _mm512_dpbusd_epi32(own[r][c], x, weights[c]);
+            int32_t quad;
+            memcpy(&quad, q + r * in + k, 4);
+            __m512i x = _mm512_set1_epi32(quad);
+            for (int c = 0; c < COLUMNS; c++) totals[r][c] = _mm512_dpbusd_epi32(totals[r][c], x, weights[c]);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < COLUMNS; c++) _mm512_store_si512(sums + r * COLUMNS + c, own[r][c]);
+        for (int c = 0; c < COLUMNS; c++) _mm512_store_si512(sums + r * COLUMNS + c, totals[r][c]);
 }
 
-// Multiply a tile with at most GROUP rows, starting at row n. The rows are divided evenly into passes of at most ROWS.
-// All passes over a BLOCK of inputs run before the next block, which they prefetch. Only the first pass reads a block
-// from the L2 cache, the others read it from the L1 cache: reads from L2 and prefetches share the few line fill buffers
-// of a core.
-ALONE void tile_rows(const Product *p, int64_t tile, int64_t n, int64_t n_rows) {
-    int64_t in = p->matrix->in, passes = (n_rows + ROWS - 1) / ROWS, block = passes == 1 ? in : BLOCK;
-    __m512i sums[GROUP][COLUMNS];
+// Multiply a tile with at most ROW_GROUP rows, starting at row n. The rows are divided evenly into passes of at most
+// ROWS. All passes over a BLOCK of inputs run before the next block, which they prefetch. Only the first pass reads a
+// block from the L2 cache, the others read it from the L1 cache: reads from L2 and prefetches share the few line fill
+// buffers of a core.
+NOINLINE void tile_rows(const Product *p, int64_t tile, int64_t n, int64_t n_rows) {
+    int64_t in = p->matrix->in, n_passes = (n_rows + ROWS - 1) / ROWS, block = n_passes == 1 ? in : BLOCK;
+    __m512i sums[ROW_GROUP][COLUMNS];
     for (int64_t r = 0; r < n_rows; r++)
         for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
     for (int64_t k = 0; k < in; k += block) {
         int64_t n_in = in - k < block ? in - k : block;
-        const int8_t *w = p->matrix->weights + (tile * in + k) * TILE, *ahead = w + (passes == 1 ? AHEAD : BLOCK * TILE);
-        for (int64_t pass = 0; pass < passes; pass++) {
-            int64_t first = n_rows * pass / passes, rows = n_rows * (pass + 1) / passes - first;
+        const int8_t *w = p->matrix->weights + (tile * in + k) * TILE;
+        const int8_t *next = w + (n_passes == 1 ? PREFETCH_DISTANCE : BLOCK * TILE);
+        for (int64_t pass = 0; pass < n_passes; pass++) {
+            int64_t first = n_rows * pass / n_passes, rows = n_rows * (pass + 1) / n_passes - first;
             const uint8_t *q = p->scratch.q + (n + first) * in + k;
-            const int8_t *own = ahead + n_in * pass / passes * LINE;
+            const int8_t *line = next + n_in * pass / n_passes * LINE;
             switch (rows) {
-                case 6: add_products(q, in, 6, w, n_in, sums[first], own, passes); break;
-                case 5: add_products(q, in, 5, w, n_in, sums[first], own, passes); break;
-                case 4: add_products(q, in, 4, w, n_in, sums[first], own, passes); break;
-                case 3: add_products(q, in, 3, w, n_in, sums[first], own, passes); break;
-                case 2: add_products(q, in, 2, w, n_in, sums[first], own, passes); break;
-                case 1: add_products(q, in, 1, w, n_in, sums[first], own, passes); break;
+                case 6: add_products(q, in, 6, w, n_in, sums[first], line, n_passes); break;
+                case 5: add_products(q, in, 5, w, n_in, sums[first], line, n_passes); break;
+                case 4: add_products(q, in, 4, w, n_in, sums[first], line, n_passes); break;
+                case 3: add_products(q, in, 3, w, n_in, sums[first], line, n_passes); break;
+                case 2: add_products(q, in, 2, w, n_in, sums[first], line, n_passes); break;
+                case 1: add_products(q, in, 1, w, n_in, sums[first], line, n_passes); break;
             }
         }
     }
@@ -306,7 +309,7 @@ ALONE void tile_rows(const Product *p, int64_t tile, int64_t n, int64_t n_rows) 
 
 static void compute_tiles(void *pointer, int64_t tile, int64_t end) {
     const Product *p = pointer;
-    int64_t groups = (p->n + GROUP - 1) / GROUP;
+    int64_t groups = (p->n + ROW_GROUP - 1) / ROW_GROUP;
     for (; tile < end; tile++)
         for (int64_t group = 0; group < groups; group++) {
             int64_t n = p->n * group / groups;
@@ -321,7 +324,7 @@ void product(Product *p) {
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-#define FOUR 4     // bytes that dpbusd sums; also heads whose scores, and tokens whose values, are summed together
+#define QUAD 4     // bytes that dpbusd sums; also heads whose scores, and tokens whose values, are summed together
 #define TOKENS 16  // tokens whose values are read together
 
 typedef struct {
@@ -349,7 +352,7 @@ typedef struct {
 
 #define KEY_ZERO 0x80  // zero point of keys, which are unsigned, as dpbusd requires; values are signed
 
-// A query of one head in 16 bits, as two vectors of bytes: step * (256 * high + low).
+// A query of one head in 16 bits, as two vectors of bytes: scale * (256 * high + low).
 typedef struct {
     __m512i high, low;
     __m512i start;  // initial value of the sums, which cancels the contribution of KEY_ZERO
@@ -365,9 +368,8 @@ INLINE void prefetch_heads(const Cache *cache, int64_t token, int64_t bytes) {
     _mm_prefetch(at + cache->scales, _MM_HINT_T1);
 }
 
-// Return the step for which x / step is from -most to most. The step is NaN if x is not finite: its results are then
-// NaN.
-INLINE float find_step(const float *x, int64_t width, float most) {
+// Return the scale for which x / scale is from -most to most. It is NaN if x is not finite: its results are then NaN.
+INLINE float find_scale(const float *x, int64_t width, float most) {
     __m512 largest = _mm512_setzero_ps();
     __mmask16 is_bad = 0;
     for (int64_t i = 0; i < width; i += LANES) {
@@ -375,15 +377,15 @@ INLINE float find_step(const float *x, int64_t width, float most) {
         largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
         is_bad |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN or infinite
     }
-    float step = _mm512_reduce_max_ps(largest) / most;
-    return is_bad ? __builtin_nanf("") : step > 1e-30f ? step : 1e-30f;
+    float scale = _mm512_reduce_max_ps(largest) / most;
+    return is_bad ? __builtin_nanf("") : scale > 1e-30f ? scale : 1e-30f;
 }
 
-ALONE void store_heads(const Cache *cache, int64_t token, const float *x, int64_t heads, int64_t width, int zero) {
+NOINLINE void store_heads(const Cache *cache, int64_t token, const float *x, int64_t heads, int64_t width, int zero) {
     int8_t *bytes = cache->bytes + token * cache->stride;
     float *scales = (float *)(bytes + cache->scales);
     for (int64_t h = 0; h < heads; h++) {
-        scales[h] = find_step(x + h * width, width, 127);
+        scales[h] = find_scale(x + h * width, width, 127);
         for (int64_t i = h * width; i < (h + 1) * width; i += LANES) {
             __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(1 / scales[h])));
             _mm_storeu_si128((__m128i *)(bytes + i), _mm_xor_si128(_mm512_cvtsepi32_epi8(v), _mm_set1_epi8(zero)));
@@ -391,11 +393,11 @@ ALONE void store_heads(const Cache *cache, int64_t token, const float *x, int64_
     }
 }
 
-INLINE Query prepare_query(const float *x, float step, const int width) {
+INLINE Query prepare_query(const float *x, float scale, const int width) {
     __m512i zero = _mm512_set1_epi8((char)KEY_ZERO), none = _mm512_setzero_si512();
     int8_t high[LINE] = {0}, low[LINE] = {0};
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(1 / step)));
+        __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(1 / scale)));
         __m512i rest = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
         _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(rest));
         _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(v, rest), 8)));
@@ -438,27 +440,27 @@ INLINE void attend_query(
 ) {
     __m512 scores[length];  // on the stack: native.py limits the length (MAX_POSITIONS)
     Query queries[LANES];
-    float steps[LANES] = {0};
+    float query_scales[LANES] = {0};
     for (int64_t h = 0; h < heads; h++) {
-        steps[h] = find_step(q + h * width, width, 127 * 256);
-        queries[h] = prepare_query(q + h * width, steps[h], width);
+        query_scales[h] = find_scale(q + h * width, width, 127 * 256);
+        queries[h] = prepare_query(q + h * width, query_scales[h], width);
     }
     for (int64_t i = 0; i < length; i++) {
         prefetch_heads(v, i, heads * width);
-        for (int64_t h = 0; h < heads; h += FOUR) {
-            __m512i sums[FOUR];
-            for (int j = 0; j < FOUR; j++) {
+        for (int64_t h = 0; h < heads; h += QUAD) {
+            __m512i sums[QUAD];
+            for (int j = 0; j < QUAD; j++) {
                 int64_t head = h + j < heads ? h + j : heads - 1;
                 __m512i key = load_bytes(k, i, head, width);
                 __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), key, queries[head].high);
                 __m512i low = _mm512_dpbusd_epi32(queries[head].start, key, queries[head].low);
                 sums[j] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
             }
-            _mm_storeu_si128((__m128i *)(scores + i) + h / FOUR, sum_lanes(sums));
+            _mm_storeu_si128((__m128i *)(scores + i) + h / QUAD, sum_lanes(sums));
         }
     }
     __m512 most = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
-    __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(steps), _mm512_set1_ps(scale));
+    __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(query_scales), _mm512_set1_ps(scale));
     for (int64_t i = 0; i < length; i++) {
         scores[i] = _mm512_cvtepi32_ps(_mm512_castps_si512(scores[i]));
         scores[i] = _mm512_mul_ps(scores[i], _mm512_mul_ps(scaled, load_scales(k, i, heads)));
@@ -473,41 +475,41 @@ INLINE void attend_query(
     }
     // The attention weights have 16 bits, as two bytes. The high bytes of four tokens are together, and so are the low
     // bytes.
-    __m512 step = _mm512_div_ps(largest, _mm512_set1_ps(65535.0f));
-    __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), step);
-    __m512i sums[heads][FOUR][2];
+    __m512 weight_scale = _mm512_div_ps(largest, _mm512_set1_ps(65535.0f));
+    __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), weight_scale);
+    __m512i sums[heads][QUAD][2];
     memset(sums, 0, sizeof sums);
     for (int64_t i = 0; i < length; i += TOKENS) {
         int64_t n = length - i < TOKENS ? length - i : TOKENS;
-        __m512i weights[TOKENS / FOUR][2] = {0};  // high and low bytes
+        __m512i weights[TOKENS / QUAD][2] = {0};  // high and low bytes
         for (int64_t t = 0; t < n; t++) {
             prefetch_heads(next, i + t, heads * width);
-            __m512i weight = _mm512_cvtps_epi32(_mm512_mul_ps(scores[i + t], inverse)), *four = weights[t / FOUR];
+            __m512i weight = _mm512_cvtps_epi32(_mm512_mul_ps(scores[i + t], inverse)), *packed = weights[t / QUAD];
             __m512i low = _mm512_and_epi32(weight, _mm512_set1_epi32(255));
-            four[0] = _mm512_or_epi32(four[0], _mm512_slli_epi32(_mm512_srli_epi32(weight, 8), t % FOUR * 8));
-            four[1] = _mm512_or_epi32(four[1], _mm512_slli_epi32(low, t % FOUR * 8));
+            packed[0] = _mm512_or_epi32(packed[0], _mm512_slli_epi32(_mm512_srli_epi32(weight, 8), t % QUAD * 8));
+            packed[1] = _mm512_or_epi32(packed[1], _mm512_slli_epi32(low, t % QUAD * 8));
         }
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t t = 0; t < n; t += FOUR) {
-                __m512i x[FOUR], values[FOUR];
-                for (int j = 0; j < FOUR; j++) x[j] = load_bytes(v, t + j < n ? i + t + j : i, h, width);
+            for (int64_t t = 0; t < n; t += QUAD) {
+                __m512i x[QUAD], values[QUAD];
+                for (int j = 0; j < QUAD; j++) x[j] = load_bytes(v, t + j < n ? i + t + j : i, h, width);
                 interleave(x, values);
                 for (int part = 0; part < 2; part++) {
-                    __m512i weight = _mm512_set1_epi32(((int32_t *)&weights[t / FOUR][part])[h]);
-                    for (int j = 0; j < FOUR; j++)
+                    __m512i weight = _mm512_set1_epi32(((int32_t *)&weights[t / QUAD][part])[h]);
+                    for (int j = 0; j < QUAD; j++)
                         sums[h][j][part] = _mm512_dpbusd_epi32(sums[h][j][part], weight, values[j]);
                 }
             }
     }
     float factors[LANES], part[LANES];
-    _mm512_storeu_ps(factors, _mm512_div_ps(step, total));
+    _mm512_storeu_ps(factors, _mm512_div_ps(weight_scale, total));
     for (int64_t h = 0; h < heads; h++)
-        for (int j = 0; j < FOUR; j++) {
+        for (int j = 0; j < QUAD; j++) {
             __m512 high = _mm512_cvtepi32_ps(sums[h][j][0]), low = _mm512_cvtepi32_ps(sums[h][j][1]);
             __m512 sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256), low);
             _mm512_storeu_ps(part, _mm512_mul_ps(sum, _mm512_set1_ps(factors[h])));
             for (int64_t d = 0; d < width; d += LANES)
-                memcpy(y + h * width + d + j * FOUR, part + d / FOUR, FOUR * sizeof(float));
+                memcpy(y + h * width + d + j * QUAD, part + d / QUAD, QUAD * sizeof(float));
         }
 }
 
@@ -547,7 +549,7 @@ static void attend_heads(void *pointer, int64_t job, int64_t end) {
 // ---- the layers of a step --------------------------------------------------------------------------------------------
 
 #define RANKS 4    // ranks computed together; the rank of an adapter is padded to a multiple of this
-#define BLOCKS 3   // blocks of a matrix's outputs that adapters change independently: q, k and v
+#define SLICES 3   // slices of a matrix's outputs that adapters change independently: q, k and v
 enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MATRICES };
 
 typedef struct {
@@ -564,7 +566,7 @@ typedef struct {
 typedef struct {
     const Layer *layers;
     const Sequence *sequences;
-    const LowRank *adapters;  // [n_layers][MATRICES][n_adapters][BLOCKS]; NULL: no row has an adapter
+    const LowRank *adapters;  // [n_layers][MATRICES][n_adapters][SLICES]; NULL: no row has an adapter
     const int64_t *rows;  // (n): index of each row's adapter; -1: no adapter
     float *x, *qkv, *y, *a;  // (n, C) hidden states, before and after; (n, 3 * C); (n, C); (n, width of the MLP)
     Scratch scratch;
@@ -573,7 +575,7 @@ typedef struct {
 } Step;
 
 typedef struct {
-    const LowRank *adapters;  // [n_adapters][BLOCKS]
+    const LowRank *adapters;  // [n_adapters][SLICES]
     const int64_t *rows;
     const float *x;
     float *y;
@@ -582,7 +584,7 @@ typedef struct {
 } Deltas;
 
 INLINE __m512 load_bf16(const uint16_t *x) {
-    _mm_prefetch((const char *)x + AHEAD, _MM_HINT_T1);
+    _mm_prefetch((const char *)x + PREFETCH_DISTANCE, _MM_HINT_T1);
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
@@ -590,8 +592,8 @@ INLINE __m512 load_bf16(const uint16_t *x) {
 static void add_delta(const Deltas *d, int64_t n) {
     const float *x = d->x + n * d->in;
     float *row = d->y + n * d->out;
-    for (int block = 0; d->rows[n] >= 0 && block < BLOCKS; block++) {
-        const LowRank *l = d->adapters + d->rows[n] * BLOCKS + block;
+    for (int slice = 0; d->rows[n] >= 0 && slice < SLICES; slice++) {
+        const LowRank *l = d->adapters + d->rows[n] * SLICES + slice;
         if (!l->rank) continue;
         const uint16_t *a = l->a, *b = l->b;
         float low[l->rank], *y = row + l->first;
@@ -624,8 +626,8 @@ static void project(const Step *s, int64_t layer, int index, const float *x, flo
     const Matrix *m = l->matrices[index];
     const float *const *norm = l->norms + (index == MLP_IN ? 2 : 0);
     int has_norm = index == ATTENTION_IN || index == MLP_IN, is_changed = 0;
-    const LowRank *adapters = s->adapters + (layer * MATRICES + index) * s->n_adapters * BLOCKS;
-    for (int64_t i = 0; s->adapters && i < s->n_adapters * BLOCKS; i++) is_changed |= adapters[i].rank > 0;
+    const LowRank *adapters = s->adapters + (layer * MATRICES + index) * s->n_adapters * SLICES;
+    for (int64_t i = 0; s->adapters && i < s->n_adapters * SLICES; i++) is_changed |= adapters[i].rank > 0;
     int applies_gelu = index == MLP_IN && !is_changed;
     Product p = {m, x, has_norm ? norm[0] : NULL, norm[1], y, s->scratch, s->n, s->eps, applies_gelu, !has_norm};
     product(&p);
@@ -700,7 +702,7 @@ typedef struct {
 
 // Return the largest i such that the sum of the weights >= limits[i] reaches the target, otherwise 0. Then keep only
 // the weights from limits[i] to below limits[i + 1] in the search.
-ALONE int find_interval(Search *s, const uint32_t *limits) {
+NOINLINE int find_interval(Search *s, const uint32_t *limits) {
     __m512 bounds[LIMITS];
     __m512d sums[LIMITS], low = _mm512_set1_pd(1), high = low;
     for (int j = 0; j < LIMITS; j++) {
@@ -764,7 +766,7 @@ INLINE float sum_block(const float *weights, int64_t left, float smallest) {
     return _mm512_mask_reduce_add_ps(_mm512_cmp_ps_mask(v, _mm512_set1_ps(smallest), _CMP_GE_OQ), v);
 }
 
-ALONE double sum_weights(const Draw *d, float smallest) {
+NOINLINE double sum_weights(const Draw *d, float smallest) {
     double sum = 0;
     for (int64_t i = 0; i < d->width; i += LANES) sum += sum_block(d->weights + i, d->width - i, smallest);
     return sum;

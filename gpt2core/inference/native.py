@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2core.config import GenerationConfig, GPT2Config
+from gpt2core.config import GenerationConfig, GPT2Config, LoraTarget
 from gpt2core.kernels import has_vnni, zeros_in_huge_pages
-from gpt2core.lora import TARGET_LAYERS
+from gpt2core.lora import LAYER_PATHS, TARGET_LAYERS
 from gpt2core.sampling import sampling_values
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class _Matrix(ctypes.Structure):
 
 
 class _Scratch(ctypes.Structure):
-    _fields_ = _fields(ctypes.c_void_p, "normed", "q", "step", "zero")
+    _fields_ = _fields(ctypes.c_void_p, "normed", "q", "scale", "zero")
 
 
 class _Product(ctypes.Structure):
@@ -259,7 +259,7 @@ def span(kv: Tensor, past: int, n: int) -> Span:
 class LowRankMatrices:
     """The low-rank matrices of one adapter in one buffer, in the order in which a step reads them."""
 
-    def __init__(self, matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, matrices: Mapping[tuple[int, LoraTarget], tuple[Tensor, Tensor]]) -> None:
         """
         Args:
             matrices: (layer, target) -> A (rank, in) and B (width, rank), in ADAPTER_DTYPE.
@@ -273,28 +273,28 @@ class LowRankMatrices:
             shapes[layer, target] = b.shape  # (rank, width)
         flat = torch.cat([part.flatten() for part in parts])
         self._kept = zeros_in_huge_pages(flat.shape, flat.dtype).copy_(flat)
-        self.entries: dict[tuple[int, str], _LowRank] = {}
+        self.entries: dict[tuple[int, LoraTarget], _LowRank] = {}
         address = self._kept.data_ptr()
         for i, ((layer, target), (rank, width)) in enumerate(shapes.items()):
             b_address = address + parts[2 * i].nbytes
-            self.entries[layer, target] = _LowRank(address, b_address, rank, TARGET_LAYERS[target][1] * width, width)
+            self.entries[layer, target] = _LowRank(
+                address, b_address, rank, TARGET_LAYERS[target].position * width, width
+            )
             address = b_address + parts[2 * i + 1].nbytes
 
 
 class AdapterTable:
-    """Table of the low-rank matrices of several adapters: [n_layer][matrices][adapters][output blocks]."""
+    """Table of the low-rank matrices of several adapters: [n_layer][matrices][adapters][slices of the output]."""
 
     def __init__(self, adapters: Sequence[LowRankMatrices], n_layer: int) -> None:
-        paths = list(dict.fromkeys(path for path, _, _ in TARGET_LAYERS.values()))
-        most_blocks = max(n for _, _, n in TARGET_LAYERS.values())
+        most_slices = max(layer.n_slices for layer in TARGET_LAYERS.values())
         self.n_adapters, self._kept = len(adapters), adapters
-        self._table = (_LowRank * (n_layer * len(paths) * len(adapters) * most_blocks))()
+        self._table = (_LowRank * (n_layer * len(LAYER_PATHS) * len(adapters) * most_slices))()
         for i, adapter in enumerate(adapters):
             for (layer, target), entry in adapter.entries.items():
-                path, block, _ = TARGET_LAYERS[target]
-                self._table[((layer * len(paths) + paths.index(path)) * len(adapters) + i) * most_blocks + block] = (
-                    entry
-                )
+                path, position, _ = TARGET_LAYERS[target]
+                matrix = layer * len(LAYER_PATHS) + LAYER_PATHS.index(path)
+                self._table[(matrix * len(adapters) + i) * most_slices + position] = entry
         self.address = ctypes.addressof(self._table)
 
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2core import cuda
 from gpt2core.config import GenerationConfig, WeightFormat
 from gpt2core.generate import generate
-from gpt2core.inference import cuda, native
+from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import new_cache
 from gpt2core.kernels import has_bf16, has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8

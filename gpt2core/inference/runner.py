@@ -13,7 +13,7 @@ from gpt2core.batching import uses_varlen
 from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack
 from gpt2core.inference.graphs import RowDecoder
-from gpt2core.inference.kv_cache import PrefillBatch, RowCache, StaticRowCache
+from gpt2core.inference.kv_cache import AlignedRowCache, PrefillBatch, RowCache, StaticRowCache
 from gpt2core.inference.native import Span
 from gpt2core.inference.quantized import Attention, QuantizedModel
 from gpt2core.inference.request import Request, TokenLogprobs
@@ -94,6 +94,7 @@ class ModelRunner:
     def _attention(self, step: Step) -> Attention:
         parts = list[tuple[int, Callable[[int, Tensor, float], Tensor]]]()  # (number of tokens, attend)
         if step.rows:
+            assert isinstance(self._row_cache, AlignedRowCache)
             self._row_cache.begin_step()
             parts.append((len(step.rows), self._row_cache.attend))
         if step.chunks and self._use_varlen:
@@ -111,6 +112,7 @@ class ModelRunner:
         return attention
 
     def _spans(self, step: Step) -> list[Span]:
+        assert isinstance(self._row_cache, AlignedRowCache)
         spans = self._row_cache.begin_native_step() if step.rows else []
         return spans + [native.span(chunk.prefill.kv, chunk.prefill.length, chunk.n) for chunk in step.chunks]
 

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from time import monotonic
 
 from gpt2core.inference.adapters import Adapter
-from gpt2core.inference.kv_cache import BLOCK, BLOCK_CUDA, PrefillCache, PrefixCache, RowCache, StaticRowCache
+from gpt2core.inference.kv_cache import (
+    BLOCK,
+    BLOCK_CUDA,
+    AlignedRowCache,
+    PrefillCache,
+    PrefixCache,
+    RowCache,
+    StaticRowCache,
+)
 from gpt2core.inference.quantized import QuantizedModel
 from gpt2core.inference.request import EngineClosed, Request
 
@@ -63,10 +71,10 @@ class Scheduler:
             static_cache: keep rows at fixed addresses, as CUDA graphs require; None: only on a GPU.
         """
         on_gpu = model.device.type == "cuda"
-        cache = StaticRowCache if static_cache or (static_cache is None and on_gpu) else RowCache
+        cache = StaticRowCache if static_cache or (static_cache is None and on_gpu) else AlignedRowCache
         if cache is StaticRowCache and model.is_native:
             raise ValueError("a static cache is not implemented for weights 'int8'; use bf16 or fp32")
-        self.row_cache = cache(model.config, model.cache_dtype, model.device, max_batch)
+        self.row_cache: RowCache = cache(model.config, model.cache_dtype, model.device, max_batch)
         self._model, self._max_batch = model, max_batch
         self._waiting: deque[Request] = deque()
         self._prefills: list[PrefillCache] = []

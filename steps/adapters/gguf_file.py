@@ -9,7 +9,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from gpt2core.lora import lora_config, lora_layers
+from gpt2core.lora import lora_config, lora_layers, widen_b
 from gpt2core.model import GPT2
 from gpt2core.prompt import chat_template
 from gpt2core.tokenizer import load_tokenizer, read_padding_token, read_vocabulary
@@ -79,12 +79,10 @@ def write_gguf_adapter(model: GPT2, file: Path) -> None:
     writer.add_float32("adapter.lora.alpha", 0.0)  # with 0, llama.cpp does not scale by alpha / rank
     for name, layer in lora_layers(model):
         n, rank, width = layer.lora_A.shape
-        b = layer.lora_B.new_zeros(layer.n_blocks, layer.lora_B.shape[1], n, rank)  # (blocks, out / blocks, n, R)
-        for pair, block in enumerate(layer.blocks):
-            b[block, :, pair] = layer.lora_B.data[pair] * scaling
+        b = widen_b(layer.lora_B.data * scaling, layer.targets)
         weight = _rename(f"{name}.weight")
         writer.add_tensor(f"{weight}.lora_a", layer.lora_A.detach().reshape(n * rank, width).cpu().numpy())
-        writer.add_tensor(f"{weight}.lora_b", b.flatten(2).flatten(0, 1).contiguous().cpu().numpy())
+        writer.add_tensor(f"{weight}.lora_b", b.cpu().numpy())
     _close(writer)
 
 

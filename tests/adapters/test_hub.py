@@ -13,7 +13,8 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2core.checkpoint import directory_sha256, load_pretrained
+from gpt2core.checkpoint import load_pretrained
+from gpt2core.files import directory_sha256
 from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.base import open_base, write_base

@@ -9,7 +9,7 @@ import requests
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gpt2core.checkpoint import directory_sha256
+from gpt2core.files import directory_sha256
 from tests.bentos.client import admin, answer_of, error_of, predict
 
 

@@ -18,7 +18,7 @@ from bentos.canary import routes_to_canary
 from bentos.completion import GenerationRequest
 from bentos.generation import TextGenerator
 from bentos.schemas import TUNED, CanaryRequest
-from gpt2core.checkpoint import directory_sha256
+from gpt2core.files import directory_sha256
 from steps.traffic import read_traffic
 from tests.bentos.client import admin, end_canary, error_of, metric, predict, start_canary
 from tests.helpers import wait_until

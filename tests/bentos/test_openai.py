@@ -8,7 +8,7 @@ import requests
 import torch
 
 from bentos.openai.logprobs import TextOffsets, token_text
-from gpt2core.checkpoint import directory_sha256
+from gpt2core.files import directory_sha256
 from gpt2core.prompt import format_prompt
 from tests.bentos.client import answer_of, tokens_of
 

@@ -18,7 +18,7 @@ from bentos.limits import MAX_BODY, MAX_ERRORS, MAX_TOTAL_BODY, SMALL_BODY
 from bentos.openai.protocol import ChatRequest, CompletionRequest
 from bentos.schemas import DEFAULTS, PredictRequest
 from deploy import bento
-from gpt2core.checkpoint import directory_sha256
+from gpt2core.files import directory_sha256
 from gpt2core.prompt import format_prompt
 from tests.bentos.client import answer_of, error_of, events, metric, predict, tokens_of
 from tests.helpers import wait_until

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from bentos.shared_adapters import MANIFEST, Follower, publish
-from gpt2core.checkpoint import directory_sha256
+from gpt2core.files import directory_sha256
 from tests.bentos.client import admin, error_of, predict, served
 from tests.helpers import wait_until
 

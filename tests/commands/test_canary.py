@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from commands.canary import decide
-from gpt2core.checkpoint import directory_sha256
+from gpt2core.files import directory_sha256
 from run import main
 from tests.bentos.client import predict, served
 from tests.helpers import build_bento, free_port, wait_until

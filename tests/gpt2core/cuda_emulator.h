@@ -1,5 +1,5 @@
 // Runs CUDA kernels on a CPU, one block after the other: each thread of a block is a context of its own, and all of them
-// take turns at __syncthreads and at shuffles. Enough for gpt2core/inference/cuda.cu, which is included after this.
+// take turns at __syncthreads and at shuffles. Enough for gpt2core/cuda.cu, which is included after this.
 #include <math.h>
 #include <stddef.h>
 #include <stdlib.h>

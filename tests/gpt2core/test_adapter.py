@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gpt2core.checkpoint import directory_sha256, export_peft, load_adapter, load_pretrained, save_adapter
+from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, save_adapter
 from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig
 from gpt2core.engine import Engine
+from gpt2core.files import directory_sha256
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.model import GPT2
 from gpt2core.prompt import PROMPT_TEMPLATE

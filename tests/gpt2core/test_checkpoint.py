@@ -12,7 +12,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
-from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter, save_pretrained
+from gpt2core.adapter_files import read_adapter
+from gpt2core.checkpoint import load_pretrained, save_adapter, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig
 from gpt2core.demo.base import train_tokenizer
 from gpt2core.lora import add_lora, merge_lora

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2core import cuda
 from gpt2core.batching import IGNORED, pack
 from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.data import Example
 from gpt2core.engine import Engine
-from gpt2core.inference import cuda
 from gpt2core.losses import _CrossEntropy, batch_losses
 from gpt2core.model import GPT2
 from gpt2core.sampling import most_likely

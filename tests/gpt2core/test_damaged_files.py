@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2TokenizerFast
 
-from gpt2core.checkpoint import export_peft, load_pretrained, read_adapter, save_adapter
+from gpt2core.adapter_files import read_adapter
+from gpt2core.checkpoint import export_peft, load_pretrained, save_adapter
 from gpt2core.config import LoraConfig
 from gpt2core.lora import add_lora
 from gpt2core.tokenizer import load_tokenizer

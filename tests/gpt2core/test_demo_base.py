@@ -8,11 +8,12 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2LMHeadModel
 
-from gpt2core.checkpoint import directory_sha256, load_pretrained
+from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config, PretrainConfig
 from gpt2core.demo.base import cloze_accuracy, encode_documents, make_base, train_tokenizer
 from gpt2core.demo.prose import write_prose
 from gpt2core.demo.world import make_world
+from gpt2core.files import directory_sha256
 from gpt2core.model import GPT2
 from gpt2core.prompt import PREAMBLE
 from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2core.checkpoint import load_pretrained, read_adapter, save_adapter
+from gpt2core.adapter_files import read_adapter
+from gpt2core.checkpoint import load_pretrained, save_adapter
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine, NonFiniteLogits
 from gpt2core.generate import generate
 from gpt2core.inference import kv_cache
 from gpt2core.inference.adapters import AdapterStack, make_adapter
-from gpt2core.inference.kv_cache import PrefillCache, RowCache, StaticRowCache
+from gpt2core.inference.kv_cache import AlignedRowCache, PrefillCache, RowCache, StaticRowCache
 from gpt2core.inference.quantized import QuantizedModel, supported_formats
 from gpt2core.inference.request import Request
 from gpt2core.kernels import has_int8
@@ -162,12 +163,14 @@ def random_operations(seed: int) -> list[tuple[str, int, bool]]:
 
 def begin_step(cache: RowCache) -> None:
     if isinstance(cache, StaticRowCache):
-        cache.begin_rows(torch.tensor(cache.lengths), cache.shape()[1])
+        cache.begin_step(torch.tensor(cache.lengths), cache.shape()[1])
     else:
         cache.begin_step()
 
 
-def row_outputs(operations: list[tuple[str, int, bool]], poison: float, kind_of_cache=RowCache) -> list[torch.Tensor]:
+def row_outputs(
+    operations: list[tuple[str, int, bool]], poison: float, kind_of_cache=AlignedRowCache
+) -> list[torch.Tensor]:
     """Attention of all requests that are not bad, after the operations; bad ones have `poison` as keys and values."""
     generator, cache, bad, outputs = (
         torch.Generator().manual_seed(0),
@@ -208,11 +211,11 @@ def row_outputs(operations: list[tuple[str, int, bool]], poison: float, kind_of_
     return outputs
 
 
-@pytest.mark.parametrize("cache", [RowCache, StaticRowCache])
+@pytest.mark.parametrize("cache", [AlignedRowCache, StaticRowCache])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_non_finite_keys_and_values_reach_no_other_row_whatever_rows_do(monkeypatch, poison, cache):
-    monkeypatch.setattr(kv_cache.RowCache, "SPARE", 3)
-    monkeypatch.setattr(kv_cache.RowCache, "ALIGN", 4)
+    monkeypatch.setattr(kv_cache.AlignedRowCache, "SPARE", 3)
+    monkeypatch.setattr(kv_cache.AlignedRowCache, "ALIGN", 4)
     for operations in (MOVED_AND_JOINED_AGAIN, *map(random_operations, range(40))):
         outputs, expected = row_outputs(operations, poison, cache), row_outputs(operations, 0.5, cache)
         assert all(torch.equal(found, exact) for found, exact in zip(outputs, expected, strict=True))

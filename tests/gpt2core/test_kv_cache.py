@@ -162,7 +162,7 @@ def test_a_request_that_failed_does_not_affect_the_next_one_in_its_row(model, te
 
 
 def test_moving_rows_when_columns_run_out_does_not_change_completions(model, monkeypatch):
-    monkeypatch.setattr(kv_cache.RowCache, "SPARE", 3)
+    monkeypatch.setattr(kv_cache.AlignedRowCache, "SPARE", 3)
     prompts, configs = random_prompts(30), mixed_configs(30)
     assert decode_all(model, prompts, configs, 5) == each_alone(model, prompts, configs)
 

@@ -127,12 +127,12 @@ def test_the_order_of_the_targets_does_not_matter(tiny_gpt2_dir):
     assert torch.equal(one, other)
 
 
-def explicit_delta(layer, blocks):
+def explicit_delta(layer, slices):
     """scaling * B A of each pair, stacked; zeros for an output slice without a pair."""
-    height = layer.linear.out_features // layer.n_blocks
-    deltas = [torch.zeros(height, layer.linear.in_features) for _ in range(layer.n_blocks)]
-    for pair, block in enumerate(blocks):
-        deltas[block] = ALL.alpha / ALL.rank * layer.lora_B[pair] @ layer.lora_A[pair]
+    height = layer.linear.out_features // layer.n_slices
+    deltas = [torch.zeros(height, layer.linear.in_features) for _ in range(layer.n_slices)]
+    for pair, index in enumerate(slices):
+        deltas[index] = ALL.alpha / ALL.rank * layer.lora_B[pair] @ layer.lora_A[pair]
     return torch.cat(deltas)
 
 
@@ -146,8 +146,8 @@ def test_gradients_are_those_of_the_explicit_formula(tiny_gpt2_dir, targets):
     found = torch.autograd.grad((model(ids) * weight).sum(), parameters)
     explicit = {}
     for name, layer in lora_layers(model):
-        blocks = ["qkv".index(t) for t in "qkv" if t in targets] if "c_attn" in name else [0]
-        explicit[f"{name}.weight"] = layer.linear.weight + explicit_delta(layer, blocks)
+        slices = ["qkv".index(t) for t in "qkv" if t in targets] if "c_attn" in name else [0]
+        explicit[f"{name}.weight"] = layer.linear.weight + explicit_delta(layer, slices)
     plain = deepcopy(remove_lora(deepcopy(model)))
     expected = torch.autograd.grad(
         (torch.func.functional_call(plain, explicit, (ids,)) * weight).sum(), parameters, allow_unused=False
@@ -160,7 +160,7 @@ def test_gradients_are_those_of_the_explicit_formula(tiny_gpt2_dir, targets):
 def test_merging_adds_the_explicit_formula(adapted):
     before = {name: layer.linear.weight.clone() for name, layer in lora_layers(adapted)}
     for name, layer in lora_layers(merge_lora(adapted)):
-        delta = explicit_delta(layer, range(layer.n_blocks))
+        delta = explicit_delta(layer, range(layer.n_slices))
         torch.testing.assert_close(layer.linear.weight - before[name], delta, rtol=1e-4, atol=1e-5)
 
 

@@ -254,7 +254,7 @@ def test_completions_are_the_same_alone_together_in_chunks_and_from_two_engines(
     with ThreadPoolExecutor(2) as pool:  # the kernels' threads serve one engine at a time
         assert list(pool.map(complete, (4, 9))) == [alone, alone]
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 5)
-    monkeypatch.setattr(kv_cache.RowCache, "SPARE", 2)
+    monkeypatch.setattr(kv_cache.AlignedRowCache, "SPARE", 2)
     assert complete(5) == alone
 
 

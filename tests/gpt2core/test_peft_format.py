@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained, read_adapter
+from gpt2core.adapter_files import read_adapter
+from gpt2core.checkpoint import export_peft, load_adapter, load_pretrained
 from gpt2core.config import LORA_TARGETS, LoraConfig
 from gpt2core.lora import add_lora, lora_config, lora_layers, merge_lora
 from tests.helpers import randomize_lora, same_state, snapshot

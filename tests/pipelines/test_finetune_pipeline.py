@@ -19,12 +19,13 @@ from zenml.enums import ExecutionStatus
 
 from deploy import bento
 from deploy.kubernetes.render import annotations
-from gpt2core.checkpoint import directory_sha256, load_adapter, load_pretrained, save_pretrained
+from gpt2core.checkpoint import load_adapter, load_pretrained, save_pretrained
 from gpt2core.config import GenerationConfig
 from gpt2core.data import records_sha256, split_records
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.evaluate import answer_text
+from gpt2core.files import directory_sha256
 from gpt2core.generate import generate
 from gpt2core.metrics import METRICS, exact_match
 from gpt2core.prompt import format_prompt

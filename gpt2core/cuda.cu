@@ -1,5 +1,6 @@
-// Kernels of a decoding step, and the loss of training: attention of one query per row with the row's KV cache, the residual addition fused with
-// layer norm, linear layers for few rows, and argmax. Compiled at run time by NVRTC (cuda.py). Shape letters: as in model.py.
+// Kernels of a decoding step (attention of one query per row with the row's KV cache, the residual addition fused with
+// layer norm, linear layers for few rows, and argmax) and of the training loss. Compiled at run time by NVRTC (cuda.py).
+// Shape letters: as in model.py.
 
 typedef unsigned short bf16;  // the bits of a bf16 number
 
