@@ -29,7 +29,7 @@ from deploy.containers.lock import engine_lock
 from deploy.containers.mounts import mount_files
 from deploy.containers.proxy import ADDRESS
 from deploy.server import service_environment
-from deploy.target import DeployError, Deployment, Version
+from deploy.target import DeployError, DeployOutcome, Version
 from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
 
@@ -54,7 +54,7 @@ class DockerTarget:
     def __init__(self, config: DeployConfig) -> None:
         self.config = config
 
-    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> Deployment:
+    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Start a service of the Bento, verify its answers, switch the proxy to it, and drain the previous service.
 
         Raises:
@@ -72,7 +72,7 @@ class DockerTarget:
                 group.check_host()  # of a proxy that another run created in the meantime
                 return group.deploy(image, verify)
 
-    def rollback(self) -> Deployment:
+    def rollback(self) -> DeployOutcome:
         """Start the kept service, switch the proxy to it, and keep the current service: a second rollback undoes this.
 
         Raises:
@@ -115,7 +115,7 @@ class _ServiceGroup:
                     service.remove(force=True)
             yield
 
-    def deploy(self, image: Image, verify: Callable[[str], None]) -> Deployment:
+    def deploy(self, image: Image, verify: Callable[[str], None]) -> DeployOutcome:
         current = self.current()
         if current is not None and self.is_up_to_date(current, image.digest):
             verify(self.url)
@@ -137,7 +137,7 @@ class _ServiceGroup:
         self.stop_old_services(candidate, previous)
         return self.outcome("deployed", candidate, previous)
 
-    def rollback(self) -> Deployment:
+    def rollback(self) -> DeployOutcome:
         current = self.current()
         previous = self.newest_except(current)
         if previous is None:
@@ -256,8 +256,8 @@ class _ServiceGroup:
             and is_ready(self.url)
         )
 
-    def outcome(self, outcome: str, current: Container, previous: Container | None) -> Deployment:
-        return Deployment(
+    def outcome(self, outcome: str, current: Container, previous: Container | None) -> DeployOutcome:
+        return DeployOutcome(
             target="docker",
             outcome=outcome,
             bento=_bento_of(current),

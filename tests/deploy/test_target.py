@@ -5,7 +5,7 @@ import sys
 
 from deploy.config import DeployConfig
 from deploy.kubernetes.rollout import KubernetesTarget
-from deploy.target import Deployment, Version
+from deploy.target import DeployOutcome, Version
 from deploy.targets import open_target
 
 
@@ -20,8 +20,10 @@ def test_kubernetes_opens_the_cluster(config):
 
 
 def test_an_outcome_survives_json():
-    outcome = Deployment("kubernetes", "deployed", "gpt2-instruct:2", previous=Version("gpt2-instruct:1", "image:1", 1))
-    assert Deployment.from_json(outcome.to_json()) == outcome
+    outcome = DeployOutcome(
+        "kubernetes", "deployed", "gpt2-instruct:2", previous=Version("gpt2-instruct:1", "image:1", 1)
+    )
+    assert DeployOutcome.from_json(outcome.to_json()) == outcome
 
 
 def test_the_protocol_imports_no_client_library():

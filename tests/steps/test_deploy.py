@@ -7,7 +7,7 @@ from zenml import Model, link_artifact_to_model, save_artifact
 from zenml.client import Client
 from zenml.utils.pagination_utils import depaginate
 
-from deploy.target import DeployError, Deployment
+from deploy.target import DeployError, DeployOutcome
 from run import main
 from steps import deploy as step
 from steps.metadata import save_extra_artifact
@@ -38,7 +38,7 @@ def records(monkeypatch):
     def open_target(config):
         if config.target == "none":
             return None
-        outcome = Deployment("kubernetes", "rolled_back", "", reason=config.namespace)
+        outcome = DeployOutcome("kubernetes", "rolled_back", "", reason=config.namespace)
         return SimpleNamespace(rollback=lambda: outcome)
 
     hidden = set()
@@ -54,7 +54,7 @@ def records(monkeypatch):
 
 def outcome_in(namespace, outcome, **values):
     config = {"target": "kubernetes", "image": "a:1", "namespace": namespace}
-    return Deployment("kubernetes", outcome, "").to_json() | {"config": config} | values
+    return DeployOutcome("kubernetes", outcome, "").to_json() | {"config": config} | values
 
 
 @pytest.mark.parametrize("outcome", ["rolled_back", "failed"])
