@@ -62,6 +62,13 @@ class DeployFailed(DeployError):
 class Target(Protocol):
     """Where a Bento is deployed to. Implementations verify a new version, and keep the previous one if it fails."""
 
+    def preflight(self) -> None:
+        """Check what can be known before a run: connection, permissions, settings. Changes nothing.
+
+        Raises:
+            DeployError: a deployment would be refused.
+        """
+
     def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Serve the Bento that the lineage names; safe to repeat. Returns only if it serves.
 

@@ -6,8 +6,10 @@ is stopped but kept for `rollback`. A service gets its restart policy when it is
 current, was left behind by a killed run.
 """
 
+import errno
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +55,17 @@ class DockerTarget:
 
     def __init__(self, config: DeployConfig) -> None:
         self.config = config
+
+    def preflight(self) -> None:
+        """Check the settings of the service, the engine, and that the proxy can listen on its address.
+
+        Raises:
+            DeployError: a deployment would be refused.
+        """
+        mount_files(service_environment())
+        with self._open() as group:
+            group.check_host()
+            group.check_port()
 
     def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Start a service of the Bento, verify its answers, switch the proxy to it, and drain the previous service.
@@ -161,6 +174,28 @@ class _ServiceGroup:
                 f"deploy.host is {self.config.host}, but port {self.config.port} is served on {host}; choose another "
                 f"deploy.port, or remove the existing proxy: docker rm -f {self.name}"
             )
+
+    def check_port(self) -> None:
+        """Check that another program does not listen on the port, unless the proxy runs, which listens on it."""
+        proxy = self._get(self.name)
+        if proxy is not None and proxy.status == "running":
+            return
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+            try:
+                listener.bind((self.config.host, self.config.port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise self._port_in_use() from None
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise DeployError(f"deploy.host is {self.config.host}, no address of this machine") from None
+                # any other reason, such as a port that only the engine may open, is left to the engine
+
+    def _port_in_use(self) -> DeployError:
+        return DeployError(
+            f"port {self.config.port} of {self.config.host} is in use by another program; stop that, or set "
+            "deploy.port to a free port"
+        )
 
     def current(self) -> Container | None:
         """Return the service that the proxy forwards requests to; None if there is none."""
@@ -295,10 +330,7 @@ class _ServiceGroup:
             proxy.start()
         except APIError as error:
             if "already" in str(error):  # "port is already allocated", "address already in use"
-                raise DeployError(
-                    f"port {self.config.port} of {self.config.host} is in use by another program; stop that, or set "
-                    "deploy.port to a free port"
-                ) from None
+                raise self._port_in_use() from None
             raise
         deadline = time.monotonic() + START_TIMEOUT
         while not is_ready(self.url):

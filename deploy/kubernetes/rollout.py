@@ -12,7 +12,7 @@ from deploy.containers.images import pinned
 from deploy.kubernetes import wait
 from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
-from deploy.kubernetes.render import bento_of, placeholder_image, render, rollback_patch, version_of
+from deploy.kubernetes.render import bento_of, container_of, placeholder_image, render, rollback_patch, version_of
 from deploy.kubernetes.wait import check_not_paused, wait_for_rollout
 from deploy.target import DeployError, DeployFailed, DeployOutcome
 from deploy.verify import verify_answers
@@ -30,6 +30,14 @@ class KubernetesTarget:
         self.config = config
         self.cluster = Cluster(config)
 
+    def preflight(self) -> None:
+        """Check connection, permissions, and that a Deployment that exists can be rolled out.
+
+        Raises:
+            KubeError: a deployment would be refused.
+        """
+        self._check()
+
     def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Roll out the configured image, which must contain the Bento of the lineage.
 
@@ -37,12 +45,7 @@ class KubernetesTarget:
             KubeError: nothing was rolled out.
             DeployFailed: the rollout failed or was interrupted, and was undone if possible.
         """
-        cluster = self.cluster
-        cluster.check_permissions()
-        before = cluster.get("Deployment")
-        if before is not None:
-            _check_scale(cluster, before)
-            check_not_paused(cluster, before)
+        cluster, before = self.cluster, self._check()
         image = pinned(self.config.image)
         outcome = DeployOutcome(
             target="kubernetes",
@@ -107,6 +110,16 @@ class KubernetesTarget:
             revision=now.revision,
             previous=version_of(current),
         )
+
+    def _check(self) -> Manifest | None:
+        """Return the Deployment that a deployment would change, if there is one."""
+        self.cluster.check_permissions()
+        deployment = self.cluster.get("Deployment")
+        if deployment is not None:
+            _check_scale(self.cluster, deployment)
+            check_not_paused(self.cluster, deployment)
+            container_of(deployment)  # raises for a Deployment of another tool
+        return deployment
 
     def _apply(self, manifests: list[Manifest], before: Manifest | None) -> None:
         # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.

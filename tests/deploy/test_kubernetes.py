@@ -39,6 +39,10 @@ def deploy_next(config, **values) -> DeployOutcome:
     return KubernetesTarget(replace(config, image=NEW, **values)).deploy(NEXT_LINEAGE, [SAMPLE], 8)
 
 
+def preflight(config) -> None:
+    KubernetesTarget(config).preflight()
+
+
 def failed(action, config) -> DeployFailed:
     with pytest.raises(DeployFailed) as error:
         action(config)
@@ -89,6 +93,15 @@ def test_pods_carry_the_ids_of_the_lineage(api, first):
     assert ids["bento"] == LINEAGE.bento
     assert template["labels"]["gpt2-instruct/adapter-sha256"] == LINEAGE.adapter.sha256[:63]
     assert all(len(label) <= 63 for label in template["labels"].values())
+
+
+def test_a_preflight_accepts_an_empty_cluster_and_a_deployment_and_changes_nothing(api, config):
+    preflight(config)
+    assert not api.objects
+    deploy(config)
+    before = api.object("deployments")
+    preflight(config)
+    assert api.object("deployments") == before
 
 
 def test_the_selector_is_that_of_the_file(api, first):
@@ -511,13 +524,14 @@ def test_an_existing_namespace_keeps_its_labels(api, config):
     assert api.object("services")["metadata"]["namespace"] == "shared"
 
 
-def test_a_deployment_scaled_to_zero_is_refused(api, config, first):
+@pytest.mark.parametrize("action", [preflight, deploy_next])
+def test_a_deployment_scaled_to_zero_is_refused(api, config, first, action):
     api.objects[DEPLOYMENT].set(("spec", "replicas"), 0, "kubectl")
     with pytest.raises(KubeError, match=r"scaled to 0 replicas; run `kubectl scale"):
-        deploy_next(config)
+        action(config)
 
 
-@pytest.mark.parametrize("action", [deploy_next, rollback])
+@pytest.mark.parametrize("action", [preflight, deploy_next, rollback])
 def test_a_deployment_of_another_tool_is_refused(api, config, first, action):
     def renamed(field):
         return tuple((("name", "web"),) if key == (("name", "gpt2-instruct"),) else key for key in field)
@@ -530,7 +544,7 @@ def test_a_deployment_of_another_tool_is_refused(api, config, first, action):
     assert api.objects[DEPLOYMENT] is stored
 
 
-@pytest.mark.parametrize("action", [deploy_next, rollback])
+@pytest.mark.parametrize("action", [preflight, deploy_next, rollback])
 def test_a_paused_deployment_is_refused(api, config, first, action):
     deploy_next(config)
     api.objects[DEPLOYMENT].set(("spec", "paused"), True, "kubectl-rollout")
@@ -561,10 +575,11 @@ def test_only_a_missing_permission_is_reported_as_one(api, config, message, part
     assert "permission" not in str(error.value)
 
 
-def test_all_missing_permissions_are_named_before_anything_changes(api, config):
+@pytest.mark.parametrize("action", [preflight, deploy])
+def test_all_missing_permissions_are_named_before_anything_changes(api, config, action):
     api.forbidden = {("create", "services/proxy"), ("patch", "deployments")}
     with pytest.raises(KubeError) as error:
-        deploy(config)
+        action(config)
     for part in (
         "permissions in namespace gpt2-instruct",
         ": patch deployments.apps, create services/proxy",
