@@ -55,7 +55,7 @@ def _check_stage(required: Literal["", "staging", "production"], promotion: Prom
     """
     if not required:
         return
-    names = dict.fromkeys(each for each in (lineage.model_version, promotion.model_version, promotion.champion) if each)
+    names = dict.fromkeys(name for name in (lineage.model_version, promotion.model_version, promotion.same_as) if name)
     # ZenML gives the number of a deleted version to another one, so the name alone does not identify the adapter
     stages = {
         name: version.stage
