@@ -24,8 +24,8 @@ class DeployOutcome(JsonDataclass):
     """The outcome of a deployment or a rollback.
 
     outcome: "none" (the Bento stays in the Bento store), "deployed", "unchanged" (the Bento already ran), "rolled_back"
-        (to `previous`, or to no version after a first deployment), or "failed" (the previous version could not be
-        restored, or there was nothing to roll back).
+        (to `previous`, or to no version after a first deployment), or "failed" (nothing was changed, or the previous
+        version could not be restored).
     """
 
     target: str

@@ -33,16 +33,19 @@ def deploy(
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
     _check_stage(deploy.require_stage, promotion, lineage)
     target = open_target(deploy)
-    outcome, failure = DeployOutcome("none", "none", bento), None
+    outcome = DeployOutcome("none", "none", bento)
+    failure: BaseException | None = None
     if target is not None:
         try:
             outcome = target.deploy(lineage, samples[: package.smoke_prompts], evaluate.max_new_tokens)
         except DeployFailed as error:
-            outcome, failure = error.outcome, error
+            outcome, failure = error.outcome, error.interrupt or error
+        except DeployError as error:
+            outcome, failure = DeployOutcome(deploy.target, "failed", bento, reason=str(error)), error
     content = _artifact(outcome, deploy) | {"run": str(get_step_context().pipeline_run.id)}
     if failure is not None:
         save_extra_artifact("deployment", content)  # a step that fails has no outputs
-        raise failure.interrupt or failure
+        raise failure
     attach_metadata("deployment", content)
     return content
 
