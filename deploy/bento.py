@@ -216,6 +216,16 @@ def bentoml_home() -> Path:
     return Path(os.environ.get("BENTOML_HOME") or Path.home() / "bentoml").absolute()
 
 
+def check_bentoml_home() -> None:
+    """
+    Raises:
+        ValueError: BentoML would read the name of a directory as that of a variable; some names never end.
+    """
+    home = str(bentoml_home())
+    if os.path.expandvars(home) != home:
+        raise ValueError(f"BentoML's store {home} contains a variable; set BENTOML_HOME to a directory without $")
+
+
 def log_tail(log: str) -> str:
     return "\n".join(_shorten(line) for line in log.splitlines()[-LOG_LINES:])
 

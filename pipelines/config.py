@@ -36,6 +36,8 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
     if file.is_dir():
         raise ConfigError(f"{file} is a directory; pass a YAML file")
     if not file.is_file():
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file} does not exist; there is no directory {file.parent}")
         existing = ", ".join(sorted(str(path) for path in Path(file.parent).glob("*.yaml"))) or "no YAML file"
         raise ConfigError(f"{file} does not exist; its directory has {existing}")
     try:
