@@ -1,7 +1,7 @@
 """Conversion of instruction records to training examples: splitting, length limits, encoding. No network access."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import NamedTuple
@@ -36,6 +36,7 @@ __all__ = [
     "by_part",
     "check_examples",
     "check_records",
+    "connected_components",
     "count_duplicates",
     "count_leaks",
     "count_repeated_questions",
@@ -230,25 +231,36 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
 
 def _groups(records: Sequence[Record]) -> list[list[int]]:
     """Return the connected components of records that share a `group` or question, in order of their first record."""
-    parent = list(range(len(records)))
+    keys = list[list[tuple[str, ...]]]()
+    for record in records:
+        keys.append([("question", *same_question(record))])
+        if record.get("group"):
+            keys[-1].append(("group", record["group"]))
+    return connected_components(keys)
+
+
+def connected_components(keys: Sequence[Collection[Hashable]]) -> list[list[int]]:
+    """Return the indices of items that common keys connect, directly or not, in order of each component's first item.
+
+    Args:
+        keys: the keys of each item.
+    """
+    parent = list(range(len(keys)))
 
     def root(i: int) -> int:
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
 
-    first: dict[tuple[str, ...], int] = {}
-    for i, record in enumerate(records):
-        keys: list[tuple[str, ...]] = [("question", *same_question(record))]
-        if record.get("group"):
-            keys.append(("group", record["group"]))
-        for key in keys:
-            one, other = sorted((root(first.setdefault(key, i)), root(i)))
-            parent[other] = one
-    members: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(records)):
-        members[root(i)].append(i)
-    return list(members.values())
+    first: dict[Hashable, int] = {}
+    for i, item_keys in enumerate(keys):
+        for key in item_keys:
+            lower, higher = sorted((root(first.setdefault(key, i)), root(i)))
+            parent[higher] = lower
+    components: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(keys)):
+        components[root(i)].append(i)
+    return list(components.values())
 
 
 def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
