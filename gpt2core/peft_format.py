@@ -174,7 +174,7 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
     needed = ("A", "B", "magnitude") if peft.dora else ("A", "B")
     C, M = config.n_embd, config.mlp_width
     sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    tensors: dict[tuple[int, str], dict[str, Tensor]] = {}
     prefixes = set()  # "transformer.", or "" for a model without its head
     for key, tensor in read_tensors(file, device).items():
         match = _KEY.fullmatch(key)
@@ -189,8 +189,8 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
             raise ValueError(f"{file}: key {key!r} has the shape {tuple(tensor.shape)}, which does not fit {expected}")
         check_weight(file, key, tensor)
         prefixes.add(prefix)
-        found.setdefault((int(block), path), {})[matrix or magnitude] = tensor.float()
-    paths = sorted({path for _, path in found})
+        tensors.setdefault((int(block), path), {})[matrix or magnitude] = tensor.float()
+    paths = sorted({path for _, path in tensors})
     if not paths:
         raise ValueError(f"{file} has no tensors")
     if len(prefixes) > 1:
@@ -198,7 +198,7 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
     [prefix] = prefixes
     layers = []
     for block, path in product(range(config.n_layer), paths):
-        parts, name = found.get((block, path), {}), f"h.{block}.{path}"
+        parts, name = tensors.get((block, path), {}), f"h.{block}.{path}"
         is_adapted = peft.adapts(prefix + name)
         if not parts and not is_adapted:
             if peft.dora:

@@ -126,11 +126,11 @@ def make_records(
     formats, ignored = Counter[str](), Counter[str]()
     conversations = with_system = skipped = 0
     for row in rows:
-        found: list[Record | str]
+        row_records: list[Record | str]
         try:
-            found = [_record(value, required) for value in to_records(row.value, required, columns)]
+            row_records = [_record(value, required) for value in to_records(row.value, required, columns)]
         except ValueError as error:
-            found = [str(error)]
+            row_records = [str(error)]
         formats[format_of(row.value, columns)] += 1
         ignored.update(ignored_keys(row.value, columns))
         roles = roles_of(row.value, columns)
@@ -139,13 +139,17 @@ def make_records(
         first = next((role for role in roles if role != "system"), "")
         skipped += format_of(row.value, columns) == SHAREGPT and first == "assistant"
         # The group is named by its content: a number could be the same for conversations of different files.
-        digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
-        for answer, record in enumerate(found, 1):
-            location = row.location if len(found) == 1 else f"{row.location}, answer {answer}"
+        digest = (
+            records_sha256([record for record in row_records if not isinstance(record, str)])
+            if len(row_records) > 1
+            else ""
+        )
+        for answer, record in enumerate(row_records, 1):
+            location = row.location if len(row_records) == 1 else f"{row.location}, answer {answer}"
             if isinstance(record, str):
                 problems.append(f"{location}: {record}")
                 continue
-            if len(found) > 1:
+            if len(row_records) > 1:
                 record.setdefault("group", f"conversation {digest[:12]}")
             records.append(_with_location(record | ({"part": PARTS[row.part]} if row.part else {}), location))
     if not records and not problems:
@@ -190,7 +194,7 @@ def check_texts(records: Sequence[Record]) -> None:
         ValueError: a text is missing or not a string, with the record's location.
     """
     texts = ([record.get(key) for key in REQUIRED] + [record.get("input") or ""] for record in records)
-    wrong = [i for i, each in enumerate(texts) if not all(isinstance(text, str) for text in each)]
+    wrong = [i for i, values in enumerate(texts) if not all(isinstance(text, str) for text in values)]
     _refuse([f"{location_of(records, i)}: {_record(records[i], REQUIRED)}" for i in wrong], "records")
 
 

@@ -183,8 +183,8 @@ def _counts(families: Sequence[str], n: int) -> dict[str, int]:
     """Return the number of records of each family, `n` in total."""
     counts = {family: round(n * HARD_SHARE) for family in families if family in HARD}
     others = [family for family in families if family not in HARD]
-    share, left = divmod(n - sum(counts.values()), len(others))
-    return counts | {family: share + (i < left) for i, family in enumerate(others)}
+    share, remainder = divmod(n - sum(counts.values()), len(others))
+    return counts | {family: share + (i < remainder) for i, family in enumerate(others)}
 
 
 def _write_family(facts: Sequence[Fact], count: int, random: Random) -> list[dict[str, str]]:

@@ -51,8 +51,8 @@ def make_world(seed: int, n_facts: int | None = None) -> list[Fact]:
             "None is the whole world"
         )
     by_rank = sorted((rank, family) for family, pairs in families.items() for rank in range(len(pairs)))
-    kept = sorted(by_rank[:n_facts], key=lambda place: (list(families).index(place[1]), place[0]))
-    return _with_groups([Fact(family, "", *families[family][rank]) for rank, family in kept])
+    chosen = sorted(by_rank[:n_facts], key=lambda place: (list(families).index(place[1]), place[0]))
+    return _with_groups([Fact(family, "", *families[family][rank]) for rank, family in chosen])
 
 
 def _pick_facts(random: Random) -> dict[str, list[tuple[str, str]]]:
