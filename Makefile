@@ -14,8 +14,15 @@ help:  ## show this list
 
 install: .venv/.installed  ## install everything into .venv; targets that need it do so themselves
 
+# Creates a virtual environment. One of another Python version, for example of a failed first attempt, is cleared before.
+define venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else \
+		"$(PYTHON) is Python %d.%d, but 3.11, 3.12 or 3.13 is needed; choose one: make $(MAKECMDGOALS) PYTHON=python3.13" % v[:2])'
+	$(PYTHON) -m venv $$([ "$$($(1)/bin/python -V 2>&1)" = "$$($(PYTHON) -V)" ] || echo --clear) $(1)
+endef
+
 .venv/.installed: pyproject.toml constraints.txt setup.py gpt2core/inference/native.c
-	$(PYTHON) -m venv .venv
+	$(call venv,.venv)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -33,7 +40,7 @@ test-kubeflow: .venv-kubeflow/.installed  ## run the tests that need kfp, in .ve
 	.venv-kubeflow/bin/pytest tests/stacks -k kubeflow
 
 .venv-kubeflow/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-kubeflow
+	$(call venv,.venv-kubeflow)
 	grep -vE '^(protobuf|click-option-group)==' constraints.txt > .venv-kubeflow/constraints.txt
 	.venv-kubeflow/bin/pip install --quiet --disable-pip-version-check -c .venv-kubeflow/constraints.txt \
 		-e '.[pipeline,serve,deploy,test,kubeflow]'

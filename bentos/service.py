@@ -14,6 +14,7 @@ from typing import Any
 import bentoml
 from pydantic import BaseModel
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from bentos import admin, compat
@@ -63,6 +64,8 @@ class GPT2Service(compat.WrappableService):
         wrapped = UnhandledErrorMiddleware(wrapped)
         wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)
         wrapped = DrainMiddleware(wrapped, PROBES, compat.stop_listening)
+        if origins := settings().cors_origins:  # outside of all that may respond: the page can read errors too
+            wrapped = CORSMiddleware(wrapped, origins, ("GET", "POST"), ("*",), expose_headers=("*",))
         return RequestIdMiddleware(wrapped, lineage().run.id)
 
     def complete_spec(self, paths: dict[str, Any]) -> None:

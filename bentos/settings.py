@@ -1,5 +1,6 @@
 """The service's settings. Nothing else in this package reads the environment."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,8 +16,9 @@ MultiTurn = Literal["last", "history", "refuse"]
 class Settings:
     """Field `name` is read from the variable GPT2_NAME. If that is empty or missing, the default is used."""
 
-    api_token: str = ""  # token that every route except health and metrics requires; "": no token is required
-    admin_token: str = ""  # token that the routes of bentos/admin.py require; "": these routes are disabled
+    api_token: tuple[str, ...] = ()  # every route except health and metrics requires one of them; (): no token needed
+    admin_token: tuple[str, ...] = ()  # the routes of bentos/admin.py require one of them; (): these are disabled
+    cors_origins: tuple[str, ...] = ()  # origins whose pages may call the service from a browser; ("*",): all
     adapters_dir: str = ""  # directory below which adapters may be loaded; "": no adapters can be loaded
     follow_adapters: bool = False  # serve the adapters of adapters.json in `adapters_dir`, and apply its changes
     weights: Weights = "auto"
@@ -41,13 +43,20 @@ class Settings:
         given: dict[str, Any] = {}
         for name, annotation in get_type_hints(cls).items():
             if name != "tracing" and (value := environment.get(f"GPT2_{name.upper()}")):
-                if name.endswith("_token"):
-                    value = _token(name, value)
                 if get_origin(annotation) is Literal:
                     check_choice(name, value, get_args(annotation))
                 if annotation is bool:
                     check_choice(name, value, ("true", "false"))
-                given[name] = value == "true" if annotation is bool else value
+                    given[name] = value == "true"
+                elif get_origin(annotation) is tuple:
+                    given[name] = _items(name, value)
+                else:
+                    given[name] = value
+        for origin in given.get("cors_origins", ()):
+            if not re.fullmatch(r"\*|https?://[^/?#@*]+", origin):
+                raise ValueError(
+                    f"GPT2_CORS_ORIGINS contains {origin!r}; an origin is scheme, host and port: https://app.example"
+                )
         if given.get("follow_adapters") and not given.get("adapters_dir"):
             raise ValueError(
                 "GPT2_FOLLOW_ADAPTERS is true; it needs GPT2_ADAPTERS_DIR, the directory with adapters.json"
@@ -55,16 +64,16 @@ class Settings:
         return cls(**given, tracing=environment.get("OTEL_SDK_DISABLED", "").lower() == "false")
 
 
-def _token(name: str, value: str) -> str:
-    """Strip whitespace: a token from a file often ends with a line break, which a header cannot contain.
+def _items(name: str, value: str) -> tuple[str, ...]:
+    """Split at commas and strip whitespace: a token from a file often ends with a line break.
 
     Raises:
-        ValueError: the token is blank, which would switch authentication off; or a header cannot contain it.
+        ValueError: an item is blank, which could switch authentication off; or a header cannot contain it.
     """
-    token = value.strip()
-    if not token or not token.isprintable():
-        raise ValueError(f"GPT2_{name.upper()} is blank or contains line breaks; it must be text of one line")
-    return token
+    items = tuple(item.strip() for item in value.split(","))
+    if not all(item and item.isprintable() for item in items):
+        raise ValueError(f"GPT2_{name.upper()} has a blank item, or line breaks; separate several items by commas")
+    return items
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -27,9 +27,9 @@ class Service:
     """The admin API of a service. Every method raises CanaryError."""
 
     def __init__(self, url: str) -> None:
-        """Reads the token from the environment variable GPT2_ADMIN_TOKEN."""
+        """Reads the token from the environment variable GPT2_ADMIN_TOKEN, of several the first."""
         self.url = url.rstrip("/")
-        self._token = os.environ.get("GPT2_ADMIN_TOKEN", "").strip()
+        self._token = os.environ.get("GPT2_ADMIN_TOKEN", "").split(",")[0].strip()
 
     def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
         """Load the adapter unless `path` is "", and send it a share of the requests, or copies of them (`shadow`)."""

@@ -18,7 +18,7 @@ IMAGE = rf"({_HOST}/)?{_NAME}(/{_NAME})*(:(?!latest$){_TAG}|(:{_TAG})?@sha256:[0
 class DeployConfig:
     """The deploy target: none, a container of this machine's engine, or a Kubernetes cluster."""
 
-    target: Literal["none", "docker", "kubernetes"] = "none"
+    target: Literal["none", "docker", "kubernetes"] = "none"  # none: the Bento stays in the Bento store
     require_stage: Literal["", "staging", "production"] = ""  # stage that the model must be in, or a later one; "": any
     host: str = "127.0.0.1"  # docker: the address to listen on; 0.0.0.0 also accepts requests from other machines
     port: int = 3000  # docker: also names the deployment
@@ -26,7 +26,7 @@ class DeployConfig:
     image: str = ""  # kubernetes: the image that nodes pull, name:tag or name@sha256:…
     kubeconfig: str = ""  # kubernetes; "": $KUBECONFIG, the pod's service account, or ~/.kube/config
     context: str = ""  # kubernetes; "": the kubeconfig's current context
-    namespace: str = "gpt2-instruct"  # kubernetes
+    namespace: str = "gpt2-instruct"  # kubernetes; created if it is missing
     force: bool = False  # kubernetes: take ownership of fields that another field manager set
 
     def __post_init__(self) -> None:

@@ -10,10 +10,6 @@ from typing import Protocol
 from gpt2core.types import JsonDataclass, Lineage, Sample
 
 
-class DeployError(RuntimeError):
-    """A deployment or rollback that failed; the message says what to do. The previous version keeps serving."""
-
-
 @dataclass(frozen=True)
 class Version(JsonDataclass):
     """A deployed version of the service."""
@@ -24,12 +20,12 @@ class Version(JsonDataclass):
 
 
 @dataclass(frozen=True)
-class Deployment(JsonDataclass):
+class DeployOutcome(JsonDataclass):
     """The outcome of a deployment or a rollback.
 
     outcome: "none" (the Bento stays in the Bento store), "deployed", "unchanged" (the Bento already ran), "rolled_back"
-        (to `previous`, or to no version after a first deployment), or "failed" (the previous version could not be
-        restored, or there was nothing to roll back).
+        (to `previous`, or to no version after a first deployment), or "failed" (nothing was changed, or the previous
+        version could not be restored).
     """
 
     target: str
@@ -45,33 +41,46 @@ class Deployment(JsonDataclass):
     previous: Version | None = None
 
 
-class DeployInterrupted(DeployError):
-    """A deployment that was interrupted and, if possible, undone. Its cause is the interrupt.
+class DeployError(RuntimeError):
+    """A deployment or rollback that failed; the message says what to do. The previous version keeps serving."""
+
+
+class DeployFailed(DeployError):
+    """A deployment that failed or was interrupted after the target had changed something, and was undone if possible.
 
     Attributes:
-        deployment: the outcome, which the caller records before it re-raises the cause.
+        outcome: "rolled_back" or "failed", for the record of deployments.
+        interrupt: the exception that interrupted the deployment, which the caller raises again; None if it failed.
     """
 
-    def __init__(self, deployment: Deployment) -> None:
-        super().__init__(deployment.reason)
-        self.deployment = deployment
+    def __init__(self, outcome: DeployOutcome, interrupt: BaseException | None = None) -> None:
+        super().__init__(f"{outcome.bento} was not deployed: {outcome.reason}")
+        self.outcome = outcome
+        self.interrupt = interrupt
 
 
 class Target(Protocol):
     """Where a Bento is deployed to. Implementations verify a new version, and keep the previous one if it fails."""
 
-    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> Deployment:
-        """Serve the Bento that the lineage names; safe to repeat.
+    def preflight(self) -> None:
+        """Check what can be known before a run: connection, permissions, settings. Changes nothing.
+
+        Raises:
+            DeployError: a deployment would be refused.
+        """
+
+    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
+        """Serve the Bento that the lineage names; safe to repeat. Returns only if it serves.
 
         Args:
             samples: test records whose `tuned` answers the service must reproduce (`deploy.verify`).
 
         Raises:
             DeployError: nothing was changed.
-            DeployInterrupted: the deployment was interrupted. Its outcome says whether the previous version serves.
+            DeployFailed: the outcome says whether the previous version serves again.
         """
 
-    def rollback(self) -> Deployment:
+    def rollback(self) -> DeployOutcome:
         """Serve the previous version again.
 
         Raises:

@@ -19,16 +19,3 @@ def open_target(config: DeployConfig) -> Target | None:
 
         return KubernetesTarget(config)
     return None
-
-
-def check_target(config: DeployConfig) -> None:
-    """Check this process's settings of the service, before a run that deploys.
-
-    Raises:
-        DeployError: a container of this machine's engine cannot have them.
-    """
-    if config.target == "docker":
-        from deploy.containers.mounts import mount_files
-        from deploy.server import service_environment
-
-        mount_files(service_environment())

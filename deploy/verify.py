@@ -84,6 +84,9 @@ def direct_session() -> requests.Session:
 
 
 def api_key_header() -> dict[str, str]:
-    """Return the authentication header for $GPT2_API_TOKEN. The API server's proxy would remove Authorization."""
-    token = os.environ.get("GPT2_API_TOKEN", "").strip()
+    """Return the authentication header for $GPT2_API_TOKEN, of several tokens the first.
+
+    The API server's proxy would remove Authorization.
+    """
+    token = os.environ.get("GPT2_API_TOKEN", "").split(",")[0].strip()
     return {"X-Api-Key": token} if token else {}

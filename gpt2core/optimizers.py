@@ -50,11 +50,14 @@ def pretraining_optimizers(weights: Mapping[str, nn.Parameter], config: Pretrain
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | PretrainConfig) -> float:
     """Return the factor of the learning rate at a step, counted from 0: warm-up, plateau, decay (arXiv:2404.06395).
 
-    The decay is linear or half a cosine (arXiv:1608.03983); the schedule `constant` has none.
+    The decay is linear or half a cosine (arXiv:1608.03983); the schedule `constant` has none. It starts after the
+    warm-up at the earliest, as in transformers.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    decay_steps = config.decay_fraction * total_steps if config.schedule != "constant" else 0
+    decay_steps = min(config.decay_fraction * total_steps, total_steps - config.warmup_steps)
+    if config.schedule == "constant":
+        decay_steps = 0
     decay = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
     if config.schedule == "cosine":
         decay = (1 - math.cos(math.pi * decay)) / 2

@@ -1,5 +1,6 @@
 """The training loop of finetuning and pretraining. It resumes an interrupted run with byte-identical results."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from gpt2core.training_mode import prepacked_weights, training_mode, trains_only
 from gpt2core.training_plan import FinetuningPlan, Plan, PretrainingPlan
 from gpt2core.training_state import Progress, TrainingState
 from gpt2core.types import TrainSummary
+
+logger = logging.getLogger(__name__)
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -134,6 +137,12 @@ def _run(model: GPT2, plan: Plan, log: Log | None, checkpoint_dir: str | Path | 
     device = model.wte.weight.device
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     is_first = rank_and_size()[0] == 0
+    if is_first and plan.config.warmup_steps >= plan.total_steps:
+        logger.warning(
+            "the learning rate never reaches its full value: warmup_steps is %d, but the training has %d steps",
+            plan.config.warmup_steps,
+            plan.total_steps,
+        )
     log = log if is_first and log is not None else lambda step, values: None
     with (
         ResourceMeter(device) as meter,

@@ -216,7 +216,7 @@ class Comparison(JsonDataclass):
     tuned_vs_champion: dict[str, Difference] | None  # None: not compared, see `note`
     note: str  # records on which the champion was compared, or the reason why it was not
     # lower confidence bound of the improvement over the champion on promote.metric; negative: may be worse by this much
-    worst: float | None = None
+    lower_bound: float | None = None
     champion_scores: Scores | None = None
     champion_intervals: dict[str, list[float]] = field(default_factory=dict)
     judge: Judgement | None = None  # None: evaluate.judge is off

@@ -8,7 +8,6 @@ from zenml import Model, pipeline
 from zenml.enums import ExecutionMode
 
 from deploy.config import DeployConfig
-from deploy.targets import check_target
 from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.types import NAME
 from steps.compare import compare
@@ -56,7 +55,6 @@ def finetune_pipeline(
         raise ValueError("lora.dora is true, but the service cannot serve DoRA; set it to false")
     base.check_rank_early(lora)
     data.check_patience_early(train)
-    check_target(deploy)
     base, base_sha256 = base.resolved()
     records = fetch_step(data)(data, base, seed, base_sha256)
     train_records, val_records, test_records, split = split_data(records, data, seed, train.patience)

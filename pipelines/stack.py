@@ -1,4 +1,4 @@
-"""Checks that the active stack and this machine provide what a run configuration uses, before anything runs."""
+"""Checks that the active stack, this machine and the deploy target provide what a run configuration uses."""
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -6,14 +6,18 @@ from typing import Any
 
 from zenml.client import Client
 
+from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect, require_image
+from deploy.target import DeployError
+from deploy.targets import open_target
 from pipelines.errors import ConfigError
 from stacks import register
 from stacks.containers import FLAVOR
 
 
 def check_stack(config: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError if a component, an image or a secret is missing, or if pods cannot reach the store.
+    """Raise ConfigError if a component, an image or a secret is missing, pods cannot reach the store, or the deploy
+    target would refuse a deployment.
 
     Args:
         source: origin of the configuration, for the message.
@@ -48,6 +52,8 @@ def check_stack(config: Mapping[str, Any], source: str) -> None:
             "that they can reach (docs/kubernetes.md)"
         )
     _check_secrets(config, source)
+    [orchestrator] = [flavor for (kind, _), flavor in flavors.items() if kind == "orchestrator"]
+    _check_deploy_target(config, orchestrator, source)
 
 
 def is_reachable_by_pods() -> bool:
@@ -65,6 +71,24 @@ def _check_images(config: Mapping[str, Any], source: str) -> None:
                     require_image(client, docker["parent_image"])
     except EngineError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_deploy_target(config: Mapping[str, Any], orchestrator: str, source: str) -> None:
+    """Run the preflight of the deploy target, unless the step `deploy` runs elsewhere, with another environment."""
+    deploy = DeployConfig(**((config.get("parameters") or {}).get("deploy") or {}))
+    step = (config.get("steps") or {}).get("deploy") or {}
+    if orchestrator == "local" and not step.get("step_operator"):
+        try:
+            target = open_target(deploy)
+            if target is not None:
+                target.preflight()
+        except DeployError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    elif deploy.target == "docker" and orchestrator == FLAVOR:
+        raise ConfigError(
+            f"{source}: deploy.target is docker, but the active stack runs this step in a container, which cannot "
+            "use the engine; `make stack-local` activates a stack that does not"
+        )
 
 
 def _check_secrets(config: Mapping[str, Any], source: str) -> None:

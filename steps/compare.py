@@ -1,10 +1,10 @@
 """Paired comparison of the tuned model with its base and the champion; `promote` decides by its result."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from zenml import get_step_context, step
 from zenml.models import ModelVersionResponse
@@ -29,16 +29,20 @@ from steps.materializers import SampleListMaterializer
 from steps.metadata import attach_metadata
 from steps.model_versions import in_stage, version_name
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Champion:
     """The artifacts of the model version in the target stage, loaded from the store."""
 
+    name: str  # name/number of the model version
     adapter: Path
+    sha256: str  # of the adapter
     base: Path
     trained_on: list[Record]
+
+
+class NotComparable(Exception):
+    """There is no comparison with the champion; the message becomes the comparison's note."""
 
 
 # Not cached: the champion changes between runs.
@@ -52,18 +56,19 @@ def compare(
     of the champion's own run is returned, provided that its answers are equal.
     """
     tuned, base = _answers_of(samples, "tuned", "base")
-    against_base = differences(tuned, base, [sample.group for sample in samples])
-    comparison, same_as = Comparison(against_base, "", None, ""), ""
-    ignored = promote.champion == "ignore"
-    version = None if ignored else in_stage(get_step_context().model.name, promote.stage)
-    if ignored:
-        comparison = replace(comparison, note="promote.champion is ignore")
-    elif version is None:
-        comparison = replace(comparison, note=f"no model version is in stage {promote.stage} yet")
-    else:
-        samples, comparison, same_as = _with_champion(
-            samples, comparison, version, test_records, adapter, evaluate, promote
-        )
+    comparison = Comparison(differences(tuned, base, [sample.group for sample in samples]), "", None, "")
+    same_as = ""
+    try:
+        version = _champion_version(promote)
+        comparison = replace(comparison, champion=version_name(version))
+        champion = _load(version)
+        if champion.sha256 == directory_sha256(adapter):
+            samples, comparison = _stored_comparison(samples, comparison, version)
+            same_as = version_name(version)
+        else:
+            samples, comparison = _with_champion(champion, samples, comparison, test_records, evaluate, promote)
+    except NotComparable as reason:
+        comparison = replace(comparison, note=str(reason))
     if evaluate.judge.url:
         samples, judged = judge_answers(samples, evaluate.judge)
         comparison = replace(comparison, judge=judged)
@@ -71,86 +76,89 @@ def compare(
     return samples, comparison, same_as
 
 
-def _with_champion(
-    samples: list[Sample],
-    comparison: Comparison,
-    version: ModelVersionResponse,
-    test_records: list[Record],
-    adapter: Path,
-    evaluate: EvaluateConfig,
-    promote: PromoteConfig,
-) -> tuple[list[Sample], Comparison, str]:
-    comparison = replace(comparison, champion=version_name(version))
-    name = f"the champion {comparison.champion}"
+def _champion_version(promote: PromoteConfig) -> ModelVersionResponse:
+    if promote.champion == "ignore":
+        raise NotComparable("promote.champion is ignore")
+    version = in_stage(get_step_context().model.name, promote.stage)
+    if version is None:
+        raise NotComparable(f"no model version is in stage {promote.stage} yet")
+    return version
+
+
+def _load(version: ModelVersionResponse) -> Champion:
+    name = version_name(version)
+    with _noting(f"the files of the champion {name} cannot be read"):
+        train, val, adapter, base = (
+            _artifact(version, artifact) for artifact in ("train_records", "val_records", "adapter", "base")
+        )
+        return Champion(name, adapter, directory_sha256(adapter), base, train + val)
+
+
+def _artifact(version: ModelVersionResponse, name: str) -> Any:
+    artifact = version.get_artifact(name)
+    if artifact is None:
+        raise ValueError(f"it has no artifact {name}")
+    return artifact.load()
+
+
+@contextmanager
+def _noting(problem: str) -> Iterator[None]:
+    """Context manager: an error of a file, an artifact or the hub means that there is no comparison."""
     try:
-        champion = _load(version)
-    except (KeyError, ValueError, OSError, RuntimeError) as error:  # ZenML raises RuntimeError for a list
-        return samples, replace(comparison, note=f"the files of {name} cannot be read: {error}"), ""
-    try:
-        if directory_sha256(champion.adapter) == directory_sha256(adapter):
-            return *_stored_comparison(samples, comparison, version), comparison.champion
-        unseen = unseen_records(test_records, champion.trained_on)
-        if len(unseen) < 2:
-            seen = len(test_records) - len(unseen)
-            note = f"{name} was trained on {seen} of {len(test_records)} test records"
-            return samples, replace(comparison, note=note), ""
-        answers = _answers(champion, [test_records[i] for i in unseen], evaluate)
-    except (ValueError, OSError, RuntimeError, HubError) as error:
-        return samples, replace(comparison, note=f"{name} cannot be evaluated: {error}"), ""
-    for i, answer in zip(unseen, answers.answers, strict=True):
-        samples[i] = samples[i].with_champion(answer)
-    common = [samples[i] for i in unseen]
-    groups = [sample.group for sample in common]
-    tuned, champion_answers = _answers_of(common, "tuned", "champion")
-    comparison = replace(
-        comparison,
-        tuned_vs_champion=differences(tuned, champion_answers, groups),
-        note=f"compared with {name} on {len(unseen)} of {len(samples)} test records"
-        + (", on which it was not trained" if len(unseen) < len(samples) else "")
-        + (
-            ""
-            if _same_tokens(tuned, champion_answers)
-            else "; perplexity is compared per token of the tuned model's tokenizer"
-        ),
-        worst=non_inferiority_bound(tuned, champion_answers, groups, promote.metric, promote.alpha),
-        champion_scores=answers.scores,
-        champion_intervals=intervals(champion_answers, groups),
-    )
-    return samples, comparison, ""
+        yield
+    except (KeyError, ValueError, OSError, RuntimeError, HubError) as error:  # ZenML raises RuntimeError for a list
+        raise NotComparable(f"{problem}: {error}") from None
 
 
 def _stored_comparison(
     samples: list[Sample], comparison: Comparison, version: ModelVersionResponse
 ) -> tuple[list[Sample], Comparison]:
     """Return samples and comparison of the champion's own run if its answers are equal, else those of this run."""
-    stored = [found for name in ("compared_samples", "comparison") if (found := version.get_artifact(name)) is not None]
-    if len(stored) == 2:
-        compared, earlier = (artifact.load() for artifact in stored)
+    if all(version.get_artifact(name) is not None for name in ("compared_samples", "comparison")):
+        with _noting(f"the champion {comparison.champion} cannot be evaluated"):
+            compared, earlier = (_artifact(version, name) for name in ("compared_samples", "comparison"))
         if [sample.without_champion() for sample in compared] == samples:
             return compared, earlier
     return samples, replace(comparison, note=f"the champion {comparison.champion} has the same adapter")
 
 
+def _with_champion(
+    champion: Champion,
+    samples: list[Sample],
+    comparison: Comparison,
+    test_records: list[Record],
+    evaluate: EvaluateConfig,
+    promote: PromoteConfig,
+) -> tuple[list[Sample], Comparison]:
+    """Return samples and comparison with the champion's answers to the records that it was not trained on."""
+    unseen = unseen_records(test_records, champion.trained_on)
+    if len(unseen) < 2:
+        seen = len(test_records) - len(unseen)
+        raise NotComparable(f"the champion {champion.name} was trained on {seen} of {len(test_records)} test records")
+    with _noting(f"the champion {champion.name} cannot be evaluated"):
+        answers = _answers(champion, [test_records[i] for i in unseen], evaluate)
+    for i, answer in zip(unseen, answers.answers, strict=True):
+        samples[i] = samples[i].with_champion(answer)
+    common = [samples[i] for i in unseen]
+    groups = [sample.group for sample in common]
+    tuned, champion_answers = _answers_of(common, "tuned", "champion")
+    note = f"compared with the champion {champion.name} on {len(unseen)} of {len(samples)} test records"
+    if len(unseen) < len(samples):
+        note += ", on which it was not trained"
+    if any(new.reference_tokens != old.reference_tokens for new, old in zip(tuned, champion_answers, strict=True)):
+        note += "; perplexity is compared per token of the tuned model's tokenizer"
+    return samples, replace(
+        comparison,
+        tuned_vs_champion=differences(tuned, champion_answers, groups),
+        note=note,
+        lower_bound=non_inferiority_bound(tuned, champion_answers, groups, promote.metric, promote.alpha),
+        champion_scores=answers.scores,
+        champion_intervals=intervals(champion_answers, groups),
+    )
+
+
 def _answers_of(samples: Sequence[Sample], *models: str) -> list[list[Answer]]:
     return [[sample.answer(model) for sample in samples] for model in models]
-
-
-def _same_tokens(tuned: Sequence[Answer], champion_answers: Sequence[Answer]) -> bool:
-    return all(new.reference_tokens == old.reference_tokens for new, old in zip(tuned, champion_answers, strict=True))
-
-
-def _load(version: ModelVersionResponse) -> Champion:
-    """
-    Raises:
-        KeyError: an artifact was deleted.
-    """
-    loaded = {}
-    for artifact in ("train_records", "val_records", "adapter", "base"):
-        found = version.get_artifact(artifact)
-        if found is None:
-            raise KeyError(f"it has no artifact {artifact}")
-        loaded[artifact] = found.load()
-    return Champion(loaded["adapter"], loaded["base"], loaded["train_records"] + loaded["val_records"])
 
 
 def unseen_records(test_records: Sequence[Record], trained_on: Sequence[Record]) -> list[int]:

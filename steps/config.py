@@ -31,8 +31,8 @@ DATA_SUFFIXES = (*SUFFIXES, ".parquet")  # of files with records
 class DataConfig:
     """The source of the instruction records, and how they are split."""
 
-    source: Literal["bundled", "url", "file", "hub"] = "bundled"
-    # The 1,100 records that mariovas3/llms trained on, from the same URL.
+    source: Literal["bundled", "url", "file", "hub"] = "bundled"  # bundled: records about the generated demo world
+    # with source: url; the default is the 1,100 records that mariovas3/llms trained on, from the same URL
     url: str = (
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
     )
@@ -46,8 +46,8 @@ class DataConfig:
     columns: Mapping[str, str] = field(default_factory=dict)  # key of a record -> its name in the file
     n_facts: int | None = None  # number of facts of the bundled demo world; null: all
     order: Literal["seed", "file"] = "seed"  # seed: shuffle before the split; file: keep the order of the file
-    val_fraction: float = 0.05
-    test_fraction: float = 0.1
+    val_fraction: float = 0.05  # share of the records that are split off for the validation loss; 0: none
+    test_fraction: float = 0.1  # share of the records that are split off for evaluation
     too_long: TooLong = "error"  # for records with more tokens than the context: fail, drop them, truncate their output
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class BaseConfig:
     Face hub or a local directory (hub).
     """
 
-    source: Literal["nano", "random", "hub"] = "nano"
+    source: Literal["nano", "random", "hub"] = "nano"  # nano: pretrained in the run; random: not trained
     name: str = "gpt2-nano"  # a preset; with source: hub a repository or a directory
     revision: str = ""  # commit of the repository, 40 hexadecimal digits
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -135,7 +135,7 @@ class TextConfig:
     """The text on which a base is pretrained."""
 
     source: Literal["bundled", "url", "file"] = "bundled"  # bundled: the prose of the demo world
-    url: str = ""
+    url: str = ""  # with source: url; the file
     sha256: str = ""  # sha256 of the file at `url`
     path: str = ""  # with source: file; plain text in UTF-8
     max_bytes: int = 2**28  # limit of the file's size
@@ -164,14 +164,14 @@ class TextConfig:
 class ModelConfig:
     """A GPT-2 to pretrain: a preset, and values that replace the preset's (null: keep the preset's)."""
 
-    preset: str = "gpt2-nano"
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
-    n_positions: int | None = None
+    preset: str = "gpt2-nano"  # a size: gpt2-nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    n_layer: int | None = None  # blocks
+    n_head: int | None = None  # attention heads of a block
+    n_embd: int | None = None  # width
+    n_positions: int | None = None  # maximum length in tokens
     vocab_size: int | None = None  # maximum: the tokenizer that is trained on the text may have fewer tokens
-    norm_position: Literal["pre", "post"] = "pre"
-    layer_init: Literal["fresh", "clone"] = "fresh"
+    norm_position: Literal["pre", "post"] = "pre"  # layer norm before or after each part of a block
+    layer_init: Literal["fresh", "clone"] = "fresh"  # clone: all blocks start as copies of the first block
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -216,7 +216,7 @@ class SweepConfig:
     """Variants of a run's parameters; each runs with every seed."""
 
     kind: Literal["finetune", "pretrain", "attention"] = "finetune"  # the kind of trial
-    question: str = ""
+    question: str = ""  # what the sweep is to answer, for its report
     variable: str = "variant"  # what differs between the variants: the heading of the first column
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> parameters that differ
     grid: Mapping[str, Any] = field(default_factory=dict)  # a.b -> list of values; each combination is a variant too
@@ -225,7 +225,7 @@ class SweepConfig:
     samples: int = 1  # number of answers to each test record
     repeats: int = 1  # training runs per seed; their adapters are compared
     name: str = "sweep"  # name of the directory in outputs/experiments; run.py sets it to the configuration file's name
-    scale: Literal["small", "full"] = "small"
+    scale: Literal["small", "full"] = "small"  # full: with the parameters in `full`
     full: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
     )  # replaces the run's parameters if scale is full
@@ -280,7 +280,7 @@ class JudgeConfig:
     """A model behind an OpenAI-compatible API that judges the tuned model's answers."""
 
     url: str = ""  # URL of the API, like https://host/v1; "": no judge
-    model: str = ""
+    model: str = ""  # the API's name of the model
     token_env: str = ""  # environment variable with the API's token, which is not stored; "": no token
     response_format: Literal["json_schema", "text"] = "json_schema"  # text: the API has no structured output
 
@@ -297,8 +297,8 @@ class JudgeConfig:
 class EvaluateConfig:
     """How the answers of base and tuned model to the test split are generated, and whether an LLM judges them."""
 
-    max_new_tokens: int = 64
-    batch_size: int = 16
+    max_new_tokens: int = 64  # maximum length of an answer
+    batch_size: int = 16  # answers that are generated together
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
@@ -314,11 +314,13 @@ class PromoteConfig:
     The champion is the model version in `stage`. See `steps.promote.decide`.
     """
 
-    stage: Literal["staging", "production"] = "staging"
-    metric: str = "exact_match"
+    stage: Literal["staging", "production"] = "staging"  # the stage that a model is promoted to
+    metric: str = "exact_match"  # the score that decides
     margin: float = 0.05  # in units of the metric
     alpha: float = 0.05  # significance level of both tests
-    champion: Literal["required", "if-present", "ignore"] = "if-present"
+    champion: Literal["required", "if-present", "ignore"] = (
+        "if-present"  # whether a champion must exist; ignore: compare with the base only
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -342,8 +344,8 @@ class PackageConfig:
 class TrackingConfig:
     """Whether training runs are logged to wandb, and to which of its projects."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "gpt2-instruct"
+    wandb: Literal["off", "offline", "online"] = "off"  # offline: log to files only
+    project: str = "gpt2-instruct"  # project of wandb
 
     def __post_init__(self) -> None:
         check_types(self)

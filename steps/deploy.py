@@ -7,7 +7,7 @@ from zenml.utils.pagination_utils import depaginate
 
 from deploy.bento import exists
 from deploy.config import DeployConfig
-from deploy.target import DeployError, DeployInterrupted, Deployment
+from deploy.target import DeployError, DeployFailed, DeployOutcome
 from deploy.targets import open_target
 from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
@@ -33,19 +33,19 @@ def deploy(
         raise RuntimeError(f"the Bento {bento} is not in the store; run the pipeline again with --no-cache")
     _check_stage(deploy.require_stage, promotion, lineage)
     target = open_target(deploy)
-    deployment = Deployment("none", "none", bento)
-    interrupt: BaseException | None = None
+    outcome = DeployOutcome("none", "none", bento)
+    failure: BaseException | None = None
     if target is not None:
         try:
-            deployment = target.deploy(lineage, samples[: package.smoke_prompts], evaluate.max_new_tokens)
-        except DeployInterrupted as error:
-            deployment, interrupt = error.deployment, error.__cause__
-    content = _artifact(deployment, deploy) | {"run": str(get_step_context().pipeline_run.id)}
-    if deployment.outcome in FAILED:
+            outcome = target.deploy(lineage, samples[: package.smoke_prompts], evaluate.max_new_tokens)
+        except DeployFailed as error:
+            outcome, failure = error.outcome, error.interrupt or error
+        except DeployError as error:
+            outcome, failure = DeployOutcome(deploy.target, "failed", bento, reason=str(error)), error
+    content = _artifact(outcome, deploy) | {"run": str(get_step_context().pipeline_run.id)}
+    if failure is not None:
         save_extra_artifact("deployment", content)  # a step that fails has no outputs
-        if interrupt is not None:
-            raise interrupt
-        raise RuntimeError(f"{bento} was not deployed: {deployment.reason}")
+        raise failure
     attach_metadata("deployment", content)
     return content
 
@@ -58,7 +58,7 @@ def _check_stage(required: Literal["", "staging", "production"], promotion: Prom
     """
     if not required:
         return
-    names = dict.fromkeys(each for each in (lineage.model_version, promotion.model_version, promotion.champion) if each)
+    names = dict.fromkeys(name for name in (lineage.model_version, promotion.model_version, promotion.same_as) if name)
     # ZenML gives the number of a deleted version to another one, so the name alone does not identify the adapter
     stages = {
         name: version.stage
@@ -78,7 +78,7 @@ def _check_stage(required: Literal["", "staging", "production"], promotion: Prom
         )
 
 
-def rollback() -> Deployment:
+def rollback() -> DeployOutcome:
     """Roll back the newest deployment that succeeded, or the newest rollback, on the target that it was made on.
 
     Raises:
@@ -94,11 +94,11 @@ def rollback() -> Deployment:
         config = DeployConfig(**content["config"])
         target = open_target(config)
         if target is not None:
-            deployment = target.rollback()
-            save_extra_artifact("deployment", _artifact(deployment, config))
-            return deployment
+            outcome = target.rollback()
+            save_extra_artifact("deployment", _artifact(outcome, config))
+            return outcome
     raise DeployError("no run has deployed anything yet; deploy.target selects where to deploy")
 
 
-def _artifact(deployment: Deployment, config: DeployConfig) -> dict[str, Any]:
-    return deployment.to_json() | {"config": asdict(config)}
+def _artifact(outcome: DeployOutcome, config: DeployConfig) -> dict[str, Any]:
+    return outcome.to_json() | {"config": asdict(config)}

@@ -81,7 +81,7 @@ def _is_in_stage(model: str, stage: Literal["staging", "production"], promotion:
         return False
     if version_name(version) == promotion.model_version:
         return True
-    return version_name(version) == promotion.champion and adapter_in(shared_path(stage)) != adapter
+    return version_name(version) == promotion.same_as and adapter_in(shared_path(stage)) != adapter
 
 
 def _metrics(metrics: Evaluation, comparison: Comparison, promote: PromoteConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Promotion(JsonDataclass):
     stage: str  # "" unless promoted
     model_version: str  # name/number
     reason: str
-    champion: str = ""  # the champion's model version if its adapter equals this run's, else ""
+    same_as: str = ""  # the champion's model version if its adapter equals this run's, else ""
 
 
 @step(enable_cache=False)
@@ -45,7 +45,7 @@ def promote(
         stage=promote.stage if promoted else "",
         model_version=f"{version.name}/{version.version}",
         reason=reason,
-        champion=same_as,
+        same_as=same_as,
     )
     attach_metadata("promotion", promotion.to_json())
     scores = metrics.to_json()
@@ -54,15 +54,15 @@ def promote(
     return promotion
 
 
-def _unchanged(champion: str, own: Model, stage: str, reason: str) -> tuple[bool, str]:
+def _unchanged(champion: str, tuned: Model, stage: str, reason: str) -> tuple[bool, str]:
     """Whether the stage still contains the champion that this run was compared with, and the reason.
 
     A concurrent run may have promoted its model in the meantime. The stage contains the run's own version if this step
     is retried.
     """
-    found = in_stage(own.name, stage)
-    now = "" if found is None else version_name(found)
-    if now in (champion, f"{own.name}/{own.version}"):
+    version = in_stage(tuned.name, stage)
+    now = "" if version is None else version_name(version)
+    if now in (champion, f"{tuned.name}/{tuned.version}"):
         return True, reason
     return False, (
         f"the champion changed during the run: stage {stage} held {champion or 'no model version'} when the models "
@@ -92,19 +92,19 @@ def decide(comparison: Comparison, promote: PromoteConfig) -> tuple[bool, str]:
         return True, f"better than the base: {against_base}; {comparison.note}"
     if comparison.tuned_vs_champion is None:
         return False, f"{comparison.note}; promote.champion=ignore skips the comparison with the champion"
-    if comparison.worst is None:
+    if comparison.lower_bound is None:
         return False, (
             f"not shown to be as good as the champion: {promote.metric} has no confidence bound, because there are too "
             f"few independent test records or an infinite loss ({comparison.note}); use a larger test split or another "
             "promote.metric, or promote.champion=ignore, which skips the comparison with the champion"
         )
     champion = comparison.tuned_vs_champion[promote.metric]
+    worse_by = max(0.0, -comparison.lower_bound)
     against = (
         f"{promote.metric} differs from {comparison.champion} by {_figures(champion)}; at a confidence of "
-        f"{100 * (1 - promote.alpha):g} % it is worse by at most {max(0.0, -comparison.worst):.4f}, and the margin is "
-        f"{promote.margin:g}"
+        f"{100 * (1 - promote.alpha):g} % it is worse by at most {worse_by:.4f}, and the margin is {promote.margin:g}"
     )
-    if comparison.worst < -promote.margin:
+    if comparison.lower_bound < -promote.margin:
         return False, f"not shown to be as good as the champion: {against}"
     return True, f"better than the base and as good as the champion: {against_base}; {against}"
 
@@ -120,6 +120,6 @@ def compared_on(comparison: Comparison, metric: str) -> dict[str, Any]:
     }
 
 
-def _figures(found: Difference) -> str:
-    interval = f"95 % interval {found.ci95[0]:+.4f} to {found.ci95[1]:+.4f}, " if found.ci95 else ""
-    return f"{found.difference:+.4f} ({interval}p {found.p_value:.3g}, n {found.n})"
+def _figures(result: Difference) -> str:
+    interval = f"95 % interval {result.ci95[0]:+.4f} to {result.ci95[1]:+.4f}, " if result.ci95 else ""
+    return f"{result.difference:+.4f} ({interval}p {result.p_value:.3g}, n {result.n})"

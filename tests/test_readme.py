@@ -10,6 +10,7 @@ import pytest
 import run
 from bentos.settings import Settings
 from deploy.containers import images
+from tests import config_reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,6 +98,10 @@ def environment_variables() -> set[str]:
 def test_the_reference_lists_every_environment_variable_that_the_code_reads():
     listed = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", "".join(re.findall(r"^\|([^|]+)\|", REFERENCE, re.MULTILINE))))
     assert environment_variables() - listed == set()
+
+
+def test_the_reference_lists_every_configuration_key_as_the_code_defines_it():
+    assert config_reference.section() in REFERENCE, "run `python -m tests.config_reference`"
 
 
 def test_the_readme_lists_every_configuration():

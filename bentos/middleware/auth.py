@@ -1,4 +1,4 @@
-"""Authentication by bearer tokens: one for all routes, and one for the routes that change adapters."""
+"""Authentication by bearer tokens: some for all routes, others for the routes that change adapters."""
 
 import base64
 import hmac
@@ -18,18 +18,18 @@ class AuthMiddleware:
     def __init__(
         self,
         app: ASGIApp,
-        api_token: str,
-        admin_token: str,
+        api_tokens: Collection[str],
+        admin_tokens: Collection[str],
         open_paths: Collection[str],
         admin_routes: Collection[BaseRoute],
     ) -> None:
         """
         Args:
-            api_token: token that all routes except `open_paths` require; "": these routes require no token.
-            admin_token: token that `admin_routes` require. All other routes accept it too. "": `admin_routes` are
-                disabled.
+            api_tokens: all routes except `open_paths` require one of them; if empty, these routes require no token.
+            admin_tokens: `admin_routes` require one of them. All other routes accept them too. If empty, `admin_routes`
+                are disabled.
         """
-        self.app, self.api_token, self.admin_token = app, api_token, admin_token
+        self.app, self.api_tokens, self.admin_tokens = app, api_tokens, admin_tokens
         self.open_paths, self.admin_routes = open_paths, admin_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,10 +52,10 @@ class AuthMiddleware:
         """Return the tokens that this route accepts; None: it requires no token; []: it accepts no token."""
         # Match as the router does instead of comparing paths: for the router, "/v1/load_lora_adapter\n" is that route.
         if any(route.matches(scope)[0] != Match.NONE for route in self.admin_routes):
-            return [self.admin_token] if self.admin_token else []
-        if scope["path"] in self.open_paths or not self.api_token:
+            return [*self.admin_tokens]
+        if scope["path"] in self.open_paths or not self.api_tokens:
             return None
-        return [token for token in (self.api_token, self.admin_token) if token]
+        return [*self.api_tokens, *self.admin_tokens]
 
 
 def _has_token(scope: Scope, accepted: list[str]) -> bool:
@@ -84,7 +84,8 @@ def _is_forged(scope: Scope) -> bool:
 
     The browser may add its stored password. It sets Sec-Fetch-Site only over https and for localhost; otherwise Origin
     is compared with Host. GET and HEAD are safe, because the other page cannot read the response. JSON is safe, because
-    browsers send it to another site only if that site, or a proxy in front of it, permits it by CORS.
+    browsers send it to another site only if that site permits it by CORS; this service never permits it with a stored
+    password.
     """
     headers = Headers(scope=scope)
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -6,8 +6,10 @@ is stopped but kept for `rollback`. A service gets its restart policy when it is
 current, was left behind by a killed run.
 """
 
+import errno
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ from deploy.containers.lock import engine_lock
 from deploy.containers.mounts import mount_files
 from deploy.containers.proxy import ADDRESS
 from deploy.server import service_environment
-from deploy.target import DeployError, Deployment, Version
+from deploy.target import DeployError, DeployOutcome, Version
 from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
 
@@ -54,7 +56,18 @@ class DockerTarget:
     def __init__(self, config: DeployConfig) -> None:
         self.config = config
 
-    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> Deployment:
+    def preflight(self) -> None:
+        """Check the settings of the service, the engine, and that the proxy can listen on its address.
+
+        Raises:
+            DeployError: a deployment would be refused.
+        """
+        mount_files(service_environment())
+        with self._open() as group:
+            group.check_host()
+            group.check_port()
+
+    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Start a service of the Bento, verify its answers, switch the proxy to it, and drain the previous service.
 
         Raises:
@@ -72,7 +85,7 @@ class DockerTarget:
                 group.check_host()  # of a proxy that another run created in the meantime
                 return group.deploy(image, verify)
 
-    def rollback(self) -> Deployment:
+    def rollback(self) -> DeployOutcome:
         """Start the kept service, switch the proxy to it, and keep the current service: a second rollback undoes this.
 
         Raises:
@@ -115,7 +128,7 @@ class _ServiceGroup:
                     service.remove(force=True)
             yield
 
-    def deploy(self, image: Image, verify: Callable[[str], None]) -> Deployment:
+    def deploy(self, image: Image, verify: Callable[[str], None]) -> DeployOutcome:
         current = self.current()
         if current is not None and self.is_up_to_date(current, image.digest):
             verify(self.url)
@@ -137,7 +150,7 @@ class _ServiceGroup:
         self.stop_old_services(candidate, previous)
         return self.outcome("deployed", candidate, previous)
 
-    def rollback(self) -> Deployment:
+    def rollback(self) -> DeployOutcome:
         current = self.current()
         previous = self.newest_except(current)
         if previous is None:
@@ -161,6 +174,28 @@ class _ServiceGroup:
                 f"deploy.host is {self.config.host}, but port {self.config.port} is served on {host}; choose another "
                 f"deploy.port, or remove the existing proxy: docker rm -f {self.name}"
             )
+
+    def check_port(self) -> None:
+        """Check that another program does not listen on the port, unless the proxy runs, which listens on it."""
+        proxy = self._get(self.name)
+        if proxy is not None and proxy.status == "running":
+            return
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
+            try:
+                listener.bind((self.config.host, self.config.port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise self._port_in_use() from None
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise DeployError(f"deploy.host is {self.config.host}, no address of this machine") from None
+                # any other reason, such as a port that only the engine may open, is left to the engine
+
+    def _port_in_use(self) -> DeployError:
+        return DeployError(
+            f"port {self.config.port} of {self.config.host} is in use by another program; stop that, or set "
+            "deploy.port to a free port"
+        )
 
     def current(self) -> Container | None:
         """Return the service that the proxy forwards requests to; None if there is none."""
@@ -256,8 +291,8 @@ class _ServiceGroup:
             and is_ready(self.url)
         )
 
-    def outcome(self, outcome: str, current: Container, previous: Container | None) -> Deployment:
-        return Deployment(
+    def outcome(self, outcome: str, current: Container, previous: Container | None) -> DeployOutcome:
+        return DeployOutcome(
             target="docker",
             outcome=outcome,
             bento=_bento_of(current),
@@ -295,10 +330,7 @@ class _ServiceGroup:
             proxy.start()
         except APIError as error:
             if "already" in str(error):  # "port is already allocated", "address already in use"
-                raise DeployError(
-                    f"port {self.config.port} of {self.config.host} is in use by another program; stop that, or set "
-                    "deploy.port to a free port"
-                ) from None
+                raise self._port_in_use() from None
             raise
         deadline = time.monotonic() + START_TIMEOUT
         while not is_ready(self.url):

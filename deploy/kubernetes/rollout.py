@@ -12,9 +12,9 @@ from deploy.containers.images import pinned
 from deploy.kubernetes import wait
 from deploy.kubernetes.client import Cluster, Manifest, revision
 from deploy.kubernetes.errors import KubeError
-from deploy.kubernetes.render import bento_of, placeholder_image, render, rollback_patch, version_of
+from deploy.kubernetes.render import bento_of, container_of, placeholder_image, render, rollback_patch, version_of
 from deploy.kubernetes.wait import check_not_paused, wait_for_rollout
-from deploy.target import DeployError, DeployInterrupted, Deployment
+from deploy.target import DeployError, DeployFailed, DeployOutcome
 from deploy.verify import verify_answers
 from gpt2core.types import Lineage, Sample
 
@@ -30,20 +30,24 @@ class KubernetesTarget:
         self.config = config
         self.cluster = Cluster(config)
 
-    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> Deployment:
+    def preflight(self) -> None:
+        """Check connection, permissions, and that a Deployment that exists can be rolled out.
+
+        Raises:
+            KubeError: a deployment would be refused.
+        """
+        self._check()
+
+    def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Roll out the configured image, which must contain the Bento of the lineage.
 
         Raises:
             KubeError: nothing was rolled out.
+            DeployFailed: the rollout failed or was interrupted, and was undone if possible.
         """
-        cluster = self.cluster
-        cluster.check_permissions()
-        before = cluster.get("Deployment")
-        if before is not None:
-            _check_scale(cluster, before)
-            check_not_paused(cluster, before)
+        cluster, before = self.cluster, self._check()
         image = pinned(self.config.image)
-        deployment = Deployment(
+        outcome = DeployOutcome(
             target="kubernetes",
             outcome="deployed",
             bento=lineage.bento,
@@ -51,28 +55,29 @@ class KubernetesTarget:
             image=image,
             previous=None if before is None else version_of(before),
         )
+        is_applied, interrupt = False, None
         try:
             self._apply(render(image, lineage, cluster.namespace, self.config.memory), before)
-            try:
-                rolled_out = wait_for_rollout(cluster)
-                _verify_service(cluster, lineage.bento, samples, max_new_tokens)
-                reason = f"{len(samples)} answers were verified against those of the evaluated model"
-                image_id = _running_image(cluster, rolled_out)
-                return replace(deployment, reason=reason, image_id=image_id, revision=revision(rolled_out))
-            except DeployError as error:
-                logger.warning("the rollout failed, rolling back: %s", error)
-                return _undone(cluster, before, deployment, str(error))
-        except DeployError:
-            raise
-        # Any other exception is an interrupt (ZenML raises its own exception for Ctrl-C and SIGTERM) or a bug. The
-        # block includes the apply, which may have taken effect although its response was not read.
-        except BaseException as interrupt:
-            logger.warning("interrupted, rolling back")
-            undone = _undone(cluster, before, deployment, f"interrupted ({type(interrupt).__name__})")
-            logger.warning("%s", undone.reason)
-            raise DeployInterrupted(undone) from interrupt
+            is_applied = True
+            deployment = wait_for_rollout(cluster)
+            _verify_service(cluster, lineage.bento, samples, max_new_tokens)
+            reason = f"{len(samples)} answers were verified against those of the evaluated model"
+            image_id = _running_image(cluster, deployment)
+            return replace(outcome, reason=reason, image_id=image_id, revision=revision(deployment))
+        except DeployError as error:
+            if not is_applied:
+                raise
+            reason = str(error)
+        # An interrupt (ZenML raises its own exception for Ctrl-C and SIGTERM) or a bug. The apply may have taken effect
+        # although its response was not read.
+        except BaseException as error:
+            reason, interrupt = f"interrupted ({type(error).__name__})", error
+        logger.warning("rolling back: %s", reason)
+        undone = _undo_rollout(cluster, before, outcome)
+        logger.warning("%s", undone.reason)
+        raise DeployFailed(replace(undone, reason=f"{reason}; {undone.reason}"), interrupt)
 
-    def rollback(self) -> Deployment:
+    def rollback(self) -> DeployOutcome:
         """Restore the pod template of the newest earlier revision with another Bento or image, as `kubectl rollout
         undo` does; twice restores the current one. If that fails or is interrupted, the current one is restored.
 
@@ -85,17 +90,17 @@ class KubernetesTarget:
         if current is None:
             raise KubeError(f"{cluster} has no Deployment {NAME}; there is nothing to roll back")
         check_not_paused(cluster, current)
-        earlier = _previous(cluster, current)
+        earlier = _find_previous(cluster, current)
         try:
-            now = version_of(_restore(cluster, earlier))
+            now = version_of(_roll_back_to(cluster, earlier))
         except BaseException as error:  # also Ctrl-C
             logger.warning("the rollback failed, restoring revision %s", revision(current))
-            state = _restored(cluster, current)
+            state = _undo_rollback(cluster, current)
             if isinstance(error, DeployError):
                 raise KubeError(f"{version_of(earlier).image} could not be rolled back to: {error}; {state}") from None
             logger.warning("the rollback was interrupted; %s", state)
             raise
-        return Deployment(
+        return DeployOutcome(
             target="kubernetes",
             outcome="rolled_back",
             bento=now.bento,
@@ -105,6 +110,16 @@ class KubernetesTarget:
             revision=now.revision,
             previous=version_of(current),
         )
+
+    def _check(self) -> Manifest | None:
+        """Return the Deployment that a deployment would change, if there is one."""
+        self.cluster.check_permissions()
+        deployment = self.cluster.get("Deployment")
+        if deployment is not None:
+            _check_scale(self.cluster, deployment)
+            check_not_paused(self.cluster, deployment)
+            container_of(deployment)  # raises for a Deployment of another tool
+        return deployment
 
     def _apply(self, manifests: list[Manifest], before: Manifest | None) -> None:
         # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.
@@ -150,7 +165,7 @@ def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: f
         time.sleep(wait.POLL)
 
 
-def _previous(cluster: Cluster, current: Manifest) -> Manifest:
+def _find_previous(cluster: Cluster, current: Manifest) -> Manifest:
     """The newest ReplicaSet of this project before the current revision that has another Bento or image."""
     running = version_of(current)
     for each in reversed(cluster.replica_sets(current)):
@@ -163,7 +178,7 @@ def _previous(cluster: Cluster, current: Manifest) -> Manifest:
     )
 
 
-def _restore(cluster: Cluster, earlier: Manifest) -> Manifest:
+def _roll_back_to(cluster: Cluster, earlier: Manifest) -> Manifest:
     """Roll out the pod template of an earlier Deployment or of a ReplicaSet; return the resulting Deployment."""
     live = cluster.get("Deployment")
     if live is None:
@@ -172,11 +187,11 @@ def _restore(cluster: Cluster, earlier: Manifest) -> Manifest:
     return wait_for_rollout(cluster)
 
 
-def _restored(cluster: Cluster, current: Manifest) -> str:
+def _undo_rollback(cluster: Cluster, current: Manifest) -> str:
     """Undo a rollback; return the resulting state in words."""
     image = version_of(current).image
     try:
-        return f"{image} runs again, as revision {revision(_restore(cluster, current))}"
+        return f"{image} runs again, as revision {revision(_roll_back_to(cluster, current))}"
     except KubeError as error:
         return f"and {image} could not be restored: {error}"
 
@@ -188,26 +203,25 @@ def _running_image(cluster: Cluster, deployment: Manifest) -> str:
     return next((status["imageID"] for status in statuses if status.get("imageID")), "")
 
 
-def _undone(cluster: Cluster, before: Manifest | None, deployment: Deployment, reason: str) -> Deployment:
-    outcome, now, number = _undo(cluster, before)
-    return replace(deployment, outcome=outcome, reason=f"{reason}; {now}", revision=number)
-
-
-def _undo(cluster: Cluster, before: Manifest | None) -> tuple[str, str, int | None]:
-    """Undo a rollout, which may not have started; return the outcome, the resulting state in words, its revision."""
+def _undo_rollout(cluster: Cluster, before: Manifest | None, attempted: DeployOutcome) -> DeployOutcome:
+    """Undo a rollout, which may not have started; return the outcome, whose reason is the resulting state."""
     try:
         live = cluster.get("Deployment")
         if before is None:
             if live is not None:
                 cluster.delete("Deployment")
-            return "rolled_back", "nothing was deployed before, and the Deployment was deleted", None
+            state = "nothing was deployed before, and the Deployment was deleted"
+            return replace(attempted, outcome="rolled_back", reason=state)
         number = revision(before)
         if live is not None and live["spec"]["template"] == before["spec"]["template"]:
-            return "failed", f"revision {number} already ran before, so there is nothing to roll back to", number
-        now = _restore(cluster, before)
-        for each in cluster.replica_sets(now):
-            if number < revision(each) < revision(now):
-                cluster.delete("ReplicaSet", each["metadata"]["name"])  # so that no rollback selects it
-        return "rolled_back", f"rolled back to {version_of(now).image}, now revision {revision(now)}", revision(now)
+            state = f"revision {number} already ran before, so there is nothing to roll back to"
+            return replace(attempted, outcome="failed", reason=state, revision=number)
+        restored = _roll_back_to(cluster, before)
+        for replica_set in cluster.replica_sets(restored):
+            if number < revision(replica_set) < revision(restored):
+                cluster.delete("ReplicaSet", replica_set["metadata"]["name"])  # so that no rollback selects it
+        now = version_of(restored)
+        state = f"rolled back to {now.image}, now revision {now.revision}"
+        return replace(attempted, outcome="rolled_back", reason=state, revision=now.revision)
     except KubeError as error:
-        return "failed", f"and it could not be rolled back: {error}", None
+        return replace(attempted, outcome="failed", reason=f"and it could not be rolled back: {error}")

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.neighbors import NearestNeighbors
-
 from gpt2core.data import Record, count_duplicates
 from gpt2core.metrics import normalize
 from gpt2core.types import JsonDataclass
+from steps.adapters.similarity import TextIndex
 
 NEAR = 0.9  # minimum cosine similarity (of character n-grams) of near duplicates
 SHOWN = 10
@@ -54,8 +52,8 @@ class DataCheck(JsonDataclass):
 def check_data(train: Sequence[Record], val: Sequence[Record], test: Sequence[Record]) -> DataCheck:
     """Check the parts of the split, and compare test with training records.
 
-    Near duplicates are found by the cosine similarity of TF-IDF weighted character n-grams (3 to 5) of the whole
-    record, so records that share a template but not their content count as different.
+    Near duplicates are found by the similarity of the whole record (see `TextIndex`), so records that share a template
+    but not their content count as different.
     """
     records, questions = ({form(record) for record in train} for form in (_text, _question))
     same = [_text(record) in records for record in test]
@@ -86,11 +84,8 @@ def _question(record: Record) -> str:
 
 
 def _nearest(train: Sequence[Record], test: Sequence[Record]) -> list[Overlap]:
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
-    known = vectorizer.fit_transform([f" {_text(record)} " for record in train])
-    asked = vectorizer.transform([f" {_text(record)} " for record in test])
-    distances, indices = NearestNeighbors(n_neighbors=1, metric="cosine").fit(known).kneighbors(asked)
+    similarities, positions = TextIndex([_text(record) for record in train]).nearest([_text(record) for record in test])
     return [
-        Overlap(_text(record), _text(train[int(i)]), round(1 - float(distance), 4))
-        for record, distance, i in zip(test, distances[:, 0], indices[:, 0], strict=True)
+        Overlap(_text(record), _text(train[i]), round(float(similarity), 4))
+        for record, similarity, i in zip(test, similarities, positions, strict=True)
     ]

@@ -17,13 +17,12 @@ from evidently import DataDefinition, Dataset, Report
 from evidently.metrics import RowCount, ValueDrift
 from evidently.presets import ValueStats
 from scipy.stats import wasserstein_distance
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.neighbors import NearestNeighbors
 
 from gpt2core.data import Record
 from gpt2core.prompt import format_prompt, split_prompt
 from gpt2core.types import JsonDataclass, LoggedCompletion, Sample
 from steps.adapters.pages import render
+from steps.adapters.similarity import TextIndex
 from steps.config import MonitorConfig
 
 TEMPLATE_CHARACTERS = len(format_prompt(".")) - 1  # number of characters that the prompt template adds
@@ -76,25 +75,25 @@ def measure(
         train, samples: training records and test samples of the served run.
     """
     training_prompts = _TrainingPrompts(train)
-    prompts = [None if each.prompt is None else _question(each.prompt) for each in completions]
+    prompts = [None if completion.prompt is None else _question(completion.prompt) for completion in completions]
     live = pd.DataFrame(
         {
-            "prompt_characters": [max(0, each.prompt_characters - TEMPLATE_CHARACTERS) for each in completions],
-            "answer_characters": [each.answer_characters for each in completions],
-            "finish_reason": [each.finish_reason for each in completions],
-            "seconds": [each.milliseconds / 1000 for each in completions],
+            "prompt_characters": [max(0, c.prompt_characters - TEMPLATE_CHARACTERS) for c in completions],
+            "answer_characters": [completion.answer_characters for completion in completions],
+            "finish_reason": [completion.finish_reason for completion in completions],
+            "seconds": [completion.milliseconds / 1000 for completion in completions],
             **training_prompts.compare(prompts),
         }
     )
     reference = pd.DataFrame(
         {
             "prompt_characters": [
-                len(format_prompt(each.instruction, each.input)) - TEMPLATE_CHARACTERS for each in samples
+                len(format_prompt(sample.instruction, sample.input)) - TEMPLATE_CHARACTERS for sample in samples
             ],
-            "answer_characters": [len(each.tuned) for each in samples],
-            "finish_reason": ["stop" if each.finished else "length" for each in samples],
+            "answer_characters": [len(sample.tuned) for sample in samples],
+            "finish_reason": ["stop" if sample.finished else "length" for sample in samples],
             "seconds": [np.nan] * len(samples),
-            **training_prompts.compare([f"{each.instruction}\n{each.input}" for each in samples]),
+            **training_prompts.compare([f"{sample.instruction}\n{sample.input}" for sample in samples]),
         }
     )
     return _signals(live, reference, ratings, config), _evidently(live, reference)
@@ -115,18 +114,14 @@ class _TrainingPrompts:
     def __init__(self, train: Sequence[Record]) -> None:
         texts = [f"{record['instruction']}\n{record.get('input', '')}" for record in train]
         self._words = {word for text in texts for word in _words(text)}
-        # TF-IDF weighted character n-grams and cosine similarity, as in the report's check of the data
-        self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
-        training_prompts = self._vectorizer.fit_transform(texts)
-        self._nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(training_prompts)
+        self._index = TextIndex(texts)
 
     def compare(self, texts: Sequence[str | None]) -> dict[str, list[float]]:
         """Compute each text's share of unknown words and similarity to the nearest training prompt; NaN for None."""
         distinct = list(dict.fromkeys(text for text in texts if text is not None))
         if not distinct:
             return {name: [np.nan] * len(texts) for name in ("unknown_words", "similarity")}
-        distances, _ = self._nearest.kneighbors(self._vectorizer.transform(distinct))
-        similarity = dict(zip(distinct, 1 - distances[:, 0], strict=True))
+        similarity = dict(zip(distinct, self._index.nearest(distinct)[0], strict=True))
         unknown = {text: np.mean([word not in self._words for word in _words(text)] or [False]) for text in distinct}
         return {
             name: [np.nan if text is None else float(values[text]) for text in texts]

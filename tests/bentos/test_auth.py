@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 
 import pytest
 import requests
@@ -13,8 +14,8 @@ from bentos.middleware.auth import AuthMiddleware
 from tests.bentos.client import error_of
 
 
-def client(api_token: str = "", admin_token: str = "") -> TestClient:
-    app = AuthMiddleware(Response(status_code=204), api_token, admin_token, ["/livez"], admin.router.routes)
+def client(api_tokens: Sequence[str] = (), admin_tokens: Sequence[str] = ()) -> TestClient:
+    app = AuthMiddleware(Response(status_code=204), api_tokens, admin_tokens, ["/livez"], admin.router.routes)
     return TestClient(app)
 
 
@@ -28,6 +29,8 @@ def basic(password: str) -> dict[str, str]:
         ("/livez", {}, 204),
         ("/predict", {}, 401),
         ("/predict", {"Authorization": "Bearer s3cret"}, 204),
+        ("/predict", {"Authorization": "Bearer old"}, 204),
+        ("/predict", {"Authorization": "Bearer old,s3cret"}, 401),
         ("/predict", {"Authorization": "Bearer of-the-admin"}, 204),
         ("/predict", basic("s3cret"), 204),
         ("/predict", {"X-Api-Key": "s3cret", "Authorization": "Bearer of-a-proxy"}, 204),
@@ -44,7 +47,7 @@ def basic(password: str) -> dict[str, str]:
     ],
 )
 def test_a_token_opens_the_routes_it_is_for(path, headers, status):
-    assert client("s3cret", "of-the-admin").get(path, headers=headers).status_code == status
+    assert client(["old", "s3cret"], ["of-the-admin"]).get(path, headers=headers).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,7 @@ def test_a_token_opens_the_routes_it_is_for(path, headers, status):
 def test_a_page_of_another_site_cannot_use_the_password_that_the_browser_has_stored(headers, is_forged):
     for path in ("/predict", "/v1/load_lora_adapter"):
         reading, writing, explicit = (
-            client("s3cret", "admin").request(method, path, headers=headers | own).status_code
+            client(["s3cret"], ["admin"]).request(method, path, headers=headers | own).status_code
             for method, own in [("GET", basic("admin")), ("POST", basic("admin")), ("POST", {"X-Api-Key": "admin"})]
         )
         assert (reading, writing, explicit) == (204, 401 if is_forged else 204, 204)
@@ -97,7 +100,7 @@ def test_without_an_api_token_only_the_admin_routes_are_closed():
 
 
 def test_a_browser_is_asked_for_a_password_and_other_clients_for_a_bearer_token():
-    page, route = (client("s3cret").get(path) for path in ("/", "/nothing"))
+    page, route = (client(["s3cret"]).get(path) for path in ("/", "/nothing"))
     assert page.headers["WWW-Authenticate"].startswith("Basic")
     assert route.headers["WWW-Authenticate"] == "Bearer"
     assert route.json()["error"]["type"] == "unauthorized"

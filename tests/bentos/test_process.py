@@ -108,8 +108,9 @@ def test_sighup_ends_the_service(bento_tag):
         wait_until(lambda: not server.is_running(), 30, "the end of the service")
 
 
-def test_a_service_with_an_api_token_requires_it(bento_tag):
-    with served(bento_tag, GPT2_API_TOKEN="s3cret-token", GPT2_ADMIN_TOKEN="") as url:
+def test_tokens_and_origins_are_checked(bento_tag):
+    origin = "https://app.example"
+    with served(bento_tag, GPT2_API_TOKEN="s3cret-token", GPT2_ADMIN_TOKEN="", GPT2_CORS_ORIGINS=origin) as url:
         for path in ("/livez", "/readyz", "/metrics"):
             assert requests.get(url + path, timeout=10).status_code == 200
         for path in ("/", "/metadata", "/v1/models", "/docs.json", "/nothing"):
@@ -118,3 +119,12 @@ def test_a_service_with_an_api_token_requires_it(bento_tag):
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
             assert client.with_options(api_key="s3cret-token").models.list().data
+        for other in (origin, "https://other.example"):
+            asked = {"Origin": other, "Access-Control-Request-Method": "POST"}
+            asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+            preflight = requests.options(f"{url}/v1/completions", headers=asked, timeout=10)
+            refused = requests.post(f"{url}/v1/completions", json={}, headers={"Origin": other}, timeout=10)
+            assert (preflight.status_code, refused.status_code) == (200 if other == origin else 400, 401)
+            for response in (preflight, refused):
+                assert response.headers.get("Access-Control-Allow-Origin") == (origin if other == origin else None)
+                assert "Access-Control-Allow-Credentials" not in response.headers

@@ -5,14 +5,24 @@ from bentos.settings import Settings
 
 def test_settings_come_from_the_environment():
     environment = {"GPT2_API_TOKEN": "t", "GPT2_WEIGHTS": "int8", "GPT2_REQUEST_LOG": "", "OTHER": "x"}
-    assert Settings.from_environment(environment) == Settings(api_token="t", weights="int8")
+    assert Settings.from_environment(environment) == Settings(api_token=("t",), weights="int8")
 
 
 def test_a_token_from_a_file_has_no_line_break_and_a_blank_one_does_not_switch_authentication_off():
-    assert Settings.from_environment({"GPT2_API_TOKEN": "s3cret\n"}).api_token == "s3cret"
-    for value in (" ", "\n", "one\ntwo"):
-        with pytest.raises(ValueError, match="GPT2_ADMIN_TOKEN is blank or contains line breaks"):
+    assert Settings.from_environment({"GPT2_API_TOKEN": "s3cret\n"}).api_token == ("s3cret",)
+    assert Settings.from_environment({"GPT2_API_TOKEN": "old, new"}).api_token == ("old", "new")
+    for value in (" ", "\n", "one\ntwo", "one,", ",", "one,,two"):
+        with pytest.raises(ValueError, match=r"^GPT2_ADMIN_TOKEN has a blank item, or line breaks"):
             Settings.from_environment({"GPT2_ADMIN_TOKEN": value})
+
+
+def test_origins_are_compared_with_what_browsers_send():
+    given = {"GPT2_CORS_ORIGINS": "https://app.example,http://localhost:5173"}
+    assert Settings.from_environment(given).cors_origins == ("https://app.example", "http://localhost:5173")
+    assert Settings.from_environment({"GPT2_CORS_ORIGINS": "*"}).cors_origins == ("*",)
+    for value in ("app.example", "https://app.example/", "https://a.example/chat", "https://*", "null"):
+        with pytest.raises(ValueError, match=r"^GPT2_CORS_ORIGINS contains .*; an origin is scheme, host and port"):
+            Settings.from_environment({"GPT2_CORS_ORIGINS": value})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from deploy.containers.client import EngineError
 from deploy.containers.lock import engine_lock
 from deploy.containers.service import DockerTarget
 from deploy.source import ROOT
-from deploy.target import DeployError, Deployment, Version
+from deploy.target import DeployError, DeployOutcome, Version
 from deploy.verify import VerificationError
 from run import main
 from tests.deploy.conftest import MAX_NEW_TOKENS, SESSION
@@ -48,7 +48,7 @@ def config(engine):
 def deploy(config, samples):
     """Deploy a Bento with the configuration, or with changes to it."""
 
-    def deploy(tag: str, samples=samples, **changes: object) -> Deployment:
+    def deploy(tag: str, samples=samples, **changes: object) -> DeployOutcome:
         target = DockerTarget(replace(config, **changes))
         return target.deploy(make_lineage(bento=tag), samples, MAX_NEW_TOKENS)
 

@@ -15,7 +15,7 @@ from deploy.kubernetes.errors import KubeError
 from deploy.kubernetes.render import MANIFESTS
 from deploy.kubernetes.rollout import KubernetesTarget
 from deploy.server import serve
-from deploy.target import DeployInterrupted, Deployment, Version
+from deploy.target import DeployFailed, DeployOutcome, Version
 from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
@@ -31,15 +31,25 @@ RESTARTED = ("spec", "template", "metadata", "annotations", "kubectl.kubernetes.
 BAD = (*CONTAINER, "env", (("name", "BAD"),))
 
 
-def deploy(config, **values) -> Deployment:
+def deploy(config, **values) -> DeployOutcome:
     return KubernetesTarget(replace(config, **values)).deploy(LINEAGE, [SAMPLE], 8)
 
 
-def deploy_next(config, **values) -> Deployment:
+def deploy_next(config, **values) -> DeployOutcome:
     return KubernetesTarget(replace(config, image=NEW, **values)).deploy(NEXT_LINEAGE, [SAMPLE], 8)
 
 
-def rollback(config) -> Deployment:
+def preflight(config) -> None:
+    KubernetesTarget(config).preflight()
+
+
+def failed(action, config) -> DeployFailed:
+    with pytest.raises(DeployFailed) as error:
+        action(config)
+    return error.value
+
+
+def rollback(config) -> DeployOutcome:
     return KubernetesTarget(config).rollback()
 
 
@@ -57,7 +67,7 @@ def first(config):
 
 
 def test_a_first_deployment_applies_all_of_k8s_and_reports_what_runs(api, first):
-    assert first == Deployment(
+    assert first == DeployOutcome(
         target="kubernetes",
         outcome="deployed",
         bento=LINEAGE.bento,
@@ -83,6 +93,15 @@ def test_pods_carry_the_ids_of_the_lineage(api, first):
     assert ids["bento"] == LINEAGE.bento
     assert template["labels"]["gpt2-instruct/adapter-sha256"] == LINEAGE.adapter.sha256[:63]
     assert all(len(label) <= 63 for label in template["labels"].values())
+
+
+def test_a_preflight_accepts_an_empty_cluster_and_a_deployment_and_changes_nothing(api, config):
+    preflight(config)
+    assert not api.objects
+    deploy(config)
+    before = api.object("deployments")
+    preflight(config)
+    assert api.object("deployments") == before
 
 
 def test_the_selector_is_that_of_the_file(api, first):
@@ -130,7 +149,7 @@ def test_deploying_the_same_version_again_starts_no_pod(api, config, first):
 )
 def test_a_version_that_does_not_become_ready_is_rolled_back_with_the_reason(api, config, first, state, parts):
     api.pod_states[NEW] = state
-    outcome = deploy_next(config)
+    outcome = failed(deploy_next, config).outcome
     assert outcome.outcome == "rolled_back"
     assert [part for part in [*parts, f"rolled back to {OLD}"] if part not in outcome.reason] == []
     assert api.image() == OLD
@@ -177,7 +196,7 @@ def test_a_crashing_container_that_was_injected_is_named(api, config, first, mon
         return manifest | {"spec": spec, "status": manifest["status"] | statuses}
 
     monkeypatch.setattr(api, "pod", injected)
-    reason = deploy_next(config).reason
+    reason = failed(deploy_next, config).outcome.reason
     assert [part for part in parts if part not in reason] == []
     assert "deploy.memory" not in reason
 
@@ -191,7 +210,7 @@ def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkey
 def test_an_image_pull_that_fails_until_the_deadline_is_named(api, config, first, monkeypatch):
     monkeypatch.setattr(wait, "IMAGE_PULL_TIMEOUT", 60.0)
     api.pod_states[NEW] = "ImagePullBackOff"
-    assert "ImagePullBackOff (about" in deploy_next(config).reason
+    assert "ImagePullBackOff (about" in str(failed(deploy_next, config))
 
 
 def test_the_reason_for_waiting_is_logged_once(api, config, first, caplog):
@@ -251,7 +270,7 @@ def test_an_object_that_never_settles_keeps_kubectls_share(api, config, applied_
 
 def test_a_version_with_other_answers_is_rolled_back(api, config, first):
     api.responses[NEW] = constant_response("Toronto", NEXT_LINEAGE.bento)
-    outcome = deploy_next(config)
+    outcome = failed(deploy_next, config).outcome
     assert outcome.outcome == "rolled_back"
     assert re.search(r"0 of 1 answers of .* but 50% must", outcome.reason)
     assert "'What is the capital?' and input 'Canada': expected 'Ottawa', got 'Toronto'" in outcome.reason
@@ -268,14 +287,14 @@ def test_requests_carry_the_token_of_the_environment(api, config, base_dir, adap
         outcome = KubernetesTarget(config).deploy(lineage, samples, 8)
         assert (outcome.outcome, outcome.bento) == ("deployed", tag)
         monkeypatch.setenv("GPT2_API_TOKEN", "another")
-        outcome = KubernetesTarget(config).deploy(lineage, samples, 8)
-        assert "set GPT2_API_TOKEN in the environment of this run" in outcome.reason
-    assert "s3cret-token" not in str(outcome)
+        with pytest.raises(DeployFailed, match="set GPT2_API_TOKEN in the environment of this run") as error:
+            KubernetesTarget(config).deploy(lineage, samples, 8)
+    assert "s3cret-token" not in str(outcome) + str(error.value)
 
 
 def test_an_image_with_another_bento_is_rolled_back(api, config, first):
     api.responses[NEW] = constant_response("Ottawa", "gpt2-instruct:9999999999999999")
-    outcome = deploy_next(config)
+    outcome = failed(deploy_next, config).outcome
     assert outcome.outcome == "rolled_back"
     assert "the service is gpt2-instruct:9999999999999999, not" in outcome.reason
 
@@ -289,7 +308,7 @@ def test_a_response_of_a_terminating_pod_is_requested_again(api, config, first):
 def test_a_failed_version_is_no_target_of_a_later_rollback(api, config, first):
     before = api.object("deployments")["spec"]
     api.pod_states[NEW] = "InvalidImageName"
-    deploy_next(config)
+    failed(deploy_next, config)
     assert api.object("deployments")["spec"] == before
     assert [each["image"] for each in api.replica_sets.values()] == [OLD]
     with pytest.raises(KubeError, match="has no revision of gpt2-instruct before"):
@@ -298,7 +317,7 @@ def test_a_failed_version_is_no_target_of_a_later_rollback(api, config, first):
 
 def test_a_deployment_after_a_rollback_does_not_conflict_with_it(api, config, first):
     api.pod_states[NEW] = "InvalidImageName"
-    deploy_next(config)
+    failed(deploy_next, config)
     api.pod_states[NEW] = "ready"
     assert deploy_next(config).outcome == "deployed"
     owners = api.objects[DEPLOYMENT].owners
@@ -319,11 +338,10 @@ def interrupt_first_wait(monkeypatch, interrupt: type[BaseException]) -> None:
 def test_an_interrupted_rollout_is_rolled_back(api, config, first, monkeypatch, interrupt):
     api.pod_states[NEW] = "unready"
     interrupt_first_wait(monkeypatch, interrupt)
-    with pytest.raises(DeployInterrupted) as interrupted:
-        deploy_next(config)
-    assert isinstance(interrupted.value.__cause__, interrupt)
-    assert interrupted.value.deployment.outcome == "rolled_back"
-    assert interrupted.value.deployment.reason.startswith(f"interrupted ({interrupt.__name__}); rolled back to {OLD}")
+    interrupted = failed(deploy_next, config)
+    assert isinstance(interrupted.interrupt, interrupt)
+    assert interrupted.outcome.outcome == "rolled_back"
+    assert interrupted.outcome.reason.startswith(f"interrupted ({interrupt.__name__}); rolled back to {OLD}")
     assert api.image() == OLD
 
 
@@ -342,21 +360,19 @@ def interrupted_after_apply(monkeypatch):
 
 
 def test_a_rollout_interrupted_in_its_apply_is_rolled_back(api, config, first, interrupted_after_apply):
-    with pytest.raises(DeployInterrupted):
-        deploy_next(config)
+    failed(deploy_next, config)
     assert api.image() == OLD
     assert api.running() == [OLD, OLD]
 
 
 def test_a_first_rollout_interrupted_in_its_apply_is_deleted(api, config, interrupted_after_apply):
-    with pytest.raises(DeployInterrupted):
-        deploy(config)
+    failed(deploy, config)
     assert DEPLOYMENT not in api.objects
 
 
 def test_a_failed_first_version_is_deleted(api, config):
     api.pod_states[OLD] = "InvalidImageName"
-    outcome = deploy(config)
+    outcome = failed(deploy, config).outcome
     assert (outcome.outcome, outcome.previous, outcome.revision) == ("rolled_back", None, None)
     assert "nothing was deployed before" in outcome.reason
     assert DEPLOYMENT not in api.objects
@@ -364,7 +380,7 @@ def test_a_failed_first_version_is_deleted(api, config):
 
 def test_a_running_version_that_fails_verification_is_reported_as_failed(config, api, first):
     api.responses[OLD] = constant_response("Toronto", LINEAGE.bento)
-    outcome = deploy(config)
+    outcome = failed(deploy, config).outcome
     assert outcome.outcome == "failed"
     assert "revision 1 already ran before" in outcome.reason
 
@@ -373,7 +389,7 @@ def test_a_rollback_to_a_broken_version_is_reported_as_failed(api, config, first
     api.pod_states |= {NEW: "InvalidImageName", OLD: "CrashLoopBackOff"}
     for each in api.replica_sets.values():
         each["ready"] = 0
-    outcome = deploy_next(config)
+    outcome = failed(deploy_next, config).outcome
     assert outcome.outcome == "failed"
     assert "could not be rolled back" in outcome.reason
     assert "CrashLoopBackOff" in outcome.reason
@@ -508,13 +524,14 @@ def test_an_existing_namespace_keeps_its_labels(api, config):
     assert api.object("services")["metadata"]["namespace"] == "shared"
 
 
-def test_a_deployment_scaled_to_zero_is_refused(api, config, first):
+@pytest.mark.parametrize("action", [preflight, deploy_next])
+def test_a_deployment_scaled_to_zero_is_refused(api, config, first, action):
     api.objects[DEPLOYMENT].set(("spec", "replicas"), 0, "kubectl")
     with pytest.raises(KubeError, match=r"scaled to 0 replicas; run `kubectl scale"):
-        deploy_next(config)
+        action(config)
 
 
-@pytest.mark.parametrize("action", [deploy_next, rollback])
+@pytest.mark.parametrize("action", [preflight, deploy_next, rollback])
 def test_a_deployment_of_another_tool_is_refused(api, config, first, action):
     def renamed(field):
         return tuple((("name", "web"),) if key == (("name", "gpt2-instruct"),) else key for key in field)
@@ -527,7 +544,7 @@ def test_a_deployment_of_another_tool_is_refused(api, config, first, action):
     assert api.objects[DEPLOYMENT] is stored
 
 
-@pytest.mark.parametrize("action", [deploy_next, rollback])
+@pytest.mark.parametrize("action", [preflight, deploy_next, rollback])
 def test_a_paused_deployment_is_refused(api, config, first, action):
     deploy_next(config)
     api.objects[DEPLOYMENT].set(("spec", "paused"), True, "kubectl-rollout")
@@ -558,10 +575,11 @@ def test_only_a_missing_permission_is_reported_as_one(api, config, message, part
     assert "permission" not in str(error.value)
 
 
-def test_all_missing_permissions_are_named_before_anything_changes(api, config):
+@pytest.mark.parametrize("action", [preflight, deploy])
+def test_all_missing_permissions_are_named_before_anything_changes(api, config, action):
     api.forbidden = {("create", "services/proxy"), ("patch", "deployments")}
     with pytest.raises(KubeError) as error:
-        deploy(config)
+        action(config)
     for part in (
         "permissions in namespace gpt2-instruct",
         ": patch deployments.apps, create services/proxy",
@@ -582,14 +600,14 @@ def test_the_deployer_role_grants_exactly_the_permissions_that_are_used(api, con
     granted = {(verb, name) for rule in role["rules"] for name in rule["resources"] for verb in rule["verbs"]}
     deploy(config)
     api.pod_states[NEW] = "CrashLoopBackOff"
-    deploy_next(config)
+    failed(deploy_next, config)
     api.pod_states[NEW] = "ready"
     deploy_next(config)
     rollback(config)
     api.objects.clear()
     api.replica_sets.clear()
     api.pod_states[OLD] = "CrashLoopBackOff"
-    deploy(config)
+    failed(deploy, config)
     creations = {("create", resource) for verb, resource in api.requests if verb == "patch"}  # an apply may create
     assert set(api.requests) | creations == granted | {("patch", "namespaces"), ("create", "namespaces")}
 
@@ -598,7 +616,7 @@ def test_the_token_of_the_cluster_is_in_no_log_outcome_or_error(api, config, cap
     caplog.set_level(logging.DEBUG)
     outcomes = [deploy(config)]
     api.pod_states[NEW] = "CrashLoopBackOff"
-    outcomes.append(deploy_next(config))
+    outcomes.append(failed(deploy_next, config).outcome)
     api.forbidden = {("patch", "deployments")}
     with pytest.raises(KubeError) as error:
         deploy_next(config)

@@ -4,9 +4,9 @@ import pytest
 
 from deploy.config import DeployConfig
 from deploy.containers.mounts import mount_files
+from deploy.containers.service import DockerTarget
 from deploy.server import service_environment
 from deploy.target import DeployError
-from deploy.targets import check_target
 
 
 def test_only_the_directories_of_log_and_adapters_are_mounted(tmp_path):
@@ -29,8 +29,7 @@ def test_a_directory_with_other_files_is_not_mounted(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_REQUEST_LOG", str(tmp_path / "requests.jsonl"))
     message = rf"access to other files.*\.ssh; .*such as {tmp_path}/requests/requests\.jsonl"
     with pytest.raises(DeployError, match=message):
-        check_target(DeployConfig(target="docker"))
-    check_target(DeployConfig(target="none"))
+        DockerTarget(DeployConfig(target="docker")).preflight()
 
 
 @pytest.mark.parametrize("log", ["requests.jsonl", "../requests.jsonl"])

@@ -1,11 +1,19 @@
 """The choice of a deploy target, and the form of its outcomes."""
 
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from docker.errors import NotFound
 
 from deploy.config import DeployConfig
+from deploy.containers import service
+from deploy.containers.service import DockerTarget
 from deploy.kubernetes.rollout import KubernetesTarget
-from deploy.target import Deployment, Version
+from deploy.target import DeployError, DeployOutcome, Version
 from deploy.targets import open_target
 
 
@@ -19,9 +27,35 @@ def test_kubernetes_opens_the_cluster(config):
     assert target.cluster.namespace == "gpt2-instruct"
 
 
+@pytest.fixture
+def no_proxy(monkeypatch):
+    """An engine without containers."""
+
+    @contextmanager
+    def connect():
+        yield SimpleNamespace(containers=SimpleNamespace(get=get))
+
+    def get(name):
+        raise NotFound(name)
+
+    monkeypatch.setattr(service, "connect", connect)
+
+
+def test_a_preflight_of_docker_names_a_port_in_use_and_an_address_of_another_machine(no_proxy):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        target = DockerTarget(DeployConfig(target="docker", port=listener.getsockname()[1]))
+        with pytest.raises(DeployError, match=r"port \d+ of 127\.0\.0\.1 is in use by another program"):
+            target.preflight()
+    target.preflight()
+    with pytest.raises(DeployError, match=r"deploy\.host is 192\.0\.2\.1, no address of this machine"):
+        DockerTarget(DeployConfig(target="docker", host="192.0.2.1")).preflight()
+
+
 def test_an_outcome_survives_json():
-    outcome = Deployment("kubernetes", "deployed", "gpt2-instruct:2", previous=Version("gpt2-instruct:1", "image:1", 1))
-    assert Deployment.from_json(outcome.to_json()) == outcome
+    outcome = DeployOutcome(
+        "kubernetes", "deployed", "gpt2-instruct:2", previous=Version("gpt2-instruct:1", "image:1", 1)
+    )
+    assert DeployOutcome.from_json(outcome.to_json()) == outcome
 
 
 def test_the_protocol_imports_no_client_library():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, get_scheduler
 
 from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained
@@ -366,6 +366,8 @@ def test_validation_may_be_limited_and_rare(model):
         ({"warmup_steps": 0, "decay_fraction": 0.0}, [1, 1, 1, 1, 1]),
         ({"warmup_steps": 0, "decay_fraction": 1.0}, [1, 0.8, 0.6, 0.4, 0.2]),
         ({"warmup_steps": 2, "decay_fraction": 0.4}, [1 / 3, 2 / 3, 1, 1, 0.5]),
+        ({"warmup_steps": 2, "decay_fraction": 1.0}, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
+        ({"warmup_steps": 9, "decay_fraction": 1.0}, [0.1, 0.2, 0.3, 0.4, 0.5]),
         ({"warmup_steps": 0, "decay_fraction": 0.4, "final_lr_ratio": 0.5}, [1, 1, 1, 1, 0.75]),
         ({"warmup_steps": 1, "schedule": "constant"}, [0.5, 1, 1, 1, 1]),
         (
@@ -376,6 +378,19 @@ def test_validation_may_be_limited_and_rare(model):
 )
 def test_the_learning_rate_warms_up_stays_constant_and_decays(values, factors):
     assert [learning_rate_factor(step, 5, config(**values)) for step in range(5)] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_decay_after_the_warm_up_is_that_of_transformers(schedule):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = get_scheduler(schedule, optimizer, num_warmup_steps=10, num_training_steps=24)
+    expected = []
+    for _ in range(24):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    factors = [learning_rate_factor(step, 24, config(warmup_steps=10, schedule=schedule)) for step in range(24)]
+    assert factors[10:] == pytest.approx(expected[10:])
 
 
 def test_the_seed_alone_decides_the_run_and_the_global_random_state_is_untouched(tiny_gpt2_dir):

@@ -82,3 +82,30 @@ def test_a_missing_container_engine_is_reported(stack, name, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
     with pytest.raises(ConfigError, match=rf"{name}: no container engine responds at unix:///nowhere/docker.sock"):
         check_stack(config(name), name)
+
+
+def deploy_to(target: str, **values) -> dict:
+    return {"parameters": {"deploy": {"target": target, **values}}}
+
+
+def test_a_deploy_target_that_cannot_be_reached_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: no container engine responds at unix:///nowhere/docker\.sock"):
+        check_stack(deploy_to("docker"), "mine.yaml")
+    kubernetes = deploy_to("kubernetes", image="a:1", kubeconfig=str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"mine\.yaml: the kubeconfig .*missing cannot be used"):
+        check_stack(kubernetes, "mine.yaml")
+    check_stack(deploy_to("none"), "mine.yaml")
+
+
+def test_a_deploy_target_of_a_step_that_runs_elsewhere_is_not_reached_from_here(tmp_path, monkeypatch):
+    register.register("local")
+    elsewhere = deploy_to("kubernetes", image="a:1", kubeconfig=str(tmp_path / "missing"))
+    check_stack(elsewhere | {"steps": {"deploy": {"step_operator": "docker"}}}, "mine.yaml")
+
+
+def test_a_local_container_is_no_deploy_target_of_a_step_that_runs_in_one(monkeypatch):
+    register.register("docker")
+    monkeypatch.setattr("pipelines.stack._check_images", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"deploy\.target is docker, but .*`make stack-local`"):
+        check_stack(config("docker.yaml") | deploy_to("docker"), "docker.yaml")

@@ -58,7 +58,7 @@ def test_an_ignored_champion_is_not_loaded(compared):
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_champion_with_another_tokenizer_is_compared_on_the_same_text(compared, monkeypatch, tokens):
     same = [Answer(str(i), True, replace(RIGHT, nll=1.0 / tokens), tokens) for i in range(4)]
-    champion = Champion(Path("adapter"), Path("base"), [])
+    champion = Champion("gpt2-instruct/7", Path("adapter"), "another", Path("base"), [])
     answers = SimpleNamespace(answers=same, scores=None)
     for name, value in (("_load", champion), ("_answers", answers)):
         monkeypatch.setattr(compare_module, name, lambda *_, value=value: value)

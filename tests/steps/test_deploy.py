@@ -7,9 +7,11 @@ from zenml import Model, link_artifact_to_model, save_artifact
 from zenml.client import Client
 from zenml.utils.pagination_utils import depaginate
 
-from deploy.target import DeployError, Deployment
+from deploy.config import DeployConfig
+from deploy.target import DeployError, DeployOutcome
 from run import main
 from steps import deploy as step
+from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import save_extra_artifact
 from steps.model_versions import version_name
 from steps.promote import Promotion
@@ -38,7 +40,7 @@ def records(monkeypatch):
     def open_target(config):
         if config.target == "none":
             return None
-        outcome = Deployment("kubernetes", "rolled_back", "", reason=config.namespace)
+        outcome = DeployOutcome("kubernetes", "rolled_back", "", reason=config.namespace)
         return SimpleNamespace(rollback=lambda: outcome)
 
     hidden = set()
@@ -54,7 +56,7 @@ def records(monkeypatch):
 
 def outcome_in(namespace, outcome, **values):
     config = {"target": "kubernetes", "image": "a:1", "namespace": namespace}
-    return Deployment("kubernetes", outcome, "").to_json() | {"config": config} | values
+    return DeployOutcome("kubernetes", outcome, "").to_json() | {"config": config} | values
 
 
 @pytest.mark.parametrize("outcome", ["rolled_back", "failed"])
@@ -77,6 +79,25 @@ def test_a_rollback_needs_no_file_and_ignores_artifacts_of_other_projects(record
     shutil.rmtree(artifact.uri)
     save_artifact("prod-eu", "deployment", user_metadata={"outcome": "deployed"})
     assert step.rollback().reason == "prod"
+
+
+def test_a_deployment_that_a_target_refuses_fails_the_step_and_is_recorded(monkeypatch):
+    def refuse(*_):
+        raise DeployError("port 3000 is in use")
+
+    recorded = []
+    monkeypatch.setattr(step, "exists", lambda bento: True)
+    monkeypatch.setattr(step, "open_target", lambda config: SimpleNamespace(deploy=refuse))
+    monkeypatch.setattr(step, "get_step_context", lambda: SimpleNamespace(pipeline_run=SimpleNamespace(id="17")))
+    monkeypatch.setattr(step, "save_extra_artifact", lambda name, content: recorded.append(content))
+    config = DeployConfig(target="docker")
+    with pytest.raises(DeployError, match="port 3000 is in use"):
+        step.deploy.entrypoint(
+            "a:1", make_lineage(), [], promotion_of("a/1"), config, PackageConfig(), EvaluateConfig()
+        )
+    [content] = recorded
+    parts = [content[key] for key in ("target", "outcome", "bento", "reason", "run")]
+    assert parts == ["docker", "failed", "a:1", "port 3000 is in use", "17"]
 
 
 @pytest.fixture

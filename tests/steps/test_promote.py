@@ -12,7 +12,7 @@ GAIN = Difference("exact_match", 0.5, [0.4, 0.6], 1e-9, 110, "exact McNemar")
 SAME = replace(GAIN, difference=0.0, ci95=[-0.03, 0.03], p_value=1.0)
 ALONE = Comparison({"exact_match": GAIN}, "", None, "no model version is in stage staging yet")
 UNSURE = replace(ALONE, tuned_vs_base={"exact_match": replace(GAIN, p_value=0.2)})
-BESIDE = replace(ALONE, champion="gpt2-instruct/3", tuned_vs_champion={"exact_match": SAME}, worst=-0.03)
+BESIDE = replace(ALONE, champion="gpt2-instruct/3", tuned_vs_champion={"exact_match": SAME}, lower_bound=-0.03)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ BESIDE = replace(ALONE, champion="gpt2-instruct/3", tuned_vs_champion={"exact_ma
         ),
         (BESIDE, {}, True, "as good as the champion"),
         (BESIDE, {"margin": 0.01}, False, "not shown to be as good as the champion"),
-        (replace(BESIDE, worst=-0.3), {}, False, "worse by at most 0.3000, and the margin is 0.05"),
-        (replace(BESIDE, worst=-0.3), {"champion": "ignore"}, True, "promote.champion is ignore"),
-        (replace(BESIDE, worst=None, note="on 2 of 9 records"), {}, False, "too few independent test records"),
+        (replace(BESIDE, lower_bound=-0.3), {}, False, "worse by at most 0.3000, and the margin is 0.05"),
+        (replace(BESIDE, lower_bound=-0.3), {"champion": "ignore"}, True, "promote.champion is ignore"),
+        (replace(BESIDE, lower_bound=None, note="on 2 of 9 records"), {}, False, "too few independent test records"),
         (
-            replace(BESIDE, tuned_vs_champion=None, worst=None, note="it was trained on them"),
+            replace(BESIDE, tuned_vs_champion=None, lower_bound=None, note="it was trained on them"),
             {},
             False,
             "trained on them",
