@@ -61,7 +61,7 @@ def load_adapter(
             trained on another base or with another prompt template, or the model has LoRA layers of another config or
             merged ones. The model is unchanged.
     """
-    lora, found = read_adapter(directory, model.config, model.wte.weight.device, base_sha256, accept_other_base)
+    lora, state = read_adapter(directory, model.config, model.wte.weight.device, base_sha256, accept_other_base)
     layers = list(lora_layers(model))
     if not layers:
         add_lora(model, lora)
@@ -71,7 +71,7 @@ def load_adapter(
         )
     elif any(layer.merged for _, layer in layers):
         raise ValueError("the model's adapter is merged; unmerge_lora(model) before loading another")
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(state, strict=False)
     return model
 
 
@@ -95,25 +95,25 @@ def read_adapter(
     lora = _read_lora_config(directory / ADAPTER_CONFIG, description)
     _check_prompt(directory / ADAPTER_CONFIG, description.get("prompt"))
     _check_base(directory / ADAPTER_CONFIG, description.get("base"), base_sha256, accept_other_base)
-    found = read_tensors(file, device)
+    state = read_tensors(file, device)
     if description.get("sha256") != hashlib.sha256(file.read_bytes()).hexdigest():
         raise ValueError(f"{file} does not match its {ADAPTER_CONFIG} (sha256 differs); save the adapter again")
-    largest = max((size for tensor in found.values() for size in tensor.shape), default=0)
+    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
     if lora.rank > largest:  # before a model of that size is allocated
         raise ValueError(
             f"{directory / ADAPTER_CONFIG}: rank is {lora.rank}, but no tensor in {file.name} is that large"
         )
     with torch.device("meta"):
         expected = _adapter_state(add_lora(GPT2(config), lora))
-    for key in expected.keys() | found.keys():
-        if key not in found or key not in expected:
+    for key in expected.keys() | state.keys():
+        if key not in state or key not in expected:
             problem = "missing" if key in expected else f"not a key of this model with {lora}"
             raise ValueError(f"{file}: key {key!r} is {problem}")
-        if found[key].shape != expected[key].shape:
-            shapes = f"{tuple(found[key].shape)} in the file, {tuple(expected[key].shape)} by the config"
+        if state[key].shape != expected[key].shape:
+            shapes = f"{tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} by the config"
             raise ValueError(f"{file}: key {key!r} has a shape that differs from its config: {shapes}")
-        check_weight(file, key, found[key])
-    return lora, found
+        check_weight(file, key, state[key])
+    return lora, state
 
 
 def _read_lora_config(file: Path, description: Mapping[str, Any]) -> LoraConfig:

@@ -132,7 +132,7 @@ def uses_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> bo
 def _common_prefix(examples: Sequence[Example], at_most: int) -> int:
     """Return the length of the prefix that all examples share, at most `at_most` tokens."""
     smallest, largest = min(example.input_ids for example in examples), max(example.input_ids for example in examples)
-    for i, (one, other) in enumerate(zip(smallest[:at_most], largest[:at_most], strict=False)):
-        if one != other:
+    for i, (first, last) in enumerate(zip(smallest[:at_most], largest[:at_most], strict=False)):
+        if first != last:
             return i
     return at_most

@@ -215,14 +215,14 @@ def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Pa
     return replace(config, generation_config=text)
 
 
-def _known_ids(found: Any, n_tokens: int, end: int | None = None) -> Any:
+def _known_ids(value: Any, n_tokens: int, end: int | None = None) -> Any:
     """Return the id or ids below `n_tokens`, and `end` if it is not None; None if there are none."""
-    listed = list(found) if isinstance(found, list | tuple) else [found]
+    listed = list(value) if isinstance(value, list | tuple) else [value]
     ids = [id for id in listed if type(id) is int and 0 <= id < n_tokens]
     if end is not None and end not in ids:
         ids.insert(0, end)
     if ids == listed:
-        return found
+        return value
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
@@ -243,12 +243,12 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
-        found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-        binary = next((name for name in found if name.endswith(BINARIES)), None)
+        present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+        binary = next((name for name in present if name.endswith(BINARIES)), None)
         convert = "convert it: load it with transformers and call save_pretrained(directory)"
         hint = f"; {binary} can run any code and is not read; {convert}" if binary else ""
         raise FileNotFoundError(
-            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(found) or 'nothing'}){hint}"
+            f"{directory} has neither {WEIGHTS} nor {INDEX} (found: {', '.join(present) or 'nothing'}){hint}"
         )
     names = shard_files(directory)
     for name in names:

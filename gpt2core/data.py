@@ -1,7 +1,7 @@
 """Conversion of instruction records to training examples: splitting, length limits, encoding. No network access."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import NamedTuple
@@ -36,6 +36,7 @@ __all__ = [
     "by_part",
     "check_examples",
     "check_records",
+    "connected_components",
     "count_duplicates",
     "count_leaks",
     "count_repeated_questions",
@@ -230,25 +231,36 @@ def _ordered_groups(records: Sequence[Record], seed: int | None) -> list[list[in
 
 def _groups(records: Sequence[Record]) -> list[list[int]]:
     """Return the connected components of records that share a `group` or question, in order of their first record."""
-    parent = list(range(len(records)))
+    keys = list[list[tuple[str, ...]]]()
+    for record in records:
+        keys.append([("question", *same_question(record))])
+        if record.get("group"):
+            keys[-1].append(("group", record["group"]))
+    return connected_components(keys)
+
+
+def connected_components(keys: Sequence[Collection[Hashable]]) -> list[list[int]]:
+    """Return the indices of items that common keys connect, directly or not, in order of each component's first item.
+
+    Args:
+        keys: the keys of each item.
+    """
+    parent = list(range(len(keys)))
 
     def root(i: int) -> int:
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
 
-    first: dict[tuple[str, ...], int] = {}
-    for i, record in enumerate(records):
-        keys: list[tuple[str, ...]] = [("question", *same_question(record))]
-        if record.get("group"):
-            keys.append(("group", record["group"]))
-        for key in keys:
-            one, other = sorted((root(first.setdefault(key, i)), root(i)))
-            parent[other] = one
-    members: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(records)):
-        members[root(i)].append(i)
-    return list(members.values())
+    first: dict[Hashable, int] = {}
+    for i, item_keys in enumerate(keys):
+        for key in item_keys:
+            lower, higher = sorted((root(first.setdefault(key, i)), root(i)))
+            parent[higher] = lower
+    components: dict[int, list[int]] = defaultdict(list)
+    for i in range(len(keys)):
+        components[root(i)].append(i)
+    return list(components.values())
 
 
 def _take(groups: list[list[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -281,19 +293,19 @@ def limit_lengths(
         ValueError: `too_long` is "error" and a record does not fit, or it is "truncate" and a prompt leaves no space
             for an output: the message has all locations. Or no record of a part is left.
     """
-    found = find_too_long(records, tokenizer, context_length)
-    if found and too_long == "error":
-        raise _too_long_error(found, len(records), context_length)
+    long_records = find_too_long(records, tokenizer, context_length)
+    if long_records and too_long == "error":
+        raise _too_long_error(long_records, len(records), context_length)
     limited: dict[int, Record] = dict(enumerate(records))
     without_room = []
-    for long in found:
-        record = limited.pop(long.index)
+    for long_record in long_records:
+        record = limited.pop(long_record.index)
         if too_long == "truncate" and _part(record) != "test":
             shorter = _truncate(record, tokenizer, context_length)
             if shorter is None:
-                without_room.append(long)
+                without_room.append(long_record)
             else:
-                limited[long.index] = shorter
+                limited[long_record.index] = shorter
     limited = dict(sorted(limited.items()))
     if without_room:
         raise ValueError(
@@ -304,7 +316,7 @@ def limit_lengths(
     for part in parts.keys() - {record.get("part", "") for record in limited.values()}:  # else split off from train
         of_part = f" of the part {part}" if part else ""
         raise ValueError(f"all {parts[part]} records{of_part} have more tokens than the context of {context_length}")
-    return list(limited.values()), found
+    return list(limited.values()), long_records
 
 
 def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, context_length: int) -> list[Example]:
@@ -319,9 +331,9 @@ def encode_records(records: Sequence[Record], tokenizer: tiktoken.Encoding, cont
     """
     check_texts(records)
     examples = [_encode(record, tokenizer) for record in records]
-    found = _too_long(records, examples, context_length)
-    if found:
-        raise _too_long_error(found, len(records), context_length)
+    long_records = _too_long(records, examples, context_length)
+    if long_records:
+        raise _too_long_error(long_records, len(records), context_length)
     return examples
 
 
@@ -331,7 +343,7 @@ def check_examples(name: str, examples: Sequence[Example], config: GPT2Config) -
     Raises:
         ValueError: an example has no prompt or no response, more tokens than the context, or an unknown token.
     """
-    for i, (ids, prompt_length) in enumerate((each.input_ids, each.prompt_length) for each in examples):
+    for i, (ids, prompt_length) in enumerate((example.input_ids, example.prompt_length) for example in examples):
         if not 1 <= prompt_length < len(ids):
             problem = f"has a prompt of {prompt_length} tokens; it must be at least 1 and leave a response"
         elif len(ids) > config.n_positions + 1:  # the last token is a label only
@@ -370,14 +382,15 @@ def _too_long(records: Sequence[Record], examples: Sequence[Example], context_le
     ]
 
 
-def _too_long_error(found: Sequence[LongRecord], n: int, context_length: int) -> ValueError:
+def _too_long_error(long_records: Sequence[LongRecord], n: int, context_length: int) -> ValueError:
     return ValueError(
-        f"{len(found)} of {n} records have more tokens than the context of {context_length}: {_locations(found)}; "
-        "shorten them, set too_long to drop or truncate, or use a base with a longer context"
+        f"{len(long_records)} of {n} records have more tokens than the context of {context_length}: "
+        f"{_locations(long_records)}; shorten them, set too_long to drop or truncate, or use a base with a longer "
+        "context"
     )
 
 
-def _locations(found: Sequence[LongRecord]) -> str:
-    shown = ", ".join(f"{record.location} has {record.tokens} tokens" for record in found[:SHOWN_RECORDS])
-    rest = len(found) - SHOWN_RECORDS
+def _locations(long_records: Sequence[LongRecord]) -> str:
+    shown = ", ".join(f"{record.location} has {record.tokens} tokens" for record in long_records[:SHOWN_RECORDS])
+    rest = len(long_records) - SHOWN_RECORDS
     return f"{shown}{f' and {rest} more' if rest > 0 else ''}"

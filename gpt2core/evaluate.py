@@ -56,13 +56,13 @@ def evaluate(
         completions += generate(model, prompts, config)
         progress(len(completions))
     losses = token_losses(model, examples, batch_size, "response")
-    own = [
+    completed = [
         Example([*example.input_ids[: example.prompt_length], *completion], example.prompt_length)
         for example, completion in zip(examples, completions, strict=True)
     ]
     answers = []
-    for record, completion, loss, (own_loss, n_tokens) in zip(
-        records, completions, losses, token_losses(model, own, batch_size, "response"), strict=True
+    for record, completion, loss, (completion_loss, n_tokens) in zip(
+        records, completions, losses, token_losses(model, completed, batch_size, "response"), strict=True
     ):
         text = answer_text(completion, tokenizer)
         answers.append(
@@ -71,10 +71,10 @@ def evaluate(
                 finished=completion[-1] == tokenizer.eot_token,
                 scores=score_record(record["output"], text, loss, rouge_l),
                 reference_tokens=loss[1],
-                confidence=math.exp(-own_loss / n_tokens),
+                confidence=math.exp(-completion_loss / n_tokens),
             )
         )
-    scores = aggregate([each.scores for each in answers], losses, [each.finished for each in answers])
+    scores = aggregate([answer.scores for answer in answers], losses, [answer.finished for answer in answers])
     return Answers(answers, scores, model.wte.weight.device.type)
 
 
@@ -102,8 +102,8 @@ def sample_answers(
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
     correct, answers = 0.0, [set[str]() for _ in records]
     for sample in range(n_samples):
-        own = replace(config, eos_id=tokenizer.eot_token, seed=1000 * seed + sample)
-        for i, completion in enumerate(generate(model, prompts, own)):
+        sampling_config = replace(config, eos_id=tokenizer.eot_token, seed=1000 * seed + sample)
+        for i, completion in enumerate(generate(model, prompts, sampling_config)):
             answer = answer_text(completion, tokenizer)
             correct += exact_match(records[i]["output"], answer)
             answers[i].add(answer)

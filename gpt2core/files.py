@@ -74,8 +74,8 @@ def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
 
 def _cause(error: OSError) -> tuple[int | None, str | None]:
     """Return the number and the text of an OSError; of the list of errors in `shutil.Error`, those of the first one."""
-    if isinstance(error, shutil.Error) and (found := re.search(r"\[Errno (\d+)\] ([^:']+)", str(error))):
-        return int(found[1]), found[2]
+    if isinstance(error, shutil.Error) and (match := re.search(r"\[Errno (\d+)\] ([^:']+)", str(error))):
+        return int(match[1]), match[2]
     return error.errno, error.strerror
 
 
@@ -125,8 +125,8 @@ def checkpoint_files(directory: str | Path) -> list[str]:
     Raises:
         ValueError: as `shard_files`.
     """
-    found = {file.name for pattern in CHECKPOINT_FILES for file in Path(directory).glob(pattern)}
-    return sorted(found | {name for name in shard_files(directory) if (Path(directory) / name).is_file()})
+    names = {file.name for pattern in CHECKPOINT_FILES for file in Path(directory).glob(pattern)}
+    return sorted(names | {name for name in shard_files(directory) if (Path(directory) / name).is_file()})
 
 
 def shard_files(directory: str | Path) -> list[str]:
@@ -160,10 +160,10 @@ def verify_directory(directory: str | Path, sha256: str, files: Collection[str] 
         ValueError: the digests differ; the message has the directory, its files and both digests.
     """
     names = list_files(directory) if files is None else sorted(files)
-    found = directory_sha256(directory, names)
-    if len(sha256) < 16 or not found.startswith(sha256):
+    digest = directory_sha256(directory, names)
+    if len(sha256) < 16 or not digest.startswith(sha256):
         raise ValueError(
-            f"{directory} is damaged or was changed: sha256 {found} of {', '.join(names) or 'no files'}, but {sha256} "
+            f"{directory} is damaged or was changed: sha256 {digest} of {', '.join(names) or 'no files'}, but {sha256} "
             "was recorded when it was stored"
         )
 

@@ -58,6 +58,6 @@ def token_losses(model: GPT2, examples: Sequence[Example], batch_size: int, loss
             assert batch.owners is not None
             totals = torch.zeros(len(part), dtype=torch.float64, device=weight.device)
             sums.append(totals.index_add_(0, batch.owners, losses.double()))
-    counts = [len(one.input_ids) - (one.prompt_length if loss_on == "response" else 1) for one in examples]
-    found: list[float] = torch.cat(sums).tolist() if sums else []  # the only wait for a GPU
-    return list(zip(found, counts, strict=True))
+    counts = [len(example.input_ids) - (example.prompt_length if loss_on == "response" else 1) for example in examples]
+    loss_sums: list[float] = torch.cat(sums).tolist() if sums else []  # the only wait for a GPU
+    return list(zip(loss_sums, counts, strict=True))

@@ -121,11 +121,11 @@ class GPT2(nn.Module):
 
         x = self.wte(input_ids) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            kept = keep if layer + 1 == len(self.h) else None
+            block_keep = keep if layer + 1 == len(self.h) else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, mask, None, kept, use_reentrant=False)
+                x = checkpoint(block, x, mask, None, block_keep, use_reentrant=False)
             else:
-                x = block(x, mask, None if cache is None else (cache, layer), kept)
+                x = block(x, mask, None if cache is None else (cache, layer), block_keep)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)

@@ -58,7 +58,7 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig | Pret
     decay_steps = min(config.decay_fraction * total_steps, total_steps - config.warmup_steps)
     if config.schedule == "constant":
         decay_steps = 0
-    left = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
+    decay = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
     if config.schedule == "cosine":
-        left = (1 - math.cos(math.pi * left)) / 2
-    return config.final_lr_ratio + (1 - config.final_lr_ratio) * left
+        decay = (1 - math.cos(math.pi * decay)) / 2
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * decay

@@ -5,6 +5,7 @@ third of the output (q, k and v).
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import sqrt
@@ -170,35 +171,12 @@ def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, peft: PeftConfig) -> list[_Layer]:
-    """Read and check the tensors of a PEFT adapter."""
+    """Read and check the layers of a PEFT adapter."""
     needed = ("A", "B", "magnitude") if peft.dora else ("A", "B")
-    C, M = config.n_embd, config.mlp_width
-    sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
-    prefixes = set()  # "transformer.", or "" for a model without its head
-    for key, tensor in read_tensors(file, device).items():
-        match = _KEY.fullmatch(key)
-        prefix, block, path, matrix, magnitude = match.groups("") if match else ("", config.n_layer, "", "", "")
-        if int(block) >= config.n_layer or (matrix or magnitude) not in needed:
-            raise ValueError(f"{file}: key {key!r} is not an adapted layer of a GPT-2 with n_layer={config.n_layer}")
-        width, out = sizes[path]
-        expected: tuple[int, ...] = (out,)
-        if matrix and tensor.dim() == 2:
-            expected = (tensor.shape[0], width) if matrix == "A" else (out, tensor.shape[1])
-        if tuple(tensor.shape) != expected or tensor.dim() != (2 if matrix else 1) or 0 in tensor.shape:
-            raise ValueError(f"{file}: key {key!r} has the shape {tuple(tensor.shape)}, which does not fit {expected}")
-        check_weight(file, key, tensor)
-        prefixes.add(prefix)
-        found.setdefault((int(block), path), {})[matrix or magnitude] = tensor.float()
-    paths = sorted({path for _, path in found})
-    if not paths:
-        raise ValueError(f"{file} has no tensors")
-    if len(prefixes) > 1:
-        raise ValueError(f"{file} has keys both with and without 'transformer.' before 'h.'; they are of two models")
-    [prefix] = prefixes
+    prefix, tensors = _read_matrices(file, config, device, needed)
     layers = []
-    for block, path in product(range(config.n_layer), paths):
-        parts, name = found.get((block, path), {}), f"h.{block}.{path}"
+    for block, path in product(range(config.n_layer), sorted({path for _, path in tensors})):
+        parts, name = tensors.get((block, path), {}), f"h.{block}.{path}"
         is_adapted = peft.adapts(prefix + name)
         if not parts and not is_adapted:
             if peft.dora:
@@ -218,3 +196,37 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
             raise ValueError(f"{file}: lora_A and lora_B of {name} have different ranks, {a.shape[0]} and {b.shape[1]}")
         layers.append(_Layer(block, path, peft.scaling(prefix + name, len(a)), a, b, parts.get("magnitude")))
     return layers
+
+
+def _read_matrices(
+    file: Path, config: GPT2Config, device: str | torch.device, needed: Sequence[str]
+) -> tuple[str, dict[tuple[int, str], dict[str, Tensor]]]:
+    """Return the prefix of all keys, "transformer." or "", and the tensors in fp32: (block, path) -> name -> tensor.
+
+    Args:
+        needed: names of the tensors that a layer can have.
+    """
+    C, M = config.n_embd, config.mlp_width
+    sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, M), "mlp.c_proj": (M, C)}
+    tensors: dict[tuple[int, str], dict[str, Tensor]] = {}
+    prefixes = set()  # "transformer.", or "" for a model without its head
+    for key, tensor in read_tensors(file, device).items():
+        match = _KEY.fullmatch(key)
+        prefix, block, path, matrix, magnitude = match.groups("") if match else ("", config.n_layer, "", "", "")
+        if int(block) >= config.n_layer or (matrix or magnitude) not in needed:
+            raise ValueError(f"{file}: key {key!r} is not an adapted layer of a GPT-2 with n_layer={config.n_layer}")
+        width, out = sizes[path]
+        expected: tuple[int, ...] = (out,)
+        if matrix and tensor.dim() == 2:
+            expected = (tensor.shape[0], width) if matrix == "A" else (out, tensor.shape[1])
+        if tuple(tensor.shape) != expected or tensor.dim() != (2 if matrix else 1) or 0 in tensor.shape:
+            raise ValueError(f"{file}: key {key!r} has the shape {tuple(tensor.shape)}, which does not fit {expected}")
+        check_weight(file, key, tensor)
+        prefixes.add(prefix)
+        tensors.setdefault((int(block), path), {})[matrix or magnitude] = tensor.float()
+    if not tensors:
+        raise ValueError(f"{file} has no tensors")
+    if len(prefixes) > 1:
+        raise ValueError(f"{file} has keys both with and without 'transformer.' before 'h.'; they are of two models")
+    [prefix] = prefixes
+    return prefix, tensors

@@ -84,9 +84,9 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}, not an object: {shorten(value)}")
     columns = _applying(value, columns)
-    for key, own in columns.items():
-        if own not in value and (key in required or key not in (*TEXTS, *LABELS)):
-            raise ValueError(f"no {own!r}, which data.columns gives as {key!r}, in {shorten(value)}")
+    for key, column in columns.items():
+        if column not in value and (key in required or key not in (*TEXTS, *LABELS)):
+            raise ValueError(f"no {column!r}, which data.columns gives as {key!r}, in {shorten(value)}")
     value = _rename(value, columns)
     kind = _format(value)
     for key, inner in value.items():
@@ -114,7 +114,7 @@ def _applying(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[s
 
 def _rename(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """Rename mapped columns to this project's keys. An unmapped column with the name of a mapped key is dropped."""
-    named = {own: key for key, own in columns.items()}
+    named = {column: key for key, column in columns.items()}
     return {named.get(key, key): inner for key, inner in value.items() if key not in columns or key in named}
 
 
@@ -131,19 +131,19 @@ def _conversation(value: Mapping[str, Any], key: str, required: Sequence[str]) -
         turns = turns[1:]
     texts = [(role, text) for role, text, _ in turns]
     labels = {name: value[name] for name in LABELS if name in value}
-    found = []
+    records = []
     for i, (role, text, is_learned) in enumerate(turns):
         if role == "assistant":
             if i == 0 or turns[i - 1][0] != "user":
                 before = "no turn" if i == 0 else "another assistant turn"
                 raise ValueError(f"{key!r}: an assistant turn comes after {before}, not after the user's")
             if is_learned:
-                found.append({"instruction": turns[i - 1][1], "input": format_turns(texts[: i - 1]), "output": text})
+                records.append({"instruction": turns[i - 1][1], "input": format_turns(texts[: i - 1]), "output": text})
     if "output" not in required and turns and turns[-1][0] == "user":  # a question
         return [labels | {"instruction": turns[-1][1], "input": format_turns(texts[:-1]), "output": ""}]
-    if not found:
+    if not records:
         raise ValueError(f"{key!r} has no answer of the assistant to learn: {shorten(messages)}")
-    return [labels | record for record in found]
+    return [labels | record for record in records]
 
 
 def _messages(value: Mapping[str, Any], key: str) -> list[Any]:

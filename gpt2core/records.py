@@ -123,49 +123,72 @@ def make_records(
     """
     records: list[Record] = []
     problems: list[str] = []
-    formats, ignored = Counter[str](), Counter[str]()
-    conversations = with_system = skipped = 0
+    counts = _FormatCounts(columns)
     for row in rows:
-        found: list[Record | str]
-        try:
-            found = [_record(value, required) for value in to_records(row.value, required, columns)]
-        except ValueError as error:
-            found = [str(error)]
-        formats[format_of(row.value, columns)] += 1
-        ignored.update(ignored_keys(row.value, columns))
-        roles = roles_of(row.value, columns)
-        conversations += bool(roles)
-        with_system += "system" in roles
-        first = next((role for role in roles if role != "system"), "")
-        skipped += format_of(row.value, columns) == SHAREGPT and first == "assistant"
-        # The group is named by its content: a number could be the same for conversations of different files.
-        digest = records_sha256([record for record in found if not isinstance(record, str)]) if len(found) > 1 else ""
-        for answer, record in enumerate(found, 1):
-            location = row.location if len(found) == 1 else f"{row.location}, answer {answer}"
+        counts.add(row.value)
+        for record in _records_of(row, required, columns):
             if isinstance(record, str):
-                problems.append(f"{location}: {record}")
-                continue
-            if len(found) > 1:
-                record.setdefault("group", f"conversation {digest[:12]}")
-            records.append(_with_location(record | ({"part": PARTS[row.part]} if row.part else {}), location))
+                problems.append(record)
+            else:
+                records.append(record)
     if not records and not problems:
         raise ValueError(f"{source}: the list of records is empty")
-    if problems and (formats[""] or any(": no '" in problem for problem in problems)):
+    if problems and (counts.formats[""] or any(": no '" in problem for problem in problems)):
         known = "instruction and output, prompt and completion, messages, or conversations"
         problems[min(len(problems), SHOWN_PROBLEMS) - 1] += f" (a record has {known}; data.columns maps other names)"
     _refuse(problems, source)
-    read_as = ", ".join(f"{count} as {name}" for name, count in formats.items())
-    logger.info("%s: %d records, read %s", source, len(records), read_as)
-    if ignored:
-        keys = ", ".join(f"{shorten(key)} in {count}" for key, count in ignored.most_common(SHOWN_PROBLEMS))
-        logger.warning("%s: keys that are not used: %s (data.columns maps names)", source, keys)
-    if with_system:
-        what = "have system messages, which are dropped"
-        logger.warning("%s: %d of %d conversations %s", source, with_system, conversations, what)
-    if skipped:
-        what = "begin with an answer instead of a question; this answer is skipped"
-        logger.warning("%s: %d of %d conversations %s", source, skipped, formats[SHAREGPT], what)
+    counts.log(source, len(records))
     return records
+
+
+def _records_of(row: Row, required: Sequence[str], columns: Mapping[str, str]) -> Iterator[Record | str]:
+    """Yield the records of a row. For a faulty record, yield its location and a description of its error."""
+    try:
+        records = [_record(value, required) for value in to_records(row.value, required, columns)]
+    except ValueError as error:
+        records = [str(error)]
+    is_conversation = len(records) > 1
+    # The group is named by its content: a number could be the same for conversations of different files.
+    digest = records_sha256([record for record in records if not isinstance(record, str)]) if is_conversation else ""
+    for answer, record in enumerate(records, 1):
+        location = f"{row.location}, answer {answer}" if is_conversation else row.location
+        if isinstance(record, str):
+            yield f"{location}: {record}"
+            continue
+        if is_conversation:
+            record.setdefault("group", f"conversation {digest[:12]}")
+        yield _with_location(record | ({"part": PARTS[row.part]} if row.part else {}), location)
+
+
+class _FormatCounts:
+    """What `make_records` logs about the formats of a file's rows."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self._columns = columns
+        self.formats, self._ignored = Counter[str](), Counter[str]()
+        self._conversations = self._with_system = self._skipped = 0
+
+    def add(self, value: Any) -> None:
+        name, roles = format_of(value, self._columns), roles_of(value, self._columns)
+        self.formats[name] += 1
+        self._ignored.update(ignored_keys(value, self._columns))
+        self._conversations += bool(roles)
+        self._with_system += "system" in roles
+        first = next((role for role in roles if role != "system"), "")
+        self._skipped += name == SHAREGPT and first == "assistant"
+
+    def log(self, source: str, n_records: int) -> None:
+        read_as = ", ".join(f"{count} as {name}" for name, count in self.formats.items())
+        logger.info("%s: %d records, read %s", source, n_records, read_as)
+        if self._ignored:
+            keys = ", ".join(f"{shorten(key)} in {count}" for key, count in self._ignored.most_common(SHOWN_PROBLEMS))
+            logger.warning("%s: keys that are not used: %s (data.columns maps names)", source, keys)
+        if self._with_system:
+            what = "have system messages, which are dropped"
+            logger.warning("%s: %d of %d conversations %s", source, self._with_system, self._conversations, what)
+        if self._skipped:
+            what = "begin with an answer instead of a question; this answer is skipped"
+            logger.warning("%s: %d of %d conversations %s", source, self._skipped, self.formats[SHAREGPT], what)
 
 
 def check_records(records: Any, source: str = "records", required: Sequence[str] = REQUIRED) -> list[Record]:
@@ -190,7 +213,7 @@ def check_texts(records: Sequence[Record]) -> None:
         ValueError: a text is missing or not a string, with the record's location.
     """
     texts = ([record.get(key) for key in REQUIRED] + [record.get("input") or ""] for record in records)
-    wrong = [i for i, each in enumerate(texts) if not all(isinstance(text, str) for text in each)]
+    wrong = [i for i, values in enumerate(texts) if not all(isinstance(text, str) for text in values)]
     _refuse([f"{location_of(records, i)}: {_record(records[i], REQUIRED)}" for i in wrong], "records")
 
 

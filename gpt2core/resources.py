@@ -73,11 +73,11 @@ class ResourceMeter:
                     self._shares.append(busy)
 
     def _sample_memory(self) -> None:
-        found = {"system/memory_mib": resident_bytes() / 2**20}
+        values = {"system/memory_mib": resident_bytes() / 2**20}
         if self._gpu is not None:
-            found["system/gpu_memory_mib"] = torch.cuda.memory_allocated(self._gpu) / 2**20
+            values["system/gpu_memory_mib"] = torch.cuda.memory_allocated(self._gpu) / 2**20
         with self._lock:
-            self._peaks = {name: max(value, self._peaks.get(name, 0.0)) for name, value in found.items()}
+            self._peaks = {name: max(value, self._peaks.get(name, 0.0)) for name, value in values.items()}
 
 
 def resident_bytes() -> int:

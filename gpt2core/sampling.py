@@ -1,7 +1,7 @@
 """Sampling: choose the next token of each completion by the parameters of `GenerationConfig`.
 
-`generate` and the engine both use it, so they generate the same tokens. "Controls" are the parameters that change the
-logits before a token is chosen: logit_bias, the penalties, min_tokens and a grammar. Shape letters: B rows, V tokens.
+`generate` and the engine both use it, so they generate the same tokens. Logits processors change the logits before a
+token is chosen: logit_bias, the penalties, min_tokens and a grammar. Shape letters: B rows, V tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Sampler:
         # Random numbers are drawn on the host: a seed then gives the same numbers on every device, and one copy to the
         # device suffices for all rows.
         self.random = None if config.temperature == 0 else Random(config.seed)  # noqa: S311
-        self.has_controls = grammar is not None or bool(
+        self.has_processors = grammar is not None or bool(
             config.logit_bias
             or config.repetition_penalty != 1
             or config.presence_penalty
@@ -59,12 +59,12 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every token is the most likely one, without controls."""
-        return self.config.temperature == 0 and not self.has_controls
+        """Whether every token is the most likely one, without logits processors."""
+        return self.config.temperature == 0 and not self.has_processors
 
     def scores(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
-        """Apply the controls to the logits (V) of the token that follows `completion`."""
-        return self._control(logits, completion) if self.has_controls else logits
+        """Apply the logits processors to the logits (V) of the token that follows `completion`."""
+        return self._process(logits, completion) if self.has_processors else logits
 
     def accept(self, token: int) -> int:
         """Advance the grammar by the chosen token, and return the token."""
@@ -89,8 +89,8 @@ class Sampler:
         biases = torch.tensor([float(bias) for _, bias in self.config.logit_bias])
         return self._tensor([token for token, _ in self.config.logit_bias]), to_device(biases, self._device)
 
-    def _control(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
-        """Return a copy of the logits (V) with all controls applied, in the order of transformers."""
+    def _process(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
+        """Return a copy of the logits (V) with all processors applied, in the order of transformers."""
         config, logits = self.config, logits.clone()
         if config.logit_bias:
             tokens, biases = self._bias
@@ -121,7 +121,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers: Sequence[float]) -> Tensor:
-    """Sample one token (n) per row of scores, logits (V) after the controls, by inverse transform sampling.
+    """Sample one token (n) per row of scores, logits (V) after the processors, by inverse transform sampling.
 
     The token is the first one at which the cumulative sum of the probabilities exceeds number * total.
 
@@ -147,7 +147,7 @@ def choose(
 ) -> list[int | Exception]:
     """Choose the next token of each completion from logits (B, V). The result of a row that failed is its exception.
 
-    The host synchronizes with the device once per call; controls can add synchronizations.
+    The host synchronizes with the device once per call; logits processors can add synchronizations.
 
     Args:
         samplers: None: ignore the row; its result is meaningless.
@@ -159,24 +159,24 @@ def choose(
     best = most_likely(logits) if best is None else best
     used = {i: sampler for i, sampler in enumerate(samplers) if sampler is not None}
     scores, outputs = _scores(used, logits, completions)
-    controlled = [i for i in scores if used[i].has_controls]
+    processed = [i for i in scores if used[i].has_processors]
     drawn = {i: random.random() for i in scores if (random := used[i].random) is not None}
     parts = [best]
-    if controlled:
-        parts.append(most_likely(torch.stack([scores[i] for i in controlled])))
+    if processed:
+        parts.append(most_likely(torch.stack([scores[i] for i in processed])))
     if drawn:
         parts.append(draw([scores[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
-    candidates = torch.cat(parts)  # of every row, then of the rows `controlled`, then of the rows `drawn`
+    candidates = torch.cat(parts)  # of every row, then of the rows `processed`, then of the rows `drawn`
     reading = copy_to_host_async(candidates)
     if ahead is not None:
-        ahead(_last_candidates(candidates, [*range(len(best)), *controlled, *drawn]) if scores else candidates)
+        ahead(_last_candidates(candidates, [*range(len(best)), *processed, *drawn]) if scores else candidates)
     read: list[int] = reading()
     likely, others = read[: len(best)], read[len(best) :]
-    after_controls = dict(zip(controlled, others, strict=False))
-    sampled = dict(zip(drawn, others[len(controlled) :], strict=True))
+    after_processing = dict(zip(processed, others, strict=False))
+    sampled = dict(zip(drawn, others[len(processed) :], strict=True))
     for i in used.keys() - outputs.keys():
         try:
-            outputs[i] = used[i].accept(_token(likely[i], after_controls.get(i), sampled.get(i), logits.shape[1]))
+            outputs[i] = used[i].accept(_token(likely[i], after_processing.get(i), sampled.get(i), logits.shape[1]))
         except Exception as error:
             outputs[i] = error
     return [outputs.get(i, 0) for i in range(len(samplers))]
@@ -185,7 +185,7 @@ def choose(
 def _scores(
     samplers: Mapping[int, Sampler], logits: Tensor, completions: Sequence[Sequence[int]]
 ) -> tuple[dict[int, Tensor], dict[int, int | Exception]]:
-    """Return {row: logits (V) after the controls} of rows that are not greedy, and {row: exception} of failed rows."""
+    """Return {row: processed logits (V)} of rows that are not greedy, and {row: exception} of failed rows."""
     scores: dict[int, Tensor] = {}
     failed: dict[int, int | Exception] = {}
     for i, sampler in samplers.items():
@@ -204,19 +204,19 @@ def _last_candidates(candidates: Tensor, rows: Sequence[int]) -> Tensor:
     return candidates.index_select(0, to_device(index, candidates.device))
 
 
-def _token(likely: int, after_controls: int | None, sampled: int | None, vocab_size: int) -> int:
+def _token(likely: int, after_processing: int | None, sampled: int | None, vocab_size: int) -> int:
     """Return the token of a row, which is the last of its candidates.
 
     Args:
         likely: the result of `most_likely` for the row's logits.
-        after_controls: the same for its logits after the controls. None: it has no controls.
+        after_processing: the same for its logits after the processors. None: it has no processors.
         sampled: the token that was drawn. None: the row is not sampled.
     """
     if likely < 0:
         raise NonFiniteLogits
-    if after_controls is not None and after_controls < 0:
-        raise ValueError("no token may follow: the controls of this request exclude all of them")
-    token = likely if after_controls is None else after_controls
+    if after_processing is not None and after_processing < 0:
+        raise ValueError("no token may follow: the logits processors of this request exclude all of them")
+    token = likely if after_processing is None else after_processing
     token = token if sampled is None else sampled
     if token >= vocab_size:  # it would fail the next step, and so every request of the step
         raise RuntimeError(f"token {token} was drawn, but the ids of the model are from 0 to {vocab_size - 1}")
@@ -242,15 +242,15 @@ def distribution(logits: Tensor, configs: Sequence[GenerationConfig]) -> Tensor:
     settings = [sampling_values(config, V) for config in configs]
     _, top_k, top_p, smallest_p = zip(*settings, strict=True)
     columns = to_device(torch.tensor(settings, dtype=torch.float64), logits.device)
-    temperature, kept, nucleus, min_p = columns.T.contiguous()[..., None]  # four of (B, 1)
+    temperature, k, p, min_p = columns.T.contiguous()[..., None]  # four of (B, 1)
     # Logits are taken relative to the largest one, so that the division cannot overflow, however small the temperature.
     probabilities = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float()).softmax(-1)
     if limits := [k for k in top_k if k < V]:
-        smallest = probabilities.topk(max(limits)).values.gather(1, kept.long().clamp(max=max(limits)) - 1)
-        probabilities.mul_((probabilities >= smallest).logical_or_(kept == V))
+        smallest = probabilities.topk(max(limits)).values.gather(1, k.long().clamp(max=max(limits)) - 1)
+        probabilities.mul_((probabilities >= smallest).logical_or_(k == V))
         probabilities.div_(probabilities.sum(-1, keepdim=True))
     if min(top_p) < 1:
-        probabilities = _nucleus(probabilities, nucleus.masked_fill(nucleus == 1, inf))
+        probabilities = _nucleus(probabilities, p.masked_fill(p == 1, inf))
     if any(smallest_p):  # arXiv:2407.01082
         probabilities.mul_(probabilities >= min_p.float() * probabilities.amax(-1, keepdim=True))
     return probabilities

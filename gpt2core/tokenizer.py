@@ -216,10 +216,10 @@ def _ranks(vocabulary: Vocabulary) -> dict[bytes, int]:
     if missing:
         raise ValueError(f"{source}: the vocabulary has no {missing[0]!r}, which the merges need; they do not match")
     made = {*_byte_of_character(), *merged}
-    other = next((token for token in ids if token not in made), None)
-    if other is not None:
+    unmade = next((token for token in ids if token not in made), None)
+    if unmade is not None:
         raise ValueError(
-            f"{source}: no merge makes the token {other!r}; the files do not match, or it is a special token: declare "
+            f"{source}: no merge makes the token {unmade!r}; the files do not match, or it is a special token: declare "
             f"it in transformers (add_special_tokens, then save_pretrained), which lists it in {TOKENIZER}"
         )
     order = [ids[token] for token in merged]

@@ -154,14 +154,7 @@ def _run(model: GPT2, plan: Plan, log: Log | None, checkpoint_dir: str | Path | 
         state = TrainingState(weights, plan.optimizers(weights), device)
         if directory is not None:
             fingerprint = plan.fingerprint()
-            state.resume(directory, fingerprint)
-            if state.progress.step > plan.total_steps:
-                raise ValueError(
-                    f"the checkpoint in {directory} is of step {state.progress.step}, but this run has "
-                    f"{plan.total_steps} steps; raise epochs or max_steps, or pass another checkpoint_dir"
-                )
-            for entry in state.progress.history:  # a tracker then has the whole curve, also after a kill
-                log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
+            _resume(state, plan, directory, fingerprint, log)
         losses: list[Tensor] = []  # losses of the steps since the host last read them
         batches = _Batches(plan)
         # LoraLinear casts its inputs itself, so autocast is needed only if fp32 weights of the base are trained
@@ -184,6 +177,18 @@ def _run(model: GPT2, plan: Plan, log: Log | None, checkpoint_dir: str | Path | 
     progress = state.progress
     speed = progress.tokens_seen / progress.seconds if progress.seconds else 0.0
     return TrainResult(progress.history, progress.best_val_loss, speed)
+
+
+def _resume(state: TrainingState, plan: Plan, directory: Path, fingerprint: str, log: Log) -> None:
+    """Read the checkpoint of an interrupted run with this fingerprint, if there is one, and log its history again."""
+    state.resume(directory, fingerprint)
+    if state.progress.step > plan.total_steps:
+        raise ValueError(
+            f"the checkpoint in {directory} is of step {state.progress.step}, but this run has "
+            f"{plan.total_steps} steps; raise epochs or max_steps, or pass another checkpoint_dir"
+        )
+    for entry in state.progress.history:  # a tracker then has the whole curve, also after a kill
+        log(int(entry["step"]), {name: value for name, value in entry.items() if name != "step"})
 
 
 @contextmanager
@@ -244,8 +249,8 @@ def _step(
     config, progress, weights = plan.config, state.progress, state.weights
     learning_rate = state.scale_learning_rates(learning_rate_factor(progress.step, plan.total_steps, config))
     parts = batches.take(progress.step)
-    own_labels, own_tokens = sum(part.n_labels for part in parts), sum(part.n_tokens for part in parts)
-    n_labels, n_tokens = map(int, summed(own_labels, own_tokens))
+    # the numbers of labels and tokens of all processes
+    n_labels, n_tokens = map(int, summed(sum(part.n_labels for part in parts), sum(part.n_tokens for part in parts)))
     step_loss = torch.zeros((), device=state.device)
     for part in parts:
         step_loss += add_gradients(part, n_labels)

@@ -88,7 +88,7 @@ class FinetuningPlan(Plan):
     def batches(self, step: int) -> list[Batch]:
         shares = [part[self._rank :: self._world_size] for part in self._indices(step)]
         options = self.config.loss_on, self._device, self._share_prefix, self._use_varlen, self.use_graphs
-        return [pack([self._train[i] for i in own], *options) for own in shares if own]
+        return [pack([self._train[i] for i in share], *options) for share in shares if share]
 
     def describe(self, step: int) -> str:
         return f"training records {', '.join(str(i + 1) for part in self._indices(step) for i in part)}"
@@ -101,8 +101,8 @@ class FinetuningPlan(Plan):
         if not self._val:
             return None
         config, limit = self.config, self.config.limit_val_batches
-        own = self._val[: None if limit is None else limit * config.batch_size][self._rank :: self._world_size]
-        sums = token_losses(self._model, own, config.batch_size, config.loss_on)
+        examples = self._val[: None if limit is None else limit * config.batch_size][self._rank :: self._world_size]
+        sums = token_losses(self._model, examples, config.batch_size, config.loss_on)
         loss, count = summed(sum(loss for loss, _ in sums), sum(count for _, count in sums))
         return loss / count
 
@@ -149,8 +149,8 @@ class PretrainingPlan(Plan):
         generator, T = _generator(self.config.seed, this_pass), self._length
         offset = int(torch.randint(T, (1,), generator=generator))
         order = torch.randperm((len(self._tokens) - offset - 1) // T, generator=generator)
-        own = order[step_in_pass * self._per_step : (step_in_pass + 1) * self._per_step]
-        index = [offset + part[:, None] * T + torch.arange(T + 1) for part in own.split(self.config.batch_size)]
+        sequences = order[step_in_pass * self._per_step : (step_in_pass + 1) * self._per_step]
+        index = [offset + part[:, None] * T + torch.arange(T + 1) for part in sequences.split(self.config.batch_size)]
         texts = [self._tokens[i] for i in index]  # each (B, T + 1)
         return [Batch(text[:, :-1], text[:, 1:], text[:, 1:].numel()).to(self._device) for text in texts]
 

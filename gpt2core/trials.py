@@ -90,16 +90,16 @@ def attention_trial(label: str, seed: int, config: AttentionConfig) -> Trial:
         torch.manual_seed(seed)
         projection = nn.Linear(C, 3 * C).to(device)
     x = torch.randn(B, T, C, generator=generator).to(device)
-    kept: dict[int, int] = {}
+    saved_bytes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     times: dict[str, list[float]] = {"forward": [], "backward": []}
     for _ in range(4):  # the first iteration is a warm-up
-        kept.clear()
+        saved_bytes.clear()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = _now(device)
@@ -110,9 +110,9 @@ def attention_trial(label: str, seed: int, config: AttentionConfig) -> Trial:
         y.sum().backward()
         times["forward"].append(middle - start)
         times["backward"].append(_now(device) - middle)
-    mib = (torch.cuda.max_memory_allocated() if device.type == "cuda" else sum(kept.values())) / 2**20
+    mib = (torch.cuda.max_memory_allocated() if device.type == "cuda" else sum(saved_bytes.values())) / 2**20
     metrics: dict[str, float | None] = {"kept_mib": mib}
-    metrics |= {f"{name}_ms": 1000 * min(found[1:]) for name, found in times.items()}
+    metrics |= {f"{name}_ms": 1000 * min(seconds[1:]) for name, seconds in times.items()}
     return Trial(label, seed, machine(), metrics)
 
 

@@ -7,6 +7,7 @@ from random import Random
 
 from gpt2core.demo.world import Fact
 
+N_RECORDS = 1100
 # Families that a base of a million weights can at best memorize. A few of their records show its limits in the report.
 HARD = ("spelling", "addition")
 HARD_SHARE = 0.04  # share of each hard family in all records
@@ -160,8 +161,8 @@ _INSTRUCTIONS = {
 }
 
 
-def write_records(world: Sequence[Fact], seed: int, n: int = 1100) -> list[dict[str, str]]:
-    """Return `n` distinct records in random order. A fact gives at most six records, so a small world may give fewer.
+def write_records(world: Sequence[Fact], seed: int) -> list[dict[str, str]]:
+    """Return N_RECORDS distinct records in random order; fewer for a small world, as a fact gives at most six.
 
     Families have equal numbers of records, except hard ones, which have fewer. Within a family, the numbers of records
     per fact differ by at most one.
@@ -172,19 +173,19 @@ def write_records(world: Sequence[Fact], seed: int, n: int = 1100) -> list[dict[
         facts[fact.family].append(fact)
     records = [
         record
-        for family, count in _counts(list(facts), n).items()
+        for family, count in _counts(list(facts)).items()
         for record in _write_family(facts[family], count, random)
     ]
     random.shuffle(records)
     return records
 
 
-def _counts(families: Sequence[str], n: int) -> dict[str, int]:
-    """Return the number of records of each family, `n` in total."""
-    counts = {family: round(n * HARD_SHARE) for family in families if family in HARD}
+def _counts(families: Sequence[str]) -> dict[str, int]:
+    """Return the number of records of each family, N_RECORDS in total."""
+    counts = {family: round(N_RECORDS * HARD_SHARE) for family in families if family in HARD}
     others = [family for family in families if family not in HARD]
-    share, left = divmod(n - sum(counts.values()), len(others))
-    return counts | {family: share + (i < left) for i, family in enumerate(others)}
+    share, remainder = divmod(N_RECORDS - sum(counts.values()), len(others))
+    return counts | {family: share + (i < remainder) for i, family in enumerate(others)}
 
 
 def _write_family(facts: Sequence[Fact], count: int, random: Random) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from random import Random
 
+from gpt2core.data import connected_components
 from gpt2core.demo.tables import (
     ADJECTIVES,
     ANTONYMS,
@@ -50,8 +51,8 @@ def make_world(seed: int, n_facts: int | None = None) -> list[Fact]:
             "None is the whole world"
         )
     by_rank = sorted((rank, family) for family, pairs in families.items() for rank in range(len(pairs)))
-    kept = sorted(by_rank[:n_facts], key=lambda place: (list(families).index(place[1]), place[0]))
-    return _with_groups([Fact(family, "", *families[family][rank]) for rank, family in kept])
+    chosen = sorted(by_rank[:n_facts], key=lambda place: (list(families).index(place[1]), place[0]))
+    return _with_groups([Fact(family, "", *families[family][rank]) for rank, family in chosen])
 
 
 def _pick_facts(random: Random) -> dict[str, list[tuple[str, str]]]:
@@ -110,17 +111,11 @@ def _in_words(n: int) -> str:
 
 def _with_groups(facts: list[Fact]) -> list[Fact]:
     """Set the `group` of the facts: groups are the connected components of facts that share an entity."""
-    parent: dict[str, str] = {}
-
-    def root(entity: str) -> str:
-        while (next_up := parent.setdefault(entity, entity)) != entity:
-            entity = next_up
-        return entity
-
-    for fact in facts:
-        first, last = sorted((root(_entities(fact)[0]), root(_entities(fact)[-1])))
-        parent[last] = first
-    return [replace(fact, group=root(fact.subject.lower())) for fact in facts]
+    entities = [_entities(fact) for fact in facts]
+    names = dict[int, str]()
+    for component in connected_components(entities):
+        names |= dict.fromkeys(component, min(entity for i in component for entity in entities[i]))
+    return [replace(fact, group=names[i]) for i, fact in enumerate(facts)]
 
 
 def _entities(fact: Fact) -> tuple[str, ...]:

@@ -79,18 +79,18 @@ class AdapterStack:
         self.owner: dict[str, Tensor] = {}  # path -> (R): index of each rank's adapter
         n_layer = 1 + max(layer for adapter in adapters for layer, _ in adapter.matrices)
         for path in LAYER_PATHS:
-            own = [
+            adapted = [
                 (i, target)
                 for i, adapter in enumerate(adapters)
                 for target in layer_targets(path)
                 if (0, target) in adapter.matrices
             ]
-            if not own:
+            if not adapted:
                 continue
-            owners = [i for i, target in own for _ in range(len(adapters[i].matrices[0, target][0]))]
-            self.owner[path] = to_device(torch.tensor(owners), device)
+            rank_owners = [i for i, target in adapted for _ in range(len(adapters[i].matrices[0, target][0]))]
+            self.owner[path] = to_device(torch.tensor(rank_owners), device)
             for layer in range(n_layer):
-                pairs = [(target, *adapters[i].matrices[layer, target]) for i, target in own]
+                pairs = [(target, *adapters[i].matrices[layer, target]) for i, target in adapted]
                 wide = [widen_b(b[None], [target]) for target, _, b in pairs]
                 self.matrices[layer, path] = torch.cat([a for _, a, _ in pairs]), torch.cat(wide, 1)
 

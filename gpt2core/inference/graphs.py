@@ -47,10 +47,10 @@ class _LaunchedStep:
 
         Rows that became free since the launch are ignored.
         """
-        now = list(zip(cache.requests, cache.lengths, strict=True))
-        then = list(zip(self.requests, self.lengths, strict=True))
-        is_alike = all(row[0] is None or row == own for row, own in zip(now, then, strict=False))
-        return stack is self.stack and len(now) <= len(then) and is_alike
+        current = list(zip(cache.requests, cache.lengths, strict=True))
+        launched = list(zip(self.requests, self.lengths, strict=True))
+        is_alike = all(row[0] is None or row == old for row, old in zip(current, launched, strict=False))
+        return stack is self.stack and len(current) <= len(launched) and is_alike
 
 
 class RowDecoder:
@@ -142,7 +142,7 @@ class RowDecoder:
         # Repeating the step gives the same results. It has no stream of its own: for each stream that ever computed a
         # matrix product, torch keeps 32 MiB (H100) for cuBLAS.
         compute()
-        pool = next((one.graph.pool() for one in self._graphs.values()), None)
+        pool = next((captured.graph.pool() for captured in self._graphs.values()), None)
         graph, outputs = capture_graph(compute, device, pool)
         logger.debug("captured a CUDA graph for %d rows of %d columns", n, width)
         return _Graph(graph, outputs)

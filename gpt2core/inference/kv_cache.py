@@ -97,11 +97,11 @@ class PrefillBatch:
         n_keys = [prefill.length + n for prefill, n in zip(prefills, n_new, strict=True)]
         self._kv = prefills[0].kv.new_empty(n_layer, sum(n_keys), 2, H, D)
         places = list[int]()
-        for prefill, n, end, own in zip(prefills, n_new, accumulate(n_keys), self._kv.split(n_keys, 1), strict=True):
+        for prefill, n, end, kv in zip(prefills, n_new, accumulate(n_keys), self._kv.split(n_keys, 1), strict=True):
             places += range(end - n, end)
             if prefill.length:
-                own[:, : prefill.length] = prefill.kv[..., : prefill.length, :].permute(0, 3, 1, 2, 4)
-            prefill.kv = own.permute(0, 2, 3, 1, 4)
+                kv[:, : prefill.length] = prefill.kv[..., : prefill.length, :].permute(0, 3, 1, 2, 4)
+            prefill.kv = kv.permute(0, 2, 3, 1, 4)
         self._places = to_device(int_tensor(places), self._kv.device)
         self._ends_q, self._ends_k = (
             to_device(torch.tensor([0, *accumulate(n)], dtype=torch.int32), self._kv.device) for n in (n_new, n_keys)
@@ -379,14 +379,14 @@ class PrefixCache:
 
     def find(self, adapter: Adapter | None, input_ids: Sequence[int]) -> list[Tensor]:
         """Return the cached blocks (n_layer, 2, H, block, D) at the start of the prompt, never with its last token."""
-        found = []
+        blocks = []
         for end in range(self._block, len(input_ids), self._block):
             key = adapter, tuple(input_ids[:end])
             if key not in self._blocks:
                 break
             self._blocks.move_to_end(key)
-            found.append(self._blocks[key])
-        return found
+            blocks.append(self._blocks[key])
+        return blocks
 
     def store(self, prefill: PrefillCache) -> None:
         """Copy the blocks of a completely processed prompt into the cache."""

@@ -172,8 +172,8 @@ class Scratch:
             quantized = torch.empty(n, widest, dtype=torch.uint8), torch.empty(n), torch.empty(n, dtype=torch.int32)
             self._for_products = torch.empty(n, self._width), *quantized
             self._for_layers = tuple(torch.empty(n, k) for k in (3 * self._width, self._width, self._mlp_width))
-            self.of_product = _Scratch(*(one.data_ptr() for one in self._for_products))
-            self.of_layers = [one.data_ptr() for one in self._for_layers]
+            self.of_product = _Scratch(*(tensor.data_ptr() for tensor in self._for_products))
+            self.of_layers = [tensor.data_ptr() for tensor in self._for_layers]
 
 
 class Int8Linear:
@@ -183,20 +183,21 @@ class Int8Linear:
         self.shape = n_out, n_in = weight.shape
         n_tiles = -(-n_out // TILE)
         tiles = zeros_in_huge_pages((n_tiles, n_in // 4, TILE), torch.int32)  # one int32 is four int8 weights
-        scale, own_bias, sums = torch.zeros(3, n_tiles * TILE)
+        scale, padded_bias, sums = torch.zeros(3, n_tiles * TILE)
         if bias is not None:
-            own_bias[:n_out] = bias
+            padded_bias[:n_out] = bias
         rows = torch.empty(min(n_out, ROWS), n_in)
         for first in range(0, n_out, ROWS):
             part = weight[first : first + ROWS]
-            own, at = rows[: len(part)].copy_(part), slice(first, first + len(part))
-            scale[at] = (torch.maximum(own.amax(1), -own.amin(1)) / 127).clamp(min=1e-30)
-            own.div_(scale[at, None]).round_()
-            sums[at] = own.sum(1)  # exact in fp32 for up to 2**17 numbers of at most 127
-            whole = F.pad(own.to(torch.int8), (0, 0, 0, -len(own) % TILE)).view(torch.int32).view(-1, TILE, n_in // 4)
-            tiles[first // TILE :][: len(whole)] = whole.transpose(1, 2)
-        self._tensors = tiles, scale, own_bias, sums.to(torch.int32)
-        self._matrix = _Matrix(*(one.data_ptr() for one in self._tensors), n_in, n_out, n_tiles)
+            quantized, at = rows[: len(part)].copy_(part), slice(first, first + len(part))
+            scale[at] = (torch.maximum(quantized.amax(1), -quantized.amin(1)) / 127).clamp(min=1e-30)
+            quantized.div_(scale[at, None]).round_()
+            sums[at] = quantized.sum(1)  # exact in fp32 for up to 2**17 numbers of at most 127
+            padded = F.pad(quantized.to(torch.int8), (0, 0, 0, -len(quantized) % TILE))
+            stored = padded.view(torch.int32).view(-1, TILE, n_in // 4)
+            tiles[first // TILE :][: len(stored)] = stored.transpose(1, 2)
+        self._tensors = tiles, scale, padded_bias, sums.to(torch.int32)
+        self._matrix = _Matrix(*(tensor.data_ptr() for tensor in self._tensors), n_in, n_out, n_tiles)
         self.address = ctypes.addressof(self._matrix)
         self._scratch = scratch
 
@@ -225,11 +226,11 @@ def draw(scores: Sequence[Tensor], configs: Sequence[GenerationConfig], numbers:
     width = len(scores[0])
     weights = torch.empty(len(scores), 2, width)
     draws = (_Draw * len(scores))()
-    for one, logits, own, config, number in zip(draws, scores, weights, configs, numbers, strict=True):
-        one.logits, one.weights, one.width, one.number = logits.data_ptr(), own.data_ptr(), width, number
-        one.temperature, one.top_k, one.top_p, one.min_p = sampling_values(config, width)
+    for row, logits, row_weights, config, number in zip(draws, scores, weights, configs, numbers, strict=True):
+        row.logits, row.weights, row.width, row.number = logits.data_ptr(), row_weights.data_ptr(), width, number
+        row.temperature, row.top_k, row.top_p, row.min_p = sampling_values(config, width)
     _functions().draw(draws, ctypes.c_int64(len(draws)))
-    return torch.tensor([one.token for one in draws])
+    return torch.tensor([row.token for row in draws])
 
 
 def n_heads_with_scales(n_head: int, head_width: int) -> int:
@@ -313,7 +314,7 @@ class Layers:
         self._layers = (_Layer * len(blocks))()
         for layer, block in zip(self._layers, blocks, strict=True):
             layer.matrices[:] = [matrix.address for matrix in block.projections]
-            layer.norms[:] = [one.data_ptr() for norm in (block.ln_1, block.ln_2) for one in (norm.weight, norm.bias)]
+            layer.norms[:] = [p.data_ptr() for norm in (block.ln_1, block.ln_2) for p in (norm.weight, norm.bias)]
             layer.scale = block.scale
 
     def __call__(self, x: Tensor, spans: Sequence[Span], adapters: RowAdapters | None = None) -> Tensor:
@@ -326,8 +327,8 @@ class Layers:
         """
         n, C = x.shape
         self._scratch.reserve(n)
-        starts = accumulate((one.n for one in spans), initial=0)
-        numbers = [number for one, start in zip(spans, starts, strict=False) for number in (*one, start)]
+        starts = accumulate((sequence.n for sequence in spans), initial=0)
+        numbers = [number for sequence, start in zip(spans, starts, strict=False) for number in (*sequence, start)]
         sequences = (ctypes.c_int64 * len(numbers))(*numbers)
         call = _Step(
             *(ctypes.addressof(self._layers), ctypes.addressof(sequences)),

@@ -248,9 +248,9 @@ def _perplexity_cost(model: GPT2, quantized: QuantizedModel) -> float:
     completions = generate(model, prompts, GenerationConfig(SAMPLE_TOKENS, temperature=1.0, seed=0))
     ids = torch.tensor([prompt + tokens for prompt, tokens in zip(prompts, completions, strict=True)])  # (B, T)
     positions = torch.arange(ids.shape[1])
-    found = torch.stack([quantized.logits(quantized.hidden(row, positions)) for row in ids]).log_softmax(-1)
+    logprobs = torch.stack([quantized.logits(quantized.hidden(row, positions)) for row in ids]).log_softmax(-1)
     divergence = F.kl_div(
-        found.flatten(0, 1), log_probabilities(ids).flatten(0, 1), log_target=True, reduction="batchmean"
+        logprobs.flatten(0, 1), log_probabilities(ids).flatten(0, 1), log_target=True, reduction="batchmean"
     )
     return expm1(min(float(divergence), 700.0))
 

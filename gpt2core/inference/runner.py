@@ -106,8 +106,8 @@ class ModelRunner:
 
         def attention(layer: int, qkv: Tensor) -> Tensor:
             scale = self._model.blocks[layer].scale
-            found = [attend(layer, part, scale) for attend, part in zip(functions, qkv.split(sizes), strict=True)]
-            return found[0] if len(found) == 1 else torch.cat(found)
+            outputs = [attend(layer, part, scale) for attend, part in zip(functions, qkv.split(sizes), strict=True)]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
         return attention
 
@@ -124,10 +124,10 @@ class ModelRunner:
         """
         requests = (*step.rows, *(chunk.request for chunk in step.chunks))
         used = {request.adapter for request in requests if request is not None and request.adapter is not None}
-        held = set() if self._stack is None else set(self._stack.adapters)
+        stacked = set() if self._stack is None else set(self._stack.adapters)
         if self._decoder is not None or self._model.is_native:
-            used |= held
-        if used and used != held:
+            used |= stacked
+        if used and used != stacked:
             self._set_stack(self._model.stack(sorted(used, key=id)))
 
     def _set_stack(self, stack: AdapterStack | NativeAdapterStack | None) -> None:
@@ -170,7 +170,7 @@ class ModelRunner:
 def _record(request: Request, logits: Tensor, output: Output) -> Output:
     """Record the token's log probabilities from logits (1, token_count). Return the output, or an error that occurs."""
     try:
-        if not all(isfinite(one.logprob) for one in request.prompt_logprobs):
+        if not all(isfinite(token.logprob) for token in request.prompt_logprobs):
             raise NonFiniteLogits
         if isinstance(output, int):
             request.logprobs += _logprobs(logits, [output], request.n_logprobs or 0)
@@ -189,6 +189,6 @@ def _record_prompt(request: Request, logits: Tensor) -> None:
 def _logprobs(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenLogprobs]:
     """Return the log probabilities of one token per row of logits (n, token_count), and of the most likely tokens."""
     logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = (columns.tolist() for columns in logprobs.topk(n_top))
-    return [TokenLogprobs(one, list(zip(*top, strict=True))) for one, *top in zip(own, ids, values, strict=True)]
+    return [TokenLogprobs(p, list(zip(*top, strict=True))) for p, *top in zip(chosen, ids, values, strict=True)]
