@@ -287,7 +287,7 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
     stream = io.StringIO(text.lstrip("\ufeff"), newline="")
     separator = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=lambda each: _header_width(stream, each))
     stream.seek(0)
-    lines = csv.reader(stream, delimiter=separator, strict=True)
+    lines = csv.reader(stream, delimiter=separator, strict=True, skipinitialspace=_has_padding(text, separator))
     header: list[str] = []
     number, start = 0, 1
     try:
@@ -297,7 +297,7 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
                 continue
             if not header:
                 header = [name.strip() for name in cells]
-                twice = next((name for name in header if header.count(name) > 1), None)
+                twice = next((name for name in header if name and header.count(name) > 1), None)
                 if twice is not None:
                     raise ValueError(f"{file}, {location}: the column {twice!r} occurs twice in the header")
                 continue
@@ -307,9 +307,22 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
                     f"{file}, {location} (record {number}): {len(cells)} cells, but the header has {len(header)} "
                     f"columns: {shorten(cells)}; a cell with a separator or a line break must be in double quotes"
                 )
+            # Excel writes empty columns without a name at the end, pandas row numbers at the beginning
+            extra = next((i for i, cell in enumerate(cells) if i and cell.strip() and not header[i]), None)
+            if extra is not None:
+                raise ValueError(
+                    f"{file}, {location} (record {number}): column {extra + 1} has no name, but a cell: "
+                    f"{shorten(cells[extra])}; name it, or put a cell with a separator in double quotes"
+                )
             yield Row(f"record {number} ({location})", dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise ValueError(f"{file}, line {start} (record {number + 1}): {error}") from None
+
+
+def _has_padding(text: str, separator: str) -> bool:
+    """Return whether a cell in quotes has blanks before them. Blanks at the beginning of cells are not text then."""
+    cells = re.finditer(rf'( *)"(?:[^"]++|"")*+"(?=[{separator}\r\n]|\Z)|[^{separator}\r\n]+', text)
+    return any(cell[1] for cell in cells)
 
 
 def _header_width(stream: io.StringIO, separator: str) -> int:
@@ -319,7 +332,7 @@ def _header_width(stream: io.StringIO, separator: str) -> int:
     """
     stream.seek(0)
     try:
-        rows = csv.reader(stream, delimiter=separator, strict=True)
+        rows = csv.reader(stream, delimiter=separator, strict=True, skipinitialspace=True)
         return next((len(cells) for cells in rows if any(cell.strip() for cell in cells)), 0)
     except csv.Error:
         return 0

@@ -395,6 +395,37 @@ def test_separators_within_quotes_of_the_header_do_not_count(write, header, colu
     assert read_records(file, columns={"instruction": column}) == [GOOD]
 
 
+@pytest.mark.parametrize(
+    ("text", "instruction", "output"),
+    [
+        ('instruction, output\n"a, x", " b"\n', "a, x", " b"),
+        ('instruction; output\n  "a ""y""";  b\n', 'a "y"', "b"),
+        ('"instruction", "output"\na, b\n', "a", "b"),
+        ('instruction, output\n"a\n, ""x"" y", "b"\n', 'a\n, "x" y', "b"),
+        # no blank is before the quotes of a cell, so blanks are text
+        ("instruction, output\na, b\n", "a", " b"),
+        ('instruction,output\n5" or, x "y"\n', '5" or', ' x "y"'),
+        ('instruction,output\n"a, ""x""",b\n', 'a, "x"', "b"),
+        ('instruction,output\n"a\n ""x""", b\n', 'a\n "x"', " b"),
+    ],
+)
+def test_blanks_before_the_quotes_of_a_cell_are_not_text(write, text, instruction, output):
+    [record] = read_records(write("a.csv", text))
+    assert (record["instruction"], record["output"]) == (instruction, output)
+
+
+@pytest.mark.parametrize("text", ["instruction,output,,\na,b,,\nc,d,, \n", ",instruction,output\n0,a,b\n1,c,d\n"])
+def test_empty_columns_without_a_name_and_row_numbers_are_ignored(write, text):
+    assert [record["output"] for record in read_records(write("a.csv", text))] == ["b", "d"]
+
+
+@pytest.mark.parametrize("header", ["instruction,output,,", "instruction,output,other,"])
+def test_a_cell_of_a_column_without_a_name_is_refused(write, header):
+    """It is probably the end of a row whose texts have a comma outside of quotes."""
+    with pytest.raises(ValueError, match=r"line 3 \(record 2\): column 4 has no name, but a cell: \"d\".*quotes"):
+        read_records(write("a.csv", f"{header}\na,b,,\na,b,,d\n"))
+
+
 def test_a_long_cell_of_a_csv_file_is_read(tmp_path):
     (tmp_path / "a.csv").write_text(f"instruction,output\na,{'x' * 200_000}\n")
     assert len(read_records(tmp_path / "a.csv")[0]["output"]) == 200_000
