@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -82,7 +82,10 @@ def location_of(records: Sequence[Record], i: int) -> str:
 
 
 def read_records(
-    file: str | Path, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
+    file: str | Path,
+    required: Sequence[str] = REQUIRED,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    on_invalid: Callable[[str], object] | None = None,
 ) -> list[Record]:
     """Read the records of a .json, .jsonl, .ndjson, .csv or .tsv file. Each must have non-empty `required` keys.
 
@@ -92,6 +95,7 @@ def read_records(
 
     Args:
         columns: key of a record -> its name in the file, if that differs.
+        on_invalid: see `make_records`.
 
     Raises:
         FileNotFoundError, ValueError: the message names the file, and the line, column and record of the error.
@@ -108,18 +112,27 @@ def read_records(
         )
     text = _decode(file.read_bytes(), file)
     rows = _csv_rows(text, file) if suffix in (".csv", ".tsv") else _Parser(text, file, columns).rows()
-    return make_records(rows, str(file), required, columns)
+    return make_records(rows, str(file), required, columns, on_invalid)
 
 
 def make_records(
-    rows: Iterable[Row], source: str, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
+    rows: Iterable[Row],
+    source: str,
+    required: Sequence[str] = REQUIRED,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    on_invalid: Callable[[str], object] | None = None,
 ) -> list[Record]:
     """Convert rows of any known format to records, and log the formats.
 
     The records of a conversation get a common `group`, so that a split keeps them together.
 
+    Args:
+        on_invalid: called with location and error of each faulty record, which is dropped with a warning. None: faulty
+            records are an error.
+
     Raises:
-        ValueError: there are no rows, or some are faulty; the message has the source and their locations.
+        ValueError: there are no rows, or some are faulty (with `on_invalid`: all); the message has the source and their
+            locations.
     """
     records: list[Record] = []
     problems: list[str] = []
@@ -153,7 +166,13 @@ def make_records(
     if problems and (formats[""] or any(": no '" in problem for problem in problems)):
         known = "instruction and output, prompt and completion, messages, or conversations"
         problems[min(len(problems), SHOWN_PROBLEMS) - 1] += f" (a record has {known}; data.columns maps other names)"
-    _refuse(problems, source)
+    if on_invalid is None or not records:
+        _refuse(problems, source)
+    elif problems:
+        dropped, total = len(problems), len(problems) + len(records)
+        logger.warning("%s: %d of %d records are invalid and were dropped: %s", source, dropped, total, _list(problems))
+        for problem in problems:
+            on_invalid(problem)
     read_as = ", ".join(f"{count} as {name}" for name, count in formats.items())
     logger.info("%s: %d records, read %s", source, len(records), read_as)
     if ignored:
@@ -212,8 +231,12 @@ def _with_location(record: Record, location: str) -> Record:
 
 def _refuse(problems: Sequence[str], source: str) -> None:
     if problems:
-        shown, rest = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
-        raise ValueError(f"{source}: {'; '.join(shown)}{f'; and {rest} more records' if rest > 0 else ''}")
+        raise ValueError(f"{source}: {_list(problems)}")
+
+
+def _list(problems: Sequence[str]) -> str:
+    shown, rest = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
+    return f"{'; '.join(shown)}{f'; and {rest} more records' if rest > 0 else ''}"
 
 
 def _record(value: Any, required: Sequence[str]) -> Record | str:

@@ -49,6 +49,7 @@ class DataConfig:
     val_fraction: float = 0.05
     test_fraction: float = 0.1
     too_long: TooLong = "error"  # for records with more tokens than the context: fail, drop them, truncate their output
+    invalid: Literal["error", "drop"] = "error"  # for faulty records: fail, or drop them
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -77,6 +77,10 @@ def test_records_are_read_from_every_layout(write, name, text):
         ("a.jsonl", json.dumps({"prompt": "Say é.", "prompt_id": "1", "messages": SAY})),  # ultrachat, no_robots
         ("a.jsonl", json.dumps({"instruction": None, "output": None, "messages": SAY})),  # rows of several formats
         ("a.jsonl", json.dumps({"prompt": SAY[:1], "completion": SAY[1:]})),  # TRL
+        ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"role": "chatgpt"}]})),
+        # a Sequence of a struct, as older versions of datasets store it
+        ("a.json", json.dumps([{"messages": {key: [turn[key] for turn in SAY] for key in ("role", "content")}}])),
+        ("a.jsonl", json.dumps({"conversations": {"from": ["human", "gpt"], "value": ["Say é.", "é"]}})),
     ],
 )
 def test_records_of_every_shape_are_read_and_the_shape_is_logged(write, caplog, name, text):
@@ -331,6 +335,44 @@ def test_several_faulty_records_are_named_together(write):
     lines = "\n".join(json.dumps(GOOD | {"output": "" if i % 2 else "x"}) for i in range(20))
     with pytest.raises(ValueError, match=r"record 2 \(line 2\): .*; record 4 .*; record 10 .*; and 5 more records"):
         read_records(write("a.jsonl", lines))
+
+
+INVALID = {
+    '{"messages": []}': "'messages' is []",
+    json.dumps({"messages": [SAY[0], {"role": "tool", "content": "x"}]}): 'messages[1]: the role is "tool"',
+    json.dumps({"messages": [*SAY, SAY[1]]}): "an assistant turn comes after another assistant turn",
+    json.dumps(GOOD | {"output": " "}): "'output' is empty",
+    "3": "a int, not an object",
+    json.dumps({"messages": {"role": ["user", "assistant"], "content": ["x"]}}): "it must be a list of turns",
+}
+
+
+def test_faulty_records_are_dropped_on_request(write, caplog):
+    caplog.set_level(logging.WARNING)
+    problems = []
+    lines = "".join(f"{line}\n{LINE}\n" for line in INVALID)
+    records = read_records(write("a.jsonl", lines), on_invalid=problems.append)
+    assert records == [GOOD] * 6
+    assert location_of(records, 5) == "record 12 (line 12)"
+    for i, (problem, reason) in enumerate(zip(problems, INVALID.values(), strict=True)):
+        assert problem.startswith(f"record {2 * i + 1} (line {2 * i + 1}): ")
+        assert reason in problem
+    [warning] = [each.getMessage() for each in caplog.records if "dropped" in each.getMessage()]
+    assert "a.jsonl: 6 of 12 records are invalid and were dropped: record 1 (line 1): 'messages' is []; " in warning
+    assert warning.endswith("; and 1 more records")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("".join(f"{line}\n" for line in INVALID), r"record 1 \(line 1\): 'messages' is \[\]; .*and 1 more records"),
+        (f"{LINE}\nno JSON\n", "line 2, column 1"),
+        ('{"question": "x", "reply": "y"}\n' * 3, "data.columns maps other names"),
+    ],
+)
+def test_a_file_without_a_valid_record_or_that_is_not_json_is_refused_in_any_case(write, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_records(write("a.jsonl", text), on_invalid=lambda problem: None)
 
 
 def test_a_missing_file_and_a_directory_are_named(tmp_path):
