@@ -1,5 +1,5 @@
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -41,7 +41,8 @@ def fetch_data(
     Args:
         base_sha256: see `BaseConfig.resolved`.
     """
-    records, origin = read_source(data, seed)
+    invalid: list[str] = []
+    records, origin = read_source(data, seed, invalid.append)
     tokenizer, context_length = _tokenizer(base, base_sha256, data.n_facts, seed)
     try:
         kept, too_long = limit_lengths(records, tokenizer, context_length, data.too_long)
@@ -56,6 +57,7 @@ def fetch_data(
         "repeated_questions": sum(map(count_repeated_questions, parts)),
         "with_prompt_markers": len(markers),
         "too_long": len(too_long),
+        "invalid": len(invalid),
         "in_train": count_leaks(records),
         "test_in_val": count_leaks(records, "val"),
         "sha256": records_sha256(kept),
@@ -98,8 +100,14 @@ def fetch_step(data: DataConfig) -> BaseStep:
     return fetch_data.with_options(enable_cache=False) if data.source in ("file", "hub") else fetch_data
 
 
-def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, str]]:
-    """Read the records. The second value is their origin: `location`, and for a file `file_sha256`."""
+def read_source(
+    data: DataConfig, seed: int, on_invalid: Callable[[str], object] = lambda problem: None
+) -> tuple[list[Record], dict[str, str]]:
+    """Read the records. The second value is their origin: `location`, and for a file `file_sha256`.
+
+    Args:
+        on_invalid: called with location and error of each faulty record that is dropped (`data.invalid`).
+    """
     if data.source == "bundled":
         return check_records(write_records(make_world(seed, data.n_facts), seed)), {"location": "bundled records"}
     if data.source == "url":
@@ -107,7 +115,7 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
             file = Path(directory) / PurePosixPath(urlsplit(data.url).path).name
             fetch(data.url, file, data.sha256, data.max_bytes)
             try:
-                records = _read_file(file, data)
+                records = _read_file(file, data, on_invalid)
             except ValueError as error:  # the directory will not exist any more
                 raise ValueError(str(error).replace(str(file), without_secrets(data.url))) from None
         return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
@@ -116,31 +124,33 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
         location = f"{data.name}/{data.path}" if data.path else data.name
         if not Path(data.name).is_dir():
             location += f" at {data.revision}"
-        return _read_file(fetched, data), {"location": location, "file_sha256": _sha256(fetched)}
-    records = _read_file(Path(data.path), data)
+        return _read_file(fetched, data, on_invalid), {"location": location, "file_sha256": _sha256(fetched)}
+    records = _read_file(Path(data.path), data, on_invalid)
     if data.val_path or data.test_path:
         _add_prefix(records, _prefix(Path(data.path)))
     origin = {"location": data.path, "file_sha256": _sha256(Path(data.path))}
     for part, path in (("val", data.val_path), ("test", data.test_path)):
         if path:
-            part_records = _of_part(_read_file(Path(path), data), part, path)
+            part_records = _of_part(_read_file(Path(path), data, on_invalid), part, path)
             _add_prefix(part_records, _prefix(Path(path)))
             records = [record for record in records if record.get("part") != part] + part_records
             origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(Path(path))}
     return records, origin
 
 
-def _read_file(path: Path, data: DataConfig) -> list[Record]:
+def _read_file(path: Path, data: DataConfig, on_invalid: Callable[[str], object]) -> list[Record]:
+    callback = on_invalid if data.invalid == "drop" else None
     if files := text_files(path):
         records = list[Record]()
         for file, part in files:
-            part_records = _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
+            part_records = read_records(file, columns=data.columns, on_invalid=callback)
+            part_records = _of_part(part_records, PARTS.get(part, ""), file)
             _add_prefix(part_records, f"{file.relative_to(data_files(path)[0]).as_posix()}, ")
             records += part_records
         return records
     if is_table(path):
-        return make_records(read_rows(path, data.columns), str(path), columns=data.columns)
-    return read_records(path, columns=data.columns)
+        return make_records(read_rows(path, data.columns), str(path), columns=data.columns, on_invalid=callback)
+    return read_records(path, columns=data.columns, on_invalid=callback)
 
 
 def _add_prefix(records: Iterable[Record], prefix: str) -> None:
