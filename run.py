@@ -335,7 +335,7 @@ def adapters(directory: Path, names: tuple[str, ...], canary: str | None, shadow
     """
     from bentos.shared_adapters import publish
 
-    pairs = dict(each.split("=", 1) for each in names if re.fullmatch("[^=]+=.+", each))
+    pairs = dict(pair.split("=", 1) for pair in names if re.fullmatch("[^=]+=.+", pair))
     share = re.fullmatch(r"([^=]+)=(\d*\.?\d+)", canary or "")
     if len(pairs) < len(names) or (canary and share is None):
         raise click.UsageError("pass adapters as NAME=PATH with distinct names, and the canary as NAME=SHARE")
@@ -415,7 +415,18 @@ def _check_stages(*names: str) -> None:
             check_stage_link(stage)
 
 
+def _replace_closed_streams() -> None:
+    """Connect closed standard streams (`>&-`) to /dev/null: libraries write to them, and their next file would be 1."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
+            os.dup2(null.fileno(), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, null)
+
+
 if __name__ == "__main__":
+    _replace_closed_streams()
     logging.raiseExceptions = (
         False  # no traceback for each log line if the reader of the log, such as `head`, has ended
     )

@@ -1,12 +1,13 @@
 """`python run.py export`: the model of a finished run in the formats of other programs."""
 
+import json
 import logging
 from pathlib import Path
 from shutil import copy2
 from typing import NamedTuple
 
 from commands.finished_run import FinishedRun, open_run
-from gpt2core.checkpoint import export_peft, save_pretrained
+from gpt2core.checkpoint import GENERATION_CONFIG, export_peft, save_pretrained
 from gpt2core.files import json_bytes, list_files, read_json, write_files
 from gpt2core.lora import lora_config
 from gpt2core.prompt import chat_template
@@ -17,6 +18,9 @@ from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from steps.adapters.model_card import CARD, evaluated_card
 
 logger = logging.getLogger(__name__)
+# Settings of the base's generation_config.json that its export keeps. Others, for example of sampling and penalties,
+# give other answers than the greedy ones that the card's scores are about.
+_KEPT_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens")
 
 
 class _Format(NamedTuple):
@@ -26,7 +30,7 @@ class _Format(NamedTuple):
 
 
 FORMATS = {
-    "peft": _Format("peft", "The adapter in PEFT's format."),
+    "peft": _Format("peft", "The adapter in PEFT's format, for `AutoPeftModelForCausalLM.from_pretrained(DIRECTORY)`."),
     "hf": _Format(
         "transformers",
         "The base with the adapter merged into its weights, for transformers.",
@@ -69,7 +73,9 @@ def export(
     finished = open_run(run)
     card = _model_card(finished, kind)
     if kind == "peft":
-        export_peft(finished.load(merge=False), out, finished.base.name, finished.base.revision or None)
+        revision = finished.base.revision or None
+        base = finished.base.name if revision else str(finished.base_dir.resolve())  # a preset is not on the hub
+        export_peft(finished.load(merge=False), out, base, revision)
     elif kind == "hf":
         _write_hf(finished, out, history, dtype)
     else:
@@ -102,11 +108,10 @@ def _write_hf(finished: FinishedRun, out: Path, history: bool, dtype: str) -> No
     own = finished.base_dir / TOKENIZER_CONFIG
     if own.is_file() and (side := read_json(own).get("padding_side")) in ("left", "right"):
         tokenizer_config["padding_side"] = side
-    files = {TOKENIZER_CONFIG: json_bytes(tokenizer_config)}
-    if model.config.generation_config is None:
-        ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-        files["generation_config.json"] = json_bytes(ids | {"do_sample": False})
-    write_files(out, files)
+    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    own_settings = json.loads(model.config.generation_config or "{}")
+    settings = ids | {key: value for key, value in own_settings.items() if key in _KEPT_SETTINGS} | {"do_sample": False}
+    write_files(out, {TOKENIZER_CONFIG: json_bytes(tokenizer_config), GENERATION_CONFIG: json_bytes(settings)})
 
 
 def _model_card(finished: FinishedRun, kind: str) -> str:

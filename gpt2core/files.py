@@ -69,7 +69,7 @@ def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
         if number not in NO_SPACE:
             raise
         wanted = "" if size is None else f"{size:,} bytes to write, "
-        raise OSError(number, f"{reason} ({wanted}{_free_bytes(file):,} bytes free)", str(file)) from None
+        raise OSError(number, f"{reason} ({wanted}{free_bytes(file):,} bytes free)", str(file)) from None
 
 
 def _cause(error: OSError) -> tuple[int | None, str | None]:
@@ -79,7 +79,8 @@ def _cause(error: OSError) -> tuple[int | None, str | None]:
     return error.errno, error.strerror
 
 
-def _free_bytes(file: Path) -> int:
+def free_bytes(file: Path) -> int:
+    """Return the free space of the disk on which `file` is, or would be."""
     return shutil.disk_usage(next(parent for parent in file.absolute().parents if parent.is_dir())).free
 
 

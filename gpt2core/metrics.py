@@ -5,12 +5,37 @@ compute it in `score_record` and `aggregate`.
 """
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
+
+# Unicode's blocks of scripts without spaces between words, from the first to the last character
+_BLOCKS = (
+    *("\u0e00-\u0eff", "\u1000-\u109f", "\ua9e0-\ua9ff", "\uaa60-\uaa7f", "\u1780-\u17ff"),  # Thai, Lao, Myanmar, Khmer
+    *(
+        "\u3005-\u3007",
+        "\u3040-\u30ff",
+        "\u31f0-\u31ff",
+        "\uff66-\uff9f",
+        "\U0001b000-\U0001b16f",
+    ),  # kana
+    *("\u3400-\u4dbf", "\u4e00-\u9fff", "\uf900-\ufaff", "\U00020000-\U0003ffff"),  # Han
+)
+_UNSPACED = "".join(_BLOCKS)
+_MARKS = "".join(
+    chr(code)
+    for block in _BLOCKS[:7]  # the others have no combining marks
+    for code in range(ord(block[0]), ord(block[-1]) + 1)
+    if unicodedata.category(chr(code)).startswith("M")
+)
+# Regular expressions for words: in scripts without spaces, a character with its combining marks is a word.
+CHARACTER = rf"[{_UNSPACED}][{_MARKS}]*"
+LETTERS = rf"[^\W{_UNSPACED}]+"  # letters and digits of other scripts
+_WORD = re.compile(rf"{CHARACTER}|[^\s{_UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -95,11 +120,11 @@ def aggregate(records: Sequence[RecordScores], losses: Sequence[tuple[float, int
 def normalize(answer: str) -> str:
     """Normalize an answer for comparison.
 
-    Removes differences in letter case, whitespace, a final period, and the composition of accents (Unicode's NFC). An
-    answer that is only a period stays.
+    Removes differences in letter case, whitespace, a final period (also `。` and `．`), and the composition of accents
+    (Unicode's NFC). An answer that is only a period stays.
     """
     text = " ".join(unicodedata.normalize("NFC", answer).casefold().split())
-    return text.removesuffix(".").rstrip() or text
+    return (text[:-1] if text.endswith((".", "。", "．")) else text).rstrip() or text
 
 
 def exact_match(reference: str, answer: str) -> float:
@@ -108,8 +133,11 @@ def exact_match(reference: str, answer: str) -> float:
 
 
 def token_f1(reference: str, answer: str) -> float:
-    """Compute the harmonic mean of precision and recall over words, with multiplicity (SQuAD, arXiv:1606.05250)."""
-    expected, given = normalize(reference).split(), normalize(answer).split()
+    """Compute the harmonic mean of precision and recall over words, with multiplicity (SQuAD, arXiv:1606.05250).
+
+    Words are separated by spaces. In scripts without spaces, such as Han, a character is a word.
+    """
+    expected, given = (_WORD.findall(normalize(text)) for text in (reference, answer))
     if not expected or not given:
         return float(expected == given)
     common = (Counter(expected) & Counter(given)).total()

@@ -13,17 +13,24 @@ from gpt2core.config import LoraConfig, PretrainConfig, TrainConfig
 def finetuning_optimizers(
     weights: Mapping[str, nn.Parameter], config: TrainConfig, lora: LoraConfig | None
 ) -> list[torch.optim.Optimizer]:
-    """Return AdamW. With `b_lr_ratio` (LoRA+, arXiv:2402.12354), lora_B has another learning rate."""
-    groups: list[dict[str, Any]] = [{"params": [*weights.values()]}]
+    """Return AdamW. With `b_lr_ratio` (LoRA+, arXiv:2402.12354), lora_B has another learning rate.
+
+    The base's biases and gains of LayerNorm have no weight decay, as in pretraining and in transformers' Trainer.
+    """
+    decayed = {name: weight for name, weight in weights.items() if weight.dim() >= 2 or "lora_" in name}
+    vectors = [weight for name, weight in weights.items() if name not in decayed]
+    groups: list[dict[str, Any]] = [{"params": [*decayed.values()]}]
     if lora is not None and lora.b_lr_ratio != 1:  # DoRA's magnitudes get lora_B's rate, as in PEFT
-        first = [name for name in weights if not name.endswith(("lora_B", "lora_magnitude"))]
+        first = [name for name in decayed if not name.endswith(("lora_B", "lora_magnitude"))]
         groups = [
-            {"params": [weights[name] for name in first]},
+            {"params": [decayed[name] for name in first]},
             {
-                "params": [weight for name, weight in weights.items() if name not in first],
+                "params": [weight for name, weight in decayed.items() if name not in first],
                 "lr": config.learning_rate * lora.b_lr_ratio,
             },
         ]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     return [
         torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True

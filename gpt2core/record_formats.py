@@ -7,6 +7,8 @@
 | OpenAI's chat | messages: a list of {"role", "content"}; "weight": 0 or "train": false: context, not to be learned |
 | ShareGPT | conversations: a list of {"from", "value"}; an answer before the first question is skipped |
 
+The turns may also be an object of lists of equal length, as older versions of datasets stored them.
+
 A conversation becomes one record for each answer of the assistant. The record's instruction is the user's turn before
 the answer, and its input the earlier turns (`gpt2core.prompt.format_turns`). System messages are dropped, as in the
 service.
@@ -31,7 +33,7 @@ COLUMNS = (*TEXTS, *LABELS, *PAIR, *CHATS)  # keys that `columns` can map
 _FORMATS = {"instruction/output": REQUIRED, "prompt/completion": PAIR, **{key: (key,) for key in CHATS}}
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
 
@@ -153,6 +155,9 @@ def _messages(value: Mapping[str, Any], key: str) -> list[Any]:
             messages = json.loads(messages)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{key!r} is text that is not JSON: {error}") from None
+    if isinstance(messages, dict) and all(isinstance(each, list) for each in messages.values()):
+        with suppress(ValueError):  # lists of different lengths
+            messages = [dict(zip(messages, turn, strict=True)) for turn in zip(*messages.values(), strict=True)]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{key!r} is {shorten(messages)}; it must be a list of turns")
     return messages

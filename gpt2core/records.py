@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -82,7 +82,10 @@ def location_of(records: Sequence[Record], i: int) -> str:
 
 
 def read_records(
-    file: str | Path, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
+    file: str | Path,
+    required: Sequence[str] = REQUIRED,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    on_invalid: Callable[[str], object] | None = None,
 ) -> list[Record]:
     """Read the records of a .json, .jsonl, .ndjson, .csv or .tsv file. Each must have non-empty `required` keys.
 
@@ -92,6 +95,7 @@ def read_records(
 
     Args:
         columns: key of a record -> its name in the file, if that differs.
+        on_invalid: see `make_records`.
 
     Raises:
         FileNotFoundError, ValueError: the message names the file, and the line, column and record of the error.
@@ -108,18 +112,27 @@ def read_records(
         )
     text = _decode(file.read_bytes(), file)
     rows = _csv_rows(text, file) if suffix in (".csv", ".tsv") else _Parser(text, file, columns).rows()
-    return make_records(rows, str(file), required, columns)
+    return make_records(rows, str(file), required, columns, on_invalid)
 
 
 def make_records(
-    rows: Iterable[Row], source: str, required: Sequence[str] = REQUIRED, columns: Mapping[str, str] = NO_COLUMNS
+    rows: Iterable[Row],
+    source: str,
+    required: Sequence[str] = REQUIRED,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    on_invalid: Callable[[str], object] | None = None,
 ) -> list[Record]:
     """Convert rows of any known format to records, and log the formats.
 
     The records of a conversation get a common `group`, so that a split keeps them together.
 
+    Args:
+        on_invalid: called with location and error of each faulty record, which is dropped with a warning. None: faulty
+            records are an error.
+
     Raises:
-        ValueError: there are no rows, or some are faulty; the message has the source and their locations.
+        ValueError: there are no rows, or some are faulty (with `on_invalid`: all); the message has the source and their
+            locations.
     """
     records: list[Record] = []
     problems: list[str] = []
@@ -136,7 +149,13 @@ def make_records(
     if problems and (counts.formats[""] or any(": no '" in problem for problem in problems)):
         known = "instruction and output, prompt and completion, messages, or conversations"
         problems[min(len(problems), SHOWN_PROBLEMS) - 1] += f" (a record has {known}; data.columns maps other names)"
-    _refuse(problems, source)
+    if on_invalid is None or not records:
+        _refuse(problems, source)
+    elif problems:
+        dropped, total = len(problems), len(problems) + len(records)
+        logger.warning("%s: %d of %d records are invalid and were dropped: %s", source, dropped, total, _list(problems))
+        for problem in problems:
+            on_invalid(problem)
     counts.log(source, len(records))
     return records
 
@@ -235,8 +254,12 @@ def _with_location(record: Record, location: str) -> Record:
 
 def _refuse(problems: Sequence[str], source: str) -> None:
     if problems:
-        shown, rest = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
-        raise ValueError(f"{source}: {'; '.join(shown)}{f'; and {rest} more records' if rest > 0 else ''}")
+        raise ValueError(f"{source}: {_list(problems)}")
+
+
+def _list(problems: Sequence[str]) -> str:
+    shown, rest = problems[:SHOWN_PROBLEMS], len(problems) - SHOWN_PROBLEMS
+    return f"{'; '.join(shown)}{f'; and {rest} more records' if rest > 0 else ''}"
 
 
 def _record(value: Any, required: Sequence[str]) -> Record | str:
@@ -310,7 +333,7 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
     stream = io.StringIO(text.lstrip("\ufeff"), newline="")
     separator = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=lambda each: _header_width(stream, each))
     stream.seek(0)
-    lines = csv.reader(stream, delimiter=separator, strict=True)
+    lines = csv.reader(stream, delimiter=separator, strict=True, skipinitialspace=_has_padding(text, separator))
     header: list[str] = []
     number, start = 0, 1
     try:
@@ -320,7 +343,7 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
                 continue
             if not header:
                 header = [name.strip() for name in cells]
-                twice = next((name for name in header if header.count(name) > 1), None)
+                twice = next((name for name in header if name and header.count(name) > 1), None)
                 if twice is not None:
                     raise ValueError(f"{file}, {location}: the column {twice!r} occurs twice in the header")
                 continue
@@ -330,9 +353,22 @@ def _csv_rows(text: str, file: Path) -> Iterator[Row]:
                     f"{file}, {location} (record {number}): {len(cells)} cells, but the header has {len(header)} "
                     f"columns: {shorten(cells)}; a cell with a separator or a line break must be in double quotes"
                 )
+            # Excel writes empty columns without a name at the end, pandas row numbers at the beginning
+            extra = next((i for i, cell in enumerate(cells) if i and cell.strip() and not header[i]), None)
+            if extra is not None:
+                raise ValueError(
+                    f"{file}, {location} (record {number}): column {extra + 1} has no name, but a cell: "
+                    f"{shorten(cells[extra])}; name it, or put a cell with a separator in double quotes"
+                )
             yield Row(f"record {number} ({location})", dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise ValueError(f"{file}, line {start} (record {number + 1}): {error}") from None
+
+
+def _has_padding(text: str, separator: str) -> bool:
+    """Return whether a cell in quotes has blanks before them. Blanks at the beginning of cells are not text then."""
+    cells = re.finditer(rf'( *)"(?:[^"]++|"")*+"(?=[{separator}\r\n]|\Z)|[^{separator}\r\n]+', text)
+    return any(cell[1] for cell in cells)
 
 
 def _header_width(stream: io.StringIO, separator: str) -> int:
@@ -342,7 +378,7 @@ def _header_width(stream: io.StringIO, separator: str) -> int:
     """
     stream.seek(0)
     try:
-        rows = csv.reader(stream, delimiter=separator, strict=True)
+        rows = csv.reader(stream, delimiter=separator, strict=True, skipinitialspace=True)
         return next((len(cells) for cells in rows if any(cell.strip() for cell in cells)), 0)
     except csv.Error:
         return 0

@@ -11,7 +11,9 @@ import yaml
 from zenml.models import PipelineRunResponse
 from zenml.pipelines.pipeline_definition import Pipeline
 
+from deploy.bento import bentoml_home, check_bentoml_home
 from deploy.source import describe_commit
+from gpt2core.files import NO_SPACE, free_bytes
 from pipelines.artifacts import is_intact
 from pipelines.config import read_config, set_values
 from pipelines.errors import ConfigError
@@ -20,9 +22,15 @@ from pipelines.notify import notifying_webhook
 from pipelines.processes import Process, fail_killed_runs
 from pipelines.run_name import check_unused_run_name
 from pipelines.stack import check_stack
-from pipelines.zenml_compat import INTERRUPTIONS, log_failed_steps_once, store_errors_as_one_line, verified_cache
+from pipelines.zenml_compat import (
+    INTERRUPTIONS,
+    log_failed_steps_once,
+    store_directory,
+    store_errors_as_one_line,
+    verified_cache,
+)
 from steps.config import BaseConfig, default_learning_rate
-from steps.outputs import check_outputs
+from steps.outputs import check_outputs, outputs_dir
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +62,7 @@ def start(
     check_unused_run_name(config, config_file)
     try:
         check_outputs()
+        check_bentoml_home()
     except (OSError, ValueError) as error:
         raise ConfigError(f"the results cannot be written: {error}") from None
     check_stack(config, config_file)
@@ -77,7 +86,16 @@ def start(
     except MemoryError as error:
         raise RunError(f"the run failed: {error}" if str(error) else "there is not enough memory for the run") from None
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        raise RunError(f"the run failed: {error}") from None
+        raise RunError(f"the run failed: {error}{_full_disk(error)}") from None
+
+
+def _full_disk(error: Exception) -> str:
+    """Return the free space of all places that a run writes, for a full disk whose error names no file."""
+    if not isinstance(error, OSError) or error.errno not in NO_SPACE or error.filename:
+        return ""
+    places = {"ZenML's store": store_directory(), "results": outputs_dir(), "BentoML's store": bentoml_home()}
+    free = ", ".join(f"{free_bytes(path / 'file'):,} for {name} ({path})" for name, path in places.items())
+    return f"; bytes free: {free}"
 
 
 def _finetunes(config: Mapping[str, Any]) -> bool:

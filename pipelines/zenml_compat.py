@@ -24,6 +24,8 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from zenml.utils.io_utils import get_global_config_directory
 from zenml.utils.time_utils import utc_now
 
+from gpt2core.files import naming_file
+
 logger = logging.getLogger(__name__)
 # Exceptions that interrupt a step: of Python's handler of Ctrl-C, and of ZenML's handler of SIGINT and SIGTERM
 INTERRUPTIONS = (KeyboardInterrupt, RunInterruptedException)
@@ -46,20 +48,31 @@ def store_errors_as_one_line() -> Iterator[None]:
         ) from None
 
 
+def store_directory() -> Path:
+    """Return the directory of ZenML's database and, on the default stack, its artifacts."""
+    return Path(get_global_config_directory())
+
+
 def open_store() -> None:
     """Open ZenML's store. The first use creates its database, so only one process at a time opens it.
 
     If two processes create the same tables, one of them fails with "The database has never been migrated".
 
     Raises:
-        StoreError: the database is damaged or locked.
+        StoreError: the database is damaged or locked, or its directory cannot be written.
         KeyError: the active project or stack does not exist.
     """
-    directory = Path(get_global_config_directory())
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / "first-use.lock"), store_errors_as_one_line():
-        client = Client()
-        _ = client.zen_store, client.active_project, client.active_stack_model
+    directory = store_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / "first-use.lock"), store_errors_as_one_line(), naming_file(directory):
+            client = Client()
+            _ = client.zen_store, client.active_project, client.active_stack_model
+    except OSError as error:
+        raise StoreError(
+            f"ZenML's store in {directory} cannot be written: {error}; make space or permit writing there, or set "
+            "ZENML_CONFIG_PATH to another directory"
+        ) from None
 
 
 class PipelineSource(Pipeline):

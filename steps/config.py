@@ -49,6 +49,7 @@ class DataConfig:
     val_fraction: float = 0.05  # share of the records that are split off for the validation loss; 0: none
     test_fraction: float = 0.1  # share of the records that are split off for evaluation
     too_long: TooLong = "error"  # for records with more tokens than the context: fail, drop them, truncate their output
+    invalid: Literal["error", "drop"] = "error"  # for faulty records: fail, or drop them
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -180,8 +181,8 @@ class ModelConfig:
         self.to_gpt2()
 
     def to_gpt2(self) -> GPT2Config:
-        own = {key: value for key, value in asdict(self).items() if key != "preset" and value is not None}
-        return replace(GPT2Config.preset(self.preset), **own)
+        changes = {key: value for key, value in asdict(self).items() if key != "preset" and value is not None}
+        return replace(GPT2Config.preset(self.preset), **changes)
 
 
 # Kind of trial -> the metrics that it measures. Losses are nats per token; shares are in [0, 1].

@@ -4,7 +4,9 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from urllib.parse import urljoin, urlsplit
@@ -67,18 +69,11 @@ def fetch(
     temporary.touch(exist_ok=False)
     deadline = time.monotonic() + max_seconds
     try:
-        for attempt in range(retries + 1):
-            try:
-                found = _download(url, temporary, max_bytes, timeout, deadline, setting)
-                break
-            except (*TRANSIENT, requests.HTTPError) as error:
-                busy = not isinstance(error, requests.HTTPError) or error.response.status_code in BUSY
-                if attempt == retries or not busy:
-                    raise
-                _wait(error, shown, 0.5 * 2**attempt, max_wait, deadline)
-        if found != sha256:
+        download = partial(_download, url, temporary, max_bytes, timeout, deadline, setting)
+        actual = _retried(download, retries, shown, max_wait, deadline)
+        if actual != sha256:
             raise DownloadError(
-                f"{shown} has sha256 {found}, but {sha256} was expected: the file changed, or a proxy replaced it; "
+                f"{shown} has sha256 {actual}, but {sha256} was expected: the file changed, or a proxy replaced it; "
                 "inspect it, and set its sha256 if it is the file you want"
             )
         os.replace(temporary, destination)
@@ -112,6 +107,17 @@ class _Session(requests.Session):
             if after not in ("http", "https") or (before, after) == ("https", "http"):
                 raise _LimitError(f"redirects from {before} to {after or 'no URL'}, which is not followed")
         return target
+
+
+def _retried(download: Callable[[], str], retries: int, shown: str, max_wait: float, deadline: float) -> str:
+    for attempt in range(retries):
+        try:
+            return download()
+        except (*TRANSIENT, requests.HTTPError) as error:
+            if isinstance(error, requests.HTTPError) and error.response.status_code not in BUSY:
+                raise
+            _wait(error, shown, 0.5 * 2**attempt, max_wait, deadline)
+    return download()
 
 
 def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: float, setting: str) -> str:

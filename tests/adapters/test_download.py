@@ -155,7 +155,7 @@ def test_a_compressed_body_and_a_digest_in_capitals_are_accepted(server, tmp_pat
 )
 def test_a_response_beyond_the_limits_is_refused_and_leaves_nothing(server, tmp_path, path, named):
     with pytest.raises(DownloadError, match=named):
-        fetch(server.url + path, tmp_path / "data.json", SHA256, max_seconds=1)
+        fetch(server.url + path, tmp_path / "data.json", SHA256, max_seconds=1 if path == "/drip" else 60)
     assert list(tmp_path.iterdir()) == []
 
 

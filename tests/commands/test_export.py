@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from shutil import copytree
 
 import gguf
@@ -12,9 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from deploy.bento import describe_adapter
 from gpt2core.checkpoint import load_adapter, load_pretrained, save_adapter, save_pretrained
@@ -27,7 +28,7 @@ from gpt2core.records import read_records
 from gpt2core.tokenizer import load_tokenizer, read_padding_token
 from gpt2core.types import BaseRef, Evaluation, SplitPart, SplitSummary
 from run import main
-from steps.adapters.base import write_base
+from steps.adapters.base import read_base, write_base
 from steps.adapters.gguf_file import write_gguf, write_gguf_adapter
 from tests.helpers import make_lineage, randomize_lora
 
@@ -86,6 +87,19 @@ def test_peft_reads_the_adapter(base_dir, tmp_path, prompt, expected):
     export(tmp_path / "out", "peft")
     hf = AutoModelForCausalLM.from_pretrained(base_dir)
     assert greedy(PeftModel.from_pretrained(hf, tmp_path / "out"), prompt) == expected
+
+
+@pytest.mark.parametrize("source", ["preset", "directory"])
+def test_peft_finds_the_base_by_the_code_of_the_card(outputs, base_dir, prompt, expected, source):
+    run = outputs / "latest"
+    if source == "preset":  # pretrained by the pipeline: its name is not one of the hub
+        (run / "base").unlink()
+        copytree(base_dir, run / "base")
+        (run / "base.json").rename(run / "base" / "base.json")
+        write_base(run / "base", replace(read_base(run / "base"), name="gpt2-nano"), {})
+    export(outputs / "out", "peft")
+    assert "`AutoPeftModelForCausalLM.from_pretrained(DIRECTORY)`" in (outputs / "out" / "README.md").read_text()
+    assert greedy(AutoPeftModelForCausalLM.from_pretrained(outputs / "out"), prompt) == expected
 
 
 def test_the_card_of_a_merged_model_says_how_to_use_it(tmp_path):
@@ -164,6 +178,25 @@ def test_a_chat_template_with_history_writes_earlier_turns_as_in_training(output
     )
     without = [{"role": "assistant", "content": "Hi"}]
     assert tokenizer.apply_chat_template(without, tokenize=False) == format_prompt("") + "Hi<|endoftext|>"
+
+
+def test_the_pipeline_of_transformers_generates_greedily_whatever_the_settings_of_the_base(
+    outputs, base_dir, adapter_dir, tuned, prompt, tmp_path_factory
+):
+    base = copytree(base_dir, tmp_path_factory.mktemp("saved") / "base")
+    settings = {"do_sample": True, "temperature": 2.0, "top_k": 0, "repetition_penalty": 5.0, "max_length": 90}
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base)
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    write_run(outputs / "saved", base, adapter_dir)
+    export(outputs / "hf", "hf", "--run", "saved")
+    answer = pipeline("text-generation", str(outputs / "hf"))
+    chat = [{"role": "user", "content": "Name a river."}]
+    [generated] = answer(chat, max_new_tokens=12, return_full_text=False)
+    tokenizer = load_tokenizer(base)
+    [expected] = generate(tuned, [prompt], GenerationConfig(max_new_tokens=12, eos_id=tokenizer.eot_token))
+    assert generated["generated_text"] == tokenizer.decode(expected)
+    assert answer.model.generation_config.max_length == 90
 
 
 @pytest.mark.parametrize("own", ['{"eos_token_id": 5, "temperature": 0.5}', None])

@@ -29,6 +29,8 @@ from gpt2core.metrics import (
         ("Cafe\u0301", "caf\u00e9"),
         ("Straße", "strasse"),
         ("yes .", "yes"),
+        ("东京。", "东京"),
+        ("东京．", "东京"),
     ],
 )
 def test_case_whitespace_and_a_final_period_do_not_count(answer, normal):
@@ -44,6 +46,9 @@ def test_case_whitespace_and_a_final_period_do_not_count(answer, normal):
         ("a a b", "a b b", 0, 2 / 3),  # each word as often as it occurs in both
         ("a", "", 0, 0),
         ("a b", "c", 0, 0),
+        ("东京是日本的首都。", "东京是日本首都", 0, 14 / 15),  # a word is a character
+        ("用GPT-2写", "写GPT-2用", 0, 1),
+        ("ที่นี่", "ที่", 0, 2 / 3),  # a letter with its vowel sign and tone mark
     ],
 )
 def test_answers_are_compared_as_a_whole_and_by_words(reference, answer, match, f1):

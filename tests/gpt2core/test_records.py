@@ -77,6 +77,10 @@ def test_records_are_read_from_every_layout(write, name, text):
         ("a.jsonl", json.dumps({"prompt": "Say é.", "prompt_id": "1", "messages": SAY})),  # ultrachat, no_robots
         ("a.jsonl", json.dumps({"instruction": None, "output": None, "messages": SAY})),  # rows of several formats
         ("a.jsonl", json.dumps({"prompt": SAY[:1], "completion": SAY[1:]})),  # TRL
+        ("a.jsonl", json.dumps({"messages": [SAY[0], SAY[1] | {"role": "chatgpt"}]})),
+        # a Sequence of a struct, as older versions of datasets store it
+        ("a.json", json.dumps([{"messages": {key: [turn[key] for turn in SAY] for key in ("role", "content")}}])),
+        ("a.jsonl", json.dumps({"conversations": {"from": ["human", "gpt"], "value": ["Say é.", "é"]}})),
     ],
 )
 def test_records_of_every_shape_are_read_and_the_shape_is_logged(write, caplog, name, text):
@@ -333,6 +337,44 @@ def test_several_faulty_records_are_named_together(write):
         read_records(write("a.jsonl", lines))
 
 
+INVALID = {
+    '{"messages": []}': "'messages' is []",
+    json.dumps({"messages": [SAY[0], {"role": "tool", "content": "x"}]}): 'messages[1]: the role is "tool"',
+    json.dumps({"messages": [*SAY, SAY[1]]}): "an assistant turn comes after another assistant turn",
+    json.dumps(GOOD | {"output": " "}): "'output' is empty",
+    "3": "a int, not an object",
+    json.dumps({"messages": {"role": ["user", "assistant"], "content": ["x"]}}): "it must be a list of turns",
+}
+
+
+def test_faulty_records_are_dropped_on_request(write, caplog):
+    caplog.set_level(logging.WARNING)
+    problems = []
+    lines = "".join(f"{line}\n{LINE}\n" for line in INVALID)
+    records = read_records(write("a.jsonl", lines), on_invalid=problems.append)
+    assert records == [GOOD] * 6
+    assert location_of(records, 5) == "record 12 (line 12)"
+    for i, (problem, reason) in enumerate(zip(problems, INVALID.values(), strict=True)):
+        assert problem.startswith(f"record {2 * i + 1} (line {2 * i + 1}): ")
+        assert reason in problem
+    [warning] = [each.getMessage() for each in caplog.records if "dropped" in each.getMessage()]
+    assert "a.jsonl: 6 of 12 records are invalid and were dropped: record 1 (line 1): 'messages' is []; " in warning
+    assert warning.endswith("; and 1 more records")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("".join(f"{line}\n" for line in INVALID), r"record 1 \(line 1\): 'messages' is \[\]; .*and 1 more records"),
+        (f"{LINE}\nno JSON\n", "line 2, column 1"),
+        ('{"question": "x", "reply": "y"}\n' * 3, "data.columns maps other names"),
+    ],
+)
+def test_a_file_without_a_valid_record_or_that_is_not_json_is_refused_in_any_case(write, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_records(write("a.jsonl", text), on_invalid=lambda problem: None)
+
+
 def test_a_missing_file_and_a_directory_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nope\.json does not exist"):
         read_records(tmp_path / "nope.json")
@@ -393,6 +435,37 @@ def test_separators_within_quotes_of_the_header_do_not_count(write, header, colu
     separator = header.removesuffix("output")[-1]
     file = write("a.csv", f"{header}\nSay é.{separator}é\n")
     assert read_records(file, columns={"instruction": column}) == [GOOD]
+
+
+@pytest.mark.parametrize(
+    ("text", "instruction", "output"),
+    [
+        ('instruction, output\n"a, x", " b"\n', "a, x", " b"),
+        ('instruction; output\n  "a ""y""";  b\n', 'a "y"', "b"),
+        ('"instruction", "output"\na, b\n', "a", "b"),
+        ('instruction, output\n"a\n, ""x"" y", "b"\n', 'a\n, "x" y', "b"),
+        # no blank is before the quotes of a cell, so blanks are text
+        ("instruction, output\na, b\n", "a", " b"),
+        ('instruction,output\n5" or, x "y"\n', '5" or', ' x "y"'),
+        ('instruction,output\n"a, ""x""",b\n', 'a, "x"', "b"),
+        ('instruction,output\n"a\n ""x""", b\n', 'a\n "x"', " b"),
+    ],
+)
+def test_blanks_before_the_quotes_of_a_cell_are_not_text(write, text, instruction, output):
+    [record] = read_records(write("a.csv", text))
+    assert (record["instruction"], record["output"]) == (instruction, output)
+
+
+@pytest.mark.parametrize("text", ["instruction,output,,\na,b,,\nc,d,, \n", ",instruction,output\n0,a,b\n1,c,d\n"])
+def test_empty_columns_without_a_name_and_row_numbers_are_ignored(write, text):
+    assert [record["output"] for record in read_records(write("a.csv", text))] == ["b", "d"]
+
+
+@pytest.mark.parametrize("header", ["instruction,output,,", "instruction,output,other,"])
+def test_a_cell_of_a_column_without_a_name_is_refused(write, header):
+    """It is probably the end of a row whose texts have a comma outside of quotes."""
+    with pytest.raises(ValueError, match=r"line 3 \(record 2\): column 4 has no name, but a cell: \"d\".*quotes"):
+        read_records(write("a.csv", f"{header}\na,b,,\na,b,,d\n"))
 
 
 def test_a_long_cell_of_a_csv_file_is_read(tmp_path):

@@ -48,6 +48,16 @@ def model(tiny_gpt2_dir):
     return add_lora(load_pretrained(tiny_gpt2_dir), LoraConfig(rank=3, alpha=6.0), seed=0)
 
 
+def test_full_finetuning_decays_matrices_but_not_biases_and_gains(tiny_gpt2_dir):
+    weights = []
+    for decay in (0.0, 1.0):  # the gradients of the first step are the same
+        model = load_pretrained(tiny_gpt2_dir)
+        finetune(model, examples(), [], config(max_steps=1, weight_decay=decay, warmup_steps=0))
+        weights.append(dict(model.named_parameters()))
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]) == (weight.dim() == 1), name
+
+
 def test_a_batch_beyond_the_memory_is_named_with_what_to_change():
     code = """
 import psutil, resource, torch

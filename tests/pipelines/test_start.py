@@ -1,5 +1,6 @@
 """The start of a run: defaults that depend on the base, runs whose process was killed, and stopping."""
 
+import errno
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
 from pipelines.interrupts import SECONDS, interruptible
 from pipelines.processes import Process, fail_killed_runs
-from pipelines.start import start
+from pipelines.start import RunError, start
 from tests.copies import ROOT
 from tests.helpers import wait_until
 from tests.runs import newest_run
@@ -99,6 +100,48 @@ def test_outputs_that_cannot_be_written_are_reported_before_anything_runs(starte
     monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path / "file" / "outputs"))
     with pytest.raises(ConfigError, match=r"the results cannot be written: .*file/outputs"):
         started(tmp_path, "")
+
+
+def test_a_store_of_bentos_whose_path_bentoml_would_expand_is_reported_before_anything_runs(
+    started, tmp_path, monkeypatch
+):
+    """BentoML expands until nothing changes: with HOME=/a/$HOME it never ends."""
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path / "$HOME" / "bentoml"))
+    with pytest.raises(ConfigError, match=r"\$HOME/bentoml contains a variable; set BENTOML_HOME to"):
+        started(tmp_path, "")
+
+
+def test_a_full_disk_is_reported_with_the_places_that_a_run_writes(monkeypatch, tmp_path):
+    monkeypatch.setenv("BENTOML_HOME", str(tmp_path))
+    monkeypatch.setattr(finetune_pipeline, "with_options", fail_with(OSError(errno.ENOSPC, "No space left on device")))
+    (tmp_path / "c.yaml").write_text("{}")
+    with pytest.raises(RunError, match=rf"No space left on device; bytes free: .* BentoML's store \({tmp_path}\)$"):
+        start(finetune_pipeline, str(tmp_path / "c.yaml"))
+
+
+def fail_with(error: Exception):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_the_first_use_of_a_store_that_cannot_be_written_names_it_and_the_way_out(tmp_path):
+    (tmp_path / "file").write_text("")
+    environment = os.environ | {"ZENML_CONFIG_PATH": str(tmp_path / "file" / "zenml")}
+    command = [sys.executable, "run.py", "lineage", "latest"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert f"Error: ZenML's store in {tmp_path}/file/zenml cannot be written" in done.stderr
+    assert "set ZENML_CONFIG_PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_commands_run_without_a_standard_output(tmp_path):
+    command = f"exec {sys.executable} run.py finetune --config {tmp_path}/missing/c.yaml >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert f"c.yaml does not exist; there is no directory {tmp_path}/missing" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_placeholders_of_a_run_name_are_allowed(started, tmp_path):

@@ -117,6 +117,20 @@ def test_test_records_that_are_too_long_are_dropped_also_by_truncate(tmp_path, c
     )
 
 
+def test_faulty_records_are_refused_or_dropped_and_counted(tmp_path, caplog):
+    test_path = tmp_path / "test.jsonl"
+    test_path.write_text(f'{json.dumps(RECORDS[0])}\n{{"messages": []}}\n')
+    file = write(tmp_path, [*RECORDS, RECORDS[0] | {"output": ""}])
+    data = DataConfig(source="file", path=file, test_path=str(test_path))
+    with pytest.raises(ValueError, match=r"record 6 \(line 6\): 'output' is empty"):
+        read_source(data, 0)
+    records, about = fetched(replace(data, invalid="drop"))
+    assert len(records) == about["records"] == 6
+    assert about["invalid"] == 2
+    assert f"{file}: 1 of 6 records are invalid and were dropped: record 6 (line 6): 'output' is empty" in caplog.text
+    assert f"{test_path}: 1 of 2 records are invalid and were dropped: record 2 (line 2)" in caplog.text
+
+
 def test_records_with_section_headers_of_the_prompt_are_counted_and_named(tmp_path, caplog):
     odd = {"instruction": "Complete it.", "input": "", "output": "### Response: yes"}
     _, about = fetched(DataConfig(source="file", path=write(tmp_path, [*RECORDS, odd])))
