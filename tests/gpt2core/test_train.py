@@ -322,7 +322,7 @@ def test_the_history_has_the_metrics_of_each_logged_step(model):
     }
     n_tokens = pack(data, "all").n_tokens
     assert result.history[-1]["train/tokens_seen"] == 2 * n_tokens  # no record is lost
-    assert result.history[-1]["train/learning_rate"] == pytest.approx(1e-2 * 1 / 5)  # 6 steps, the first for the warm-up
+    assert result.history[-1]["train/learning_rate"] == pytest.approx(1e-2 * 1 / 5)  # of 6 steps, one of warm-up
     assert result.tokens_per_second > 0
     merged: dict[int, dict] = {}
     for step, values in logged:
