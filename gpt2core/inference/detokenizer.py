@@ -41,7 +41,7 @@ class IncrementalDetokenizer:
         self._body = ""  # of a clean answer: the text from its start on, with any sections after it
         self._section: int | None = None  # index in `_body` at which the answer ends; None: no section follows yet
         self._n_emitted = 0
-        self._held = [_Overlap(text) for text in ((*stops, *MARKERS) if clean else stops)]
+        self._overlaps = [_Overlap(text) for text in ((*stops, *MARKERS) if clean else stops)]
         self.stopped = False  # the text ended at a stop string
 
     def push(self, token: int) -> str:
@@ -70,7 +70,7 @@ class IncrementalDetokenizer:
             for stop in self._stops
             if (start := _find(text, stop, max(self._search_from, n_known - len(stop) + 1))) >= 0
         ]
-        n_held = max((held.read(text, n_known) for held in self._held), default=0)
+        n_held = max((overlap.read(text, n_known) for overlap in self._overlaps), default=0)
         if starts:
             self.stopped = True
             text = text[: min(starts)]
@@ -94,13 +94,13 @@ class IncrementalDetokenizer:
 
 
 class _Overlap:
-    """Tracks how many characters at the end of a growing text are a proper prefix of `held`.
+    """Tracks how many characters at the end of a growing text are a proper prefix of `marker`.
 
     The longest such prefix counts (algorithm: Knuth, Morris, Pratt, 1977).
     """
 
-    def __init__(self, held: str) -> None:
-        self._held, self._borders, self._n = held, _borders(held), 0
+    def __init__(self, marker: str) -> None:
+        self._marker, self._borders, self._n = marker, _borders(marker), 0
 
     def read(self, text: str, n_known: int) -> int:
         """Read the grown text, and return the length of the overlap.
@@ -108,12 +108,12 @@ class _Overlap:
         Args:
             n_known: length of the previous text, of which `text` is a continuation; 0: it is not, so start again.
         """
-        held, borders, n = self._held, self._borders, self._n if n_known else 0
-        for character in text[n_known or max(0, len(text) - len(held)) :]:
-            while n and held[n] != character:
+        marker, borders, n = self._marker, self._borders, self._n if n_known else 0
+        for character in text[n_known or max(0, len(text) - len(marker)) :]:
+            while n and marker[n] != character:
                 n = borders[n]
-            n += held[n] == character
-            if n == len(held):
+            n += marker[n] == character
+            if n == len(marker):
                 n = borders[n]
         self._n = n
         return n

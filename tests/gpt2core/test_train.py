@@ -159,7 +159,7 @@ def test_training_equals_peft_with_a_loop_written_by_hand(tiny_gpt2_dir, accumul
     per_step = [epoch[i : i + accumulate] for epoch in epochs for i in range(0, size, accumulate)]
     assert len(per_step) == total
     for step, parts in enumerate(per_step):
-        rate = (step + 1) / 3 if step < 2 else min(1.0, (total - step) / total)
+        rate = (step + 1) / 3 if step < 2 else (total - step) / (total - 2)
         chosen = [example for part in parts for example in part]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.input_ids) for e in chosen], batch_first=True)
         labels = torch.full_like(ids, -100)
@@ -322,7 +322,7 @@ def test_the_history_has_the_metrics_of_each_logged_step(model):
     }
     n_tokens = pack(data, "all").n_tokens
     assert result.history[-1]["train/tokens_seen"] == 2 * n_tokens  # no record is lost
-    assert result.history[-1]["train/learning_rate"] == pytest.approx(1e-2 * 1 / 6)
+    assert result.history[-1]["train/learning_rate"] == pytest.approx(1e-2 * 1 / 5)  # of 6 steps, one of warm-up
     assert result.tokens_per_second > 0
     merged: dict[int, dict] = {}
     for step, values in logged:
