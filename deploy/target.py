@@ -24,8 +24,8 @@ class DeployOutcome(JsonDataclass):
     """The outcome of a deployment or a rollback.
 
     outcome: "none" (the Bento stays in the Bento store), "deployed", "unchanged" (the Bento already ran), "rolled_back"
-        (to `previous`, or to no version after a first deployment), or "failed" (nothing was changed, or the previous
-        version could not be restored).
+        (to `previous`, or to no version after a first deployment), or "failed" (the served version was not changed,
+        or the previous one could not be restored).
     """
 
     target: str
@@ -76,7 +76,7 @@ class Target(Protocol):
             samples: test records whose `tuned` answers the service must reproduce (`deploy.verify`).
 
         Raises:
-            DeployError: nothing was changed.
+            DeployError: the served version was not changed.
             DeployFailed: the outcome says whether the previous version serves again.
         """
 

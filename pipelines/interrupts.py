@@ -6,24 +6,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
+from deploy.signals import handling_signals
 from pipelines.zenml_compat import INTERRUPTIONS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS = 2.0  # seconds until an interruption that was lost is repeated
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Context manager: raise KeyboardInterrupt on `SIGNALS` except ignored ones (nohup), and again if it is lost.
+    """Context manager: raise KeyboardInterrupt on signals (see `handling_signals`), and again if it is lost.
 
     Python ignores exceptions that a signal handler raises within a destructor or a weak reference's callback
-    ("Exception ignored in"), so the run would continue. Only the main thread can set a signal handler; in other threads
-    this does nothing.
+    ("Exception ignored in"), so the run would continue.
     """
     ended = threading.Event()
+    main = threading.get_ident()
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None, previous: Any) -> None:
         threading.Thread(target=repeat, args=(number,), daemon=True).start()
         raise KeyboardInterrupt
 
@@ -34,18 +35,11 @@ def interruptible() -> Iterator[None]:
                 signal.pthread_kill(main, number)
                 return
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    main = threading.get_ident()
-    numbers = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        ended.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling_signals(interrupt):
+        try:
+            yield
+        finally:
+            ended.set()
 
 
 def _is_interrupted(thread: int) -> bool:

@@ -5,11 +5,11 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from zenml import get_step_context, step
 from zenml.client import Client
-from zenml.models import PipelineRunResponse
+from zenml.models import ArtifactVersionResponse, PipelineRunResponse
 from zenml.types import HTMLString
 from zenml.utils.pagination_utils import depaginate
 
@@ -44,13 +44,7 @@ def detect_drift(
     signals: list[Signal] = []
     evidently = ""
     if len(completions) >= monitor.min_requests:
-        try:
-            train, samples = artifacts["train_records"].load(), artifacts["samples"].load()
-        except (KeyError, ValueError, OSError, RuntimeError) as error:  # ZenML raises RuntimeError for a list
-            raise ValueError(
-                f"the files of the run {run.name} cannot be read: {error}; finetune again with its configuration, "
-                "which repeats the steps without files, and set monitor.run to the new run"
-            ) from None
+        train, samples = (_load(run, artifacts[name]) for name in ("train_records", "samples"))
         signals, evidently = measure(completions, ratings, train, samples, monitor)
     drift = Drift(
         drifted=any(signal.drifted for signal in signals),
@@ -144,6 +138,16 @@ def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse
     if runs:
         return Client().get_pipeline_run(runs[0])
     raise ValueError(f"{monitor.log} is of the adapter {digest}, which no run of this ZenML store has; set monitor.run")
+
+
+def _load(run: PipelineRunResponse, artifact: ArtifactVersionResponse) -> Any:
+    try:
+        return artifact.load()
+    except (KeyError, ValueError, OSError, RuntimeError) as error:  # ZenML raises RuntimeError for a list
+        raise ValueError(
+            f"the files of the run {run.name} cannot be read: {error}; finetune again with its configuration, which "
+            "repeats the steps without files, and set monitor.run to the new run"
+        ) from None
 
 
 def _verdict(run: str, requests: int, signals: Sequence[Signal], monitor: MonitorConfig) -> str:

@@ -3,13 +3,11 @@
 import codecs
 import logging
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any
 
 from docker import DockerClient
@@ -18,12 +16,12 @@ from docker.models.containers import Container
 from docker.types import DeviceRequest
 
 from deploy.containers.client import EngineError, connect, hardening, require_image
+from deploy.signals import handling_signals
 from gpt2core.types import NAME
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT = 10  # seconds from SIGTERM to SIGKILL; enough for ZenML to record that the step was stopped
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_LINES = 30  # lines of a failed container's log in its error
 
 
@@ -194,34 +192,25 @@ def log_lines(chunks: Iterator[bytes]) -> Iterator[str]:
 
 @contextmanager
 def _interruptions() -> Iterator[Callable[[], None]]:
-    """Context manager: `SIGNALS` raise KeyboardInterrupt in the block.
+    """Context manager: signals raise KeyboardInterrupt in the block (see `handling_signals`).
 
     Yields a function that raises KeyboardInterrupt if a signal has arrived. It also runs at the end of the block. It is
     needed because Python ignores a signal handler's exception in some places, for example in a destructor that the
     garbage collector calls.
     """
     arrived = False
-    previous: dict[int, Any] = {}
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any, previous: Any) -> None:
         nonlocal arrived
         arrived = True
-        if callable(previous[number]):  # the handler of the caller, or of ZenML
-            previous[number](number, frame)
+        if callable(previous):  # the handler of the caller, or of ZenML
+            previous(number, frame)
         raise KeyboardInterrupt
 
     def check() -> None:
         if arrived:
             raise KeyboardInterrupt
 
-    if current_thread() is main_thread():
-        for number in SIGNALS:
-            previous[number] = signal.getsignal(number)
-            if previous[number] is not signal.SIG_IGN:
-                signal.signal(number, handle)
-    try:
+    with handling_signals(handle):
         yield check
         check()
-    finally:
-        for restored, handler in previous.items():
-            signal.signal(restored, handler)
