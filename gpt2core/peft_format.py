@@ -27,6 +27,8 @@ _KEY = re.compile(
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
 )
 
+_EMBEDDING = re.compile(r"base_model\.model\.(?:transformer\.)?(wte|wpe|lm_head)\.(.*)")
+
 
 def export_peft(model: GPT2, directory: str | Path, base: str | None = None, revision: str | None = None) -> Path:
     """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
@@ -180,6 +182,17 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
     found: dict[tuple[int, str], dict[str, Tensor]] = {}
     prefixes = set()  # "transformer.", or "" for a model without its head
     for key, tensor in read_tensors(file, device).items():
+        if embedding := _EMBEDDING.fullmatch(key):
+            if "lora_" in embedding[2] or "base_layer" in embedding[2]:
+                raise ValueError(
+                    f"{file} has LoRA of {embedding[1]}, but only layers within the blocks can be adapted; train it "
+                    "without wte and lm_head in target_modules"
+                )
+            raise ValueError(
+                f"{file} has weights of {embedding[1]}, which belong to the base; if training did not change them, "
+                "save the adapter with save_pretrained(directory, save_embedding_layers=False), otherwise merge it by "
+                "PEFT's merge_and_unload and use the result as the base"
+            )
         match = _KEY.fullmatch(key)
         prefix, block, path, matrix, magnitude = match.groups("") if match else ("", config.n_layer, "", "", "")
         if int(block) >= config.n_layer or (matrix or magnitude) not in needed:
