@@ -28,6 +28,8 @@ _KEY = re.compile(
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
 )
 
+_EMBEDDING = re.compile(r"base_model\.model\.(?:transformer\.)?(wte|wpe|lm_head)\.(.*)")
+
 
 def export_peft(model: GPT2, directory: str | Path, base: str | None = None, revision: str | None = None) -> Path:
     """Write the adapter so that `peft.PeftModel.from_pretrained(hf_gpt2, directory)` computes the same logits.
@@ -198,6 +200,19 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
     return layers
 
 
+def _refuse_embedding(file: Path, module: str, weight: str) -> None:
+    if "lora_" in weight or "base_layer" in weight:
+        raise ValueError(
+            f"{file} has LoRA of {module}, but only layers within the blocks can be adapted; train it without wte and "
+            "lm_head in target_modules"
+        )
+    raise ValueError(
+        f"{file} has weights of {module}, which belong to the base; if training did not change them, save the adapter "
+        "with save_pretrained(directory, save_embedding_layers=False), otherwise merge it by PEFT's merge_and_unload "
+        "and use the result as the base"
+    )
+
+
 def _read_matrices(
     file: Path, config: GPT2Config, device: str | torch.device, needed: Sequence[str]
 ) -> tuple[str, dict[tuple[int, str], dict[str, Tensor]]]:
@@ -211,6 +226,8 @@ def _read_matrices(
     tensors: dict[tuple[int, str], dict[str, Tensor]] = {}
     prefixes = set()  # "transformer.", or "" for a model without its head
     for key, tensor in read_tensors(file, device).items():
+        if embedding := _EMBEDDING.fullmatch(key):
+            _refuse_embedding(file, *embedding.groups())
         match = _KEY.fullmatch(key)
         prefix, block, path, matrix, magnitude = match.groups("") if match else ("", config.n_layer, "", "", "")
         if int(block) >= config.n_layer or (matrix or magnitude) not in needed:

@@ -212,7 +212,13 @@ def _as_id(value: Any) -> int:
 def _ranks(vocabulary: Vocabulary) -> dict[bytes, int]:
     """Return bytes -> id for tiktoken, which merges the pair with the lowest id first."""
     ids, merged, source = vocabulary.ids, vocabulary.merged, vocabulary.source
-    missing = [token for token in (*_byte_of_character(), *merged) if token not in ids]
+    lacking = len(_byte_of_character().keys() - ids)
+    if lacking:
+        raise ValueError(
+            f"{source}: the vocabulary lacks {lacking} of the 256 bytes, so it cannot encode every text; with the "
+            "tokenizers library, train it with initial_alphabet=ByteLevel.alphabet()"
+        )
+    missing = [token for token in merged if token not in ids]
     if missing:
         raise ValueError(f"{source}: the vocabulary has no {missing[0]!r}, which the merges need; they do not match")
     made = {*_byte_of_character(), *merged}

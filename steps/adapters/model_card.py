@@ -26,7 +26,6 @@ def adapter_card(
     It is part of the adapter's sha256, so it contains nothing that differs between identical runs.
     """
     about = ModelCardData(
-        language="en",
         pipeline_tag="text-generation",
         tags=["gpt2", "lora"],
         base_model=base.name if base.revision else None,  # a repository of the hub

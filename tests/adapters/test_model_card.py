@@ -21,6 +21,7 @@ def test_an_adapters_card_states_its_base_training_and_limits():
     text = card_of(BaseRef("openai-community/gpt2", "f" * 40, "b" * 64))
     card = ModelCard(text)
     assert (card.data.base_model, card.data.model_name) == ("openai-community/gpt2", "gpt2-instruct")
+    assert card.data.language is None  # the language of the records is not known
     for part in ("rank 4, alpha 16, on q, o", "train records | 935, sha256 `1111", "none: no validation", "## Limits"):
         assert part in text
     assert ModelCard(card_of(BaseRef("gpt2-nano", "", "b" * 64))).data.base_model is None  # the hub has no such model

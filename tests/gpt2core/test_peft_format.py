@@ -201,6 +201,24 @@ def test_patterns_that_people_write_are_supported(bare, save, pattern):
     assert "q" in lora.targets
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize(
+    ("targets", "saved", "message"),
+    [
+        (["c_attn"], True, r"has weights of (lm_head|wte).*save_pretrained\(directory, save_embedding_layers=False\)"),
+        (["c_attn", "wte"], "auto", "has LoRA of wte.*train it without wte and lm_head in target_modules"),
+        (["c_attn", "lm_head"], "auto", "has LoRA of lm_head.*train it without"),
+    ],
+)
+def test_weights_of_the_embedding_are_refused_with_the_way_out(bare, save, prefix, targets, saved, message):
+    model, directory = save(target_modules=targets)
+    model.save_pretrained(directory, save_embedding_layers=saved)
+    file = directory / "adapter_model.safetensors"
+    save_file({key.replace("transformer.", prefix): tensor for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors {message}"):
+        read_adapter(directory, bare.config)
+
+
 PREFIX = "base_model.model.transformer.h."
 
 
@@ -211,7 +229,7 @@ PREFIX = "base_model.model.transformer.h."
         (lambda t: t.update({f"{PREFIX}2.attn.c_attn.lora_A.weight": torch.ones(3, 32)}), "is not an adapted layer"),
         (
             lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(3, 32)}),
-            "'base_model.model.lm_head",
+            "has LoRA of lm_head",
         ),
         (lambda t: t.update({f"{PREFIX}0.attn.c_attn.lora_A.weight": torch.ones(3, 31)}), r"the shape \(3, 31\)"),
         (lambda t: t.update({f"{PREFIX}0.attn.c_attn.lora_A.weight": torch.ones(2, 32)}), "different ranks, 2 and 3"),

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, ByteLevelBPETokenizer
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer, read_token_ids, read_vocabulary
@@ -195,6 +195,20 @@ def test_a_special_token_in_vocab_json_is_refused_with_the_way_out(broken):
     text = "The quick <pad> fox"
     expected = tokenizer(text, split_special_tokens=True)["input_ids"]
     assert load_tokenizer(broken).encode_ordinary(text) == expected
+
+
+def test_a_tokenizer_trained_without_all_bytes_is_refused_with_the_way_out(tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for alphabet in ([], pre_tokenizers.ByteLevel.alphabet()):
+        trainer = trainers.BpeTrainer(special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(["abab cd"], trainer)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        if alphabet:
+            assert load_tokenizer(tmp_path).n_vocab > 256
+        else:
+            with pytest.raises(ValueError, match=r"lacks 251 of the 256 bytes.*ByteLevel.alphabet\(\)"):
+                load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
