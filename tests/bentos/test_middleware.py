@@ -81,6 +81,14 @@ def test_a_request_is_answered_when_nobody_reads_the_access_log(monkeypatch):
     assert TestClient(app).get("/generate").text == "ok"
 
 
+@pytest.mark.parametrize(("path", "expected"), [("/503", "no-store"), ("/readyz", "no-store"), ("/own", "no-cache")])
+def test_no_shared_cache_stores_a_response(path, expected):
+    """A cache would send it to clients without a token: X-Api-Key, unlike Authorization, does not prevent that."""
+    own = Route("/own", lambda _: PlainTextResponse("ok", headers={"Cache-Control": "no-cache"}))
+    app = RequestIdMiddleware(Starlette(routes=[*ROUTES, own]), "run-17")
+    assert TestClient(app).get(path).headers["Cache-Control"] == expected
+
+
 @pytest.mark.parametrize(("path", "code", "status"), [("/503", "service_unavailable", 503), ("/x", "not_found", 404)])
 def test_errors_of_the_inner_app_get_the_shape_of_all_errors(path, code, status):
     response = TestClient(ErrorShapeMiddleware(Starlette(routes=ROUTES))).get(path)
