@@ -48,7 +48,7 @@ class ServiceError(Exception):
 
 def error_content(type: str, message: str, param: str | None = None) -> dict[str, Any]:
     """The body of every error. `code` repeats the type, because OpenAI's clients read it there."""
-    return {"error": {"type": type, "message": message, "param": param, "code": type.replace(" ", "_")}}
+    return {"error": {"type": type, "message": message, "param": param, "code": type}}
 
 
 def is_error(body: bytes | bytearray) -> bool:

@@ -90,7 +90,7 @@ class _EventStream(StreamingResponse):
 
     def __init__(self, content: AsyncIterator[bytes], completions: Sequence[Completion]) -> None:
         # X-Accel-Buffering: no keeps nginx from buffering the events
-        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(content, headers={"X-Accel-Buffering": "no"})
         self._completions = completions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

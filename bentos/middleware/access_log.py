@@ -1,5 +1,6 @@
 """The access log: one JSON line per request on standard output, without any text of users or the model."""
 
+import ipaddress
 import json
 import sys
 from collections.abc import Collection
@@ -66,10 +67,9 @@ class AccessLogMiddleware:
 
 
 def _write(scope: Scope, status: int, seconds: float, record: RequestRecord) -> None:
-    client = scope.get("client")
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "client": client[0].removeprefix("::ffff:") if client else None,  # IPv4 on a socket of both families
+        "client": _client(scope),
         "method": scope["method"],
         "path": scope["path"],
         "status": status,  # 0: the client disconnected before there was one
@@ -80,3 +80,13 @@ def _write(scope: Scope, status: int, seconds: float, record: RequestRecord) -> 
     with suppress(OSError):  # the disk is full, or the pipe has no reader
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
+
+
+def _client(scope: Scope) -> str | None:
+    """Return the client's IP address. If a proxy passed on another text in X-Forwarded-For, it is not logged."""
+    host = scope["client"][0] if scope.get("client") else ""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])  # without a zone, which is any text
+    except ValueError:
+        return None
+    return str(getattr(address, "ipv4_mapped", None) or address)  # IPv4 on a socket of both families

@@ -41,4 +41,6 @@ class ErrorShapeMiddleware:
 def error_of_status(status: int, scope: Scope) -> JSONResponse:
     """Return the error response for a status without a message of its own."""
     phrase = HTTPStatus(status).phrase
-    return JSONResponse(error_content(phrase.lower(), f"{scope['method']} {scope['path']}: {phrase}"), status)
+    return JSONResponse(
+        error_content(phrase.lower().replace(" ", "_"), f"{scope['method']} {scope['path']}: {phrase}"), status
+    )

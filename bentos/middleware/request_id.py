@@ -1,4 +1,4 @@
-"""Adds X-Request-Id and X-Run-Id (the run that built the Bento) to every response."""
+"""Adds X-Request-Id, X-Run-Id (the run that built the Bento) and Cache-Control to every response."""
 
 import re
 from uuid import uuid4
@@ -27,6 +27,9 @@ class RequestIdMiddleware:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"], headers["X-Run-Id"] = request_id, self.run_id
+                # A shared cache would send a stored response to clients without a token: only the header Authorization
+                # prevents that by default (RFC 9111, section 3.5), X-Api-Key does not.
+                headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
         await self.app(scope, receive, identified)

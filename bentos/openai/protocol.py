@@ -8,19 +8,22 @@ false, 0, "", [], {}).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOP_LENGTH, MAX_STOPS
-from bentos.schemas import DEFAULTS, FAIL_FAST, TUNED, WHOLE, Sampling, Structured, Token
-
-NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {})
-
-
-def _neutral(value: Any) -> Any:
-    if value not in NEUTRAL:  # this error is four times as fast as ValueError: a body may have 100,000 such fields
-        raise PydanticCustomError("unsupported", "this field is not supported; leave it out, or send null")
-    return value
+from bentos.schemas import (
+    DEFAULTS,
+    FAIL_FAST,
+    NEUTRAL,
+    TUNED,
+    WHOLE,
+    LenientRequest,
+    Sampling,
+    Structured,
+    Token,
+    Unsupported,
+    neutral,
+)
 
 
 def _boolean(value: Any) -> Any:
@@ -30,7 +33,6 @@ def _boolean(value: Any) -> Any:
 
 
 # Fields with one supported value
-Unsupported = Annotated[Any, AfterValidator(_neutral), WithJsonSchema({"enum": [*NEUTRAL]})]
 MustBeOne = Annotated[float, Field(ge=1, le=1)] | None
 MustBeFalse = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
 MustBeTrue = Annotated[Literal[True] | None, BeforeValidator(_boolean)]
@@ -43,11 +45,9 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_F
 ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
 
 
-class LenientRequest(BaseModel):
-    """Checks types strictly. Unknown fields are accepted if their value is one of `NEUTRAL`."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-    __pydantic_extra__: dict[str, Unsupported]
+def _neutral_unless_none(choice: str) -> AfterValidator:
+    """Accept only neutral values unless the earlier field `choice` is "none": then the client expects plain text."""
+    return AfterValidator(lambda value, info: value if info.data.get(choice) == "none" else neutral(value))
 
 
 class StreamOptions(LenientRequest):
@@ -55,10 +55,10 @@ class StreamOptions(LenientRequest):
     include_obfuscation: bool | None = Field(False, description="ignored: only the lengths of events differ")
 
 
-def _only_with(name: str, other: str, neutral: dict[str, Any]) -> dict[str, Any]:
-    """JSON schema: `name` must be neutral unless `other` is true."""
+def _only_with(name: str, other: str, neutral: dict[str, Any], value: Any = True) -> dict[str, Any]:
+    """JSON schema: `name` must be neutral unless `other` has the value."""
     nothing = {"properties": {name: neutral}}
-    return {"anyOf": [nothing, {"properties": {other: {"const": True}}, "required": [other]}]}
+    return {"anyOf": [nothing, {"properties": {other: {"const": value}}, "required": [other]}]}
 
 
 _WITH_USAGE = {"type": "object", "properties": {"include_usage": {"const": True}}, "required": ["include_usage"]}
@@ -81,9 +81,14 @@ class OpenAIRequest(LenientRequest, Sampling, Structured):
     user: IgnoredLabel = None
     # fields of other servers' APIs, which their clients send
     length_penalty: MustBeOne = None
+    repeat_penalty: MustBeOne = None
     typical_p: MustBeOne = None
     skip_special_tokens: MustBeTrue = None
     spaces_between_special_tokens: MustBeTrue = None
+    add_special_tokens: bool | None = Field(None, description="ignored: prompts never contain special tokens")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=0), WHOLE] | None = Field(None, description="-1: no limit")
+    include_reasoning: bool | None = Field(None, description="ignored: completions have no reasoning")
+    cache_prompt: bool | None = Field(None, description="ignored: prefixes are always cached")
     chat_id: IgnoredLabel = None
     session_id: IgnoredLabel = None
     conversation_id: IgnoredLabel = None
@@ -158,6 +163,8 @@ class ChatRequest(OpenAIRequest):
             "allOf": [
                 _STREAM_OPTIONS,
                 _only_with("top_logprobs", "logprobs", {"anyOf": [{"type": "null"}, {"const": 0}]}),
+                _only_with("tools", "tool_choice", {"enum": [*NEUTRAL]}, "none"),
+                _only_with("functions", "function_call", {"enum": [*NEUTRAL]}, "none"),
             ]
         }
     )
@@ -170,11 +177,11 @@ class ChatRequest(OpenAIRequest):
     modalities: Annotated[list[Literal["text"]], FAIL_FAST] | None = None
     reasoning_effort: Literal["none", "medium"] | None = None
     verbosity: Literal["medium"] | None = None
-    tools: Unsupported = None
     tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[Any, _neutral_unless_none("tool_choice")] = None
     parallel_tool_calls: bool | None = None
-    functions: Unsupported = None
     function_call: Literal["none", "auto"] | None = None
+    functions: Annotated[Any, _neutral_unless_none("function_call")] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     web_search_options: None = None  # {} requests a search
@@ -185,6 +192,7 @@ class ChatRequest(OpenAIRequest):
     prompt_cache_key: IgnoredLabel = None
     prompt_cache_retention: IgnoredLabel = None
     add_generation_prompt: MustBeTrue = None
+    chat_template_kwargs: LenientRequest | None = None
 
 
 class TokenizeRequest(LenientRequest):

@@ -15,6 +15,7 @@ INEXPRESSIBLE = (
     "guided_json: ",  # the field is text or a schema that must be valid itself
     "guided_regex: ",
     "response_format: ",
+    "structured_outputs: ",
 )
 
 

@@ -40,9 +40,9 @@ def not_ours(request: Request) -> JSONResponse:
 ROUTES = [Route("/generate", generate), Route("/503", not_ours), Route("/readyz", lambda _: PlainTextResponse("\n"))]
 
 
-def logged(capsys, path: str) -> list[dict]:
+def logged(capsys, path: str, host: str = "::ffff:192.0.2.1") -> list[dict]:  # IPv4 on a socket of both families
     app = RequestIdMiddleware(AccessLogMiddleware(Starlette(routes=ROUTES), skip_paths=["/readyz"]), "run-17")
-    client = TestClient(app, client=("::ffff:192.0.2.1", 50000))  # IPv4, on a socket of both families
+    client = TestClient(app, client=(host, 50000))
     client.get(path, headers={"X-Request-Id": "mine"})
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -66,6 +66,21 @@ def test_the_access_log_sums_over_all_choices(capsys):
     }
 
 
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:DB8::1", "2001:db8::1"),
+        ("fe80::1%any text", "fe80::1"),
+        ("any text", None),
+        ("192.0.2.1, any text", None),
+    ],
+)
+def test_the_access_log_has_no_text_of_the_client_instead_of_its_address(capsys, host, client):
+    """The server takes it from X-Forwarded-For, which a proxy may pass on as the client sent it."""
+    assert [line["client"] for line in logged(capsys, "/nothing", host)] == [client]
+
+
 @pytest.mark.parametrize(("path", "statuses"), [("/nothing", [404]), ("/readyz", [])])
 def test_the_access_log_has_a_line_per_request_except_probes(capsys, path, statuses):
     assert [line["status"] for line in logged(capsys, path)] == statuses
@@ -81,13 +96,21 @@ def test_a_request_is_answered_when_nobody_reads_the_access_log(monkeypatch):
     assert TestClient(app).get("/generate").text == "ok"
 
 
+@pytest.mark.parametrize(("path", "expected"), [("/503", "no-store"), ("/readyz", "no-store"), ("/own", "no-cache")])
+def test_no_shared_cache_stores_a_response(path, expected):
+    """A cache would send it to clients without a token: X-Api-Key, unlike Authorization, does not prevent that."""
+    own = Route("/own", lambda _: PlainTextResponse("ok", headers={"Cache-Control": "no-cache"}))
+    app = RequestIdMiddleware(Starlette(routes=[*ROUTES, own]), "run-17")
+    assert TestClient(app).get(path).headers["Cache-Control"] == expected
+
+
 @pytest.mark.parametrize(("path", "code", "status"), [("/503", "service_unavailable", 503), ("/x", "not_found", 404)])
 def test_errors_of_the_inner_app_get_the_shape_of_all_errors(path, code, status):
     response = TestClient(ErrorShapeMiddleware(Starlette(routes=ROUTES))).get(path)
     assert response.status_code == status
     assert response.headers["Content-Type"] == "application/json"
     assert response.json()["error"].keys() == {"type", "message", "param", "code"}
-    assert response.json()["error"]["code"] == code
+    assert response.json()["error"]["type"] == response.json()["error"]["code"] == code
     assert ("X-Kept" in response.headers) == (path == "/503")
 
 
@@ -110,7 +133,7 @@ def test_an_unexpected_error_is_a_500_and_is_logged_but_not_raised_to_the_server
     response = TestClient(UnhandledErrorMiddleware(app)).get("/x")
     assert response.status_code == 500
     assert response.json()["error"] == {
-        "type": "internal server error",
+        "type": "internal_server_error",
         "message": "GET /x: Internal Server Error",
         "param": None,
         "code": "internal_server_error",

@@ -40,7 +40,13 @@ EXTRAS = {
     "min_p": 0.0,
     "ignore_eos": False,
     "grammar": None,
+    "add_special_tokens": True,
+    "cache_prompt": True,
+    "include_reasoning": True,
+    "repeat_penalty": 1.0,
+    "truncate_prompt_tokens": -1,
 }
+TOOLS = [{"type": "function", "function": {"name": "a"}}]
 
 
 def post(url: str, route: str, **fields) -> requests.Response:
@@ -95,7 +101,10 @@ def test_defaults_of_openai_and_harmless_extras_are_accepted(url, route):
                 ("stream_options", {"include_usage": True}),
                 ("temperature", -1),
                 ("tool_choice", "required"),
-                ("tools", [{"type": "function", "function": {"name": "a"}}]),
+                ("tools", TOOLS),
+                ("chat_template_kwargs", {"enable_thinking": True}),
+                ("repeat_penalty", 1.1),
+                ("truncate_prompt_tokens", 5),
                 ("top_logprobs", 2),
                 ("top_p", 1.1),
                 ("unknown", 1),
@@ -110,6 +119,27 @@ def test_a_value_that_asks_for_what_is_not_there_is_a_400_that_names_the_field(u
     assert error_of(response)["param"] == name
     if name == "tools":
         assert error_of(response)["message"] == "tools: this field is not supported; leave it out, or send null"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"functions": [{"name": "a"}], "function_call": "none"},
+        {"chat_template_kwargs": {}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_fields_that_ask_for_plain_text_are_accepted(url, fields):
+    route = "chat/completions"
+    response = post(url, route, **fields)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == post(url, route).json()["choices"]
+
+
+@pytest.mark.parametrize("choice", [None, "auto", {"type": "function", "function": {"name": "a"}}])
+def test_tools_that_the_model_could_call_are_a_400(url, choice):
+    assert post(url, "chat/completions", tools=TOOLS, tool_choice=choice).status_code == 400
 
 
 @pytest.mark.parametrize(

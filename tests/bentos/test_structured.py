@@ -100,6 +100,10 @@ def test_completions_of_500_random_schemas_conform(tuned, tokenizer):
         ),
         ({"response_format": {"type": "json_object", "schema": {"const": 7}}}, "7".__eq__),  # llama.cpp's form
         ({"guided_choice": ["red"], "stop": []}, "red".__eq__),
+        ({"structured_outputs": {"choice": ["red"], "json": None, "grammar": None}}, "red".__eq__),
+        ({"structured_outputs": {"regex": "[ab]{3}", "disable_fallback": True}}, re.compile("[ab]{3}").fullmatch),
+        ({"structured_outputs": {"json": '{"const": 7}'}}, "7".__eq__),
+        ({"structured_outputs": {"json_object": True}}, lambda text: text.startswith("{")),
     ],
 )
 def test_every_route_returns_text_that_matches(url, fields, accepts):
@@ -120,6 +124,11 @@ def test_every_route_returns_text_that_matches(url, fields, accepts):
     [
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"guided_regex": "a", "stop": "b"}, "stop"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "structured_outputs"),
+        ({"structured_outputs": {"disable_additional_properties": True}}, "structured_outputs"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": "[" * 5_000}, "guided_json"),
         ({"guided_json": '{"type": "array", "items": ' * 500 + "{}" + "}" * 500}, "guided_json"),
