@@ -33,8 +33,8 @@ class DeployConfig:
         check_types(self)
         check_field(self, "host", _is_ipv4(self.host), "an IPv4 address of this machine, or 0.0.0.0 for all of them")
         check_field(self, "port", 1 <= self.port <= 65535, "from 1 to 65535")
-        memory = re.fullmatch(r"([1-9]\d*[mg])?", self.memory) is not None
-        check_field(self, "memory", memory, "a number with m or g, like 2g, or empty")
+        memory = re.fullmatch(r"([1-9]\d{2,}m|[1-9]\d*g)?", self.memory) is not None
+        check_field(self, "memory", memory, "a number with m or g, like 2g, at least 100m, or empty")
         image = re.fullmatch(IMAGE, self.image) is not None
         rule = "lowercase name:tag (not latest) or name@sha256:… of an image that the cluster's nodes can pull"
         check_field(self, "image", image or (self.target != "kubernetes" and not self.image), rule)

@@ -9,12 +9,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import docker
+from docker.context import Context, ContextAPI
+from docker.context.config import get_current_context_name
 from docker.errors import DockerException, ImageNotFound
 from docker.models.containers import Container
 from requests import RequestException
 
 TIMEOUT = 60  # seconds without a byte from the engine; log streams have no limit
-DEFAULT_HOST = "/var/run/docker.sock"
 
 
 class EngineError(RuntimeError):
@@ -23,16 +24,21 @@ class EngineError(RuntimeError):
 
 @contextmanager
 def connect(timeout: int = TIMEOUT) -> Iterator[docker.DockerClient]:
-    """Connect to the engine at DOCKER_HOST or at the default socket.
+    """Connect to the engine that the command `docker` uses: at DOCKER_HOST, or that of the Docker context.
 
     Raises:
         EngineError: no engine responds, or an operation in the block fails.
     """
+    host = os.environ.get("DOCKER_HOST")
+    context = None if host else _context()
     try:
-        client = docker.from_env(timeout=timeout)
+        if context is None:
+            client = docker.from_env(timeout=timeout)
+        else:
+            host = f"{context.Host} (Docker context {context.Name})"
+            client = docker.DockerClient(base_url=context.Host, tls=context.TLSConfig or False, timeout=timeout)
         client.ping()
     except (DockerException, RequestException) as error:
-        host = os.environ.get("DOCKER_HOST", DEFAULT_HOST)
         raise EngineError(
             f"no container engine responds at {host} ({error}); start Docker, or set DOCKER_HOST to its address"
         ) from None
@@ -42,6 +48,18 @@ def connect(timeout: int = TIMEOUT) -> Iterator[docker.DockerClient]:
         raise EngineError(f"the container engine reports: {error}") from None
     finally:
         client.close()
+
+
+def _context() -> Context:
+    """Return the context that DOCKER_CONTEXT names, or else the one that `docker context use` selected."""
+    name = os.environ.get("DOCKER_CONTEXT") or get_current_context_name()
+    try:
+        context = ContextAPI.get_context(name)
+    except Exception as error:  # docker 7.1 raises Exception if the file is damaged
+        raise EngineError(f"the Docker context {name} cannot be read: {error}") from None
+    if context is None:
+        raise EngineError(f"there is no Docker context {name}; `docker context ls` lists the contexts")
+    return context
 
 
 def hardening(tmpfs: Mapping[str, str], pids_limit: int) -> dict[str, Any]:

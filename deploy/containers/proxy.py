@@ -42,7 +42,9 @@ def make_app(address: Path = ADDRESS) -> web.Application:
         if not request.raw_path.startswith("/"):  # a whole URL, as clients send it to a forward proxy
             return web.Response(status=400, text="the request target is not a path\n")
         with suppress(OSError, ValueError):  # the file is being written: use the last address
-            app[CURRENT][:] = [_read(address)]
+            if (current := [_read(address)]) != app[CURRENT]:
+                app[CURRENT][:] = current
+                _sync(address)
         if not app[CURRENT]:
             return _unavailable("no service is deployed")
         url = URL(app[CURRENT][0] + request.raw_path, encoded=True)
@@ -86,6 +88,16 @@ def _read(address: Path) -> str:
     if not text.endswith("\n"):
         raise ValueError("incomplete")
     return text.strip()
+
+
+def _sync(address: Path) -> None:
+    """Write a new address to the disk, so that it survives a power loss. The engine only writes it to the cache."""
+    for path in (address, address.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _end_to_end(headers: Mapping[str, str]) -> "CIMultiDict[str]":

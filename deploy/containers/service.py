@@ -2,17 +2,18 @@
 
 The port identifies a deployment. For port 3000, gpt2-instruct-3000 is the name of the proxy (`proxy.py`), of the
 network that proxy and services share, and of the volume that stores the current service's address. The previous service
-is stopped but kept for `rollback`. A service gets its restart policy when it is verified: one without it, except the
-current, was left behind by a killed run.
+is stopped but kept for `rollback`, which starts another service of its image. A service gets its restart policy when it
+is verified: one without it, except the current, was left behind by a killed run.
 """
 
 import errno
 import logging
 import os
+import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from docker import DockerClient
 from docker.errors import APIError, NotFound
 from docker.models.containers import Container
+from docker.models.networks import Network
 from docker.types import LogConfig
 from docker.utils import parse_bytes
 
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 BENTO_LABEL = "gpt2-instruct.bento"
 DEPLOYMENT_LABEL = "gpt2-instruct.deployment"
+TOKEN = "GPT2_API_TOKEN"  # noqa: S105 (the variable's name)
 PORT = "3000/tcp"  # port that the image exposes
 START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
 CONNECT_TIME = 2  # seconds in which requests that the proxy received before the switch connect to the old service
@@ -86,10 +89,13 @@ class DockerTarget:
                 return group.deploy(image, verify)
 
     def rollback(self) -> DeployOutcome:
-        """Start the kept service, switch the proxy to it, and keep the current service: a second rollback undoes this.
+        """Start a service of the kept one's image, switch the proxy to it, and keep the current service.
+
+        A second rollback undoes this. The service gets the settings of this process, like that of a deployment.
 
         Raises:
-            DeployError: there is no kept service, it is not ready in time, or the engine fails.
+            DeployError: there is no kept service, the new one is not ready in time, the current one requires a token
+                and this process has none, or the engine fails.
         """
         with self._open() as group:
             image = group.any_image()
@@ -132,34 +138,44 @@ class _ServiceGroup:
         current = self.current()
         if current is not None and self.is_up_to_date(current, image.digest):
             verify(self.url)
-            return self.outcome("unchanged", current, self.newest_except(current))
-        candidate = self.create_service(image.digest, image.reference)
-        try:
-            candidate.start()
-            verify(self.wait_until_ready(candidate))
-            candidate.update(restart_policy=RESTART)
-            self.switch(candidate, current)
-        except BaseException:
-            candidate.remove(force=True)
-            raise
-        previous = self.version_before(candidate, current)
-        self.stop_old_services(candidate, previous)
-        return self.outcome("deployed", candidate, previous)
+            return self.outcome("unchanged", current, self.previous(current))
+        service = self.replace(current, image.digest, image.reference, verify)
+        previous = self.previous(service, current)
+        self.stop_old_services(service, previous)
+        return self.outcome("deployed", service, previous)
 
     def rollback(self) -> DeployOutcome:
         current = self.current()
-        previous = self.newest_except(current)
+        previous = self.previous(current)
         if previous is None:
             raise DeployError(f"port {self.config.port} has no previous version to roll back to")
-        previous.start()
+        if current is not None and TOKEN in _environment(current) and TOKEN not in service_environment():
+            raise DeployError(f"the service of port {self.config.port} requires a token; set {TOKEN}")
+        # not the kept container, which has the tokens and other settings of its time
+        service = self.replace(current, _image(previous), _bento_of(previous), verify=None)
+        self.stop_old_services(service, current)
+        return self.outcome("rolled_back", service, current)
+
+    def replace(
+        self, current: Container | None, image: str, tag: str, verify: Callable[[str], None] | None
+    ) -> Container:
+        """Start a service with the settings of this process, verify it, and switch the proxy to it."""
         try:
-            self.wait_until_ready(previous)
-            self.switch(previous, current)
+            service = self.create_service(image, tag)
+            try:
+                service.start()
+                url = self.wait_until_ready(service)
+                if verify is not None:
+                    verify(url)
+                service.update(restart_policy=RESTART)
+                self.switch(service, current)
+            except BaseException:
+                service.remove(force=True)
+                raise
         except BaseException:
-            previous.stop(timeout=STOP_TIMEOUT)
+            self.remove_if_unused()
             raise
-        self.stop_old_services(previous, current)
-        return self.outcome("rolled_back", previous, current)
+        return service
 
     def check_host(self) -> None:
         """Check deploy.host: a proxy cannot change its address, and a second proxy cannot use the same port."""
@@ -174,7 +190,7 @@ class _ServiceGroup:
     def check_port(self) -> None:
         """Check that another program does not listen on the port, unless the proxy runs, which listens on it."""
         proxy = self._get(self.name)
-        if proxy is not None and proxy.status == "running":
+        if proxy is not None and proxy.status in ("running", "paused"):
             return
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
@@ -194,37 +210,31 @@ class _ServiceGroup:
         )
 
     def current(self) -> Container | None:
-        """Return the service that the proxy forwards requests to; None if there is none."""
-        proxy = self._get(self.name)
-        if proxy is None:
-            return None
-        try:
-            address = read_file(proxy, address_file(proxy)).decode()
-        except NotFound:
-            return None
-        return self._get(address.removeprefix("http://").partition(":")[0])
+        """Return the service that the proxy forwards requests to; None if there is none.
 
-    def newest_except(self, *excluded: Container | None) -> Container | None:
-        """Return the verified service that was started last, ignoring the excluded ones; None if there is no other."""
-        ids = {container.id for container in excluded if container is not None}
-        rest = [service for service in self._services() if _is_verified(service) and service.id not in ids]
-        return max(rest, key=lambda container: container.attrs["State"]["StartedAt"], default=None)
+        Without a proxy, or if it has no complete address after a power loss: the verified service that runs.
+        """
+        if address := re.fullmatch(r"http://([\w.-]+):\d+\n", self._address()):
+            return self._get(address[1])
+        return _newest(service for service in self._services() if _is_verified(service) and service.status != "exited")
 
-    def version_before(self, candidate: Container, current: Container | None) -> Container | None:
-        """Return the service to roll back to from the candidate; one with the same image is no other version."""
-        if current is not None and current.attrs["Image"] != candidate.attrs["Image"]:
-            return current
-        return self.newest_except(
-            *(service for service in self._services() if service.attrs["Image"] == candidate.attrs["Image"])
-        )
+    def previous(self, service: Container | None, replaced: Container | None = None) -> Container | None:
+        """Return the version to roll back to from `service`; None if there is none.
+
+        This is `replaced` or else the verified service that was started last, but none of the same image.
+        """
+        image = None if service is None else _image(service)
+        if replaced is not None and _image(replaced) != image:
+            return replaced
+        return _newest(other for other in self._services() if _is_verified(other) and _image(other) != image)
 
     def any_image(self) -> str | None:
         """Return the image of a service; None if there is no service."""
-        return next((str(service.attrs["Image"]) for service in self._services()), None)
+        return next((_image(service) for service in self._services()), None)
 
     def create_service(self, image: str, tag: str) -> Container:
         """Create a service that only the proxy's network and this machine can reach."""
-        if not [network for network in self.client.networks.list(names=[self.name]) if network.name == self.name]:
+        if not self._networks():
             self.client.networks.create(self.name)
         environment, mounts = mount_files(service_environment())
         # run as the user of this process, who owns the mounted files, instead of the image's user
@@ -263,12 +273,13 @@ class _ServiceGroup:
 
     def switch(self, new: Container, old: Container | None) -> None:
         """Make the proxy forward requests to `new`. If that fails, restore `old`, or remove the proxy."""
-        proxy = self._get(self.name) or self._create_proxy(new.image.id)
+        existing = self._get(self.name)
+        proxy = existing or self._create_proxy(_image(new))
         _set_current(proxy, new)
         try:
             self._start_proxy(proxy)
         except BaseException:
-            if old is None:
+            if existing is None or old is None:
                 proxy.remove(force=True, v=True)
             else:
                 _set_current(proxy, old)
@@ -283,13 +294,20 @@ class _ServiceGroup:
                 if kept is None or service.id != kept.id:
                     service.remove()
 
+    def remove_if_unused(self) -> None:
+        """Remove network and volume if they have no container, as after a failed first deployment."""
+        if self._get(self.name) is None and not self._services():
+            with suppress(APIError):  # there is no volume, or the engine still uses it
+                for network in self._networks():
+                    network.remove()
+                self.client.volumes.get(self.name).remove()
+
     def is_up_to_date(self, current: Container, image: str) -> bool:
         """Whether the service is ready and has this image, the configured memory and this process's settings."""
         environment, mounts = mount_files(service_environment())
-        given = dict(variable.split("=", 1) for variable in current.attrs["Config"]["Env"])
         return (
             current.image.id == image
-            and service_environment(given) == environment
+            and service_environment(_environment(current)) == environment
             and _places(current.attrs["HostConfig"].get("Mounts") or []) == _places(mounts)
             and current.attrs["HostConfig"]["Memory"] == parse_bytes(self._memory)
             and is_ready(self.url)
@@ -331,6 +349,8 @@ class _ServiceGroup:
     def _start_proxy(self, proxy: Container) -> None:
         """Start the proxy if it does not run, and wait until it reaches the current service."""
         try:
+            if proxy.status == "paused":
+                proxy.unpause()
             proxy.start()
         except APIError as error:
             if "already" in str(error):  # "port is already allocated", "address already in use"
@@ -342,6 +362,17 @@ class _ServiceGroup:
                 raise DeployError(f"{self.url} does not respond; the proxy's log ends:\n{_log_tail(proxy)}")
             time.sleep(POLL)
 
+    def _address(self) -> str:
+        """Return the content of the proxy's address file; "" if there is none."""
+        proxy = self._get(self.name)
+        try:
+            return "" if proxy is None else read_file(proxy, address_file(proxy)).decode(errors="replace")
+        except NotFound:
+            return ""
+
+    def _networks(self) -> list[Network]:
+        return [network for network in self.client.networks.list(names=[self.name]) if network.name == self.name]
+
     def _services(self) -> list[Container]:
         label = f"{DEPLOYMENT_LABEL}={self.name}"
         return list(self.client.containers.list(all=True, filters={"label": label}, ignore_removed=True))
@@ -351,6 +382,19 @@ class _ServiceGroup:
             return self.client.containers.get(name)
         except NotFound:
             return None
+
+
+def _newest(services: Iterable[Container]) -> Container | None:
+    return max(services, key=lambda service: str(service.attrs["State"]["StartedAt"]), default=None)
+
+
+def _image(service: Container) -> str:
+    """Return the ID of a service's image, which the engine may not have any more."""
+    return str(service.attrs["Image"])
+
+
+def _environment(service: Container) -> dict[str, str]:
+    return dict(variable.split("=", 1) for variable in service.attrs["Config"]["Env"])
 
 
 def _is_verified(service: Container) -> bool:

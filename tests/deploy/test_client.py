@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from docker.context import ContextAPI
 from docker.errors import APIError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,26 @@ def step(**changes) -> StepContainer:
 def test_without_an_engine_the_error_names_the_address(monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
     with pytest.raises(EngineError, match=r"responds at unix:///nowhere\.sock.*start Docker"), connect():
+        pass
+
+
+def test_without_docker_host_the_engine_is_that_of_the_docker_context(monkeypatch, tmp_path):
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("colima", "rootless"):
+        ContextAPI.create_context(name, host=f"unix:///{name}.sock")
+    (tmp_path / "config.json").write_text('{"currentContext": "rootless"}')
+    with pytest.raises(EngineError, match=r"responds at .*/rootless\.sock \(Docker context rootless\)"), connect():
+        pass
+    monkeypatch.setenv("DOCKER_CONTEXT", "colima")
+    with pytest.raises(EngineError, match=r"responds at .*/colima\.sock"), connect():
+        pass
+    monkeypatch.setenv("DOCKER_CONTEXT", "other")
+    with pytest.raises(EngineError, match="there is no Docker context other; `docker context ls` lists"), connect():
+        pass
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    with pytest.raises(EngineError, match=r"responds at unix:///nowhere\.sock"), connect():
         pass
 
 

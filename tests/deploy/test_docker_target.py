@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from deploy import bento
 from deploy.config import DeployConfig
 from deploy.containers import lock, service
-from deploy.containers.client import EngineError
+from deploy.containers.client import EngineError, write_file
 from deploy.containers.lock import engine_lock
 from deploy.containers.service import DockerTarget
 from deploy.source import ROOT
@@ -220,6 +220,45 @@ def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first,
     assert "s3cret-token" not in str(protected)
 
 
+def test_a_rollback_changes_the_version_and_keeps_the_tokens_of_today(
+    engine, first, second, deploy, config, monkeypatch
+):
+    deploy(first.reference)
+    monkeypatch.setenv("GPT2_API_TOKEN", "new-token")
+    url = deploy(second.reference).url
+    assert DockerTarget(config).rollback().previous == Version(second.reference, second.reference)
+
+    def status(token: str = "") -> int:
+        return requests.get(f"{url}/metadata", headers={"X-Api-Key": token}, timeout=TIMEOUT).status_code
+
+    assert (status(), status("new-token")) == (401, 200)
+    assert states(engine, config) == {"running": 2, "exited": 1}
+    monkeypatch.delenv("GPT2_API_TOKEN")
+    with pytest.raises(DeployError, match="requires a token; set GPT2_API_TOKEN"):
+        DockerTarget(config).rollback()
+    monkeypatch.setenv("GPT2_API_TOKEN", "newest-token")
+    assert DockerTarget(config).rollback().bento == second.reference
+    assert [status(token) for token in ("", "new-token", "newest-token")] == [401, 401, 200]
+
+
+def test_a_replaced_proxy_and_a_damaged_address_keep_the_version_to_roll_back_to(engine, first, second, deploy, config):
+    deploy(first.reference)
+    deploy(second.reference)
+    one = Version(first.reference, first.reference)
+    name = f"{bento.NAME}-{config.port}"
+    engine.containers.get(name).remove(force=True)
+    assert deploy(second.reference).previous == one
+    write_file(engine.containers.get(name), service.address_file(engine.containers.get(name)), b"")  # power loss
+    engine.containers.get(name).restart()
+    assert deploy(second.reference).previous == one
+    write_file(engine.containers.get(name), service.address_file(engine.containers.get(name)), b"http://gpt2")
+    engine.containers.get(name).pause()
+    back = DockerTarget(config).rollback()
+    assert (back.bento, back.previous) == (first.reference, Version(second.reference, second.reference))
+    assert served(config) == first.reference
+    assert states(engine, config) == {"running": 2, "exited": 1}
+
+
 def test_a_service_writes_the_request_log_and_reads_adapters_of_this_machine(
     engine, first, deploy, monkeypatch, tmp_path, adapter_dir
 ):
@@ -304,6 +343,8 @@ def test_a_port_in_use_is_named_in_the_error_and_nothing_is_left(engine, first, 
     with socket.create_server(("127.0.0.1", config.port)), pytest.raises(DeployError, match=message):
         deploy(first.reference)
     assert containers(engine, config) == []
+    assert engine.networks.list(names=[f"{bento.NAME}-{config.port}"]) == []
+    assert engine.volumes.list(filters={"name": f"{bento.NAME}-{config.port}"}) == []
 
 
 def test_without_an_engine_the_target_says_so(config, monkeypatch):

@@ -134,6 +134,14 @@ def test_the_service_listens_on_port_of_ipv6_and_ipv4_becomes_healthy_and_ends_w
         assert started.wait()["StatusCode"] == 0
 
 
+@pytest.mark.parametrize(("given", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "3"}, 3)])
+def test_the_number_of_threads_is_the_cpu_quota_unless_it_is_set(engine, first, given, threads):
+    with container(engine, first.reference, nano_cpus=500_000_000, environment=given) as (started, _):
+        expected = f"\0OMP_NUM_THREADS={threads}\0".encode()
+        environment = ["sh", "-c", "cat /proc/1/environ"]
+        wait_until(lambda: expected in b"\0" + started.exec_run(environment).output, TIMEOUT, "the environment")
+
+
 def health(started) -> str:
     started.reload()
     return started.attrs["State"]["Health"]["Status"]

@@ -1,5 +1,6 @@
 """The reverse proxy of the docker target, in a child process in front of small servers of this one."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import requests
+from aiohttp.test_utils import TestClient, TestServer
 
 from bentos.errors import error_content
+from deploy.containers.proxy import make_app
 from tests.helpers import free_port, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -169,6 +172,19 @@ def test_while_the_address_is_being_written_the_last_one_is_used(proxy, blue, ad
     assert requests.get(proxy, timeout=TIMEOUT).json()["name"] == "blue"
     address.unlink() if content is None else address.write_text(content)
     assert requests.get(proxy, timeout=TIMEOUT).json()["name"] == "blue"
+
+
+def test_a_new_address_is_written_to_the_disk_once(blue, address, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+
+    async def requests() -> None:
+        async with TestClient(TestServer(make_app(address))) as client:
+            for _ in range(2):
+                assert (await client.get("/")).status == 200
+
+    asyncio.run(requests())
+    assert synced == [address.stat().st_ino, address.parent.stat().st_ino]
 
 
 def test_a_stream_is_relayed_as_it_arrives_and_a_client_disconnect_reaches_the_service(proxy, blue):

@@ -62,9 +62,9 @@ def test_a_service_with_the_same_image_is_no_version_to_roll_back_to():
     first, second, again = container("1", "a", "07:00"), container("2", "b", "08:00"), container("3", "b", "09:00")
     client = SimpleNamespace(containers=SimpleNamespace(list=lambda **_: [first, second, again]))
     group = service._ServiceGroup(client, DeployConfig(target="docker"))
-    assert group.version_before(again, None) is first
-    assert group.version_before(again, second) is first
-    assert group.version_before(second, first) is first
+    assert group.previous(again, None) is first
+    assert group.previous(again, second) is first
+    assert group.previous(second, first) is first
 
 
 def test_an_outcome_survives_json():
