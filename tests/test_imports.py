@@ -56,7 +56,8 @@ MAY_IMPORT = {
     "deploy/kubernetes": {"deploy", "gpt2core", "kubernetes", "urllib3", "yaml"},
     "stacks": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "bentos": {
-        *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
+        *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "prometheus_client"),
+        *("pydantic", "pydantic_core"),
         *("llguidance",),  # grammar.py
         *("_bentoml_sdk", "click", "opentelemetry", "uvicorn"),  # compat.py
     },
