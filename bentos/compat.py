@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
+from uuid import uuid4
 
 import click
 from _bentoml_sdk import Service
@@ -28,9 +29,9 @@ from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from bentos.errors import STATUS, error_content
 from bentos.limits import DEADLINE, HEAD_TIMEOUT, KEEP_ALIVE, LAST_HANDSHAKES, MAX_HEAD
@@ -124,7 +125,9 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's httptools protocol with three limits: header size, time to receive the headers, and time without reads.
+    """uvicorn's httptools protocol with three limits, this project's errors, and streams for clients of HTTP/1.0.
+
+    The limits: header size, time to receive the headers, and time without reads.
 
     Without them, uvicorn buffers headers of any size, waits for the end of headers forever, and keeps a response in
     memory while its client reads nothing. uvicorn limits headers only with its other parser, h11
@@ -183,6 +186,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._n_bytes = 0
         super().on_message_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """Called for a request that is not valid HTTP. uvicorn's error is plain text.
+
+        If the request before it has no response yet, completes that response and closes the connection.
+        """
+        self._stop_timer()
+        if self._may_respond():
+            self._refuse("invalid_request", "the request is not valid HTTP")
+        else:
+            self.cycle.keep_alive = False
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+
     def _start_timer(self) -> None:
         if self._timer is None:
             message = f"the headers were not complete after {HEAD_TIMEOUT:.0f} seconds"
@@ -195,16 +212,49 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, type: str, message: str) -> None:
         """Close the connection. Sends an error first if a request has begun and the app cannot have responded to it."""
-        if self._n_bytes and (self.cycle is None or self.cycle.response_complete):
+        if self._n_bytes and self._may_respond():
             content = json.dumps(error_content(type, message)).encode()
             lines = (
                 f"HTTP/1.1 {STATUS[type]} {HTTPStatus(STATUS[type]).phrase}",
                 "Content-Type: application/json",
                 f"Content-Length: {len(content)}",
+                "Cache-Control: no-store",
+                f"X-Request-Id: {uuid4().hex}",
                 "Connection: close",
             )
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + content)
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # the app sends nothing more
         self.transport.close()
+
+    def _may_respond(self) -> bool:
+        """Whether the next response is that of the request that is being received, and the app has not begun it."""
+        cycle = self.cycle
+        if self.pipeline:
+            return False
+        return cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started)
+
+
+def _without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
+    """Send responses without Content-Length as they are; the end of the connection, which uvicorn closes, ends them.
+
+    Clients of HTTP/1.0 do not know chunks (RFC 9112, section 6.1), but uvicorn sends them.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        has_length = False
+
+        async def unchunked(message: Message) -> None:
+            nonlocal has_length
+            if message["type"] == "http.response.start":
+                has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not has_length:
+                cycle.chunked_encoding, cycle.expected_content_length = False, len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, unchunked)
+
+    return wrapped
 
 
 def bound_heads() -> None:

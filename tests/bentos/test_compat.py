@@ -2,13 +2,15 @@
 
 import asyncio
 import inspect
+import json
 import socket
+from collections.abc import AsyncIterator
 
 import bentoml
 import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 from uvicorn import Config
@@ -137,8 +139,10 @@ def test_uvicorn_still_stores_headers_of_any_size():
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"9\r\n123456789\r\n" * 99 + b"0\r\n\r\n", b"200"),
         (b"GET / HTTP/1.1\r\nX: " + b"a" * 3000, b"431"),
         (b"GET /" + b"a" * 3000, b"431"),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"a" * 3000, b""),  # a trailer
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"a" * 3000, b"431"),  # a trailer
         (b"GET / HTTP/1.1\r\nX: ", b"408"),
+        (b"GET / HTTP/1.1\r\nno header\r\n\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n", b"400"),
         (b"", b""),
     ],
 )
@@ -148,12 +152,61 @@ def test_headers_are_limited_in_size_and_time(monkeypatch, data, expected):
     assert answer(compat.BoundedHttpProtocol, data) == expected
 
 
+def whole_answer(app: ASGIApp, data: bytes) -> tuple[bytes, bytes]:
+    """Head and body of the response, until the server closes the connection."""
+
+    async def run() -> tuple[bytes, bytes]:
+        _, server, reader, writer = await request_from(app, data)
+        head, _, body = (await asyncio.wait_for(reader.read(), 30)).partition(b"\r\n\r\n")
+        writer.close()
+        server.close()
+        return head.lower(), body
+
+    return asyncio.run(run())
+
+
+def test_a_request_that_is_not_http_gets_an_error_as_every_other():
+    head, body = whole_answer(read_and_answer, b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+    assert json.loads(body)["error"]["type"] == "invalid_request"
+    for header in (b"content-type: application/json", b"cache-control: no-store", b"x-request-id: "):
+        assert header in head
+
+
+def test_an_invalid_request_does_not_interrupt_the_response_to_the_one_before():
+    """Pipelined: its error would be taken for that response."""
+    head, body = whole_answer(read_and_answer, b"GET / HTTP/1.1\r\n\r\n" + b"no request\r\n\r\n")
+    assert head.startswith(b"http/1.1 200")
+    assert body == b"ok"
+
+
+async def stream(scope, receive, send):
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"one "
+        yield b"two"
+
+    await StreamingResponse(parts())(scope, receive, send)
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_stream_is_sent_in_chunks_only_to_clients_that_know_them(version):
+    data = b"GET / HTTP/%b\r\nConnection: close\r\n\r\n" % version
+    head, body = whole_answer(stream, data)
+    assert (b"transfer-encoding: chunked" in head) == (version == b"1.1")
+    assert body == (b"one two" if version == b"1.0" else b"4\r\none \r\n3\r\ntwo\r\n0\r\n\r\n")
+
+
+def test_a_response_with_a_length_keeps_it_for_http_1_0():
+    head, body = whole_answer(read_and_answer, b"GET / HTTP/1.0\r\n\r\n")
+    assert b"content-length: 2" in head
+    assert body == b"ok"
+
+
 async def answer_at_length(scope, receive, send):
     await PlainTextResponse("a" * 30_000_000)(scope, receive, send)
 
 
 async def request_from(
-    app: ASGIApp,
+    app: ASGIApp, data: bytes = b"GET / HTTP/1.1\r\n\r\n"
 ) -> tuple[list[compat.BoundedHttpProtocol], asyncio.Server, asyncio.StreamReader, asyncio.StreamWriter]:
     """Send a request to a server of the app: its connections, the server, and the client's streams."""
     loop, made = asyncio.get_running_loop(), list[compat.BoundedHttpProtocol]()
@@ -164,7 +217,7 @@ async def request_from(
 
     server = await loop.create_server(make, "127.0.0.1")
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    writer.write(data)
     return made, server, reader, writer
 
 
