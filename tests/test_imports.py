@@ -57,10 +57,11 @@ MAY_IMPORT = {
     "stacks": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "bentos": {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
+        "pydantic_core",  # schemas.py
         *("llguidance",),  # grammar.py
         *("_bentoml_sdk", "click", "opentelemetry", "uvicorn"),  # compat.py
     },
-    "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic", "pydantic_core"},
+    "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},
     "bentos/middleware": {"bentos", "starlette"},
     "benchmarks": {
         *("benchmarks", "gpt2core", "torch", "deploy"),  # deploy: the service is built and served as in the pipeline
