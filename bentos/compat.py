@@ -230,6 +230,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _may_respond(self) -> bool:
         """Whether the next response is that of the request that is being received, and the app has not begun it."""
         cycle = self.cycle
+        if self.pipeline:
+            return False
         return cycle is None or cycle.response_complete or (cycle.more_body and not cycle.response_started)
 
 

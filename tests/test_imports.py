@@ -56,12 +56,12 @@ MAY_IMPORT = {
     "deploy/kubernetes": {"deploy", "gpt2core", "kubernetes", "urllib3", "yaml"},
     "stacks": {"stacks", "deploy", "zenml", "yaml", "pydantic"},
     "bentos": {
-        *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "prometheus_client"),
-        *("pydantic", "pydantic_core"),
+        *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
+        "pydantic_core",  # schemas.py
         *("llguidance",),  # grammar.py
         *("_bentoml_sdk", "click", "opentelemetry", "uvicorn"),  # compat.py
     },
-    "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic", "pydantic_core"},
+    "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},
     "bentos/middleware": {"bentos", "starlette"},
     "benchmarks": {
         *("benchmarks", "gpt2core", "torch", "deploy"),  # deploy: the service is built and served as in the pipeline
