@@ -335,7 +335,7 @@ def adapters(directory: Path, names: tuple[str, ...], canary: str | None, shadow
     """
     from bentos.shared_adapters import publish
 
-    pairs = dict(each.split("=", 1) for each in names if re.fullmatch("[^=]+=.+", each))
+    pairs = dict(pair.split("=", 1) for pair in names if re.fullmatch("[^=]+=.+", pair))
     share = re.fullmatch(r"([^=]+)=(\d*\.?\d+)", canary or "")
     if len(pairs) < len(names) or (canary and share is None):
         raise click.UsageError("pass adapters as NAME=PATH with distinct names, and the canary as NAME=SHARE")

@@ -33,7 +33,7 @@ from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from bentos.errors import STATUS, error_content
-from bentos.limits import DEADLINE, HEAD_TIMEOUT, KEEP_ALIVE, LAST_HANDSHAKES, MAX_HEAD
+from bentos.limits import DEADLINE, HEADER_TIMEOUT, KEEP_ALIVE, LAST_HANDSHAKES, MAX_HEADER_BYTES
 
 MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # Linux constants that Python's socket module does not have
@@ -93,7 +93,7 @@ def remove_tracing(app: Starlette) -> None:
     _remove(app, OpenTelemetryMiddleware)
 
 
-def bound_metrics(app: Starlette, label: Callable[[str], str]) -> None:
+def limit_metric_labels(app: Starlette, label: Callable[[str], str]) -> None:
     """Replace the path label of BentoML's HTTP metrics by `label(path)`.
 
     BentoML uses the raw path, which creates about 20 time series for each path that was ever requested.
@@ -164,8 +164,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._n_bytes += len(data)
         super().data_received(data)
-        if self._n_bytes > MAX_HEAD and not self.transport.is_closing():
-            self._refuse("headers_too_large", f"the request's headers are larger than {MAX_HEAD} bytes")
+        if self._n_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self._refuse("headers_too_large", f"the request's headers are larger than {MAX_HEADER_BYTES} bytes")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -185,8 +185,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            message = f"the headers were not complete after {HEAD_TIMEOUT:.0f} seconds"
-            self._timer = self.loop.call_later(HEAD_TIMEOUT, self._refuse, "request_timeout", message)
+            message = f"the headers were not complete after {HEADER_TIMEOUT:.0f} seconds"
+            self._timer = self.loop.call_later(HEADER_TIMEOUT, self._refuse, "request_timeout", message)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -207,7 +207,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def bound_heads() -> None:
+def limit_headers() -> None:
     """Make uvicorn use `BoundedHttpProtocol`. BentoML starts uvicorn afterwards, in this process."""
     auto.AutoHTTPProtocol = BoundedHttpProtocol
 

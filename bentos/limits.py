@@ -11,8 +11,8 @@ MAX_BODY = 1_000_000  # bytes of a request's body
 MAX_TOTAL_BODY = 100_000_000  # bytes of all bodies that are being received at the same time
 SMALL_BODY = 64_000  # bytes of a body that is received even above MAX_TOTAL_BODY
 MAX_ERRORS = 1_000  # errors of a body; more are only counted: listing 100,000 would block the event loop for 0.5 s
-MAX_HEAD = 64_000  # bytes of a request without its body: request line, headers, trailers, chunk framing
-HEAD_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to the end of its headers
+MAX_HEADER_BYTES = 64_000  # bytes of a request without its body: request line, headers, trailers, chunk framing
+HEADER_TIMEOUT = 10.0  # seconds from a connection, or a request's first byte, to the end of its headers
 KEEP_ALIVE = 75  # seconds that an idle connection is kept: more than the 60 s of nginx and of load balancers
 DEADLINE = 55.0  # seconds from a request's head to the end of its response, streams included
 

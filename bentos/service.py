@@ -52,12 +52,12 @@ class GPT2Service(compat.WrappableService):
     """BentoML's app inside this project's middleware. Requests pass the middleware in reverse order of wrapping."""
 
     def wrap(self, app: Starlette) -> ASGIApp:
-        compat.bound_heads()
+        compat.limit_headers()
         compat.remove_timeout(app)
         compat.remove_redirects(app)
         if not settings().tracing:
             compat.remove_tracing(app)
-        compat.bound_metrics(app, path_label(_paths()))
+        compat.limit_metric_labels(app, path_label(_paths()))
         wrapped: ASGIApp = HeadMiddleware(app)
         wrapped = ErrorShapeMiddleware(wrapped)
         wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, PROBES, admin.router.routes)

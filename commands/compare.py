@@ -40,9 +40,9 @@ def compare(names: Sequence[str]) -> tuple[str, Path]:
     by_record = [list(samples) for samples in zip(*(run.samples for run in runs), strict=True)]
     compared = Compared(
         runs=runs,
-        changed_values={key: each for key, each in values.items() if len(set(each)) > 1},
+        changed_values={key: row for key, row in values.items() if len(set(row)) > 1},
         differences=[_differences(run, runs[0]) for run in runs[1:]],
-        changed_answers=[each for each in by_record if len({s.tuned_scores.exact_match for s in each}) > 1],
+        changed_answers=[answers for answers in by_record if len({s.tuned_scores.exact_match for s in answers}) > 1],
     )
     return _table(compared), write_comparison(compared, shared_path("compare.html"))
 
@@ -72,7 +72,7 @@ def _read(run: TracedRun, samples: list[Sample]) -> ComparedRun:
 
 
 def _differences(run: ComparedRun, first: ComparedRun) -> dict[str, Difference]:
-    new, old = ([sample.answer("tuned") for sample in each.samples] for each in (run, first))
+    new, old = ([sample.answer("tuned") for sample in side.samples] for side in (run, first))
     return differences(new, old, [sample.group for sample in run.samples])
 
 

@@ -51,17 +51,17 @@ def open_run(name: str, adapter: str | None = None) -> FinishedRun:
     if adapter is not None and not Path(adapter).is_dir():
         raise FileNotFoundError(f"--adapter {adapter} is not a directory")
     reference = directory if (directory / REFERENCE).is_file() else directory / "base"
-    own = directory / "adapter" if adapter is None else Path(adapter)
+    adapter_dir = directory / "adapter" if adapter is None else Path(adapter)
     if adapter is None:
-        _check_recorded(own, directory / "lineage.json")
-    return FinishedRun(open_base(reference), read_base(reference), own, directory)
+        _check_recorded(adapter_dir, directory / "lineage.json")
+    return FinishedRun(open_base(reference), read_base(reference), adapter_dir, directory)
 
 
 def _check_recorded(adapter: Path, lineage: Path) -> None:
     """Raise ValueError if the adapter differs from the run's lineage, for example by a changed alpha."""
     recorded = Lineage.from_json_file(lineage).adapter.sha256
-    if (found := directory_sha256(adapter)) != recorded:
+    if (now := directory_sha256(adapter)) != recorded:
         raise ValueError(
-            f"{adapter} has sha256 {found}, but the run's {lineage.name} records {recorded}: it changed after the run; "
+            f"{adapter} has sha256 {now}, but the run's {lineage.name} records {recorded}: it changed after the run; "
             "run the pipeline again, or pass its directory to --adapter to use it anyway"
         )

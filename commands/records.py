@@ -33,15 +33,15 @@ def collect(log: str | Path, out: Path) -> Collected:
     if out.suffix.lower() != ".jsonl":
         raise ValueError(f"--out is {out}; it must end in .jsonl")
     traffic = read_traffic(log)
-    found, problems = _corrections(traffic)
-    if not found and not out.exists():  # without new corrections, an existing file is still usable
+    corrections, problems = _corrections(traffic)
+    if not corrections and not out.exists():  # without new corrections, an existing file is still usable
         reason = f"; {problems[0]}" if problems else ""
         raise ValueError(f"{log} has {len(traffic.feedback)} ratings, but no usable correction{reason}")
     records, changed = read_records(out) if out.exists() else [], 0
     by_question: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         by_question[question(record)].append(record)
-    for (instruction, input), output in found.items():
+    for (instruction, input), output in corrections.items():
         known = by_question[instruction, input]
         if not known:
             known.append({"instruction": instruction, "input": input, "output": ""})
@@ -58,7 +58,7 @@ def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str
     prompts: dict[str, set[str | None]] = defaultdict(set)
     for completion in traffic.completions:
         prompts[completion.request_id].add(completion.prompt)
-    found: dict[tuple[str, str], str] = {}
+    corrections: dict[tuple[str, str], str] = {}
     problems = list(traffic.problems)
     for location, feedback in traffic.feedback:
         if feedback.correction is None:
@@ -68,8 +68,8 @@ def _corrections(traffic: Traffic) -> tuple[dict[tuple[str, str], str], list[str
         except ValueError as error:
             problems.append(f"{location}: {error}")
             continue
-        found[key] = feedback.correction.strip()
-    return found, problems
+        corrections[key] = feedback.correction.strip()
+    return corrections, problems
 
 
 def _question(feedback: LoggedFeedback, prompts: dict[str, set[str | None]]) -> tuple[str, str]:

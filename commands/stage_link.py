@@ -33,10 +33,10 @@ def check_stage_link(stage: str) -> None:
     if version is None:
         logger.warning("%s is the run %s, but this ZenML store has no model version in stage %s", link, run, stage)
         return
-    found = adapter_of(version)
-    if found not in ("", lineage.adapter.sha256):  # "" if the artifact was deleted
+    digest = adapter_of(version)
+    if digest not in ("", lineage.adapter.sha256):  # "" if the artifact was deleted
         raise ValueError(
             f"{link} is the run {run} with the adapter {lineage.adapter.sha256[:12]}, but {version_name(version)} in "
-            f"stage {stage} has the adapter {found[:12]}; repeat the run of {version_name(version)}, which corrects "
+            f"stage {stage} has the adapter {digest[:12]}; repeat the run of {version_name(version)}, which corrects "
             f"the link, or use the name of a run instead of {stage}"
         )

@@ -43,13 +43,12 @@ class VerifyError(ValueError):
     """A part is missing, or differs from its recorded digest or signature."""
 
 
-def verify(name: str, key: Path | None = None, config: DeployConfig | None = None) -> list[str]:
+def verify(name: str, key: Path | None = None) -> list[str]:
     """Compare all parts of NAME with the digests in its lineage; return one line per check.
 
     Args:
         name: a directory of outputs/ or a copy of one, a Bento's tag, or a pod.
         key: a public key (PEM, Ed25519). If it is given, a valid signature is required.
-        config: cluster and namespace of the pod.
 
     Raises:
         VerifyError: a part differs. The message has both digests.
@@ -58,7 +57,7 @@ def verify(name: str, key: Path | None = None, config: DeployConfig | None = Non
         return _verify_directory(Path(name), key)
     if ":" in name:
         return _verify_bento(name, key)
-    return _verify_pod(name, key, config or DeployConfig())
+    return _verify_pod(name, key)
 
 
 def sign(directory: Path, key: Path) -> Path:
@@ -116,8 +115,8 @@ def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -
     for name, recorded in (("base", lineage.base.sha256), ("adapter", lineage.adapter.sha256)):
         directory = models[name]
         stored = list_files(directory, exclude=[bento.MODEL_FILE])
-        found = directory_sha256(directory, stored)
-        _same(f"{name} in {directory}", found[:16], directory.name)
+        digest = directory_sha256(directory, stored)
+        _same(f"{name} in {directory}", digest[:16], directory.name)
         files = checkpoint_files(directory) if name == "base" else stored
         lines.append(_same(f"{name} of the Bento", directory_sha256(directory, files), recorded))
     if expected is not None:
@@ -128,11 +127,12 @@ def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -
     return lines
 
 
-def _verify_pod(name: str, key: Path | None, config: DeployConfig) -> list[str]:
+def _verify_pod(name: str, key: Path | None) -> list[str]:
     from deploy.kubernetes.client import Cluster
     from deploy.kubernetes.errors import KubeError
     from deploy.kubernetes.render import PREFIX, annotations
 
+    config = DeployConfig()
     try:
         pod = Cluster(config).get("Pod", name)
     except KubeError as error:
@@ -173,14 +173,14 @@ def _signature_of(lineage: Lineage) -> Path:
     Raises:
         VerifyError: none of these directories is signed.
     """
-    own = outputs_dir() / lineage.run.name
+    run_directory = outputs_dir() / lineage.run.name
     stated = (
         file for file in outputs_dir().glob("*/bento.txt") if file.read_text(encoding="utf-8").strip() == lineage.bento
     )
-    directories = {own, *(file.parent.resolve() for file in stated)}  # resolved: outputs/latest is a link
+    directories = {run_directory, *(file.parent.resolve() for file in stated)}  # resolved: outputs/latest is a link
     signatures = [directory / SIGNATURE for directory in directories if (directory / SIGNATURE).is_file()]
     if not signatures:
-        directory = next((each for each in sorted(directories) if (each / LINEAGE).is_file()), own)
+        directory = next((path for path in sorted(directories) if (path / LINEAGE).is_file()), run_directory)
         raise VerifyError(
             f"no directory of the Bento {lineage.bento} in {outputs_dir()} is signed; "
             f"`python run.py sign {directory} --key KEY` signs it"

@@ -143,27 +143,27 @@ def complete_lineage(file: Path) -> Lineage:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not exactly as this version writes it.
     """
-    found, stated = Lineage.from_json_file(file), read_json(file)
-    if stated != found.to_json():
-        key = _different_key(stated, found.to_json())
+    known, stated = Lineage.from_json_file(file), read_json(file)
+    if stated != known.to_json():
+        key = _different_key(stated, known.to_json())
         raise ValueError(
             f"{file} was changed, or is of another version of this project, which alone can check it: {key} is not as "
             "this version writes it"
         )
-    return found
+    return known
 
 
 def _different_key(stated: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """Return the dotted key, like run.name, of the first value in which the two mappings differ."""
     key = next(key for key in [*stated, *known] if (key in stated) != (key in known) or stated[key] != known[key])
     inner = stated.get(key, ""), known.get(key, "")
-    return f"{key}.{_different_key(*inner)}" if all(isinstance(each, dict) for each in inner) else key
+    return f"{key}.{_different_key(*inner)}" if all(isinstance(value, dict) for value in inner) else key
 
 
 def models(tag: str) -> dict[str, Path]:
     """Return the stored directories of a Bento's base and adapter."""
-    found = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text(encoding="utf-8"))["args"]
-    return {name: _in_store("models", found[name]) for name in ("base", "adapter")}
+    tags = yaml.safe_load((_in_store("bentos", tag) / "bento.yaml").read_text(encoding="utf-8"))["args"]
+    return {name: _in_store("models", tags[name]) for name in ("base", "adapter")}
 
 
 def verify_version(tag: str) -> None:

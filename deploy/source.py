@@ -22,17 +22,17 @@ def code_files(*modules: str) -> list[str]:
     A data file has a suffix of DATA, is in the directory of a source file, and its name occurs in that file, like a
     template's. Paths are relative to ROOT and sorted.
     """
-    found: set[Path] = set()
+    files: set[Path] = set()
     todo = [file for module in modules for file in _files_of(module)]
     while todo:
         file = todo.pop()
-        if file not in found:
-            found.add(file)
+        if file not in files:
+            files.add(file)
             text = file.read_text(encoding="utf-8")
             todo += [other for other in file.parent.iterdir() if other.suffix in DATA and other.name in text]
             if file.suffix == ".py":
                 todo += [imported for module in _imports(text) for imported in _files_of(module)]
-    return sorted(file.relative_to(ROOT).as_posix() for file in found)
+    return sorted(file.relative_to(ROOT).as_posix() for file in files)
 
 
 def _files_of(module: str) -> list[Path]:

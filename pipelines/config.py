@@ -118,35 +118,52 @@ def _set_value(config: dict[str, Any], assignment: str) -> None:
 
 def _check_keys(value: Any, annotation: Any, path: str, source: str) -> None:
     """Check recursively that every key of `value` is a field of the annotated type."""
+    annotation = _member_for(value, annotation)
     if path == "settings" or path.endswith(".settings"):
         _check_settings(value, path, source)
-        return
-    if path.endswith(f"settings.{KUBERNETES}.pod_settings") and isinstance(value, Mapping):
+    elif path.endswith(f"settings.{KUBERNETES}.pod_settings") and isinstance(value, Mapping):
         check_pod_settings(value, path, source)
-        return
-    if get_origin(annotation) in (Union, UnionType):
-        arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
-        structured = [argument for argument in arguments if _field_types(argument) is not None]
-        annotation = structured[0] if structured and isinstance(value, Mapping) else arguments[0]
-    types = _field_types(annotation)
-    if types is not None:
-        if value is None and not path:
-            return
-        if not isinstance(value, Mapping):
-            if is_dataclass(annotation) or not path:
-                raise _no_mapping(value, path or "the file", source)
-            return  # the short form of a ZenML type
-        check_names(value, list(types), path, source)
-        for key, inner in value.items():
-            full = f"{path}.{key}".removeprefix("parameters.")
-            if is_dataclass(annotation) and full in DERIVED:
-                raise ConfigError(f"{source}: {path}.{key} is derived from parameters.{DERIVED[full]}; set that")
-            if is_dataclass(annotation):
-                _check_bool(inner, types[key], f"{path}.{key}", source)
-            _check_keys(inner, types[key], f"{path}.{key}".lstrip("."), source)
+    elif is_dataclass(annotation):
+        _check_dataclass(value, annotation, path, source)
+    elif _field_types(annotation) is not None:
+        _check_model(value, annotation, path, source)
     elif get_origin(annotation) in (dict, Mapping) and isinstance(value, Mapping):
         for key, inner in value.items():
             _check_keys(inner, get_args(annotation)[1], f"{path}.{key}", source)
+
+
+def _member_for(value: Any, annotation: Any) -> Any:
+    """Return the member of a union whose keys are checked; any other annotation unchanged."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    structured = [member for member in members if _field_types(member) is not None]
+    return structured[0] if structured and isinstance(value, Mapping) else members[0]
+
+
+def _check_dataclass(value: Any, annotation: Any, path: str, source: str) -> None:
+    """Check a parameter of this project's pipelines."""
+    if not isinstance(value, Mapping):
+        raise _no_mapping(value, path, source)
+    types = _field_types(annotation) or {}
+    check_names(value, list(types), path, source)
+    for key, inner in value.items():
+        full = f"{path}.{key}"
+        if given := DERIVED.get(full.removeprefix("parameters.")):
+            raise ConfigError(f"{source}: {full} is derived from parameters.{given}; set that")
+        _check_bool(inner, types[key], full, source)
+        _check_keys(inner, types[key], full, source)
+
+
+def _check_model(value: Any, annotation: Any, path: str, source: str) -> None:
+    """Check a part of ZenML's configuration. Below the top, it may also be a short form, which is no mapping."""
+    if isinstance(value, Mapping):
+        types = _field_types(annotation) or {}
+        check_names(value, list(types), path, source)
+        for key, inner in value.items():
+            _check_keys(inner, types[key], f"{path}.{key}".lstrip("."), source)
+    elif value is not None and not path:
+        raise _no_mapping(value, "the file", source)
 
 
 def _no_mapping(value: Any, path: str, source: str) -> ConfigError:
@@ -214,8 +231,8 @@ def _first(error: ValidationError, path: str) -> str:
     detail = error.errors()[0]
     where = ".".join([path, *map(str, detail["loc"])]).strip(".")
     message = detail["msg"].removeprefix("Value error, ")
-    if own := re.match(r"\w+Config\.(?=\w+ is )", message):  # from `check_field` of a dataclass
-        return f"{where}.{message[own.end() :]}"
+    if prefix := re.match(r"\w+Config\.(?=\w+ is )", message):  # from `check_field` of a dataclass
+        return f"{where}.{message[prefix.end() :]}"
     for python, yaml in _YAML_TERMS.items():
         message = message.replace(python, yaml)
     is_number = detail["type"] == "string_type" and isinstance(detail["input"], int | float)

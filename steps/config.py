@@ -180,8 +180,8 @@ class ModelConfig:
         self.to_gpt2()
 
     def to_gpt2(self) -> GPT2Config:
-        own = {key: value for key, value in asdict(self).items() if key != "preset" and value is not None}
-        return replace(GPT2Config.preset(self.preset), **own)
+        changes = {key: value for key, value in asdict(self).items() if key != "preset" and value is not None}
+        return replace(GPT2Config.preset(self.preset), **changes)
 
 
 # Kind of trial -> the metrics that it measures. Losses are nats per token; shares are in [0, 1].

@@ -1,8 +1,8 @@
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from tiktoken import Encoding
@@ -60,19 +60,7 @@ def fetch_data(
         "test_in_val": count_leaks(records, "val"),
         "sha256": records_sha256(kept),
     }
-    if about["repeated_questions"]:
-        logger.warning(
-            "%d of %d records repeat an earlier instruction and input%s (%d of them also the output)%s",
-            *(about["repeated_questions"], len(records), " of the same part" if parts.val or parts.test else ""),
-            *(about["duplicates"], "" if parts.val or parts.test else "; a split keeps them together"),
-        )
-    if about["in_train"]:
-        logger.warning(
-            "%d records of the given validation and test parts repeat a question of the train part", about["in_train"]
-        )
-    if about["test_in_val"]:
-        what = "records of the given test part repeat a question of the validation part"
-        logger.warning("%d %s", about["test_in_val"], what)
+    _log_repetitions(about, len(records), has_parts=bool(parts.val or parts.test))
     if markers:
         what = "contain a section header of the prompt, at which answers are cut"
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
@@ -84,6 +72,22 @@ def fetch_data(
         logger.warning("%d of %d records %s: %s", len(too_long), len(records), what, locations)
     attach_metadata("records", {"source": data.source, **origin, **about})
     return kept
+
+
+def _log_repetitions(about: Mapping[str, Any], n_records: int, has_parts: bool) -> None:
+    if about["repeated_questions"]:
+        logger.warning(
+            "%d of %d records repeat an earlier instruction and input%s (%d of them also the output)%s",
+            *(about["repeated_questions"], n_records, " of the same part" if has_parts else ""),
+            *(about["duplicates"], "" if has_parts else "; a split keeps them together"),
+        )
+    if about["in_train"]:
+        logger.warning(
+            "%d records of the given validation and test parts repeat a question of the train part", about["in_train"]
+        )
+    if about["test_in_val"]:
+        what = "records of the given test part repeat a question of the validation part"
+        logger.warning("%d %s", about["test_in_val"], what)
 
 
 def fetch_step(data: DataConfig) -> BaseStep:
@@ -108,32 +112,32 @@ def read_source(data: DataConfig, seed: int) -> tuple[list[Record], dict[str, st
                 raise ValueError(str(error).replace(str(file), without_secrets(data.url))) from None
         return records, {"location": without_secrets(data.url), "file_sha256": data.sha256}
     if data.source == "hub":
-        found = fetch_dataset(data.name, data.revision, data.path, data.max_bytes)
+        fetched = fetch_dataset(data.name, data.revision, data.path, data.max_bytes)
         location = f"{data.name}/{data.path}" if data.path else data.name
         if not Path(data.name).is_dir():
             location += f" at {data.revision}"
-        return _read_file(found, data), {"location": location, "file_sha256": _sha256(found)}
+        return _read_file(fetched, data), {"location": location, "file_sha256": _sha256(fetched)}
     records = _read_file(Path(data.path), data)
     if data.val_path or data.test_path:
         _add_prefix(records, _prefix(Path(data.path)))
     origin = {"location": data.path, "file_sha256": _sha256(Path(data.path))}
     for part, path in (("val", data.val_path), ("test", data.test_path)):
         if path:
-            own = _of_part(_read_file(Path(path), data), part, path)
-            _add_prefix(own, _prefix(Path(path)))
-            records = [record for record in records if record.get("part") != part] + own
+            part_records = _of_part(_read_file(Path(path), data), part, path)
+            _add_prefix(part_records, _prefix(Path(path)))
+            records = [record for record in records if record.get("part") != part] + part_records
             origin |= {f"{part}_location": path, f"{part}_file_sha256": _sha256(Path(path))}
     return records, origin
 
 
 def _read_file(path: Path, data: DataConfig) -> list[Record]:
     if files := text_files(path):
-        found = list[Record]()
+        records = list[Record]()
         for file, part in files:
-            own = _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
-            _add_prefix(own, f"{file.relative_to(data_files(path)[0]).as_posix()}, ")
-            found += own
-        return found
+            part_records = _of_part(read_records(file, columns=data.columns), PARTS.get(part, ""), file)
+            _add_prefix(part_records, f"{file.relative_to(data_files(path)[0]).as_posix()}, ")
+            records += part_records
+        return records
     if is_table(path):
         return make_records(read_rows(path, data.columns), str(path), columns=data.columns)
     return read_records(path, columns=data.columns)
@@ -158,13 +162,13 @@ def _of_part(records: list[Record], part: str, source: str | Path) -> list[Recor
     """
     if not part:
         return records
-    found = [record for record in records if record.get("part", part) == part]
-    if not found:
-        own = ", ".join(sorted({record["part"] for record in records}))
-        raise ValueError(f"{source} is configured as the {part} part, but has only {own} records")
-    for record in found:
+    part_records = [record for record in records if record.get("part", part) == part]
+    if not part_records:
+        others = ", ".join(sorted({record["part"] for record in records}))
+        raise ValueError(f"{source} is configured as the {part} part, but has only {others} records")
+    for record in part_records:
         record["part"] = part
-    return found
+    return part_records
 
 
 def _sha256(path: Path) -> str:

@@ -77,10 +77,10 @@ class DirectoryMaterializer(PathMaterializer):
             ValueError: the stored archive differs from the one that was written.
             OSError: the temporary directory is full; names it and its free space.
         """
-        found = self.compute_content_hash(None)
-        if self.expected_content_hash not in (None, found):  # None: stored by an older version
+        actual = self.compute_content_hash(None)
+        if self.expected_content_hash not in (None, actual):  # None: stored by an older version
             raise ValueError(
-                f"{self._archive} is damaged: sha256 {found}, but {self.expected_content_hash} was recorded; "
+                f"{self._archive} is damaged: sha256 {actual}, but {self.expected_content_hash} was recorded; "
                 "start the run again, which repeats the step that wrote it"
             )
         with naming_file(Path(gettempdir(), self.ARCHIVE_NAME)):  # where ZenML unpacks it

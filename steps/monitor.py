@@ -38,7 +38,8 @@ def detect_drift(
     if not {"adapter", "train_records", "samples"} <= artifacts.keys():
         raise ValueError(f"the run {run.name} did not finish its evaluation; set monitor.run to one that did")
     digest = str(artifacts["adapter"].run_metadata["sha256"])
-    completions = [each for each in traffic.completions if each.adapter_sha256 == digest][-monitor.max_requests :]
+    completions = [completion for completion in traffic.completions if completion.adapter_sha256 == digest]
+    completions = completions[-monitor.max_requests :]
     ratings = ratings_of(traffic, completions)
     signals: list[Signal] = []
     evidently = ""
@@ -60,7 +61,7 @@ def detect_drift(
         first=completions[0].time if completions else "",
         last=completions[-1].time if completions else "",
         signals=signals,
-        finish_reasons=dict(Counter(each.finish_reason for each in completions).most_common()),
+        finish_reasons=dict(Counter(completion.finish_reason for completion in completions).most_common()),
         ratings=dict(ratings.most_common()),
         unreadable=len(traffic.problems),
         lost=traffic.lost,
@@ -126,19 +127,20 @@ def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse
             return Client().get_pipeline_run(monitor.run)
         except KeyError:
             raise ValueError(f"monitor.run: there is no run {monitor.run!r}") from None
-    served = [each.adapter_sha256 for each in traffic.completions[-monitor.max_requests :] if each.model == NAME]
+    newest = traffic.completions[-monitor.max_requests :]
+    served = [completion.adapter_sha256 for completion in newest if completion.model == NAME]
     if not served:
         raise ValueError(f"{monitor.log} has no completion of the tuned model; set monitor.run to compare with a run")
     digest = Counter(served).most_common(1)[0][0]
     trained = Client().list_artifact_versions(
         artifact="adapter", run_metadata=f"sha256:contains:{digest}", sort_by="desc:created", hydrate=True
     )
-    runs = [each.producer_pipeline_run_id for each in trained if each.producer_pipeline_run_id is not None]
+    runs = [artifact.producer_pipeline_run_id for artifact in trained if artifact.producer_pipeline_run_id is not None]
     if not runs:  # the run that trained it was deleted; later runs have it from the cache
-        ids = {each.id for each in trained}
+        ids = {artifact.id for artifact in trained}
         newest_first = {"name": "finetune", "sort_by": "desc:created", "hydrate": True}
         steps = depaginate(Client().list_run_steps, **newest_first) if ids else []
-        runs = [each.pipeline_run_id for each in steps if ids & {version.id for version in each.outputs["adapter"]}]
+        runs = [step.pipeline_run_id for step in steps if ids & {version.id for version in step.outputs["adapter"]}]
     if runs:
         return Client().get_pipeline_run(runs[0])
     raise ValueError(f"{monitor.log} is of the adapter {digest}, which no run of this ZenML store has; set monitor.run")
@@ -147,7 +149,7 @@ def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse
 def _verdict(run: str, requests: int, signals: Sequence[Signal], monitor: MonitorConfig) -> str:
     if requests < monitor.min_requests:
         return f"Not decided: {requests} completions of {run}, and monitor.min_requests is {monitor.min_requests}."
-    drifted = [f"{each.name} ({each.change:.3g}, limit {each.limit:g})" for each in signals if each.drifted]
+    drifted = [f"{signal.name} ({signal.change:.3g}, limit {signal.limit:g})" for signal in signals if signal.drifted]
     if not drifted:
         return f"No drift: {requests} completions of {run} resemble its evaluation."
     return f"Drift of {run} in {requests} completions: {', '.join(drifted)}."

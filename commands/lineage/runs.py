@@ -40,7 +40,7 @@ class TracedRun:
         version = self.run.model_version
         if version is None:
             return []
-        return [f"{version.model.name}/{each}" for each in (version.name, version.stage) if each]
+        return [f"{version.model.name}/{name}" for name in (version.name, version.stage) if name]
 
     @cached_property
     def names(self) -> dict[str, str]:

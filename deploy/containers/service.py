@@ -142,11 +142,7 @@ class _ServiceGroup:
         except BaseException:
             candidate.remove(force=True)
             raise
-        # a service with the same image is not a version to roll back to
-        if current is not None and current.image.id != candidate.image.id:
-            previous = current
-        else:
-            previous = self.newest_except(candidate, current)
+        previous = self.version_before(candidate, current)
         self.stop_old_services(candidate, previous)
         return self.outcome("deployed", candidate, previous)
 
@@ -213,6 +209,14 @@ class _ServiceGroup:
         ids = {container.id for container in excluded if container is not None}
         rest = [service for service in self._services() if _is_verified(service) and service.id not in ids]
         return max(rest, key=lambda container: container.attrs["State"]["StartedAt"], default=None)
+
+    def version_before(self, candidate: Container, current: Container | None) -> Container | None:
+        """Return the service to roll back to from the candidate; one with the same image is no other version."""
+        if current is not None and current.attrs["Image"] != candidate.attrs["Image"]:
+            return current
+        return self.newest_except(
+            *(service for service in self._services() if service.attrs["Image"] == candidate.attrs["Image"])
+        )
 
     def any_image(self) -> str | None:
         """Return the image of a service; None if there is no service."""

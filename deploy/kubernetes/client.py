@@ -128,10 +128,10 @@ class Cluster:
         """Return the ReplicaSets of the Deployment, oldest revision first."""
         uid = deployment["metadata"]["uid"]
         owned = [
-            each
-            for each in self._list("ReplicaSet", f"app.kubernetes.io/name={NAME}")
-            if any(owner["uid"] == uid for owner in each["metadata"].get("ownerReferences", ()))
-            and REVISION in each["metadata"].get("annotations", {})
+            replica_set
+            for replica_set in self._list("ReplicaSet", f"app.kubernetes.io/name={NAME}")
+            if any(owner["uid"] == uid for owner in replica_set["metadata"].get("ownerReferences", ()))
+            and REVISION in replica_set["metadata"].get("annotations", {})
         ]
         return sorted(owned, key=revision)
 
@@ -151,7 +151,8 @@ class Cluster:
 
     def check_permissions(self) -> None:
         """Raise KubeError if the credentials lack a permission that a deployment needs; it names all of them."""
-        [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text(encoding="utf-8")) if each["kind"] == "Role"]
+        manifests = yaml.safe_load_all(DEPLOYER.read_text(encoding="utf-8"))
+        [role] = [manifest for manifest in manifests if manifest["kind"] == "Role"]
         missing = [
             f"{verb} {resource}{f'.{group}' if group else ''}"
             for rule in role["rules"]
@@ -217,7 +218,7 @@ def _disown(written: Manifest) -> list[Manifest]:
     """
     metadata = written["metadata"]
     entries = metadata.get("managedFields", [])
-    others = [each for each in entries if each["manager"] not in (KUBECTL, ROLLBACK)]
+    others = [entry for entry in entries if entry["manager"] not in (KUBECTL, ROLLBACK)]
     if others == entries:
         return []
     return [

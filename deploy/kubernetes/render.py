@@ -118,6 +118,6 @@ def container_of(deployment: Manifest) -> dict[str, Any]:
             return container
     raise KubeError(
         f"the Deployment {NAME} in namespace {deployment['metadata'].get('namespace')} has no container {NAME}, only "
-        f"{', '.join(each['name'] for each in containers)}: it was not made by this project; choose another "
+        f"{', '.join(container['name'] for container in containers)}: it was not made by this project; choose another "
         "deploy.namespace"
     )

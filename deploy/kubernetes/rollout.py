@@ -168,11 +168,11 @@ def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: f
 def _find_previous(cluster: Cluster, current: Manifest) -> Manifest:
     """The newest ReplicaSet of this project before the current revision that has another Bento or image."""
     running = version_of(current)
-    for each in reversed(cluster.replica_sets(current)):
-        if bento_of(each) and revision(each) < revision(current):
-            version = version_of(each)
+    for replica_set in reversed(cluster.replica_sets(current)):
+        if bento_of(replica_set) and revision(replica_set) < revision(current):
+            version = version_of(replica_set)
             if (version.bento, version.image) != (running.bento, running.image):
-                return each
+                return replica_set
     raise KubeError(
         f"{cluster} has no revision of {NAME} before {revision(current)} with another Bento or image to roll back to"
     )
@@ -200,7 +200,7 @@ def _running_image(cluster: Cluster, deployment: Manifest) -> str:
     """Return the digest of the running image as a node reports it; "" if no node reports it."""
     [newest] = cluster.replica_sets(deployment)[-1:]
     statuses = [status for pod in cluster.pods(newest) for status in pod["status"].get("containerStatuses", ())]
-    return next((status["imageID"] for status in statuses if status.get("imageID")), "")
+    return next((status["imageID"] for status in statuses if status["name"] == NAME and status.get("imageID")), "")
 
 
 def _undo_rollout(cluster: Cluster, before: Manifest | None, attempted: DeployOutcome) -> DeployOutcome:

@@ -78,7 +78,7 @@ class _Rollout:
     def _check_progress(self, deployment: Manifest) -> None:
         """Raise KubeError if the rollout cannot succeed; log the reason for waiting when it changes."""
         check_not_paused(self.cluster, deployment)
-        conditions = {each["type"]: each for each in deployment["status"].get("conditions", ())}
+        conditions = {condition["type"]: condition for condition in deployment["status"].get("conditions", ())}
         failure = conditions.get("ReplicaFailure", {})
         if failure.get("status") == "True":
             raise KubeError(f"no pod could be created in {self.cluster}: {failure['message']}")
@@ -131,7 +131,7 @@ class _Rollout:
             return f"(the log cannot be read: {error})"
 
     def _log(self, deployment: Manifest, newest: list[Manifest], reason: str) -> None:
-        ready = sum(each.get("status", {}).get("availableReplicas", 0) for each in newest)
+        ready = sum(replica_set.get("status", {}).get("availableReplicas", 0) for replica_set in newest)
         replicas = deployment["spec"].get("replicas", 1)
         line = f"waiting for the rollout: {ready} of {replicas} pods available" + (f"; {reason}" if reason else "")
         if line != self.logged:
@@ -149,5 +149,5 @@ def _unmet_conditions(pods: list[Manifest]) -> Iterator[str]:
 
 def _memory_limit(pod: Manifest, container: str) -> str:
     containers = pod["spec"]["containers"] + pod["spec"].get("initContainers", [])
-    [spec] = [each for each in containers if each["name"] == container]
+    [spec] = [spec for spec in containers if spec["name"] == container]
     return str(spec.get("resources", {}).get("limits", {}).get("memory", "of its node"))

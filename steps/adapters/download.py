@@ -69,16 +69,16 @@ def fetch(
     try:
         for attempt in range(retries + 1):
             try:
-                found = _download(url, temporary, max_bytes, timeout, deadline, setting)
+                actual = _download(url, temporary, max_bytes, timeout, deadline, setting)
                 break
             except (*TRANSIENT, requests.HTTPError) as error:
                 busy = not isinstance(error, requests.HTTPError) or error.response.status_code in BUSY
                 if attempt == retries or not busy:
                     raise
                 _wait(error, shown, 0.5 * 2**attempt, max_wait, deadline)
-        if found != sha256:
+        if actual != sha256:
             raise DownloadError(
-                f"{shown} has sha256 {found}, but {sha256} was expected: the file changed, or a proxy replaced it; "
+                f"{shown} has sha256 {actual}, but {sha256} was expected: the file changed, or a proxy replaced it; "
                 "inspect it, and set its sha256 if it is the file you want"
             )
         os.replace(temporary, destination)

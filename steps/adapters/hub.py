@@ -54,14 +54,14 @@ def fetch_base(base: BaseRef) -> Fetched:
         raise HubError(
             f"{base.name} has norm_position {config.norm_position!r}, which the service cannot decode; use 'pre'"
         )
-    found = directory_sha256(path, files)
-    if base.sha256 and found != base.sha256:
+    digest = directory_sha256(path, files)
+    if base.sha256 and digest != base.sha256:
         raise HubError(
-            f"{base.name} at {base.revision or path} has sha256 {found}, but {base.sha256} was recorded; "
+            f"{base.name} at {base.revision or path} has sha256 {digest}, but {base.sha256} was recorded; "
             "it changed after the run"
         )
     name, revision = (str(path), "") if is_directory else (base.name, base.revision)
-    return Fetched(BaseRef(name, revision, found), path)
+    return Fetched(BaseRef(name, revision, digest), path)
 
 
 def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
@@ -84,9 +84,9 @@ def fetch_dataset(name: str, revision: str, path: str, max_bytes: int) -> Path:
     else:
         patterns = [path, f"{path}/*"] if path else [f"*{suffix}" for suffix in (*SUFFIXES, ".parquet")]
         directory = _download("data", name, revision, patterns, "dataset", max_bytes)
-    found = (directory / path).absolute()
-    exists = found.exists() or (is_table(found) and data_files(found)[1])
-    if not found.is_relative_to(directory.absolute()) or ".." in Path(path).parts or not exists:
+    source = (directory / path).absolute()
+    exists = source.exists() or (is_table(source) and data_files(source)[1])
+    if not source.is_relative_to(directory.absolute()) or ".." in Path(path).parts or not exists:
         raise HubError(f"data.path is {path!r}, which {name} does not have")
     return directory / path
 
@@ -100,9 +100,9 @@ def _missing(path: Path, files: Sequence[str]) -> str:
         return f"{absent[0]}, which its index names; copy or download it again"
     if not any(file.endswith(".safetensors") for file in files):
         others = sorted({file.name for pattern in PICKLES for file in path.glob(pattern)})
-        found = f" (only {', '.join(others)})" if others else ""
+        only = f" (only {', '.join(others)})" if others else ""
         return (
-            f"safetensors weights{found}. Pickles like pytorch_model.bin can run any code and are not read: where you "
+            f"safetensors weights{only}. Pickles like pytorch_model.bin can run any code and are not read: where you "
             "trust one, load it by transformers' GPT2LMHeadModel.from_pretrained and write it by save_pretrained, with "
             "its tokenizer, to a directory for base.name"
         )

@@ -197,7 +197,7 @@ def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
 def _frame(samples: Sequence[Sample], model: Literal["base", "tuned"]) -> pd.DataFrame:
     answers = [sample.base if model == "base" else sample.tuned for sample in samples]
     scores = [sample.base_scores if model == "base" else sample.tuned_scores for sample in samples]
-    columns = {name: [getattr(each, name) for each in scores] for name in RECORD_METRICS}
+    columns = {name: [getattr(record, name) for record in scores] for name in RECORD_METRICS}
     frame = pd.DataFrame({"answer": answers, **columns})
     return frame.replace([math.inf, -math.inf], math.nan)
 

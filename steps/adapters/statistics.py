@@ -136,9 +136,9 @@ def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, 
     if sum(sum(row) > 0 for row in table) < 2 and sum(sum(column) > 0 for column in zip(*table, strict=True)) < 2:
         return None, []
     with np.errstate(divide="ignore", invalid="ignore"):  # for the z value, which is not used
-        found = cohens_kappa(table)
-    ci95 = [float(found.kappa_low), float(found.kappa_upp)]
-    return float(found.kappa), ci95 if np.isfinite(ci95).all() else []
+        result = cohens_kappa(table)
+    ci95 = [float(result.kappa_low), float(result.kappa_upp)]
+    return float(result.kappa), ci95 if np.isfinite(ci95).all() else []
 
 
 def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluation:
@@ -205,7 +205,7 @@ def _bootstrap(sums: Values, statistic: object, confidence: float, alternative: 
     """Compute the percentile bootstrap interval [low, high]; [] if there is one group or a value is not finite."""
     if sums.shape[1] < 2 or not np.isfinite(sums).all():
         return []
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         tuple(sums),
         statistic,
         n_resamples=N_RESAMPLES,
@@ -217,7 +217,7 @@ def _bootstrap(sums: Values, statistic: object, confidence: float, alternative: 
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return [float(found.low), float(found.high)]
+    return [float(result.low), float(result.high)]
 
 
 def _permutation(sums: Values) -> float:
@@ -225,7 +225,7 @@ def _permutation(sums: Values) -> float:
     a, _, b, _ = sums
     if len(a) < 2 or np.array_equal(a, b) or not np.isfinite(sums).all():
         return 1.0
-    found = stats.permutation_test(
+    result = stats.permutation_test(
         (a, b),
         lambda x, y, axis: (x - y).sum(axis=axis),
         permutation_type="samples",
@@ -234,7 +234,7 @@ def _permutation(sums: Values) -> float:
         batch=max(1, _BATCH // len(a)),
         rng=np.random.default_rng(0),
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def _detectable(deviation: float, n: int) -> float:

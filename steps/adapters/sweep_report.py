@@ -23,11 +23,11 @@ def write_sweep(trials: Sequence[Trial], sweep: SweepConfig, directory: Path) ->
     by_label: dict[str, list[Trial]] = {}
     for trial in trials:
         by_label.setdefault(trial.label, []).append(trial)
-    rows = {label: [_spread(found, metric) for metric in sweep.metrics] for label, found in by_label.items()}
+    rows = {label: [_spread(runs, metric) for metric in sweep.metrics] for label, runs in by_label.items()}
     plot = _plot(by_label, sweep.metrics[0])
     machines = sorted({trial.machine for trial in trials})
     about = {"date": date.today().isoformat(), "machine": ", ".join(machines), **asdict(sweep)}
-    results = {label: [trial.to_json() for trial in found] for label, found in by_label.items()}
+    results = {label: [trial.to_json() for trial in runs] for label, runs in by_label.items()}
     page = render(
         "sweep.html.j2",
         sweep=sweep,
@@ -74,8 +74,8 @@ def _plot(trials: Mapping[str, Sequence[Trial]], metric: str) -> str:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves: dict[str, Line2D] = {}  # the first curve of each variant, for the legend
-    for i, (label, found) in enumerate(trials.items()):
-        for trial in found:
+    for i, (label, runs) in enumerate(trials.items()):
+        for trial in runs:
             if trial.curve:
                 steps, losses = zip(*trial.curve, strict=True)
                 [curve] = left.plot(steps, losses, color=f"C{i % 10}", linewidth=1)

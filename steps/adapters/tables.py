@@ -25,7 +25,7 @@ SPLITS, STATE = "dataset_dict.json", "state.json"  # files of a saved DatasetDic
 
 def is_table(path: Path) -> bool:
     """Whether `read_rows` reads the path: a Parquet file, any directory, or a pattern of files."""
-    return path.is_dir() or _is_pattern(path) or (path.is_file() and path.suffix.lower() == PARQUET)
+    return path.is_dir() or _is_pattern(path) or (path.is_file() and _is_parquet(path))
 
 
 def data_files(path: Path) -> tuple[Path, list[Path]]:
@@ -33,10 +33,10 @@ def data_files(path: Path) -> tuple[Path, list[Path]]:
 
     Hidden files and files whose name begins with _ do not match. For a directory, return it and all such files in it.
     """
-    fixed = path if path.is_dir() else Path(*takewhile(lambda each: not _WILDCARD.search(each), path.parts))
+    fixed = path if path.is_dir() else Path(*takewhile(lambda part: not _WILDCARD.search(part), path.parts))
     files = fixed.rglob("*") if fixed == path else fixed.glob(path.relative_to(fixed).as_posix())
     names = (file.relative_to(fixed) for file in files if not file.is_dir())
-    return fixed, sorted(fixed / name for name in names if not any(each.startswith((".", "_")) for each in name.parts))
+    return fixed, sorted(fixed / name for name in names if not any(part.startswith((".", "_")) for part in name.parts))
 
 
 def _is_pattern(path: Path) -> bool:
@@ -66,7 +66,7 @@ def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
     elif (path / STATE).is_file():
         yield from _rows(_read_dataset(path), "", path, "", used)
     else:
-        files = [(file, part) for file, part in _files(path) if file.suffix.lower() == PARQUET]
+        files = [(file, part) for file, part in _files(path) if _is_parquet(file)]
         if not files:
             if _is_pattern(path):
                 raise ValueError(f"no files of records match {path}")
@@ -94,7 +94,7 @@ def text_files(path: Path) -> list[tuple[Path, str]]:
     if not (path.is_dir() or _is_pattern(path)) or (path / SPLITS).is_file() or (path / STATE).is_file():
         return []
     files = _files(path)
-    if any(file.suffix.lower() == PARQUET for file, _ in files):
+    if any(_is_parquet(file) for file, _ in files):
         return []
     named = [file for file, part in files if part]
     if len(files) > 1 and len(named) < len(files) and (named or path.is_dir()):
@@ -114,55 +114,67 @@ def _files(path: Path) -> list[tuple[Path, str]]:
         and not file.name.startswith("dataset_info")  # metadata of the hub
     ]
     parts = {name: _part(directory, name) for name in names}
-    tables = [name for name in names if name.suffix.lower() == PARQUET]
-    if tables and any(parts.values()):  # other files that name no part are metadata, not records
-        names = [name for name in names if name in tables or parts[name]]
-    # reject test.csv beside test.parquet, and several configurations of a dataset of the hub
-    folders = {tuple(each for each in name.parts[:-1] if not _words(each)) for name in names}
-    stems = {name.with_suffix("") for name in names}
-    kinds = {name.suffix.lower() == PARQUET for name in names}
-    if any(parts.values()) and (len(folders) > 1 or len(stems) < len(names) or len(kinds) > 1):
-        shown = ", ".join(name.as_posix() for name in names[:5])
+    if any(parts.values()):
+        if any(map(_is_parquet, names)):  # other files that name no part are metadata, not records
+            parts = {name: part for name, part in parts.items() if part or _is_parquet(name)}
+        _refuse_several_datasets(path, parts)
+        _refuse_several_splits(path, parts)
+    return [(directory / name, part) for name, part in parts.items()]
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == PARQUET
+
+
+def _refuse_several_datasets(path: Path, parts: Mapping[Path, str]) -> None:
+    """Refuse test.csv beside test.parquet, several configurations of a dataset of the hub, and tables without a part.
+
+    Args:
+        parts: name of each file -> its part.
+    """
+    folders = {tuple(folder for folder in name.parts[:-1] if not _words(folder)) for name in parts}
+    stems = {name.with_suffix("") for name in parts}
+    if len(folders) > 1 or len(stems) < len(parts) or len(set(map(_is_parquet, parts))) > 1:
+        shown = ", ".join(name.as_posix() for name in [*parts][:5])
         raise ValueError(
             f"{path} has files of records in several directories or formats ({shown}); name one of them in data.path"
         )
-    if any(parts[name] for name in tables) and not all(parts[name] for name in tables):
-        without = next(name for name in tables if not parts[name])
-        raise ValueError(f"{path}: {without.as_posix()} names no part of the split ({', '.join(PARTS)})")
-    _refuse_several_splits(path, [(name, parts[name]) for name in names])
-    return [(directory / name, parts[name]) for name in names]
+    for name, part in parts.items():
+        if _is_parquet(name) and not part:
+            raise ValueError(f"{path}: {name.as_posix()} names no part of the split ({', '.join(PARTS)})")
 
 
-def _refuse_several_splits(path: Path, files: Sequence[tuple[Path, str]]) -> None:
+def _refuse_several_splits(path: Path, parts: Mapping[Path, str]) -> None:
     """Refuse train_sft-00000-of-00001 beside train_gen-00000-of-00001: the datasets library has them as two splits."""
     splits: dict[str, set[str]] = defaultdict(set)
-    for name, part in files:
+    for name, part in parts.items():
         if part and (shard := _SHARD.fullmatch(name.stem)) and _words(shard[1]):
             splits[PARTS[part]].add(shard[1])
-    for part, found in splits.items():
-        if len(found) > 1:
-            split = re.sub(rf"^({'|'.join(PARTS)})(?=[-._])", "*", min(found))  # *_gen also selects test_gen
-            example = files[0][0].with_name(f"{split}-*{files[0][0].suffix}").as_posix()
+    for part, names in splits.items():
+        if len(names) > 1:
+            split = re.sub(rf"^({'|'.join(PARTS)})(?=[-._])", "*", min(names))  # *_gen also selects test_gen
+            first = next(iter(parts))
+            example = first.with_name(f"{split}-*{first.suffix}").as_posix()
             raise ValueError(
-                f"{path} has several splits for the part {part}: {', '.join(sorted(found))}; "
+                f"{path} has several splits for the part {part}: {', '.join(sorted(names))}; "
                 f"select files by a pattern in data.path, like {example}"
             )
 
 
 def _log_parts(path: Path, files: Sequence[tuple[Path, str]]) -> None:
     for part in sorted({PARTS[part] for _, part in files if part}):
-        names = [file.name for file, own in files if own and PARTS[own] == part]
+        names = [file.name for file, word in files if word and PARTS[word] == part]
         logger.info("%s: %d files of the part %s: %s", path, len(names), part, ", ".join(names[:5]))
 
 
 def _part(path: Path, name: Path) -> str:
     """Return the part in the name of the file or of its nearest directory; "" if there is none."""
-    for each in (name.stem, *reversed(name.parts[:-1])):
-        found = _words(each)
-        if len({PARTS[word] for word in found}) > 1:
-            raise ValueError(f"{path / name} names more than one part of the split: {' and '.join(found)}")
-        if found:
-            return found[0]
+    for text in (name.stem, *reversed(name.parts[:-1])):
+        words = _words(text)
+        if len({PARTS[word] for word in words}) > 1:
+            raise ValueError(f"{path / name} names more than one part of the split: {' and '.join(words)}")
+        if words:
+            return words[0]
     return ""
 
 
@@ -192,7 +204,7 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
-            name: [str(each) for each in feature["names"]]
+            name: [str(label) for label in feature["names"]]
             for name, feature in features.items()
             if name in schema.names and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }

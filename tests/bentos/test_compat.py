@@ -95,7 +95,7 @@ def test_bounded_metrics_see_the_template_and_the_app_the_path(monkeypatch):
     monkeypatch.setattr(compat.RunnerTrafficMetricsMiddleware, "__call__", record)
     app = Starlette(middleware=[Middleware(compat.RunnerTrafficMetricsMiddleware)])
     app.mount("/", echo)
-    compat.bound_metrics(app, path_label(["/predict", "/v1/models/{model}"]))
+    compat.limit_metric_labels(app, path_label(["/predict", "/v1/models/{model}"]))
     paths = ["/predict", "/v1/models/base", "/v1/models/a/b", "/nothing/7"]
     assert [TestClient(app).get(path).text for path in paths] == paths
     assert labeled == ["/predict", "/v1/models/{model}", "/unknown", "/unknown"]
@@ -143,8 +143,8 @@ def test_uvicorn_still_stores_headers_of_any_size():
     ],
 )
 def test_headers_are_limited_in_size_and_time(monkeypatch, data, expected):
-    monkeypatch.setattr(compat, "MAX_HEAD", 2000)
-    monkeypatch.setattr(compat, "HEAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(compat, "MAX_HEADER_BYTES", 2000)
+    monkeypatch.setattr(compat, "HEADER_TIMEOUT", 0.2)
     assert answer(compat.BoundedHttpProtocol, data) == expected
 
 

@@ -201,6 +201,19 @@ def test_a_crashing_container_that_was_injected_is_named(api, config, first, mon
     assert "deploy.memory" not in reason
 
 
+def test_the_recorded_digest_is_not_that_of_an_injected_container(api, config, monkeypatch):
+    pod = api.pod
+
+    def injected(replica_set):
+        manifest = pod(replica_set)
+        proxy = {"name": "istio-proxy", "imageID": "istio@sha256:" + "9" * 64}
+        statuses = [proxy, *manifest["status"]["containerStatuses"]]
+        return manifest | {"status": manifest["status"] | {"containerStatuses": statuses}}
+
+    monkeypatch.setattr(api, "pod", injected)
+    assert deploy(config).image_id == "registry.example/gpt2-instruct@sha256:" + "1" * 64
+
+
 def test_a_transient_image_pull_failure_is_waited_out(api, config, first, monkeypatch):
     monkeypatch.setattr(wait, "IMAGE_PULL_TIMEOUT", 60.0)
     api.pod_states[NEW], api.recoveries[NEW] = "ErrImagePull", 2

@@ -51,6 +51,22 @@ def test_a_preflight_of_docker_names_a_port_in_use_and_an_address_of_another_mac
         DockerTarget(DeployConfig(target="docker", host="192.0.2.1")).preflight()
 
 
+def test_a_service_with_the_same_image_is_no_version_to_roll_back_to():
+    """Its proxy was removed, and the same version was deployed again: the earlier version must be kept."""
+
+    def container(name, image, started):
+        host = {"RestartPolicy": {"Name": "unless-stopped"}}
+        attrs = {"Image": image, "State": {"StartedAt": started}, "HostConfig": host}
+        return SimpleNamespace(id=name, attrs=attrs)
+
+    first, second, again = container("1", "a", "07:00"), container("2", "b", "08:00"), container("3", "b", "09:00")
+    client = SimpleNamespace(containers=SimpleNamespace(list=lambda **_: [first, second, again]))
+    group = service._ServiceGroup(client, DeployConfig(target="docker"))
+    assert group.version_before(again, None) is first
+    assert group.version_before(again, second) is first
+    assert group.version_before(second, first) is first
+
+
 def test_an_outcome_survives_json():
     outcome = DeployOutcome(
         "kubernetes", "deployed", "gpt2-instruct:2", previous=Version("gpt2-instruct:1", "image:1", 1)

@@ -12,8 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zenml.pipelines.pipeline_definition import Pipeline
 
-from deploy.config import DeployConfig
-from deploy.target import DeployError
 from gpt2core.config import AttentionConfig, GenerationConfig, LoraConfig, TrainConfig
 from pipelines.config import check_config, read_config, set_values
 from pipelines.errors import ConfigError
@@ -271,9 +269,3 @@ def test_the_rule_of_a_field_is_reported_with_its_key_in_the_file(tmp_path):
     with pytest.raises(ConfigError) as error:
         read_config(write_config(tmp_path, "parameters: {lora: {rank: 0}}"), finetune_pipeline)
     assert str(error.value).endswith("mine.yaml: parameters.lora.rank is 0; it must be at least 1")
-
-
-def test_a_request_log_that_the_service_cannot_have_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setenv("GPT2_REQUEST_LOG", "requests.jsonl")
-    with pytest.raises(DeployError, match="GPT2_REQUEST_LOG is"):
-        finetune_pipeline.entrypoint(deploy=DeployConfig(target="docker"))

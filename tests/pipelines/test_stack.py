@@ -92,6 +92,9 @@ def test_a_deploy_target_that_cannot_be_reached_is_reported(tmp_path, monkeypatc
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
     with pytest.raises(ConfigError, match=r"mine\.yaml: no container engine responds at unix:///nowhere/docker\.sock"):
         check_stack(deploy_to("docker"), "mine.yaml")
+    monkeypatch.setenv("GPT2_REQUEST_LOG", "requests.jsonl")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: GPT2_REQUEST_LOG is"):
+        check_stack(deploy_to("docker"), "mine.yaml")
     kubernetes = deploy_to("kubernetes", image="a:1", kubeconfig=str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match=r"mine\.yaml: the kubeconfig .*missing cannot be used"):
         check_stack(kubernetes, "mine.yaml")
@@ -100,6 +103,7 @@ def test_a_deploy_target_that_cannot_be_reached_is_reported(tmp_path, monkeypatc
 
 def test_a_deploy_target_of_a_step_that_runs_elsewhere_is_not_reached_from_here(tmp_path, monkeypatch):
     register.register("local")
+    monkeypatch.setattr("pipelines.stack._check_images", lambda *_: None)
     elsewhere = deploy_to("kubernetes", image="a:1", kubeconfig=str(tmp_path / "missing"))
     check_stack(elsewhere | {"steps": {"deploy": {"step_operator": "docker"}}}, "mine.yaml")
 
