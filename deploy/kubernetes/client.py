@@ -6,7 +6,8 @@ other managers (the HPA's replicas, a GPU variant) are kept, and a manually chan
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -253,7 +254,10 @@ def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str
     if config.context and config.context not in contexts:
         raise KubeError(f"deploy.context is {config.context!r}; {file} has {', '.join(contexts) or 'no context'}")
     options = {"context": config.context or None, "client_configuration": configuration, "persist_config": False}
-    _load(source, load_kube_config, file, **options)
+    with _root_errors() as errors:
+        _load(source, load_kube_config, file, **options)
+    if errors and not configuration.api_key and not configuration.cert_file:
+        raise KubeError(f"{source} yields no credentials: {'; '.join(errors)}")
     return configuration, source
 
 
@@ -265,6 +269,26 @@ def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
         raise KubeError(f"{source} cannot be used: {error}") from None
     except Exception as error:
         raise KubeError(f"{source} cannot be used: it is malformed ({type(error).__name__})") from None
+
+
+@contextmanager
+def _root_errors() -> Iterator[list[str]]:
+    """Context manager: collect the errors that are logged without a logger, as the client does if it cannot run the
+    kubeconfig's exec plugin.
+    """
+    errors: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage())
+        return True
+
+    root = logging.getLogger()
+    root.addFilter(collect)  # sees only records of the root logger itself
+    try:
+        yield errors
+    finally:
+        root.removeFilter(collect)
 
 
 def _contexts(files: str) -> list[str]:
