@@ -6,7 +6,9 @@ other managers (the HPA's replicas, a GPU variant) are kept, and a manually chan
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -22,10 +24,12 @@ from urllib3.util import Retry
 from deploy.bento import NAME, ROOT
 from deploy.config import DeployConfig
 from deploy.kubernetes.errors import (
+    UNAVAILABLE,
     ConflictError,
     Connection,
     KubeError,
     NotFoundError,
+    UnavailableError,
     translate_api_error,
     translate_connection_error,
 )
@@ -42,6 +46,7 @@ KUBECTL = "kubectl-client-side-apply"  # the field manager of `kubectl apply`
 OWNERSHIP_ATTEMPTS = 5  # attempts to remove both as owners of fields, while controllers change the object
 REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
 CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
+OUTAGE_TIMEOUT, OUTAGE_POLL = 600.0, 1.0  # seconds; the first is progressDeadlineSeconds
 LOG_LINES = 20  # lines of a crashed container's log in the error
 JSON_PATCH = "application/json-patch+json"
 PATHS = {
@@ -51,6 +56,7 @@ PATHS = {
     "Service": "/api/v1/namespaces/{namespace}/services",
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "Deployment": "/apis/apps/v1/namespaces/{namespace}/deployments",
+    "Lease": "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases",
     "ReplicaSet": "/apis/apps/v1/namespaces/{namespace}/replicasets",
     "HorizontalPodAutoscaler": "/apis/autoscaling/v2/namespaces/{namespace}/horizontalpodautoscalers",
     "PodDisruptionBudget": "/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets",
@@ -60,7 +66,11 @@ ACCESS_REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 
 class Cluster:
-    """One namespace of a cluster. Every method raises KubeError with a message that says what to do."""
+    """One namespace of a cluster. Every method raises KubeError with a message that says what to do.
+
+    Attributes:
+        outage_timeout: seconds for which requests are repeated while the API server is unavailable.
+    """
 
     def __init__(self, config: DeployConfig) -> None:
         configuration, source = _load_configuration(config)
@@ -70,12 +80,13 @@ class Cluster:
             read=1,
             other=0,  # other errors, such as an untrusted certificate
             backoff_factor=0.5,
-            status_forcelist=(429, 500, 502, 503, 504),
+            status_forcelist=UNAVAILABLE,
             allowed_methods=None,  # every method: apply and predict are safe to repeat
             raise_on_status=False,
         )
         self.connection = Connection(configuration.host, config.namespace, source)
         self._api = client.ApiClient(configuration)
+        self.outage_timeout = 0.0
 
     def __str__(self) -> str:
         return str(self.connection)
@@ -91,6 +102,14 @@ class Cluster:
         except NotFoundError:
             return None
 
+    def create(self, manifest: Manifest) -> None:
+        """Create the object; raises ConflictError if it exists."""
+        self._call("POST", self._path(manifest["kind"]), manifest)
+
+    def replace(self, manifest: Manifest) -> None:
+        """Replace the object; raises ConflictError unless it still has the manifest's resourceVersion."""
+        self._call("PUT", f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}", manifest)
+
     def apply(self, manifest: Manifest, force: bool = False) -> None:
         """Server-side apply: set the manifest's fields and no others.
 
@@ -99,30 +118,61 @@ class Cluster:
                 kubectl's managed fields: otherwise `kubectl apply` would stay a co-owner of fields with equal values,
                 and they would conflict when they change.
         """
+        written = self._apply(manifest, force)
+        if force:
+            self._disown(written, lambda: self._apply(manifest, force))
+
+    def dry_run(self, manifest: Manifest, force: bool = False) -> Manifest:
+        """Check that `apply` would be accepted (fields of other managers, schema, quota, admission), and return the
+        object as it would be.
+        """
+        return self._apply(manifest, force, [("dryRun", "All")])
+
+    def _apply(self, manifest: Manifest, force: bool, options: Sequence[tuple[str, str]] = ()) -> Manifest:
         path = f"{self._path(manifest['kind'])}/{manifest['metadata']['name']}"
-        query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower())]
-        self._write(path, manifest, query, "application/apply-patch+yaml", disown=force)
+        query = [("fieldManager", FIELD_MANAGER), ("force", str(force).lower()), *options]
+        return dict(self._call("PATCH", path, manifest, query, "application/apply-patch+yaml"))
 
-    def patch_deployment(self, patch: list[Manifest]) -> None:
-        """Apply a JSON patch to the Deployment. Its field manager is removed, so the next apply does not conflict."""
-        query = [("fieldManager", ROLLBACK)]
-        self._write(f"{self._path('Deployment')}/{NAME}", patch, query, JSON_PATCH, disown=True)
+    def patch_deployment(self, patch: list[Manifest], version: str) -> None:
+        """Apply a JSON patch to the Deployment. Its field manager is removed, so the next apply does not conflict.
 
-    def _write(self, path: str, body: Any, query: list[tuple[str, str]], content_type: str, disown: bool) -> None:
+        Args:
+            version: resourceVersion of the Deployment that the patch was made for.
+
+        Raises:
+            ConflictError: the Deployment has changed since.
+        """
+        path = f"{self._path('Deployment')}/{NAME}"
+        patch = [*patch, {"op": "replace", "path": "/metadata/resourceVersion", "value": version}]
+        written = self._call("PATCH", path, patch, [("fieldManager", ROLLBACK)], JSON_PATCH)
+        self._disown(written, lambda: self._call("GET", path))
+
+    def _disown(self, written: Manifest, read_again: Callable[[], Manifest]) -> None:
+        """Remove `kubectl apply` and rollbacks as owners of fields of an object that was just written."""
+        path = f"{self._path(written['kind'])}/{written['metadata']['name']}"
         for _ in range(OWNERSHIP_ATTEMPTS):
-            written = self._call("PATCH", path, body, query, content_type)
-            patch = _disown(written) if disown else []
+            patch = _disown_patch(written)
             if not patch:
                 return
             try:
                 self._call("PATCH", path, patch, [("fieldManager", FIELD_MANAGER)], JSON_PATCH)
                 return
-            except ConflictError:  # a controller wrote the status after the apply
-                pass
+            except ConflictError:  # a controller wrote the status in between
+                written = read_again()
         logger.warning("%s or %s is still an owner of fields of %s: it changed too often", KUBECTL, ROLLBACK, path)
 
-    def delete(self, kind: str, name: str = NAME) -> None:
-        self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
+    def delete(self, kind: str, name: str = NAME, version: str = "") -> None:
+        """Delete the object, if it exists.
+
+        Args:
+            version: its resourceVersion; "" for any.
+
+        Raises:
+            ConflictError: the object has changed since.
+        """
+        preconditions = {"preconditions": {"resourceVersion": version}} if version else {}
+        with suppress(NotFoundError):
+            self._call("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"} | preconditions)
 
     def replica_sets(self, deployment: Manifest) -> list[Manifest]:
         """Return the ReplicaSets of the Deployment, oldest revision first."""
@@ -141,12 +191,14 @@ class Cluster:
     def crash_log(self, pod: str, container: str) -> str:
         """Return the last log lines of the container's previous instance, which crashed."""
         query = [("container", container), ("previous", "true"), ("tailLines", str(LOG_LINES))]
-        return str(self._call("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
+        # not repeated during an outage: status 500 may be that of the node
+        return str(self._request("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
 
     def predict(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Send POST /predict through the API server's proxy; return the response, {} unless it is a JSON object."""
         path = f"{self._path('Service')}/{NAME}:http/proxy/predict"
-        response = self._call("POST", path, dict(body), timeout=PREDICT_TIMEOUT, headers=api_key_header())
+        # not repeated during an outage: an error status may be the service's
+        response = self._request("POST", path, dict(body), timeout=PREDICT_TIMEOUT, headers=api_key_header())
         return response if isinstance(response, dict) else {}
 
     def check_permissions(self) -> None:
@@ -183,7 +235,27 @@ class Cluster:
     def _path(self, kind: str) -> str:
         return PATHS[kind].format(namespace=self.namespace)
 
-    def _call(
+    def _call(self, method: str, path: str, *arguments: Any, **options: Any) -> Any:
+        """Send a request (`_request`); repeat it during an outage of at most `outage_timeout`."""
+        deadline = time.monotonic() + self.outage_timeout
+        is_reported = False
+        while True:
+            try:
+                return self._request(method, path, *arguments, **options)
+            except UnavailableError as error:
+                if not self.outage_timeout:
+                    raise
+                if time.monotonic() > deadline:
+                    raise UnavailableError(
+                        f"{error}. This was repeated for {self.outage_timeout:.0f} seconds, so the end of the "
+                        "rollout was not observed: run the same command again when the API server responds"
+                    ) from None
+                if not is_reported:
+                    logger.warning("%s; repeating this for %.0f seconds", error, self.outage_timeout)
+                is_reported = True
+                time.sleep(OUTAGE_POLL)
+
+    def _request(
         self,
         method: str,
         path: str,
@@ -212,9 +284,11 @@ class Cluster:
             raise translate_connection_error(error, self.connection) from None
 
 
-def _disown(written: Manifest) -> list[Manifest]:
-    """Return the JSON patch that removes the managed fields of `kubectl apply` and of rollbacks, as client-go's
-    csaupgrade does; [] if there are none.
+def _disown_patch(written: Manifest) -> list[Manifest]:
+    """Return the JSON patch that removes the managed fields of `kubectl apply` and of rollbacks; [] if there are none.
+
+    The API server accepts managed fields in a patch of the object and adds an entry for the patch itself only if it
+    changes other fields (k8s.io/apimachinery, pkg/util/managedfields: decodeLiveOrNew, managedFieldsUpdater).
     """
     metadata = written["metadata"]
     entries = metadata.get("managedFields", [])
@@ -253,7 +327,10 @@ def _load_configuration(config: DeployConfig) -> tuple[client.Configuration, str
     if config.context and config.context not in contexts:
         raise KubeError(f"deploy.context is {config.context!r}; {file} has {', '.join(contexts) or 'no context'}")
     options = {"context": config.context or None, "client_configuration": configuration, "persist_config": False}
-    _load(source, load_kube_config, file, **options)
+    with _root_errors() as errors:
+        _load(source, load_kube_config, file, **options)
+    if errors and not configuration.api_key and not configuration.cert_file:
+        raise KubeError(f"{source} yields no credentials: {'; '.join(errors)}")
     return configuration, source
 
 
@@ -265,6 +342,26 @@ def _load(source: str, load: Any, *arguments: Any, **options: Any) -> None:
         raise KubeError(f"{source} cannot be used: {error}") from None
     except Exception as error:
         raise KubeError(f"{source} cannot be used: it is malformed ({type(error).__name__})") from None
+
+
+@contextmanager
+def _root_errors() -> Iterator[list[str]]:
+    """Context manager: collect the errors that are logged without a logger, as the client does if it cannot run the
+    kubeconfig's exec plugin.
+    """
+    errors: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage())
+        return True
+
+    root = logging.getLogger()
+    root.addFilter(collect)  # sees only records of the root logger itself
+    try:
+        yield errors
+    finally:
+        root.removeFilter(collect)
 
 
 def _contexts(files: str) -> list[str]:

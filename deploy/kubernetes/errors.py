@@ -11,6 +11,8 @@ from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 from deploy.bento import NAME
 from deploy.target import DeployError
 
+UNAVAILABLE = (429, 500, 502, 503, 504)  # statuses of a server that may recover
+
 
 class KubeError(DeployError):
     """The cluster cannot be reached or used as configured, or a rollout failed."""
@@ -21,7 +23,15 @@ class NotFoundError(KubeError):
 
 
 class ConflictError(KubeError):
-    """The object was changed after it was read."""
+    """The object was changed after it was read, or exists already."""
+
+
+class SupersededError(KubeError):
+    """Someone else has deployed another version meanwhile, which must not be undone."""
+
+
+class UnavailableError(KubeError):
+    """The API server did not respond, or not now; it may recover."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,8 @@ def translate_api_error(error: ApiException, method: str, path: str, connection:
                 f"sets too: {fields}. Put their values into k8s/, or take the fields over with "
                 "`--set deploy.force=true`"
             )
-    kind = ConflictError if error.status == 409 else KubeError
-    return kind(f"{method} {path} on {host} failed with status {error.status}: {message}")
+    kinds = {409: ConflictError} | dict.fromkeys(UNAVAILABLE, UnavailableError)
+    return kinds.get(error.status, KubeError)(f"{method} {path} on {host} failed with status {error.status}: {message}")
 
 
 def translate_connection_error(error: HTTPError, connection: Connection) -> KubeError:
@@ -84,7 +94,7 @@ def translate_connection_error(error: HTTPError, connection: Connection) -> Kube
     cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
     if isinstance(cause, SSLError):
         return KubeError(f"{connection.source} does not trust the certificate of {connection.host}: {cause}")
-    return KubeError(
+    return UnavailableError(
         f"{connection.host} cannot be reached ({type(cause).__name__}); check that the cluster is running, that this "
         f"network reaches it, and that {connection.source} is the right one"
     )

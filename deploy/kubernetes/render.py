@@ -101,6 +101,12 @@ def version_of(deployment: Manifest) -> Version:
     return Version(bento_of(deployment), container_of(deployment)["image"], revision(deployment))
 
 
+def is_version(deployment: Manifest, version: Version) -> bool:
+    """Whether the Deployment or ReplicaSet has the version's Bento and image, in any revision."""
+    running = version_of(deployment)
+    return (running.bento, running.image) == (version.bento, version.image)
+
+
 def bento_of(deployment: Manifest) -> str:
     """The tag of the Bento that this project deployed; "" for a Deployment or ReplicaSet of another origin."""
     return str(deployment["spec"]["template"]["metadata"].get("annotations", {}).get(f"{PREFIX}bento", ""))

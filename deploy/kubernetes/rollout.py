@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +10,26 @@ from deploy.bento import NAME
 from deploy.config import DeployConfig
 from deploy.containers.images import pinned
 from deploy.kubernetes import wait
-from deploy.kubernetes.client import Cluster, Manifest, revision
-from deploy.kubernetes.errors import KubeError
-from deploy.kubernetes.render import bento_of, container_of, placeholder_image, render, rollback_patch, version_of
-from deploy.kubernetes.wait import check_not_paused, wait_for_rollout
-from deploy.target import DeployError, DeployFailed, DeployOutcome
+from deploy.kubernetes.client import OUTAGE_TIMEOUT, Cluster, Manifest, revision
+from deploy.kubernetes.errors import ConflictError, KubeError, SupersededError, UnavailableError
+from deploy.kubernetes.lock import namespace_lock
+from deploy.kubernetes.render import (
+    bento_of,
+    container_of,
+    is_version,
+    placeholder_image,
+    render,
+    rollback_patch,
+    version_of,
+)
+from deploy.kubernetes.wait import check_not_paused, check_version, wait_for_rollout
+from deploy.target import DeployError, DeployFailed, DeployOutcome, Version
 from deploy.verify import verify_answers
 from gpt2core.types import Lineage, Sample
 
 logger = logging.getLogger(__name__)
 
+CHANGE_ATTEMPTS = 10  # attempts to change the Deployment, while controllers change it too
 SETTLE_TIMEOUT = 30.0  # seconds in which the Service may still route to pods of the previous version
 
 
@@ -36,46 +46,66 @@ class KubernetesTarget:
         Raises:
             KubeError: a deployment would be refused.
         """
-        self._check()
+        self.cluster.check_permissions()
+        self._replaceable()
 
     def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Roll out the configured image, which must contain the Bento of the lineage.
 
         Raises:
-            KubeError: nothing was rolled out.
+            KubeError: nothing was changed, except that the namespace may have been created.
             DeployFailed: the rollout failed or was interrupted, and was undone if possible.
         """
-        cluster, before = self.cluster, self._check()
-        image = pinned(self.config.image)
+        self.preflight()
+        namespace, *manifests = render(pinned(self.config.image), lineage, self.cluster.namespace, self.config.memory)
+        # An existing namespace is not changed: it may be shared, and its labels belong to its owner.
+        if self.cluster.get("Namespace", self.cluster.namespace) is None:
+            self.cluster.apply(namespace)
+        with namespace_lock(self.cluster):
+            return self._deploy(manifests, lineage.bento, samples, max_new_tokens)
+
+    def _deploy(
+        self, manifests: list[Manifest], bento: str, samples: Sequence[Sample], max_new_tokens: int
+    ) -> DeployOutcome:
+        """Apply the manifests, of which the Deployment is the last; wait for the rollout, verify it, or undo it."""
+        cluster, before = self.cluster, self._replaceable()
+        # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.
+        force = self.config.force or (before is not None and version_of(before).image == placeholder_image())
+        *_, planned = [cluster.dry_run(manifest, force) for manifest in manifests]
+        is_unchanged = before is not None and before["spec"]["template"] == planned["spec"]["template"]
+        version = version_of(planned)
         outcome = DeployOutcome(
             target="kubernetes",
-            outcome="deployed",
-            bento=lineage.bento,
+            outcome="unchanged" if is_unchanged else "deployed",
+            bento=bento,
             namespace=cluster.namespace,
-            image=image,
-            previous=None if before is None else version_of(before),
+            image=version.image,
+            previous=_previous_version(cluster, before, version),
         )
-        is_applied, interrupt = False, None
+        interrupt = None
+        cluster.outage_timeout = OUTAGE_TIMEOUT
         try:
-            self._apply(render(image, lineage, cluster.namespace, self.config.memory), before)
-            is_applied = True
-            deployment = wait_for_rollout(cluster)
-            _verify_service(cluster, lineage.bento, samples, max_new_tokens)
+            for manifest in manifests:
+                cluster.apply(manifest, force)
+            deployment = wait_for_rollout(cluster, version)
+            _verify_service(cluster, bento, samples, max_new_tokens)
             reason = f"{len(samples)} answers were verified against those of the evaluated model"
             image_id = _running_image(cluster, deployment)
             return replace(outcome, reason=reason, image_id=image_id, revision=revision(deployment))
+        except UnavailableError as error:
+            reason, cluster.outage_timeout = str(error), 0.0  # the outage has lasted long enough
         except DeployError as error:
-            if not is_applied:
-                raise
             reason = str(error)
         # An interrupt (ZenML raises its own exception for Ctrl-C and SIGTERM) or a bug. The apply may have taken effect
         # although its response was not read.
         except BaseException as error:
             reason, interrupt = f"interrupted ({type(error).__name__})", error
         logger.warning("rolling back: %s", reason)
-        undone = _undo_rollout(cluster, before, outcome)
+        undone = _undo_rollout(cluster, before, version, outcome)
         logger.warning("%s", undone.reason)
-        raise DeployFailed(replace(undone, reason=f"{reason}; {undone.reason}"), interrupt)
+        if undone.reason != reason:  # else it was superseded, which the wait has noticed
+            undone = replace(undone, reason=f"{reason}; {undone.reason}")
+        raise DeployFailed(undone, interrupt)
 
     def rollback(self) -> DeployOutcome:
         """Restore the pod template of the newest earlier revision with another Bento or image, as `kubectl rollout
@@ -84,18 +114,27 @@ class KubernetesTarget:
         Raises:
             KubeError: nothing is deployed, no such revision is kept, or it does not become ready.
         """
-        cluster = self.cluster
-        cluster.check_permissions()
-        current = cluster.get("Deployment")
-        if current is None:
-            raise KubeError(f"{cluster} has no Deployment {NAME}; there is nothing to roll back")
-        check_not_paused(cluster, current)
+        self.cluster.check_permissions()
+        self._current()
+        with namespace_lock(self.cluster):
+            return self._rollback()
+
+    def _rollback(self) -> DeployOutcome:
+        cluster, current = self.cluster, self._current()
         earlier = _find_previous(cluster, current)
+        if earlier is None:
+            raise KubeError(
+                f"{cluster} has no revision of {NAME} before {revision(current)} with another Bento or image to roll "
+                "back to"
+            )
+        cluster.outage_timeout = OUTAGE_TIMEOUT
         try:
-            now = version_of(_roll_back_to(cluster, earlier))
+            now = version_of(_roll_back_to(cluster, earlier, version_of(current)))
         except BaseException as error:  # also Ctrl-C
             logger.warning("the rollback failed, restoring revision %s", revision(current))
-            state = _undo_rollback(cluster, current)
+            if isinstance(error, UnavailableError):
+                cluster.outage_timeout = 0.0  # the outage has lasted long enough
+            state = _undo_rollback(cluster, current, version_of(earlier))
             if isinstance(error, DeployError):
                 raise KubeError(f"{version_of(earlier).image} could not be rolled back to: {error}; {state}") from None
             logger.warning("the rollback was interrupted; %s", state)
@@ -111,9 +150,8 @@ class KubernetesTarget:
             previous=version_of(current),
         )
 
-    def _check(self) -> Manifest | None:
+    def _replaceable(self) -> Manifest | None:
         """Return the Deployment that a deployment would change, if there is one."""
-        self.cluster.check_permissions()
         deployment = self.cluster.get("Deployment")
         if deployment is not None:
             _check_scale(self.cluster, deployment)
@@ -121,13 +159,14 @@ class KubernetesTarget:
             container_of(deployment)  # raises for a Deployment of another tool
         return deployment
 
-    def _apply(self, manifests: list[Manifest], before: Manifest | None) -> None:
-        # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.
-        force = self.config.force or (before is not None and version_of(before).image == placeholder_image())
-        for manifest in manifests:
-            # An existing namespace is not changed: it may be shared, and its labels belong to its owner.
-            if manifest["kind"] != "Namespace" or self.cluster.get("Namespace", self.cluster.namespace) is None:
-                self.cluster.apply(manifest, force)
+    def _current(self) -> Manifest:
+        """Return the Deployment that a rollback would change."""
+        current = self.cluster.get("Deployment")
+        if current is None:
+            raise KubeError(f"{self.cluster} has no Deployment {NAME}; there is nothing to roll back")
+        check_not_paused(self.cluster, current)
+        container_of(current)  # raises for a Deployment of another tool
+        return current
 
 
 def _check_scale(cluster: Cluster, deployment: Manifest) -> None:
@@ -157,7 +196,11 @@ def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: f
             if response.get("model") == bento:
                 return str(response.get("answer"))
             model = response.get("model")
-            error = KubeError(f"the service is {model}, not {bento}: deploy.image contains another Bento")
+            error: KubeError = KubeError(f"the service is {model}, not {bento}: deploy.image contains another Bento")
+        except UnavailableError as failure:
+            error, start = failure, time.monotonic()
+            cluster.get("Deployment")  # waits for the end of an outage, if it is the API server that is unavailable
+            deadline += time.monotonic() - start
         except KubeError as failure:
             error = failure
         if time.monotonic() > deadline:
@@ -165,35 +208,21 @@ def _generate(cluster: Cluster, bento: str, body: Mapping[str, Any], deadline: f
         time.sleep(wait.POLL)
 
 
-def _find_previous(cluster: Cluster, current: Manifest) -> Manifest:
+def _previous_version(cluster: Cluster, before: Manifest | None, version: Version) -> Version | None:
+    """The version to which a rollback would return after this version is deployed."""
+    if before is not None and is_version(before, version):
+        before = _find_previous(cluster, before)
+    return None if before is None else version_of(before)
+
+
+def _find_previous(cluster: Cluster, current: Manifest) -> Manifest | None:
     """The newest ReplicaSet of this project before the current revision that has another Bento or image."""
     running = version_of(current)
     for replica_set in reversed(cluster.replica_sets(current)):
-        if bento_of(replica_set) and revision(replica_set) < revision(current):
-            version = version_of(replica_set)
-            if (version.bento, version.image) != (running.bento, running.image):
-                return replica_set
-    raise KubeError(
-        f"{cluster} has no revision of {NAME} before {revision(current)} with another Bento or image to roll back to"
-    )
-
-
-def _roll_back_to(cluster: Cluster, earlier: Manifest) -> Manifest:
-    """Roll out the pod template of an earlier Deployment or of a ReplicaSet; return the resulting Deployment."""
-    live = cluster.get("Deployment")
-    if live is None:
-        raise KubeError(f"the Deployment in {cluster} was deleted")
-    cluster.patch_deployment(rollback_patch(live, earlier))
-    return wait_for_rollout(cluster)
-
-
-def _undo_rollback(cluster: Cluster, current: Manifest) -> str:
-    """Undo a rollback; return the resulting state in words."""
-    image = version_of(current).image
-    try:
-        return f"{image} runs again, as revision {revision(_roll_back_to(cluster, current))}"
-    except KubeError as error:
-        return f"and {image} could not be restored: {error}"
+        is_earlier = bool(bento_of(replica_set)) and revision(replica_set) < revision(current)
+        if is_earlier and not is_version(replica_set, running):
+            return replica_set
+    return None
 
 
 def _running_image(cluster: Cluster, deployment: Manifest) -> str:
@@ -203,25 +232,77 @@ def _running_image(cluster: Cluster, deployment: Manifest) -> str:
     return next((status["imageID"] for status in statuses if status["name"] == NAME and status.get("imageID")), "")
 
 
-def _undo_rollout(cluster: Cluster, before: Manifest | None, attempted: DeployOutcome) -> DeployOutcome:
-    """Undo a rollout, which may not have started; return the outcome, whose reason is the resulting state."""
+def _undo_rollout(
+    cluster: Cluster, before: Manifest | None, version: Version, attempted: DeployOutcome
+) -> DeployOutcome:
+    """Undo the rollout of this version, which may not have started; return the outcome, whose reason is the state."""
     try:
-        live = cluster.get("Deployment")
         if before is None:
-            if live is not None:
-                cluster.delete("Deployment")
+            _delete_deployment(cluster, version)
             state = "nothing was deployed before, and the Deployment was deleted"
             return replace(attempted, outcome="rolled_back", reason=state)
         number = revision(before)
+        live = cluster.get("Deployment")
         if live is not None and live["spec"]["template"] == before["spec"]["template"]:
             state = f"revision {number} already ran before, so there is nothing to roll back to"
             return replace(attempted, outcome="failed", reason=state, revision=number)
-        restored = _roll_back_to(cluster, before)
+        restored = _roll_back_to(cluster, before, version)
         for replica_set in cluster.replica_sets(restored):
-            if number < revision(replica_set) < revision(restored):
+            if number < revision(replica_set) < revision(restored) and is_version(replica_set, version):
                 cluster.delete("ReplicaSet", replica_set["metadata"]["name"])  # so that no rollback selects it
         now = version_of(restored)
         state = f"rolled back to {now.image}, now revision {now.revision}"
         return replace(attempted, outcome="rolled_back", reason=state, revision=now.revision)
+    except SupersededError as error:
+        return replace(attempted, outcome="failed", reason=str(error))
     except KubeError as error:
         return replace(attempted, outcome="failed", reason=f"and it could not be rolled back: {error}")
+
+
+def _undo_rollback(cluster: Cluster, current: Manifest, version: Version) -> str:
+    """Undo a rollback to this version; return the resulting state in words."""
+    image = version_of(current).image
+    try:
+        return f"{image} runs again, as revision {revision(_roll_back_to(cluster, current, version))}"
+    except KubeError as error:
+        return f"and {image} could not be restored: {error}"
+
+
+def _roll_back_to(cluster: Cluster, earlier: Manifest, replaced: Version) -> Manifest:
+    """Roll out the pod template of an earlier Deployment or of a ReplicaSet; return the resulting Deployment.
+
+    Raises:
+        SupersededError: the Deployment does not have the version to be replaced.
+    """
+
+    def patch(live: Manifest) -> None:
+        check_version(live, replaced, version_of(earlier))  # the second if the response to the patch was lost
+        cluster.patch_deployment(rollback_patch(live, earlier), live["metadata"]["resourceVersion"])
+
+    if not _change_deployment(cluster, patch):
+        raise KubeError(f"the Deployment in {cluster} was deleted")
+    return wait_for_rollout(cluster, version_of(earlier))
+
+
+def _delete_deployment(cluster: Cluster, version: Version) -> None:
+    """Delete the Deployment if it exists; raises SupersededError if it has another version."""
+
+    def delete(live: Manifest) -> None:
+        check_version(live, version)
+        cluster.delete("Deployment", version=live["metadata"]["resourceVersion"])
+
+    _change_deployment(cluster, delete)
+
+
+def _change_deployment(cluster: Cluster, change: Callable[[Manifest], None]) -> bool:
+    """Apply a change that is refused if the Deployment is not as it was read; return False if there is none."""
+    for _ in range(CHANGE_ATTEMPTS):
+        live = cluster.get("Deployment")
+        if live is None:
+            return False
+        try:
+            change(live)
+            return True
+        except ConflictError:  # a controller wrote the status in between
+            time.sleep(wait.POLL)
+    raise KubeError(f"the Deployment in {cluster} changes too often to be changed")

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from deploy.bento import NAME
 from deploy.kubernetes.client import Cluster, Manifest
-from deploy.kubernetes.errors import KubeError
+from deploy.kubernetes.errors import KubeError, SupersededError
+from deploy.kubernetes.render import is_version, version_of
+from deploy.target import Version
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +34,23 @@ FATAL_STATES = {
 }
 
 
-def wait_for_rollout(cluster: Cluster) -> Manifest:
+def wait_for_rollout(cluster: Cluster, version: Version) -> Manifest:
     """Wait until all pods of the Deployment have its newest template and are available; return the Deployment.
 
     Raises:
+        SupersededError: the Deployment has another version.
         KubeError: the rollout cannot succeed, or did not succeed in time.
     """
-    return _Rollout(cluster).wait()
+    return _Rollout(cluster, version).wait()
+
+
+def check_version(deployment: Manifest, *versions: Version) -> None:
+    """Raise SupersededError unless the Deployment has one of these versions."""
+    if not any(is_version(deployment, version) for version in versions):
+        other = version_of(deployment)
+        raise SupersededError(
+            f"superseded by {other.bento or 'a version of another origin'}, image {other.image}, which is left as it is"
+        )
 
 
 def check_not_paused(cluster: Cluster, deployment: Manifest) -> None:
@@ -51,8 +63,8 @@ def check_not_paused(cluster: Cluster, deployment: Manifest) -> None:
 
 
 class _Rollout:
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, version: Version) -> None:
+        self.cluster, self.version = cluster, version
         self.pull_failing_since: float | None = None  # time.monotonic()
         self.logged = ""
 
@@ -62,6 +74,7 @@ class _Rollout:
             deployment = self.cluster.get("Deployment")
             if deployment is None:
                 raise KubeError(f"the Deployment in {self.cluster} was deleted during its rollout")
+            check_version(deployment, self.version)
             status, replicas = deployment.get("status", {}), deployment["spec"].get("replicas", 1)
             if status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]:
                 counts = ("replicas", "updatedReplicas", "availableReplicas")

@@ -14,7 +14,7 @@ from deploy.config import DeployConfig
 from deploy.containers import images
 from deploy.containers.client import EngineError, connect
 from deploy.containers.images import Image, build_service
-from deploy.kubernetes import rollout, wait
+from deploy.kubernetes import client, lock, rollout, wait
 from deploy.server import serve
 from deploy.verify import request_answer
 from gpt2core.metrics import RecordScores
@@ -30,7 +30,8 @@ OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@s
 
 @pytest.fixture
 def fast_polling(monkeypatch):
-    monkeypatch.setattr(wait, "POLL", 0.01)
+    for module, name in ((wait, "POLL"), (lock, "POLL"), (client, "OUTAGE_POLL")):
+        monkeypatch.setattr(module, name, 0.01)
     monkeypatch.setattr(wait, "IMAGE_PULL_TIMEOUT", 0.0)
     monkeypatch.setattr(rollout, "SETTLE_TIMEOUT", 0.1)
 

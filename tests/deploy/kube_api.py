@@ -39,6 +39,7 @@ KEYS = {
 }
 # Atomic maps, which are one field, with the values that the API server adds to them.
 ATOMIC = {"resourceFieldRef": {"divisor": "0"}}
+MODIFIED = "the object has been modified; please apply your changes to the latest version"
 UNSCHEDULABLE = "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate."
 DEADLINE = 6  # reads of the Deployment without progress, until the controller reports the deadline as exceeded
 Field = tuple[Any, ...]
@@ -93,7 +94,7 @@ class KubeApi:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_GET = do_POST = do_PATCH = do_DELETE = _do
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _do
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -156,7 +157,7 @@ class KubeApi:
         namespace, plural, name, sub = match["namespace"], match["plural"], match["name"], match["sub"]
         if plural is None:
             plural, name = "namespaces", namespace
-        verb = {"GET": "get" if name else "list", "POST": "create"}.get(method, method.lower())
+        verb = {"GET": "get" if name else "list", "POST": "create", "PUT": "update"}.get(method, method.lower())
         resource = f"{plural}/{sub}" if sub else plural
         self.requests.append((verb, resource))
         if (verb, resource) in self.forbidden:
@@ -173,8 +174,10 @@ class KubeApi:
             return 200, {"items": self.listed(plural, query.get("labelSelector", ""))}
         if method == "PATCH":
             return self.apply(plural, name, headers["Content-Type"], query, yaml.safe_load(body))
+        if method in ("POST", "PUT"):
+            return self.write(plural, json.loads(body), is_new=method == "POST")
         if method == "DELETE":
-            return self.delete(plural, name)
+            return self.delete(plural, name, json.loads(body).get("preconditions", {}))
         if plural == "deployments" and (plural, name) in self.objects:
             self.control(self.objects[plural, name])
         if plural == "namespaces" and name in self.namespaces:
@@ -205,6 +208,8 @@ class KubeApi:
                 kubernetes_validate.validate(stored.read(status=False), SCHEMA, strict=True)
         except kubernetes_validate.ValidationError as error:
             return _error(422, "Invalid", f'{plural} "{name}" is invalid: {error.message}')
+        if query.get("dryRun") == "All":
+            return 200, stored.read()
         self.objects[plural, name] = stored
         if plural == "horizontalpodautoscalers":
             self.scale()
@@ -216,6 +221,9 @@ class KubeApi:
             return _error(404, "NotFound", f'{plural} "{name}" not found', name=name)
         if "/metadata/managedFields" in values:
             return self.patch_managers(self.objects[plural, name], values)
+        current = str(self.objects[plural, name].version)
+        if values.pop("/metadata/resourceVersion", current) != current:
+            return _error(409, "Conflict", MODIFIED)
         self.objects[plural, name] = stored = self.objects[plural, name].copy()
         stored.update({tuple(path.split("/")[1:]): value for path, value in values.items()}, query["fieldManager"])
         kubernetes_validate.validate(stored.read(status=False), SCHEMA, strict=True)
@@ -227,9 +235,7 @@ class KubeApi:
             self.status_updates -= 1
             stored.version += 1
         if values["/metadata/resourceVersion"] != str(stored.version):
-            return _error(
-                409, "Conflict", "the object has been modified; please apply your changes to the latest version"
-            )
+            return _error(409, "Conflict", MODIFIED)
         managers = {each["manager"] for each in values["/metadata/managedFields"]}
         stored.owners = {field: owners & managers for field, owners in stored.owners.items() if owners & managers}
         return 200, stored.read()
@@ -241,7 +247,26 @@ class KubeApi:
         if deployment and hpa and ("spec", "replicas") not in deployment.fields:
             deployment.set(("spec", "replicas"), hpa.read()["spec"]["minReplicas"], "kube-controller-manager")
 
-    def delete(self, plural: str, name: str) -> tuple[int, Any]:
+    def write(self, plural: str, body: dict[str, Any], is_new: bool) -> tuple[int, Any]:
+        """Creation, or replacement of the resourceVersion in the body."""
+        name = body["metadata"]["name"]
+        existing = self.objects.get((plural, name))
+        if is_new and existing is not None:
+            return _error(409, "AlreadyExists", f'{plural} "{name}" already exists', name=name)
+        if not is_new and existing is None:
+            return _error(404, "NotFound", f'{plural} "{name}" not found', name=name)
+        version = body["metadata"].pop("resourceVersion", "")
+        if existing is not None and version != str(existing.version):
+            return _error(409, "Conflict", MODIFIED)
+        stored = Stored() if existing is None else existing.copy()
+        stored.fields = dict(_flat({key: value for key, value in body.items() if key != "status"}))
+        self.objects[plural, name] = stored
+        return 201 if is_new else 200, stored.read()
+
+    def delete(self, plural: str, name: str, preconditions: dict[str, str]) -> tuple[int, Any]:
+        stored = self.objects.get((plural, name))
+        if stored is not None and preconditions.get("resourceVersion", str(stored.version)) != str(stored.version):
+            return _error(409, "Conflict", MODIFIED)
         if plural == "replicasets":
             del self.replica_sets[name]
         else:
@@ -431,6 +456,7 @@ class Stored:
         self.fields[field] = value
         self.owners[field] = {manager}
         self.generation += 1
+        self.version += 1
 
     def read(self, status: bool = True) -> dict[str, Any]:
         read: dict[str, Any] = _nested(self.fields)

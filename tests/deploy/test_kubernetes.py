@@ -3,16 +3,19 @@
 import json
 import logging
 import re
+import time
+from concurrent.futures import Future
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import yaml
 from zenml.exceptions import RunInterruptedException
 
-from deploy.kubernetes import wait
+from deploy.kubernetes import lock, rollout, wait
 from deploy.kubernetes.client import DEPLOYER, Cluster
 from deploy.kubernetes.errors import KubeError
-from deploy.kubernetes.render import MANIFESTS
+from deploy.kubernetes.render import MANIFESTS, render, version_of
 from deploy.kubernetes.rollout import KubernetesTarget
 from deploy.server import serve
 from deploy.target import DeployFailed, DeployOutcome, Version
@@ -57,7 +60,7 @@ def change(api, config, fields, manager="kubectl-edit") -> None:
     """Change fields by hand, and wait for the rollout."""
     for field, value in fields.items():
         api.objects[DEPLOYMENT].set(field, value, manager)
-    wait.wait_for_rollout(KubernetesTarget(config).cluster)
+    wait.wait_for_rollout(KubernetesTarget(config).cluster, version_of(api.object("deployments")))
 
 
 @pytest.fixture
@@ -129,8 +132,14 @@ def test_the_memory_of_a_pod_can_be_configured_and_is_as_in_the_file_otherwise(a
 
 def test_deploying_the_same_version_again_starts_no_pod(api, config, first):
     again = deploy(config)
-    assert (again.outcome, again.revision) == ("deployed", 1)
+    assert (again.outcome, again.revision, again.previous) == ("unchanged", 1, None)
     assert len(api.replica_sets) == 1
+
+
+def test_deploying_the_same_version_again_names_the_version_before_as_previous(api, config, first):
+    deploy_next(config)
+    assert deploy_next(config).previous == Version(LINEAGE.bento, OLD, 1)
+    assert deploy_next(config, memory="4g").previous == Version(LINEAGE.bento, OLD, 1)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +471,7 @@ def test_fields_set_by_hand_survive_deployments_after_a_rollback(api, config, fi
 
 def test_a_rollback_skips_revisions_that_were_not_deployed_from_here(api, config, applied_by_kubectl):
     api.objects[DEPLOYMENT].set((*CONTAINER, "image"), "gpt2-instruct:0.1.0", "kubectl-client-side-apply")
-    wait.wait_for_rollout(KubernetesTarget(config).cluster)
+    wait.wait_for_rollout(KubernetesTarget(config).cluster, version_of(api.object("deployments")))
     deploy_next(config, force=True)
     with pytest.raises(KubeError, match="no revision of gpt2-instruct before 2"):
         rollback(config)
@@ -501,6 +510,188 @@ def test_an_interrupted_rollback_restores_the_version_that_ran(api, config, firs
     assert api.running() == [NEW, NEW]
 
 
+def during_first_wait(monkeypatch, action) -> None:
+    """Run the action once, at the first pause of a wait."""
+    sleep, actions = time.sleep, [action]
+
+    def run(seconds: float) -> None:
+        if actions:
+            actions.pop()()
+        sleep(seconds)
+
+    monkeypatch.setattr(wait.time, "sleep", run)
+
+
+THIRD, THIRD_LINEAGE = "registry.example/gpt2-instruct:3", make_lineage("run-19", bento="gpt2-instruct:" + "3" * 16)
+
+
+def apply_third(config) -> None:
+    """What a deployment without our lock does."""
+    *_, deployment = render(THIRD, THIRD_LINEAGE, config.namespace)
+    KubernetesTarget(config).cluster.apply(deployment, force=True)
+
+
+def test_a_deployment_that_was_superseded_changes_nothing(api, config, first, monkeypatch):
+    api.responses[THIRD] = constant_response("Ottawa", THIRD_LINEAGE.bento)
+    api.pod_states[NEW] = "unready"
+    during_first_wait(monkeypatch, lambda: apply_third(config))
+    outcome = failed(deploy_next, config).outcome
+    assert outcome.outcome == "failed"
+    assert outcome.reason == f"superseded by {THIRD_LINEAGE.bento}, image {THIRD}, which is left as it is"
+    assert api.image() == THIRD
+    wait.wait_for_rollout(KubernetesTarget(config).cluster, version_of(api.object("deployments")))
+    assert THIRD in [replica_set["image"] for replica_set in api.replica_sets.values()]
+
+
+def test_a_first_deployment_that_was_superseded_deletes_nothing(api, config, monkeypatch):
+    api.pod_states[OLD] = "unready"
+    during_first_wait(monkeypatch, lambda: apply_third(config))
+    assert "superseded" in failed(deploy, config).outcome.reason
+    assert api.image() == THIRD
+
+
+def test_a_rollback_that_was_superseded_changes_nothing(api, config, first, monkeypatch):
+    deploy_next(config)
+    api.pod_states[OLD] = "unready"
+    during_first_wait(monkeypatch, lambda: apply_third(config))
+    with pytest.raises(KubeError, match="superseded by gpt2-instruct:3333"):
+        rollback(config)
+    assert api.image() == THIRD
+
+
+def test_an_undo_that_meets_a_status_update_is_repeated(api, config, first, monkeypatch):
+    api.pod_states[NEW] = "InvalidImageName"
+    patch, updates = api.json_patch, [1, 2]
+
+    def updated(plural, name, query, values):
+        if updates and "/metadata/managedFields" not in values:
+            updates.pop()
+            api.objects[DEPLOYMENT].version += 1
+        return patch(plural, name, query, values)
+
+    monkeypatch.setattr(api, "json_patch", updated)
+    assert failed(deploy_next, config).outcome.outcome == "rolled_back"
+    assert (api.image(), updates) == (OLD, [])
+
+
+def start(action, *arguments) -> Future:
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("action", [deploy, rollback])
+def test_a_deployment_or_rollback_waits_for_the_deployment_before_it(api, config, first, monkeypatch, action, caplog):
+    caplog.set_level(logging.INFO, "deploy")
+    deploy_next(config)
+    monkeypatch.setattr("tests.deploy.kube_api.DEADLINE", 10**6)
+    api.pod_states[THIRD] = "unready"
+    api.responses[THIRD] = constant_response("Ottawa", THIRD_LINEAGE.bento)
+    third = start(KubernetesTarget(replace(config, image=THIRD)).deploy, THIRD_LINEAGE, [SAMPLE], 8)
+    until(lambda: api.image() == THIRD)
+    second = start(action, config)
+    until(lambda: "waiting for another deployment in namespace gpt2-instruct" in caplog.text)
+    assert api.image() == THIRD
+    api.pod_states[THIRD] = "ready"
+    assert third.result(120).outcome == "deployed"
+    outcome = second.result(120)
+    assert outcome.previous.image == THIRD
+    assert outcome.image == (OLD if action == deploy else NEW)
+    assert ("leases", "gpt2-instruct") not in api.objects
+
+
+def test_two_deployments_that_start_at_once_are_both_verified(api, config, first):
+    api.responses[THIRD] = constant_response("Ottawa", THIRD_LINEAGE.bento)
+    runs = [
+        start(deploy_next, config),
+        start(KubernetesTarget(replace(config, image=THIRD)).deploy, THIRD_LINEAGE, [SAMPLE], 8),
+    ]
+    outcomes = sorted((run.result(120) for run in runs), key=lambda outcome: outcome.revision)
+    assert [outcome.outcome for outcome in outcomes] == ["deployed", "deployed"]
+    assert outcomes[1].previous.bento == outcomes[0].bento
+    assert api.image() == outcomes[1].image
+
+
+def hold_lock(config, holder="killed") -> None:
+    spec = {"holderIdentity": holder}
+    manifest = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "gpt2-instruct"}}
+    KubernetesTarget(config).cluster.create(manifest | {"spec": spec})
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(api, config, first, monkeypatch):
+    monkeypatch.setattr(lock, "EXPIRY", 0.2)
+    hold_lock(config)
+    assert deploy_next(config).outcome == "deployed"
+
+
+def test_a_lock_that_is_renewed_is_not_taken_over(api, config, first, monkeypatch):
+    monkeypatch.setattr(lock, "TIMEOUT", 1.0)
+    monkeypatch.setattr(lock, "EXPIRY", 0.5)
+    monkeypatch.setattr(lock, "RENEWAL", 0.01)
+    with lock.namespace_lock(KubernetesTarget(config).cluster):
+        with pytest.raises(KubeError, match=r"another deployment in namespace .* did not end within 1 seconds"):
+            deploy_next(config)
+        assert api.image() == OLD
+
+
+def test_an_outage_of_the_api_server_does_not_end_a_deployment(api, config, first, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "deploy")
+    api.pod_states[NEW], api.recoveries[NEW] = "unready", 3
+    during_first_wait(monkeypatch, lambda: api.failures.extend([503] * 12))
+    assert deploy_next(config).outcome == "deployed"
+    assert api.running() == [NEW, NEW]
+    assert len([line for line in caplog.messages if "repeating this for 600 seconds" in line]) == 1
+
+
+def test_an_outage_of_the_api_server_does_not_end_a_rollback(api, config, first, monkeypatch):
+    deploy_next(config)
+    api.pod_states[OLD], api.recoveries[OLD] = "unready", 3
+    during_first_wait(monkeypatch, lambda: api.failures.extend([503] * 12))
+    assert rollback(config).image == OLD
+    assert api.running() == [OLD, OLD]
+
+
+def test_a_log_that_the_node_does_not_send_is_no_outage(api, config, first, monkeypatch):
+    monkeypatch.setattr(rollout, "OUTAGE_TIMEOUT", 0.1)
+    api.pod_states[NEW] = "CrashLoopBackOff"
+    handle = api.handle
+
+    def without_logs(method, target, *request):
+        return (
+            _error(500, "InternalError", "no route to host") if "/log?" in target else handle(method, target, *request)
+        )
+
+    monkeypatch.setattr(api, "handle", without_logs)
+    reason = failed(deploy_next, config).outcome.reason
+    assert "(the log cannot be read: " in reason
+    assert "repeated" not in reason
+
+
+def test_a_deployment_whose_end_was_not_observed_says_so(api, config, first, monkeypatch):
+    monkeypatch.setattr(rollout, "OUTAGE_TIMEOUT", 0.1)
+    api.pod_states[NEW] = "unready"
+    during_first_wait(monkeypatch, lambda: api.failures.extend([503] * 1000))
+    outcome = failed(deploy_next, config).outcome
+    assert outcome.outcome == "failed"
+    assert "the end of the rollout was not observed: run the same command again when" in outcome.reason
+    api.failures.clear()
+    assert api.image() == NEW
+
+
 def test_a_rollback_without_a_deployment_is_an_error(api, config):
     api.namespaces["gpt2-instruct"] = {}
     with pytest.raises(KubeError, match="there is nothing to roll back"):
@@ -528,6 +719,15 @@ def test_a_changed_field_is_a_conflict_unless_forced(api, config, first):
     assert api.image() == OLD
     assert deploy_next(config, force=True).outcome == "deployed"
     assert api.objects[DEPLOYMENT].fields[grace] == 80
+
+
+def test_a_conflict_in_one_object_leaves_all_others_as_they_are(api, config, first):
+    data = ("data", "bentoml.yaml")
+    api.objects[DEPLOYMENT].set(("spec", "progressDeadlineSeconds"), 99, "kubectl-edit")
+    api.objects["configmaps", "gpt2-instruct"].set(data, "older", "gpt2-instruct")
+    with pytest.raises(KubeError, match="progressDeadlineSeconds"):
+        deploy_next(config)
+    assert api.objects["configmaps", "gpt2-instruct"].fields[data] == "older"
 
 
 def test_an_existing_namespace_keeps_its_labels(api, config):
@@ -608,7 +808,8 @@ def test_a_namespace_that_may_not_be_created_is_named(api, config):
         deploy(config)
 
 
-def test_the_deployer_role_grants_exactly_the_permissions_that_are_used(api, config):
+def test_the_deployer_role_grants_exactly_the_permissions_that_are_used(api, config, monkeypatch):
+    monkeypatch.setattr(lock, "RENEWAL", 0.05)
     [role] = [each for each in yaml.safe_load_all(DEPLOYER.read_text()) if each["kind"] == "Role"]
     granted = {(verb, name) for rule in role["rules"] for name in rule["resources"] for verb in rule["verbs"]}
     deploy(config)

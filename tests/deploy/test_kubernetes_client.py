@@ -76,6 +76,20 @@ def test_rejected_credentials_are_named(api, write_kubeconfig):
         connect(kubeconfig=file)
 
 
+@pytest.mark.parametrize(
+    ("command", "cause"), [("no-such-plugin", "No such file or directory: 'no-such-plugin'"), ("false", "returned 1")]
+)
+def test_an_exec_plugin_that_fails_is_named(api, write_kubeconfig, command, cause):
+    config = api.kubeconfig()
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": command, "args": []}
+    config["users"][0]["user"] = {"exec": plugin}
+    file = write_kubeconfig(config)
+    with pytest.raises(KubeError) as error:
+        connect(kubeconfig=file)
+    assert f"the kubeconfig {file} yields no credentials: " in str(error.value)
+    assert cause in str(error.value)
+
+
 def test_an_unreachable_server_is_named(api, write_kubeconfig):
     file = write_kubeconfig(api.kubeconfig(server="https://127.0.0.1:1"))
     with pytest.raises(KubeError, match=r"https://127.0.0.1:1 cannot be reached .*check that the cluster is running"):
