@@ -102,6 +102,8 @@ def cuda(monkeypatch):
         event = SimpleNamespace(synchronize=lambda: device._note("wait"))
         patch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(record_event=lambda: event))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        # a CUDA build of torch would look for the driver
+        patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)

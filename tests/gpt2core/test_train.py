@@ -68,6 +68,7 @@ from gpt2core.model import GPT2
 from gpt2core.train import finetune
 examples = [Example(tokens, 4) for tokens in torch.randint(2048, (3000, 12)).tolist()]
 model = add_lora(GPT2(GPT2Config.preset("gpt2-nano")), LoraConfig())
+finetune(model, examples[:2], [], TrainConfig(epochs=1, warmup_steps=0))  # imports what optimizers import late
 size = psutil.Process().memory_info().vms + 300_000_000
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 try:
