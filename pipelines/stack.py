@@ -6,8 +6,10 @@ from typing import Any
 
 from zenml.client import Client
 
+from bentos.settings import Settings
 from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect, require_image
+from deploy.server import service_environment
 from deploy.target import DeployError
 from deploy.targets import open_target
 from pipelines.errors import ConfigError
@@ -79,10 +81,12 @@ def _check_deploy_target(config: Mapping[str, Any], orchestrator: str, source: s
     step = (config.get("steps") or {}).get("deploy") or {}
     if orchestrator == "local" and not step.get("step_operator"):
         try:
+            if deploy.target == "docker":  # on Kubernetes, the settings are those of a Secret
+                Settings.from_environment(service_environment())
             target = open_target(deploy)
             if target is not None:
                 target.preflight()
-        except DeployError as error:
+        except (DeployError, ValueError) as error:
             raise ConfigError(f"{source}: {error}") from None
     elif deploy.target == "docker" and orchestrator == FLAVOR:
         raise ConfigError(

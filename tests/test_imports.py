@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "steps": {"steps", "deploy", "gpt2core", "zenml", "tiktoken"},
     "pipelines": {
         "pipelines",
+        "bentos",
         "steps",
         "stacks",
         "deploy",

@@ -95,6 +95,9 @@ def test_a_deploy_target_that_cannot_be_reached_is_reported(tmp_path, monkeypatc
     monkeypatch.setenv("GPT2_REQUEST_LOG", "requests.jsonl")
     with pytest.raises(ConfigError, match=r"mine\.yaml: GPT2_REQUEST_LOG is"):
         check_stack(deploy_to("docker"), "mine.yaml")
+    monkeypatch.setenv("GPT2_WEIGHT", "int8")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: GPT2_WEIGHT is not a setting; did you mean GPT2_WEIGHTS\?"):
+        check_stack(deploy_to("docker"), "mine.yaml")
     kubernetes = deploy_to("kubernetes", image="a:1", kubeconfig=str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match=r"mine\.yaml: the kubeconfig .*missing cannot be used"):
         check_stack(kubernetes, "mine.yaml")
