@@ -62,6 +62,11 @@ class CompletionResult:
     ended_at: float
 
     @property
+    def answer(self) -> list[int]:
+        """The tokens without end of text, which no client sees."""
+        return self.tokens[:-1] if self.tokens[-1:] == [self.request.config.eos_id] else self.tokens
+
+    @property
     def failed(self) -> bool:
         """Whether it ended without an answer. Cancelled completions do not count, because the client caused that."""
         return self.finish_reason in ("error", "deadline")

@@ -390,7 +390,7 @@ class TextGenerator:
     def _compare_shadow(self, answered: CompletionResult, shadow: CompletionResult, logprob: float | None) -> None:
         if not self._canary.observe(shadow):
             return  # the answer is from a version that has been replaced
-        texts = [self.tokenizer.decode(result.tokens) for result in (answered, shadow)]
+        texts = [self.tokenizer.decode(result.answer) for result in (answered, shadow)]
         comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
         if not shadow.failed:
             self._canary.observe_shadow(comparison)

@@ -50,7 +50,7 @@ class RequestLog:
 
     def write(self, result: CompletionResult, decode: Callable[[list[int]], str]) -> None:
         request, first = result.request, result.time_to_first_token
-        texts = {"prompt": decode(request.prompt), "answer": decode(result.tokens)}
+        texts = {"prompt": decode(request.prompt), "answer": decode(result.answer)}
         line = LoggedCompletion(
             time=_now(),
             milliseconds=round(1000 * (result.ended_at - result.submitted_at), 1),

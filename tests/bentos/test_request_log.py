@@ -19,9 +19,10 @@ PROMPT, ANSWER = "Name a rivér.", "Elbe"
 
 
 def result(request_id: str = "r1", prompt: str = PROMPT, answer: str = ANSWER) -> CompletionResult:
-    """A completion whose token ids are code points; `decode` makes text of them."""
-    request = GenerationRequest([ord(c) for c in prompt], GenerationConfig(), "gpt2-instruct", 0.0, request_id)
-    return CompletionResult(request, None, "stop", [ord(c) for c in answer], [1.5], submitted_at=1.0, ended_at=2.0)
+    """A completion whose token ids are code points; `decode` makes text of them. Token 0 is end of text."""
+    config = GenerationConfig(eos_id=0)
+    request = GenerationRequest([ord(c) for c in prompt], config, "gpt2-instruct", 0.0, request_id)
+    return CompletionResult(request, None, "stop", [*map(ord, answer), 0], [1.5], submitted_at=1.0, ended_at=2.0)
 
 
 def decode(ids: list[int]) -> str:
@@ -42,7 +43,7 @@ def test_text_is_hashed_kept_or_dropped(tmp_path, text):
     assert line["request_id"] == "r1"
     assert (line["milliseconds"], line["first_token_milliseconds"]) == (1000, 500)
     assert (line["prompt_characters"], line["answer_characters"]) == (13, 4)
-    assert line.get("prompt") == (PROMPT if text == "keep" else None)
+    assert (line.get("prompt"), line.get("answer")) == ((PROMPT, ANSWER) if text == "keep" else (None, None))
     hashed = hashlib.sha256(PROMPT.encode()).hexdigest()
     assert line.get("prompt_sha256") == (hashed if text == "hash" else None)
     if text != "keep":
