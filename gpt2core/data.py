@@ -12,11 +12,10 @@ import torch
 from gpt2core.config import GPT2Config, TooLong
 from gpt2core.metrics import normalize
 from gpt2core.prompt import MARKERS, format_prompt
+from gpt2core.record_files import PARTS, Part
 from gpt2core.records import (  # re-exported: the public path of these names
-    PARTS,
     REQUIRED,
     TEXTS,
-    Part,
     Record,
     check_records,
     check_texts,

@@ -21,8 +21,8 @@ from gpt2core.config import (
 )
 from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.metrics import METRICS
+from gpt2core.record_files import SUFFIXES
 from gpt2core.record_formats import COLUMNS
-from gpt2core.records import SUFFIXES
 
 DATA_SUFFIXES = (*SUFFIXES, ".parquet")  # of files with records
 

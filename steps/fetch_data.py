@@ -16,7 +16,8 @@ from gpt2core.demo.base import make_tokenizer
 from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.files import directory_sha256, file_sha256
-from gpt2core.records import PARTS, FileRecord, Record, check_records, make_records, read_records, records_sha256
+from gpt2core.record_files import PARTS
+from gpt2core.records import FileRecord, Record, check_records, make_records, read_records, records_sha256
 from gpt2core.tokenizer import load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.download import fetch, without_secrets

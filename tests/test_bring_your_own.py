@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2core.records import Row, make_records
+from gpt2core.record_files import Row
+from gpt2core.records import make_records
 from pipelines.config import check_config
 from pipelines.finetune_pipeline import finetune_pipeline
 from tests.copies import copy_project, fresh_environment

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt2core.checkpoint import read_config
 from gpt2core.files import CHECKPOINT_FILES, checkpoint_files, directory_sha256, shard_files
-from gpt2core.records import SUFFIXES
+from gpt2core.record_files import SUFFIXES
 from gpt2core.types import BaseRef
 from steps.adapters.tables import data_files, is_table
 

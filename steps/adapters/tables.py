@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2core.files import read_json
+from gpt2core.record_files import NO_COLUMNS, PARTS, SUFFIXES, Row
 from gpt2core.record_formats import COLUMNS
-from gpt2core.records import NO_COLUMNS, PARTS, SUFFIXES, Row
 
 logger = logging.getLogger(__name__)
 PARQUET = ".parquet"
