@@ -148,7 +148,8 @@ class _File(RotatingFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._reopen_if_moved()
-            if self.shouldRollover(record):
+            # a pipe has no position, which Python 3.13 asks for
+            if (self.stream is None or self.stream.seekable()) and self.shouldRollover(record):
                 self.doRollover()
             self._write(self.format(record).encode() + b"\n")
         except Exception as error:
