@@ -13,6 +13,8 @@ import pytest
 PERMISSIVE = re.compile(r"\b(mit|bsd|0bsd|apache|isc|python software foundation|psf|public domain|zlib|cnri-python)\b")
 # Copyleft for the package's own files or library only; each is used unchanged and not distributed from here.
 ACCEPTED = {"certifi", "chardet", "hypothesis", "orjson", "pathspec", "tqdm"}
+# NVIDIA's libraries, which torch's wheels with CUDA require and which are not distributed from here.
+CUDA = re.compile("(nvidia|cuda)-")
 COPYLEFT = re.compile(
     r"gpl|general public|mpl|mozilla|cddl|eupl|epl|sspl|server side|commons clause|busl|business source"
 )
@@ -31,7 +33,7 @@ def needs_a_decision(name: str, license: str) -> bool:
     """Whether a license is unknown or copyleft, and the package is not in ACCEPTED."""
     text = license.lower()
     free = PERMISSIVE.search(text) and not COPYLEFT.search(text)
-    return not free and name.lower() not in ACCEPTED
+    return not free and name.lower() not in ACCEPTED and not CUDA.match(name)
 
 
 def installed() -> dict[str, str]:
