@@ -407,7 +407,7 @@ def test_a_run_interrupted_during_its_rollout_is_rolled_back_and_recorded(
             run.kill()
     output = log.read_text()
     assert output.splitlines()[-1].startswith("Error: the run was stopped")
-    assert f"; rolled back to {cluster.image}" in output
+    assert f"\nrolled back to {cluster.image}, now revision" in output
     assert "Traceback" not in output
     assert cluster.api.running() == [cluster.image] * 2
     newest = Client().list_artifact_versions(artifact="deployment", sort_by="desc:created", size=1).items[0]
