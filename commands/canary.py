@@ -1,6 +1,5 @@
 """`python run.py canary`: start, observe and end a canary of a running service through its admin API."""
 
-import os
 from collections.abc import Mapping
 from ipaddress import ip_address
 from math import sqrt
@@ -10,6 +9,8 @@ from urllib.parse import urlsplit
 
 import requests
 from statsmodels.stats.proportion import confint_proportions_2indep
+
+from deploy.verify import first_token
 
 TIMEOUT = 60  # seconds
 MIN_COMPLETIONS = 30  # minimum per version for comparing durations
@@ -29,7 +30,7 @@ class Service:
     def __init__(self, url: str) -> None:
         """Reads the token from the environment variable GPT2_ADMIN_TOKEN, of several the first."""
         self.url = url.rstrip("/")
-        self._token = os.environ.get("GPT2_ADMIN_TOKEN", "").split(",")[0].strip()
+        self._token = first_token("GPT2_ADMIN_TOKEN")
 
     def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
         """Load the adapter unless `path` is "", and send it a share of the requests, or copies of them (`shadow`)."""

@@ -88,5 +88,10 @@ def api_key_header() -> dict[str, str]:
 
     The API server's proxy would remove Authorization.
     """
-    token = os.environ.get("GPT2_API_TOKEN", "").split(",")[0].strip()
+    token = first_token("GPT2_API_TOKEN")
     return {"X-Api-Key": token} if token else {}
+
+
+def first_token(variable: str) -> str:
+    """Return the first of the tokens in an environment variable, which commas separate; "" if there is none."""
+    return os.environ.get(variable, "").split(",")[0].strip()

@@ -1,7 +1,8 @@
 """A lock of a namespace, for deployments and rollbacks of all processes and machines.
 
 The lock is a Lease that its holder renews. A Lease that is not renewed belongs to a killed process, and anyone may take
-it over. As in client-go's leader election, whoever waits measures that with its own clock, so clocks need not agree.
+it over. As in client-go's leader election, each waiting process measures this time with its own clock, so the clocks of
+different machines may differ.
 """
 
 import logging
