@@ -32,7 +32,7 @@ from deploy.containers.images import Image, service_image
 from deploy.containers.lock import engine_lock
 from deploy.containers.mounts import mount_files
 from deploy.containers.proxy import ADDRESS
-from deploy.server import service_environment
+from deploy.server import START_TIMEOUT, service_environment
 from deploy.target import DeployError, DeployOutcome, Version
 from deploy.verify import is_ready, request_answer, verify_answers
 from gpt2core.types import Lineage, Sample
@@ -43,7 +43,6 @@ BENTO_LABEL = "gpt2-instruct.bento"
 DEPLOYMENT_LABEL = "gpt2-instruct.deployment"
 TOKEN = "GPT2_API_TOKEN"  # noqa: S105 (the variable's name)
 PORT = "3000/tcp"  # port that the image exposes
-START_TIMEOUT = 180  # seconds; enough to read a base of 1.5 GB
 CONNECT_TIME = 2  # seconds in which requests that the proxy received before the switch connect to the old service
 STOP_TIMEOUT = 75  # seconds; longer than the service's time limit for a request
 POLL = 0.1  # seconds
@@ -69,13 +68,14 @@ class DockerTarget:
         with self._open() as group:
             group.check_host()
             group.check_port()
+            group.check_token()
 
     def deploy(self, lineage: Lineage, samples: Sequence[Sample], max_new_tokens: int) -> DeployOutcome:
         """Start a service of the Bento, verify its answers, switch the proxy to it, and drain the previous service.
 
         Raises:
             DeployError: the image cannot be built, the service is not ready in time or answers differently, the port is
-                in use, or the engine fails.
+                in use, the current service requires a token and this process has none, or the engine fails.
         """
         with self._open() as group:
             group.check_host()
@@ -86,6 +86,7 @@ class DockerTarget:
 
             with group.locked(image.digest):
                 group.check_host()  # of a proxy that another run created in the meantime
+                group.check_token()
                 return group.deploy(image, verify)
 
     def rollback(self) -> DeployOutcome:
@@ -102,6 +103,7 @@ class DockerTarget:
             if image is None:
                 raise DeployError(f"port {self.config.port} has no previous version to roll back to")
             with group.locked(image):
+                group.check_token()
                 return group.rollback()
 
     @contextmanager
@@ -149,8 +151,6 @@ class _ServiceGroup:
         previous = self.previous(current)
         if previous is None:
             raise DeployError(f"port {self.config.port} has no previous version to roll back to")
-        if current is not None and TOKEN in _environment(current) and TOKEN not in service_environment():
-            raise DeployError(f"the service of port {self.config.port} requires a token; set {TOKEN}")
         # not the kept container, which has the tokens and other settings of its time
         service = self.replace(current, _image(previous), _bento_of(previous), verify=None)
         self.stop_old_services(service, current)
@@ -202,6 +202,15 @@ class _ServiceGroup:
                 if error.errno == errno.EADDRNOTAVAIL:
                     raise DeployError(f"deploy.host is {self.config.host}, no address of this machine") from None
                 # any other reason, such as a port that only the engine may open, is left to the engine
+
+    def check_token(self) -> None:
+        """Check that this process has a token if the current service requires one: the next would be open to anyone."""
+        current = self.current()
+        if current is not None and TOKEN in _environment(current) and TOKEN not in service_environment():
+            raise DeployError(
+                f"the service of port {self.config.port} requires a token; set {TOKEN}, or remove the service if the "
+                f"next one is to be open: docker rm -f {current.name}"
+            )
 
     def _port_in_use(self) -> DeployError:
         return DeployError(

@@ -208,7 +208,7 @@ def test_the_address_is_written_where_an_existing_proxy_reads_it(engine, first, 
     assert service.address_file(proxy) == "/earlier/address"
 
 
-def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first, deploy, monkeypatch):
+def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first, second, deploy, config, monkeypatch):
     deploy(first.reference)
     monkeypatch.setenv("GPT2_API_TOKEN", "s3cret-token")
     protected = deploy(first.reference)
@@ -218,6 +218,13 @@ def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first,
     token = {"Authorization": "Bearer s3cret-token"}
     assert requests.get(f"{protected.url}/metadata", headers=token, timeout=TIMEOUT).status_code == 200
     assert "s3cret-token" not in str(protected)
+    monkeypatch.delenv("GPT2_API_TOKEN")
+    for refused in (lambda: deploy(first.reference), lambda: deploy(second.reference), DockerTarget(config).preflight):
+        with pytest.raises(
+            DeployError, match=f"requires a token; set GPT2_API_TOKEN.*docker rm -f {protected.container}"
+        ):
+            refused()
+    assert requests.get(f"{protected.url}/metadata", headers=token, timeout=TIMEOUT).status_code == 200
 
 
 def test_a_rollback_changes_the_version_and_keeps_the_tokens_of_today(
