@@ -57,15 +57,6 @@ class Sampler:
             or config.min_tokens
         )
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every token is the most likely one, without logits processors."""
-        return self.config.temperature == 0 and not self.has_processors
-
-    def scores(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
-        """Apply the logits processors to the logits (V) of the token that follows `completion`."""
-        return self._process(logits, completion) if self.has_processors else logits
-
     def accept(self, token: int) -> int:
         """Advance the grammar by the chosen token, and return the token."""
         if self._grammar is not None:
@@ -89,9 +80,9 @@ class Sampler:
         biases = torch.tensor([float(bias) for _, bias in self.config.logit_bias])
         return self._tensor([token for token, _ in self.config.logit_bias]), to_device(biases, self._device)
 
-    def _process(self, logits: Tensor, completion: Sequence[int]) -> Tensor:
-        """Return a copy of the logits (V) with all processors applied, in the order of transformers."""
-        config, logits = self.config, logits.clone()
+    def process(self, logits: Tensor, completion: Sequence[int]) -> None:
+        """Apply all processors, in the order of transformers, to the logits (V) of the token after `completion`."""
+        config = self.config
         if config.logit_bias:
             tokens, biases = self._bias
             logits[tokens] += biases
@@ -108,7 +99,6 @@ class Sampler:
         if self._grammar is not None:
             allowed = to_device(torch.frombuffer(bytearray(self._grammar.allowed()), dtype=torch.uint8), self._device)
             logits += _bit_biases(self._device).index_select(0, allowed.int()).flatten()[: len(logits)]
-        return logits
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:
         return to_device(int_tensor(tokens), self._device)
@@ -158,18 +148,20 @@ def choose(
     """
     best = most_likely(logits) if best is None else best
     used = {i: sampler for i, sampler in enumerate(samplers) if sampler is not None}
-    scores, outputs = _scores(used, logits, completions)
-    processed = [i for i in scores if used[i].has_processors]
-    drawn = {i: random.random() for i in scores if (random := used[i].random) is not None}
+    processed = [i for i, sampler in used.items() if sampler.has_processors]
+    scores, outputs = _process(used, processed, logits, completions)
+    numbers = {i: sampler.random for i, sampler in used.items() if i not in outputs}
+    drawn = {i: random.random() for i, random in numbers.items() if random is not None}
     parts = [best]
     if processed:
-        parts.append(most_likely(torch.stack([scores[i] for i in processed])))
+        parts.append(most_likely(scores))
     if drawn:
-        parts.append(draw([scores[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
+        rows = {i: logits[i] for i in drawn} | dict(zip(processed, scores, strict=True))
+        parts.append(draw([rows[i] for i in drawn], [used[i].config for i in drawn], [*drawn.values()]))
     candidates = torch.cat(parts)  # of every row, then of the rows `processed`, then of the rows `drawn`
     reading = copy_to_host_async(candidates)
     if ahead is not None:
-        ahead(_last_candidates(candidates, [*range(len(best)), *processed, *drawn]) if scores else candidates)
+        ahead(_last_candidates(candidates, [*range(len(best)), *processed, *drawn]) if len(parts) > 1 else candidates)
     read: list[int] = reading()
     likely, others = read[: len(best)], read[len(best) :]
     after_processing = dict(zip(processed, others, strict=False))
@@ -182,16 +174,15 @@ def choose(
     return [outputs.get(i, 0) for i in range(len(samplers))]
 
 
-def _scores(
-    samplers: Mapping[int, Sampler], logits: Tensor, completions: Sequence[Sequence[int]]
-) -> tuple[dict[int, Tensor], dict[int, int | Exception]]:
-    """Return {row: processed logits (V)} of rows that are not greedy, and {row: exception} of failed rows."""
-    scores: dict[int, Tensor] = {}
+def _process(
+    samplers: Mapping[int, Sampler], rows: Sequence[int], logits: Tensor, completions: Sequence[Sequence[int]]
+) -> tuple[Tensor, dict[int, int | Exception]]:
+    """Return the processed logits (n, V) of these rows, and {row: exception} of rows whose processors failed."""
+    scores = logits.index_select(0, to_device(int_tensor(rows), logits.device)) if rows else logits[:0]
     failed: dict[int, int | Exception] = {}
-    for i, sampler in samplers.items():
+    for i, row_scores in zip(rows, scores, strict=True):
         try:
-            if not sampler.is_greedy:
-                scores[i] = sampler.scores(logits[i], completions[i])
+            samplers[i].process(row_scores, completions[i])
         except Exception as error:
             failed[i] = error
     return scores, failed
