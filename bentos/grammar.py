@@ -18,12 +18,19 @@ from bentos.errors import ServiceError
 from bentos.limits import GRAMMAR_FUEL, MASK_TIMEOUT, MAX_MULTIPLE, MAX_PATTERNS, MAX_STRUCTURE
 from bentos.schemas import Structure
 
+_GENERAL = llguidance.LLTokenizer.general_slices()
+# Regexes of token sets that llguidance tests as a whole, the most general one last. The set of letters and spaces makes
+# the masks of patterns such as [A-Za-z ]+ 5 to 14 times as fast.
+SLICES = (*_GENERAL[:-1], "[a-zA-Z ]{1,14}", _GENERAL[-1])
+
 
 class GrammarCompiler:
     """Compiles grammars for one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: tiktoken.Encoding) -> None:
-        self._tokenizer = llguidance.tiktoken.lltokenizer_from_encoding(tokenizer, eos_token=tokenizer.eot_token)
+        self._tokenizer = llguidance.tiktoken.lltokenizer_from_encoding(
+            tokenizer, eos_token=tokenizer.eot_token, slices=[*SLICES]
+        )
         self._limits = llguidance.LLParserLimits(initial_lexer_fuel=GRAMMAR_FUEL)
         self._masks = ThreadPoolExecutor(1, "grammar-masks")
         self._compiling = ThreadPoolExecutor(1, "grammar-compiler")

@@ -198,6 +198,25 @@ def test_ordinary_numbers_and_patterns_are_accepted(tokenizer):
     compiler.close()
 
 
+@pytest.mark.parametrize("regex", ["[A-Za-z ]{30}", "([a-z]+ ){1,5}[.]", "[a-zA-Z ]{1,14}", '.*"', "[a-f ]+"])
+def test_slices_change_no_mask(tokenizer, monkeypatch, regex):
+    random, structure = Random(0), Structure("regex", regex, "guided_regex")
+    compiler = GrammarCompiler(tokenizer)
+    [sliced] = compiler.compile(structure, 1)
+    monkeypatch.setattr(grammar, "SLICES", ())
+    plain_compiler = GrammarCompiler(tokenizer)
+    [plain] = plain_compiler.compile(structure, 1)
+    for _ in range(20):
+        if plain.complete:
+            break
+        assert sliced.allowed() == plain.allowed()
+        token = random.choice([i for i in range(tokenizer.n_vocab) if plain.allowed()[i // 8] >> i % 8 & 1])
+        sliced.accept(token)
+        plain.accept(token)
+    compiler.close()
+    plain_compiler.close()
+
+
 def test_a_mask_that_is_not_ready_in_time_is_an_error_of_its_completion(tokenizer, monkeypatch):
     monkeypatch.setattr(grammar, "MASK_TIMEOUT", 0.01)
     compiler, go_on = GrammarCompiler(tokenizer), Event()
