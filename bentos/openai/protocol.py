@@ -8,7 +8,7 @@ false, 0, "", [], {}).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from bentos.limits import MAX_CHOICES, MAX_PROMPTS, MAX_STOP_LENGTH, MAX_STOPS
 from bentos.schemas import (
@@ -22,7 +22,6 @@ from bentos.schemas import (
     Structured,
     Token,
     Unsupported,
-    neutral,
 )
 
 
@@ -45,9 +44,28 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_F
 ManyTokens = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST]
 
 
-def _neutral_unless_none(choice: str) -> AfterValidator:
+# Libraries request JSON with tools by default, so this error names the field that works.
+NO_TOOLS = "the model cannot call tools; leave this field out, and for JSON of a schema send response_format"
+
+
+def _tool_choice(value: Any) -> Any:
+    if value not in (None, "none", "auto"):
+        raise ValueError(NO_TOOLS)
+    return value
+
+
+def _tools(choice: str) -> AfterValidator:
     """Accept only neutral values unless the earlier field `choice` is "none": then the client expects plain text."""
-    return AfterValidator(lambda value, info: value if info.data.get(choice) == "none" else neutral(value))
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if value not in NEUTRAL and info.data.get(choice) != "none":
+            raise ValueError(NO_TOOLS)
+        return value
+
+    return AfterValidator(check)
+
+
+ToolChoice = Annotated[Literal["none", "auto"] | None, BeforeValidator(_tool_choice)]
 
 
 class StreamOptions(LenientRequest):
@@ -177,11 +195,11 @@ class ChatRequest(OpenAIRequest):
     modalities: Annotated[list[Literal["text"]], FAIL_FAST] | None = None
     reasoning_effort: Literal["none", "medium"] | None = None
     verbosity: Literal["medium"] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    tools: Annotated[Any, _neutral_unless_none("tool_choice")] = None
+    tool_choice: ToolChoice = None
+    tools: Annotated[Any, _tools("tool_choice")] = None
     parallel_tool_calls: bool | None = None
-    function_call: Literal["none", "auto"] | None = None
-    functions: Annotated[Any, _neutral_unless_none("function_call")] = None
+    function_call: ToolChoice = None
+    functions: Annotated[Any, _tools("function_call")] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     web_search_options: None = None  # {} requests a search

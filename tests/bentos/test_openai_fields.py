@@ -117,8 +117,8 @@ def test_a_value_that_asks_for_what_is_not_there_is_a_400_that_names_the_field(u
     response = post(url, route, **{name: value})
     assert response.status_code == 400
     assert error_of(response)["param"] == name
-    if name == "tools":
-        assert error_of(response)["message"] == "tools: this field is not supported; leave it out, or send null"
+    if name == "unknown":
+        assert error_of(response)["message"] == "unknown: this field is not supported; leave it out, or send null"
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,15 @@ def test_fields_that_ask_for_plain_text_are_accepted(url, fields):
     assert response.json()["choices"] == post(url, route).json()["choices"]
 
 
-@pytest.mark.parametrize("choice", [None, "auto", {"type": "function", "function": {"name": "a"}}])
-def test_tools_that_the_model_could_call_are_a_400(url, choice):
-    assert post(url, "chat/completions", tools=TOOLS, tool_choice=choice).status_code == 400
+@pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "a"}}])
+@pytest.mark.parametrize("names", [("tools", "tool_choice"), ("functions", "function_call")])
+def test_tools_that_the_model_could_call_are_a_400_that_says_what_works_instead(url, names, choice):
+    response = post(url, "chat/completions", **dict(zip(names, (TOOLS, choice), strict=True)))
+    assert response.status_code == 400
+    assert error_of(response)["param"] in names
+    assert error_of(response)["message"].split(": ")[1] == (
+        "the model cannot call tools; leave this field out, and for JSON of a schema send response_format"
+    )
 
 
 @pytest.mark.parametrize(
