@@ -67,7 +67,9 @@ def finetune(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     """Split the data, prepare the base, finetune, evaluate, compare, report, package, promote, deploy."""
     run = _start("finetune_pipeline", config, values, no_cache)
     if run is not None:
-        click.echo(f"{run.name}: {run.status.value}; results in outputs/latest")
+        from steps.outputs import outputs_dir
+
+        click.echo(f"{run.name}: {run.status.value}; results in {outputs_dir() / 'latest'}")
 
 
 @main.command()

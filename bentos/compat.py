@@ -168,7 +168,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._n_bytes += len(data)
         super().data_received(data)
         if self._n_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self._refuse("headers_too_large", f"the request's headers are larger than {MAX_HEADER_BYTES} bytes")
+            self._refuse_headers()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -176,6 +176,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
+            self._refuse_headers()  # data_received does not see headers that arrive in one read with the request's end
+            raise ValueError  # ends the parsing of what follows; uvicorn then calls send_400_response
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -192,6 +195,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         If the request before it has no response yet, completes that response and closes the connection.
         """
         self._stop_timer()
+        if self.transport.is_closing():
+            return
         if self._may_respond():
             self._refuse("invalid_request", "the request is not valid HTTP")
         else:
@@ -209,6 +214,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _refuse_headers(self) -> None:
+        self._refuse("headers_too_large", f"the request's headers are larger than {MAX_HEADER_BYTES} bytes")
 
     def _refuse(self, type: str, message: str) -> None:
         """Close the connection. Sends an error first if a request has begun and the app cannot have responded to it."""

@@ -139,6 +139,9 @@ def test_uvicorn_still_stores_headers_of_any_size():
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"9\r\n123456789\r\n" * 99 + b"0\r\n\r\n", b"200"),
         (b"GET / HTTP/1.1\r\nX: " + b"a" * 3000, b"431"),
         (b"GET /" + b"a" * 3000, b"431"),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 3000 + b"\r\n\r\n", b"431"),  # complete in one read
+        (b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\n\r\n", b"431"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 2\r\nX: " + b"a" * 3000 + b"\r\n\r\n{}", b"431"),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"a" * 3000, b"431"),  # a trailer
         (b"GET / HTTP/1.1\r\nX: ", b"408"),
         (b"GET / HTTP/1.1\r\nno header\r\n\r\n", b"400"),

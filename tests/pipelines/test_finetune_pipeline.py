@@ -50,10 +50,10 @@ def other_rank(outputs, dev_run):
     return finetune(outputs, "lora.rank=2", "tracking.wandb=offline")
 
 
-def test_every_step_completes_and_the_command_says_where_the_results_are(dev_run):
+def test_every_step_completes_and_the_command_says_where_the_results_are(outputs, dev_run):
     assert dev_run.record.status == ExecutionStatus.COMPLETED
     assert {step.status for step in dev_run.record.steps.values()} == {ExecutionStatus.COMPLETED}
-    assert f"{dev_run.record.name}: completed" in dev_run.output
+    assert f"{dev_run.record.name}: completed; results in {outputs / 'latest'}" in dev_run.output
 
 
 def test_outputs_latest_links_to_the_files_of_the_run(dev_run):
