@@ -14,6 +14,9 @@ MANIFESTS = ROOT / "k8s"
 PREFIX = f"{NAME}/"  # prefix of the keys of labels and annotations with ids of the lineage
 SEARCHABLE = ("run-id", "commit", "adapter-sha256", "data-train-sha256")  # ids that are labels too, for selectors
 VERSION = "app.kubernetes.io/version"  # label
+# Annotation of the Deployment: "false" from its apply until it is verified. The controller copies it to the newest
+# ReplicaSet, so it tells which revisions a killed run left behind.
+VERIFIED = f"{PREFIX}verified"
 LABEL_LENGTH = 63  # Kubernetes' limit; one character less than a sha256
 
 
@@ -39,6 +42,7 @@ def render(image: str, lineage: Lineage, namespace: str, memory: str = "") -> li
     for metadata in (deployment["metadata"], template["metadata"]):
         metadata["labels"] = metadata["labels"] | labels(lineage)
         metadata["annotations"] = metadata.get("annotations", {}) | annotations(lineage)
+    deployment["metadata"]["annotations"][VERIFIED] = "false"
     return manifests
 
 
@@ -64,7 +68,20 @@ def rollback_patch(live: Manifest, earlier: Manifest) -> list[Manifest]:
         others = {key: value for key, value in live["metadata"].get(part, {}).items() if not _is_id(key)}
         ids = {key: value for key, value in template["metadata"].get(part, {}).items() if _is_id(key)}
         patch.append({"op": "add", "path": f"/metadata/{part}", "value": others | ids})
+    if VERIFIED in earlier["metadata"].get("annotations", {}):
+        patch[-1]["value"][VERIFIED] = earlier["metadata"]["annotations"][VERIFIED]
     return patch
+
+
+def verified_patch(live: Manifest) -> list[Manifest]:
+    """The JSON patch that marks the version of the live Deployment as verified."""
+    marked = live["metadata"].get("annotations", {}) | {VERIFIED: "true"}
+    return [{"op": "add", "path": "/metadata/annotations", "value": marked}]
+
+
+def was_left_unverified(manifest: Manifest) -> bool:
+    """Whether a killed run left this Deployment or ReplicaSet. Those without the annotation are of another origin."""
+    return bool(manifest["metadata"].get("annotations", {}).get(VERIFIED) == "false")
 
 
 def _is_id(key: str) -> bool:

@@ -14,13 +14,16 @@ from deploy.kubernetes.client import OUTAGE_TIMEOUT, Cluster, Manifest, revision
 from deploy.kubernetes.errors import ConflictError, KubeError, SupersededError, UnavailableError
 from deploy.kubernetes.lock import namespace_lock
 from deploy.kubernetes.render import (
+    VERIFIED,
     bento_of,
     container_of,
     is_version,
     placeholder_image,
     render,
     rollback_patch,
+    verified_patch,
     version_of,
+    was_left_unverified,
 )
 from deploy.kubernetes.wait import check_not_paused, check_version, wait_for_rollout
 from deploy.target import DeployError, DeployFailed, DeployOutcome, Version
@@ -68,12 +71,17 @@ class KubernetesTarget:
         self, manifests: list[Manifest], bento: str, samples: Sequence[Sample], max_new_tokens: int
     ) -> DeployOutcome:
         """Apply the manifests, of which the Deployment is the last; wait for the rollout, verify it, or undo it."""
-        cluster, before = self.cluster, self._replaceable()
+        cluster, live = self.cluster, self._replaceable()
         # After `kubectl apply -f k8s`, kubectl owns the placeholder, and no model would be replaced by mistake.
-        force = self.config.force or (before is not None and version_of(before).image == placeholder_image())
+        force = self.config.force or (live is not None and version_of(live).image == placeholder_image())
         *_, planned = [cluster.dry_run(manifest, force) for manifest in manifests]
-        is_unchanged = before is not None and before["spec"]["template"] == planned["spec"]["template"]
+        is_unchanged = live is not None and live["spec"]["template"] == planned["spec"]["template"]
         version = version_of(planned)
+        before = live
+        if live is not None and was_left_unverified(live):
+            before = _find_previous(cluster, live) or live
+        elif is_unchanged:
+            manifests[-1]["metadata"]["annotations"].pop(VERIFIED)  # it stays verified
         outcome = DeployOutcome(
             target="kubernetes",
             outcome="unchanged" if is_unchanged else "deployed",
@@ -89,6 +97,7 @@ class KubernetesTarget:
                 cluster.apply(manifest, force)
             deployment = wait_for_rollout(cluster, version)
             _verify_service(cluster, bento, samples, max_new_tokens)
+            _mark_verified(cluster, version)
             reason = f"{len(samples)} answers were verified against those of the evaluated model"
             image_id = _running_image(cluster, deployment)
             return replace(outcome, reason=reason, image_id=image_id, revision=revision(deployment))
@@ -177,6 +186,16 @@ def _check_scale(cluster: Cluster, deployment: Manifest) -> None:
         )
 
 
+def _mark_verified(cluster: Cluster, version: Version) -> None:
+    """Mark the Deployment as verified; raises SupersededError if it has another version."""
+
+    def mark(live: Manifest) -> None:
+        check_version(live, version)
+        cluster.patch_deployment(verified_patch(live), live["metadata"]["resourceVersion"])
+
+    _change_deployment(cluster, mark)
+
+
 def _verify_service(cluster: Cluster, bento: str, samples: Sequence[Sample], max_new_tokens: int) -> None:
     """Raise DeployError if the service is another Bento or its answers do not pass `verify_answers`."""
     deadline = time.monotonic() + SETTLE_TIMEOUT
@@ -216,11 +235,11 @@ def _previous_version(cluster: Cluster, before: Manifest | None, version: Versio
 
 
 def _find_previous(cluster: Cluster, current: Manifest) -> Manifest | None:
-    """The newest ReplicaSet of this project before the current revision that has another Bento or image."""
+    """The newest verified ReplicaSet of this project before the current revision with another Bento or image."""
     running = version_of(current)
     for replica_set in reversed(cluster.replica_sets(current)):
         is_earlier = bool(bento_of(replica_set)) and revision(replica_set) < revision(current)
-        if is_earlier and not is_version(replica_set, running):
+        if is_earlier and not is_version(replica_set, running) and not was_left_unverified(replica_set):
             return replica_set
     return None
 

@@ -293,6 +293,8 @@ class KubeApi:
             self.reads = 0
         self.reads += 1
         deployment.fields["metadata", "annotations", REVISION] = str(this["revision"])
+        # the controller copies the Deployment's annotations to the newest ReplicaSet, and removes none there
+        this["annotations"] = this.get("annotations", {}) | deployment.read()["metadata"]["annotations"]
         state = self.pod_states.get(image, "ready")
         if state == "ready" and self.reads > 2 and this["ready"] < replicas:
             this["ready"] += 1
@@ -339,7 +341,7 @@ class KubeApi:
             "metadata": {
                 "name": name,
                 "labels": template["metadata"]["labels"],
-                "annotations": {REVISION: str(this["revision"])},
+                "annotations": this.get("annotations", {}) | {REVISION: str(this["revision"])},
                 "ownerReferences": [{"kind": "Deployment", "uid": "uid-1"}],
             },
             "spec": {"template": template},

@@ -102,6 +102,7 @@ def test_a_preflight_accepts_an_empty_cluster_and_a_deployment_and_changes_nothi
     preflight(config)
     assert not api.objects
     deploy(config)
+    preflight(config)  # the controller observes the last generation
     before = api.object("deployments")
     preflight(config)
     assert api.object("deployments") == before
@@ -636,6 +637,43 @@ def test_the_lock_of_a_killed_process_is_taken_over(api, config, first, monkeypa
     monkeypatch.setattr(lock, "EXPIRY", 0.2)
     hold_lock(config)
     assert deploy_next(config).outcome == "deployed"
+
+
+def killed(monkeypatch, action, *arguments) -> None:
+    """Run the action until its first wait, and end it there without an undo, as SIGKILL does."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "_undo_rollout", lambda *_: (_ for _ in ()).throw(SystemExit))
+        interrupt_first_wait(patch, KeyboardInterrupt)
+        with pytest.raises(SystemExit):
+            action(*arguments)
+
+
+def test_a_version_that_a_killed_run_left_is_no_target_of_an_undo(api, config, first, monkeypatch):
+    api.pod_states[NEW] = "unready"
+    killed(monkeypatch, deploy_next, config)
+    assert api.image() == NEW
+    api.responses[THIRD] = constant_response("wrong", THIRD_LINEAGE.bento)
+    with pytest.raises(DeployFailed) as error:
+        KubernetesTarget(replace(config, image=THIRD)).deploy(THIRD_LINEAGE, [SAMPLE], 8)
+    assert error.value.outcome.outcome == "rolled_back"
+    assert error.value.outcome.previous.image == OLD
+    assert api.running() == [OLD, OLD]
+
+
+def test_a_version_that_a_killed_run_left_is_undone_if_it_is_deployed_again_and_fails(api, config, first, monkeypatch):
+    api.pod_states[NEW] = "unready"
+    killed(monkeypatch, deploy_next, config)
+    assert failed(deploy_next, config).outcome.outcome == "rolled_back"
+    assert api.running() == [OLD, OLD]
+
+
+def test_a_version_that_a_killed_run_left_is_no_target_of_a_rollback(api, config, first, monkeypatch):
+    api.pod_states[NEW] = "unready"
+    killed(monkeypatch, deploy_next, config)
+    api.responses[THIRD] = constant_response("Ottawa", THIRD_LINEAGE.bento)
+    KubernetesTarget(replace(config, image=THIRD)).deploy(THIRD_LINEAGE, [SAMPLE], 8)
+    assert rollback(config).image == OLD
+    assert rollback(config).image == THIRD
 
 
 def test_a_lock_that_is_renewed_is_not_taken_over(api, config, first, monkeypatch):
