@@ -4,11 +4,12 @@ import json
 import logging
 from pathlib import Path
 from shutil import copy2
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import GENERATION_CONFIG, export_peft, save_pretrained
-from gpt2core.files import json_bytes, list_files, read_json, write_files
+from gpt2core.files import json_bytes, list_files, naming_file, read_json, write_files
 from gpt2core.lora import lora_config
 from gpt2core.prompt import chat_template
 from gpt2core.tensors import DTYPES
@@ -71,6 +72,16 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty directory; choose a new one")
     finished = open_run(run)
+    out.mkdir(parents=True, exist_ok=True)
+    # within `out`, which may be a mounted disk: an export that fails leaves the directory empty
+    with TemporaryDirectory(prefix=".incomplete-", dir=out) as directory:
+        _write(finished, kind, Path(directory), quantize, history, dtype)
+        for file in Path(directory).iterdir():
+            file.rename(out / file.name)
+    return [out / name for name in list_files(out)]
+
+
+def _write(finished: FinishedRun, kind: str, out: Path, quantize: str, history: bool, dtype: str) -> None:
     card = _model_card(finished, kind)
     if kind == "peft":
         revision = finished.base.revision or None
@@ -79,15 +90,15 @@ def export(
     elif kind == "hf":
         _write_hf(finished, out, history, dtype)
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_gguf(finished.load(merge=True), finished.base_dir, out / "model.gguf", quantize, history)
+        file = out / "model.gguf"
+        with naming_file(file):
+            write_gguf(finished.load(merge=True), finished.base_dir, file, quantize, history)
         adapter = finished.load(merge=False)
         if lora_config(adapter).dora:
-            logger.warning("%s: no adapter.gguf, because llama.cpp has no DoRA; model.gguf has the adapter merged", out)
+            logger.warning("no adapter.gguf, because llama.cpp has no DoRA; model.gguf has the adapter merged")
         else:
             write_gguf_adapter(adapter, out / "adapter.gguf")
     write_files(out, {CARD: card.encode()})
-    return [out / name for name in list_files(out)]
 
 
 def _write_hf(finished: FinishedRun, out: Path, history: bool, dtype: str) -> None:

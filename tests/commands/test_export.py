@@ -1,5 +1,6 @@
 """`python run.py export`: each format is read by its own library, and greedy tokens are compared."""
 
+import errno
 import json
 import re
 import subprocess
@@ -338,6 +339,22 @@ def test_llama_cpp_generates_the_same_tokens_merged_and_with_the_adapter(base_di
         tokens = llama.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
         assert [next(tokens) for _ in expected] == expected, file.name
         llama.close()
+
+
+def test_an_export_that_fails_leaves_the_directory_empty(tmp_path, monkeypatch):
+    def fill_disk(model, base, file, *options):
+        file.write_bytes(b"GGUF")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("commands.export.write_gguf", fill_disk)
+        done = CliRunner().invoke(main, ["export", "--out", str(tmp_path / "out"), "--format", "gguf"])
+    assert done.exit_code == 1
+    assert re.search(r"No space left on device \([\d,]+ bytes free\): '\S+/out/\S+/model.gguf'", done.output)
+    assert list((tmp_path / "out").iterdir()) == []
+    files = export(tmp_path / "out", "gguf")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "adapter.gguf", "model.gguf"]
+    assert files
 
 
 def test_errors_are_one_line(tmp_path):
