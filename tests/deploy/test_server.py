@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -197,3 +198,11 @@ def test_the_supervisor_kills_all_descendants_before_it_ends():
         for process in started:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def test_the_supervisor_kills_what_a_killed_command_leaves():
+    command = [*SUPERVISED, "sh", "-c", "setsid sleep 600 & echo $!; kill -9 $$"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as supervisor:
+        orphan = int(supervisor.stdout.readline())
+        assert supervisor.wait(30) == 128 + signal.SIGKILL
+    wait_until(lambda: not psutil.pid_exists(orphan), 30, "the end of the orphan")
