@@ -82,6 +82,14 @@ def _process_group(devices: int, *arguments: object) -> Iterator[None]:
         yield
         dist.barrier()
         others.join()
+    except RuntimeError as error:  # of gloo or NCCL, which do not say that another process has ended
+        try:
+            others.join(10)
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as ended:
+            reason = str(ended).strip().splitlines()[-1]
+            hint = "; perhaps the memory was full" if "SIGKILL" in reason else ""
+            raise RuntimeError(f"a training process ended early: {reason}{hint}") from error
+        raise
     finally:
         for process in others.processes:  # after an error in this process, the others would wait forever
             process.kill()

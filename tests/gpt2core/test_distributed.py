@@ -83,6 +83,16 @@ def test_a_failing_process_raises_here_and_leaves_no_process_behind(tiny_gpt2_di
     assert torch.multiprocessing.active_children() == []
 
 
+def test_the_error_names_the_signal_that_killed_a_process(tiny_gpt2_dir, config):
+    def kill_other(step, values):
+        for process in torch.multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(RuntimeError, match=r"a training process ended early: process 0 .* SIGKILL; perhaps the memory"):
+        finetune_adapter(tiny_gpt2_dir, LORA, examples(13), [], replace(config, devices=2), kill_other)
+    assert torch.multiprocessing.active_children() == []
+
+
 def test_one_device_needs_no_process_group(tiny_gpt2_dir, alone):
     base = load_pretrained(tiny_gpt2_dir)
     assert torch.equal(alone[0].wte.weight, base.wte.weight)
