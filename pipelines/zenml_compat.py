@@ -24,7 +24,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from zenml.utils.io_utils import get_global_config_directory
 from zenml.utils.time_utils import utc_now
 
-from gpt2core.files import naming_file
+from gpt2core.files import free_bytes, naming_file
 
 logger = logging.getLogger(__name__)
 # Exceptions that interrupt a step: of Python's handler of Ctrl-C, and of ZenML's handler of SIGINT and SIGTERM
@@ -42,10 +42,14 @@ def store_errors_as_one_line() -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise StoreError(
-            f"ZenML's database below {get_global_config_directory()} failed: {reason}; end other commands that use it. "
-            "If it is damaged, restore it or move that directory away: the next run makes a new one"
-        ) from None
+        if "disk is full" in reason:
+            advice = f"make space there ({free_bytes(store_directory() / 'zenml.db'):,} bytes free)"
+        else:
+            advice = (
+                "end other commands that use it. If it is damaged, restore it or move that directory away: the next "
+                "run makes a new one"
+            )
+        raise StoreError(f"ZenML's database below {store_directory()} failed: {reason}; {advice}") from None
 
 
 def store_directory() -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import click
 import pytest
+from sqlalchemy.exc import OperationalError
 from zenml import pipeline, step
 from zenml.cli.pipeline import _import_pipeline
 from zenml.enums import ExecutionMode
@@ -17,7 +19,13 @@ from zenml.pipelines.pipeline_definition import Pipeline
 
 from pipelines.artifacts import is_intact
 from pipelines.finetune_pipeline import finetune_pipeline
-from pipelines.zenml_compat import PipelineSource, log_failed_steps_once, verified_cache
+from pipelines.zenml_compat import (
+    PipelineSource,
+    StoreError,
+    log_failed_steps_once,
+    store_errors_as_one_line,
+    verified_cache,
+)
 from steps.materializers import DirectoryMaterializer, output_directory
 from tests.copies import ROOT
 from tests.helpers import flip_bit
@@ -44,6 +52,18 @@ def test_importing_the_pipelines_runs_no_git_and_reads_no_configuration(tmp_path
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.splitlines()[-1:] == ["PipelineSource"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("database or disk is full", r"make space there \([\d,]+ bytes free\)$"),
+        ("file is not a database", "restore it"),
+    ],
+)
+def test_the_error_of_the_database_says_what_to_do(reason, advice):
+    with pytest.raises(StoreError, match=f"{reason}; .*{advice}"), store_errors_as_one_line():
+        raise OperationalError("INSERT", {}, sqlite3.OperationalError(reason))
 
 
 @step(enable_cache=True, output_materializers={"directory": DirectoryMaterializer})
