@@ -100,7 +100,15 @@ def test_readiness_fails_first_and_requests_in_flight_are_completed(bento_tag):
             assert [response.result().status_code for response in responses] == [200] * 8
 
 
-def test_sighup_ends_the_service(bento_tag):
+@pytest.fixture
+def not_under_nohup():
+    """Child processes inherit that SIGHUP is ignored, as under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_sighup_ends_the_service(bento_tag, not_under_nohup):
     """BentoML would start a second worker on the socket that the first one shuts down."""
     with served(bento_tag) as url:
         [server] = psutil.Process(server_pid(url)).children()

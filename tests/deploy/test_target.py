@@ -33,7 +33,7 @@ def no_proxy(monkeypatch):
 
     @contextmanager
     def connect():
-        yield SimpleNamespace(containers=SimpleNamespace(get=get))
+        yield SimpleNamespace(containers=SimpleNamespace(get=get, list=lambda **_: []))
 
     def get(name):
         raise NotFound(name)

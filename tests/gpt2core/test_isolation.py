@@ -222,15 +222,17 @@ def test_non_finite_keys_and_values_reach_no_other_row_whatever_rows_do(monkeypa
 
 
 def test_an_error_while_sampling_ends_that_request_alone(model, monkeypatch):
-    scores = Sampler.scores
+    process = Sampler.process
 
     def failing(sampler, logits, completion):
         if sampler.config.seed == 666:
             raise RuntimeError("no token can be drawn")
-        return scores(sampler, logits, completion)
+        process(sampler, logits, completion)
 
-    monkeypatch.setattr(Sampler, "scores", failing)
-    configs = [GenerationConfig(max_new_tokens=12, temperature=0.8, seed=seed) for seed in (1, 666, 2)]
+    monkeypatch.setattr(Sampler, "process", failing)
+    configs = [
+        GenerationConfig(max_new_tokens=12, temperature=0.8, presence_penalty=0.5, seed=seed) for seed in (1, 666, 2)
+    ]
     with Engine(model, 4, "fp32") as engine:
         first, lost, last = (engine.submit([1, 2], config) for config in configs)
         with pytest.raises(RuntimeError, match="no token can be drawn"):
