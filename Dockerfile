@@ -25,7 +25,7 @@ RUN python3 -m venv /opt/venv \
 # the int8 kernels, which `package` copies into the Bento
 COPY --from=requirements /compiler.txt /build/
 COPY setup.py /build/kernels/
-COPY gpt2core/inference/native.c /build/kernels/gpt2core/inference/
+COPY gpt2core/inference/native.c gpt2core/inference/*.h /build/kernels/gpt2core/inference/
 RUN python3 -m venv /build/compiler \
  && /build/compiler/bin/pip install --quiet -r /build/compiler.txt \
  && cd /build/kernels && /build/compiler/bin/python setup.py --quiet build_ext --build-lib /opt/venv/lib

@@ -21,7 +21,7 @@ define venv
 	$(PYTHON) -m venv $$([ "$$($(1)/bin/python -V 2>&1)" = "$$($(PYTHON) -V)" ] || echo --clear) $(1)
 endef
 
-.venv/.installed: pyproject.toml constraints.txt setup.py gpt2core/inference/native.c
+.venv/.installed: pyproject.toml constraints.txt setup.py gpt2core/inference/native.c $(wildcard gpt2core/inference/*.h)
 	$(call venv,.venv)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

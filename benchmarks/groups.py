@@ -24,7 +24,7 @@ from benchmarks.pipeline import WORK, Quality, run_cold
 from benchmarks.serving import Clients, PlainServer, widen_tokenizer
 from benchmarks.sides import Ours, Side
 from deploy import bento, server
-from gpt2core.checkpoint import load_pretrained, save_pretrained
+from gpt2core.checkpoint import load_pretrained, read_config, save_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, Precision, TrainConfig
 from gpt2core.data import Example, encode_records
 from gpt2core.demo.base import train_tokenizer
@@ -33,7 +33,7 @@ from gpt2core.demo.records import write_records
 from gpt2core.demo.world import make_world
 from gpt2core.engine import Weights
 from gpt2core.files import checkpoint_files, directory_sha256
-from gpt2core.kernels import has_int8
+from gpt2core.inference.quantized import supported_formats
 from gpt2core.lora import add_lora, merge_lora
 from gpt2core.metrics import Scores
 from gpt2core.model import GPT2
@@ -124,7 +124,8 @@ def train(setting: Setting) -> list[Row]:
 def decode(setting: Setting) -> list[Row]:
     """A single request."""
     n_weights, bandwidth = setting.n_matrix_weights, read_bandwidth()
-    formats: list[Weights] = ["auto", "fp32", "bf16", *(["int8"] if has_int8(torch.device("cpu")) else [])]  # type: ignore[list-item]
+    config = read_config(setting.base / "config.json")
+    formats: list[Weights] = ["auto", *supported_formats(config, torch.device("cpu"))]
     with ExitStack() as stack:
         peer = stack.enter_context(setting.peer())
         engines = {weights: stack.enter_context(Side(Ours, setting.base, weights)) for weights in formats}
@@ -312,7 +313,7 @@ def pipeline(setting: Setting) -> list[Row]:
     row = make_row("pipeline overhead", "s", [seconds - work], None, setting.command, 60, True, note)
     rows, quality = [row], Quality(run)
     reference, expected = quality.perplexity("fp32"), quality.completions("fp32")
-    for weights in ("bf16", "int8") if has_int8(torch.device("cpu")) else ("bf16",):
+    for weights in supported_formats(quality.model.config, torch.device("cpu"))[1:]:  # fp32 is the reference
         note = f"compared with fp32, on the references of {len(expected)} test records; the limit is our target"
         rise = [100 * (quality.perplexity(weights) / reference - 1)]
         rows.append(

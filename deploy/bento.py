@@ -31,8 +31,7 @@ from gpt2core.files import (
     read_json,
     verify_directory,
 )
-from gpt2core.inference.native import NAME as NATIVE_LIBRARY
-from gpt2core.inference.native import library_file
+from gpt2core.inference.native import library_files
 from gpt2core.types import NAME, AdapterRef, Lineage
 
 logger = logging.getLogger(__name__)
@@ -82,8 +81,8 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
         for file in (*code_files(*MODULES), *BUILD_FILES):  # no folders: other files may be secrets
             (context / file).parent.mkdir(parents=True, exist_ok=True)
             copy2(ROOT / file, context / file)
-        if kernels := library_file():
-            copy2(kernels, context / NATIVE_LIBRARY)
+        for name, library in library_files().items():
+            copy2(library, context / name)
         if readme:
             (context / "README.md").write_text(readme, encoding="utf-8")
         version = _version(directory_sha256(context), models, lineage)
@@ -99,9 +98,8 @@ def build(base_dir: Path, adapter_dir: Path, lineage: Lineage, readme: str = "")
 
 
 def kernels_sha256() -> str:
-    """The sha256 of the compiled kernels that `build` adds; "" without them."""
-    kernels = library_file()
-    return file_sha256(kernels) if kernels else ""
+    """The sha256 of each library of compiled kernels that `build` adds; "" without them."""
+    return ",".join(file_sha256(library) for library in library_files().values())
 
 
 def exists(tag: str) -> bool:

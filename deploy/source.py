@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "zenml", "bentoml", "transformers", "evidently", "wandb")
 CODE = ("gpt2core", "steps", "deploy", "bentos")
 GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
-DATA = (".c", ".css", ".cu", ".html", ".j2")
+DATA = (".c", ".css", ".cu", ".h", ".html", ".j2")
 
 
 def code_files(*modules: str) -> list[str]:

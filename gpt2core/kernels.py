@@ -26,9 +26,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def has_onednn() -> bool:
-    """Return whether torch was built with oneDNN and this processor supports it."""
-    return torch.backends.mkldnn.is_available()
+def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether torch was built with oneDNN, and oneDNN has products of this dtype on this processor.
+
+    It has none in bf16 for x86 processors without AVX-512. Private because torch has no public test for it.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or cast(bool, torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
@@ -36,23 +41,30 @@ def has_bf16() -> bool:
     """Return whether oneDNN computes bf16 products with bf16 instructions of this processor.
 
     On x86 processors without these instructions, oneDNN's bf16 products have a fifth of its fp32 throughput. The calls
-    are private because torch has no public test for oneDNN's support. `torch.cpu.get_capabilities`, the public test for
-    the processor's instructions, may be missing in torch 2.11.
+    are private because `torch.cpu.get_capabilities`, the public one, may be missing in torch 2.11.
     """
-    if not (has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not has_onednn(torch.bfloat16):
         return False
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def has_int8(device: torch.device) -> bool:
-    """Return whether oneDNN's int8 matrix product runs on the device; it needs an x86 processor."""
-    return device.type == "cpu" and "onednn" in torch.backends.quantized.supported_engines
+    """Return whether oneDNN's int8 matrix product is exact on the device.
+
+    On x86 processors without VNNI it adds two products in 16 bits, which is too few: such sums are cut off.
+    """
+    return device.type == "cpu" and "onednn" in torch.backends.quantized.supported_engines and has_vnni()
 
 
 def has_vnni() -> bool:
-    """Return whether the processor has AVX-512 VNNI, int8 products. Private because torch has no public test for it."""
+    """Return whether the processor has AVX-512 VNNI, int8 products. The public test may be missing in torch 2.11."""
     return cast(bool, torch.cpu._is_vnni_supported())
+
+
+def has_avx2() -> bool:
+    """Return whether the processor has AVX2 and FMA."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -54,10 +54,10 @@ def pretraining_optimizers(weights: Mapping[str, nn.Parameter], config: Pretrain
 
 
 class CpuMuon(torch.optim.Muon):
-    """torch's Muon, with products in fp32 instead of bf16.
+    """torch's Muon with its default options, and products in fp32 instead of bf16. States are those of torch's Muon.
 
-    A processor without bf16 instructions needs 40 times as long for bf16: on one with AVX2, pretraining the demo's base
-    took 13 minutes instead of 3. States are those of torch's Muon.
+    A processor without bf16 instructions needs up to 40 times as long for bf16: on one with AVX2, pretraining the
+    demo's base took 13 minutes instead of 3. Processors with these instructions use it too, for similar results.
     """
 
     @torch.no_grad()

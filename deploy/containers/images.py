@@ -31,7 +31,7 @@ STEPS_FILES = (
     "constraints.txt",
     "requirements-hashed.txt",
     "setup.py",
-    "gpt2core/inference/native.c",
+    *(f"gpt2core/inference/{name}" for name in ("native.c", "vectors.h", "avx512.h", "avx2.h")),
 )
 # Environment variables that depend on the build machine; they are not part of a run configuration.
 BUILD_ARGS = ("BASE_IMAGE", "BUILD_IMAGE", "TORCH_INDEX")

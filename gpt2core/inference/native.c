@@ -1,32 +1,27 @@
-// int8 inference on x86 processors with AVX-512 VNNI: matrix products fused with what surrounds them, attention,
-// sampling. native.py loads it and documents the layouts. Each row of a result is computed by the same instructions in
-// the same order, independent of the other rows, so a completion does not depend on the batch.
+// int8 inference on x86 processors with AVX-512 VNNI or AVX2: matrix products fused with what surrounds them, attention,
+// sampling. It is compiled once for each (vectors.h). native.py loads it and documents the layouts. Each row of a result
+// is computed by the same instructions in the same order, independent of the other rows, so a completion does not depend
+// on the batch.
 
-#include <float.h>
-#include <immintrin.h>
-#include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdint.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define INTERFACE 7        // as in native.py; raise both if a structure or function that native.py uses changes
-#define LANES 16           // floats in a register
-#define COLUMNS 4          // registers per tile: a tile has LANES * COLUMNS outputs
-#define TILE (LANES * COLUMNS)
-#define ROWS 6             // rows per pass: 24 accumulators, 4 weights and a broadcast fit into 32 registers
-#define ROW_GROUP 48       // rows whose sums are kept together
-#define BLOCK 256          // inputs per block: all rows use a block of a tile's weights (16 kB) before the next block
-#define LINE 64            // bytes of a cache line, and of a register
+#include "vectors.h"
+
+#define INTERFACE 8  // as in native.py; raise both if a structure or function that native.py uses changes
+#define TILE (LANES * COLUMNS)      // outputs whose weights are stored together
+#define STEP 4                      // inputs per iteration of a product
+#define LINES (TILE * STEP / LINE)  // lines of weights per iteration
+#define ROW_GROUP 48                // rows whose sums are kept together
 #define PREFETCH_DISTANCE 4096  // bytes in front of the reads, if weights are read in a single pass
-#define INLINE static inline __attribute__((always_inline))
-#define NOINLINE static __attribute__((noinline))  // compiled once, so that all callers get the same rounding
 
 int interface(void) { return INTERFACE; }
+
+const int tile = TILE, group = GROUP;  // the layout of the weights
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
 // A small thread pool instead of OpenMP. OpenMP's barrier at the end of a region waits for every worker, so on a machine
@@ -124,82 +119,80 @@ void set_threads(int n) {
 // ---- functions of vectors --------------------------------------------------------------------------------------------
 
 // min and max return their second operand if one of them is NaN. With this order of operands, NaN stays NaN.
-INLINE __m512 clamp(__m512 x, float low, float high) {
-    return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), x));
+INLINE Floats clamp(Floats x, float low, float high) {
+    return maximum(all(low), minimum(all(high), x));
 }
 
 // exp(x) with an error of at most 2 units in the last place, by the polynomial of Cephes (S. Moshier, expf).
-INLINE __m512 exponential(__m512 x) {
+INLINE Floats exponential(Floats x) {
     x = clamp(x, -87.0f, 88.0f);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(1.3981999507e-3f));
-    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(8.3334519073e-3f));
-    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(4.1665795894e-2f));
-    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(1.6666665459e-1f));
-    y = _mm512_fmadd_ps(y, x, _mm512_set1_ps(5.0000001201e-1f));
-    y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(x, x), x), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, n);
+    Floats n = round_to_even(x * 1.44269504f);
+    x = multiply_add(-n, all(0.693359375f), x);
+    x = multiply_add(-n, all(-2.12194440e-4f), x);
+    Floats y = all(1.9875691500e-4f);
+    y = multiply_add(y, x, all(1.3981999507e-3f));
+    y = multiply_add(y, x, all(8.3334519073e-3f));
+    y = multiply_add(y, x, all(4.1665795894e-2f));
+    y = multiply_add(y, x, all(1.6666665459e-1f));
+    y = multiply_add(y, x, all(5.0000001201e-1f));
+    y = multiply_add(y, x * x, x) + 1.0f;
+    return times_power_of_two(y, n);
 }
 
 // GELU in its tanh form: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
-INLINE __m512 gelu(__m512 x) {
-    __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1.0f));
-    __m512 e = exponential(_mm512_mul_ps(_mm512_mul_ps(x, inner), _mm512_set1_ps(-1.5957691216f)));
-    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.0f)));
+INLINE Floats gelu(Floats x) {
+    Floats inner = multiply_add(x * x, all(0.044715f), all(1.0f));
+    Floats e = exponential(x * inner * -1.5957691216f);
+    return x / (e + 1.0f);
 }
 
 NOINLINE void normalise_row(const float *x, const float *weight, const float *bias, float eps, float *y, int64_t width) {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += LANES) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    Floats sum = all(0), squares = all(0);
+    for (int64_t i = 0; i < width; i += LANES) sum = sum + load(x + i);
+    Floats mean = all(sum_of(sum) / width);
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512 d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-        squares = _mm512_fmadd_ps(d, d, squares);
+        Floats d = load(x + i) - mean;
+        squares = multiply_add(d, d, squares);
     }
-    __m512 variance = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / width + eps);
-    __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(variance));
+    Floats variance = all(sum_of(squares) / width + eps);
+    Floats inverse = all(1.0f) / square_root(variance);
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), inverse);
-        _mm512_storeu_ps(y + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(weight + i), _mm512_loadu_ps(bias + i)));
+        Floats d = (load(x + i) - mean) * inverse;
+        store(y + i, multiply_add(d, load(weight + i), load(bias + i)));
     }
 }
 
 // Quantize a row: x = scale * (q - zero). The range of q, 0 to 255, covers the row's values and 0. A row with a value
 // that is not finite gets the scale NaN, so that its results are NaN too.
-NOINLINE void quantize_row(const float *x, uint8_t *q, float *scale, int32_t *zero, int64_t width) {
-    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-    __mmask16 is_bad = 0;
+NOINLINE void quantize_row(const float *x, Input *q, float *scale, int32_t *zero, int64_t width) {
+    Floats low = all(0), high = all(0);
+    Mask is_bad = first_lanes(0);
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        low = _mm512_min_ps(low, v);
-        high = _mm512_max_ps(high, v);
-        is_bad |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN or infinite
+        Floats v = load(x + i);
+        low = minimum(low, v);
+        high = maximum(high, v);
+        is_bad |= not_finite(v);
     }
-    float least = _mm512_reduce_min_ps(low);
-    float range = _mm512_reduce_max_ps(high) - least;
-    if (is_bad || range > FLT_MAX) {
+    float least = smallest_of(low);
+    float range = largest_of(high) - least;
+    if (any(is_bad) || range > FLT_MAX) {
         *scale = __builtin_nanf("");
         *zero = 0;
-        memset(q, 0, width);
+        memset(q, 0, width * sizeof(Input));
         return;
     }
     *scale = range / 255 > 1e-30f ? range / 255 : 1e-30f;
     *zero = (int32_t)(-least / *scale + 0.5f);
-    __m512 inverse = _mm512_set1_ps(1 / *scale), origin = _mm512_set1_ps((float)*zero);
+    Floats inverse = all(1 / *scale), origin = all((float)*zero);
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512i v = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), inverse, origin));
-        v = _mm512_max_epi32(v, _mm512_setzero_si512());
-        _mm_storeu_si128((__m128i *)(q + i), _mm512_cvtusepi32_epi8(v));
+        store_inputs(q + i, round_to_ints(multiply_add(load(x + i), inverse, origin)));
     }
 }
 
 // ---- y = f(x) W^T + b ------------------------------------------------------------------------------------------------
 
 typedef struct {
-    const int8_t *weights;  // [out / TILE][in / 4][TILE][4]; out is padded to whole tiles, here and below
+    const int8_t *weights;  // [out / TILE][in / GROUP][TILE][GROUP]; out is padded to whole tiles, here and below
     const float *scale, *bias;
     const int32_t *sums;  // sum of each row of W
     int64_t in, out, n_tiles;
@@ -207,7 +200,7 @@ typedef struct {
 
 typedef struct {
     float *normed;  // (n, in): output of the layer norm
-    uint8_t *q;  // (n, in)
+    Input *q;  // (n, in)
     float *scale;  // (n)
     int32_t *zero;  // (n)
 } Scratch;
@@ -235,46 +228,46 @@ static void prepare_rows(void *pointer, int64_t n, int64_t end) {
     }
 }
 
-NOINLINE void finish_row(const Product *p, const __m512i *sums, int64_t n, int64_t tile) {
+NOINLINE void finish_row(const Product *p, const Ints *sums, int64_t n, int64_t tile) {
     const Matrix *m = p->matrix;
-    __m512 x_scale = _mm512_set1_ps(p->scratch.scale[n]);
-    __m512i zero = _mm512_set1_epi32(p->scratch.zero[n]);
+    Floats x_scale = all(p->scratch.scale[n]);
+    Ints zero = all_ints(p->scratch.zero[n]);
     for (int64_t o = tile * TILE; o < (tile + 1) * TILE && o < m->out; o += LANES, sums++) {
-        __mmask16 mask = m->out - o < LANES ? (1u << (m->out - o)) - 1 : 0xffff;
-        __m512i whole = _mm512_sub_epi32(*sums, _mm512_mullo_epi32(zero, _mm512_loadu_si512(m->sums + o)));
-        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(x_scale, _mm512_loadu_ps(m->scale + o)));
-        y = _mm512_add_ps(y, _mm512_loadu_ps(m->bias + o));
+        Mask mask = first_lanes(m->out - o);
+        Ints whole = *sums - zero * load_ints(m->sums + o);
+        Floats y = to_floats(whole) * (x_scale * load(m->scale + o)) + load(m->bias + o);
         if (p->applies_gelu) y = gelu(y);
         float *out = p->y + n * m->out + o;
-        if (p->adds) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, out));
-        _mm512_mask_storeu_ps(out, mask, y);
+        if (p->adds) y = y + load_some(mask, out);
+        store_some(out, mask, y);
     }
 }
 
-// sums[r] += q[r] * w for `rows` rows q, which are `in` bytes apart, and n_in inputs of a tile's weights. Meanwhile,
-// n_in / n_passes lines of memory at `next` are prefetched into the L2 cache.
+// sums[r] += q[r] * w for `rows` rows q, which are `in` inputs apart, and n_in inputs of a tile's weights. Meanwhile,
+// 1 / n_passes of the next block, at `next`, is prefetched into the L2 cache.
 INLINE void add_products(
-    const uint8_t *q, int64_t in, const int rows, const int8_t *w, int64_t n_in, __m512i *sums,
+    const Input *q, int64_t in, const int rows, const int8_t *w, int64_t n_in, Ints *sums,
     const int8_t *next, int n_passes
 ) {
-    __m512i totals[ROWS][COLUMNS];
+    Ints totals[ROWS][COLUMNS];
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < COLUMNS; c++) totals[r][c] = _mm512_load_si512(sums + r * COLUMNS + c);
+        for (int c = 0; c < COLUMNS; c++) totals[r][c] = sums[r * COLUMNS + c];
     int due = 0;
-    for (int64_t k = 0; k < n_in; k += 4, w += TILE * 4) {
-        __m512i weights[COLUMNS];
-        for (due += COLUMNS; due >= n_passes; due -= n_passes, next += LINE)
-            _mm_prefetch(next, _MM_HINT_T1);  // the weights of four inputs are COLUMNS lines
-        for (int c = 0; c < COLUMNS; c++) weights[c] = _mm512_loadu_si512(w + c * LANES * 4);
-        for (int r = 0; r < rows; r++) {
-            int32_t quad;
-            memcpy(&quad, q + r * in + k, 4);
-            __m512i x = _mm512_set1_epi32(quad);
-            for (int c = 0; c < COLUMNS; c++) totals[r][c] = _mm512_dpbusd_epi32(totals[r][c], x, weights[c]);
+    for (int64_t k = 0; k < n_in; k += STEP) {
+        for (due += LINES; due >= n_passes; due -= n_passes, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
+        for (int64_t i = k; i < k + STEP; i += GROUP, w += TILE * GROUP) {
+            Ints weights[COLUMNS];
+            for (int c = 0; c < COLUMNS; c++) weights[c] = load_weights(w + c * LANES * GROUP);
+            for (int r = 0; r < rows; r++) {
+                int32_t group;
+                memcpy(&group, q + r * in + i, sizeof group);
+                Ints x = all_ints(group);
+                for (int c = 0; c < COLUMNS; c++) totals[r][c] = add_products_of_group(totals[r][c], x, weights[c]);
+            }
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < COLUMNS; c++) _mm512_store_si512(sums + r * COLUMNS + c, totals[r][c]);
+        for (int c = 0; c < COLUMNS; c++) sums[r * COLUMNS + c] = totals[r][c];
 }
 
 // Multiply a tile with at most ROW_GROUP rows, starting at row n. The rows are divided evenly into passes of at most
@@ -283,17 +276,17 @@ INLINE void add_products(
 // buffers of a core.
 NOINLINE void tile_rows(const Product *p, int64_t tile, int64_t n, int64_t n_rows) {
     int64_t in = p->matrix->in, n_passes = (n_rows + ROWS - 1) / ROWS, block = n_passes == 1 ? in : BLOCK;
-    __m512i sums[ROW_GROUP][COLUMNS];
+    Ints sums[ROW_GROUP][COLUMNS];
     for (int64_t r = 0; r < n_rows; r++)
-        for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_setzero_si512();
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = all_ints(0);
     for (int64_t k = 0; k < in; k += block) {
-        int64_t n_in = in - k < block ? in - k : block;
+        int64_t n_in = in - k < block ? in - k : block, n_lines = n_in / STEP * LINES;
         const int8_t *w = p->matrix->weights + (tile * in + k) * TILE;
-        const int8_t *next = w + (n_passes == 1 ? PREFETCH_DISTANCE : BLOCK * TILE);
+        const int8_t *next = w + (n_passes == 1 ? PREFETCH_DISTANCE : n_in * TILE);
         for (int64_t pass = 0; pass < n_passes; pass++) {
             int64_t first = n_rows * pass / n_passes, rows = n_rows * (pass + 1) / n_passes - first;
-            const uint8_t *q = p->scratch.q + (n + first) * in + k;
-            const int8_t *line = next + n_in * pass / n_passes * LINE;
+            const Input *q = p->scratch.q + (n + first) * in + k;
+            const int8_t *line = next + n_lines * pass / n_passes * LINE;
             switch (rows) {
                 case 6: add_products(q, in, 6, w, n_in, sums[first], line, n_passes); break;
                 case 5: add_products(q, in, 5, w, n_in, sums[first], line, n_passes); break;
@@ -324,9 +317,6 @@ void product(Product *p) {
 
 // ---- attention -------------------------------------------------------------------------------------------------------
 
-#define QUAD 4     // bytes that dpbusd sums; also heads whose scores, and tokens whose values, are summed together
-#define TOKENS 16  // tokens whose values are read together
-
 typedef struct {
     int8_t *k, *v;  // key and value of the sequence's first token in the first layer
     int64_t layer_stride;  // bytes
@@ -350,16 +340,8 @@ typedef struct {
     int64_t stride;  // bytes from one token to the next
 } Cache;
 
-#define KEY_ZERO 0x80  // zero point of keys, which are unsigned, as dpbusd requires; values are signed
-
-// A query of one head in 16 bits, as two vectors of bytes: scale * (256 * high + low).
-typedef struct {
-    __m512i high, low;
-    __m512i start;  // initial value of the sums, which cancels the contribution of KEY_ZERO
-} Query;
-
-INLINE __m512 load_scales(const Cache *cache, int64_t token, int64_t heads) {
-    return _mm512_maskz_loadu_ps((1u << heads) - 1, cache->bytes + token * cache->stride + cache->scales);
+INLINE Floats load_scales(const Cache *cache, int64_t token, int64_t heads) {
+    return load_some(first_lanes(heads), cache->bytes + token * cache->stride + cache->scales);
 }
 
 INLINE void prefetch_heads(const Cache *cache, int64_t token, int64_t bytes) {
@@ -370,15 +352,15 @@ INLINE void prefetch_heads(const Cache *cache, int64_t token, int64_t bytes) {
 
 // Return the scale for which x / scale is from -most to most. It is NaN if x is not finite: its results are then NaN.
 INLINE float find_scale(const float *x, int64_t width, float most) {
-    __m512 largest = _mm512_setzero_ps();
-    __mmask16 is_bad = 0;
+    Floats largest = all(0);
+    Mask is_bad = first_lanes(0);
     for (int64_t i = 0; i < width; i += LANES) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
-        is_bad |= _mm512_fpclass_ps_mask(v, 0x99);  // NaN or infinite
+        Floats v = load(x + i);
+        largest = maximum(largest, magnitude(v));
+        is_bad |= not_finite(v);
     }
-    float scale = _mm512_reduce_max_ps(largest) / most;
-    return is_bad ? __builtin_nanf("") : scale > 1e-30f ? scale : 1e-30f;
+    float scale = largest_of(largest) / most;
+    return any(is_bad) ? __builtin_nanf("") : scale > 1e-30f ? scale : 1e-30f;
 }
 
 NOINLINE void store_heads(const Cache *cache, int64_t token, const float *x, int64_t heads, int64_t width, int zero) {
@@ -386,59 +368,19 @@ NOINLINE void store_heads(const Cache *cache, int64_t token, const float *x, int
     float *scales = (float *)(bytes + cache->scales);
     for (int64_t h = 0; h < heads; h++) {
         scales[h] = find_scale(x + h * width, width, 127);
-        for (int64_t i = h * width; i < (h + 1) * width; i += LANES) {
-            __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(1 / scales[h])));
-            _mm_storeu_si128((__m128i *)(bytes + i), _mm_xor_si128(_mm512_cvtsepi32_epi8(v), _mm_set1_epi8(zero)));
-        }
+        for (int64_t i = h * width; i < (h + 1) * width; i += LANES)
+            store_cached(bytes + i, round_to_ints(load(x + i) * (1 / scales[h])), zero);
     }
-}
-
-INLINE Query prepare_query(const float *x, float scale, const int width) {
-    __m512i zero = _mm512_set1_epi8((char)KEY_ZERO), none = _mm512_setzero_si512();
-    int8_t high[LINE] = {0}, low[LINE] = {0};
-    for (int64_t i = 0; i < width; i += LANES) {
-        __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(1 / scale)));
-        __m512i rest = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
-        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(rest));
-        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(v, rest), 8)));
-    }
-    Query q = {_mm512_loadu_si512(high), _mm512_loadu_si512(low), none};
-    __m512i sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(none, zero, q.high), 8);
-    q.start = _mm512_sub_epi32(none, _mm512_dpbusd_epi32(sum, zero, q.low));
-    return q;
-}
-
-INLINE __m512i load_bytes(const Cache *cache, int64_t token, int64_t head, const int width) {
-    __mmask64 mask = width == LINE ? ~0ull : (1ull << width) - 1;
-    return _mm512_maskz_loadu_epi8(mask, cache->bytes + token * cache->stride + head * width);
-}
-
-// Interleave the bytes of four tokens x. Lane 4 i + m of y[j] gets byte 16 i + 4 j + m of each of the four tokens.
-INLINE void interleave(const __m512i *x, __m512i *y) {
-    __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpacklo_epi8(x[2], x[3]);
-    __m512i c = _mm512_unpackhi_epi8(x[0], x[1]), d = _mm512_unpackhi_epi8(x[2], x[3]);
-    y[0] = _mm512_unpacklo_epi16(a, b);
-    y[1] = _mm512_unpackhi_epi16(a, b);
-    y[2] = _mm512_unpacklo_epi16(c, d);
-    y[3] = _mm512_unpackhi_epi16(c, d);
-}
-
-INLINE __m128i sum_lanes(const __m512i *x) {  // sum of the lanes of each of four registers
-    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
-    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
-    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
 // Attention of one query, for at most LANES neighboring heads. Keys, and then values, are read in the order of memory.
 // While the keys are read, the values are prefetched; while the values are read, the keys of the next query. scores is
 // (tokens, LANES): one lane per head.
 INLINE void attend_query(
-    const float *q, const Cache *k, const Cache *v, const Cache *next, float *y, int64_t length, int64_t heads, float scale,
-    const int width
+    const float *q, const Cache *k, const Cache *v, const Cache *next, float *y, int64_t length, int64_t heads,
+    float scale, const int width
 ) {
-    __m512 scores[length];  // on the stack: native.py limits the length (MAX_POSITIONS)
+    Floats scores[length];  // on the stack: native.py limits the length (MAX_POSITIONS)
     Query queries[LANES];
     float query_scales[LANES] = {0};
     for (int64_t h = 0; h < heads; h++) {
@@ -448,69 +390,46 @@ INLINE void attend_query(
     for (int64_t i = 0; i < length; i++) {
         prefetch_heads(v, i, heads * width);
         for (int64_t h = 0; h < heads; h += QUAD) {
-            __m512i sums[QUAD];
+            Ints sums[QUAD];
             for (int j = 0; j < QUAD; j++) {
                 int64_t head = h + j < heads ? h + j : heads - 1;
-                __m512i key = load_bytes(k, i, head, width);
-                __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), key, queries[head].high);
-                __m512i low = _mm512_dpbusd_epi32(queries[head].start, key, queries[head].low);
-                sums[j] = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+                sums[j] = multiply_key(queries + head, k->bytes + i * k->stride + head * width, width);
             }
-            _mm_storeu_si128((__m128i *)(scores + i) + h / QUAD, sum_lanes(sums));
+            _mm_storeu_si128((__m128i *)(scores + i) + h / QUAD, sums_of(sums));
         }
     }
-    __m512 most = _mm512_set1_ps(-FLT_MAX), total = _mm512_setzero_ps();
-    __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(query_scales), _mm512_set1_ps(scale));
+    Floats most = all(-FLT_MAX), total = all(0);
+    Floats scaled = load(query_scales) * scale;
     for (int64_t i = 0; i < length; i++) {
-        scores[i] = _mm512_cvtepi32_ps(_mm512_castps_si512(scores[i]));
-        scores[i] = _mm512_mul_ps(scores[i], _mm512_mul_ps(scaled, load_scales(k, i, heads)));
-        most = _mm512_max_ps(most, scores[i]);
+        scores[i] = to_floats((Ints)scores[i]);
+        scores[i] = scores[i] * (scaled * load_scales(k, i, heads));
+        most = maximum(most, scores[i]);
     }
-    __m512 largest = _mm512_set1_ps(1e-30f);
+    Floats largest = all(1e-30f);
     for (int64_t i = 0; i < length; i++) {
-        __m512 e = exponential(_mm512_sub_ps(scores[i], most));
-        scores[i] = _mm512_mul_ps(e, load_scales(v, i, heads));
-        largest = _mm512_max_ps(largest, scores[i]);
-        total = _mm512_fmadd_ps(scores[i], _mm512_setzero_ps(), _mm512_add_ps(total, e));  // NaN if the scale is NaN
+        Floats e = exponential(scores[i] - most);
+        scores[i] = e * load_scales(v, i, heads);
+        largest = maximum(largest, scores[i]);
+        total = multiply_add(scores[i], all(0), total + e);  // NaN if the scale is NaN
     }
-    // The attention weights have 16 bits, as two bytes. The high bytes of four tokens are together, and so are the low
-    // bytes.
-    __m512 weight_scale = _mm512_div_ps(largest, _mm512_set1_ps(65535.0f));
-    __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), weight_scale);
-    __m512i sums[heads][QUAD][2];
+    Floats weight_scale = largest / LARGEST_WEIGHT;
+    Floats inverse = all(1.0f) / weight_scale;
+    ValueSums sums[heads];
     memset(sums, 0, sizeof sums);
     for (int64_t i = 0; i < length; i += TOKENS) {
         int64_t n = length - i < TOKENS ? length - i : TOKENS;
-        __m512i weights[TOKENS / QUAD][2] = {0};  // high and low bytes
+        Weights weights = {0};
         for (int64_t t = 0; t < n; t++) {
             prefetch_heads(next, i + t, heads * width);
-            __m512i weight = _mm512_cvtps_epi32(_mm512_mul_ps(scores[i + t], inverse)), *packed = weights[t / QUAD];
-            __m512i low = _mm512_and_epi32(weight, _mm512_set1_epi32(255));
-            packed[0] = _mm512_or_epi32(packed[0], _mm512_slli_epi32(_mm512_srli_epi32(weight, 8), t % QUAD * 8));
-            packed[1] = _mm512_or_epi32(packed[1], _mm512_slli_epi32(low, t % QUAD * 8));
+            add_weight(&weights, t, round_to_ints(scores[i + t] * inverse));
         }
+        const int8_t *first = v->bytes + i * v->stride;
         for (int64_t h = 0; h < heads; h++)
-            for (int64_t t = 0; t < n; t += QUAD) {
-                __m512i x[QUAD], values[QUAD];
-                for (int j = 0; j < QUAD; j++) x[j] = load_bytes(v, t + j < n ? i + t + j : i, h, width);
-                interleave(x, values);
-                for (int part = 0; part < 2; part++) {
-                    __m512i weight = _mm512_set1_epi32(((int32_t *)&weights[t / QUAD][part])[h]);
-                    for (int j = 0; j < QUAD; j++)
-                        sums[h][j][part] = _mm512_dpbusd_epi32(sums[h][j][part], weight, values[j]);
-                }
-            }
+            add_values(sums + h, &weights, h, first + h * width, v->stride, n, width);
     }
-    float factors[LANES], part[LANES];
-    _mm512_storeu_ps(factors, _mm512_div_ps(weight_scale, total));
-    for (int64_t h = 0; h < heads; h++)
-        for (int j = 0; j < QUAD; j++) {
-            __m512 high = _mm512_cvtepi32_ps(sums[h][j][0]), low = _mm512_cvtepi32_ps(sums[h][j][1]);
-            __m512 sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256), low);
-            _mm512_storeu_ps(part, _mm512_mul_ps(sum, _mm512_set1_ps(factors[h])));
-            for (int64_t d = 0; d < width; d += LANES)
-                memcpy(y + h * width + d + j * QUAD, part + d / QUAD, QUAD * sizeof(float));
-        }
+    float factors[LANES];
+    store(factors, weight_scale / total);
+    for (int64_t h = 0; h < heads; h++) store_values(sums + h, factors[h], y + h * width, width);
 }
 
 INLINE Cache keys_of(const Attention *a, int64_t job) {
@@ -583,10 +502,10 @@ typedef struct {
     int applies_gelu;
 } Deltas;
 
-INLINE __m512 load_bf16(const uint16_t *x) {
+// bf16 numbers of an adapter, which is read in order
+INLINE Floats load_low_rank(const uint16_t *x) {
     _mm_prefetch((const char *)x + PREFETCH_DISTANCE, _MM_HINT_T1);
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return load_bf16(x);
 }
 
 static void add_delta(const Deltas *d, int64_t n) {
@@ -598,22 +517,22 @@ static void add_delta(const Deltas *d, int64_t n) {
         const uint16_t *a = l->a, *b = l->b;
         float low[l->rank], *y = row + l->first;
         for (int64_t r = 0; r < l->rank; r += RANKS) {
-            __m512 sums[RANKS];
-            for (int j = 0; j < RANKS; j++) sums[j] = _mm512_setzero_ps();
+            Floats sums[RANKS];
+            for (int j = 0; j < RANKS; j++) sums[j] = all(0);
             for (int64_t i = 0; i < d->in; i += LANES)
                 for (int j = 0; j < RANKS; j++, a += LANES)
-                    sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), load_bf16(a), sums[j]);
-            for (int j = 0; j < RANKS; j++) low[r + j] = _mm512_reduce_add_ps(sums[j]);
+                    sums[j] = multiply_add(load(x + i), load_low_rank(a), sums[j]);
+            for (int j = 0; j < RANKS; j++) low[r + j] = sum_of(sums[j]);
         }
         for (int64_t o = 0; o < l->width; o += LANES) {
-            __m512 sum = _mm512_loadu_ps(y + o);
+            Floats sum = load(y + o);
             for (int64_t r = 0; r < l->rank; r++, b += LANES)
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(low[r]), load_bf16(b), sum);
-            _mm512_storeu_ps(y + o, sum);
+                sum = multiply_add(all(low[r]), load_low_rank(b), sum);
+            store(y + o, sum);
         }
     }
     for (int64_t o = 0; d->applies_gelu && o < d->out; o += LANES)
-        _mm512_storeu_ps(row + o, gelu(_mm512_loadu_ps(row + o)));
+        store(row + o, gelu(load(row + o)));
 }
 
 static void add_deltas(void *pointer, int64_t n, int64_t end) {
@@ -656,21 +575,21 @@ typedef struct {
 
 static void find_largest(const Logits *l, int64_t n) {
     const float *x = l->logits + n * l->width;
-    __m512 most = _mm512_set1_ps(-__builtin_inff());
-    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), at = index;
-    __mmask16 is_bad = 0;
+    Floats most = all(-__builtin_inff());
+    Ints index = indices(), at = index;
+    Mask is_bad = first_lanes(0);
     for (int64_t i = 0; i < l->width; i += LANES) {
-        __mmask16 mask = l->width - i < LANES ? (1u << (l->width - i)) - 1 : 0xffff;
-        __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), mask, x + i);
-        __mmask16 is_larger = _mm512_cmp_ps_mask(v, most, _CMP_GT_OQ);
-        is_bad |= _mm512_fpclass_ps_mask(v, 0x89);  // NaN or +infinite
-        most = _mm512_mask_mov_ps(most, is_larger, v);
-        at = _mm512_mask_mov_epi32(at, is_larger, index);
-        index = _mm512_add_epi32(index, _mm512_set1_epi32(LANES));
+        Mask mask = first_lanes(l->width - i);
+        Floats v = choose(mask, load_some(mask, x + i), all(-__builtin_inff()));
+        Mask is_larger = above(v, most);
+        is_bad |= nan_or_infinity(v);
+        most = choose(is_larger, v, most);
+        at = choose_ints(is_larger, index, at);
+        index = index + LANES;
     }
-    float largest = _mm512_reduce_max_ps(most);
-    __mmask16 is_largest = _mm512_cmp_ps_mask(most, _mm512_set1_ps(largest), _CMP_EQ_OQ);
-    l->tokens[n] = is_bad || largest < -FLT_MAX ? -1 : _mm512_mask_reduce_min_epi32(is_largest, at);
+    float largest = largest_of(most);
+    Mask is_largest = at_least(most, all(largest));
+    l->tokens[n] = any(is_bad) || largest < -FLT_MAX ? -1 : smallest_where(is_largest, at);
 }
 
 static void find_largest_each(void *pointer, int64_t n, int64_t end) {
@@ -703,37 +622,35 @@ typedef struct {
 // Return the largest i such that the sum of the weights >= limits[i] reaches the target, otherwise 0. Then keep only
 // the weights from limits[i] to below limits[i + 1] in the search.
 NOINLINE int find_interval(Search *s, const uint32_t *limits) {
-    __m512 bounds[LIMITS];
-    __m512d sums[LIMITS], low = _mm512_set1_pd(1), high = low;
+    Floats bounds[LIMITS];
+    Doubles sums[LIMITS], low = {1, 1, 1, 1, 1, 1, 1, 1}, high = low;
     for (int j = 0; j < LIMITS; j++) {
-        bounds[j] = _mm512_castsi512_ps(_mm512_set1_epi32((int)limits[j]));
-        sums[j] = _mm512_setzero_pd();
+        bounds[j] = (Floats)all_ints((int)limits[j]);
+        sums[j] = (Doubles){0};
     }
     for (int64_t i = 0; i < s->width; i += LANES) {
-        __m512 v = _mm512_maskz_loadu_ps(s->width - i < LANES ? (1u << (s->width - i)) - 1 : 0xffff, s->weights + i);
+        Floats v = load_some(first_lanes(s->width - i), s->weights + i);
         if (!s->counts) {
-            low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-            high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+            low = first_doubles(v);
+            high = last_doubles(v);
         }
         for (int j = 1; j < LIMITS; j++) {
-            __mmask16 mask = _mm512_cmp_ps_mask(v, bounds[j], _CMP_GE_OQ);
-            sums[j] = _mm512_mask_add_pd(sums[j], (__mmask8)mask, sums[j], low);
-            sums[j] = _mm512_mask_add_pd(sums[j], (__mmask8)(mask >> 8), sums[j], high);
+            Mask mask = at_least(v, bounds[j]);
+            sums[j] = add_where(sums[j], mask, 0, low);
+            sums[j] = add_where(sums[j], mask, 1, high);
         }
     }
     int found = LIMITS - 1;
     double sum, larger = 0;
-    for (; found && s->above + (sum = _mm512_reduce_add_pd(sums[found])) < s->target; found--) larger = sum;
+    for (; found && s->above + (sum = sum_of_doubles(sums[found])) < s->target; found--) larger = sum;
     s->above += larger;
     int64_t n = 0;
     for (int64_t i = 0; i < s->width; i += LANES) {
-        __mmask16 mask = s->width - i < LANES ? (1u << (s->width - i)) - 1 : 0xffff;
-        __m512 v = _mm512_maskz_loadu_ps(mask, s->weights + i);
-        mask = _mm512_mask_cmp_ps_mask(mask, v, bounds[found], _CMP_GE_OQ);
-        if (found < LIMITS - 1) mask = _mm512_mask_cmp_ps_mask(mask, v, bounds[found + 1], _CMP_LT_OQ);
-        int kept = __builtin_popcount(mask);
-        _mm512_mask_storeu_ps(s->rest + n, (1u << kept) - 1, _mm512_maskz_compress_ps(mask, v));
-        n += kept;
+        Mask mask = first_lanes(s->width - i);
+        Floats v = load_some(mask, s->weights + i);
+        mask = mask & at_least(v, bounds[found]);
+        if (found < LIMITS - 1) mask = mask & below(v, bounds[found + 1]);
+        n += store_packed(s->rest + n, mask, v);
     }
     s->weights = s->rest;
     s->width = n;
@@ -762,8 +679,8 @@ static float find_limit(const float *weights, int64_t width, double target, int 
 }
 
 INLINE float sum_block(const float *weights, int64_t left, float smallest) {
-    __m512 v = _mm512_maskz_loadu_ps(left < LANES ? (1u << left) - 1 : 0xffff, weights);
-    return _mm512_mask_reduce_add_ps(_mm512_cmp_ps_mask(v, _mm512_set1_ps(smallest), _CMP_GE_OQ), v);
+    Floats v = load_some(first_lanes(left), weights);
+    return sum_of(choose(at_least(v, all(smallest)), v, all(0)));
 }
 
 NOINLINE double sum_weights(const Draw *d, float smallest) {
@@ -774,18 +691,18 @@ NOINLINE double sum_weights(const Draw *d, float smallest) {
 
 static void draw_row(Draw *d) {
     int64_t width = d->width, i;
-    __m512 most = _mm512_set1_ps(-FLT_MAX), lowest = _mm512_set1_ps(-87.0f);
+    Floats most = all(-FLT_MAX), lowest = all(-87.0f);
     for (i = 0; i < width; i += LANES) {
-        __mmask16 mask = width - i < LANES ? (1u << (width - i)) - 1 : 0xffff;
-        most = _mm512_mask_max_ps(most, mask, most, _mm512_maskz_loadu_ps(mask, d->logits + i));
+        Mask mask = first_lanes(width - i);
+        most = choose(mask, maximum(most, load_some(mask, d->logits + i)), most);
     }
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    most = all(largest_of(most));
     for (i = 0; i < width; i += LANES) {
-        __mmask16 mask = width - i < LANES ? (1u << (width - i)) - 1 : 0xffff;
-        __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, d->logits + i), most);
-        x = _mm512_div_ps(x, _mm512_set1_ps(d->temperature));
-        __mmask16 is_possible = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
-        _mm512_mask_storeu_ps(d->weights + i, mask, _mm512_maskz_mov_ps(is_possible, exponential(x)));
+        Mask mask = first_lanes(width - i);
+        Floats x = load_some(mask, d->logits + i) - most;
+        x = x / d->temperature;
+        Mask is_possible = at_least(x, lowest);
+        store_some(d->weights + i, mask, choose(is_possible, exponential(x), all(0)));
     }
     float smallest = d->top_k < width ? find_limit(d->weights, width, (double)d->top_k, 1, d->weights + width) : 0;
     if (d->top_p < 1) {

@@ -1,7 +1,8 @@
 """int8 decoding by native.c: all layers of a step in one call, with attention and the low-rank products of adapters.
 
-The library is compiled when the project or the step image is built (setup.py), and is copied into each Bento. If it is
-missing, or does not support the processor or the model's shape, `quantized` uses torch alone.
+native.c is compiled with avx512.h for processors with AVX-512 VNNI, and with avx2.h for others (vectors.h), when the
+project or the step image is built (setup.py). Both libraries are copied into each Bento. If they are missing, or do not
+support the processor or the model's shape, `quantized` uses torch alone, or refuses int8.
 
 Weights have one scale per row of W. Activations have one scale and zero point per row of x, computed at run time, so
 that rows stay independent. The integer sums are exact. Everything else in a row is computed by the same instructions in
@@ -24,56 +25,83 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2core.config import GenerationConfig, GPT2Config, LoraTarget
-from gpt2core.kernels import has_vnni, zeros_in_huge_pages
+from gpt2core.kernels import has_avx2, has_vnni, zeros_in_huge_pages
 from gpt2core.lora import LAYER_PATHS, TARGET_LAYERS
 from gpt2core.sampling import sampling_values
 
 logger = logging.getLogger(__name__)
 
-NAME = "gpt2core/inference/_native.abi3.so"
-INTERFACE = 7  # the same number as in native.c: a library that was compiled from another version is not used
+# The libraries and the tests of processors for them, the fastest first
+LIBRARIES = {
+    "gpt2core/inference/_native_avx512.abi3.so": has_vnni,
+    "gpt2core/inference/_native_avx2.abi3.so": has_avx2,
+}
+INTERFACE = 8  # the same number as in native.c: a library that was compiled from another version is not used
 CACHE_DTYPE = torch.int8  # dtype of cached keys and values, which have one scale per token and head
 ADAPTER_DTYPE = torch.bfloat16  # dtype of low-rank matrices; its error is far below the error of int8 weights
 HEAD_WIDTHS = (16, 32, 64)  # head widths that the attention is compiled for
+MAX_INPUTS = 2**16  # inputs of a matrix: the sum of more products may exceed 32 bits
 MAX_POSITIONS = 16384  # longest sequence: its attention scores are on the stack of a thread
-TILE = 64  # rows of W that are stored together
-ROWS = 8 * TILE  # rows of W that are quantized at a time
-LANES = 16  # floats in a register
+ROWS = 512  # rows of W that are quantized at a time; whole tiles
+LANES = 16  # floats in a vector
 RANKS = 4  # the rank of an adapter is padded to a multiple of this
 
 
 def is_available(config: GPT2Config) -> bool:
     """Return whether the library, the processor and the shape of the model allow the kernels."""
     suits = (
-        config.n_embd % 16 == 0
-        and config.mlp_width % 16 == 0
+        config.n_embd % 16 == config.mlp_width % 16 == 0
+        and max(config.n_embd, config.mlp_width) <= MAX_INPUTS
         and config.head_width in HEAD_WIDTHS
         and config.n_positions <= MAX_POSITIONS
         and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
     )
-    return suits and has_vnni() and _is_compiled()
+    return suits and library_name() is not None
 
 
 @cache
-def _is_compiled() -> bool:
-    file = library_file()
-    if file is not None and getattr(ctypes.CDLL(str(file)), "interface", int)() == INTERFACE:
-        return True
-    logger.warning("the int8 kernels are missing or outdated, so int8 is half as fast; `pip install -e .` builds them")
-    return False
+def library_name() -> str | None:
+    """Return the one of LIBRARIES to use: the fastest for this processor that is compiled. None: there is none."""
+    suiting = [name for name, suits in LIBRARIES.items() if suits()]
+    found = next((name for name in suiting if _is_current(name)), None)
+    if suiting and found is None:
+        logger.warning(
+            "the int8 kernels are missing or outdated, so int8 is slow or refused; `pip install -e .` builds them"
+        )
+    return found
 
 
-def library_file() -> Path | None:
-    """Return the compiled library: next to this module or, in the step image, in the Python environment."""
-    candidates = (Path(__file__).parents[2] / NAME, Path(sys.prefix) / "lib" / NAME)
-    return next((file for file in candidates if file.is_file()), None)
+def library_files() -> dict[str, Path]:
+    """Return the compiled libraries: next to this module or, in the step image, in the Python environment."""
+    candidates = {name: (Path(__file__).parents[2] / name, Path(sys.prefix) / "lib" / name) for name in LIBRARIES}
+    return {name: file for name, files in candidates.items() for file in files[::-1] if file.is_file()}
+
+
+def _is_current(name: str) -> bool:
+    file = library_files().get(name)
+    return file is not None and getattr(ctypes.CDLL(str(file)), "interface", int)() == INTERFACE
+
+
+class _Library(NamedTuple):
+    functions: ctypes.CDLL
+    tile: int  # rows of W that are stored together
+    group: torch.dtype  # int16 or int32: holds two or four weights that are stored together
+
+
+def _library() -> _Library:
+    return _load(library_name() or "")
 
 
 @cache
+def _load(name: str) -> _Library:
+    functions = ctypes.CDLL(str(library_files()[name]))
+    functions.set_threads(ctypes.c_int(torch.get_num_threads()))
+    tile, group = (ctypes.c_int.in_dll(functions, constant).value for constant in ("tile", "group"))
+    return _Library(functions, tile, {2: torch.int16, 4: torch.int32}[group])
+
+
 def _functions() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_file()))
-    library.set_threads(ctypes.c_int(torch.get_num_threads()))
-    return library
+    return _library().functions
 
 
 class LayerNormWeights(Protocol):
@@ -169,7 +197,8 @@ class Scratch:
         """Allocate memory for n rows, if less is allocated."""
         if n > self._n:
             self._n, widest = n, max(self._width, self._mlp_width)
-            quantized = torch.empty(n, widest, dtype=torch.uint8), torch.empty(n), torch.empty(n, dtype=torch.int32)
+            inputs = torch.empty(n, widest, dtype=torch.int16)  # or bytes
+            quantized = inputs, torch.empty(n), torch.empty(n, dtype=torch.int32)
             self._for_products = torch.empty(n, self._width), *quantized
             self._for_layers = tuple(torch.empty(n, k) for k in (3 * self._width, self._width, self._mlp_width))
             self.of_product = _Scratch(*(tensor.data_ptr() for tensor in self._for_products))
@@ -181,9 +210,10 @@ class Int8Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
         self.shape = n_out, n_in = weight.shape
-        n_tiles = -(-n_out // TILE)
-        tiles = zeros_in_huge_pages((n_tiles, n_in // 4, TILE), torch.int32)  # one int32 is four int8 weights
-        scale, padded_bias, sums = torch.zeros(3, n_tiles * TILE)
+        _, tile, group = _library()
+        n_tiles, n_groups = -(-n_out // tile), n_in // group.itemsize
+        tiles = zeros_in_huge_pages((n_tiles, n_groups, tile), group)
+        scale, padded_bias, sums = torch.zeros(3, n_tiles * tile)
         if bias is not None:
             padded_bias[:n_out] = bias
         rows = torch.empty(min(n_out, ROWS), n_in)
@@ -193,9 +223,9 @@ class Int8Linear:
             scale[at] = (torch.maximum(quantized.amax(1), -quantized.amin(1)) / 127).clamp(min=1e-30)
             quantized.div_(scale[at, None]).round_()
             sums[at] = quantized.sum(1)  # exact in fp32 for up to 2**17 numbers of at most 127
-            padded = F.pad(quantized.to(torch.int8), (0, 0, 0, -len(quantized) % TILE))
-            stored = padded.view(torch.int32).view(-1, TILE, n_in // 4)
-            tiles[first // TILE :][: len(stored)] = stored.transpose(1, 2)
+            padded = F.pad(quantized.to(torch.int8), (0, 0, 0, -len(quantized) % tile))
+            stored = padded.view(group).view(-1, tile, n_groups)
+            tiles[first // tile :][: len(stored)] = stored.transpose(1, 2)
         self._tensors = tiles, scale, padded_bias, sums.to(torch.int32)
         self._matrix = _Matrix(*(tensor.data_ptr() for tensor in self._tensors), n_in, n_out, n_tiles)
         self.address = ctypes.addressof(self._matrix)

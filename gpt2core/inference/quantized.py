@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2core import cuda
-from gpt2core.config import GenerationConfig, WeightFormat
+from gpt2core.config import GenerationConfig, GPT2Config, WeightFormat
 from gpt2core.generate import generate
 from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
@@ -48,19 +48,22 @@ class QuantizedModel:
             n_layer: use only this many of the first blocks; None: use all.
 
         Raises:
-            ValueError: `weights` is not a format, norm_position is "post", or int8 has no kernel on this device or
-                processor.
+            ValueError: `weights` is not a format, norm_position is "post", or int8 has no kernel for this model on this
+                device or processor.
         """
         if weights not in get_args(WeightFormat):
             raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(get_args(WeightFormat))}")
         if model.config.norm_position != "pre":
             raise ValueError("norm_position is 'post'; the engine supports only 'pre'. Use gpt2core.generate instead")
         self.device = model.wte.weight.device
-        if weights == "int8" and weights not in supported_formats(self.device):
-            raise ValueError("weights is 'int8', but this device or processor has no int8 kernel; use bf16 or fp32")
+        if weights == "int8" and weights not in supported_formats(model.config, self.device):
+            raise ValueError(
+                "weights is 'int8', but int8 has no kernel for this model on this device or processor; use fp32 or auto"
+            )
         self.config, self.weights = model.config, weights
         self.perplexity_increase: float | None = None  # fraction relative to fp32, set by `quantize_fastest`
-        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32  # dtype of activations
+        in_bf16 = weights == "bf16" and _has_bf16_products(self.device)
+        self.dtype = torch.bfloat16 if in_bf16 else torch.float32  # dtype of activations
         self._kernels = cuda.kernels_for(model.config, self.dtype, self.device)
         self._has_tanh_gelu = model.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
         scratch = None  # memory of native.py, if it computes the layers
@@ -189,7 +192,7 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
     if sum(weight.numel() for weight in model.parameters()) < MIN_WEIGHTS_TO_QUANTIZE:
         return QuantizedModel(model, "fp32")
     # a processor without bf16 instructions emulates bf16, which is never the fastest
-    candidates = [weights for weights in supported_formats(device) if weights != "bf16" or has_bf16()]
+    candidates = [weights for weights in supported_formats(model.config, device) if weights != "bf16" or has_bf16()]
     seconds = {weights: _step_seconds(QuantizedModel(model, weights, n_layer=2), max_batch) for weights in candidates}
     faster = [weights for weights in candidates if seconds[weights] * MIN_SPEEDUP < seconds["fp32"]]
     for weights in [*sorted(faster, key=seconds.__getitem__), *candidates[:1]]:
@@ -207,9 +210,10 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
     return quantized
 
 
-def supported_formats(device: torch.device) -> list[WeightFormat]:
-    """Return the formats with a kernel on this device, fp32 first."""
-    return [weights for weights in get_args(WeightFormat) if weights != "int8" or has_int8(device)]
+def supported_formats(config: GPT2Config, device: torch.device) -> list[WeightFormat]:
+    """Return the formats with a kernel for this model on this device, fp32 first."""
+    with_int8 = has_int8(device) or (device.type == "cpu" and native.is_available(config))
+    return [weights for weights in get_args(WeightFormat) if weights != "int8" or with_int8]
 
 
 @torch.inference_mode()
@@ -296,11 +300,21 @@ def _projection(
     weight, bias = _copy(weight, dtype), None if bias is None else _copy(bias, dtype)
     if kernels is not None and bias is not None:
         return _KernelLinear(weight, bias, kernels)
-    large = dtype == torch.bfloat16 or weight.numel() >= MIN_WEIGHTS_FOR_ONEDNN
+    if not _has_bf16_products(weight.device):
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    large = weight.dtype == torch.bfloat16 or weight.numel() >= MIN_WEIGHTS_FOR_ONEDNN
     if large and weight.device.type == "cpu" and has_onednn():
         packed = prepack(weight)
         return lambda x: onednn_linear(x, packed, bias)
     return lambda x: F.linear(x, weight, bias)
+
+
+def _has_bf16_products(device: torch.device) -> bool:
+    """Return whether products with bf16 weights are computed in bf16; otherwise they are computed in fp32.
+
+    On a CPU for which oneDNN has none, torch's own bf16 products are slow, and a row depends on the number of rows.
+    """
+    return device.type != "cpu" or has_onednn(torch.bfloat16)
 
 
 class _KernelLinear:

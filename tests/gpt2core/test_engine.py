@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from gpt2core.checkpoint import load_adapter, load_pretrained
-from gpt2core.config import GenerationConfig, LoraConfig
+from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.engine import Engine, EngineClosed, EngineFull
 from gpt2core.generate import generate
 from gpt2core.inference import scheduler
 from gpt2core.inference.quantized import supported_formats
 from gpt2core.lora import merge_lora
 from gpt2core.model import GPT2
+from tests.gpt2core.conftest import TINY
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
 from tests.helpers import wait_until
 
@@ -60,7 +61,7 @@ def test_requests_that_join_and_leave_get_the_completions_of_generate(model, max
         assert request.finish_reason == ("stop" if completion[-1] == config.eos_id else "length")
 
 
-@pytest.mark.parametrize("weights", supported_formats(torch.device("cpu")))
+@pytest.mark.parametrize("weights", supported_formats(GPT2Config(**TINY), torch.device("cpu")))
 def test_a_completion_does_not_depend_on_the_rest_of_the_batch(model, weights):
     prompts, configs = random_prompts(12), mixed_configs(12)
     with Engine(model, 8, weights) as engine:

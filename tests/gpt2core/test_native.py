@@ -2,6 +2,7 @@
 
 import copy
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -19,21 +20,30 @@ from gpt2core.engine import Engine
 from gpt2core.inference import kv_cache, native, scheduler
 from gpt2core.inference.adapters import Adapter, make_adapter
 from gpt2core.inference.quantized import QuantizedModel
-from gpt2core.kernels import has_vnni
+from gpt2core.kernels import has_int8
 from gpt2core.lora import add_lora, lora_layers
 from gpt2core.model import GPT2
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
 
 CPU = torch.device("cpu")
 CONFIG = GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2)
-needs_vnni = pytest.mark.skipif(not has_vnni(), reason="this processor has no AVX-512 VNNI")
+needs_kernels = pytest.mark.usefixtures("library")
+SUPPORTED = [name for name, suits in native.LIBRARIES.items() if suits()]
+
+
+@pytest.fixture(scope="module", params=SUPPORTED)
+def library(request) -> Iterator[str]:
+    """Each library that this processor supports."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(native, "library_name", lambda: request.param)
+        yield request.param
 
 
 @pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the kernels are for Linux on x86-64"
 )
 def test_the_installation_compiled_the_kernels():
-    assert native.library_file() is not None, "pip install --verbose -e . shows why"
+    assert native.library_files().keys() == native.LIBRARIES.keys(), "pip install --verbose -e . shows why"
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -50,7 +60,7 @@ def quantized_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
     return (q.double() * step) @ ((weight / scale).round().double() * scale).T + bias
 
 
-@needs_vnni
+@needs_kernels
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 40), n_in=st.sampled_from([16, 64, 208]), n_out=st.integers(1, 150), seed=st.integers(0, 99))
 def test_a_product_is_the_exact_one_of_the_quantized_operands(n, n_in, n_out, seed):
@@ -67,7 +77,7 @@ def test_a_product_is_the_exact_one_of_the_quantized_operands(n, n_in, n_out, se
     torch.testing.assert_close(linear(x, norm).double(), exact, rtol=0, atol=tolerance)
 
 
-@needs_vnni
+@needs_kernels
 def test_a_row_has_the_same_bits_alone_and_among_others():
     weight, bias, x = random(130, 64), random(130), random(23, 64)
     x[3], x[5, 7], x[11, 0] = 0.0, 1e30, float("nan")
@@ -98,7 +108,7 @@ def hidden_states(model: GPT2, ids: torch.Tensor) -> torch.Tensor:
     return model.hidden(ids[None])[0]
 
 
-@needs_vnni
+@needs_kernels
 @pytest.mark.parametrize(("width", "n_head"), [*((width, 3) for width in native.HEAD_WIDTHS), (16, 17)])
 @torch.inference_mode()
 def test_the_layers_are_the_models_and_do_not_depend_on_how_a_prompt_is_divided(width, n_head):
@@ -113,7 +123,7 @@ def test_the_layers_are_the_models_and_do_not_depend_on_how_a_prompt_is_divided(
     assert torch.equal(torch.cat(parts), together)
 
 
-@needs_vnni
+@needs_kernels
 @torch.inference_mode()
 def test_keys_and_values_are_stored_with_127_steps_and_a_scale_for_each_token_and_head():
     model, ids = spread_model(), torch.arange(9)
@@ -131,7 +141,7 @@ def test_keys_and_values_are_stored_with_127_steps_and_a_scale_for_each_token_an
     assert (error <= 0.501 * scales.transpose(1, 2)[..., None]).all()
 
 
-@needs_vnni
+@needs_kernels
 @pytest.mark.parametrize("part", range(3), ids=["query", "key", "value"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @torch.inference_mode()
@@ -148,7 +158,7 @@ def test_what_is_not_finite_makes_every_later_token_not_finite(part, value):
     assert later.isfinite().any() == (part == 0)  # queries are not kept
 
 
-@needs_vnni
+@needs_kernels
 @torch.inference_mode()
 def test_each_row_is_changed_by_its_own_adapter_alone():
     model, ids = spread_model(), torch.arange(6)
@@ -176,7 +186,7 @@ def test_each_row_is_changed_by_its_own_adapter_alone():
     assert not together[4].isfinite().all()
 
 
-@needs_vnni
+@needs_kernels
 def test_the_most_likely_tokens_are_those_of_torch():
     logits = random(9, 1003)
     logits[1, 40], logits[2, 1002], logits[3, 7], logits[4, 0] = float("nan"), 99.0, float("inf"), -float("inf")
@@ -204,7 +214,7 @@ DRAWS = [
 ]
 
 
-@needs_vnni
+@needs_kernels
 @pytest.mark.parametrize("controls", DRAWS, ids=str)
 @pytest.mark.parametrize("width", [5, 64, 3001])
 def test_the_drawn_tokens_are_those_of_torch(controls, width):
@@ -221,7 +231,7 @@ def test_the_drawn_tokens_are_those_of_torch(controls, width):
         assert (sampling.distribution(logits[None], [config])[0, found] > 0).sum() >= len(found) - 2
 
 
-@needs_vnni
+@needs_kernels
 def test_a_token_is_drawn_alike_beside_other_rows_even_nan():
     rows = [random(1003), torch.full((1003,), torch.nan), random(1003, seed=1), torch.full((1003,), -torch.inf)]
     configs = [GenerationConfig(temperature=1.0, **controls) for controls in DRAWS[2:6]]
@@ -232,7 +242,7 @@ def test_a_token_is_drawn_alike_beside_other_rows_even_nan():
     assert torch.equal(together, torch.cat(alone))
 
 
-@needs_vnni
+@needs_kernels
 def test_completions_are_the_same_alone_together_in_chunks_and_from_two_engines(tmp_path, monkeypatch):
     model = GPT2(CONFIG, torch.Generator().manual_seed(0)).eval()
     targets = (LoraConfig().targets, ("fc",))  # with and without GELU behind an adapter's product
@@ -258,12 +268,14 @@ def test_completions_are_the_same_alone_together_in_chunks_and_from_two_engines(
     assert complete(5) == alone
 
 
-@needs_vnni
+@needs_kernels
 def test_shapes_that_the_kernels_do_not_know_are_decoded_without_them():
     assert native.is_available(CONFIG)
     unknown = ({"n_head": 8}, {"n_embd": 24, "n_head": 1}, {"activation_function": "relu"}, {"n_positions": 16385})
     for change in unknown:
         config = GPT2Config(**{**vars(CONFIG), **change})
         assert not native.is_available(config)
+        if not has_int8(CPU):
+            continue
         with Engine(GPT2(config, torch.Generator().manual_seed(0)).eval(), 2, "int8") as engine:
             assert len(engine.submit([1, 2], GenerationConfig(max_new_tokens=4)).result()) == 4

@@ -18,9 +18,12 @@ from gpt2core.kernels import has_int8
 from gpt2core.losses import token_losses
 from gpt2core.metrics import perplexity
 from gpt2core.model import GPT2
+from tests.gpt2core.conftest import TINY
 
-FORMATS = supported_formats(torch.device("cpu"))
-needs_int8 = pytest.mark.skipif(not has_int8(torch.device("cpu")), reason="no int8 kernel on this processor")
+CPU = torch.device("cpu")
+FORMATS = supported_formats(GPT2Config(**TINY), CPU)
+needs_int8 = pytest.mark.skipif("int8" not in FORMATS, reason="no int8 kernel on this processor")
+needs_torchs_int8 = pytest.mark.skipif(not has_int8(CPU), reason="torch has no exact int8 product on this processor")
 
 
 def logits_of(model: GPT2, weights: str, ids: torch.Tensor) -> torch.Tensor:
@@ -35,7 +38,7 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(quantized.native, "is_available", lambda config: False)
 
 
-@needs_int8
+@needs_torchs_int8
 def test_without_the_kernels_int8_is_computed_by_torch(without_kernels, model):
     test_logits_are_those_of_the_model(model, "int8")
     test_perplexity_is_within_one_percent_of_the_model(model, "int8")
@@ -78,7 +81,7 @@ def test_perplexity_is_within_one_percent_of_the_model(model, weights):
     assert perplexity(losses) == pytest.approx(plain, rel=0.01)
 
 
-@needs_int8
+@needs_torchs_int8
 def test_int8_rows_of_zeros_and_with_an_outlier_do_not_affect_each_other():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     project = quantized._projection(weight, torch.ones(8), "int8")
@@ -128,6 +131,19 @@ def test_the_perplexity_check_detects_outlier_channels_that_int8_cannot_represen
         block.attn.c_attn.weight.data[:, 3] = block.mlp.c_fc.weight.data[:, 3] = 1e-4
     assert good < 0.01 < quantized._perplexity_cost(model, QuantizedModel(model, "int8"))
     assert all(module.training for module in model.modules())
+
+
+def test_bf16_weights_are_computed_in_fp32_on_a_processor_without_bf16_products(model, monkeypatch):
+    monkeypatch.setattr(quantized, "has_onednn", lambda dtype=torch.float32: dtype == torch.float32)
+    test_logits_are_those_of_the_model(model, "bf16")
+    assert QuantizedModel(model, "bf16").dtype == torch.float32
+
+
+def test_int8_without_an_exact_product_is_refused(without_kernels, model, monkeypatch):
+    monkeypatch.setattr(quantized, "has_int8", lambda device: False)  # as on a processor with AVX2 only
+    assert supported_formats(model.config, CPU) == ["fp32", "bf16"]
+    with pytest.raises(ValueError, match="int8 has no kernel for this model on this device or processor"):
+        QuantizedModel(model, "int8")
 
 
 def test_an_unknown_format_is_refused(model):

@@ -34,7 +34,7 @@ def test_additional_modules_and_files_are_covered():
     [
         ("steps.package", {"model_card.md.j2", "model_card_results.md.j2"}),
         ("steps.report", {"report.html.j2", "report.css"}),
-        ("bentos.service", {"native.c", "cuda.cu", "page.html"}),
+        ("bentos.service", {"native.c", "avx2.h", "cuda.cu", "page.html"}),
     ],
 )
 def test_the_key_covers_templates_and_sources_that_modules_name(step, files):
@@ -95,7 +95,7 @@ def test_files_that_no_module_names_are_in_no_key(write_code):
 def test_the_key_of_package_covers_the_kernels(tmp_path, monkeypatch):
     """They are not in git, and in the image of the steps not in the checkout."""
     library = tmp_path / "library.so"
-    monkeypatch.setattr(bento, "library_file", lambda: library if library.exists() else None)
+    monkeypatch.setattr(bento, "library_files", lambda: {"name": library} if library.exists() else {})
     digest = source_utils.load(package.configuration.cache_policy.cache_func)
     found = [digest()]
     for content in (b"one", b"two"):
