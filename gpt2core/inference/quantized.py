@@ -303,7 +303,7 @@ def _projection(
     if not _has_bf16_products(weight.device):
         weight, bias = weight.float(), None if bias is None else bias.float()
     large = weight.dtype == torch.bfloat16 or weight.numel() >= MIN_WEIGHTS_FOR_ONEDNN
-    if large and weight.device.type == "cpu" and has_onednn():
+    if large and weight.device.type == "cpu" and has_onednn(weight.dtype):
         packed = prepack(weight)
         return lambda x: onednn_linear(x, packed, bias)
     return lambda x: F.linear(x, weight, bias)

@@ -15,6 +15,7 @@ from gpt2core.checkpoint import load_adapter, load_pretrained
 from gpt2core.config import GenerationConfig, GPT2Config, LoraConfig
 from gpt2core.data import Example
 from gpt2core.engine import Engine
+from gpt2core.inference import quantized
 from gpt2core.losses import _CrossEntropy, batch_losses
 from gpt2core.model import GPT2
 from gpt2core.sampling import most_likely
@@ -78,6 +79,7 @@ def test_the_check_before_their_use_finds_each_difference(kernels):
 def test_the_engine_decodes_with_them(kernels, wide_gpt2_dir, tmp_path, monkeypatch, max_batch):
     """More requests than rows, of different lengths, with adapters, and some with log probabilities."""
     monkeypatch.setattr(cuda, "kernels_for", lambda config, dtype, device: kernels)
+    monkeypatch.setattr(quantized, "_has_bf16_products", lambda device: True)  # as on a GPU
     models = [load_pretrained(wide_gpt2_dir), load_pretrained(wide_gpt2_dir)]
     directory = save_random_adapter(load_pretrained(wide_gpt2_dir), LoraConfig(rank=2), 1, tmp_path)
     load_adapter(models[1], directory)
