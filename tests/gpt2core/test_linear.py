@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2core import linear as module
+from gpt2core.kernels import has_onednn
 from gpt2core.linear import MIN_MULTIPLICATIONS, MIN_ROWS, Linear, PrepackedWeight, linear
 
 
@@ -36,6 +37,7 @@ def test_output_and_gradients_are_those_of_f_linear(shape, width, has_bias, froz
         torch.testing.assert_close(found, exact_grad.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="oneDNN has no bf16 products on this processor")
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_prepacked_weights_give_the_output_and_gradient_of_f_linear(has_bias):
     x, w, b = tensors((3, 101), 64, torch.bfloat16, frozen=True)
