@@ -27,6 +27,9 @@ from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_a
 
 CPU = torch.device("cpu")
 CONFIG = GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2)
+needs_compiler = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the kernels are for Linux on x86-64"
+)
 needs_kernels = pytest.mark.usefixtures("library")
 SUPPORTED = [name for name, suits in native.LIBRARIES.items() if suits()]
 
@@ -39,11 +42,27 @@ def library(request) -> Iterator[str]:
         yield request.param
 
 
-@pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the kernels are for Linux on x86-64"
-)
+@needs_compiler
 def test_the_installation_compiled_the_kernels():
     assert native.library_files().keys() == native.LIBRARIES.keys(), "pip install --verbose -e . shows why"
+
+
+@needs_compiler
+def test_the_fastest_compiled_library_for_the_processor_is_used(monkeypatch, caplog):
+    avx512, avx2 = native.LIBRARIES
+    compiled = native.library_files()
+    choose = native.library_name.__wrapped__  # without its cache
+    monkeypatch.setattr(native, "LIBRARIES", dict.fromkeys((avx512, avx2), lambda: True))
+    assert choose() == avx512
+    monkeypatch.setattr(native, "library_files", lambda: {avx2: compiled[avx2]})
+    assert choose() == avx2
+    monkeypatch.setattr(native, "INTERFACE", 0)
+    assert choose() is None
+    assert "the int8 kernels are missing or outdated" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(native, "LIBRARIES", dict.fromkeys((avx512, avx2), lambda: False))
+    assert choose() is None
+    assert caplog.text == ""
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
