@@ -119,8 +119,6 @@ INLINE __m256i to_words(Ints x) {
 
 INLINE __m128i load_16(const void *at) { return _mm_loadu_si128(at); }
 
-INLINE __m256i load_32(const void *at) { return _mm256_loadu_si256(at); }
-
 // ---- products --------------------------------------------------------------------------------------------------------
 
 typedef int16_t Input;  // a quantized activation, from 0 to 255
