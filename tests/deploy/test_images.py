@@ -211,7 +211,8 @@ def search(engine, reference: str, *texts: str) -> dict[str, list[str]]:
 def test_the_steps_image_runs_the_pipelines_code_as_any_user_on_a_read_only_root(engine, steps):
     assert json.loads(steps.sbom)["bomFormat"] == "CycloneDX"
     code = "import zenml, bentoml, evidently, steps.finetune, pipelines.finetune_pipeline; print('imported')\n"
-    code += "import ctypes, sys; from gpt2core.inference.native import NAME; ctypes.CDLL(f'{sys.prefix}/lib/{NAME}')"
+    code += "import ctypes, sys; from gpt2core.inference.native import LIBRARIES; "
+    code += "[ctypes.CDLL(f'{sys.prefix}/lib/{name}') for name in LIBRARIES]"
     output = engine.containers.run(
         steps.reference,
         ["python", "-c", code],
