@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -44,6 +45,12 @@ def pytest_ignore_collect(collection_path, config):
         return None
     path = collection_path.relative_to(ROOT / "tests").as_posix()
     return None if path in (".", "gpt2core", "gpt2core/test_gpu.py", "gpt2core/test_cuda.py") else True
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged(caplog):
+    """Set the root logger's level, which ZenML raises when a run of another test ends."""
+    caplog.set_level(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

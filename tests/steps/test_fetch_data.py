@@ -1,7 +1,6 @@
 import functools
 import hashlib
 import json
-import logging
 import re
 import threading
 from dataclasses import replace
@@ -43,11 +42,6 @@ def url(tmp_path):
         threading.Thread(target=server.serve_forever).start()
         yield f"http://127.0.0.1:{server.server_port}/records.json"
         server.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_logged(caplog):
-    caplog.set_level(logging.WARNING)
 
 
 def write(tmp_path, records) -> str:
@@ -178,7 +172,6 @@ def test_a_file_of_one_part_gives_only_its_records_of_that_part(tmp_path):
 
 @pytest.mark.parametrize("is_table", [False, True])
 def test_locations_have_the_file_if_there_are_several(tmp_path, caplog, is_table):
-    caplog.set_level(logging.WARNING)
     for name in ("h/main", "d/x/train", "d/x/test"):
         file = tmp_path / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
