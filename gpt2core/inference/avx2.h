@@ -50,7 +50,9 @@ INLINE Floats load_some(Mask mask, const void *at) {
     return join(_mm256_maskload_ps(x, first_ints(mask)), _mm256_maskload_ps(x + LANES / 2, last_ints(mask)));
 }
 
+// A masked store takes many cycles on AMD, so whole vectors are stored without a mask.
 INLINE void store_some(void *at, Mask mask, Floats x) {
+    if (bits_of(mask) == 0xffff) return store(at, x);
     float *y = at;
     _mm256_maskstore_ps(y, first_ints(mask), first_half(x));
     _mm256_maskstore_ps(y + LANES / 2, last_ints(mask), last_half(x));
