@@ -398,6 +398,8 @@ def _errors_as_one_line(*errors: type[Exception]) -> Iterator[None]:
 
 def _open_store() -> None:
     """Open ZenML's store before importing steps, which opens it too, but reports errors in hundreds of lines."""
+    if not os.path.isabs(os.path.expanduser("~")):  # libraries would make a directory named ~
+        raise click.ClickException("this user has no home directory; set the environment variable HOME to a directory")
     with _errors_as_one_line(KeyError):  # which ZenML raises for wrong values of its environment variables
         from pipelines.zenml_compat import open_store
 

@@ -63,7 +63,7 @@ def open_store() -> None:
     If two processes create the same tables, one of them fails with "The database has never been migrated".
 
     Raises:
-        StoreError: the database is damaged or locked, or its directory cannot be written.
+        StoreError: the database is damaged or locked, or its directory or the project's .zen cannot be written.
         KeyError: the active project or stack does not exist.
     """
     directory = store_directory()
@@ -73,10 +73,11 @@ def open_store() -> None:
             client = Client()
             _ = client.zen_store, client.active_project, client.active_stack_model
     except OSError as error:
-        raise StoreError(
-            f"ZenML's store in {directory} cannot be written: {error}; make space or permit writing there, or set "
-            "ZENML_CONFIG_PATH to another directory"
-        ) from None
+        if error.filename is None or Path(error.filename).is_relative_to(directory):
+            problem = f"ZenML's store in {directory} cannot be written: {error}; make space or permit writing there"
+            raise StoreError(f"{problem}, or set ZENML_CONFIG_PATH to another directory") from None
+        problem = f"ZenML cannot write to the project: {error}"
+        raise StoreError(f"{problem}; run a copy of the project that you may write to") from None
 
 
 class PipelineSource(Pipeline):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 from zenml.client import Client
 
+import run
 from deploy.containers import steps as containers
 from pipelines.errors import ConfigError
 from pipelines.finetune_pipeline import finetune_pipeline
@@ -135,6 +138,26 @@ def test_the_first_use_of_a_store_that_cannot_be_written_names_it_and_the_way_ou
     assert f"Error: ZenML's store in {tmp_path}/file/zenml cannot be written" in done.stderr
     assert "set ZENML_CONFIG_PATH" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_project_that_cannot_be_written_is_not_reported_as_the_store(tmp_path):
+    (tmp_path / ".zen" / "config.yaml").mkdir(parents=True)
+    environment = os.environ | {"ZENML_REPOSITORY_PATH": str(tmp_path), "ZENML_CONFIG_PATH": str(tmp_path / "zenml")}
+    command = [sys.executable, "run.py", "lineage", "latest"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "Error: ZenML cannot write to the project: " in done.stderr
+    assert f"'{tmp_path}/.zen/config.yaml'; run a copy of the project" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_user_without_a_home_directory_is_told_to_set_home(monkeypatch):
+    """Such as `docker run --user 12345`."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", fail_with(KeyError()))
+    done = CliRunner().invoke(run.main, ["lineage", "latest"])
+    assert done.exit_code == 1
+    assert done.stderr == "Error: this user has no home directory; set the environment variable HOME to a directory\n"
 
 
 def test_commands_run_without_a_standard_output(tmp_path):
