@@ -319,9 +319,8 @@ class PromoteConfig:
     metric: str = "exact_match"  # the score that decides
     margin: float = 0.05  # in units of the metric
     alpha: float = 0.05  # significance level of both tests
-    champion: Literal["required", "if-present", "ignore"] = (
-        "if-present"  # whether a champion must exist; ignore: compare with the base only
-    )
+    # whether a champion must exist; ignore: compare with the base only
+    champion: Literal["required", "if-present", "ignore"] = "if-present"
 
     def __post_init__(self) -> None:
         check_types(self)
