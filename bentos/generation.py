@@ -235,7 +235,7 @@ class TextGenerator:
         self._check_not_following()
         async with self._changing:
             if request is not None and request.adapter not in self._adapters.keys() - {TUNED}:
-                message = f"adapter: {request.adapter!r} is not loaded; load it by POST /v1/load_lora_adapter"
+                message = f"adapter: {request.adapter!r} is not loaded; load it with POST /v1/load_lora_adapter"
                 raise ServiceError("adapter_not_found", message, "adapter")
             self._set_canary(request)
 

@@ -103,7 +103,7 @@ class LlguidanceGrammar:
 
 
 def _grammar_error(param: str, reason: str) -> ServiceError:
-    """Return the error of a field. Of the library's lines, it has the cause in a regex, or else the first line."""
+    """Return the error of a field, with the line of the library's message that has the cause, or the first line."""
     lines = reason.strip().splitlines()
     causes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return ServiceError("invalid_request", f"{param}: {f'invalid regex: {causes[0]}' if causes else lines[0]}", param)

@@ -28,7 +28,7 @@ class Service:
     """The admin API of a service. Every method raises CanaryError."""
 
     def __init__(self, url: str) -> None:
-        """Reads the token from the environment variable GPT2_ADMIN_TOKEN, of several the first."""
+        """Read the token from the environment variable GPT2_ADMIN_TOKEN; if it has several, the first one."""
         self.url = url.rstrip("/")
         self._token = first_token("GPT2_ADMIN_TOKEN")
 

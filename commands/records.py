@@ -49,7 +49,7 @@ def collect(log: str | Path, out: Path) -> Collected:
         changed += sum(record["output"] != output for record in known)
         for record in known:
             record["output"] = output
-    atomic_write(out.resolve(), to_jsonl(records))  # of a link, the file that it points to
+    atomic_write(out.resolve(), to_jsonl(records))  # if `out` is a link, replaces its target
     return Collected(len(records), changed, problems)
 
 

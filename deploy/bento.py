@@ -145,8 +145,8 @@ def complete_lineage(file: Path) -> Lineage:
     if stated != known.to_json():
         key = _different_key(stated, known.to_json())
         raise ValueError(
-            f"{file} was changed, or is of another version of this project, which alone can check it: {key} is not as "
-            "this version writes it"
+            f"{file} was changed, or was written by another version of this project, which alone can check it: "
+            f"key {key} is not as this version writes it"
         )
     return known
 
@@ -202,8 +202,8 @@ def bentoml_command(verb: str) -> list[str]:
 def bentoml_environment() -> dict[str, str]:
     """Return this process's environment without variables that would import this checkout's code or change the service.
 
-    The store is that of this process, whatever the child's working directory. The output is UTF-8: BentoML prints
-    characters that a latin-1 locale lacks.
+    The store is that of this process, independent of the child's working directory. The output is UTF-8: BentoML
+    prints characters that a latin-1 locale lacks.
     """
     removed = ("PYTHONPATH", "PORT", "BENTOML_PORT", "BENTOML_CONFIG", "BENTOML_CONFIG_OPTIONS", "PYTHONIOENCODING")
     kept = {name: value for name, value in os.environ.items() if name not in removed}

@@ -84,7 +84,7 @@ def direct_session() -> requests.Session:
 
 
 def api_key_header() -> dict[str, str]:
-    """Return the authentication header for $GPT2_API_TOKEN, of several tokens the first.
+    """Return the authentication header with the first token in $GPT2_API_TOKEN.
 
     The API server's proxy would remove Authorization.
     """

@@ -183,9 +183,7 @@ def read_config(file: Path) -> GPT2Config:
     if token_ids is not None and isinstance(n_rows, int):
         n_tokens = max(token_ids.values()) + 1
         if n_tokens > n_rows:
-            raise ValueError(
-                f"{file}: vocab_size is {n_rows}, but the tokenizer beside it has {n_tokens} ids; they do not match"
-            )
+            raise ValueError(f"{file}: vocab_size is {n_rows}, but the tokenizer in its directory has {n_tokens} ids")
         described["n_tokens"] = n_tokens if n_tokens < n_rows else None
     try:
         config = GPT2Config(**described)

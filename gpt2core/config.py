@@ -259,7 +259,7 @@ class GenerationConfig:
 def _check_training(config: TrainConfig | PretrainConfig) -> None:
     lists_to_tuples(config, "betas")
     check_types(config)
-    object.__setattr__(config, "betas", tuple(map(float, config.betas)))  # torch refuses an int beside a float
+    object.__setattr__(config, "betas", tuple(map(float, config.betas)))  # torch rejects a pair of an int and a float
     for name in ("batch_size", "gradient_accumulation_steps", "log_every_steps"):
         check_field(config, name, getattr(config, name) >= 1, "at least 1")
     check_field(config, "learning_rate", config.learning_rate > 0, "above 0")

@@ -87,7 +87,7 @@ def _process_group(devices: int, *arguments: object) -> Iterator[None]:
             others.join(10)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as ended:
             reason = str(ended).strip().splitlines()[-1]
-            hint = "; perhaps the memory was full" if "SIGKILL" in reason else ""
+            hint = "; the machine may have run out of memory" if "SIGKILL" in reason else ""
             raise RuntimeError(f"a training process ended early: {reason}{hint}") from error
         raise
     finally:

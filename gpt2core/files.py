@@ -73,7 +73,7 @@ def naming_file(file: Path, size: int | None = None) -> Iterator[None]:
 
 
 def _cause(error: OSError) -> tuple[int | None, str | None]:
-    """Return the number and the text of an OSError; of the list of errors in `shutil.Error`, those of the first one."""
+    """Return the number and the text of an OSError; for `shutil.Error`, those of the first error in its list."""
     if isinstance(error, shutil.Error) and (match := re.search(r"\[Errno (\d+)\] ([^:']+)", str(error))):
         return int(match[1]), match[2]
     return error.errno, error.strerror
@@ -87,7 +87,7 @@ def free_bytes(file: Path) -> int:
 def write_files(directory: str | Path, files: Mapping[str, bytes]) -> Path:
     """Write the files (name -> content) of a model into the directory, each of them atomically; return the directory.
 
-    Every user may read them, whatever the umask: the service runs as another user.
+    Every user may read them, regardless of the umask: the service runs as another user.
     """
     for name, content in files.items():
         atomic_write(Path(directory) / name, content, mode=0o644)
@@ -137,7 +137,7 @@ def shard_files(directory: str | Path) -> list[str]:
             must not refer to files outside its directory.
     """
     index = Path(directory) / INDEX
-    if (index.parent / WEIGHTS).is_file() or not index.is_file():  # an index beside an unsharded file is not used
+    if (index.parent / WEIGHTS).is_file() or not index.is_file():  # an unsharded file takes precedence over an index
         return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

@@ -279,7 +279,7 @@ def release_openmp_workers() -> None:
 
 
 def limit_openmp_threads() -> None:
-    """Make torch use a single thread for operations of the calling thread, beside the thread pool of native.c.
+    """Make torch use a single thread for operations of the calling thread, which also uses the thread pool of native.c.
 
     OpenMP's workers keep their core for a while after each operation, when the pool needs it. Private because
     `torch.set_num_threads` also sets the number for threads that start later.

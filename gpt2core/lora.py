@@ -126,7 +126,7 @@ class LoraLinear(nn.Module):
     """y = W x + b, with scaling * B A x added to n of the n_slices equal slices of y.
 
     lora_A (n, R, in) and lora_B (n, out / n_slices, R) hold one pair of matrices per adapted slice. They stay in fp32
-    beside a bf16 base and are cast on use, since small updates to bf16 weights would be lost.
+    even if the base is bf16, and are cast on use, since small updates to bf16 weights would be lost.
 
     DoRA (arXiv:2402.09353, equation 5): each row of V = W + scaling * B A of an adapted slice is scaled to a trained
     length, y = lora_magnitude / ||V|| * V x + b, with lora_magnitude (n, out / n_slices). The norm is a constant for

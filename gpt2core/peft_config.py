@@ -138,7 +138,7 @@ def _is_text(value: object) -> bool:
 
 
 def _check_pattern(file: Path, key: str, pattern: str) -> None:
-    """Reject a pattern whose matching could take too long: `re` backtracks, and blocks all other threads meanwhile."""
+    """Reject a pattern whose matching could take too long: `re` backtracks, and blocks all other threads."""
     if len(pattern) > _MAX_PATTERN or _ways(f"({pattern})") > _MAX_WAYS:  # in a group, as `_by_module` matches it
         raise ValueError(
             f"{file}: {key} has the pattern {reprlib.repr(pattern)}, whose matching can take too long; it must have at "

@@ -184,7 +184,7 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
             if peft.dora:
                 raise ValueError(
                     f"{peft.file} leaves out {name} but adapts this layer of other blocks; with use_dora, only "
-                    "adapters of all blocks are supported: merge it by PEFT's merge_and_unload and use the result as "
+                    "adapters of all blocks are supported: merge it with PEFT's merge_and_unload and use the result as "
                     "the base"
                 )
             continue
@@ -208,7 +208,7 @@ def _refuse_embedding(file: Path, module: str, weight: str) -> None:
         )
     raise ValueError(
         f"{file} has weights of {module}, which belong to the base; if training did not change them, save the adapter "
-        "with save_pretrained(directory, save_embedding_layers=False), otherwise merge it by PEFT's merge_and_unload "
+        "with save_pretrained(directory, save_embedding_layers=False), otherwise merge it with PEFT's merge_and_unload "
         "and use the result as the base"
     )
 
@@ -244,6 +244,6 @@ def _read_matrices(
     if not tensors:
         raise ValueError(f"{file} has no tensors")
     if len(prefixes) > 1:
-        raise ValueError(f"{file} has keys both with and without 'transformer.' before 'h.'; they are of two models")
+        raise ValueError(f"{file} has keys both with and without 'transformer.' before 'h.': it mixes two models")
     [prefix] = prefixes
     return prefix, tensors

@@ -32,7 +32,7 @@ _CONTENTS = (  # first bytes of other formats that occur in files with a text fi
     (b"\xfd7zXZ\0", "is compressed by xz; decompress it"),
     (b"BZh", "is compressed by bzip2; decompress it"),
     (b"PAR1", "is a Parquet file; rename it to .parquet"),
-    (b"version https://git-lfs", "is a pointer of Git LFS, not the data; fetch it by git lfs pull"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the data; run git lfs pull"),
 )
 _ENCODINGS = (
     (b"\xff\xfe\0\0", "UTF-32"),
@@ -96,8 +96,8 @@ def _decode(content: bytes, file: Path) -> str:
             hint = "other lines are UTF-8, so the file is damaged here or mixes encodings; correct this line"
         else:
             hint = (
-                "find out its encoding and convert it, for example by iconv -f WINDOWS-1252 -t UTF-8 (or from CP1250, "
-                "CP1251, SHIFT_JIS, GB18030); a wrong choice gives wrong letters without an error"
+                "find out its encoding and convert it, for example with iconv -f WINDOWS-1252 -t UTF-8 (or from "
+                "CP1250, CP1251, SHIFT_JIS, GB18030); a wrong choice gives wrong letters without an error"
             )
         raise ValueError(
             f"{file}, line {line}, column {len(before) + 1}: byte 0x{content[error.start]:02x} is not UTF-8; {hint}. "

@@ -1,4 +1,4 @@
-"""Makes Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end a run, whatever the main thread is doing."""
+"""Makes Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end a run in any state of the main thread."""
 
 import signal
 import sys

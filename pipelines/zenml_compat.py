@@ -43,7 +43,7 @@ def store_errors_as_one_line() -> Iterator[None]:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         if "disk is full" in reason:
-            advice = f"make space there ({free_bytes(store_directory() / 'zenml.db'):,} bytes free)"
+            advice = f"free some space there ({free_bytes(store_directory() / 'zenml.db'):,} bytes free)"
         else:
             advice = (
                 "end other commands that use it. If it is damaged, restore it or move that directory away: the next "
@@ -74,7 +74,7 @@ def open_store() -> None:
             _ = client.zen_store, client.active_project, client.active_stack_model
     except OSError as error:
         if error.filename is None or Path(error.filename).is_relative_to(directory):
-            problem = f"ZenML's store in {directory} cannot be written: {error}; make space or permit writing there"
+            problem = f"ZenML's store in {directory} cannot be written: {error}; free some space, allow writing there"
             raise StoreError(f"{problem}, or set ZENML_CONFIG_PATH to another directory") from None
         problem = f"ZenML cannot write to the project: {error}"
         raise StoreError(f"{problem}; run a copy of the project that you may write to") from None

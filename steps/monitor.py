@@ -137,7 +137,7 @@ def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse
         runs = [step.pipeline_run_id for step in steps if ids & {version.id for version in step.outputs["adapter"]}]
     if runs:
         return Client().get_pipeline_run(runs[0])
-    raise ValueError(f"{monitor.log} is of the adapter {digest}, which no run of this ZenML store has; set monitor.run")
+    raise ValueError(f"no run in this ZenML store has the adapter {digest} that {monitor.log} names; set monitor.run")
 
 
 def _load(run: PipelineRunResponse, artifact: ArtifactVersionResponse) -> Any:

@@ -111,7 +111,7 @@ def _written_before(directory: Path, run: RunRef) -> bool:
     marker = directory / RUN_ID
     if not marker.is_file() or marker.read_text(encoding="utf-8") != run.id:
         raise FileExistsError(
-            f"{directory} exists, but is not of the run {run.id}; move it away, or give the next run another run_name"
+            f"{directory} exists, but is from another run than {run.id}; move it away, or set another run_name"
         )
     return True
 

@@ -62,6 +62,6 @@ def _check_log(log: Path) -> None:
             f"{others[0]}; {example}"
         )
     if is_shared or folder in (Path.cwd(), *Path.cwd().parents):
-        raise DeployError(f"GPT2_REQUEST_LOG is {log}: that directory is not only the log's; {example}")
+        raise DeployError(f"GPT2_REQUEST_LOG is {log}: that directory has other uses too; {example}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise DeployError(f"GPT2_REQUEST_LOG is {log}, and its directory is not writable")

@@ -2,8 +2,8 @@
 
 The port identifies a deployment. For port 3000, gpt2-instruct-3000 is the name of the proxy (`proxy.py`), of the
 network that proxy and services share, and of the volume that stores the current service's address. The previous service
-is stopped but kept for `rollback`, which starts another service of its image. A service gets its restart policy when it
-is verified: one without it, except the current, was left behind by a killed run.
+is stopped but kept for `rollback`, which starts another service of its image. A service gets a restart policy when it
+is verified: a service without one, except the current service, was left behind by a killed run.
 """
 
 import errno
@@ -132,7 +132,7 @@ class _ServiceGroup:
             current = self.current()
             for service in self._services():
                 if not _is_verified(service) and (current is None or service.id != current.id):
-                    logger.warning("removing the container %s, which a killed run did not verify", service.name)
+                    logger.warning("removing the container %s, which a killed run left unverified", service.name)
                     service.remove(force=True)
             yield
 

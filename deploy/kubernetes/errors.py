@@ -27,7 +27,7 @@ class ConflictError(KubeError):
 
 
 class SupersededError(KubeError):
-    """Someone else has deployed another version meanwhile, which must not be undone."""
+    """Someone else has deployed another version in the meantime, which must not be rolled back."""
 
 
 class UnavailableError(KubeError):

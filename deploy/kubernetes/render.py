@@ -80,7 +80,7 @@ def verified_patch(live: Manifest) -> list[Manifest]:
 
 
 def was_left_unverified(manifest: Manifest) -> bool:
-    """Whether a killed run left this Deployment or ReplicaSet. Those without the annotation are of another origin."""
+    """Whether a killed run left this Deployment or ReplicaSet unverified; False if no annotation says so."""
     return bool(manifest["metadata"].get("annotations", {}).get(VERIFIED) == "false")
 
 

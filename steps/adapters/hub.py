@@ -102,9 +102,9 @@ def _missing(path: Path, files: Sequence[str]) -> str:
         others = sorted({file.name for pattern in PICKLES for file in path.glob(pattern)})
         only = f" (only {', '.join(others)})" if others else ""
         return (
-            f"safetensors weights{only}. Pickles like pytorch_model.bin can run any code and are not read: where you "
-            "trust one, load it by transformers' GPT2LMHeadModel.from_pretrained and write it by save_pretrained, with "
-            "its tokenizer, to a directory for base.name"
+            f"safetensors weights{only}. Pickles like pytorch_model.bin can run any code and are not read. If you "
+            "trust one, load it with transformers' GPT2LMHeadModel.from_pretrained, write it and its tokenizer with "
+            "save_pretrained, and set base.name to that directory"
         )
     if not any(set(tokenizer) <= set(files) for tokenizer in TOKENIZERS):
         return f"tokenizer.json, nor vocab.json and merges.txt; {use_another}"

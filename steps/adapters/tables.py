@@ -127,7 +127,7 @@ def _is_parquet(file: Path) -> bool:
 
 
 def _refuse_several_datasets(path: Path, parts: Mapping[Path, str]) -> None:
-    """Refuse test.csv beside test.parquet, several configurations of a dataset of the hub, and tables without a part.
+    """Reject test.csv together with test.parquet, several configurations of a Hub dataset, and tables without a part.
 
     Args:
         parts: name of each file -> its part.
@@ -145,7 +145,7 @@ def _refuse_several_datasets(path: Path, parts: Mapping[Path, str]) -> None:
 
 
 def _refuse_several_splits(path: Path, parts: Mapping[Path, str]) -> None:
-    """Refuse train_sft-00000-of-00001 beside train_gen-00000-of-00001: the datasets library has them as two splits."""
+    """Reject train_sft-00000-of-00001 together with train_gen-00000-of-00001, two splits in the datasets library."""
     splits: dict[str, set[str]] = defaultdict(set)
     for name, part in parts.items():
         if part and (shard := _SHARD.fullmatch(name.stem)) and _words(shard[1]):

@@ -53,7 +53,7 @@ def test_a_shared_directory_is_not_mounted_even_if_it_is_empty(tmp_path):
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)
-    with pytest.raises(DeployError, match="not only the log's"):
+    with pytest.raises(DeployError, match="has other uses"):
         mount_files({"GPT2_REQUEST_LOG": str(folder / "requests.jsonl")})
 
 

@@ -255,7 +255,7 @@ def test_the_number_of_tokens_is_known_where_the_embedding_has_padding(directory
     change(lambda tensors: tensors.update({"transformer.wte.weight": torch.ones(n_tokens, 32)}))
     assert load_pretrained(directory).config.n_tokens is None
     file = configure(vocab_size=n_tokens - 1)
-    refused(directory, f"{file}: vocab_size is {n_tokens - 1}, but the tokenizer beside it has {n_tokens} ids")
+    refused(directory, f"{file}: vocab_size is {n_tokens - 1}, but the tokenizer in its directory has {n_tokens} ids")
 
 
 # ------------------------------------------------------------------------------------------------- writing checkpoints

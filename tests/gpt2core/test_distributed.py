@@ -88,7 +88,10 @@ def test_the_error_names_the_signal_that_killed_a_process(tiny_gpt2_dir, config)
         for process in torch.multiprocessing.active_children():
             process.kill()
 
-    with pytest.raises(RuntimeError, match=r"a training process ended early: process 0 .* SIGKILL; perhaps the memory"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"a training process ended early: process 0 .* SIGKILL; the machine may have run out of memory",
+    ):
         finetune_adapter(tiny_gpt2_dir, LORA, examples(13), [], replace(config, devices=2), kill_other)
     assert torch.multiprocessing.active_children() == []
 

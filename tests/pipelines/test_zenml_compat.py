@@ -57,7 +57,7 @@ def test_importing_the_pipelines_runs_no_git_and_reads_no_configuration(tmp_path
 @pytest.mark.parametrize(
     ("reason", "advice"),
     [
-        ("database or disk is full", r"make space there \([\d,]+ bytes free\)$"),
+        ("database or disk is full", r"free some space there \([\d,]+ bytes free\)$"),
         ("file is not a database", "restore it"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_directory_of_another_run_is_refused_and_stays(folder):
     outputs.write_outputs(RunRef("1", "run"), {"file.txt": "one"}, {})
     (folder / "mine").mkdir()
     for name in ("run", "mine"):
-        with pytest.raises(FileExistsError, match=f"{name} exists, but is not of the run 2"):
+        with pytest.raises(FileExistsError, match=f"{name} exists, but is from another run than 2"):
             outputs.write_outputs(RunRef("2", name), {"file.txt": "two"}, {})
     assert (folder / "latest" / "file.txt").read_text() == "one"
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "mine", "run"]
