@@ -69,7 +69,7 @@ class Cluster:
     """One namespace of a cluster. Every method raises KubeError with a message that says what to do.
 
     Attributes:
-        outage_timeout: seconds for which requests are repeated while the API server is unavailable.
+        outage_timeout: seconds for which requests are retried while the API server is unavailable.
     """
 
     def __init__(self, config: DeployConfig) -> None:
@@ -191,13 +191,13 @@ class Cluster:
     def crash_log(self, pod: str, container: str) -> str:
         """Return the last log lines of the container's previous instance, which crashed."""
         query = [("container", container), ("previous", "true"), ("tailLines", str(LOG_LINES))]
-        # not repeated during an outage: status 500 may be that of the node
+        # not retried during an outage: status 500 may be that of the node
         return str(self._request("GET", f"{self._path('Pod')}/{pod}/log", query=query, response_type="str"))
 
     def predict(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Send POST /predict through the API server's proxy; return the response, {} unless it is a JSON object."""
         path = f"{self._path('Service')}/{NAME}:http/proxy/predict"
-        # not repeated during an outage: an error status may be the service's
+        # not retried during an outage: an error status may be the service's
         response = self._request("POST", path, dict(body), timeout=PREDICT_TIMEOUT, headers=api_key_header())
         return response if isinstance(response, dict) else {}
 
@@ -236,7 +236,7 @@ class Cluster:
         return PATHS[kind].format(namespace=self.namespace)
 
     def _call(self, method: str, path: str, *arguments: Any, **options: Any) -> Any:
-        """Send a request (`_request`); repeat it during an outage of at most `outage_timeout`."""
+        """Send a request (`_request`); retry it during an outage of at most `outage_timeout`."""
         deadline = time.monotonic() + self.outage_timeout
         is_reported = False
         while True:
@@ -247,11 +247,11 @@ class Cluster:
                     raise
                 if time.monotonic() > deadline:
                     raise UnavailableError(
-                        f"{error}. This was repeated for {self.outage_timeout:.0f} seconds, so the end of the "
-                        "rollout was not observed: run the same command again when the API server responds"
+                        f"{error}. Retries failed for {self.outage_timeout:.0f} seconds, so the outcome of the "
+                        "rollout is unknown: run the same command again when the API server responds"
                     ) from None
                 if not is_reported:
-                    logger.warning("%s; repeating this for %.0f seconds", error, self.outage_timeout)
+                    logger.warning("%s; retrying for %.0f seconds", error, self.outage_timeout)
                 is_reported = True
                 time.sleep(OUTAGE_POLL)
 

@@ -692,7 +692,7 @@ def test_an_outage_of_the_api_server_does_not_end_a_deployment(api, config, firs
     during_first_wait(monkeypatch, lambda: api.failures.extend([503] * 12))
     assert deploy_next(config).outcome == "deployed"
     assert api.running() == [NEW, NEW]
-    assert len([line for line in caplog.messages if "repeating this for 600 seconds" in line]) == 1
+    assert len([line for line in caplog.messages if "retrying for 600 seconds" in line]) == 1
 
 
 def test_an_outage_of_the_api_server_does_not_end_a_rollback(api, config, first, monkeypatch):
@@ -725,7 +725,7 @@ def test_a_deployment_whose_end_was_not_observed_says_so(api, config, first, mon
     during_first_wait(monkeypatch, lambda: api.failures.extend([503] * 1000))
     outcome = failed(deploy_next, config).outcome
     assert outcome.outcome == "failed"
-    assert "the end of the rollout was not observed: run the same command again when" in outcome.reason
+    assert "the outcome of the rollout is unknown: run the same command again when" in outcome.reason
     api.failures.clear()
     assert api.image() == NEW
 
