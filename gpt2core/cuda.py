@@ -1,7 +1,7 @@
 """The kernels of cuda.cu, compiled at run time by NVRTC, which every CUDA build of torch contains.
 
 They need neither a compiler in the image nor the CUDA toolkit. If they cannot be compiled, or do not support the
-model's shape, torch's operators compute the same. All are for decoding, except for the loss of training.
+model's shape, torch's operators compute the same. All are for decoding, except the one for the training loss.
 """
 
 import ctypes

@@ -35,7 +35,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The results of a training run besides the weights.
+    """The results of a training run, except the weights.
 
     history: one entry for each step after which values are logged or a validation takes place. `step` is the number of
         completed optimizer steps. Logged values are `train/loss`, `train/learning_rate`, `train/grad_norm`,

@@ -54,7 +54,7 @@ def score_adapters(
     Args:
         adapters: adapters of repeated training runs with the same seed. The first one is scored; the metric same_bytes
             compares the files of all.
-        history, summary: results of the first training.
+        history, summary: results of the first training run.
 
     Raises:
         ValueError: there is no validation record.

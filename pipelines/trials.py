@@ -35,7 +35,7 @@ def finetune_trials(sweep: SweepConfig, seed: int, tracking: TrackingConfig) -> 
     def train_adapters(parts: Any, base: Any, lora: Any, train: Any) -> list[Any]:
         runs: list[Any] = []
         for _ in range(sweep.repeats):
-            # a repeated training is compared with the first training, so it must not come from the cache
+            # a repeated training run is compared with the first one, so it must not come from the cache
             step = finetune.with_options(enable_cache=False) if runs else finetune
             name = shared.name(f"finetune_seed_{train.seed}")
             after = [shared.last] if runs else []  # not in parallel: runs with equal inputs share a checkpoint
@@ -103,7 +103,7 @@ class _SharedSteps:
     """The steps that were added so far: their names, and the outputs that several trials use."""
 
     def __init__(self) -> None:
-        self.last = ""  # name of the training that was added last
+        self.last = ""  # name of the training step that was added last
         self._names: set[str] = set()
         self._outputs: dict[str, Any] = {}
 

@@ -25,7 +25,7 @@ TRAINING_ID = "training-id"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The directory of a training's checkpoint. `training_id` is the same in every run that resumes the training."""
+    """The directory of a training run's checkpoint. Every attempt to resume the run has the same `training_id`."""
 
     directory: Path
     training_id: str
@@ -43,7 +43,7 @@ class Checkpoints:
 
 @contextmanager
 def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
-    """Context manager: yields the checkpoints of the training with this key. Removes them if the block succeeds.
+    """Context manager: yields the checkpoints of the training run with this key. Removes them if the block succeeds.
 
     If the artifact store is a local directory, checkpoints are written there. Otherwise they are written to a local
     directory, which starts with the checkpoint that a killed run uploaded.
@@ -61,9 +61,9 @@ def stored_checkpoints(key: Any) -> Iterator[Checkpoints]:
             yield Checkpoints(Path(directory), training_id, upload)
     try:
         fileio.rmtree(uri)
-    # a concurrent run of the same training has removed the directory (ZenML raises TypeError), or still writes to it
+    # a concurrent run with the same training has removed the directory (ZenML raises TypeError), or still writes to it
     except (OSError, TypeError) as error:
-        logger.warning("the checkpoints of the finished training were not removed: %s", error)
+        logger.warning("the checkpoints of the finished training run were not removed: %s", error)
 
 
 def _training_id(uri: str) -> str:

@@ -27,7 +27,7 @@ def pretrain_trial(
     pretrain: PretrainConfig,
     tracking: TrackingConfig,
 ) -> Annotated[Trial, "trial"]:
-    """Pretrain as in the step `pretrain`, and keep only the scores. A diverged training is also a result."""
+    """Pretrain as in the step `pretrain`, and keep only the scores. A diverged training run is also a result."""
     start = perf_counter()
     with TemporaryDirectory() as directory:
         try:

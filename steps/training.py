@@ -18,10 +18,10 @@ from steps.outputs import wandb_directory
 def resumable_training(
     name: str, total_steps: int, key: Any, values: Mapping[str, Any], tracking: TrackingConfig
 ) -> Iterator[tuple[Log, Checkpoints]]:
-    """Context manager: yields the training callback and the directory of the training's checkpoint.
+    """Context manager: yields the training callback and the directory of the training run's checkpoint.
 
     Args:
-        name: name of the training in the progress display.
+        name: name of the training run in the progress display.
         key: see `stored_checkpoints`.
         values: the configuration that wandb shows.
     """

@@ -87,7 +87,7 @@ def pretrain_text(
 
     Args:
         pretrain_config: None: keep the random weights.
-        seed: seed of the weights and of the training; replaces the seed of `pretrain_config`.
+        seed: seed of the weights and of training; replaces the seed of `pretrain_config`.
         directory: directory to write the tokenizer's files to.
         val_fraction: see `split_tokens`. The tokenizer is trained on the whole text.
 

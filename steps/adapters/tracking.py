@@ -1,6 +1,6 @@
 """Experiment tracking by wandb. A failure of wandb is logged as a warning and the step continues.
 
-A training is one wandb run. Its id is the same when the training is resumed and when its results are added.
+A training run is one wandb run. Its id is the same when training is resumed and when the results are added.
 """
 
 import logging
@@ -25,12 +25,12 @@ def track(
 ) -> Iterator[Log]:
     """Context manager: yields a training callback that logs to wandb.
 
-    With "off" it does nothing, with "offline" it writes files below the directory. A resumed training logs its whole
-    history again (`gpt2core.train`). Online, wandb ignores steps that it already has. Offline, the files of the
+    With "off" it does nothing, with "offline" it writes files below the directory. A resumed training run logs its
+    whole history again (`gpt2core.train`). Online, wandb ignores steps that it already has. Offline, the files of the
     interrupted attempt are removed, because the new files contain every step.
 
     Args:
-        run_id: id of the wandb run. A resumed training continues the wandb run with the same id.
+        run_id: id of the wandb run. A resumed training run continues the wandb run with the same id.
         values: the configuration that wandb shows.
     """
     if tracking.wandb == "offline":
@@ -62,11 +62,11 @@ def track_results(
     step: int,
     directory: Path,
 ) -> None:
-    """Add the scores, a table of all answers and the report's URI to the wandb run of the training.
+    """Add the scores, a table of all answers and the report's URI to the wandb run of the training run.
 
     Args:
         report: path or URI of the report.
-        step: the last step of the training.
+        step: the last training step.
     """
     with _run(tracking, run_name, run_id, directory) as run:
         if run is None:
