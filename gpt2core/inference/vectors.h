@@ -1,5 +1,5 @@
-// Vectors of 16 floats or integers, and what native.c needs beside the operators + - * / << >> & |, which clang has for
-// vectors. avx512.h (one register per vector) or avx2.h (two registers) has the rest.
+// Vectors of 16 floats or integers, and what native.c needs in addition to the operators + - * / << >> & |, which clang
+// has for vectors. avx512.h (one register per vector) or avx2.h (two registers) has the rest.
 
 #include <float.h>
 #include <immintrin.h>
