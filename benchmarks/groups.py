@@ -312,9 +312,7 @@ def serve(setting: Setting) -> list[Row]:
 def pipeline(setting: Setting) -> list[Row]:
     """Overhead of a cold pipeline run, and the quality of its model in other weight formats."""
     seconds, work, run = run_cold(setting.config, setting.directory / "home")
-    note = (
-        f"the rest of {seconds:.0f} s; overhead is everything but the steps {', '.join(WORK)}; the limit is our target"
-    )
+    note = f"the run's {seconds:.0f} s without the steps {', '.join(WORK)}; the limit is our target"
     row = make_row("pipeline overhead", "s", [seconds - work], None, setting.command, 60, True, note)
     rows, quality = [row], Quality(run)
     reference, expected = quality.perplexity("fp32"), quality.completions("fp32")
