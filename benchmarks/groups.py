@@ -343,10 +343,10 @@ GROUPS: dict[str, Callable[[Setting], list[Row]]] = {
 
 
 def _first_tokens(engine: Side, setting: Setting, rate: float) -> list[Row]:
-    """Measure time to first token in ms: 64 requests at once, and 64 at random times at 0.7 of the throughput."""
+    """Measure time to first token in ms: 64 requests at once, and 64 at random times at 70 % of `rate`, in tokens/s."""
     rows = []
     interval = setting.n_new / (0.7 * rate)
-    arrivals = (("at once", 0.0), ("at random, 0.7 of the rate", interval))
+    arrivals = (("at once", 0.0), ("at random times, 70 % load", interval))
     for arrival, (name, mean) in enumerate(arrivals, start=1):  # from 1, because earlier batches used the first prompts
         cuts = [
             quantiles(engine.first_tokens(setting.prompts(64, arrival * setting.runs + run), setting.n_new, mean), n=20)
