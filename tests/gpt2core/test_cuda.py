@@ -75,6 +75,13 @@ def test_the_check_before_their_use_finds_each_difference(kernels):
             cuda.check(Other(name), torch.device(kernels.device))
 
 
+def test_the_check_passes_within_autocast(kernels):
+    """Training all weights is mixed precision, and may be the first use of the kernels in a process."""
+    device = torch.device(kernels.device)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+        cuda.check(kernels, device)
+
+
 @pytest.mark.parametrize("max_batch", [2, 3])  # linear layers by kernels, and by torch
 def test_the_engine_decodes_with_them(kernels, wide_gpt2_dir, tmp_path, monkeypatch, max_batch):
     """More requests than rows, of different lengths, with adapters, and some with log probabilities."""
