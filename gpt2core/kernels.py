@@ -216,13 +216,14 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
     Raises:
         RuntimeError: the device cannot capture `compute`. The current stream is restored.
     """
-    graph, was_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
-    if pool is None:
-        gc.collect()  # autograd nodes in reference cycles keep the stream of earlier steps: the capture would fail
-        torch.cuda.empty_cache()  # graphs cannot use memory that torch's allocator has cached
-        pool = torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
     # torch.cuda.graph would wait for the device and empty the allocator's caches each time, which takes about 100 ms
     with _CAPTURING, torch.cuda.device(device), torch.cuda.stream(_capture_stream(device)):
+        if pool is None:
+            gc.collect()  # autograd nodes in reference cycles keep the stream of earlier steps: the capture would fail
+            torch.cuda.empty_cache()  # graphs cannot use memory that torch's allocator has cached
+            pool = torch.cuda.graph_pool_handle()
+        was_enabled = gc.isenabled()  # not before: a capture of another thread disables it
         gc.disable()  # during a capture, the garbage collector must not free another graph
         try:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may use the device

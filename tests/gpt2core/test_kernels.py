@@ -1,12 +1,16 @@
 """Each private call still exists and computes what is expected, and torch still has no public replacement."""
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +198,31 @@ def test_the_first_capture_starts_without_garbage(monkeypatch):
     garbage = weakref.ref(Cycle())
     _, is_collected = kernels.capture_graph(lambda: garbage() is None, torch.device("cuda", 0))
     assert is_collected
+
+
+def test_a_capture_that_waits_for_another_leaves_the_garbage_collector_enabled(monkeypatch):
+    """The engine's thread and a training can capture at the same time."""
+    has_started = threading.Event()
+    graph = SimpleNamespace(capture_begin=lambda **_: None, capture_end=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: has_started.set() or graph)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(kernels, "_capture_stream", lambda device: None)
+    arguments = (lambda: None, torch.device("cuda", 0), (0, 7))
+    waiting = threading.Thread(target=kernels.capture_graph, args=arguments, daemon=True)
+
+    def compute():
+        has_started.clear()
+        waiting.start()
+        assert has_started.wait(60)
+        time.sleep(0.1)  # until it waits for the lock
+
+    kernels.capture_graph(compute, *arguments[1:])
+    waiting.join(60)
+    try:
+        assert gc.isenabled()
+    finally:
+        gc.enable()
 
 
 THREADS = """
