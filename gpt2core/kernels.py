@@ -241,14 +241,17 @@ def capture_graph(compute: Callable[[], T], device: torch.device, pool: Any = No
 def _discard_capture(graph: "torch.cuda.CUDAGraph", device: torch.device, pool: Any) -> None:
     """End a capture that has failed, and release its memory.
 
-    Private because torch's `capture_end` of an invalid capture raises before it tells the allocator. The allocator
-    would then keep the memory, and not free cached memory if an allocation fails later.
+    Private because torch's `capture_end` of an invalid capture raises before it tells the allocator and the generator
+    of random numbers. The allocator would then keep the memory, and not free cached memory if an allocation fails
+    later. The generator (torch 2.11) would still count for the graph, and fail in the next dropout.
     """
     with suppress(RuntimeError):  # its message says only that the capture has failed
         graph.capture_end()
     with suppress(RuntimeError):  # the capture was valid, so the graph releases its memory itself
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())  # the copy does not belong to a graph
 
 
 @contextmanager

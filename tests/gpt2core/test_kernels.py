@@ -143,6 +143,7 @@ def test_lazy_zeros_are_writable_zeros(dtype):
 def test_a_failed_capture_is_ended_and_its_memory_released_once(monkeypatch, is_valid):
     """With a stand-in for torch's graphs: `capture_end` of an invalid capture raises before it tells the allocator."""
     recording, released = [], []
+    states = ["counts for a capture"]  # of the device's generator of random numbers
 
     class Graph:
         def capture_begin(self, pool, capture_error_mode):
@@ -166,6 +167,10 @@ def test_a_failed_capture_is_ended_and_its_memory_released_once(monkeypatch, is_
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
     monkeypatch.setattr(kernels, "_capture_stream", lambda device: None)
+    assert hasattr(torch.Generator, "clone_state")
+    assert hasattr(torch.Generator, "graphsafe_set_state")
+    generator = SimpleNamespace(clone_state=lambda: "new", graphsafe_set_state=states.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     assert hasattr(torch._C, "_cuda_endAllocateToPool")
     assert hasattr(torch._C, "_cuda_releasePool")
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
@@ -174,6 +179,7 @@ def test_a_failed_capture_is_ended_and_its_memory_released_once(monkeypatch, is_
         kernels.capture_graph(compute, torch.device("cuda", 0), (0, 7))
     assert not recording
     assert released == ["by the graph" if is_valid else "by us"]
+    assert states[1:] == ([] if is_valid else ["new"])
 
 
 def test_the_first_capture_starts_without_garbage(monkeypatch):
