@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -60,7 +61,9 @@ class Trainer:
 
     def __init__(self, directory: Path, dtype: torch.dtype, autocast: bool = False, device: str = "cpu") -> None:
         self.device = device
-        base = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype, device_map=device)
+        # our side has no dropout; transformers' GPT-2 has one of 0.1 unless the checkpoint's config says otherwise
+        dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+        base = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype, device_map=device, **dropout)
         base.config.use_cache = False
         lora = LoraConfig(
             r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", lora_dropout=0.0

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from benchmarks import gpu, growth
 from benchmarks.engines import CTranslate2, LlamaCpp, OpenVino, find_version, make_gguf
 from benchmarks.measure import interleave, make_row
+from benchmarks.peer import Trainer
 from benchmarks.run import main, render_table
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig
@@ -40,6 +41,11 @@ def test_a_group_writes_its_rows_and_the_page(group, tmp_path):
         assert row["ours"] > 0 or row["unit"] == "%"
         assert row["name"] in page
         assert row["name"] in done.stdout
+
+
+def test_the_peer_trains_without_dropout_as_our_side_does(base_dir):
+    trainer = Trainer(base_dir, torch.float32)
+    assert {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
 @pytest.mark.parametrize(
