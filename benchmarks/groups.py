@@ -68,7 +68,7 @@ class Setting:
         return matrix_weights(load_pretrained(self.base))
 
     def peer(self) -> Side:
-        return Side(Decoder, self.base, self.prompts(1, 0)[0])
+        return Side(Decoder, self.base, self.prompts(1, 0))
 
     def prompts(self, n: int, run: int) -> list[list[int]]:
         """Return `n` prompts that differ between runs, so that a cache can reuse only their shared prefix."""

@@ -15,15 +15,15 @@ from gpt2core.data import Example
 
 
 class Decoder:
-    """`generate` with its KV cache, greedy, to a fixed length, in the faster of fp32 and bf16."""
+    """`generate` with its KV cache, greedy, to a fixed length; in fp32 or bf16, whichever is faster for `prompts`."""
 
-    def __init__(self, directory: Path, prompt: Sequence[int], device: str = "cpu") -> None:
+    def __init__(self, directory: Path, prompts: Sequence[Sequence[int]], device: str = "cpu") -> None:
         tried = []
         for dtype in (torch.float32, torch.bfloat16):
             self.model = GPT2LMHeadModel.from_pretrained(directory, dtype=dtype, device_map=device).eval()
-            self.decode([prompt], 4)
+            self.decode(prompts, 4)
             start = perf_counter()
-            self.decode([prompt], 16)
+            self.decode(prompts, 16)
             tried.append((perf_counter() - start, str(dtype).removeprefix("torch."), self.model))
         _, self.dtype, self.model = min(tried, key=lambda one: one[0])
 

@@ -75,7 +75,7 @@ class PlainServer:
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
 
         def run() -> None:  # model and server run in one thread
-            decoders.append(Decoder(base, prompt))
+            decoders.append(Decoder(base, [prompt]))
             server.run()
 
         threading.Thread(target=run, daemon=True).start()
