@@ -2,11 +2,13 @@
 
 import io
 import os
+import socket
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import docker
 from docker.context import Context, ContextAPI
@@ -60,6 +62,17 @@ def _context() -> Context:
     if context is None:
         raise EngineError(f"there is no Docker context {name}; `docker context ls` lists the contexts")
     return context
+
+
+def is_local(client: docker.DockerClient) -> bool:
+    """Whether the engine is on this machine, which then reaches the ports that containers publish."""
+    host = urlsplit(client.api.base_url).hostname or ""  # docker's client has localhost for Unix sockets, ssh for SSH
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, 0), family=family).close()
+    except OSError:  # not an address of this machine, or not a known name
+        return False
+    return True
 
 
 def hardening(tmpfs: Mapping[str, str], pids_limit: int) -> dict[str, Any]:

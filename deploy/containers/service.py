@@ -27,7 +27,7 @@ from docker.utils import parse_bytes
 
 from deploy import bento
 from deploy.config import DeployConfig
-from deploy.containers.client import EngineError, connect, hardening, read_file, write_file
+from deploy.containers.client import EngineError, connect, hardening, is_local, read_file, write_file
 from deploy.containers.images import Image, service_image
 from deploy.containers.lock import engine_lock
 from deploy.containers.mounts import mount_files
@@ -110,6 +110,11 @@ class DockerTarget:
     def _open(self) -> Iterator["_ServiceGroup"]:
         try:
             with connect() as client:
+                if not is_local(client):
+                    raise DeployError(
+                        "the container engine is on another machine, so this machine cannot reach the service; run "
+                        "this there, or set DOCKER_HOST to an engine of this machine"
+                    )
                 yield _ServiceGroup(client, self.config)
         except (EngineError, bento.BentoError) as error:
             raise DeployError(str(error)) from error

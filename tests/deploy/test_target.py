@@ -15,6 +15,7 @@ from deploy.containers.service import DockerTarget
 from deploy.kubernetes.rollout import KubernetesTarget
 from deploy.target import DeployError, DeployOutcome, Version
 from deploy.targets import open_target
+from tests.helpers import free_port
 
 
 def test_none_opens_no_target():
@@ -29,16 +30,33 @@ def test_kubernetes_opens_the_cluster(config):
 
 @pytest.fixture
 def no_proxy(monkeypatch):
-    """An engine without containers."""
+    """An engine of this machine without containers."""
+    api = SimpleNamespace(base_url="http+docker://localhost")  # docker's client has it for every Unix socket
 
     @contextmanager
     def connect():
-        yield SimpleNamespace(containers=SimpleNamespace(get=get, list=lambda **_: []))
+        yield SimpleNamespace(api=api, containers=SimpleNamespace(get=get, list=lambda **_: []))
 
     def get(name):
         raise NotFound(name)
 
     monkeypatch.setattr(service, "connect", connect)
+    return api
+
+
+@pytest.mark.parametrize("url", ["https://192.0.2.1:2376", "http://[2001:db8::1]:2375", "http+docker://ssh"])
+def test_an_engine_of_another_machine_is_refused(no_proxy, url):
+    no_proxy.base_url = url
+    target = DockerTarget(DeployConfig(target="docker", port=free_port()))
+    for refused in (target.preflight, target.rollback):
+        with pytest.raises(DeployError, match="the container engine is on another machine"):
+            refused()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:2375", "https://localhost:2376"])
+def test_an_engine_of_this_machine_may_have_a_tcp_address(no_proxy, url):
+    no_proxy.base_url = url
+    DockerTarget(DeployConfig(target="docker", port=free_port())).preflight()
 
 
 def test_a_preflight_of_docker_names_a_port_in_use_and_an_address_of_another_machine(no_proxy):
