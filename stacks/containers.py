@@ -186,6 +186,8 @@ def _step_container(
         "GPT2_INSTRUCT_OUTPUTS": Path(os.environ.get("GPT2_INSTRUCT_OUTPUTS") or ROOT / "outputs"),
         "HF_HOME": Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"),
     }
+    # the engine takes a relative path for the name of a volume
+    directories = {name: path.absolute() for name, path in directories.items()}
     for path in directories.values():
         path.mkdir(parents=True, exist_ok=True)  # otherwise the engine creates it, owned by root
     paths = {name: str(path) for name, path in directories.items()}
