@@ -9,6 +9,8 @@ from typing import Protocol
 
 from gpt2core.types import JsonDataclass, Lineage, Sample
 
+LOCK_TIMEOUT = 900  # seconds in which another deployment or rollback of the same service must end
+
 
 @dataclass(frozen=True)
 class Version(JsonDataclass):

@@ -14,7 +14,7 @@ from gpt2core.types import Sample
 # Required share of equal answers if the service has another weight format or device than `evaluate` had: with int8,
 # bf16 or a GPU, another token can win a near tie. Another model or adapter gives almost no equal answers.
 MIN_AGREEMENT = 0.5
-RESPONSE_TIMEOUT = 120  # seconds
+RESPONSE_TIMEOUT = 120  # seconds for one answer
 
 
 class VerificationError(DeployError):

@@ -15,11 +15,11 @@ from docker.models.containers import Container
 from requests import RequestException
 
 from deploy.containers.client import EngineError, hardening
+from deploy.target import LOCK_TIMEOUT
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 900  # seconds; longer than a deployment
-START_TIMEOUT = 30  # seconds after which a container that was created but not started belongs to a killed process
+CREATED_TIMEOUT = 30  # seconds after which a container that was created but not started belongs to a killed process
 POLL = 0.5  # seconds
 CONFLICT = 409  # status of the engine: the name is in use
 MEMORY = "16m"
@@ -33,7 +33,7 @@ def engine_lock(client: DockerClient, name: str, image: str) -> Iterator[None]:
         image: an image that the engine has and that has `cat`.
 
     Raises:
-        EngineError: another process still holds it after `TIMEOUT`.
+        EngineError: another process still holds it after `LOCK_TIMEOUT`.
     """
     container = _create(client, name, image)
     try:
@@ -49,7 +49,7 @@ def engine_lock(client: DockerClient, name: str, image: str) -> Iterator[None]:
 
 
 def _create(client: DockerClient, name: str, image: str) -> Container:
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + LOCK_TIMEOUT
     created_since: dict[str, float] = {}  # container ID -> when it was first seen in this state
     is_waiting = False
     while True:
@@ -68,12 +68,12 @@ def _create(client: DockerClient, name: str, image: str) -> Container:
             if error.status_code != CONFLICT:
                 raise
         if time.monotonic() > deadline:
-            raise EngineError(f"another deployment holds the lock {name} for {TIMEOUT} seconds; retry later")
+            raise EngineError(f"another deployment holds the lock {name} for {LOCK_TIMEOUT} seconds; retry later")
         with suppress(NotFound):
             holder = client.containers.get(name)
             if holder.status == "created":
                 since = created_since.setdefault(holder.id, time.monotonic())
-                is_stale = time.monotonic() - since > START_TIMEOUT
+                is_stale = time.monotonic() - since > CREATED_TIMEOUT
             else:
                 is_stale = holder.status in ("exited", "dead")
             if is_stale:

@@ -33,7 +33,7 @@ from deploy.kubernetes.errors import (
     translate_api_error,
     translate_connection_error,
 )
-from deploy.verify import api_key_header
+from deploy.verify import RESPONSE_TIMEOUT, api_key_header
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ ROLLBACK = f"{NAME}-rollback"  # the field manager of a rollback
 KUBECTL = "kubectl-client-side-apply"  # the field manager of `kubectl apply`
 OWNERSHIP_ATTEMPTS = 5  # attempts to remove both as owners of fields, while controllers change the object
 REVISION = "deployment.kubernetes.io/revision"  # annotation of Deployments and ReplicaSets
-CONNECT_TIMEOUT, TIMEOUT, PREDICT_TIMEOUT = 10, 60, 120  # seconds
+CONNECT_TIMEOUT, TIMEOUT = 10, 60  # seconds
 OUTAGE_TIMEOUT, OUTAGE_POLL = 600.0, 1.0  # seconds; the first is progressDeadlineSeconds
 LOG_LINES = 20  # lines of a crashed container's log in the error
 JSON_PATCH = "application/json-patch+json"
@@ -198,7 +198,7 @@ class Cluster:
         """Send POST /predict through the API server's proxy; return the response, {} unless it is a JSON object."""
         path = f"{self._path('Service')}/{NAME}:http/proxy/predict"
         # not retried during an outage: an error status may be the service's
-        response = self._request("POST", path, dict(body), timeout=PREDICT_TIMEOUT, headers=api_key_header())
+        response = self._request("POST", path, dict(body), timeout=RESPONSE_TIMEOUT, headers=api_key_header())
         return response if isinstance(response, dict) else {}
 
     def check_permissions(self) -> None:

@@ -19,10 +19,10 @@ from threading import Event, Thread
 from deploy.bento import NAME
 from deploy.kubernetes.client import Cluster, Manifest
 from deploy.kubernetes.errors import ConflictError, KubeError, NotFoundError
+from deploy.target import LOCK_TIMEOUT
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 900.0  # seconds to wait for the lock; as in deploy/containers/lock.py
 EXPIRY = 60.0  # seconds without a renewal after which the lock may be taken over
 RENEWAL = 10.0  # seconds between renewals
 POLL = 1.0  # seconds
@@ -33,7 +33,7 @@ def namespace_lock(cluster: Cluster) -> Iterator[None]:
     """Context manager: hold the lock of the namespace, which must exist; waits while another process holds it.
 
     Raises:
-        KubeError: another process still holds it after `TIMEOUT`.
+        KubeError: another process still holds it after `LOCK_TIMEOUT`.
     """
     cluster = copy(cluster)  # its requests do not wait for the end of an outage
     holder = f"{socket.gethostname()}, process {os.getpid()}, {token_hex(4)}"
@@ -50,7 +50,7 @@ def namespace_lock(cluster: Cluster) -> Iterator[None]:
 
 
 def _acquire(cluster: Cluster, holder: str) -> None:
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + LOCK_TIMEOUT
     version, seen_at = "", 0.0
     while True:
         lease = cluster.get("Lease")
@@ -66,8 +66,8 @@ def _acquire(cluster: Cluster, holder: str) -> None:
             return
         if time.monotonic() > deadline and lease is not None:
             raise KubeError(
-                f"another deployment in {cluster}, by {_holder(lease)}, did not end within {TIMEOUT:.0f} seconds; wait "
-                f"until it ends (the Lease {NAME} is its lock)"
+                f"another deployment in {cluster}, by {_holder(lease)}, did not end within {LOCK_TIMEOUT} seconds; "
+                f"wait until it ends (the Lease {NAME} is its lock)"
             )
         time.sleep(POLL)
 

@@ -166,14 +166,14 @@ def test_a_killed_process_does_not_hold_the_lock(engine, first, config, monkeypa
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with monkeypatch.context() as impatient:
-            impatient.setattr(lock, "TIMEOUT", 0)
+            impatient.setattr(lock, "LOCK_TIMEOUT", 0)
             with pytest.raises(EngineError, match=f"another deployment holds the lock {name}"):
                 engine_lock(engine, name, first.digest).__enter__()
         holder.kill()
     with engine_lock(engine, name, first.digest):
         pass
     engine.containers.create(first.digest, name=name)  # by a process that was killed before it started it
-    monkeypatch.setattr(lock, "START_TIMEOUT", 1)
+    monkeypatch.setattr(lock, "CREATED_TIMEOUT", 1)
     with engine_lock(engine, name, first.digest):
         pass
     assert containers(engine, config) == []

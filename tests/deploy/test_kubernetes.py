@@ -677,7 +677,7 @@ def test_a_version_that_a_killed_run_left_is_no_target_of_a_rollback(api, config
 
 
 def test_a_lock_that_is_renewed_is_not_taken_over(api, config, first, monkeypatch):
-    monkeypatch.setattr(lock, "TIMEOUT", 1.0)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 1)
     monkeypatch.setattr(lock, "EXPIRY", 0.5)
     monkeypatch.setattr(lock, "RENEWAL", 0.01)
     with lock.namespace_lock(KubernetesTarget(config).cluster):

@@ -41,7 +41,7 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch):
     monkeypatch.setattr(lock, "POLL", 0.01)
-    monkeypatch.setattr(lock, "START_TIMEOUT", 0)
+    monkeypatch.setattr(lock, "CREATED_TIMEOUT", 0)
     return Engine()
 
 
@@ -78,7 +78,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(engine, status):
 
 
 def test_a_lock_that_is_not_released_is_named_in_the_error(engine, monkeypatch):
-    monkeypatch.setattr(lock, "TIMEOUT", 0)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0)
     with (
         engine_lock(engine, "a-lock", "image"),
         pytest.raises(EngineError, match="another deployment holds the lock a-lock"),
