@@ -21,7 +21,7 @@ from docker.utils import parse_repository_tag
 from deploy import bento
 from deploy.containers.client import EngineError, connect, read_file
 from deploy.source import ROOT, describe_commit
-from gpt2core.types import Commit
+from gpt2core.types import NAME, Commit
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def build_service(tag: str) -> Image:
     """
     lineage = bento.lineage(tag)
     labels = {
-        **_labels(bento.NAME, tag.partition(":")[2], lineage.commit),
+        **_labels(NAME, tag.partition(":")[2], lineage.commit),
         "gpt2-instruct.run-id": lineage.run.id,
         "gpt2-instruct.run-name": lineage.run.name,
         "gpt2-instruct.adapter-sha256": lineage.adapter.sha256,
@@ -112,7 +112,7 @@ def build_steps() -> Image:
             archive.add(ROOT / name, name, filter=_without_owner)
             content.update((ROOT / name).read_bytes())
     context.seek(0)
-    name, version = f"{bento.NAME}-steps", content.hexdigest()[:16]
+    name, version = f"{NAME}-steps", content.hexdigest()[:16]
     return _build(context, "Dockerfile", f"{name}:{version}", _labels(name, version, describe_commit()))
 
 

@@ -35,7 +35,7 @@ from deploy.containers.proxy import ADDRESS
 from deploy.server import START_TIMEOUT, service_environment
 from deploy.target import DeployError, DeployOutcome, Version
 from deploy.verify import is_ready, request_answer, verify_answers
-from gpt2core.types import Lineage, Sample
+from gpt2core.types import NAME, Lineage, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class _ServiceGroup:
         self.client = client
         self.config = config
         self._memory = config.memory or MEMORY
-        self.name = f"{bento.NAME}-{config.port}"
+        self.name = f"{NAME}-{config.port}"
         self.url = f"http://{config.host if config.host != '0.0.0.0' else '127.0.0.1'}:{config.port}"  # noqa: S104 (compares)
 
     @contextmanager

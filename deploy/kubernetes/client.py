@@ -21,7 +21,6 @@ from kubernetes.config import ConfigException, load_incluster_config, load_kube_
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from deploy.bento import NAME, ROOT
 from deploy.config import DeployConfig
 from deploy.kubernetes.errors import (
     UNAVAILABLE,
@@ -33,7 +32,9 @@ from deploy.kubernetes.errors import (
     translate_api_error,
     translate_connection_error,
 )
+from deploy.source import ROOT
 from deploy.verify import RESPONSE_TIMEOUT, api_key_header
+from gpt2core.types import NAME
 
 logger = logging.getLogger(__name__)
 

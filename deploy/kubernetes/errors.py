@@ -8,8 +8,8 @@ from typing import Any
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
-from deploy.bento import NAME
 from deploy.target import DeployError
+from gpt2core.types import NAME
 
 UNAVAILABLE = (429, 500, 502, 503, 504)  # statuses of a server that may recover
 

@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from threading import Event, Thread
 
-from deploy.bento import NAME
 from deploy.kubernetes.client import Cluster, Manifest
 from deploy.kubernetes.errors import ConflictError, KubeError, NotFoundError
 from deploy.target import LOCK_TIMEOUT
+from gpt2core.types import NAME
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import yaml
 
-from deploy.bento import NAME, ROOT
 from deploy.kubernetes.client import Manifest, revision
 from deploy.kubernetes.errors import KubeError
+from deploy.source import ROOT
 from deploy.target import Version
-from gpt2core.types import Lineage
+from gpt2core.types import NAME, Lineage
 
 MANIFESTS = ROOT / "k8s"
 PREFIX = f"{NAME}/"  # prefix of the keys of labels and annotations with ids of the lineage

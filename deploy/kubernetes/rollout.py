@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deploy.bento import NAME
 from deploy.config import DeployConfig
 from deploy.containers.images import pinned
 from deploy.kubernetes import wait
@@ -28,7 +27,7 @@ from deploy.kubernetes.render import (
 from deploy.kubernetes.wait import check_not_paused, check_version, wait_for_rollout
 from deploy.target import DeployError, DeployFailed, DeployOutcome, Version
 from deploy.verify import verify_answers
-from gpt2core.types import Lineage, Sample
+from gpt2core.types import NAME, Lineage, Sample
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ import logging
 import time
 from collections.abc import Iterator
 
-from deploy.bento import NAME
 from deploy.kubernetes.client import Cluster, Manifest
 from deploy.kubernetes.errors import KubeError, SupersededError
 from deploy.kubernetes.render import is_version, version_of
 from deploy.target import Version
+from gpt2core.types import NAME
 
 logger = logging.getLogger(__name__)
 
