@@ -11,7 +11,7 @@ def open_target(config: DeployConfig) -> Target | None:
     the image.
     """
     if config.target == "docker":
-        from deploy.containers.service import DockerTarget
+        from deploy.containers.rollout import DockerTarget
 
         return DockerTarget(config)
     if config.target == "kubernetes":

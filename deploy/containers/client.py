@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import docker
 from docker.context import Context, ContextAPI
 from docker.context.config import get_current_context_name
-from docker.errors import DockerException, ImageNotFound
+from docker.errors import DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from requests import RequestException
 
@@ -99,6 +99,14 @@ def require_image(client: docker.DockerClient, image: str) -> None:
         client.images.get(image)
     except ImageNotFound:
         raise EngineError(f"the engine has no image {image}: `make image-train` builds gpt2-instruct-steps") from None
+
+
+def find_container(client: docker.DockerClient, name: str) -> Container | None:
+    """Return the container with this name; None if there is none."""
+    try:
+        return client.containers.get(name)
+    except NotFound:
+        return None
 
 
 def read_file(container: Container, path: str) -> bytes:

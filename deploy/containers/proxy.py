@@ -1,8 +1,8 @@
 """Reverse proxy of a deployment on one machine: listens on its port and forwards each request to the current service.
 
 No request fails when the service is replaced: each request opens a new connection to the service that is current at
-that time. `service.py` runs the proxy in a container of the service's image and writes the file with the current
-service's address. `deploy/bento.py` copies this module into the image.
+that time. `proxy_container.py` runs the proxy in a container of the service's image and writes the file with the
+current service's address. `deploy/bento.py` copies this module into the image.
 """
 
 import logging

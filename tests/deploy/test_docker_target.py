@@ -13,15 +13,16 @@ import pytest
 import requests
 from click.testing import CliRunner
 
-from deploy import bento
 from deploy.config import DeployConfig
 from deploy.containers import lock, service
 from deploy.containers.client import EngineError, write_file
 from deploy.containers.lock import engine_lock
-from deploy.containers.service import DockerTarget
+from deploy.containers.proxy_container import address_file
+from deploy.containers.rollout import DockerTarget
 from deploy.source import ROOT
 from deploy.target import DeployError, DeployOutcome, Version
 from deploy.verify import VerificationError
+from gpt2core.types import NAME
 from run import main
 from tests.deploy.conftest import MAX_NEW_TOKENS, SESSION
 from tests.helpers import free_port, make_lineage, wait_until
@@ -34,7 +35,7 @@ TIMEOUT = 120  # seconds
 def config(engine):
     """A deployment on a free port; everything of it is removed after the test."""
     config = DeployConfig(target="docker", port=free_port())
-    name = f"{bento.NAME}-{config.port}"
+    name = f"{NAME}-{config.port}"
     yield config
     for container in containers(engine, config):
         container.remove(force=True)
@@ -56,7 +57,7 @@ def deploy(config, samples):
 
 
 def containers(engine, config: DeployConfig) -> list:
-    return engine.containers.list(all=True, filters={"name": f"{bento.NAME}-{config.port}"})
+    return engine.containers.list(all=True, filters={"name": f"{NAME}-{config.port}"})
 
 
 def states(engine, config: DeployConfig) -> Counter:
@@ -137,7 +138,7 @@ def test_a_service_that_a_killed_run_did_not_verify_is_no_version_to_roll_back_t
     engine, first, second, deploy, config
 ):
     deploy(first.reference)
-    name = f"{bento.NAME}-{config.port}"
+    name = f"{NAME}-{config.port}"
     labels = {service.DEPLOYMENT_LABEL: name, service.BENTO_LABEL: second.reference}
     engine.containers.run(second.digest, name=f"{name}-candidate", labels=labels, network=name, detach=True)
     with pytest.raises(DeployError, match="no previous version"):
@@ -157,7 +158,7 @@ def test_two_deployments_at_once_are_done_one_after_the_other(engine, first, sec
 
 
 def test_a_killed_process_does_not_hold_the_lock(engine, first, config, monkeypatch):
-    name = f"{bento.NAME}-{config.port}-lock"
+    name = f"{NAME}-{config.port}-lock"
     code = (
         "import sys, time, docker; from deploy.containers.lock import engine_lock; "
         "lock = engine_lock(docker.from_env(), *sys.argv[1:]); lock.__enter__(); print(flush=True); time.sleep(600)"
@@ -203,9 +204,9 @@ def test_all_containers_are_hardened_and_published_on_the_configured_host_only(e
 
 
 def test_the_address_is_written_where_an_existing_proxy_reads_it(engine, first, config):
-    name = f"{bento.NAME}-{config.port}"
+    name = f"{NAME}-{config.port}"
     proxy = engine.containers.create(first.reference, name=name, volumes={name: {"bind": "/earlier", "mode": "rw"}})
-    assert service.address_file(proxy) == "/earlier/address"
+    assert address_file(proxy) == "/earlier/address"
 
 
 def test_a_service_requires_the_token_of_the_environment_that_deployed_it(first, second, deploy, config, monkeypatch):
@@ -252,13 +253,13 @@ def test_a_replaced_proxy_and_a_damaged_address_keep_the_version_to_roll_back_to
     deploy(first.reference)
     deploy(second.reference)
     one = Version(first.reference, first.reference)
-    name = f"{bento.NAME}-{config.port}"
+    name = f"{NAME}-{config.port}"
     engine.containers.get(name).remove(force=True)
     assert deploy(second.reference).previous == one
-    write_file(engine.containers.get(name), service.address_file(engine.containers.get(name)), b"")  # power loss
+    write_file(engine.containers.get(name), address_file(engine.containers.get(name)), b"")  # power loss
     engine.containers.get(name).restart()
     assert deploy(second.reference).previous == one
-    write_file(engine.containers.get(name), service.address_file(engine.containers.get(name)), b"http://gpt2")
+    write_file(engine.containers.get(name), address_file(engine.containers.get(name)), b"http://gpt2")
     engine.containers.get(name).pause()
     back = DockerTarget(config).rollback()
     assert (back.bento, back.previous) == (first.reference, Version(second.reference, second.reference))
@@ -316,7 +317,7 @@ def invoke(*arguments: str) -> str:
 @pytest.fixture
 def broken(engine, first):
     """An image like a Bento's that ends as soon as it starts."""
-    tag = f"{bento.NAME}:broken-{SESSION}"
+    tag = f"{NAME}:broken-{SESSION}"
     container = engine.containers.create(first.reference, entrypoint=["sh", "-c", "echo no such weights >&2; exit 3"])
     container.commit(*tag.split(":"))
     container.remove()
@@ -350,8 +351,8 @@ def test_a_port_in_use_is_named_in_the_error_and_nothing_is_left(engine, first, 
     with socket.create_server(("127.0.0.1", config.port)), pytest.raises(DeployError, match=message):
         deploy(first.reference)
     assert containers(engine, config) == []
-    assert engine.networks.list(names=[f"{bento.NAME}-{config.port}"]) == []
-    assert engine.volumes.list(filters={"name": f"{bento.NAME}-{config.port}"}) == []
+    assert engine.networks.list(names=[f"{NAME}-{config.port}"]) == []
+    assert engine.volumes.list(filters={"name": f"{NAME}-{config.port}"}) == []
 
 
 def test_without_an_engine_the_target_says_so(config, monkeypatch):

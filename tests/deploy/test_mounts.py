@@ -4,7 +4,7 @@ import pytest
 
 from deploy.config import DeployConfig
 from deploy.containers.mounts import mount_files
-from deploy.containers.service import DockerTarget
+from deploy.containers.rollout import DockerTarget
 from deploy.server import service_environment
 from deploy.target import DeployError
 

@@ -10,8 +10,8 @@ import pytest
 from docker.errors import NotFound
 
 from deploy.config import DeployConfig
-from deploy.containers import service
-from deploy.containers.service import DockerTarget
+from deploy.containers import rollout
+from deploy.containers.rollout import DockerTarget
 from deploy.kubernetes.rollout import KubernetesTarget
 from deploy.target import DeployError, DeployOutcome, Version
 from deploy.targets import open_target
@@ -40,7 +40,7 @@ def no_proxy(monkeypatch):
     def get(name):
         raise NotFound(name)
 
-    monkeypatch.setattr(service, "connect", connect)
+    monkeypatch.setattr(rollout, "connect", connect)
     return api
 
 
@@ -79,10 +79,10 @@ def test_a_service_with_the_same_image_is_no_version_to_roll_back_to():
 
     first, second, again = container("1", "a", "07:00"), container("2", "b", "08:00"), container("3", "b", "09:00")
     client = SimpleNamespace(containers=SimpleNamespace(list=lambda **_: [first, second, again]))
-    group = service._ServiceGroup(client, DeployConfig(target="docker"))
-    assert group.previous(again, None) is first
-    assert group.previous(again, second) is first
-    assert group.previous(second, first) is first
+    deployment = rollout._Deployment(client, DeployConfig(target="docker"))
+    assert deployment.previous(again, None) is first
+    assert deployment.previous(again, second) is first
+    assert deployment.previous(second, first) is first
 
 
 def test_an_outcome_survives_json():
