@@ -37,7 +37,7 @@ def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
 
 
 @cache
-def has_bf16() -> bool:
+def has_bf16_instructions() -> bool:
     """Return whether oneDNN computes bf16 products with bf16 instructions of this processor.
 
     On x86 processors without these instructions, oneDNN's bf16 products have a fifth of its fp32 throughput. The calls
@@ -49,12 +49,12 @@ def has_bf16() -> bool:
     return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def has_int8(device: torch.device) -> bool:
-    """Return whether oneDNN's int8 matrix product is exact on the device.
+def has_onednn_int8() -> bool:
+    """Return whether oneDNN has an exact int8 matrix product (`int8_product`) on this processor.
 
     On x86 processors without VNNI it adds two products in 16 bits, which is too few: such sums are cut off.
     """
-    return device.type == "cpu" and "onednn" in torch.backends.quantized.supported_engines and has_vnni()
+    return "onednn" in torch.backends.quantized.supported_engines and has_vnni()
 
 
 def has_vnni() -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt2core.kernels import has_bf16, has_onednn, onednn_linear, prepack
+from gpt2core.kernels import has_bf16_instructions, has_onednn, onednn_linear, prepack
 
 MIN_MULTIPLICATIONS = 2**20  # multiplications; below this, oneDNN's call overhead is larger than its gain
 MIN_ROWS = 32  # rows of x; below this, converting a bf16 weight to fp32 takes longer than it saves
@@ -62,7 +62,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu") or not has_onednn():
         return False
     if x.dtype == torch.bfloat16:
-        return x.numel() >= MIN_ROWS * x.shape[-1] and not has_bf16()
+        return x.numel() >= MIN_ROWS * x.shape[-1] and not has_bf16_instructions()
     return x.dtype == torch.float32 and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
 
 

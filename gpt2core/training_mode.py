@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from gpt2core.config import PretrainConfig, TrainConfig
-from gpt2core.kernels import has_bf16
+from gpt2core.kernels import has_bf16_instructions
 from gpt2core.linear import Linear, PrepackedWeight
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
@@ -63,7 +63,9 @@ def prepacked_weights(model: GPT2) -> Iterator[None]:
     """
     only_lora = trains_only_lora(model) and not any(layer.config.dora for _, layer in lora_layers(model))
     head = model.wte.weight.data
-    is_prepackable = only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16()
+    is_prepackable = (
+        only_lora and head.device.type == "cpu" and head.dtype == torch.bfloat16 and has_bf16_instructions()
+    )
     layers = [module for module in model.modules() if isinstance(module, Linear)] if is_prepackable else []
     try:
         for layer in layers:

@@ -20,7 +20,15 @@ from gpt2core.generate import generate
 from gpt2core.inference import native
 from gpt2core.inference.adapters import Adapter, AdapterStack, NativeAdapterStack, RowAdapters
 from gpt2core.inference.kv_cache import new_cache
-from gpt2core.kernels import has_bf16, has_int8, has_onednn, int8_product, onednn_linear, prepack, prepack_int8
+from gpt2core.kernels import (
+    has_bf16_instructions,
+    has_onednn,
+    has_onednn_int8,
+    int8_product,
+    onednn_linear,
+    prepack,
+    prepack_int8,
+)
 from gpt2core.lora import LoraLinear
 from gpt2core.model import GPT2, Block, eval_mode, pad_rows
 from gpt2core.sampling import most_likely
@@ -192,7 +200,9 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
     if sum(weight.numel() for weight in model.parameters()) < MIN_WEIGHTS_TO_QUANTIZE:
         return QuantizedModel(model, "fp32")
     # a processor without bf16 instructions emulates bf16, which is never the fastest
-    candidates = [weights for weights in supported_formats(model.config, device) if weights != "bf16" or has_bf16()]
+    candidates = [
+        weights for weights in supported_formats(model.config, device) if weights != "bf16" or has_bf16_instructions()
+    ]
     seconds = {weights: _step_seconds(QuantizedModel(model, weights, n_layer=2), max_batch) for weights in candidates}
     faster = [weights for weights in candidates if seconds[weights] * MIN_SPEEDUP < seconds["fp32"]]
     for weights in [*sorted(faster, key=seconds.__getitem__), *candidates[:1]]:
@@ -212,7 +222,7 @@ def quantize_fastest(model: GPT2, max_batch: int) -> QuantizedModel:
 
 def supported_formats(config: GPT2Config, device: torch.device) -> list[WeightFormat]:
     """Return the formats with a kernel for this model on this device, fp32 first."""
-    with_int8 = has_int8(device) or (device.type == "cpu" and native.is_available(config))
+    with_int8 = device.type == "cpu" and (has_onednn_int8() or native.is_available(config))
     return [weights for weights in get_args(WeightFormat) if weights != "int8" or with_int8]
 
 

@@ -23,7 +23,7 @@ from gpt2core.model import GPT2
 from tests.gpt2core.decoding import save_random_adapter
 
 needs_onednn = pytest.mark.skipif(not kernels.has_onednn(), reason="torch has no oneDNN here")
-needs_int8 = pytest.mark.skipif(not kernels.has_int8(torch.device("cpu")), reason="no int8 kernel on this processor")
+needs_int8 = pytest.mark.skipif(not kernels.has_onednn_int8(), reason="no int8 kernel on this processor")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc file system")
 
 

@@ -67,7 +67,7 @@ def test_an_expanded_gradient_is_supported():
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_bf16_without_instructions_is_computed_in_fp32_and_rounded(monkeypatch, frozen):
-    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    monkeypatch.setattr(module, "has_bf16_instructions", lambda: False)
     inputs = tensors((301,), 64, torch.bfloat16, frozen)
     wide = [t.detach().float().requires_grad_(t.requires_grad) for t in inputs]
     y, exact = linear(*inputs), linear(*wide)
@@ -84,13 +84,13 @@ def test_bf16_without_instructions_is_computed_in_fp32_and_rounded(monkeypatch, 
 
 @pytest.mark.parametrize(("dtype", "has"), [(torch.bfloat16, True), (torch.float64, False)])
 def test_other_dtypes_are_computed_by_torch(monkeypatch, dtype, has):
-    monkeypatch.setattr(module, "has_bf16", lambda: has)
+    monkeypatch.setattr(module, "has_bf16_instructions", lambda: has)
     x, w, b = tensors((301,), 64, dtype)
     assert torch.equal(linear(x, w, b), F.linear(x, w, b))
 
 
 def test_few_rows_of_bf16_are_computed_by_torch(monkeypatch):
-    monkeypatch.setattr(module, "has_bf16", lambda: False)
+    monkeypatch.setattr(module, "has_bf16_instructions", lambda: False)
     x, w, b = tensors((301,), 64, torch.bfloat16)
     few = x[: MIN_ROWS - 1]
     assert torch.equal(linear(few, w, b), F.linear(few, w, b))

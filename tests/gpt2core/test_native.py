@@ -20,7 +20,7 @@ from gpt2core.engine import Engine
 from gpt2core.inference import kv_cache, native, scheduler
 from gpt2core.inference.adapters import Adapter, make_adapter
 from gpt2core.inference.quantized import QuantizedModel
-from gpt2core.kernels import has_int8
+from gpt2core.kernels import has_onednn_int8
 from gpt2core.lora import add_lora, lora_layers
 from gpt2core.model import GPT2
 from tests.gpt2core.decoding import mixed_configs, random_prompts, save_random_adapter
@@ -294,7 +294,7 @@ def test_shapes_that_the_kernels_do_not_know_are_decoded_without_them():
     for change in unknown:
         config = GPT2Config(**{**vars(CONFIG), **change})
         assert not native.is_available(config)
-        if not has_int8(CPU):
+        if not has_onednn_int8():
             continue
         with Engine(GPT2(config, torch.Generator().manual_seed(0)).eval(), 2, "int8") as engine:
             assert len(engine.submit([1, 2], GenerationConfig(max_new_tokens=4)).result()) == 4

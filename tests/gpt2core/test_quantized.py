@@ -14,7 +14,7 @@ from gpt2core.data import Example
 from gpt2core.engine import Engine
 from gpt2core.inference import quantized
 from gpt2core.inference.quantized import QuantizedModel, quantize_fastest, supported_formats
-from gpt2core.kernels import has_int8
+from gpt2core.kernels import has_onednn_int8
 from gpt2core.losses import token_losses
 from gpt2core.metrics import perplexity
 from gpt2core.model import GPT2
@@ -23,7 +23,9 @@ from tests.gpt2core.conftest import TINY
 CPU = torch.device("cpu")
 FORMATS = supported_formats(GPT2Config(**TINY), CPU)
 needs_int8 = pytest.mark.skipif("int8" not in FORMATS, reason="no int8 kernel on this processor")
-needs_torchs_int8 = pytest.mark.skipif(not has_int8(CPU), reason="torch has no exact int8 product on this processor")
+needs_torchs_int8 = pytest.mark.skipif(
+    not has_onednn_int8(), reason="torch has no exact int8 product on this processor"
+)
 
 
 def logits_of(model: GPT2, weights: str, ids: torch.Tensor) -> torch.Tensor:
@@ -100,7 +102,7 @@ def test_auto_takes_the_fastest_format_that_keeps_perplexity(model, monkeypatch,
     cost = {"bf16": 0.001, "int8": 0.002}
     monkeypatch.setattr(quantized, "MIN_WEIGHTS_TO_QUANTIZE", 0)
     monkeypatch.setattr(quantized, "_step_seconds", lambda whole, n: seconds[whole.weights])
-    monkeypatch.setattr(quantized, "has_bf16", lambda: True)
+    monkeypatch.setattr(quantized, "has_bf16_instructions", lambda: True)
     monkeypatch.setattr(quantized, "_perplexity_cost", lambda model, whole: cost[whole.weights])
     assert quantize_fastest(model, 16).weights == "int8"
     cost["int8"] = 0.2
@@ -108,7 +110,7 @@ def test_auto_takes_the_fastest_format_that_keeps_perplexity(model, monkeypatch,
         fallback = quantize_fastest(model, 16)
     assert (fallback.weights, fallback.perplexity_increase) == ("bf16", cost["bf16"])
     assert "weights int8 rejected: faster, but perplexity rises by 20.0 %" in caplog.text
-    monkeypatch.setattr(quantized, "has_bf16", lambda: False)
+    monkeypatch.setattr(quantized, "has_bf16_instructions", lambda: False)
     del seconds["bf16"]  # emulated, and not measured
     assert quantize_fastest(model, 16).weights == "fp32"
     seconds["int8"] = 2.9  # not fast enough to be worth it
@@ -140,7 +142,7 @@ def test_bf16_weights_are_computed_in_fp32_on_a_processor_without_bf16_products(
 
 
 def test_int8_without_an_exact_product_is_refused(without_kernels, model, monkeypatch):
-    monkeypatch.setattr(quantized, "has_int8", lambda device: False)  # as on a processor with AVX2 only
+    monkeypatch.setattr(quantized, "has_onednn_int8", lambda: False)  # as on a processor with AVX2 only
     assert supported_formats(model.config, CPU) == ["fp32", "bf16"]
     with pytest.raises(ValueError, match="int8 has no kernel for this model on this device or processor"):
         QuantizedModel(model, "int8")

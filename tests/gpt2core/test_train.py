@@ -18,7 +18,7 @@ from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
 from gpt2core.data import Example
-from gpt2core.kernels import has_bf16
+from gpt2core.kernels import has_bf16_instructions
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.losses import token_losses
 from gpt2core.model import GPT2
@@ -257,7 +257,7 @@ def test_the_precision_sets_the_dtypes_during_training(model, precision, base, l
         )
     )
     finetune(model, examples(), [], config(precision=precision))
-    assert seen == {(base, lora, base, base == torch.bfloat16 and has_bf16())}
+    assert seen == {(base, lora, base, base == torch.bfloat16 and has_bf16_instructions())}
 
 
 def test_bf16_mixed_ends_near_fp32(tiny_gpt2_dir):
