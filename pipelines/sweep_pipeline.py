@@ -31,9 +31,9 @@ def sweep_pipeline(
         **{"data": data, "base": base, "lora": lora, "train": train, "generation": generation},
         **{"text": text, "model": model, "pretrain": pretrain, "attention": attention},
     }
-    try_variant = TRIALS[sweep.kind](sweep, seed, tracking)
+    add_trial = TRIALS[sweep.kind](sweep, seed, tracking)
     trials = [
-        try_variant(label, parameters, trial_seed)
+        add_trial(label, parameters, trial_seed)
         for label, parameters in variants_of(sweep, given).items()
         for trial_seed in sweep.seeds
     ]

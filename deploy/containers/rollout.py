@@ -2,9 +2,8 @@
 
 The port identifies a deployment. For port 3000, gpt2-instruct-3000 is the name of the proxy (`proxy_container.py`), of
 the network that proxy and services (`service.py`) share, and of the volume that stores the current service's address.
-The previous service is stopped but kept for `rollback`, which starts another service of its image. A service gets its
-restart policy when it is verified: a service without one, except the
-current service, was left behind by a killed run.
+The previous service is stopped but kept for `rollback`, which starts another service of its image. A service gets a
+restart policy when it is verified: a service without one, except the current service, was left behind by a killed run.
 """
 
 import logging
