@@ -1,6 +1,7 @@
 """Model cards: README.md as the Hugging Face hub reads it, by huggingface_hub."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -69,37 +70,37 @@ def evaluated_card(
     assert isinstance(about, ModelCardData)
     about.model_name = NAME
     about.library_name = library or None
-    about.eval_results = [
+    about.eval_results = _results_of_hub(evaluation, f"{test.records} records, sha256 {lineage.data['test'][:12]}")
+    if merged_use:
+        _, training, rest = card.text.partition(TRAINING)
+        card.text = f"{_render('model_card_merged.md.j2', base=lineage.base, use=merged_use)}\n{training}{rest}"
+    rows = {
+        metric.heading: [_score(evaluation, side, name) for side in ("base", "tuned")]
+        for name, metric in METRICS.items()
+    }
+    results = _render("model_card_results.md.j2", content=content, test=test, rows=rows, lineage=lineage)
+    card.text = f"{card.text.rstrip()}\n\n{results}\n"
+    return str(card)
+
+
+def _results_of_hub(evaluation: Evaluation, data: str) -> list[EvalResult]:
+    """Return the tuned model's scores in the form that the hub shows; `data` describes the test split."""
+    return [
         EvalResult(
             task_type="text-generation",
             dataset_type="instructions",
-            dataset_name=f"test split, {test.records} records, sha256 {lineage.data['test'][:12]}",
+            dataset_name=f"test split, {data}",
             metric_type=name,
             metric_name=metric.heading,
             metric_value=round(getattr(evaluation.tuned, name), 4),
         )
         for name, metric in METRICS.items()
     ]
-    if merged_use:
-        _, training, rest = card.text.partition(TRAINING)
-        head = ModelCard.from_template(
-            ModelCardData(), template_path=str(HERE / "model_card_merged.md.j2"), base=lineage.base, use=merged_use
-        )
-        card.text = f"{head.text.strip()}\n{training}{rest}"
-    rows = {
-        metric.heading: [_score(evaluation, side, name) for side in ("base", "tuned")]
-        for name, metric in METRICS.items()
-    }
-    results = ModelCard.from_template(
-        ModelCardData(),
-        template_path=str(HERE / "model_card_results.md.j2"),
-        content=content,
-        test=test,
-        rows=rows,
-        lineage=lineage,
-    )
-    card.text = f"{card.text.rstrip()}\n\n{results.text.strip()}\n"
-    return str(card)
+
+
+def _render(template: str, **values: Any) -> str:
+    """Render a part of a card, without metadata."""
+    return str(ModelCard.from_template(ModelCardData(), template_path=str(HERE / template), **values).text).strip()
 
 
 def _score(evaluation: Evaluation, side: str, name: str) -> str:
