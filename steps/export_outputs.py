@@ -59,11 +59,7 @@ def export_outputs(
         pointers.append(promote.stage)
     run = context.pipeline_run
     directory = write_outputs(RunRef(str(run.id), run.name), texts, folders, links, pointers)
-    for name, metric in METRICS.items():
-        base_score, tuned_score = getattr(metrics.base, name), getattr(metrics.tuned, name)
-        champion = comparison.champion_scores
-        other = "" if champion is None else f", champion {getattr(champion, name):.4g}"
-        logger.info("%s: base %.4g, tuned %.4g%s", metric.heading, base_score, tuned_score, other)
+    _log_scores(metrics, comparison)
     logger.info("%s", promotion.reason)
     logger.info("report: %s", directory / "report.html")
     return str(directory)
@@ -91,3 +87,11 @@ def _metrics(metrics: Evaluation, comparison: Comparison, promote: PromoteConfig
         "comparison": compared_on(comparison, promote.metric),
         "judge": None if comparison.judge is None else comparison.judge.to_json(),
     }
+
+
+def _log_scores(metrics: Evaluation, comparison: Comparison) -> None:
+    champion = comparison.champion_scores
+    for name, metric in METRICS.items():
+        base, tuned = getattr(metrics.base, name), getattr(metrics.tuned, name)
+        other = "" if champion is None else f", champion {getattr(champion, name):.4g}"
+        logger.info("%s: base %.4g, tuned %.4g%s", metric.heading, base, tuned, other)

@@ -34,9 +34,7 @@ def detect_drift(
     if traffic.problems:
         logger.warning("%d lines of the log cannot be read:\n%s", len(traffic.problems), summary(traffic.problems))
     run = _served_run(traffic, monitor)
-    artifacts = {name: found[0] for each in run.steps.values() for name, found in each.outputs.items() if found}
-    if not {"adapter", "train_records", "samples"} <= artifacts.keys():
-        raise ValueError(f"the run {run.name} did not finish its evaluation; set monitor.run to one that did")
+    artifacts = _artifacts_of(run)
     digest = str(artifacts["adapter"].run_metadata["sha256"])
     completions = [completion for completion in traffic.completions if completion.adapter_sha256 == digest]
     completions = completions[-monitor.max_requests :]
@@ -138,6 +136,18 @@ def _served_run(traffic: Traffic, monitor: MonitorConfig) -> PipelineRunResponse
     if runs:
         return Client().get_pipeline_run(runs[0])
     raise ValueError(f"no run in this ZenML store has the adapter {digest} that {monitor.log} names; set monitor.run")
+
+
+def _artifacts_of(run: PipelineRunResponse) -> dict[str, ArtifactVersionResponse]:
+    """Return the outputs of the run's steps, by name.
+
+    Raises:
+        ValueError: the run has no adapter, training records or answers.
+    """
+    artifacts = {name: found[0] for each in run.steps.values() for name, found in each.outputs.items() if found}
+    if not {"adapter", "train_records", "samples"} <= artifacts.keys():
+        raise ValueError(f"the run {run.name} did not finish its evaluation; set monitor.run to one that did")
+    return artifacts
 
 
 def _load(run: PipelineRunResponse, artifact: ArtifactVersionResponse) -> Any:
