@@ -149,30 +149,9 @@ def _read_vocab(directory: Path) -> dict[str, int]:
 def _read_tokenizer(file: Path) -> Vocabulary:
     """Read tokenizer.json, the format of the tokenizers library and the only file that transformers 5 writes."""
     content = read_json(file)
-    model, pre_tokenizer, post_processor = (
-        content.get(key) or {} for key in ("model", "pre_tokenizer", "post_processor")
-    )
-    is_gpt2 = (
-        all(isinstance(part, dict) for part in (model, pre_tokenizer, post_processor))
-        and model.get("type") == "BPE"
-        and pre_tokenizer.get("type") == "ByteLevel"
-        and not pre_tokenizer.get("add_prefix_space")
-        and pre_tokenizer.get("use_regex", True)
-        and not content.get("normalizer")
-        and not model.get("ignore_merges")
-    )
-    if not is_gpt2:
-        raise ValueError(
-            f"{file} is not a GPT-2 tokenizer; needed is a byte-level BPE without normalizer and prefix space"
-        )
-    # transformers 5 writes a TemplateProcessing without special tokens, which adds nothing
-    kind = post_processor.get("type", "ByteLevel")
-    if kind != "ByteLevel" and (kind != "TemplateProcessing" or post_processor.get("special_tokens")):
-        raise ValueError(
-            f"{file}: post_processor is a {kind}, which may add tokens to every text; only GPT-2's ByteLevel is "
-            'supported. Set "post_processor" to null to use the tokenizer without these tokens'
-        )
+    _check_is_gpt2(file, content)
     try:
+        model = content["model"]
         ids = {str(token): _as_id(id) for token, id in model["vocab"].items()}
         pairs = [_pair(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
         listed = {str(token["content"]): token for token in content.get("added_tokens") or ()}
@@ -196,6 +175,33 @@ def _read_tokenizer(file: Path) -> Vocabulary:
         raise ValueError(f"{file} {_NO_END}")
     ordinary = {token: id for token, id in ids.items() if token not in special}
     return Vocabulary(str(file), ordinary, pairs, special, added)
+
+
+def _check_is_gpt2(file: Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError if the tokenizer splits or changes text in another way than GPT-2's."""
+    model, pre_tokenizer, post_processor = (
+        content.get(key) or {} for key in ("model", "pre_tokenizer", "post_processor")
+    )
+    is_gpt2 = (
+        all(isinstance(part, dict) for part in (model, pre_tokenizer, post_processor))
+        and model.get("type") == "BPE"
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and not pre_tokenizer.get("add_prefix_space")
+        and pre_tokenizer.get("use_regex", True)
+        and not content.get("normalizer")
+        and not model.get("ignore_merges")
+    )
+    if not is_gpt2:
+        raise ValueError(
+            f"{file} is not a GPT-2 tokenizer; needed is a byte-level BPE without normalizer and prefix space"
+        )
+    # transformers 5 writes a TemplateProcessing without special tokens, which adds nothing
+    kind = post_processor.get("type", "ByteLevel")
+    if kind != "ByteLevel" and (kind != "TemplateProcessing" or post_processor.get("special_tokens")):
+        raise ValueError(
+            f"{file}: post_processor is a {kind}, which may add tokens to every text; only GPT-2's ByteLevel is "
+            'supported. Set "post_processor" to null to use the tokenizer without these tokens'
+        )
 
 
 def _pair(parts: Sequence[str]) -> tuple[str, str]:
