@@ -5,7 +5,7 @@ third of the output (q, k and v).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import sqrt
@@ -27,8 +27,9 @@ _KEY = re.compile(
     r"(?:base_model\.model\.)?(transformer\.|)h\.(\d{1,9})\."
     r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(?:lora_([AB])\.weight|lora_(magnitude)_vector)"
 )
-
 _EMBEDDING = re.compile(r"base_model\.model\.(?:transformer\.)?(wte|wpe|lm_head)\.(.*)")
+
+Pair = tuple[Tensor, Tensor]  # lora_A (r, in) and lora_B (out, r) of one target
 
 
 def export_peft(model: GPT2, directory: str | Path, base: str | None = None, revision: str | None = None) -> Path:
@@ -109,14 +110,29 @@ def read_peft(
         for layer in layers
         for target, b in zip(layer.targets, layer.b.chunk(len(layer.targets)), strict=True)
     }
+    # LoraConfig has one scaling for all layers: that of the first layer whose alpha is not zero
+    scaling = next((layer.scaling for layer in layers if layer.scaling[0]), (0.0, 1.0))
+    lora = _to_lora_config(peft, pairs, scaling)
+    state: dict[str, Tensor] = {}
+    for layer in layers:
+        adapted = [pairs[layer.block, target] for target in layer.targets if target in lora.targets]
+        if adapted:
+            state |= _to_state(layer, adapted, lora.rank, scaling)
+    shapes = {key.split(".", 2)[2]: tensor for key, tensor in state.items()}
+    zeros = {f"h.{block}.{part}": tensor for block in range(config.n_layer) for part, tensor in shapes.items()}
+    return lora, {key: torch.zeros_like(tensor) for key, tensor in zeros.items() if key not in state} | state
+
+
+def _to_lora_config(
+    peft: PeftConfig, pairs: Mapping[tuple[int, LoraTarget], Pair], scaling: tuple[float, float]
+) -> LoraConfig:
     changed = {target for (_, target), (_, b) in pairs.items() if b.any()} or {target for _, target in pairs}
     rank = max(len(a) for (_, target), (a, _) in pairs.items() if target in changed)
     if peft.dora:
         changed = {target for _, target in pairs}
-    # LoraConfig has one scaling for all layers: that of the first layer whose alpha is not zero
-    alpha, r = next((layer.scaling for layer in layers if layer.scaling[0]), (0.0, 1.0))
+    alpha, r = scaling
     try:
-        lora = LoraConfig(
+        return LoraConfig(
             rank,
             alpha * (sqrt(rank) if peft.rslora else rank) / r,
             tuple(target for target in LORA_TARGETS if target in changed),
@@ -126,21 +142,24 @@ def read_peft(
         )
     except ValueError as error:
         raise ValueError(f"{peft.file}: {error}") from None
-    state = {}
-    for layer in layers:
-        adapted = [pairs[layer.block, target] for target in layer.targets if target in changed]
-        if not adapted:
-            continue
-        own_alpha, own_r = layer.scaling
-        ratio = own_alpha * r / (own_r * alpha)  # lora_B is multiplied by it, to have PEFT's scaling of this layer
-        name = f"h.{layer.block}.{layer.path}"
-        state[f"{name}.lora_A"] = torch.stack([_pad(a[:rank], 0, rank) for a, _ in adapted])
-        state[f"{name}.lora_B"] = torch.stack([_pad(b[:, :rank], 1, rank) * ratio for _, b in adapted])
-        if layer.magnitude is not None:
-            state[f"{name}.lora_magnitude"] = layer.magnitude.unflatten(0, (len(adapted), -1))
-    shapes = {key.split(".", 2)[2]: tensor for key, tensor in state.items()}
-    zeros = {f"h.{block}.{part}": tensor for block in range(config.n_layer) for part, tensor in shapes.items()}
-    return lora, {key: torch.zeros_like(tensor) for key, tensor in zeros.items() if key not in state} | state
+
+
+def _to_state(layer: "_Layer", adapted: Sequence[Pair], rank: int, scaling: tuple[float, float]) -> dict[str, Tensor]:
+    """Return this project's weights of a layer from the pairs of its adapted targets.
+
+    Args:
+        scaling: that of the LoraConfig. lora_B is multiplied by the ratio of the layer's own scaling to it.
+    """
+    (own_alpha, own_r), (alpha, r) = layer.scaling, scaling
+    ratio = own_alpha * r / (own_r * alpha)
+    name = f"h.{layer.block}.{layer.path}"
+    state = {
+        f"{name}.lora_A": torch.stack([_pad(a[:rank], 0, rank) for a, _ in adapted]),
+        f"{name}.lora_B": torch.stack([_pad(b[:, :rank], 1, rank) * ratio for _, b in adapted]),
+    }
+    if layer.magnitude is not None:
+        state[f"{name}.lora_magnitude"] = layer.magnitude.unflatten(0, (len(adapted), -1))
+    return state
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,7 @@ class _Layer:
         return layer_targets(self.path)
 
 
-def _used_columns(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _used_columns(a: Tensor, b: Tensor) -> Pair:
     """Remove the zero columns of lora_B (b), and the same rows of lora_A (a). If all are zero, keep all of them."""
     used = b.any(0)
     return (a[used], b[:, used]) if used.any() else (a, b)
