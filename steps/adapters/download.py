@@ -4,8 +4,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -22,6 +22,10 @@ from steps.adapters.webhook import BUSY
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # bytes
+TIMEOUT = 30.0  # seconds to connect, and seconds between two bytes
+RETRIES = 4
+MAX_SECONDS = 1800.0  # for all attempts and the waits between them
+MAX_WAIT = 60.0  # seconds between two attempts, even if the server's Retry-After is longer
 # Errors that are retried: refused and broken connections, timeouts, a body that ends too early.
 TRANSIENT = (
     *(requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError),
@@ -33,27 +37,14 @@ class DownloadError(RuntimeError):
     """A download that failed, exceeds a limit or has an unexpected sha256."""
 
 
-def fetch(
-    url: str,
-    destination: Path,
-    sha256: str,
-    max_bytes: int,
-    timeout: float = 30,
-    retries: int = 4,
-    max_seconds: float = 1800,
-    max_wait: float = 60,
-    setting: str = "data",
-) -> Path:
+def fetch(url: str, destination: Path, sha256: str, max_bytes: int, setting: str = "data") -> Path:
     """Download the file unless `destination` already has this sha256; return `destination`.
+
+    Broken connections, incomplete bodies and the statuses `BUSY` are retried, with exponential backoff.
 
     Args:
         sha256: digest of the file, in hexadecimal.
         max_bytes: maximum size of the file, after decompression if the server compresses it.
-        timeout: seconds to connect, and seconds between two bytes.
-        retries: number of retries after broken connections, incomplete bodies and the statuses `BUSY`, with exponential
-            backoff.
-        max_seconds: limit for all attempts and the waits between them.
-        max_wait: maximum of seconds between two attempts, even if the server's Retry-After is longer.
         setting: the configuration section of the file (`data` or `text`), for messages.
 
     Raises:
@@ -67,30 +58,35 @@ def fetch(
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_name(f".{destination.name}.{token_hex(4)}")
     temporary.touch(exist_ok=False)
-    deadline = time.monotonic() + max_seconds
+    deadline = time.monotonic() + MAX_SECONDS
     try:
-        download = partial(_download, url, temporary, max_bytes, timeout, deadline, setting)
-        actual = _retried(download, retries, shown, max_wait, deadline)
+        with _as_download_error(shown, setting):
+            actual = _retried(partial(_download, url, temporary, max_bytes, deadline, setting), shown, deadline)
         if actual != sha256:
             raise DownloadError(
                 f"{shown} has sha256 {actual}, but {sha256} was expected: the file changed, or a proxy replaced it; "
                 "inspect it, and set its sha256 if it is the file you want"
             )
         os.replace(temporary, destination)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return destination
+
+
+@contextmanager
+def _as_download_error(shown: str, setting: str) -> Iterator[None]:
+    """Context manager: translate errors of requests and urllib3. Their messages may contain the URL's password."""
+    try:
+        yield
     except _LimitError as error:
         raise DownloadError(f"{shown} {error}") from None
     except requests.HTTPError as error:
         raise DownloadError(f"{shown} returned {error.response.status_code} {error.response.reason}") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        # the library's message may contain the URL with its password
         raise DownloadError(
             f"{shown} could not be downloaded ({type(error).__name__}); check that the network allows it, or download "
             f"the file elsewhere and set {setting}.source=file and {setting}.path"
         ) from None
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    return destination
 
 
 class _LimitError(Exception):
@@ -109,25 +105,25 @@ class _Session(requests.Session):
         return target
 
 
-def _retried(download: Callable[[], str], retries: int, shown: str, max_wait: float, deadline: float) -> str:
-    for attempt in range(retries):
+def _retried(download: Callable[[], str], shown: str, deadline: float) -> str:
+    for attempt in range(RETRIES):
         try:
             return download()
         except (*TRANSIENT, requests.HTTPError) as error:
             if isinstance(error, requests.HTTPError) and error.response.status_code not in BUSY:
                 raise
-            _wait(error, shown, 0.5 * 2**attempt, max_wait, deadline)
+            _wait(error, shown, 0.5 * 2**attempt, deadline)
     return download()
 
 
-def _download(url: str, file: Path, max_bytes: int, timeout: float, deadline: float, setting: str) -> str:
+def _download(url: str, file: Path, max_bytes: int, deadline: float, setting: str) -> str:
     """Write the response body to the file; return its sha256."""
     digest, size = hashlib.sha256(), 0
     with (
         naming_file(file),
         _Session() as session,
         file.open("wb") as stream,
-        session.get(url, stream=True, timeout=timeout) as response,
+        session.get(url, stream=True, timeout=TIMEOUT) as response,
     ):
         response.raise_for_status()
         total = _content_length(response)
@@ -157,14 +153,14 @@ def _content_length(response: requests.Response) -> int | None:
     return None if text is None or "Content-Encoding" in response.headers else int(text)
 
 
-def _wait(error: Exception, shown: str, seconds: float, max_wait: float, deadline: float) -> None:
+def _wait(error: Exception, shown: str, seconds: float, deadline: float) -> None:
     """Sleep before the next attempt, and log it."""
     reason, header = type(error).__name__, None
     if isinstance(error, requests.HTTPError):
         reason, header = f"status {error.response.status_code}", error.response.headers.get("Retry-After")
     with suppress(urllib3.exceptions.InvalidHeader):  # neither seconds nor a date
         seconds = Retry().parse_retry_after(header) if header else seconds
-    wait = min(seconds, max_wait)
+    wait = min(seconds, MAX_WAIT)
     if time.monotonic() + wait > deadline:
         raise error
     wish = f" (the server requested longer: Retry-After: {header[:40]})" if header and wait < seconds else ""

@@ -14,10 +14,15 @@ import requests
 from steps.adapters import download
 from steps.adapters.download import DownloadError
 
-fetch = partial(download.fetch, max_bytes=2**20, max_wait=0.1)
+fetch = partial(download.fetch, max_bytes=2**20)
 BODY = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
 REDIRECTS = {"/to-a-file": "file:///etc/passwd", "/to-ftp": "ftp://127.0.0.1/data.json", "/around": "/around"}
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(download, "MAX_WAIT", 0.1)
 
 
 class Server(ThreadingHTTPServer):
@@ -153,9 +158,10 @@ def test_a_compressed_body_and_a_digest_in_capitals_are_accepted(server, tmp_pat
         ("/around", "TooManyRedirects"),
     ],
 )
-def test_a_response_beyond_the_limits_is_refused_and_leaves_nothing(server, tmp_path, path, named):
+def test_a_response_beyond_the_limits_is_refused_and_leaves_nothing(server, tmp_path, path, named, monkeypatch):
+    monkeypatch.setattr(download, "MAX_SECONDS", 1 if path == "/drip" else 60)
     with pytest.raises(DownloadError, match=named):
-        fetch(server.url + path, tmp_path / "data.json", SHA256, max_seconds=1 if path == "/drip" else 60)
+        fetch(server.url + path, tmp_path / "data.json", SHA256)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,12 +182,14 @@ def test_a_redirect_from_https_to_http_is_refused(server):
     ],
 )
 def test_a_failure_names_the_url_and_the_cause_and_keeps_the_existing_file(
-    server, tmp_path, path, retries, timeout, named
+    server, tmp_path, path, retries, timeout, named, monkeypatch
 ):
+    monkeypatch.setattr(download, "RETRIES", retries)
+    monkeypatch.setattr(download, "TIMEOUT", timeout)
     file = tmp_path / "data.json"
     file.write_bytes(b"older")
     with pytest.raises(DownloadError) as error:
-        fetch(server.url + path, file, SHA256, timeout=timeout, retries=retries)
+        fetch(server.url + path, file, SHA256)
     for word in [server.url + path, *named]:
         assert word in str(error.value)
     assert file.read_bytes() == b"older"
@@ -194,9 +202,10 @@ def test_an_unexpected_digest_is_reported_with_the_expected_one(server, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unreachable_server_is_an_error(tmp_path):
+def test_an_unreachable_server_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "RETRIES", 0)
     with pytest.raises(DownloadError, match="check that the network"):
-        fetch("http://127.0.0.1:9/data.json", tmp_path / "data.json", SHA256, retries=0)
+        fetch("http://127.0.0.1:9/data.json", tmp_path / "data.json", SHA256)
 
 
 @pytest.mark.parametrize("url", ["ftp://example.org/a", "file:///etc/passwd", "data.json"])
@@ -206,9 +215,10 @@ def test_only_http_urls_are_accepted(url, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/missing", "/cut", "/good"])
-def test_error_messages_contain_no_password_or_token(server, tmp_path, path):
+def test_error_messages_contain_no_password_or_token(server, tmp_path, path, monkeypatch):
+    monkeypatch.setattr(download, "RETRIES", 0)
     url = server.url.replace("http://", "http://user:secret1@") + path + "?token=secret2"
     with pytest.raises(DownloadError) as error:
-        fetch(url, tmp_path / "data.json", "0" * 64, retries=0)
+        fetch(url, tmp_path / "data.json", "0" * 64)
     assert "secret" not in str(error.value)
     assert error.value.__suppress_context__ or error.value.__context__ is None
