@@ -78,13 +78,28 @@ def load_pretrained(
     _check_sizes(directory / CONFIG, config, stored)
     with torch.device("meta"):  # skip drawing random weights that are overwritten below
         model = GPT2(config)
-    expected = model.state_dict()
-    state: dict[str, Tensor] = {}
+    state = _convert_(stored, model, dtype, mapped)
+    head = state.pop("lm_head.weight", None)
+    for name in model.state_dict():
+        if name not in state:
+            raise ValueError(f"{last}: key {name!r} is missing")
+    if head is not None and not torch.equal(head, state["wte.weight"]):
+        raise ValueError(f"{directory}: lm_head.weight differs from wte.weight; only GPT-2's tied head is supported")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def _convert_(stored: dict[str, _Stored], model: GPT2, dtype: torch.dtype, mapped: bool) -> dict[str, Tensor]:
+    """Check the tensors of a checkpoint and convert them for the model, which has no weights yet; return them by name.
+
+    Empties `stored`, so that only one tensor exists twice in memory.
+    """
+    state, expected = {}, model.state_dict()
     for name in list(stored):
         file, key, tensor = stored.pop(name)
-        if name != "lm_head.weight" and name not in expected:
-            raise ValueError(f"{file}: key {key!r} is not a key of GPT-2 with n_layer={config.n_layer}")
-        target = expected["wte.weight" if name == "lm_head.weight" else name]
+        target = expected.get("wte.weight" if name == "lm_head.weight" else name)
+        if target is None:
+            raise ValueError(f"{file}: key {key!r} is not a key of GPT-2 with n_layer={model.config.n_layer}")
         transposed = name.endswith(CONV1D)
         _check_shape(file, key, tensor, target.T if transposed else target)
         check_weight(file, key, tensor)
@@ -95,14 +110,7 @@ def load_pretrained(
             state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         if tensor.dtype != dtype and not is_finite(state[name]):
             raise ValueError(f"{file}: tensor {key!r} has values beyond the range of {dtype}; use another dtype")
-    head = state.pop("lm_head.weight", None)
-    for name in expected:
-        if name not in state:
-            raise ValueError(f"{last}: key {name!r} is missing")
-    if head is not None and not torch.equal(head, state["wte.weight"]):
-        raise ValueError(f"{directory}: lm_head.weight differs from wte.weight; only GPT-2's tied head is supported")
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True).eval()
+    return state
 
 
 def save_pretrained(model: GPT2, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
