@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bentos.compat import MODEL_FILE
 from bentos.limits import ADAPTERS_POLL, MAX_ADAPTERS
 from bentos.metrics import render_gauges
 from bentos.schemas import BASE, TUNED, AdapterName, CanaryRequest
@@ -70,14 +71,15 @@ def publish(
     Raises:
         ValueError, OSError: a name or the canary is wrong, or a directory has no adapter or is not below `directory`.
     """
-    for path in adapters.values():
-        files = list_files(directory / path) if (directory / path).is_dir() else []
+    shared = {}
+    for name, path in adapters.items():
+        files = list_files(directory / path, exclude=[MODEL_FILE]) if (directory / path).is_dir() else []
         if not {"adapter.json", PEFT_CONFIG} & {*files}:
             raise ValueError(f"{directory / path} is not a directory with an adapter")
         for file in ("", *files):
             if directory.resolve() not in (directory / path / file).resolve().parents:
                 raise ValueError(f"{directory / path / file} is not below {directory}, so no replica would load it")
-    shared = {name: {"path": path, "sha256": directory_sha256(directory / path)} for name, path in adapters.items()}
+        shared[name] = {"path": path, "sha256": directory_sha256(directory / path, files)}
     request = None if canary is None else {"adapter": canary[0], "share": canary[1], "shadow": shadow}
     content = json_bytes({"adapters": shared, "canary": request})
     manifest = read(content)

@@ -85,6 +85,12 @@ def test_a_replica_is_ready_once_it_has_applied_a_manifest(tmp_path, adapter_dir
     assert applied == [{"formal"}]
 
 
+def test_a_manifest_has_the_digest_that_replicas_compute_for_a_copy_from_bentomls_store(tmp_path, adapter_dir):
+    shutil.copytree(adapter_dir, tmp_path / "one")
+    (tmp_path / "one" / "model.yaml").write_text("name: gpt2-instruct-adapter")
+    assert publish(tmp_path, {"formal": "one"}).adapters["formal"].sha256 == directory_sha256(adapter_dir)
+
+
 @pytest.mark.parametrize(
     ("adapters", "canary", "message"),
     [
