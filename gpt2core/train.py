@@ -273,12 +273,15 @@ def _step(
     progress.tokens += n_tokens
     progress.tokens_seen += n_tokens
     progress.seconds += perf_counter() - start
-    if not is_logged:
-        return {}
+    return _log_entry(progress, learning_rate, float(norm), meter) if is_logged else {}
+
+
+def _log_entry(progress: Progress, learning_rate: float, grad_norm: float, meter: ResourceMeter) -> dict[str, float]:
+    """Return the values to log, loss and throughput since the previous entry, and add them to the history."""
     values = {
         "train/loss": progress.loss / progress.labels,
         "train/learning_rate": learning_rate,
-        "train/grad_norm": float(norm),
+        "train/grad_norm": grad_norm,
         "train/tokens_seen": progress.tokens_seen,
         "train/tokens_per_second": progress.tokens / (progress.seconds - progress.logged_seconds),
         **meter.read(),
