@@ -1,3 +1,5 @@
+"""Deployment of the Bento to the configured target, and the rollback of the newest deployment."""
+
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 

@@ -1,3 +1,5 @@
+"""The instruction records: generated, downloaded, or read from files; validated, and limited in length."""
+
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
