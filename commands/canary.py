@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import requests
 from statsmodels.stats.proportion import confint_proportions_2indep
 
+from bentos.schemas import CanaryArm, CanaryStatus
 from deploy.verify import first_token
 
 TIMEOUT = 60  # seconds
@@ -32,31 +33,38 @@ class Service:
         self.url = url.rstrip("/")
         self._token = first_token("GPT2_ADMIN_TOKEN")
 
-    def start(self, name: str, path: str, share: float, shadow: bool) -> dict[str, Any]:
+    def start(self, name: str, path: str, share: float, shadow: bool) -> CanaryStatus:
         """Load the adapter unless `path` is "", and send it a share of the requests, or copies of them (`shadow`)."""
         if path:
             self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-        return self._call("POST", "/v1/start_canary", {"adapter": name, "share": share, "shadow": shadow})
+        return self._status("POST", "/v1/start_canary", {"adapter": name, "share": share, "shadow": shadow})
 
-    def status(self) -> dict[str, Any]:
-        return self._call("GET", "/v1/canary")
+    def status(self) -> CanaryStatus:
+        return self._status("GET", "/v1/canary")
 
-    def promote(self) -> dict[str, Any]:
+    def promote(self) -> CanaryStatus:
         """Send all requests to the canary."""
-        return self._call("POST", "/v1/start_canary", {"adapter": self._canary(), "share": 1})
+        return self._status("POST", "/v1/start_canary", {"adapter": self._canary(), "share": 1})
 
-    def abort(self) -> dict[str, Any]:
+    def abort(self) -> CanaryStatus:
         """Send no more requests to the canary, and unload it."""
         name = self._canary()
-        status = self._call("POST", "/v1/end_canary")
+        status = self._status("POST", "/v1/end_canary")
         self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         return status
 
     def _canary(self) -> str:
-        canary = self.status()["canary"]
+        canary = self.status().canary
         if canary is None:
             raise CanaryError(f"{self.url} has no canary; start one with `python run.py canary start NAME`")
-        return str(canary["adapter"])
+        return canary.adapter
+
+    def _status(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> CanaryStatus:
+        content = self._call(method, path, body)
+        try:
+            return CanaryStatus.model_validate(content)
+        except ValueError:
+            raise CanaryError(f"{self.url}{path} did not return a canary's status; it is not this service") from None
 
     def _authenticate(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self._token}"
@@ -86,7 +94,7 @@ def _is_loopback(url: str) -> bool:
         return False
 
 
-def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) -> tuple[Verdict, str]:
+def decide(status: CanaryStatus, max_failures: float, max_slowdown: float) -> tuple[Verdict, str]:
     """Return "abort", "promote" or "wait", and the reason.
 
     "abort": the canary is significantly worse than the limits allow. "promote": it is significantly within the limits.
@@ -96,15 +104,15 @@ def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) 
         max_failures: allowed increase of the share of failed completions.
         max_slowdown: allowed increase of the mean duration, as a fraction of the stable version's mean.
     """
-    if status["canary"] is None:
+    if status.canary is None:
         raise CanaryError("there is no canary to decide about")
-    if status["shadow"] is not None:
+    if status.shadow is not None:
         raise CanaryError("the canary is in shadow mode, where `status` compares answers; start it without --shadow")
-    stable, new = status["versions"]
-    if min(arm["completed"] + arm["failed"] for arm in (stable, new)) < 1:
+    stable, new = status.versions
+    if min(arm.completed + arm.failed for arm in (stable, new)) < 1:
         return "wait", "one of the versions has had no request yet"
     measures = [("failures", _failures(stable, new), max_failures)]
-    if min(arm["completed"] for arm in (stable, new)) >= MIN_COMPLETIONS:
+    if min(arm.completed for arm in (stable, new)) >= MIN_COMPLETIONS:
         measures.append(("duration", _slowdown(stable, new), max_slowdown))
     texts = [f"{name} {low:+.1%} to {high:+.1%} (at most {limit:+.1%})" for name, (low, high), limit in measures]
     reason = "canary minus stable, 95 % intervals: " + "; ".join(texts)
@@ -115,33 +123,32 @@ def decide(status: Mapping[str, Any], max_failures: float, max_slowdown: float) 
     return "wait", reason
 
 
-def describe(status: Mapping[str, Any]) -> str:
-    if status["canary"] is None:
+def describe(status: CanaryStatus) -> str:
+    if status.canary is None:
         return "no canary"
-    share, name, shadow = f"{status['canary']['share']:.0%}", status["canary"]["adapter"], status["shadow"]
-    lines = [f"{share} of the requests go to {name}" + (" too, in shadow mode" if shadow else "")]
-    for arm in status["versions"]:
-        adapter = arm["adapter"]
-        counts = f"{arm['completed']} completed, {arm['failed']} failed, {arm['mean_seconds']:.3f} s on average"
-        lines.append(f"{adapter['name']} ({adapter['sha256'][:16]}): {counts}")
+    name, shadow = status.canary.adapter, status.shadow
+    lines = [f"{status.canary.share:.0%} of the requests go to {name}" + (" too, in shadow mode" if shadow else "")]
+    for arm in status.versions:
+        counts = f"{arm.completed} completed, {arm.failed} failed, {arm.mean_seconds:.3f} s on average"
+        lines.append(f"{arm.adapter.name} ({arm.adapter.sha256[:16]}): {counts}")
     if shadow:
         lines.append(
-            f"{shadow['compared']} answers compared: {shadow['agreed']} agree, token F1 {shadow['mean_token_f1']:.3f}, "
-            f"log probability per token of {name} {shadow['mean_logprob']:.3f}; {shadow['dropped']} requests dropped"
+            f"{shadow.compared} answers compared: {shadow.agreed} agree, token F1 {shadow.mean_token_f1:.3f}, "
+            f"log probability per token of {name} {shadow.mean_logprob:.3f}; {shadow.dropped} requests dropped"
         )
     return "\n".join(lines)
 
 
-def _failures(stable: Mapping[str, Any], new: Mapping[str, Any]) -> Interval:
+def _failures(stable: CanaryArm, new: CanaryArm) -> Interval:
     """Compute the interval of the difference in the share of failed completions, by Newcombe's method."""
-    counts = [(arm["failed"], arm["completed"] + arm["failed"]) for arm in (new, stable)]
+    counts = [(arm.failed, arm.completed + arm.failed) for arm in (new, stable)]
     low, high = confint_proportions_2indep(*counts[0], *counts[1], method="newcomb", compare="diff")
     return float(low), float(high)
 
 
-def _slowdown(stable: Mapping[str, Any], new: Mapping[str, Any]) -> Interval:
+def _slowdown(stable: CanaryArm, new: CanaryArm) -> Interval:
     """Compute the interval of the difference in the mean duration, as a share of the stable version's mean."""
-    difference = new["mean_seconds"] - stable["mean_seconds"]
-    error = Z * sqrt(sum(arm["variance"] / arm["completed"] for arm in (new, stable)))
-    mean = stable["mean_seconds"]
+    difference = new.mean_seconds - stable.mean_seconds
+    error = Z * sqrt(sum(arm.variance / arm.completed for arm in (new, stable)))
+    mean = stable.mean_seconds
     return (difference - error) / mean, (difference + error) / mean

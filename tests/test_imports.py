@@ -43,6 +43,7 @@ MAY_IMPORT = {
     },
     "commands": {
         "commands",
+        "bentos",
         "steps",
         "deploy",
         "gpt2core",

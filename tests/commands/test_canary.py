@@ -8,6 +8,7 @@ from threading import Thread
 import pytest
 from click.testing import CliRunner
 
+from bentos.schemas import AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus
 from commands.canary import decide
 from gpt2core.files import directory_sha256
 from run import main
@@ -54,7 +55,7 @@ def test_the_token_reaches_a_service_on_this_machine_in_spite_of_netrc_and_proxy
     class Admin(BaseHTTPRequestHandler):
         def do_GET(self):
             assert self.headers["Authorization"] == "Bearer admin"
-            body = json.dumps({"canary": None}).encode()
+            body = b'{"canary": null, "versions": [], "shadow": null}'
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -73,10 +74,11 @@ def test_the_token_reaches_a_service_on_this_machine_in_spite_of_netrc_and_proxy
 
 
 @pytest.mark.parametrize("body", [b'{"detail": "Not Found"}', b'"no"', b"<html>"])
-def test_another_server_is_an_error_of_one_line(body):
+@pytest.mark.parametrize("status", [200, 404])
+def test_another_server_is_an_error_of_one_line(body, status):
     class Other(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(404)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -92,8 +94,9 @@ def test_another_server_is_an_error_of_one_line(body):
     assert len(result.output.splitlines()) == 1
 
 
-def arm(completed: int, failed: int, mean: float = 1.0, variance: float = 0.04) -> dict[str, float]:
-    return {"completed": completed, "failed": failed, "mean_seconds": mean, "variance": variance}
+def arm(completed: int, failed: int, mean: float = 1.0, variance: float = 0.04) -> CanaryArm:
+    adapter = AdapterVersion(name="v", sha256="0" * 64)
+    return CanaryArm(adapter=adapter, completed=completed, failed=failed, mean_seconds=mean, variance=variance)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def arm(completed: int, failed: int, mean: float = 1.0, variance: float = 0.04) 
     ],
 )
 def test_the_rule_decides_only_when_the_intervals_are_narrow_enough(stable, new, verdict):
-    status = {"canary": {"adapter": "v2", "share": 0.1}, "versions": [stable, new], "shadow": None}
+    status = CanaryStatus(canary=CanaryRequest(adapter="v2", share=0.1), versions=[stable, new], shadow=None)
     assert decide(status, 0.01, 0.2)[0] == verdict
 
 
