@@ -95,20 +95,21 @@ class GPT2Instruct:
         from bentos.shared_adapters import Follower
 
         verify_models()
-        log = RequestLog(settings().request_log, settings().request_log_text) if settings().request_log else None
+        given = settings()
+        log = RequestLog(given.request_log, given.request_log_text) if given.request_log else None
         self.generator = TextGenerator(
             self.base.path,
             self.adapter.path,
-            settings().weights,
-            settings().adapters_dir,
-            Metrics(),
-            log,
-            lineage().base.sha256,
-            settings().accept_other_base,
-            settings().follow_adapters,
+            weights=given.weights,
+            adapters_dir=given.adapters_dir,
+            metrics=Metrics(),
+            request_log=log,
+            base_sha256=lineage().base.sha256,
+            accept_other_base=given.accept_other_base,
+            follow_adapters=given.follow_adapters,
         )
-        self.follower = Follower(settings().adapters_dir, self.generator.follow) if settings().follow_adapters else None
-        app.state.served = Served(self.generator, lineage(), int(time()), settings().multi_turn, log)
+        self.follower = Follower(given.adapters_dir, self.generator.follow) if given.follow_adapters else None
+        app.state.served = Served(self.generator, lineage(), int(time()), given.multi_turn, log)
         # Exclude all objects so far from garbage collection. Full collections then are short and frequent: reference
         # cycles of finished requests do not grow to 100 MB, and no pause is long.
         gc.collect()
