@@ -14,7 +14,6 @@ from gpt2core.metrics import normalize
 from gpt2core.prompt import MARKERS, format_prompt
 from gpt2core.record_files import PARTS, Part
 from gpt2core.records import (  # re-exported: the public path of these names
-    REQUIRED,
     TEXTS,
     Record,
     check_records,
@@ -27,7 +26,6 @@ from gpt2core.records import (  # re-exported: the public path of these names
 from gpt2core.tensors import as_ints
 
 __all__ = [
-    "REQUIRED",
     "Example",
     "LongRecord",
     "Record",

@@ -35,11 +35,11 @@ from zenml.step_operators import BaseStepOperator, BaseStepOperatorConfig, BaseS
 from deploy.containers import steps as containers
 from deploy.containers.client import EngineError
 from deploy.containers.steps import StepContainer
+from deploy.source import ROOT
 
 logger = logging.getLogger(__name__)
 
 FLAVOR = "container"
-ROOT = Path(__file__).parent.parent
 RUN_ID = "GPT2_INSTRUCT_ORCHESTRATOR_RUN_ID"  # environment variable of a step's container
 LOCALHOSTS = ("localhost", "127.0.0.1", "::1")
 
