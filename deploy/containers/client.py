@@ -66,7 +66,10 @@ def _context() -> Context:
 
 def is_local(client: docker.DockerClient) -> bool:
     """Whether the engine is on this machine, which then reaches the ports that containers publish."""
-    host = urlsplit(client.api.base_url).hostname or ""  # docker's client has localhost for Unix sockets, ssh for SSH
+    url = urlsplit(client.api.base_url)
+    if url.scheme == "http+docker":  # docker's client replaces the address of a Unix socket or of an SSH connection
+        return url.hostname != "ssh"
+    host = url.hostname or ""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, 0), family=family).close()
