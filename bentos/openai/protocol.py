@@ -193,7 +193,9 @@ class ChatRequest(OpenAIRequest):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = Field(None, description="only with logprobs")
     modalities: Annotated[list[Literal["text"]], FAIL_FAST] | None = None
-    reasoning_effort: Literal["none", "medium"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="ignored: completions have no reasoning"
+    )
     verbosity: Literal["medium"] | None = None
     tool_choice: ToolChoice = None
     tools: Annotated[Any, _tools("tool_choice")] = None

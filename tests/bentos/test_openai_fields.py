@@ -93,7 +93,7 @@ def test_defaults_of_openai_and_harmless_extras_are_accepted(url, route):
                 ("n", 17),
                 ("prediction", {"type": "content", "content": "a"}),
                 ("presence_penalty", -3),
-                ("reasoning_effort", "high"),
+                ("reasoning_effort", "much"),
                 ("response_format", {"type": "json_schema"}),
                 ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}),
                 ("guided_regex", "(a"),
@@ -135,6 +135,13 @@ def test_fields_that_ask_for_plain_text_are_accepted(url, fields):
     response = post(url, route, **fields)
     assert response.status_code == 200, response.text
     assert response.json()["choices"] == post(url, route).json()["choices"]
+
+
+@pytest.mark.parametrize("effort", ["none", "minimal", "low", "high", "xhigh"])
+def test_every_reasoning_effort_of_openai_is_accepted_since_there_is_no_reasoning(url, effort):
+    response = post(url, "chat/completions", reasoning_effort=effort)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == post(url, "chat/completions").json()["choices"]
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "required", {"type": "function", "function": {"name": "a"}}])
