@@ -59,7 +59,7 @@ class GPT2Service(compat.WrappableService):
             compat.remove_tracing(app)
         compat.limit_metric_labels(app, path_label(_paths()))
         wrapped: ASGIApp = HeadMiddleware(app)
-        wrapped = ErrorShapeMiddleware(wrapped)
+        wrapped = ErrorShapeMiddleware(wrapped, _paths())
         wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, PROBES, admin.router.routes)
         wrapped = UnhandledErrorMiddleware(wrapped)
         wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)

@@ -1,5 +1,7 @@
 """Gives errors of BentoML and the router (unknown route, wrong method, unhandled exception) the common error shape."""
 
+import re
+from collections.abc import Collection
 from http import HTTPStatus
 
 from starlette.datastructures import MutableHeaders
@@ -10,8 +12,12 @@ from bentos.errors import error_content, is_error
 
 
 class ErrorShapeMiddleware:
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, paths: Collection[str] = ()) -> None:
+        """
+        Args:
+            paths: the known paths, of which an unknown path may be a misspelling.
+        """
+        self.app, self.paths = app, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -29,7 +35,9 @@ class ErrorShapeMiddleware:
             else:
                 body.extend(message.get("body", b""))
                 if not message.get("more_body", False):
-                    content = bytes(body) if is_error(body) else bytes(error_of_status(start["status"], scope).body)
+                    content = bytes(body)
+                    if not is_error(body):
+                        content = bytes(error_of_status(start["status"], scope, self.paths).body)
                     headers = MutableHeaders(scope=start)
                     headers["Content-Type"], headers["Content-Length"] = "application/json", str(len(content))
                     await send(start)
@@ -38,9 +46,20 @@ class ErrorShapeMiddleware:
         await self.app(scope, receive, shaped)
 
 
-def error_of_status(status: int, scope: Scope) -> JSONResponse:
+def error_of_status(status: int, scope: Scope, paths: Collection[str] = ()) -> JSONResponse:
     """Return the error response for a status without a message of its own."""
     phrase = HTTPStatus(status).phrase
-    return JSONResponse(
-        error_content(phrase.lower().replace(" ", "_"), f"{scope['method']} {scope['path']}: {phrase}"), status
-    )
+    near = nearest_path(scope["path"], paths) if status == HTTPStatus.NOT_FOUND else ""
+    message = f"{scope['method']} {scope['path']}: {phrase}" + (f"; did you mean {near}?" if near else "")
+    return JSONResponse(error_content(phrase.lower().replace(" ", "_"), message), status)
+
+
+def nearest_path(path: str, paths: Collection[str]) -> str:
+    """Return the shortest known path that an unknown one ends with, begins with, or is the end of; "" if there is none.
+
+    Such a path comes from a base URL that lacks /v1, has it twice, or is already the whole URL of a route.
+    """
+    path = re.sub("/+", "/", path).rstrip("/")
+    known = [each for each in paths if len(each) > 1 and "{" not in each]
+    near = [each for each in known if each.endswith(path) or path.endswith(each) or path.startswith(f"{each}/")]
+    return min(near, key=len) if path and near else ""
