@@ -31,7 +31,7 @@ router = APIRouter()
 async def predict(request: Request, format: Format = "") -> Response:
     """Answer an instruction.
 
-    `?format=lambda` wraps the response in the envelope of mariovas3/llms, and disables streaming.
+    `?format=lambda` wraps the whole response in the envelope of mariovas3/llms, so it cannot be streamed.
     """
     if format not in ("", "lambda"):
         raise ServiceError("invalid_request", f"format is {format!r}; it must be lambda, or absent", "format")
@@ -47,7 +47,10 @@ async def predict(request: Request, format: Format = "") -> Response:
 async def _predict(request: Request, may_stream: bool) -> Response:
     deadline = monotonic() + DEADLINE
     body = await read_body(request, PredictRequest)
-    stream = bool(body.stream) and may_stream
+    stream = bool(body.stream)
+    if stream and not may_stream:
+        message = "stream is true, but format=lambda is one whole response; leave out one of them"
+        raise ServiceError("invalid_request", message, "stream")
     adapter = TUNED if body.adapter is None else body.adapter
     max_new_tokens = DEFAULTS.max_new_tokens if body.max_new_tokens is None else body.max_new_tokens
     generator = served(request).generator

@@ -297,8 +297,23 @@ def test_an_unknown_route_has_the_shape_of_every_error(url, method, path, status
     error_of(response)
 
 
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "; did you mean /v1/chat/completions?"),
+        ("/v1/chat/completions/", "; did you mean /v1/chat/completions?"),
+        ("/v1/chat/completions/chat/completions", "; did you mean /v1/chat/completions?"),
+        ("/v1/responses", ""),
+        ("/" + 50_000 * "a", ""),
+    ],
+)
+def test_an_unknown_route_names_the_known_one_that_ends_like_it(url, path, hint):
+    message = error_of(requests.post(url + path, timeout=10))["message"]
+    assert message == f"POST {path}: Not Found{hint}"
+
+
 def test_the_lambda_envelope_holds_the_response_and_its_status(url):
-    response = predict(url, "?format=lambda", instruction="Hello.", stream=True)
+    response = predict(url, "?format=lambda", instruction="Hello.", stream=False)
     envelope = response.json()
     assert response.status_code == envelope["statusCode"] == 200
     assert envelope["headers"] == {"Content-Type": "application/json"}
@@ -309,6 +324,16 @@ def test_the_lambda_envelope_of_an_error_has_its_status_in_both_places(url):
     response = predict(url, "?format=lambda", instruction="")
     assert response.status_code == response.json()["statusCode"] == 400
     assert json.loads(response.json()["body"])["error"]["param"] == "instruction"
+
+
+def test_a_stream_in_the_lambda_envelope_is_refused(url):
+    response = predict(url, "?format=lambda", instruction="Hello.", stream=True)
+    error = json.loads(response.json()["body"])["error"]
+    assert response.status_code == response.json()["statusCode"] == 400
+    assert (error["param"], error["message"]) == (
+        "stream",
+        "stream is true, but format=lambda is one whole response; leave out one of them",
+    )
 
 
 def test_another_format_is_refused(url):
