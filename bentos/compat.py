@@ -29,6 +29,7 @@ from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -87,6 +88,12 @@ def remove_timeout(app: Starlette) -> None:
 def remove_redirects(app: Starlette) -> None:
     """Remove the redirect from /predict/ to /predict: its target is an http URL of the host in the Host header."""
     app.router.redirect_slashes = False
+
+
+def alias_path(app: Starlette, path: str, alias: str) -> None:
+    """Serve the route at `path` at `alias` too. BentoML's own routes have fixed paths."""
+    endpoint = next(route.endpoint for route in app.routes if isinstance(route, Route) and route.path == path)
+    app.router.routes.insert(0, Route(alias, endpoint))  # before the mounted FastAPI app, which matches every path
 
 
 def remove_tracing(app: Starlette) -> None:

@@ -35,7 +35,8 @@ from gpt2core.types import Lineage
 
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
 PROBES = ("/livez", "/readyz", "/healthz", "/health", "/metrics")  # no token, no log, no effect on draining
-BENTOML_PATHS = (*PROBES, "/docs.json", "/schema.json")
+DOCUMENT, FASTAPI_DOCUMENT = "/docs.json", "/openapi.json"  # BentoML's path of the OpenAPI document, and FastAPI's
+BENTOML_PATHS = (*PROBES, DOCUMENT, FASTAPI_DOCUMENT, "/schema.json")
 
 
 class Models(BaseModel):
@@ -55,6 +56,7 @@ class GPT2Service(compat.WrappableService):
         compat.limit_headers()
         compat.remove_timeout(app)
         compat.remove_redirects(app)
+        compat.alias_path(app, DOCUMENT, FASTAPI_DOCUMENT)  # where generators of clients look for it
         if not settings().tracing:
             compat.remove_tracing(app)
         compat.limit_metric_labels(app, path_label(_paths()))

@@ -57,6 +57,11 @@ def test_bentoml_still_says_openapi_3_0():
     assert inspect.signature(compat.generate_spec).parameters["openapi_version"].default.startswith("3.0")
 
 
+def test_bentoml_still_serves_the_openapi_document_at_its_own_path_only(app):
+    client = TestClient(app)
+    assert [client.get(path).status_code for path in ("/docs.json", "/openapi.json")] == [200, 404]
+
+
 def test_the_timer_of_bentomls_timeout_still_outlives_the_response(app):
     assert compat.TimeoutMiddleware in classes(app)
 

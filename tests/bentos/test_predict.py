@@ -389,6 +389,13 @@ def test_the_schema_describes_requests_responses_and_errors(url):
     assert "/metadata" in schema["paths"]
 
 
+def test_the_openapi_document_is_also_at_fastapis_path(url):
+    documents = [requests.get(url + path, timeout=10) for path in ("/docs.json", "/openapi.json")]
+    assert documents[1].status_code == 200
+    assert documents[1].json() == documents[0].json()
+    assert requests.head(f"{url}/openapi.json", timeout=10).status_code == 200
+
+
 def test_concurrent_requests_get_their_own_answers(url, tuned, tokenizer):
     instructions = [f"Say the number {i}." for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
