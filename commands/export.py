@@ -121,7 +121,11 @@ def _write_hf(finished: FinishedRun, out: Path, history: bool, dtype: str) -> No
         tokenizer_config["padding_side"] = side
     ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     own_settings = json.loads(model.config.generation_config or "{}")
-    settings = ids | {key: value for key, value in own_settings.items() if key in _KEPT_SETTINGS} | {"do_sample": False}
+    kept = {key: value for key, value in own_settings.items() if key in _KEPT_SETTINGS}
+    if not kept.keys() & {"max_length", "max_new_tokens"}:
+        # transformers' defaults are 20 new tokens, and 256 in its pipeline, for which the context may be too short
+        kept["max_length"] = model.config.n_positions
+    settings = ids | kept | {"do_sample": False}
     write_files(out, {TOKENIZER_CONFIG: json_bytes(tokenizer_config), GENERATION_CONFIG: json_bytes(settings)})
 
 

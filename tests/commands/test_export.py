@@ -200,6 +200,16 @@ def test_the_pipeline_of_transformers_generates_greedily_whatever_the_settings_o
     assert answer.model.generation_config.max_length == 90
 
 
+def test_transformers_generates_up_to_the_context_of_a_base_without_limits_of_the_length(tmp_path, tuned):
+    export(tmp_path / "out", "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.generation_config.eos_token_id = None
+    answer = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "out"))
+    # without max_length, the pipeline generates 256 tokens, for which this model has no positions, and generate 20
+    assert answer("Name a river.", return_full_text=False)[0]["generated_text"]
+    assert model.generate(torch.tensor([[5]])).shape[1] == tuned.config.n_positions
+
+
 @pytest.mark.parametrize("own", ['{"eos_token_id": 5, "temperature": 0.5}', None])
 def test_exports_of_a_base_with_another_end_token_end_where_training_ends_an_answer(
     outputs, base_dir, adapter_dir, tmp_path_factory, own
