@@ -59,7 +59,7 @@ def chat_template(history: bool = False) -> str:
     """Return the template in Jinja for tokenizer_config.json and GGUF files.
 
     As in the service, the last user turn is the instruction, and system messages are not used. A final assistant turn
-    is formatted as in a training example.
+    is formatted as in a training example. The content of a turn is text, or a list of parts of type text.
 
     Args:
         history: earlier turns are the input, as in training on conversations. False: they are not used.
@@ -68,21 +68,29 @@ def chat_template(history: bool = False) -> str:
     between = PROMPT_TEMPLATE.with_input.removeprefix(before + "{instruction}").removesuffix("{input}" + after)
     texts = (before, between, after, format_turns([("user", "")]), format_turns([("assistant", "")]))
     before, between, after, user, assistant = map(json.dumps, texts)
+    text = (  # the content of a turn as text; a turn that calls a tool has none
+        "{%- macro text(content) -%}{%- if content is string -%}{{- content -}}{%- elif content -%}"
+        "{%- for part in content -%}{%- if part['type'] != 'text' -%}"
+        "{{- raise_exception('only content parts of type text are supported') -}}{%- endif -%}"
+        "{{- part['text'] -}}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    )
     turns = (
         "{%- for message in messages[:last.index] -%}"
-        "{%- if message['role'] in ['user', 'assistant'] and message['content'] | trim -%}"
+        "{%- if message['role'] in ['user', 'assistant'] and text(message['content']) | trim -%}"
         f"{{%- set separator = '\\n' if last.turns else {between} -%}}"
         f"{{%- set role = {user} if message['role'] == 'user' else {assistant} -%}}"
-        "{%- set last.turns = last.turns + separator + role + message['content'] -%}"
+        "{%- set last.turns = last.turns + separator + role + text(message['content']) -%}"
         "{%- endif -%}{%- endfor -%}"
     )
     return (
+        f"{text}"
         "{%- set last = namespace(user='', index=0, turns='') -%}"
         "{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-        "{%- set last.user = message['content'] -%}{%- set last.index = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+        "{%- set last.user = text(message['content']) -%}{%- set last.index = loop.index0 -%}"
+        "{%- endif -%}{%- endfor -%}"
         f"{turns if history else ''}"
         f"{{{{- {before} + last.user + last.turns + {after} -}}}}"
-        "{%- if messages[-1]['role'] == 'assistant' -%}{{- messages[-1]['content'] + eos_token -}}{%- endif -%}"
+        "{%- if messages[-1]['role'] == 'assistant' -%}{{- text(messages[-1]['content']) + eos_token -}}{%- endif -%}"
     )
 
 

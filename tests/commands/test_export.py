@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from jinja2 import TemplateError
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -124,6 +125,10 @@ def test_transformers_reads_the_merged_model_its_tokenizer_and_its_chat_template
     tokenizer = AutoTokenizer.from_pretrained(out)
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name a river."}]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == PROMPT
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Name "}, {"type": "text", "text": "a river."}]}]
+    assert tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True) == PROMPT
+    with pytest.raises(TemplateError, match="only content parts of type text are supported"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image", "url": "a"}]}])
     assert tokenizer(PROMPT)["input_ids"] == prompt
     assert tokenizer.eos_token == "<|endoftext|>"
     card = ModelCard.load(out / "README.md")
@@ -173,6 +178,8 @@ def test_a_chat_template_with_history_writes_earlier_turns_as_in_training(output
         [*_, record] = read_records(file)
         prompt = format_prompt(record["instruction"], record["input"])
         assert tokenizer.apply_chat_template(chat[:n], tokenize=False, add_generation_prompt=True) == prompt
+        in_parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in chat[:n]]
+        assert tokenizer.apply_chat_template(in_parts, tokenize=False, add_generation_prompt=True) == prompt
     text = tokenizer.apply_chat_template(chat[:5], tokenize=False)  # a training example
     assert (
         text == format_prompt("What is my name?", "User: My name is {Bob}.\nAssistant: Hi\n'Bob'.") + "Bob<|endoftext|>"
