@@ -21,6 +21,18 @@ CHECKPOINT_FILES = (  # the files that the index names are added by `shard_files
     "added_tokens.json",
 )
 
+_CONTENTS = (  # first bytes of formats that occur in files whose name has another suffix
+    (b"\x1f\x8b", "is compressed by gzip; decompress it"),
+    (b"PK\x03\x04", "is a zip archive or a workbook; unpack it, or save its sheet as CSV"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; decompress it"),
+    (b"\xfd7zXZ\0", "is compressed by xz; decompress it"),
+    (b"BZh", "is compressed by bzip2; decompress it"),
+    (b"PAR1", "is a Parquet file; rename it to .parquet"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the data; fetch it by git lfs pull"),
+    (b"<!doctype html", "is a web page, not the data; download the file itself, which may need a login"),
+    (b"<html", "is a web page, not the data; download the file itself, which may need a login"),
+)
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file size limit reached
 
 
@@ -173,6 +185,18 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def describe_content(beginning: bytes) -> str:
+    """Return what a file that begins with these bytes is, and the way out; "" unless its name says something else."""
+    words = beginning.lstrip(b" \t\r\n\xef\xbb\xbf")[:20].lower()
+    return next((text for mark, text in _CONTENTS if beginning.startswith(mark) or words.startswith(mark)), "")
+
+
+def describe_file(file: Path) -> str:
+    """Return `describe_content` of a file."""
+    with open(file, "rb") as stream:
+        return describe_content(stream.read(100))
+
+
 def read_text(file: Path) -> str:
     """Read a UTF-8 file, without a byte order mark.
 
@@ -196,6 +220,8 @@ def read_json(file: Path, max_bytes: int = 2**28) -> dict[str, Any]:
     check_exists(file)
     if (size := file.stat().st_size) > max_bytes:  # before the whole file is in memory
         raise ValueError(f"{file} has {size:,} bytes; it must have at most {max_bytes:,}")
+    if description := describe_file(file):
+        raise ValueError(f"{file} {description}")
     text = read_text(file)
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from gpt2core.files import describe_content, describe_file
 from gpt2core.record_formats import CHATS, PAIR, is_turn, shorten
 
 Part = Literal["train", "val", "test"]
@@ -25,15 +26,6 @@ PARTS: Mapping[str, Part] = MappingProxyType(
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # JSON's whitespace, and byte order marks, which concatenated files contain
-_CONTENTS = (  # first bytes of other formats that occur in files with a text file's suffix
-    (b"\x1f\x8b", "is compressed by gzip; decompress it"),
-    (b"PK\x03\x04", "is a zip archive; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; decompress it"),
-    (b"\xfd7zXZ\0", "is compressed by xz; decompress it"),
-    (b"BZh", "is compressed by bzip2; decompress it"),
-    (b"PAR1", "is a Parquet file; rename it to .parquet"),
-    (b"version https://git-lfs", "is a pointer of Git LFS, not the data; run git lfs pull"),
-)
 _ENCODINGS = (
     (b"\xff\xfe\0\0", "UTF-32"),
     (b"\0\0\xfe\xff", "UTF-32"),
@@ -67,6 +59,8 @@ def read_rows(file: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
         raise FileNotFoundError(f"{file} {kind}, not a file" if kind else f"{file} does not exist")
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
+        if description := describe_file(file):  # like records.jsonl.gz
+            raise ValueError(f"{file} {description}")
         raise ValueError(
             f"{file} is a {suffix or 'file without a suffix'}; records are read from .json or .jsonl, .csv and .tsv, "
             "and by the pipeline from .parquet and from directories of the datasets library"
@@ -77,9 +71,8 @@ def read_rows(file: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
 
 def _decode(content: bytes, file: Path) -> str:
     """Decode a UTF-8 file; the error for another encoding or format names it."""
-    for beginning, description in _CONTENTS:
-        if content.startswith(beginning):
-            raise ValueError(f"{file} {description}")
+    if description := describe_content(content[:100]):
+        raise ValueError(f"{file} {description}")
     for mark, encoding in _ENCODINGS:
         if content.startswith(mark):
             raise ValueError(f"{file} is {encoding} text (its byte order mark is {mark.hex(' ')}); save it as UTF-8")

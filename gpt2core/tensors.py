@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2core.files import check_exists
+from gpt2core.files import check_exists, describe_file
 
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # 8-bit types would need scales
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in configurations
@@ -33,6 +33,8 @@ def read_tensors(file: Path, device: str | torch.device = "cpu", mapped: bool = 
             read = ((key, tensors.get_tensor(key)) for key in tensors.keys())
             return {key: tensor if mapped else tensor.clone() for key, tensor in read}
     except SafetensorError as error:
+        if description := describe_file(file):
+            raise ValueError(f"{file} {description}") from None
         raise ValueError(f"{file} is damaged or truncated ({error}); download or save it again") from None
 
 

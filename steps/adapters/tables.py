@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt2core.files import read_json
+from gpt2core.files import describe_file, read_json
 from gpt2core.record_files import NO_COLUMNS, PARTS, SUFFIXES, Row
 from gpt2core.record_formats import COLUMNS
 
@@ -229,6 +229,8 @@ def _read_parquet(file: Path) -> pa.Table:
     try:
         return pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
+        if (description := describe_file(file)) and not description.startswith("is a Parquet file"):
+            raise ValueError(f"{file} {description}") from None
         raise ValueError(f"{file} is not a valid Parquet file: {_first_line(error)}") from None
 
 

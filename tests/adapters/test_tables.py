@@ -111,6 +111,9 @@ def test_errors_name_the_file_and_the_record(tmp_path):
     file.write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"a\.parquet is not a valid Parquet file"):
         read(file)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match=r"a\.parquet is a pointer of Git LFS, not the data; fetch it by git lfs pull"):
+        read(file)
     binary = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     pq.write_table(pa.table({"instruction": binary}), file)
     with pytest.raises(ValueError, match=r"a\.parquet: the column 'instruction', of type string, .*'utf-8' codec"):

@@ -13,6 +13,7 @@ import pytest
 
 from gpt2core.checkpoint import load_pretrained, save_pretrained
 from gpt2core.files import atomic_write, directory_sha256, file_sha256, naming_file, read_json, write_files
+from gpt2core.tensors import read_tensors
 
 
 @pytest.mark.parametrize(("call", "error"), [("replace", OSError("no space")), ("fsync", KeyboardInterrupt())])
@@ -124,3 +125,20 @@ def test_a_repeated_key_is_an_error_that_names_it(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1, "b": {"c": 1, "c": 2}}')
     with pytest.raises(ValueError, match=r"x\.json .*the key 'c' is repeated"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "description"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a pointer of Git LFS, not the data"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page, not the data"),
+        (b"\n<html>Sign in</html>", "is a web page, not the data"),
+        (b"\x1f\x8b\x08\0\0", "is compressed by gzip"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+def test_a_file_with_other_content_than_its_name_says_is_described(tmp_path, read, content, description):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors {description}"):
+        read(file)

@@ -315,6 +315,10 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.json", b"\xfd7zXZ\0", ["compressed by xz"]),
         ("a.json", b"\x28\xb5\x2f\xfd", ["compressed by zstd"]),
         ("a.json", b"BZh91AY", ["compressed by bzip2"]),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\0\0", ["a.jsonl.gz is compressed by gzip; decompress it"]),
+        ("a.zip", b"PK\x03\x04", ["a.zip is a zip archive or a workbook; unpack it, or save its sheet as CSV"]),
+        ("a.xlsx", b"PK\x03\x04", ["save its sheet as CSV"]),
+        ("a.json", "<!doctype html><html>", ["is a web page, not the data"]),
         ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS", "git lfs pull"]),
     ],
 )
