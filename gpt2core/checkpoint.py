@@ -3,6 +3,7 @@
 Only safetensors and JSON are read and written, so loading a file cannot execute code.
 """
 
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,21 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gpt2core.adapter_files import load_adapter, save_adapter
+from gpt2core.adapter_files import ADAPTER_CONFIG, load_adapter, save_adapter
 from gpt2core.config import GPT2Config
-from gpt2core.files import INDEX, WEIGHTS, json_bytes, read_json, read_text, shard_files, write_files
+from gpt2core.files import (
+    INDEX,
+    WEIGHTS,
+    json_bytes,
+    read_json,
+    read_text,
+    shard_files,
+    subdirectory_with,
+    write_files,
+)
 from gpt2core.lora import lora_layers
 from gpt2core.model import GPT2
+from gpt2core.peft_config import PEFT_CONFIG
 from gpt2core.peft_format import export_peft
 from gpt2core.tensors import WEIGHT_TYPES, check_weight, is_finite, read_tensors
 from gpt2core.tokenizer import END_OF_TEXT, read_token_ids
@@ -28,6 +39,11 @@ BINARIES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
+_WRAPPERS = {  # prefix of all keys -> where it comes from, and the way out
+    "_orig_mod.": "as a model compiled by torch.compile has it: save the model in it (model._orig_mod), or remove it",
+    "module.": "as a model wrapped by DataParallel has it: save the model in it (model.module), or remove it",
+    "base_model.model.": "as a model of PEFT has it: save the result of merge_and_unload",
+}
 # fields of GPT2Config that do not describe the architecture
 _NOT_ARCHITECTURE = ("bos_token_id", "eos_token_id", "n_tokens", "generation_config", "norm_position", "layer_init")
 # other names that transformers reads: GPT2Config.attribute_map
@@ -99,7 +115,8 @@ def _convert_(stored: dict[str, _Stored], model: GPT2, dtype: torch.dtype, mappe
         file, key, tensor = stored.pop(name)
         target = expected.get("wte.weight" if name == "lm_head.weight" else name)
         if target is None:
-            raise ValueError(f"{file}: key {key!r} is not a key of GPT-2 with n_layer={model.config.n_layer}")
+            other = _of_another_head(name)
+            raise ValueError(f"{file}: key {key!r} is not a key of GPT-2 with n_layer={model.config.n_layer}{other}")
         transposed = name.endswith(CONV1D)
         _check_shape(file, key, tensor, target.T if transposed else target)
         check_weight(file, key, tensor)
@@ -167,6 +184,8 @@ def read_config(file: Path) -> GPT2Config:
             f"{file.parent} is in OpenAI's TensorFlow format (hparams.json), which is not read; use the same model of "
             "the Hugging Face Hub, for example openai-community/gpt2-medium for 355M"
         )
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; {config_hint(file.parent)}")
     values = read_json(file)
     norm_position = "post" if values.get("model_type") == POST_NORM else "pre"
     model_type = POST_NORM if norm_position == "post" else "gpt2"
@@ -198,6 +217,15 @@ def read_config(file: Path) -> GPT2Config:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return _with_special_ids(config, (token_ids or {}).get(END_OF_TEXT), file.parent / GENERATION_CONFIG)
+
+
+def config_hint(directory: Path) -> str:
+    """Return the way out for a directory of a base without config.json."""
+    if any((directory / name).is_file() for name in (ADAPTER_CONFIG, PEFT_CONFIG)):
+        return "it has an adapter, not a model: merge it into its base, in PEFT by merge_and_unload and save_pretrained"
+    if (subdirectory := subdirectory_with(directory, CONFIG)) is not None:
+        return f"{subdirectory} has one: use that directory"
+    return f"is {directory} the right directory?"
 
 
 def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Path) -> GPT2Config:
@@ -270,6 +298,7 @@ def _check_sizes(file: Path, config: GPT2Config, stored: dict[str, _Stored]) -> 
         key = min(stored)
         raise ValueError(
             f"{stored[key].file}: no key begins with 'h.' or 'transformer.h.', as GPT-2's do; one is {key!r}"
+            f"{_of_a_wrapper(key)}"
         )
     if config.n_layer > n_layers:
         raise ValueError(f"{file}: n_layer is {config.n_layer}, but the weights have {n_layers} layers")
@@ -279,6 +308,25 @@ def _check_sizes(file: Path, config: GPT2Config, stored: dict[str, _Stored]) -> 
             raise ValueError(
                 f"{file}: {name} is {getattr(config, name)}, but no stored weight is larger than {largest}"
             )
+
+
+def _of_a_wrapper(key: str) -> str:
+    """Return what has put a prefix before the key, and the way out; "" if there is no known key after a prefix."""
+    match = re.fullmatch(r"(.+?\.)(?:transformer\.)?(?:h\.\d+\.|wte\.|wpe\.|ln_f\.).*", key)
+    if match is None:
+        return ""
+    prefix = match[1].removesuffix("transformer.")
+    way_out = next((text for start, text in _WRAPPERS.items() if prefix.startswith(start)), "remove it from the keys")
+    return f", with the prefix {prefix!r}: {way_out}"
+
+
+def _of_another_head(name: str) -> str:
+    if name.startswith("h."):
+        return ""
+    return (
+        "; if it belongs to another head, load the directory by transformers' AutoModelForCausalLM and write it by "
+        "save_pretrained to a new one, which leaves this head out"
+    )
 
 
 def _check_shape(file: Path, key: str, found: Tensor, expected: Tensor) -> None:

@@ -241,6 +241,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def subdirectory_with(directory: Path, name: str) -> Path | None:
+    """Return the directory, one or two levels below, with the newest file of this name; None if there is none.
+
+    This finds a checkpoint in a trainer's output directory and a snapshot in the hub's cache.
+    """
+    files = [file for pattern in (f"*/{name}", f"*/*/{name}") for file in directory.glob(pattern) if file.is_file()]
+    return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
+
+
 def check_exists(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; is {file.parent} the right directory?")

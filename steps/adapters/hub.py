@@ -8,7 +8,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from gpt2core.checkpoint import read_config
+from gpt2core.checkpoint import config_hint, read_config
 from gpt2core.files import CHECKPOINT_FILES, checkpoint_files, directory_sha256, shard_files
 from gpt2core.record_files import SUFFIXES
 from gpt2core.types import BaseRef
@@ -95,7 +95,7 @@ def _missing(path: Path, files: Sequence[str]) -> str:
     """Return what a checkpoint's directory lacks, with a hint for the user; "" if it is complete."""
     use_another = "use a GPT-2 checkpoint that has it"
     if "config.json" not in files:
-        return f"config.json; {use_another}"
+        return f"config.json; {config_hint(path)}"
     if absent := _absent_shards(path):
         return f"{absent[0]}, which its index names; copy or download it again"
     if not any(file.endswith(".safetensors") for file in files):

@@ -133,6 +133,13 @@ def test_a_base_with_a_missing_file_is_refused_with_the_name_of_the_file(copy, n
         fetch(copy)
 
 
+def test_the_directory_of_a_cached_repository_names_its_snapshot(copy):
+    snapshot = copy.parent / "models--o--m/snapshots/0123"
+    shutil.copytree(copy, snapshot)
+    with pytest.raises(HubError, match=rf"models--o--m has no config.json; {snapshot} has one: use that directory"):
+        fetch(copy.parent / "models--o--m")
+
+
 def test_another_architecture_is_refused(copy):
     (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(HubError, match="llama"):

@@ -333,15 +333,25 @@ def test_integer_and_8_bit_weights_are_refused(directory, change, dtype):
     refused(directory, f"{file}: tensor {key!r} has the type {dtype}")
 
 
-def test_the_keys_of_a_wrapped_model_are_named(directory, change):
-    file = change(lambda tensors: {f"_orig_mod.{key}": tensor for key, tensor in tensors.items()})
-    refused(directory, f"{file}: no key begins with 'h.'", "_orig_mod.transformer.h.0")
+@pytest.mark.parametrize(
+    ("prefix", "way_out"),
+    [
+        ("_orig_mod.", "as a model compiled by torch.compile has it: save the model in it"),
+        ("module.", "as a model wrapped by DataParallel has it: save the model in it"),
+        ("base_model.model.", "as a model of PEFT has it: save the result of merge_and_unload"),
+        ("net.", "remove it from the keys"),
+    ],
+)
+def test_the_prefix_of_a_wrapped_model_is_named_with_the_way_out(directory, change, prefix, way_out):
+    file = change(lambda tensors: {f"{prefix}{key}": tensor for key, tensor in tensors.items()})
+    refused(directory, f"{file}: no key begins with 'h.'", f"{prefix}transformer.h.0", repr(prefix), way_out)
 
 
 @pytest.mark.parametrize("key", ["transformer.h.2.ln_1.weight", "score.weight", "transformer.h.0.attn.c_attn.lora_A"])
 def test_an_unknown_key_is_named_with_its_file(directory, change, key):
     file = change(lambda tensors: tensors.update({key: torch.zeros(32)}))
-    refused(directory, file, f"key {key!r} is not a key of GPT-2")
+    way_out = () if ".h." in key else ("AutoModelForCausalLM", "save_pretrained")
+    refused(directory, file, f"key {key!r} is not a key of GPT-2", *way_out)
 
 
 @settings(max_examples=40)
@@ -372,6 +382,12 @@ def test_a_missing_directory_or_config_is_named(directory, tmp_path):
     refused(tmp_path / "nowhere", "config.json does not exist", "nowhere the right", kind=FileNotFoundError)
     (directory / "config.json").unlink()
     refused(directory, "checkpoint/config.json does not exist", kind=FileNotFoundError)
+    snapshot = tmp_path / "models--o--m/snapshots/0123"  # as the hub's cache has it
+    shutil.move(directory, snapshot)
+    (snapshot / "config.json").write_text("{}")
+    refused(tmp_path / "models--o--m", f"{snapshot} has one: use that directory", kind=FileNotFoundError)
+    (tmp_path / "models--o--m/adapter_config.json").write_text("{}")
+    refused(tmp_path / "models--o--m", "it has an adapter, not a model", "merge_and_unload", kind=FileNotFoundError)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"n_layer": 2,}', b"\xff\xfe", b"[]", b"null", b'"gpt2"'])

@@ -130,7 +130,10 @@ def test_a_repeated_key_is_an_error_that_names_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "description"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a pointer of Git LFS, not the data"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+            "is a pointer of Git LFS, not the data",
+        ),
         (b"<!DOCTYPE html><html>404</html>", "is a web page, not the data"),
         (b"\n<html>Sign in</html>", "is a web page, not the data"),
         (b"\x1f\x8b\x08\0\0", "is compressed by gzip"),

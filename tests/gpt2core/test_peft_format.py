@@ -1,6 +1,7 @@
 """PEFT's adapter directories: what PEFT saves is loaded with the same logits, and export is undone by import."""
 
 import json
+import os
 from copy import deepcopy
 
 import peft
@@ -147,9 +148,9 @@ def describe(directory, **values):
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"bias": "all"}, "bias is 'all'.*merge_and_unload"),
         ({"use_qalora": True}, "use_qalora is True; this feature of PEFT is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"modules_to_save": ["ln_f"]}, "modules_to_save is .*merge it into its base by PEFT's merge_and_unload"),
         ({"lora_alpha": 0}, "LoraConfig.alpha is 0.0; it must be non-zero"),
         ({"a_feature_of_tomorrow": 1}, "a_feature_of_tomorrow is 1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
@@ -270,8 +271,18 @@ def test_dora_of_only_some_blocks_is_refused_with_the_way_out(bare, save):
 
 
 def test_a_directory_without_an_adapter_is_named(bare, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"adapter.json does not exist"):
-        load_adapter(bare, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere has neither adapter.json nor PEFT's adapter_config.json"):
+        load_adapter(bare, tmp_path / "nowhere")
+    for name in ("checkpoint-5", "checkpoint-10"):  # as a trainer writes them
+        (tmp_path / "trained" / name).mkdir(parents=True)
+        (tmp_path / "trained" / name / "adapter_config.json").write_text("{}")
+    os.utime(tmp_path / "trained/checkpoint-5/adapter_config.json", (0, 0))
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-10 has one: use that directory"):
+        load_adapter(bare, tmp_path / "trained")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"it has a whole model, which is used as a base \(base.name\)"):
+        load_adapter(bare, tmp_path / "model")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"has only adapter_model.bin"):
