@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
+from os.path import expanduser
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -53,6 +54,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        _expand_home(self, "name", "path", "val_path", "test_path")
         check_field(
             self, "path", bool(self.path) or self.source != "file", "a path (required when data.source is file)"
         )
@@ -62,6 +64,10 @@ class DataConfig:
             else "empty unless data.source is hub"
         )
         check_field(self, "name", bool(self.name) == (self.source == "hub"), rule)
+        check_field(self, "name", not _is_url(self.name), "a dataset like tatsu-lab/alpaca, or a directory, not a URL")
+        for name in ("path", "val_path", "test_path"):
+            rule = "a path, not a URL; data.source=url reads data.url, data.source=hub a dataset of the hub"
+            check_field(self, name, not _is_url(getattr(self, name)), rule)
         check_field(
             self,
             "sha256",
@@ -107,8 +113,11 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        _expand_home(self, "name")
         known = self.source == "hub" or self.name in PRESETS
         check_field(self, "name", known, f"one of {', '.join(PRESETS)} unless source is hub")
+        rule = "a repository like openai-community/gpt2, or a directory, not a URL"
+        check_field(self, "name", not _is_url(self.name), rule)
 
     def resolved(self) -> tuple[Self, str]:
         """Resolve a local directory: return the configuration with its absolute path, and the sha256 of its files.
@@ -147,10 +156,13 @@ class TextConfig:
     def __post_init__(self) -> None:
         lists_to_tuples(self, "prompts")
         check_types(self)
+        _expand_home(self, "path")
         for name, source in (("path", "file"), ("url", "url")):
             wanted = self.source == source
             rule = "the location of the text" if wanted else f"empty unless text.source is {source}"
             check_field(self, name, bool(getattr(self, name)) == wanted, rule)
+        rule = "a path, not a URL; text.source=url reads text.url"
+        check_field(self, "path", not _is_url(self.path), rule)
         digest = bool(re.fullmatch("[0-9a-fA-F]{64}", self.sha256)) or self.source != "url"
         check_field(self, "sha256", digest, "the 64 hexadecimal digits of the file's sha256")
         check_field(self, "max_bytes", self.max_bytes >= 1, "at least 1")
@@ -251,6 +263,16 @@ class SweepConfig:
         check_field(
             self, "name", bool(re.fullmatch(r"\w[\w.-]*", self.name)), "letters, digits, dots, dashes and underscores"
         )
+
+
+def _expand_home(config: Any, *names: str) -> None:
+    """Replace `~` at the beginning of paths: a shell replaces it neither in YAML nor in --set data.path=~/a.jsonl."""
+    for name in names:
+        object.__setattr__(config, name, expanduser(getattr(config, name)))
+
+
+def _is_url(path: str) -> bool:
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", path) is not None
 
 
 def default_learning_rate(base: BaseConfig) -> float:

@@ -7,6 +7,7 @@ from steps.config import (
     MonitorConfig,
     PackageConfig,
     PromoteConfig,
+    TextConfig,
     TrackingConfig,
 )
 
@@ -16,6 +17,26 @@ from steps.config import (
     [
         (DataConfig, {"source": "web"}, "DataConfig.source is 'web'; it must be bundled, url, file or hub"),
         (DataConfig, {"source": "file"}, "DataConfig.path is ''"),
+        *(
+            (DataConfig, {"source": "file", "path": url}, f"DataConfig.path is {url!r}; it must be a path, not a URL")
+            for url in ("https://host/a.jsonl", "file:///tmp/a%20b.jsonl", "hf://datasets/tatsu-lab/alpaca")
+        ),
+        (
+            DataConfig,
+            {"source": "file", "path": "a.jsonl", "test_path": "s3://a/b.jsonl"},
+            "DataConfig.test_path is 's3://a/b.jsonl'; it must be a path, not a URL",
+        ),
+        (
+            DataConfig,
+            {"source": "hub", "name": "https://huggingface.co/datasets/a/b"},
+            "DataConfig.name is 'https://huggingface.co/datasets/a/b'; it must be a dataset like tatsu-lab/alpaca",
+        ),
+        (
+            BaseConfig,
+            {"source": "hub", "name": "https://huggingface.co/openai-community/gpt2"},
+            "BaseConfig.name is 'https://huggingface.co/openai-community/gpt2'; it must be a repository like",
+        ),
+        (TextConfig, {"source": "file", "path": "https://host/a.txt"}, "TextConfig.path is 'https://host/a.txt'"),
         (DataConfig, {"source": "url", "sha256": "12"}, "DataConfig.sha256 is '12'"),
         (DataConfig, {"order": "random"}, "DataConfig.order"),
         (
@@ -53,6 +74,16 @@ def test_a_wrong_value_is_refused_with_its_name_and_the_rule(make, values, named
     with pytest.raises(ValueError, match="it must be") as error:
         make(**values)
     assert named in str(error.value)
+
+
+def test_a_path_may_begin_with_the_home_directory_which_no_shell_replaces_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = DataConfig(source="file", path="~/a.jsonl", val_path="~/b c.jsonl", test_path="c/~/d.jsonl")
+    assert [data.path, data.val_path, data.test_path] == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b c.jsonl", "c/~/d.jsonl"]
+    assert DataConfig(source="hub", name="~/alpaca").name == f"{tmp_path}/alpaca"
+    assert BaseConfig(source="hub", name="~/gpt2").name == f"{tmp_path}/gpt2"
+    assert TextConfig(source="file", path="~/a.txt").path == f"{tmp_path}/a.txt"
+    assert DataConfig(source="file", path="~nobody-of-this-name/a").path == "~nobody-of-this-name/a"
 
 
 def test_a_hub_base_may_have_any_name():
