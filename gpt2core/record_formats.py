@@ -166,7 +166,7 @@ def _messages(value: Mapping[str, Any], key: str) -> list[Any]:
 def _role(message: Any) -> str:
     """Return the role of a message, user, assistant or system; "" if it has another role or none."""
     role = message.get(_key(message, _ROLE_KEYS)) if isinstance(message, dict) else None
-    return _ROLES.get(role, "") if isinstance(role, str) else ""
+    return _ROLES.get(role.lower(), "") if isinstance(role, str) else ""
 
 
 def _key(message: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -388,6 +388,20 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path):
         read_records("/dev/null")
 
 
+def test_the_way_out_of_faulty_records_is_only_named_where_it_exists(write):
+    faulty = json.dumps(GOOD | {"output": ""})
+    for text, required in ((faulty, ("instruction", "output")), (f"{LINE}\n3", ("instruction",))):
+        with pytest.raises(ValueError, match="record") as error:  # all records are faulty; questions of `run.py ask`
+            read_records(write("a.jsonl", text), required)
+        assert "data.invalid" not in str(error.value)
+
+
+def test_roles_may_have_capital_letters(write):
+    turns = [{"from": "Human", "value": "Say hi."}, {"from": "GPT", "value": "Hi."}]
+    [record] = read_records(write("a.json", json.dumps([{"conversations": turns}])))
+    assert (record["instruction"], record["output"]) == ("Say hi.", "Hi.")
+
+
 def test_records_in_memory_are_checked_alike():
     record = GOOD | {"group": "g", "family": "f"}
     assert check_records([record, GOOD]) == [record, GOOD]
