@@ -274,7 +274,10 @@ class _Parser:
             before = text[position : error.pos].rstrip()
             if before.endswith(",") and text.startswith(("}", "]"), error.pos):
                 self._fail("trailing comma", offset + position + len(before) - 1)
-            self._fail(error.msg, offset + error.pos)
+            what = error.msg
+            if self.file.suffix.lower() != ".json" and error.pos >= len(text.rstrip()) < len(self.text.rstrip()):
+                what += " (a line ends within a record; if the file has records of several lines: rename it to .json)"
+            self._fail(what, offset + error.pos)
         except _Forbidden as error:
             self._fail(str(error), offset + error.position(text, position))
         except RecursionError:

@@ -84,7 +84,7 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
         ValueError: the value has no known format, or an error of its format; the message describes it.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}, not an object: {shorten(value)}")
+        raise ValueError(f"{type_name(value)}, not an object: {shorten(value)}")
     columns = _applying(value, columns)
     for key, column in columns.items():
         if column not in value and (key in required or key not in (*TEXTS, *LABELS)):
@@ -94,6 +94,13 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
     for key, inner in value.items():
         if not kind and isinstance(inner, list) and inner and is_turn(inner[0]):
             raise ValueError(f"{key!r} is a conversation; to read it, set data.columns to {{messages: {key}}}")
+        if not kind and isinstance(inner, list) and inner and format_of(inner[0], columns):
+            raise ValueError(f"the records are in its list {key!r}; write this list alone to a file")
+    if all(isinstance(value.get(key), list | dict) for key in REQUIRED):
+        raise ValueError(
+            "'instruction' and 'output' are columns; write one record per row, in pandas by "
+            "to_json(file, orient='records', lines=True)"
+        )
     if kind in CHATS:
         return _conversation(value, kind, required)
     if kind == "prompt/completion":
@@ -195,6 +202,9 @@ def _turn(message: Any, location: str) -> tuple[str, str, bool]:
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else content
+    calls = next((key for key in ("tool_calls", "function_call") if message.get(key)), "")
+    if calls and not content:
+        raise ValueError(f"{location}: the assistant calls a tool ({calls!r}), which records cannot contain")
     if not isinstance(content, str):
         raise ValueError(f"{location}: the content is {shorten(content)}; it must be text")
     if role != "system" and not content.strip():
@@ -208,6 +218,12 @@ def _turn(message: Any, location: str) -> tuple[str, str, bool]:
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _FLAGS = ("weight", "train")  # flags of OpenAI and axolotl; 0 or false: the answer is not learned
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def type_name(value: Any) -> str:
+    """Return the type of a JSON value with its article, for messages."""
+    name = type(value).__name__
+    return f"an {name}" if name == "int" else f"a {name}"
 
 
 def shorten(value: Any) -> str:

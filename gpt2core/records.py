@@ -22,6 +22,7 @@ from gpt2core.record_formats import (
     roles_of,
     shorten,
     to_records,
+    type_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ def make_records(
         known = "instruction and output, prompt and completion, messages, or conversations"
         problems[min(len(problems), SHOWN_PROBLEMS) - 1] += f" (a record has {known}; data.columns maps other names)"
     if on_invalid is None or not records:
-        _refuse(problems, source)
+        way_out = "; data.invalid=drop leaves such records out" if records and "output" in required else ""
+        _refuse(problems, source, way_out)
     elif problems:
         dropped, total = len(problems), len(problems) + len(records)
         logger.warning("%s: %d of %d records are invalid and were dropped: %s", source, dropped, total, _list(problems))
@@ -197,9 +199,9 @@ def _with_location(record: Record, location: str) -> Record:
     return located
 
 
-def _refuse(problems: Sequence[str], source: str) -> None:
+def _refuse(problems: Sequence[str], source: str, way_out: str = "") -> None:
     if problems:
-        raise ValueError(f"{source}: {_list(problems)}")
+        raise ValueError(f"{source}: {_list(problems)}{way_out}")
 
 
 def _list(problems: Sequence[str]) -> str:
@@ -210,7 +212,7 @@ def _list(problems: Sequence[str]) -> str:
 def _record(value: Any, required: Sequence[str]) -> Record | str:
     """Return the checked record, or a description of its error. An optional key with null counts as missing."""
     if not isinstance(value, dict):
-        return f"a {type(value).__name__}, not an object: {shorten(value)}"
+        return f"{type_name(value)}, not an object: {shorten(value)}"
     for key in required:
         if key not in value:
             return f"no {key!r} in {shorten(value)}"
@@ -224,7 +226,7 @@ def _record(value: Any, required: Sequence[str]) -> Record | str:
                 record[key] = ""
             continue
         if not isinstance(text, str):
-            kind = "null" if text is None else f"{shorten(text)}, a {type(text).__name__}"
+            kind = "null" if text is None else f"{shorten(text)}, {type_name(text)}"
             return f"{key!r} is {kind}; it must be a string"
         if key in required and not text.strip():
             return f"{key!r} is empty in {shorten(value)}"

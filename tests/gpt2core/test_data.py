@@ -130,7 +130,7 @@ def test_records_made_in_memory_may_have_no_input_and_are_otherwise_refused_by_n
     assert outputs == [[record["output"] for record in part] for part in split_records(numbered(20), 0)]
     assert encode_records(records, tokenizer, 1000) == encode_records(numbered(20), tokenizer, 1000)
     assert find_markers(records) == []
-    for wrong, problem in [({"output": 5}, "'output' is 5, a int"), ({"instruction": None}, "'instruction' is null")]:
+    for wrong, problem in [({"output": 5}, "'output' is 5, an int"), ({"instruction": None}, "'instruction' is null")]:
         for refuse in (lambda each: split_records(each, 0), lambda each: encode_records(each, tokenizer, 1000)):
             with pytest.raises(ValueError, match=f"record 2: {problem}"):
                 refuse([GOOD, GOOD | wrong])

@@ -244,6 +244,24 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.jsonl", f"{LINE}\n\n{BROKEN}\n{LINE}", ["line 3, column 29 (record 2)", "Quote the \"'", "sign"]),
         ("a.jsonl", f'{LINE}\n{{"instruction": "x",\n{LINE}', ["line 2, column 21 (record 2)"]),  # truncated line
         ("a.jsonl", f'{LINE}\n{{"instruction": "x\n{LINE}', ["line 2", "record 2", "Unterminated string"]),
+        ("a.jsonl", json.dumps(GOOD, indent=1), ["line 1, column 2", "records of several lines: rename it to .json"]),
+        ("a.json", '{"instruction": {"0": "a"}, "output": {"0": "b"}}', ["are columns", "orient='records'"]),
+        ("a.json", '{"instruction": ["a"], "output": ["b"]}', ["are columns", "one record per row"]),
+        (
+            "a.json",
+            f'{{"version": "1.0", "data": [{LINE}]}}',
+            ["the records are in its list 'data'", "this list alone"],
+        ),
+        (
+            "a.jsonl",
+            f"{LINE}\n{json.dumps(GOOD | {'output': 3})}",
+            ["'output' is 3, an int; it must be a string", "data.invalid=drop leaves such records out"],
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"messages": [SAY[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}),
+            ["messages[1]: the assistant calls a tool ('tool_calls'), which records cannot contain"],
+        ),
         ("a.json", LIST % BROKEN, ["line 3, column 31 (record 2)", "sign"]),
         ("a.json", LIST % f"{LINE},", ["line 3, column 66 (record 2)", "trailing comma"]),
         ("a.json", LIST % '{"instruction": "x", "output": "y",}', ["line 3, column 37", "trailing comma"]),
@@ -346,7 +364,7 @@ INVALID = {
     json.dumps({"messages": [SAY[0], {"role": "tool", "content": "x"}]}): 'messages[1]: the role is "tool"',
     json.dumps({"messages": [*SAY, SAY[1]]}): "an assistant turn comes after another assistant turn",
     json.dumps(GOOD | {"output": " "}): "'output' is empty",
-    "3": "a int, not an object",
+    "3": "an int, not an object",
     json.dumps({"messages": {"role": ["user", "assistant"], "content": ["x"]}}): "it must be a list of turns",
 }
 
