@@ -61,7 +61,10 @@ def read_rows(path: Path, columns: Mapping[str, str] = NO_COLUMNS) -> Iterator[R
     elif (path / SPLITS).is_file():
         for name in read_json(path / SPLITS).get("splits") or ():
             if str(name).lower() not in PARTS:
-                raise ValueError(f"{path} has a part {name!r}; the known ones are {', '.join(PARTS)}")
+                raise ValueError(
+                    f"{path} has a part {name!r}; the known ones are {', '.join(PARTS)}. Name the directory of one "
+                    f"part in data.path, like {path / str(name)}, and of others in data.val_path and data.test_path"
+                )
             yield from _rows(_read_dataset(path / str(name)), str(name).lower(), path / str(name), str(name), used)
     elif (path / STATE).is_file():
         yield from _rows(_read_dataset(path), "", path, "", used)
@@ -99,7 +102,8 @@ def text_files(path: Path) -> list[tuple[Path, str]]:
     named = [file for file, part in files if part]
     if len(files) > 1 and len(named) < len(files) and (named or path.is_dir()):
         names = ", ".join(file.relative_to(data_files(path)[0]).as_posix() for file, _ in files[:5])
-        raise ValueError(f"{path} has {len(files)} files of records ({names}); name one of them in data.path")
+        pattern = f", or all by a pattern like {path / f'*{files[0][0].suffix}'}" if not named else ""
+        raise ValueError(f"{path} has {len(files)} files of records ({names}); name one of them in data.path{pattern}")
     _log_parts(path, files)
     return files
 

@@ -106,6 +106,20 @@ def test_class_labels_are_read_as_their_names(tmp_path):
         assert [row["label"] for row in rows] == ["good", "bad", None]
 
 
+def test_files_without_a_part_and_parts_of_other_names_are_refused_with_the_way_out(tmp_path):
+    for i in range(2):
+        pd.DataFrame(ROWS).to_json(tmp_path / f"part{i}.jsonl", orient="records", lines=True)
+    with pytest.raises(
+        ValueError, match=rf"name one of them in data.path, or all by a pattern like {tmp_path}/\*.jsonl"
+    ):
+        text_files(tmp_path)
+    assert len(text_files(tmp_path / "*.jsonl")) == 2
+    datasets.DatasetDict({"train_sft": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=rf"Name the directory of one part in data.path, like {tmp_path}/saved/train_"):
+        read(tmp_path / "saved")
+    assert read(tmp_path / "saved" / "train_sft") == ROWS
+
+
 def test_errors_name_the_file_and_the_record(tmp_path):
     file = tmp_path / "a.parquet"
     file.write_bytes(b"PAR1 not really")
