@@ -3,6 +3,7 @@
 ZenML ignores most misspelled keys. Here every key at every level is checked against the dataclasses and ZenML's models.
 """
 
+import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ def read_config(file: str | Path, pipeline: Pipeline) -> dict[str, Any]:
         raise ConfigError(f"{file} does not exist; its directory has {existing}")
     try:
         config = load_yaml(file.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error}; save it as UTF-8") from None
     except ValueError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     _check_is_of(pipeline, config, str(file))
@@ -106,7 +109,8 @@ def _set_value(config: dict[str, Any], assignment: str) -> None:
     try:
         value = load_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}") from None
+        hint = f"put text in quotes, also for the shell: --set '{path}={json.dumps(text)}'"
+        raise ConfigError(f"--set {assignment}: the value is not valid YAML: {error}\n{hint}") from None
     *parents, last = path.removeprefix("parameters.").split(".")
     mapping = config
     for key in ("parameters", *parents):

@@ -122,6 +122,13 @@ def test_an_error_names_the_path_the_value_and_what_is_allowed(text, named, tmp_
         assert word in str(error.value)
 
 
+def test_a_file_that_powershell_wrote_is_refused_by_its_encoding(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("parameters: {seed: 1}", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not UTF-8 text: .*; save it as UTF-8"):
+        read_config(file, finetune_pipeline)
+
+
 def test_a_file_that_does_not_exist_is_reported_with_those_that_do():
     with pytest.raises(ConfigError, match=r"loca\.yaml.*local\.yaml"):
         read_config(ROOT / "configs" / "loca.yaml", finetune_pipeline)
@@ -156,6 +163,17 @@ def test_set_reads_values_as_yaml():
 def test_set_refuses_what_a_file_may_not_contain(assignment):
     with pytest.raises(ConfigError, match="--set"):
         set_values({"parameters": {"seed": 0}}, [assignment], finetune_pipeline)
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "{a,b}.jsonl", "@a.jsonl"])
+def test_a_text_that_is_not_yaml_is_refused_with_its_spelling_in_yaml(pattern):
+    with pytest.raises(ConfigError, match="the value is not valid YAML") as error:
+        set_values({}, ["data.source=file", f"data.path={pattern}"], finetune_pipeline)
+    spelling = str(error.value).rpartition("put text in quotes, also for the shell: --set ")[2]
+    assert spelling == f"'data.path=\"{pattern}\"'"
+    config: dict = {}
+    set_values(config, ["data.source=file", spelling.strip("'")], finetune_pipeline)
+    assert config["parameters"]["data"]["path"] == pattern
 
 
 def test_a_huge_value_is_shortened_in_the_message(tmp_path):
