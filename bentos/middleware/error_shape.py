@@ -49,9 +49,17 @@ class ErrorShapeMiddleware:
 def error_of_status(status: int, scope: Scope, paths: Collection[str] = ()) -> JSONResponse:
     """Return the error response for a status without a message of its own."""
     phrase = HTTPStatus(status).phrase
-    near = nearest_path(scope["path"], paths) if status == HTTPStatus.NOT_FOUND else ""
-    message = f"{scope['method']} {scope['path']}: {phrase}" + (f"; did you mean {near}?" if near else "")
+    hint = _hint(scope["path"], paths) if status == HTTPStatus.NOT_FOUND else ""
+    message = f"{scope['method']} {scope['path']}: {phrase}{hint}"
     return JSONResponse(error_content(phrase.lower().replace(" ", "_"), message), status)
+
+
+def _hint(path: str, paths: Collection[str]) -> str:
+    """Return the way out for a path that is not known."""
+    if path.endswith("/responses"):  # the default of Agents SDK, Vercel's AI SDK and others for any base URL
+        return "; this server has no Responses API: make the client use /v1/chat/completions"
+    near = nearest_path(path, paths)
+    return f"; did you mean {near}?" if near else ""
 
 
 def nearest_path(path: str, paths: Collection[str]) -> str:

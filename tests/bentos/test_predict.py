@@ -303,7 +303,9 @@ def test_an_unknown_route_has_the_shape_of_every_error(url, method, path, status
         ("/chat/completions", "; did you mean /v1/chat/completions?"),
         ("/v1/chat/completions/", "; did you mean /v1/chat/completions?"),
         ("/v1/chat/completions/chat/completions", "; did you mean /v1/chat/completions?"),
-        ("/v1/responses", ""),
+        ("/v1/responses", "; this server has no Responses API: make the client use /v1/chat/completions"),
+        ("/responses", "; this server has no Responses API: make the client use /v1/chat/completions"),
+        ("/v1/embeddings", ""),
         ("/" + 50_000 * "a", ""),
     ],
 )
