@@ -96,7 +96,7 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
             raise ValueError(f"{key!r} is a conversation; to read it, set data.columns to {{messages: {key}}}")
         if not kind and isinstance(inner, list) and inner and format_of(inner[0], columns):
             raise ValueError(f"the records are in its list {key!r}; write this list alone to a file")
-    if all(isinstance(value.get(key), list | dict) for key in REQUIRED):
+    if all(_is_column(value.get(key)) for key in REQUIRED):
         raise ValueError(
             "'instruction' and 'output' are columns; write one record per row, in pandas by "
             "to_json(file, orient='records', lines=True)"
@@ -115,6 +115,11 @@ def to_records(value: Any, required: Sequence[str], columns: Mapping[str, str]) 
         renamed = {key: value[key] for key in LABELS if key in value} | {"instruction": value["prompt"]}
         return [renamed | ({"output": value["completion"]} if "completion" in value else {})]
     return [value]
+
+
+def _is_column(value: Any) -> bool:
+    """Return whether a value is a column of a table in JSON: a list, or in pandas' form an object with row numbers."""
+    return isinstance(value, list) or (isinstance(value, dict) and bool(value) and all(map(str.isdigit, value)))
 
 
 def _applying(value: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, str]:
@@ -161,7 +166,8 @@ def _messages(value: Mapping[str, Any], key: str) -> list[Any]:
         try:
             messages = json.loads(messages)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{key!r} is text that is not JSON: {error}") from None
+            hint = "a list that pandas wrote to CSV is not; write JSON lines instead"
+            raise ValueError(f"{key!r} is text that is not JSON: {error} ({hint})") from None
     if isinstance(messages, dict) and all(isinstance(each, list) for each in messages.values()):
         with suppress(ValueError):  # lists of different lengths
             messages = [dict(zip(messages, turn, strict=True)) for turn in zip(*messages.values(), strict=True)]

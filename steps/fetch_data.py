@@ -20,7 +20,7 @@ from gpt2core.demo.world import make_world
 from gpt2core.files import directory_sha256, file_sha256
 from gpt2core.record_files import PARTS
 from gpt2core.records import FileRecord, Record, check_records, make_records, read_records, records_sha256
-from gpt2core.tokenizer import load_tokenizer
+from gpt2core.tokenizer import END_OF_TEXT, load_tokenizer
 from gpt2core.types import BaseRef
 from steps.adapters.download import fetch, without_secrets
 from steps.adapters.hub import fetch_base, fetch_dataset
@@ -67,7 +67,7 @@ def fetch_data(
     }
     _log_repetitions(about, len(records), has_parts=bool(parts.val or parts.test))
     if markers:
-        what = "contain a section header of the prompt, at which answers are cut"
+        what = f"contain a section header of the prompt or {END_OF_TEXT}, at which answers are cut"
         logger.warning("%d of %d records %s: %s", len(markers), len(records), what, _first(markers))
     if too_long:
         what = f"have more tokens than the context of {context_length} and were {PAST_PARTICIPLES[data.too_long]}"

@@ -102,8 +102,11 @@ def text_files(path: Path) -> list[tuple[Path, str]]:
     named = [file for file, part in files if part]
     if len(files) > 1 and len(named) < len(files) and (named or path.is_dir()):
         names = ", ".join(file.relative_to(data_files(path)[0]).as_posix() for file, _ in files[:5])
-        pattern = f", or all by a pattern like {path / f'*{files[0][0].suffix}'}" if not named else ""
-        raise ValueError(f"{path} has {len(files)} files of records ({names}); name one of them in data.path{pattern}")
+        pattern = f", or all as one set by a pattern like {path / f'*{files[0][0].suffix}'}" if not named else ""
+        raise ValueError(
+            f"{path} has {len(files)} files of records ({names}); name one of them in data.path, others in "
+            f"data.val_path and data.test_path{pattern}"
+        )
     _log_parts(path, files)
     return files
 

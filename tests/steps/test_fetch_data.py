@@ -129,7 +129,10 @@ def test_records_with_section_headers_of_the_prompt_are_counted_and_named(tmp_pa
     odd = {"instruction": "Complete it.", "input": "", "output": "### Response: yes"}
     _, about = fetched(DataConfig(source="file", path=write(tmp_path, [*RECORDS, odd])))
     assert about["with_prompt_markers"] == 1
-    assert "1 of 6 records contain a section header of the prompt, at which answers are cut: record 6" in caplog.text
+    assert (
+        "1 of 6 records contain a section header of the prompt or <|endoftext|>, at which answers are cut"
+        in caplog.text
+    )
 
 
 def test_own_files_for_the_parts_are_read_with_mapped_columns_and_leaks_are_counted(tmp_path, caplog):
