@@ -11,6 +11,7 @@ from commands.finished_run import FinishedRun, open_run
 from gpt2core.checkpoint import GENERATION_CONFIG, export_peft, save_pretrained
 from gpt2core.files import json_bytes, list_files, naming_file, read_json, write_files
 from gpt2core.lora import lora_config
+from gpt2core.model import GPT2, drop_padding_rows_
 from gpt2core.prompt import chat_template
 from gpt2core.tensors import DTYPES
 from gpt2core.tokenizer import END_OF_TEXT, MERGES, TOKENIZER, TOKENIZER_CONFIG, VOCAB, read_padding_token
@@ -92,7 +93,7 @@ def _write(finished: FinishedRun, kind: str, out: Path, quantize: str, history: 
     else:
         file = out / "model.gguf"
         with naming_file(file):
-            write_gguf(finished.load(merge=True), finished.base_dir, file, quantize, history)
+            write_gguf(_load_merged(finished), finished.base_dir, file, quantize, history)
         adapter = finished.load(merge=False)
         if lora_config(adapter).dora:
             logger.warning("no adapter.gguf, because llama.cpp has no DoRA; model.gguf has the adapter merged")
@@ -102,7 +103,7 @@ def _write(finished: FinishedRun, kind: str, out: Path, quantize: str, history: 
 
 
 def _write_hf(finished: FinishedRun, out: Path, history: bool, dtype: str) -> None:
-    model = finished.load(merge=True)
+    model = _load_merged(finished)
     save_pretrained(model, out, DTYPES[dtype])
     for name in (TOKENIZER, VOCAB, MERGES):
         if (finished.base_dir / name).is_file():
@@ -127,6 +128,11 @@ def _write_hf(finished: FinishedRun, out: Path, history: bool, dtype: str) -> No
         kept["max_length"] = model.config.n_positions
     settings = ids | kept | {"do_sample": False}
     write_files(out, {TOKENIZER_CONFIG: json_bytes(tokenizer_config), GENERATION_CONFIG: json_bytes(settings)})
+
+
+def _load_merged(finished: FinishedRun) -> GPT2:
+    """Load the merged model for programs that do not know the size of the tokenizer."""
+    return drop_padding_rows_(finished.load(merge=True))
 
 
 def _model_card(finished: FinishedRun, kind: str) -> str:

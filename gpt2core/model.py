@@ -5,6 +5,7 @@ Shape letters: B batch, T new tokens, S cached tokens, C = n_embd, H heads, D = 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 
@@ -221,6 +222,18 @@ class MLP(nn.Module):
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """Return the activation function for its name in config.json; gelu_new and gelu_pytorch_tanh are the same."""
     return F.relu if name == "relu" else partial(F.gelu, approximate="none" if name == "gelu" else "tanh")
+
+
+def drop_padding_rows_(model: GPT2) -> GPT2:
+    """Remove the rows of the embedding that belong to no token, in place.
+
+    transformers and llama.cpp sample these rows, since they do not compare the embedding with the tokenizer.
+    """
+    n_tokens = model.config.token_count
+    if n_tokens < model.config.vocab_size:
+        model.wte = nn.Embedding.from_pretrained(model.wte.weight.data[:n_tokens].clone())
+        model.config = replace(model.config, vocab_size=n_tokens, n_tokens=None)
+    return model
 
 
 class KVCache:

@@ -36,11 +36,11 @@ def write_gguf(model: GPT2, tokenizer_dir: Path, file: Path, quantize: str, hist
     Raises:
         ValueError: llama.cpp's GPT-2 cannot express the model.
     """
-    config = model.config
+    config, way_out = model.config, "export it for transformers (hf) instead"
     if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise ValueError(f"llama.cpp's GPT-2 has no activation_function {config.activation_function!r}")
+        raise ValueError(f"llama.cpp's GPT-2 has no activation_function {config.activation_function!r}; {way_out}")
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-        raise ValueError("llama.cpp's GPT-2 has only the usual scaling of attention weights")
+        raise ValueError(f"llama.cpp's GPT-2 has only the usual scaling of attention weights; {way_out}")
     kind, file_type = TYPES[quantize]
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_type("model")

@@ -252,6 +252,25 @@ def test_transformers_reads_the_gguf_file(tmp_path, prompt, expected, tuned, kin
         assert greedy(model, prompt) == expected
 
 
+def test_exports_have_no_rows_of_the_embedding_without_a_token(
+    outputs, base_dir, adapter_dir, tmp_path_factory, prompt, expected
+):
+    base = copytree(base_dir, tmp_path_factory.mktemp("padded") / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    n = model.config.vocab_size
+    model.resize_token_embeddings(n + 5, mean_resizing=False)
+    rows = model.transformer.wte.weight.data
+    rows[n:] = 9 * rows[expected[0]] * torch.tensor([[1], [-1], [1], [-1], [1]])  # one of them is the most likely token
+    model.save_pretrained(base)
+    assert greedy(model, prompt)[0] >= n
+    write_run(outputs / "padded", base, adapter_dir)
+    for kind, values in (("hf", {}), ("gguf", {"gguf_file": "model.gguf", "n_positions": model.config.n_positions})):
+        export(outputs / kind, kind, "--run", "padded")
+        exported = AutoModelForCausalLM.from_pretrained(outputs / kind, **values)
+        assert exported.config.vocab_size == n
+        assert greedy(exported, prompt) == expected
+
+
 @pytest.fixture
 def words_dir(base_dir, tmp_path):
     """A base whose tokenizer has added words and a padding token, and the tokenizer of transformers."""

@@ -247,6 +247,12 @@ LIST = f"[\n  {LINE},\n  %s\n]"
         ("a.jsonl", json.dumps(GOOD, indent=1), ["line 1, column 2", "records of several lines: rename it to .json"]),
         ("a.json", '{"instruction": {"0": "a"}, "output": {"0": "b"}}', ["are columns", "orient='records'"]),
         ("a.json", '{"instruction": ["a"], "output": ["b"]}', ["are columns", "one record per row"]),
+        ("a.json", '{"instruction": {"text": "a"}, "output": {"text": "b"}}', ["'instruction' is {", "a dict"]),
+        (
+            "a.csv",
+            "messages\n\"[{'role': 'user', 'content': 'x'}]\"\n",
+            ["'messages' is text that is not JSON", "a list that pandas wrote to CSV is not; write JSON lines instead"],
+        ),
         (
             "a.json",
             f'{{"version": "1.0", "data": [{LINE}]}}',
