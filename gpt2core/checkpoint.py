@@ -39,6 +39,10 @@ BINARIES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 POST_NORM = "gpt2-post-norm"
+_WAYS_OUT = {  # key of config.json with an unsupported value -> the way out
+    "tie_word_embeddings": ": the head is the embedding; if lm_head equals wte in the weights, set it to true",
+    "quantization_config": ": save the model in 16 or 32 bits",
+}
 _WRAPPERS = {  # prefix of all keys -> where it comes from, and the way out
     "_orig_mod.": "as a model compiled by torch.compile has it: save the model in it (model._orig_mod), or remove it",
     "module.": "as a model wrapped by DataParallel has it: save the model in it (model.module), or remove it",
@@ -197,7 +201,7 @@ def read_config(file: Path) -> GPT2Config:
     }
     for key, only in supported.items():
         if values.get(key, only) != only:
-            raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported")
+            raise ValueError(f"{file}: {key} is {values[key]!r}; only {only!r} is supported{_WAYS_OUT.get(key, '')}")
     for alias, name in _ALIASES.items():
         if alias in values and values.setdefault(name, values[alias]) != values[alias]:
             raise ValueError(

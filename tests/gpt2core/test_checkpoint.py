@@ -400,10 +400,16 @@ def test_a_config_that_is_not_a_json_object_is_named(directory, content):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; only True is supported"),
+        (
+            {"tie_word_embeddings": False},
+            "tie_word_embeddings is False; only True is supported: the head is the embedding",
+        ),
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
-        ({"quantization_config": {"quant_method": "x"}}, "quantization_config is {'quant_method': 'x'}; only None"),
+        (
+            {"quantization_config": {"a": "b"}},
+            "quantization_config is {'a': 'b'}; only None is supported: save the model",
+        ),
         ({"activation_function": "silu"}, "GPT2Config.activation_function is 'silu'; it must be gelu_new"),
         ({"n_layer": 0}, "GPT2Config.n_layer is 0"),
         ({"n_head": 5}, "n_embd=32 is not divisible by n_head=5"),
