@@ -137,8 +137,8 @@ def _with_champion(
         raise NotComparable(f"the champion {champion.name} was trained on {seen} of {len(test_records)} test records")
     with _noting(f"the champion {champion.name} cannot be evaluated"):
         answers = _answers(champion, [test_records[i] for i in unseen], evaluate)
-    for i, answer in zip(unseen, answers.answers, strict=True):
-        samples[i] = samples[i].with_champion(answer)
+    answered = dict(zip(unseen, answers.answers, strict=True))
+    samples = [sample.with_champion(answered[i]) if i in answered else sample for i, sample in enumerate(samples)]
     common = [samples[i] for i in unseen]
     groups = [sample.group for sample in common]
     tuned, champion_answers = _answers_of(common, "tuned", "champion")
