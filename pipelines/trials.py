@@ -76,9 +76,9 @@ class _FinetuneTrials(_Trials):
         adapters = [adapter for adapter, _, _ in trained]
         _, history, summary = trained[0]
         _, val, test, _ = parts
+        name, n = self._trial_name(label, trial_seed), self.sweep.samples
         return finetune_trial(
-            *(label, trial_seed, base_dir, adapters, val, test, history, summary, generation, self.sweep.samples),
-            id=self._trial_name(label, trial_seed),
+            label, trial_seed, base_dir, adapters, val, test, history, summary, generation, n, id=name
         )
 
     def _prepare_data(self, data: Any, base: Any, base_sha256: str) -> Any:
