@@ -21,13 +21,14 @@ CHECKPOINT_FILES = (  # the files that the index names are added by `shard_files
     "added_tokens.json",
 )
 
+PARQUET = b"PAR1"  # first bytes of a Parquet file
 _CONTENTS = (  # first bytes of formats that occur in files whose name has another suffix
     (b"\x1f\x8b", "is compressed by gzip; decompress it"),
     (b"PK\x03\x04", "is a zip archive or a workbook; unpack it, or save its sheet as CSV"),
     (b"\x28\xb5\x2f\xfd", "is compressed by zstd; decompress it"),
     (b"\xfd7zXZ\0", "is compressed by xz; decompress it"),
     (b"BZh", "is compressed by bzip2; decompress it"),
-    (b"PAR1", "is a Parquet file; rename it to .parquet"),
+    (PARQUET, "is a Parquet file; rename it to .parquet"),
     (b"version https://git-lfs", "is a pointer of Git LFS, not the data; fetch it by git lfs pull"),
     (b"<!doctype html", "is a web page, not the data; download the file itself, which may need a login"),
     (b"<html", "is a web page, not the data; download the file itself, which may need a login"),
@@ -192,9 +193,11 @@ def describe_content(beginning: bytes) -> str:
 
 
 def describe_file(file: Path) -> str:
-    """Return `describe_content` of a file."""
+    """Return `describe_content` of a file; "" for a Parquet file that has its suffix."""
     with open(file, "rb") as stream:
-        return describe_content(stream.read(100))
+        beginning = stream.read(100)
+    is_named = file.suffix.lower() == ".parquet" and beginning.startswith(PARQUET)
+    return "" if is_named else describe_content(beginning)
 
 
 def read_text(file: Path) -> str:

@@ -236,7 +236,7 @@ def _read_parquet(file: Path) -> pa.Table:
     try:
         return pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
-        if (description := describe_file(file)) and not description.startswith("is a Parquet file"):
+        if description := describe_file(file):
             raise ValueError(f"{file} {description}") from None
         raise ValueError(f"{file} is not a valid Parquet file: {_first_line(error)}") from None
 
