@@ -59,9 +59,10 @@ class GPT2Service(compat.WrappableService):
         compat.alias_path(app, DOCUMENT, FASTAPI_DOCUMENT)  # where generators of clients look for it
         if not settings().tracing:
             compat.remove_tracing(app)
-        compat.limit_metric_labels(app, path_label(_paths()))
+        paths = _paths()
+        compat.limit_metric_labels(app, path_label(paths))
         wrapped: ASGIApp = HeadMiddleware(app)
-        wrapped = ErrorShapeMiddleware(wrapped, _paths())
+        wrapped = ErrorShapeMiddleware(wrapped, paths)
         wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, PROBES, admin.router.routes)
         wrapped = UnhandledErrorMiddleware(wrapped)
         wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)

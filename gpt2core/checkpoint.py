@@ -328,8 +328,8 @@ def _of_another_head(name: str) -> str:
     if name.startswith("h."):
         return ""
     return (
-        "; if it belongs to another head, load the directory by transformers' AutoModelForCausalLM and write it by "
-        "save_pretrained to a new one, which leaves this head out"
+        "; if it belongs to another head, load the directory with transformers' AutoModelForCausalLM and write it to a "
+        "new one with save_pretrained, which leaves this head out"
     )
 
 
