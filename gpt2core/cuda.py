@@ -204,7 +204,7 @@ def _check(kernels: Kernels, device: torch.device) -> None:
     logits[0, 5], logits[1, 19_999], logits[2, 7] = 9, 9, torch.nan
     torch.testing.assert_close(kernels.most_likely(logits), most_likely(logits))
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False):
         scores, labels = random(3, 20_000).requires_grad_(), torch.tensor([7, -1, 19_999], device=device)
         losses = F.cross_entropy(scores.float(), labels, ignore_index=-1, reduction="none")
         (gradient,) = torch.autograd.grad(losses.sum(), scores)

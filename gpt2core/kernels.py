@@ -135,7 +135,7 @@ def zeros_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 @cache
-@torch.enable_grad()
+@torch.inference_mode(False)  # also enables gradients
 def has_varlen_attention(device: torch.device, head_width: int) -> bool:
     """Return whether `varlen_attention` works on the device: compare it, forward and backward, with masked attention.
 
