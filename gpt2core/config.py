@@ -144,7 +144,8 @@ class TrainConfig:
     limit_val_batches: int | None = None  # batches per validation
     patience: int | None = None  # stop after this many validations in a row without a new best loss; null: never
     gradient_checkpointing: bool = False  # recompute each block's activations in the backward pass: slower, less memory
-    deterministic: bool = False  # torch.use_deterministic_algorithms: a nondeterministic kernel raises an error
+    # a nondeterministic kernel raises an error; on a GPU, also set the variable CUBLAS_WORKSPACE_CONFIG=:4096:8
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         _check_training(self)
@@ -205,14 +206,14 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Decoding. Temperature 0 is greedy decoding; top_k=None and top_p=None keep the whole vocabulary."""
+    """Decoding. Temperature 0 is greedy decoding; null for top_k and top_p keeps the whole vocabulary."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int | None = None  # None: a new seed for each request
-    eos_id: int | None = None  # None: no token ends a completion
+    seed: int | None = None  # null: a new seed for each request
+    eos_id: int | None = None  # null: no token ends a completion
     stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a completion
     min_p: float | None = None  # excludes tokens below this fraction of the highest probability
     repetition_penalty: float = 1.0  # divides (if positive) or multiplies logits of tokens in prompt or completion
