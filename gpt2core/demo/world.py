@@ -48,7 +48,7 @@ def make_world(seed: int, n_facts: int | None = None) -> list[Fact]:
     if n_facts is not None and not len(families) <= n_facts <= total:
         raise ValueError(
             f"n_facts={n_facts} is not between {len(families)}, one for each family, and {total}, the whole world; "
-            "None is the whole world"
+            "null is the whole world"
         )
     by_rank = sorted((rank, family) for family, pairs in families.items() for rank in range(len(pairs)))
     chosen = sorted(by_rank[:n_facts], key=lambda place: (list(families).index(place[1]), place[0]))
