@@ -51,7 +51,11 @@ def run_options(default: str) -> Callable[[Callable[..., None]], Callable[..., N
         for option in (
             click.option("--no-cache", is_flag=True, help="Run every step, also those in ZenML's cache."),
             click.option(
-                "--set", "values", multiple=True, metavar="KEY=VALUE", help="Set a parameter, e.g. seed=1; repeatable."
+                "--set",
+                "values",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Set a parameter, e.g. seed=1; VALUE is YAML; repeatable.",
             ),
             click.option("--config", default=path, show_default=default, help="A run configuration (YAML)."),
         ):
