@@ -144,8 +144,7 @@ class TrainConfig:
     limit_val_batches: int | None = None  # batches per validation
     patience: int | None = None  # stop after this many validations in a row without a new best loss; null: never
     gradient_checkpointing: bool = False  # recompute each block's activations in the backward pass: slower, less memory
-    # a nondeterministic kernel raises an error; on a GPU, also set the variable CUBLAS_WORKSPACE_CONFIG=:4096:8
-    deterministic: bool = False
+    deterministic: bool = False  # a nondeterministic kernel raises an error
 
     def __post_init__(self) -> None:
         _check_training(self)

@@ -1,5 +1,6 @@
 """Dtypes and modes of a model while it is trained."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ def training_mode(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator
     modes = [(module, module.training) for module in model.modules()]
     frozen = base_dtype(config)
     trained = torch.bfloat16 if config.precision == "bf16-true" else torch.float32
-    checkpointing, deterministic = model.gradient_checkpointing, torch.are_deterministic_algorithms_enabled()
+    checkpointing, was_deterministic = model.gradient_checkpointing, torch.are_deterministic_algorithms_enabled()
     before = []  # the weights that are converted, and their data
     for parameter in model.parameters():
         dtype = trained if parameter.requires_grad else frozen
@@ -36,11 +37,13 @@ def training_mode(model: GPT2, config: TrainConfig | PretrainConfig) -> Iterator
         parameter.data = parameter.data.to(dtype)
     model.train()
     model.gradient_checkpointing = isinstance(config, TrainConfig) and config.gradient_checkpointing
-    torch.use_deterministic_algorithms(deterministic or (isinstance(config, TrainConfig) and config.deterministic))
+    if isinstance(config, TrainConfig) and config.deterministic:
+        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch then requires it for products on a GPU
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(was_deterministic)
         model.gradient_checkpointing = checkpointing
         for module, training in modes:
             module.training = training

@@ -1,6 +1,7 @@
 """Training against PEFT and a loop written by hand; precision, logging, schedule, pretraining."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -428,12 +429,19 @@ def test_dropout_is_active_in_training_and_not_in_validation(tiny_gpt2_dir):
     assert losses[0]["val/loss"] == pytest.approx(losses[1]["val/loss"], rel=1e-6)
 
 
-def test_training_works_with_deterministic_algorithms(model):
-    torch.use_deterministic_algorithms(True)
-    try:
-        finetune(model, examples(), examples(3), config())
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_training_works_with_deterministic_algorithms(model, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that the test's end removes what training sets
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    during = []
+
+    def on_log(step, values):
+        during.append(torch.are_deterministic_algorithms_enabled())
+
+    finetune(model, examples(), examples(3), config(deterministic=True), on_log)
+    assert during
+    assert all(during)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # without it, torch raises an error on a GPU
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_records_and_advice(model):
