@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
 from bentos.canary import Canary
@@ -16,7 +16,7 @@ from bentos.completion import Completion, CompletionResult, GenerationRequest, T
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
 from bentos.limits import DEADLINE, MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
-from bentos.metrics import Gauge, Metrics, render_gauges
+from bentos.metrics import Metrics, engine_gauges
 from bentos.request_log import RequestLog
 from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryRequest, CanaryStatus, Structure
 from bentos.shadow import Comparison, ShadowQueue
@@ -41,9 +41,9 @@ class TextGenerator:
         self,
         base_dir: str | Path,
         adapter_dir: str | Path,
+        metrics: Metrics,
         weights: Weights = "auto",
         adapters_dir: str = "",
-        metrics: Metrics | None = None,
         request_log: RequestLog | None = None,
         base_sha256: str | None = None,
         accept_other_base: bool = False,
@@ -262,34 +262,7 @@ class TextGenerator:
 
     def metrics_text(self) -> str:
         """Return the engine's state as gauges, in the Prometheus text format."""
-        stats = self.engine.stats()
-        running, waiting = self.engine.adapters_in_use()
-        model = {"model_name": TUNED}
-        # share of the full context of all slots in the batch; caches grow on demand and have no limit of their own
-        kv_usage = stats["cached_tokens"] / (MAX_BATCH * self.n_positions)
-        adapters = {
-            "max_lora": str(MAX_ADAPTERS + 1),
-            "running_lora_adapters": ",".join(running),
-            "waiting_lora_adapters": ",".join(waiting),
-        }
-        gauges: dict[str, Gauge] = {
-            "gpt2_queue_depth": ("Requests waiting for a slot in the batch", stats["waiting"]),
-            "gpt2_running_requests": ("Requests in the running batch, in prefill or decode", stats["running"]),
-            "gpt2_cached_tokens": ("Tokens of running requests in the KV cache", stats["cached_tokens"]),
-            "gpt2_cached_prefix_tokens": ("Tokens in the prefix cache", stats["cached_prefix_tokens"]),
-            "gpt2_adapters": ("Loaded adapters", len(self._adapters)),
-            "gpt2_weights_info": ("Format of the weights; the value is 1", 1, {"format": self.engine.weights}),
-            # vLLM's names, which dashboards and the Gateway API inference extension (proposal 003) read
-            "vllm:num_requests_running": ("Requests in the running batch", stats["running"], model),
-            "vllm:num_requests_waiting": ("Requests waiting for a slot in the batch", stats["waiting"], model),
-            "vllm:kv_cache_usage_perc": ("Used share of the KV cache, 1 is full", kv_usage, model),
-            "vllm:gpu_cache_usage_perc": ("The same, by its older name", kv_usage, model),
-            "vllm:lora_requests_info": ("Adapters of requests; the value is the time", time(), adapters),
-        }
-        if (increase := self.engine.perplexity_increase) is not None:
-            text = "Relative increase of perplexity by the weights' format, measured at start by GPT2_WEIGHTS=auto"
-            gauges["gpt2_weights_perplexity_increase"] = (text, increase)
-        return render_gauges(gauges)
+        return engine_gauges(self.engine)
 
     def _set_canary(self, request: CanaryRequest | None) -> None:
         names = [] if request is None else [TUNED, request.adapter]
@@ -320,8 +293,7 @@ class TextGenerator:
 
     def _engine_error(self, error: Exception, param: str) -> ServiceError:
         if isinstance(error, EngineFull):
-            if self._metrics is not None:
-                self._metrics.refused.inc()
+            self._metrics.refused.inc()
             return ServiceError("overloaded", str(error))
         if isinstance(error, EngineClosed):
             return ServiceError("shutting_down", "the service is shutting down; retry")
@@ -369,8 +341,7 @@ class TextGenerator:
 
     def _observe(self, result: CompletionResult) -> None:
         try:
-            if self._metrics is not None:
-                self._metrics.observe(result)
+            self._metrics.observe(result)
             if self._request_log is not None:
                 self._request_log.write(result, self.tokenizer.decode)
             self._canary.observe(result)
@@ -394,12 +365,10 @@ class TextGenerator:
         comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
         if not shadow.failed:
             self._canary.observe_shadow(comparison)
-        if self._metrics is not None:
-            self._metrics.observe_shadow(comparison)
+        self._metrics.observe_shadow(comparison)
         if self._request_log is not None:
             self._request_log.write_shadow(comparison, texts[1])
 
     def _drop_shadow(self) -> None:
         self._canary.observe_dropped()
-        if self._metrics is not None:
-            self._metrics.dropped_shadows.inc()
+        self._metrics.dropped_shadows.inc()

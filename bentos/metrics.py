@@ -3,12 +3,19 @@
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from threading import Lock
+from time import time
+from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Summary, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 from bentos.completion import CompletionResult
+from bentos.limits import MAX_ADAPTERS, MAX_BATCH
+from bentos.schemas import TUNED
 from bentos.shadow import Comparison
+
+if TYPE_CHECKING:
+    from gpt2core.engine import Engine
 
 Gauge = tuple[str, float] | tuple[str, float, dict[str, str]]  # help, value, labels
 MAX_LABELS = 32  # adapter names with their own time series; later names share the label "other"
@@ -71,6 +78,38 @@ class Metrics:
                 self._labels.add(adapter)
                 return adapter
         return "other"
+
+
+def engine_gauges(engine: "Engine") -> str:
+    """Return the engine's state as gauges, in the Prometheus text format."""
+    stats = engine.stats()
+    running, waiting = engine.adapters_in_use()
+    model = {"model_name": TUNED}
+    # share of the full context of all slots in the batch; caches grow on demand and have no limit of their own
+    kv_usage = stats["cached_tokens"] / (MAX_BATCH * engine.config.n_positions)
+    adapters = {
+        "max_lora": str(MAX_ADAPTERS + 1),
+        "running_lora_adapters": ",".join(running),
+        "waiting_lora_adapters": ",".join(waiting),
+    }
+    gauges: dict[str, Gauge] = {
+        "gpt2_queue_depth": ("Requests waiting for a slot in the batch", stats["waiting"]),
+        "gpt2_running_requests": ("Requests in the running batch, in prefill or decode", stats["running"]),
+        "gpt2_cached_tokens": ("Tokens of running requests in the KV cache", stats["cached_tokens"]),
+        "gpt2_cached_prefix_tokens": ("Tokens in the prefix cache", stats["cached_prefix_tokens"]),
+        "gpt2_adapters": ("Loaded adapters", len(engine.adapters)),
+        "gpt2_weights_info": ("Format of the weights; the value is 1", 1, {"format": engine.weights}),
+        # vLLM's names, which dashboards and the Gateway API inference extension (proposal 003) read
+        "vllm:num_requests_running": ("Requests in the running batch", stats["running"], model),
+        "vllm:num_requests_waiting": ("Requests waiting for a slot in the batch", stats["waiting"], model),
+        "vllm:kv_cache_usage_perc": ("Used share of the KV cache, 1 is full", kv_usage, model),
+        "vllm:gpu_cache_usage_perc": ("The same, by its older name", kv_usage, model),
+        "vllm:lora_requests_info": ("Adapters of requests; the value is the time", time(), adapters),
+    }
+    if (increase := engine.perplexity_increase) is not None:
+        text = "Relative increase of perplexity by the weights' format, measured at start by GPT2_WEIGHTS=auto"
+        gauges["gpt2_weights_perplexity_increase"] = (text, increase)
+    return render_gauges(gauges)
 
 
 def render_gauges(gauges: Mapping[str, Gauge]) -> str:

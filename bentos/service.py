@@ -103,9 +103,9 @@ class GPT2Instruct:
         self.generator = TextGenerator(
             self.base.path,
             self.adapter.path,
+            Metrics(),
             weights=given.weights,
             adapters_dir=given.adapters_dir,
-            metrics=Metrics(),
             request_log=log,
             base_sha256=lineage().base.sha256,
             accept_other_base=given.accept_other_base,

@@ -12,11 +12,13 @@ import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from bentos import shadow
 from bentos.canary import routes_to_canary
 from bentos.completion import GenerationRequest
 from bentos.generation import TextGenerator
+from bentos.metrics import Metrics
 from bentos.schemas import TUNED, CanaryRequest
 from gpt2core.files import directory_sha256
 from steps.traffic import read_traffic
@@ -165,7 +167,7 @@ def read(log) -> list[dict]:
 @pytest.fixture
 def shadowing(base_dir, adapter_dir, adapters):
     """Calls a coroutine function with a slow engine that has a canary in shadow mode and records its requests."""
-    generator = TextGenerator(base_dir, adapter_dir, "fp32", str(adapters))
+    generator = TextGenerator(base_dir, adapter_dir, Metrics(CollectorRegistry()), "fp32", str(adapters))
     step, running = generator.engine._step, []
 
     def slow_step() -> None:

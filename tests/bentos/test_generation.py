@@ -8,6 +8,7 @@ from time import monotonic, sleep
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 
@@ -16,6 +17,7 @@ from bentos.completion import Completion, CompletionResult, GenerationRequest, m
 from bentos.dependencies import Served
 from bentos.errors import ServiceError, error_response
 from bentos.generation import TextGenerator
+from bentos.metrics import Metrics
 from bentos.middleware.access_log import RequestRecord
 from bentos.openai.completions import CompletionRoute
 from bentos.openai.protocol import CompletionRequest
@@ -29,7 +31,7 @@ from tests.helpers import make_lineage, wait_until
 
 @pytest.fixture
 def generator(base_dir, adapter_dir):
-    generator = TextGenerator(base_dir, adapter_dir, "fp32")
+    generator = TextGenerator(base_dir, adapter_dir, Metrics(CollectorRegistry()), "fp32")
     yield generator
     generator.close()
 
@@ -160,7 +162,7 @@ def test_a_cancelled_completion_leaves_the_engine(slow_generator):
 
 def test_a_full_queue_is_a_429_with_retry_after(base_dir, adapter_dir, monkeypatch):
     monkeypatch.setattr(generation, "MAX_QUEUE", 0)
-    generator = TextGenerator(base_dir, adapter_dir, "fp32")
+    generator = TextGenerator(base_dir, adapter_dir, Metrics(CollectorRegistry()), "fp32")
     with pytest.raises(ServiceError) as error:
         complete(generator)
     generator.close()
