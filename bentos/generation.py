@@ -1,4 +1,4 @@
-"""The engine and its adapters, without HTTP. Errors have a type, which `bentos/errors.py` maps to a status.
+"""Generation with the engine, without HTTP. Errors have a type, which `bentos/errors.py` maps to a status.
 
 Only this module of the package imports torch and gpt2core's engine; the others import their types for mypy only.
 """
@@ -10,21 +10,19 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from bentos.adapters import Adapters
 from bentos.canary import Canary
-from bentos.compat import MODEL_FILE
 from bentos.completion import Completion, CompletionResult, GenerationRequest, TokenNotifier
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
-from bentos.limits import DEADLINE, MAX_ADAPTERS, MAX_BATCH, MAX_QUEUE
+from bentos.limits import DEADLINE, MAX_BATCH, MAX_QUEUE
 from bentos.metrics import Metrics, engine_gauges
 from bentos.request_log import RequestLog
-from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryRequest, CanaryStatus, Structure
+from bentos.schemas import BASE, Structure
 from bentos.shadow import Comparison, ShadowQueue
-from bentos.shared_adapters import MANIFEST, Manifest
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig, Weights
 from gpt2core.engine import Engine, EngineFull
-from gpt2core.files import directory_sha256, list_files
 from gpt2core.inference.detokenizer import IncrementalDetokenizer
 from gpt2core.inference.request import EngineClosed
 from gpt2core.metrics import exact_match, token_f1
@@ -53,22 +51,20 @@ class TextGenerator:
 
         Args:
             weights: format of the engine's weights. Only fp32 generates exactly the evaluated completions.
-            adapters_dir: directory below which other adapters may be loaded; "": no other adapters.
+            adapters_dir, follow_adapters: as for `Adapters`.
             base_sha256: adapters of another base are rejected.
             accept_other_base: adapters of another base are accepted, with a warning.
-            follow_adapters: only `follow` may change adapters and canary; other changes are rejected.
         """
         self.tokenizer = load_tokenizer(base_dir)
         self._grammars = GrammarCompiler(self.tokenizer)
         self._metrics, self._request_log = metrics, request_log
-        self._adapters_dir, self._follow_adapters = adapters_dir, follow_adapters
-        self._adapters: dict[str, AdapterVersion] = {}
-        self._canary = Canary()
+        self.canary = Canary()
         self._shadows = ShadowQueue(self._submit_shadow, self._compare_shadow, self._drop_shadow)
-        self._changing = asyncio.Lock()
         model = load_pretrained(base_dir, device=best_device(), mapped=True)
         self.engine = Engine(model, MAX_BATCH, weights, MAX_QUEUE, base_sha256, accept_other_base)
-        self._load(TUNED, Path(adapter_dir))
+        self.adapters = Adapters(
+            self.engine, Path(adapter_dir), self.canary, self._shadows, adapters_dir, follow_adapters
+        )
         self.engine.start()
 
     def close(self) -> None:
@@ -82,20 +78,6 @@ class TextGenerator:
     @property
     def n_positions(self) -> int:
         return self.engine.config.n_positions
-
-    @property
-    def models(self) -> dict[str, AdapterVersion | None]:
-        """Return the names that requests may use: base with the run's adapter, base alone, and loaded adapters."""
-        return {TUNED: self._adapters[TUNED], BASE: None, **self._adapters}
-
-    def check_model(self, name: str, param: str | None) -> None:
-        """
-        Raises:
-            ServiceError: no model has that name.
-        """
-        if name not in self.models:
-            message = f"there is no model {name!r}; available: {', '.join(self.models)}"
-            raise ServiceError("model_not_found", message, param)
 
     def encode_instruction(self, instruction: str, input: str = "") -> list[int]:
         """Return the prompt of an instruction, as in training."""
@@ -171,7 +153,7 @@ class TextGenerator:
             message = f"{limit}, but the prompt has {longest}; shorten it"
             raise ServiceError("context_length_exceeded", message, param)
         # route and submit without an await in between: otherwise the chosen adapter could be unloaded first
-        requests = [self._canary.route(request) for request in requests]
+        requests = [self.canary.route(request) for request in requests]
         completions: list[Completion] = []
         self._shadows.interrupt()
         try:
@@ -185,94 +167,9 @@ class TextGenerator:
             self._shadows.request_started()
         return completions
 
-    async def load(self, name: str, directory: str) -> AdapterVersion:
-        """Load an adapter, or replace the adapter of this name. Running completions keep their adapter.
-
-        Raises:
-            ServiceError: the name is reserved, too many are loaded, or the directory holds no adapter for this base.
-        """
-        if not self._adapters_dir:
-            raise ServiceError("forbidden", "loading adapters is disabled: GPT2_ADAPTERS_DIR is not set")
-        self._check_not_following()
-        if name in (TUNED, BASE):
-            raise ServiceError("invalid_request", f"lora_name: {name} is reserved", "lora_name")
-        try:
-            path = self._find(directory)
-        except FileNotFoundError as error:
-            raise ServiceError("adapter_not_found", f"lora_path: {error}", "lora_path") from None
-        async with self._changing:
-            if name not in self._adapters and len(self._adapters) > MAX_ADAPTERS:
-                message = f"{MAX_ADAPTERS} adapters are already loaded; unload one first"
-                raise ServiceError("too_many_adapters", message, "lora_name")
-            try:
-                version = await asyncio.to_thread(self._load, name, path)
-            except (ValueError, OSError) as error:
-                raise ServiceError("invalid_adapter", f"lora_path: {error}", "lora_path") from None
-            self._set_canary(self._canary.request)  # its adapter may be another version now
-            return version
-
-    async def unload(self, name: str) -> None:
-        """Unload an adapter; running completions keep it.
-
-        Raises:
-            ServiceError: no adapter has that name, it is reserved, or it is the canary.
-        """
-        self._check_not_following()
-        async with self._changing:
-            if name in (TUNED, BASE):
-                raise ServiceError("invalid_request", f"lora_name: {name} cannot be unloaded", "lora_name")
-            self.check_model(name, "lora_name")
-            if self._canary.adapter == name:
-                raise ServiceError("invalid_request", f"lora_name: {name} is the canary; end it first", "lora_name")
-            self._unload(name)
-
-    async def set_canary(self, request: CanaryRequest | None) -> None:
-        """Start a canary, change its share, or end it (None). Running completions keep their adapter.
-
-        Raises:
-            ServiceError: no adapter has that name.
-        """
-        self._check_not_following()
-        async with self._changing:
-            if request is not None and request.adapter not in self._adapters.keys() - {TUNED}:
-                message = f"adapter: {request.adapter!r} is not loaded; load it with POST /v1/load_lora_adapter"
-                raise ServiceError("adapter_not_found", message, "adapter")
-            self._set_canary(request)
-
-    def canary_status(self) -> CanaryStatus:
-        return self._canary.status()
-
-    async def follow(self, manifest: Manifest) -> None:
-        """Serve the adapters and the canary of the manifest.
-
-        No request fails: an adapter is loaded before requests are routed to it, and unloaded afterwards.
-
-        Raises:
-            ValueError, OSError: an adapter is missing, or differs from the manifest. Adapters that were loaded before
-                stay loaded, and the canary does not change.
-        """
-        async with self._changing:
-            for name, shared in manifest.adapters.items():
-                loaded = self._adapters.get(name)
-                if loaded is None or loaded.sha256 != shared.sha256:
-                    await asyncio.to_thread(self._load, name, self._find(shared.path), shared.sha256)
-            self._set_canary(manifest.canary)
-            for name in self._adapters.keys() - {TUNED, *manifest.adapters}:
-                self._unload(name)
-
     def metrics_text(self) -> str:
         """Return the engine's state as gauges, in the Prometheus text format."""
         return engine_gauges(self.engine)
-
-    def _set_canary(self, request: CanaryRequest | None) -> None:
-        names = [] if request is None else [TUNED, request.adapter]
-        if self._canary.set(request, [self._adapters[name] for name in names]):
-            self._shadows.clear()
-
-    def _check_not_following(self) -> None:
-        if self._follow_adapters:
-            message = f"GPT2_FOLLOW_ADAPTERS is true: {MANIFEST} in GPT2_ADAPTERS_DIR says which adapters are served"
-            raise ServiceError("forbidden", message)
 
     def _submit(self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]) -> Completion:
         notifier = TokenNotifier(every_token=request.stream or bool(request.stop))
@@ -289,7 +186,7 @@ class TextGenerator:
         detokenizer = IncrementalDetokenizer(
             self.tokenizer, request.stop, request.clean, request.config.stop_token_ids, request.config.min_tokens
         )
-        return Completion(request, self.models[request.model], running, notifier, detokenizer, on_end)
+        return Completion(request, self.adapters.models[request.model], running, notifier, detokenizer, on_end)
 
     def _engine_error(self, error: Exception, param: str) -> ServiceError:
         if isinstance(error, EngineFull):
@@ -299,76 +196,36 @@ class TextGenerator:
             return ServiceError("shutting_down", "the service is shutting down; retry")
         return ServiceError("invalid_request", str(error), param)
 
-    def _find(self, directory: str) -> Path:
-        """Return the path of an adapter's directory.
-
-        Raises:
-            FileNotFoundError: the directory does not exist or is not below GPT2_ADAPTERS_DIR.
-        """
-        root = Path(self._adapters_dir).resolve()
-        try:
-            path = (root / directory).resolve()
-            if root in path.parents and path.is_dir():
-                return path
-        except (OSError, ValueError, RuntimeError):  # too long a name, a NUL, a cycle of symbolic links
-            pass
-        raise FileNotFoundError(f"there is no directory {directory!r} below GPT2_ADAPTERS_DIR")
-
-    def _load(self, name: str, directory: Path, sha256: str | None = None) -> AdapterVersion:
-        files = list_files(directory, exclude=[MODEL_FILE])
-        if name != TUNED:
-            self._check_links(directory, files)
-        version = AdapterVersion(name=name, sha256=directory_sha256(directory, files))
-        if sha256 not in (None, version.sha256):
-            raise ValueError(f"{directory} has the sha256 {version.sha256}, not {sha256} as {MANIFEST} says")
-        self.engine.load_adapter(name, directory)
-        self._adapters[name] = version
-        return version
-
-    def _check_links(self, directory: Path, files: Sequence[str]) -> None:
-        """
-        Raises:
-            ValueError: a file is a symbolic link to a file outside of GPT2_ADAPTERS_DIR.
-        """
-        root = Path(self._adapters_dir).resolve()
-        for file in files:
-            if root not in (directory / file).resolve().parents:
-                raise ValueError(f"{directory / file} is a link to a file outside of GPT2_ADAPTERS_DIR")
-
-    def _unload(self, name: str) -> None:
-        del self._adapters[name]
-        self.engine.unload_adapter(name)
-
     def _observe(self, result: CompletionResult) -> None:
         try:
             self._metrics.observe(result)
             if self._request_log is not None:
                 self._request_log.write(result, self.tokenizer.decode)
-            self._canary.observe(result)
+            self.canary.observe(result)
         finally:  # after an error too: a request that stays counted as in flight would stop shadow mode forever
-            self._shadows.request_ended(result if self._canary.repeats(result) else None)
+            self._shadows.request_ended(result if self.canary.repeats(result) else None)
 
     def _submit_shadow(
         self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]
     ) -> Completion:
-        assert self._canary.adapter is not None  # waiting requests are dropped when the canary ends
-        again = replace(request, model=self._canary.adapter, logprobs=0, stream=False, echo=None)
+        assert self.canary.adapter is not None  # waiting requests are dropped when the canary ends
+        again = replace(request, model=self.canary.adapter, logprobs=0, stream=False, echo=None)
         try:
             return self._submit(replace(again, deadline=monotonic() + DEADLINE), on_end)
         except (EngineFull, EngineClosed, ValueError) as error:
             raise self._engine_error(error, "prompt") from None
 
     def _compare_shadow(self, answered: CompletionResult, shadow: CompletionResult, logprob: float | None) -> None:
-        if not self._canary.observe(shadow):
+        if not self.canary.observe(shadow):
             return  # the answer is from a version that has been replaced
         texts = [self.tokenizer.decode(result.answer) for result in (answered, shadow)]
         comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
         if not shadow.failed:
-            self._canary.observe_shadow(comparison)
+            self.canary.observe_shadow(comparison)
         self._metrics.observe_shadow(comparison)
         if self._request_log is not None:
             self._request_log.write_shadow(comparison, texts[1])
 
     def _drop_shadow(self) -> None:
-        self._canary.observe_dropped()
+        self.canary.observe_dropped()
         self._metrics.dropped_shadows.inc()

@@ -59,7 +59,7 @@ async def _predict(request: Request, may_stream: bool) -> Response:
         raise ServiceError("invalid_request", message, "max_new_tokens")
     config = generator.config(max_new_tokens, body.sampling())
     [grammar] = await grammars(request, body.structure(), 1, deadline)
-    generator.check_model(adapter, "adapter")  # after the last await, during which it could be unloaded
+    generator.adapters.check_model(adapter, "adapter")  # after the last await, during which it could be unloaded
     generation = GenerationRequest(
         generator.encode_instruction(body.instruction, body.input or ""),
         config,

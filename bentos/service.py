@@ -111,7 +111,7 @@ class GPT2Instruct:
             accept_other_base=given.accept_other_base,
             follow_adapters=given.follow_adapters,
         )
-        self.follower = Follower(given.adapters_dir, self.generator.follow) if given.follow_adapters else None
+        self.follower = Follower(given.adapters_dir, self.generator.adapters.follow) if given.follow_adapters else None
         app.state.served = Served(self.generator, lineage(), int(time()), given.multi_turn, log)
         # Exclude all objects so far from garbage collection. Full collections then are short and frequent: reference
         # cycles of finished requests do not grow to 100 MB, and no pause is long.

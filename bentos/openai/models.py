@@ -16,18 +16,18 @@ router = APIRouter()
 @router.get("/v1/models", responses=ERRORS)
 async def list_models(request: Request) -> JSONResponse:
     """List the names that requests may use as `model` or `adapter`."""
-    names = served(request).generator.models
+    names = served(request).generator.adapters.models
     return JSONResponse({"object": "list", "data": [_model(served(request), name) for name in names]})
 
 
 @router.get("/v1/models/{model}", responses=ERRORS)
 async def get_model(request: Request, model: str) -> JSONResponse:
-    served(request).generator.check_model(model, "model")
+    served(request).generator.adapters.check_model(model, "model")
     return JSONResponse(_model(served(request), model))
 
 
 def _model(served: Served, name: str) -> dict[str, Any]:
-    adapter = served.generator.models[name]
+    adapter = served.generator.adapters.models[name]
     return {
         "id": name,
         "object": "model",

@@ -84,7 +84,7 @@ def generation_requests(
     """Build `n` requests for each prompt."""
     body = route.body
     model = body.model or TUNED
-    generator.check_model(model, "model")
+    generator.adapters.check_model(model, "model")
     if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise ServiceError("invalid_request", "stream_options: only together with stream", "stream_options")
     stop = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]

@@ -28,7 +28,7 @@ async def tokenize(request: Request) -> JSONResponse:
     """Return the tokens of a text, or of the prompt that /v1/chat/completions builds from messages."""
     body = await read_body(request, TokenizeRequest)
     generator = served(request).generator
-    generator.check_model(body.model or TUNED, "model")
+    generator.adapters.check_model(body.model or TUNED, "model")
     if (body.prompt is None) == (body.messages is None):
         raise ServiceError("invalid_request", "prompt: either prompt or messages is required", "prompt")
     return await asyncio.to_thread(_tokens, body, generator, served(request).multi_turn)  # 0.8 s for 1 MB of text
@@ -49,7 +49,7 @@ async def detokenize(request: Request) -> JSONResponse:
     """Return the text of tokens."""
     body = await read_body(request, DetokenizeRequest)
     generator = served(request).generator
-    generator.check_model(body.model or TUNED, "model")
+    generator.adapters.check_model(body.model or TUNED, "model")
     return await asyncio.to_thread(_text, body, generator)
 
 

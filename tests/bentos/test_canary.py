@@ -178,8 +178,8 @@ def shadowing(base_dir, adapter_dir, adapters):
     generator.engine._step = slow_step
 
     async def run(scenario):
-        await generator.load("next", "good")
-        await generator.set_canary(CanaryRequest(adapter="next", share=1, shadow=True))
+        await generator.adapters.load("next", "good")
+        await generator.adapters.set_canary(CanaryRequest(adapter="next", share=1, shadow=True))
         return await scenario(generator)
 
     yield lambda scenario: asyncio.run(run(scenario)), running
@@ -205,8 +205,8 @@ def test_a_request_interrupts_a_shadow_which_begins_again_later(shadowing):
         await ask(generator)
         await until(lambda: generator.engine.stats()["running"] == 1)  # the shadow
         await ask(generator)
-        between = generator.canary_status().shadow.compared
-        await until(lambda: generator.canary_status().shadow.compared == 2)
+        between = generator.canary.status().shadow.compared
+        await until(lambda: generator.canary.status().shadow.compared == 2)
         return between
 
     assert run(scenario) == 0
@@ -219,11 +219,11 @@ def test_another_version_of_the_canary_is_compared_from_the_beginning(shadowing,
 
     async def scenario(generator: TextGenerator):
         await ask(generator)
-        await until(lambda: generator.canary_status().shadow.compared == 1)
-        await generator.load("next", "other")
-        reloaded = generator.canary_status().model_copy(deep=True)
+        await until(lambda: generator.canary.status().shadow.compared == 1)
+        await generator.adapters.load("next", "other")
+        reloaded = generator.canary.status().model_copy(deep=True)
         await ask(generator)
-        await until(lambda: generator.canary_status().shadow.compared == 1)
+        await until(lambda: generator.canary.status().shadow.compared == 1)
         return reloaded
 
     status = shadowing[0](scenario)
@@ -237,13 +237,13 @@ def test_shadows_are_dropped_when_many_wait_and_forgotten_at_the_end(shadowing, 
 
     async def scenario(generator: TextGenerator):
         await ask(generator, n=3)
-        await until(lambda: generator.canary_status().shadow.compared == 1)
-        dropped = generator.canary_status().shadow.dropped
+        await until(lambda: generator.canary.status().shadow.compared == 1)
+        dropped = generator.canary.status().shadow.dropped
         await ask(generator, max_new_tokens=60)
         await until(lambda: generator.engine.stats()["running"] == 1)
         generator.close()
         await asyncio.sleep(0)
-        return dropped, generator.canary_status().shadow.compared, asyncio.all_tasks() - {asyncio.current_task()}
+        return dropped, generator.canary.status().shadow.compared, asyncio.all_tasks() - {asyncio.current_task()}
 
     dropped, compared, tasks = shadowing[0](scenario)
     assert (dropped, compared) == (2, 1)

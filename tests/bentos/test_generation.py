@@ -112,17 +112,17 @@ def test_a_grammar_is_awaited_until_the_deadline(stuck_compiler):
 
 @pytest.mark.parametrize("choice", [["a"], None])
 def test_an_adapter_that_is_unloaded_while_a_grammar_is_compiled_is_a_404(generator, adapter_dir, monkeypatch, choice):
-    generator._adapters_dir = str(adapter_dir.parent)
-    generator._load("other", adapter_dir)
+    generator.adapters._adapters_dir = str(adapter_dir.parent)
+    generator.adapters._load("other", adapter_dir)
     compiling = generator.grammars
 
     async def grammars_and_unload(structure, n, deadline):
-        generator._unload("other")
+        generator.adapters._unload("other")
         return await compiling(structure, n, deadline)
 
     monkeypatch.setattr(generator, "grammars", grammars_and_unload)
     if choice is None:
-        generator._unload("other")
+        generator.adapters._unload("other")
     values = {"instruction": "Hello.", "adapter": "other", "guided_choice": choice}
     messages = [{"type": "http.request", "body": json.dumps(values).encode()}]
 
