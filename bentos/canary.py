@@ -2,12 +2,21 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from bentos.completion import CompletionResult, FinishReason, GenerationRequest
 from bentos.schemas import TUNED, AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, ShadowStatus
-from bentos.shadow import Comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A canary's answer, compared with the answer that the client got."""
+
+    shadow: CompletionResult
+    agreed: bool  # equal after `gpt2core.metrics.normalize`
+    token_f1: float  # F1 of the canary's answer, with the client's answer as reference
+    mean_logprob: float | None  # mean log probability of the canary's tokens, in nats; None: it generated no token
 
 
 class Canary:

@@ -5,7 +5,6 @@ Only this module of the package imports torch and gpt2core's engine; the others 
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -15,17 +14,16 @@ from bentos.canary import Canary
 from bentos.completion import Completion, CompletionResult, GenerationRequest, TokenNotifier
 from bentos.errors import ServiceError
 from bentos.grammar import GrammarCompiler
-from bentos.limits import DEADLINE, MAX_BATCH, MAX_QUEUE
+from bentos.limits import MAX_BATCH, MAX_QUEUE
 from bentos.metrics import Metrics, engine_gauges
 from bentos.request_log import RequestLog
 from bentos.schemas import BASE, Structure
-from bentos.shadow import Comparison, ShadowQueue
+from bentos.shadow import ShadowQueue
 from gpt2core.checkpoint import load_pretrained
 from gpt2core.config import GenerationConfig, Weights
 from gpt2core.engine import Engine, EngineFull
 from gpt2core.inference.detokenizer import IncrementalDetokenizer
 from gpt2core.inference.request import EngineClosed
-from gpt2core.metrics import exact_match, token_f1
 from gpt2core.model import best_device
 from gpt2core.prompt import format_prompt
 from gpt2core.sampling import Grammar, check_tokens
@@ -59,7 +57,7 @@ class TextGenerator:
         self._grammars = GrammarCompiler(self.tokenizer)
         self._metrics, self._request_log = metrics, request_log
         self.canary = Canary()
-        self._shadows = ShadowQueue(self._submit_shadow, self._compare_shadow, self._drop_shadow)
+        self._shadows = ShadowQueue(self._submit, self.canary, self.tokenizer.decode, metrics, request_log)
         model = load_pretrained(base_dir, device=best_device(), mapped=True)
         self.engine = Engine(model, MAX_BATCH, weights, MAX_QUEUE, base_sha256, accept_other_base)
         self.adapters = Adapters(
@@ -158,11 +156,11 @@ class TextGenerator:
         self._shadows.interrupt()
         try:
             for request in requests:
-                completions.append(self._submit(request, [self._observe, *([on_end] if on_end else [])]))
-        except (EngineFull, EngineClosed, ValueError) as error:
+                completions.append(self._submit(request, [self._observe, *([on_end] if on_end else [])], param))
+        except ServiceError:
             for completion in completions:
                 completion.withdraw()
-            raise self._engine_error(error, param) from None
+            raise
         for _ in completions:
             self._shadows.request_started()
         return completions
@@ -171,30 +169,32 @@ class TextGenerator:
         """Return the engine's state as gauges, in the Prometheus text format."""
         return engine_gauges(self.engine)
 
-    def _submit(self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]) -> Completion:
+    def _submit(
+        self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]], param: str = "prompt"
+    ) -> Completion:
         notifier = TokenNotifier(every_token=request.stream or bool(request.stop))
-        running = self.engine.submit(
-            request.prompt,
-            request.config,
-            adapter=None if request.model == BASE else request.model,
-            deadline=request.deadline,
-            on_progress=notifier.notify,
-            logprobs=request.logprobs,
-            grammar=request.grammar,
-            prompt_logprobs=request.echo is not None and request.logprobs is not None,
-        )
+        try:
+            running = self.engine.submit(
+                request.prompt,
+                request.config,
+                adapter=None if request.model == BASE else request.model,
+                deadline=request.deadline,
+                on_progress=notifier.notify,
+                logprobs=request.logprobs,
+                grammar=request.grammar,
+                prompt_logprobs=request.echo is not None and request.logprobs is not None,
+            )
+        except EngineFull as error:
+            self._metrics.refused.inc()
+            raise ServiceError("overloaded", str(error)) from None
+        except EngineClosed:
+            raise ServiceError("shutting_down", "the service is shutting down; retry") from None
+        except ValueError as error:
+            raise ServiceError("invalid_request", str(error), param) from None
         detokenizer = IncrementalDetokenizer(
             self.tokenizer, request.stop, request.clean, request.config.stop_token_ids, request.config.min_tokens
         )
         return Completion(request, self.adapters.models[request.model], running, notifier, detokenizer, on_end)
-
-    def _engine_error(self, error: Exception, param: str) -> ServiceError:
-        if isinstance(error, EngineFull):
-            self._metrics.refused.inc()
-            return ServiceError("overloaded", str(error))
-        if isinstance(error, EngineClosed):
-            return ServiceError("shutting_down", "the service is shutting down; retry")
-        return ServiceError("invalid_request", str(error), param)
 
     def _observe(self, result: CompletionResult) -> None:
         try:
@@ -203,29 +203,4 @@ class TextGenerator:
                 self._request_log.write(result, self.tokenizer.decode)
             self.canary.observe(result)
         finally:  # after an error too: a request that stays counted as in flight would stop shadow mode forever
-            self._shadows.request_ended(result if self.canary.repeats(result) else None)
-
-    def _submit_shadow(
-        self, request: GenerationRequest, on_end: Sequence[Callable[[CompletionResult], None]]
-    ) -> Completion:
-        assert self.canary.adapter is not None  # waiting requests are dropped when the canary ends
-        again = replace(request, model=self.canary.adapter, logprobs=0, stream=False, echo=None)
-        try:
-            return self._submit(replace(again, deadline=monotonic() + DEADLINE), on_end)
-        except (EngineFull, EngineClosed, ValueError) as error:
-            raise self._engine_error(error, "prompt") from None
-
-    def _compare_shadow(self, answered: CompletionResult, shadow: CompletionResult, logprob: float | None) -> None:
-        if not self.canary.observe(shadow):
-            return  # the answer is from a version that has been replaced
-        texts = [self.tokenizer.decode(result.answer) for result in (answered, shadow)]
-        comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
-        if not shadow.failed:
-            self.canary.observe_shadow(comparison)
-        self._metrics.observe_shadow(comparison)
-        if self._request_log is not None:
-            self._request_log.write_shadow(comparison, texts[1])
-
-    def _drop_shadow(self) -> None:
-        self.canary.observe_dropped()
-        self._metrics.dropped_shadows.inc()
+            self._shadows.request_ended(result)

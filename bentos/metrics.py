@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Summary, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
+from bentos.canary import Comparison
 from bentos.completion import CompletionResult
 from bentos.limits import MAX_ADAPTERS, MAX_BATCH
 from bentos.schemas import TUNED
-from bentos.shadow import Comparison
 
 if TYPE_CHECKING:
     from gpt2core.engine import Engine

@@ -13,9 +13,9 @@ from queue import Full, Queue
 from threading import Lock
 from typing import Any
 
+from bentos.canary import Comparison
 from bentos.completion import CompletionResult
 from bentos.settings import LogText
-from bentos.shadow import Comparison
 from gpt2core.types import LoggedCompletion, LoggedFeedback, LoggedShadow
 
 MAX_BYTES, BACKUPS = 10_000_000, 5  # size at which the file is rotated; number of older files that are kept

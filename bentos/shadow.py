@@ -8,26 +8,23 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from time import monotonic
+from typing import TYPE_CHECKING
 
+from bentos.canary import Canary, Comparison
 from bentos.completion import Completion, CompletionResult, GenerationRequest
 from bentos.errors import ServiceError
-from bentos.limits import MAX_SHADOWS
-from gpt2core.metrics import mean
+from bentos.limits import DEADLINE, MAX_SHADOWS
+from gpt2core.metrics import exact_match, mean, token_f1
+
+if TYPE_CHECKING:
+    from bentos.metrics import Metrics
+    from bentos.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 
 Submit = Callable[[GenerationRequest, Sequence[Callable[[CompletionResult], None]]], Completion]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A canary's answer, compared with the answer that the client got."""
-
-    shadow: CompletionResult
-    agreed: bool  # equal after `gpt2core.metrics.normalize`
-    token_f1: float  # F1 of the canary's answer, with the client's answer as reference
-    mean_logprob: float | None  # mean log probability of the canary's tokens, in nats; None: it generated no token
 
 
 class ShadowQueue:
@@ -36,17 +33,17 @@ class ShadowQueue:
     def __init__(
         self,
         submit: Submit,
-        compare: Callable[[CompletionResult, CompletionResult, float | None], None],
-        drop: Callable[[], None],
+        canary: Canary,
+        decode: Callable[[list[int]], str],
+        metrics: "Metrics",
+        request_log: "RequestLog | None",
     ) -> None:
         """
         Args:
-            submit: queues a request again, for the canary.
-            compare: called with the client's completion, the canary's completion, and the mean log probability of the
-                canary's tokens.
-            drop: called for each dropped request. Requests are dropped if the queue is full or the engine has stopped.
+            submit: queues a request in the engine. The functions in its second argument are called when it has ended.
         """
-        self._submit, self._compare, self._drop = submit, compare, drop
+        self._submit, self._canary, self._decode = submit, canary, decode
+        self._metrics, self._request_log = metrics, request_log
         self._waiting: deque[CompletionResult] = deque()
         self._in_flight = 0  # number of clients' completions
         self._running: Completion | None = None
@@ -63,13 +60,14 @@ class ShadowQueue:
         """Count a client's completion that was queued."""
         self._in_flight += 1
 
-    def request_ended(self, answered: CompletionResult | None) -> None:
-        """Count a client's completion that has ended. `answered`: the completion, if the canary must repeat it."""
+    def request_ended(self, answered: CompletionResult) -> None:
+        """Count a client's completion that has ended. The canary repeats it, unless the queue is full."""
         self._in_flight -= 1
-        if answered is not None and len(self._waiting) < MAX_SHADOWS:
-            self._waiting.append(answered)
-        elif answered is not None:
-            self._drop()
+        if self._canary.repeats(answered):
+            if len(self._waiting) < MAX_SHADOWS:
+                self._waiting.append(answered)
+            else:
+                self._drop()
         if self._waiting and not self._in_flight and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -95,7 +93,7 @@ class ShadowQueue:
         results: list[CompletionResult] = []
         logprobs: list[float] = []
         try:
-            self._running = self._submit(request, [results.append])
+            self._running = self._submit(self._for_canary(request), [results.append])
             logprobs = [token.logprob for token in (await self._running.whole()).logprobs if token is not None]
         except ServiceError:
             pass  # the result contains the reason
@@ -103,3 +101,24 @@ class ShadowQueue:
             self._running = None
         ended = [result for result in results if result.finish_reason != "cancelled"]
         return (ended[0] if ended else None), (mean(logprobs) if logprobs else None)
+
+    def _for_canary(self, request: GenerationRequest) -> GenerationRequest:
+        assert self._canary.adapter is not None  # waiting requests are dropped when the canary ends
+        deadline = monotonic() + DEADLINE
+        return replace(request, model=self._canary.adapter, deadline=deadline, logprobs=0, stream=False, echo=None)
+
+    def _compare(self, answered: CompletionResult, shadow: CompletionResult, logprob: float | None) -> None:
+        if not self._canary.observe(shadow):
+            return  # the answer is from a version that has been replaced
+        texts = [self._decode(result.answer) for result in (answered, shadow)]
+        comparison = Comparison(shadow, exact_match(*texts) == 1, token_f1(*texts), logprob)
+        if not shadow.failed:
+            self._canary.observe_shadow(comparison)
+        self._metrics.observe_shadow(comparison)
+        if self._request_log is not None:
+            self._request_log.write_shadow(comparison, texts[1])
+
+    def _drop(self) -> None:
+        """Count a request that the canary does not repeat, because the queue is full or the engine has stopped."""
+        self._canary.observe_dropped()
+        self._metrics.dropped_shadows.inc()
