@@ -1,6 +1,6 @@
 """The protocol of deploy targets, and the outcome of a deployment.
 
-To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it in `deploy/targets.py`.
+To add a target: add its name to `DeployConfig.target`, implement `Target`, and return it in `deploy/open_target.py`.
 """
 
 from collections.abc import Sequence

@@ -9,9 +9,9 @@ from zenml.client import Client
 from bentos.settings import Settings
 from deploy.config import DeployConfig
 from deploy.containers.client import EngineError, connect, require_image
+from deploy.open_target import open_target
 from deploy.server import service_environment
 from deploy.target import DeployError
-from deploy.targets import open_target
 from pipelines.errors import ConfigError
 from stacks import register
 from stacks.containers import FLAVOR

@@ -9,8 +9,8 @@ from zenml.utils.pagination_utils import depaginate
 
 from deploy.bento import exists
 from deploy.config import DeployConfig
+from deploy.open_target import open_target
 from deploy.target import DeployError, DeployFailed, DeployOutcome
-from deploy.targets import open_target
 from gpt2core.types import Lineage, Sample
 from steps.config import EvaluateConfig, PackageConfig
 from steps.metadata import attach_metadata, save_extra_artifact

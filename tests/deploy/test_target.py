@@ -13,8 +13,8 @@ from deploy.config import DeployConfig
 from deploy.containers import rollout
 from deploy.containers.rollout import DockerTarget
 from deploy.kubernetes.rollout import KubernetesTarget
+from deploy.open_target import open_target
 from deploy.target import DeployError, DeployOutcome, Version
-from deploy.targets import open_target
 from tests.helpers import free_port
 
 

@@ -1,4 +1,4 @@
-"""The deploy target that a configuration names."""
+"""Opens the deploy target that a configuration names."""
 
 from deploy.config import DeployConfig
 from deploy.target import Target
