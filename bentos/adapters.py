@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bentos.canary import Canary
-from bentos.compat import MODEL_FILE
 from bentos.errors import ServiceError
 from bentos.limits import MAX_ADAPTERS
 from bentos.schemas import BASE, TUNED, AdapterVersion, CanaryRequest
 from bentos.shadow import ShadowQueue
 from bentos.shared_adapters import MANIFEST, Manifest
-from gpt2core.files import directory_sha256, list_files
+from gpt2core.files import directory_sha256, model_files
 
 if TYPE_CHECKING:
     from gpt2core.engine import Engine
@@ -156,7 +155,7 @@ class Adapters:
         raise FileNotFoundError(f"there is no directory {directory!r} below GPT2_ADAPTERS_DIR")
 
     def _load(self, name: str, directory: Path, sha256: str | None = None) -> AdapterVersion:
-        files = list_files(directory, exclude=[MODEL_FILE])
+        files = model_files(directory)
         if name != TUNED:
             self._check_links(directory, files)
         version = AdapterVersion(name=name, sha256=directory_sha256(directory, files))

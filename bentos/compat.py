@@ -37,7 +37,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from bentos.errors import STATUS, error_content
 from bentos.limits import DEADLINE, HEADER_TIMEOUT, KEEP_ALIVE, LAST_HANDSHAKES, MAX_HEADER_BYTES
 
-MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27  # Linux constants that Python's socket module does not have
 _REQUEST_SCOPE = "gpt2_instruct.request_scope"
 

@@ -30,7 +30,7 @@ from bentos.middleware.request_id import RequestIdMiddleware
 from bentos.middleware.unhandled import UnhandledErrorMiddleware
 from bentos.openapi import set_limits
 from bentos.settings import Settings
-from gpt2core.files import list_files, read_json, verify_directory
+from gpt2core.files import model_files, read_json, verify_directory
 from gpt2core.types import Lineage
 
 LINEAGE = Path(__file__).parent.parent / "lineage.json"
@@ -160,7 +160,7 @@ def verify_models() -> None:
     """
     for tag in (models.base, models.adapter):
         directory = bentoml.models.get(tag).path
-        verify_directory(directory, tag.partition(":")[2], list_files(directory, exclude=[compat.MODEL_FILE]))
+        verify_directory(directory, tag.partition(":")[2], model_files(directory))
 
 
 def _check_writable(name: str, file: Path) -> None:

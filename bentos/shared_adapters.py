@@ -8,11 +8,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bentos.compat import MODEL_FILE
 from bentos.limits import ADAPTERS_POLL, MAX_ADAPTERS
 from bentos.metrics import render_gauges
 from bentos.schemas import BASE, TUNED, AdapterName, CanaryRequest
-from gpt2core.files import directory_sha256, json_bytes, list_files, write_files
+from gpt2core.files import directory_sha256, json_bytes, model_files, write_files
 from gpt2core.peft_config import PEFT_CONFIG
 
 MANIFEST = "adapters.json"
@@ -73,7 +72,7 @@ def publish(
     """
     shared = {}
     for name, path in adapters.items():
-        files = list_files(directory / path, exclude=[MODEL_FILE]) if (directory / path).is_dir() else []
+        files = model_files(directory / path) if (directory / path).is_dir() else []
         if not {"adapter.json", PEFT_CONFIG} & {*files}:
             raise ValueError(f"{directory / path} is not a directory with an adapter")
         for file in ("", *files):

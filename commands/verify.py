@@ -22,7 +22,7 @@ from gpt2core.files import (
     checkpoint_files,
     directory_sha256,
     json_bytes,
-    list_files,
+    model_files,
     read_json,
 )
 from gpt2core.records import records_sha256
@@ -114,7 +114,7 @@ def _verify_bento(tag: str, key: Path | None, expected: Lineage | None = None) -
     lines = [f"code and lineage of the Bento: {tag}"]
     for name, recorded in (("base", lineage.base.sha256), ("adapter", lineage.adapter.sha256)):
         directory = models[name]
-        stored = list_files(directory, exclude=[bento.MODEL_FILE])
+        stored = model_files(directory)
         digest = directory_sha256(directory, stored)
         _same(f"{name} in {directory}", digest[:16], directory.name)
         files = checkpoint_files(directory) if name == "base" else stored

@@ -23,10 +23,12 @@ import yaml
 from deploy.source import ROOT, code_files
 from gpt2core.adapter_files import ADAPTER_CONFIG
 from gpt2core.files import (
+    STORE_FILE,
     checkpoint_files,
     directory_sha256,
     file_sha256,
     list_files,
+    model_files,
     naming_file,
     read_json,
     verify_directory,
@@ -40,7 +42,6 @@ MODULES = ("bentos.service", "deploy.containers.proxy")  # run from a Bento: ser
 BUILD_FILES = tuple(
     f"bentos/{name}" for name in ("Dockerfile", "bentofile.yaml", "requirements.txt", "requirements-hashed.txt")
 )
-MODEL_FILE = "model.yaml"  # BentoML adds it to the files of a stored model
 LOG_LINES = 60  # lines of a failed command's output in its error
 LINE_LENGTH = 1000  # characters of each of these lines
 
@@ -109,7 +110,7 @@ def exists(tag: str) -> bool:
         return False
     services = yaml.safe_load(bento.read_text(encoding="utf-8"))["services"]
     models = [model for service in services for model in service["models"]]
-    return all((_in_store("models", model["tag"]) / MODEL_FILE).is_file() for model in models)
+    return all((_in_store("models", model["tag"]) / STORE_FILE).is_file() for model in models)
 
 
 def is_intact(tag: str) -> bool:
@@ -256,7 +257,7 @@ def _store_model(name: str, directory: Path) -> str:
         except ValueError as error:
             logger.warning("%s; it is stored again", error)
             rmtree(stored)
-    if not (stored / MODEL_FILE).is_file():
+    if not (stored / STORE_FILE).is_file():
         size = sum(file.stat().st_size for file in directory.rglob("*"))
         with naming_file(stored, size), bentoml.models.create(tag) as model:
             copytree(directory, model.path, dirs_exist_ok=True)
@@ -266,7 +267,7 @@ def _store_model(name: str, directory: Path) -> str:
 
 def _verify_model(stored: Path) -> None:
     """Raise ValueError if the content of a directory of the model store does not have the digest in its name."""
-    verify_directory(stored, stored.name, list_files(stored, exclude=[MODEL_FILE]))
+    verify_directory(stored, stored.name, model_files(stored))
 
 
 def _in_store(kind: str, tag: str) -> Path:

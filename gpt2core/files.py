@@ -20,6 +20,7 @@ CHECKPOINT_FILES = (  # the files that the index names are added by `shard_files
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
     "added_tokens.json",
 )
+STORE_FILE = "model.yaml"  # BentoML adds it to the files of a model in its store
 
 PARQUET = b"PAR1"  # first bytes of a Parquet file
 _CONTENTS = (  # first bytes of formats that occur in files whose name has another suffix
@@ -130,6 +131,11 @@ def list_files(directory: str | Path, exclude: Collection[str] = ()) -> list[str
     """Return the sorted relative paths of all files below the directory, except `exclude`."""
     paths = (path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file())
     return sorted(set(paths) - set(exclude))
+
+
+def model_files(directory: str | Path) -> list[str]:
+    """Return the sorted relative paths of a base's or an adapter's files, in BentoML's store or elsewhere."""
+    return list_files(directory, exclude=[STORE_FILE])
 
 
 def checkpoint_files(directory: str | Path) -> list[str]:
