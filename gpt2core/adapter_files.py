@@ -12,7 +12,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gpt2core.config import GPT2Config, LoraConfig
-from gpt2core.files import json_bytes, read_json, subdirectory_with, write_files
+from gpt2core.files import directory_hint, json_bytes, read_json, write_files
 from gpt2core.lora import add_lora, lora_config, lora_layers
 from gpt2core.model import GPT2
 from gpt2core.peft_config import MAX_CONFIG, PEFT_CONFIG
@@ -90,9 +90,10 @@ def read_adapter(
     directory = Path(directory)
     if not (directory / ADAPTER_CONFIG).is_file():
         if not (directory / PEFT_CONFIG).is_file():
-            raise FileNotFoundError(
-                f"{directory} has neither {ADAPTER_CONFIG} nor PEFT's {PEFT_CONFIG}; {_hint(directory)}"
-            )
+            is_model = (directory / "config.json").is_file()
+            otherwise = "it has a whole model, which is used as a base (base.name)" if is_model else ""
+            hint = directory_hint(directory, ADAPTER_CONFIG, PEFT_CONFIG, otherwise=otherwise)
+            raise FileNotFoundError(f"{directory} has neither {ADAPTER_CONFIG} nor PEFT's {PEFT_CONFIG}; {hint}")
         return read_peft(directory, config, device)
     file = directory / ADAPTER_WEIGHTS
     description = read_json(directory / ADAPTER_CONFIG, MAX_CONFIG)
@@ -118,16 +119,6 @@ def read_adapter(
             raise ValueError(f"{file}: key {key!r} has a shape that differs from its config: {shapes}")
         check_weight(file, key, state[key])
     return lora, state
-
-
-def _hint(directory: Path) -> str:
-    """Return the way out for a directory without an adapter."""
-    for name in (ADAPTER_CONFIG, PEFT_CONFIG):
-        if (subdirectory := subdirectory_with(directory, name)) is not None:
-            return f"{subdirectory} has one: use that directory"
-    if (directory / "config.json").is_file():
-        return "it has a whole model, which is used as a base (base.name)"
-    return f"is {directory} the right directory?"
 
 
 def _read_lora_config(file: Path, description: Mapping[str, Any]) -> LoraConfig:

@@ -17,11 +17,11 @@ from gpt2core.config import GPT2Config
 from gpt2core.files import (
     INDEX,
     WEIGHTS,
+    directory_hint,
     json_bytes,
     read_json,
     read_text,
     shard_files,
-    subdirectory_with,
     write_files,
 )
 from gpt2core.lora import lora_layers
@@ -227,9 +227,7 @@ def config_hint(directory: Path) -> str:
     """Return the way out for a directory of a base without config.json."""
     if any((directory / name).is_file() for name in (ADAPTER_CONFIG, PEFT_CONFIG)):
         return "it has an adapter, not a model: merge it into its base, in PEFT by merge_and_unload and save_pretrained"
-    if (subdirectory := subdirectory_with(directory, CONFIG)) is not None:
-        return f"{subdirectory} has one: use that directory"
-    return f"is {directory} the right directory?"
+    return directory_hint(directory, CONFIG)
 
 
 def _with_special_ids(config: GPT2Config, end: int | None, generation_config: Path) -> GPT2Config:

@@ -250,15 +250,19 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def subdirectory_with(directory: Path, name: str) -> Path | None:
-    """Return the directory, one or two levels below, with the newest file of this name; None if there is none.
-
-    This finds a checkpoint in a trainer's output directory and a snapshot in the hub's cache.
-    """
-    files = [file for pattern in (f"*/{name}", f"*/*/{name}") for file in directory.glob(pattern) if file.is_file()]
-    return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
-
-
 def check_exists(file: Path) -> None:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; is {file.parent} the right directory?")
+        raise FileNotFoundError(f"{file} does not exist; {directory_hint(file.parent)}")
+
+
+def directory_hint(directory: Path, *names: str, otherwise: str = "") -> str:
+    """Return the way out for a directory without a file of these names: the subdirectory with one, or `otherwise`.
+
+    Searches two levels, so it finds a checkpoint in a trainer's output directory and a snapshot in the hub's cache.
+    """
+    for name in names:
+        below = [file for pattern in (f"*/{name}", f"*/*/{name}") for file in directory.glob(pattern) if file.is_file()]
+        if below:
+            newest = max(below, key=lambda file: file.stat().st_mtime)
+            return f"{newest.parent} has one: use that directory"
+    return otherwise or f"is {directory} the right directory?"
