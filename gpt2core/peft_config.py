@@ -25,7 +25,7 @@ _UNDERSTOOD = {
 _MAX_PATTERN = 1_000  # maximum length of a pattern in characters
 _MAX_NAME = 28  # maximum length of a module's name in characters: transformer.h.47.attn.c_attn
 _MAX_WAYS = 100_000  # maximum number of ways to match a pattern; trying all of them takes a few milliseconds
-_MERGE = "merge it into its base by PEFT's merge_and_unload and use the result as the base"  # the way out
+MERGE = "merge it into its base by PEFT's merge_and_unload and use the result as the base"  # the way out
 # Initializations that do not change the base. Others (pissa, olora, corda, loftq, ...) do.
 _INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -112,7 +112,7 @@ class PeftConfig:
         if values.get("peft_type") != "LORA":
             raise ValueError(f"{file}: peft_type is {values.get('peft_type')!r}; only 'LORA' is supported")
         if values.get("bias", "none") != "none":
-            raise ValueError(f"{file}: bias is {values['bias']!r}; only 'none' is supported; {_MERGE}")
+            raise ValueError(f"{file}: bias is {values['bias']!r}; only 'none' is supported; {MERGE}")
         initialization = values.get("init_lora_weights", True)
         if initialization not in _INITIALIZATIONS:
             raise ValueError(
@@ -120,7 +120,7 @@ class PeftConfig:
             )
         for key, value in values.items():
             if value and key not in _UNDERSTOOD:
-                raise ValueError(f"{file}: {key} is {value!r}; this feature of PEFT is not supported; {_MERGE}")
+                raise ValueError(f"{file}: {key} is {value!r}; this feature of PEFT is not supported; {MERGE}")
         for key in ("target_modules", "exclude_modules", "layers_pattern"):
             value = values.get(key)
             if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_text, value)))):

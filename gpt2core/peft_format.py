@@ -19,7 +19,7 @@ from gpt2core.config import LORA_TARGETS, GPT2Config, LoraConfig, LoraTarget
 from gpt2core.files import json_bytes, write_files
 from gpt2core.lora import layer_targets, lora_config, lora_layers, widen_b
 from gpt2core.model import GPT2
-from gpt2core.peft_config import PEFT_CONFIG, PeftConfig
+from gpt2core.peft_config import MERGE, PEFT_CONFIG, PeftConfig
 from gpt2core.tensors import check_weight, read_tensors
 
 PEFT_WEIGHTS, PEFT_BIN = "adapter_model.safetensors", "adapter_model.bin"
@@ -203,8 +203,7 @@ def _read_layers(file: Path, config: GPT2Config, device: str | torch.device, pef
             if peft.dora:
                 raise ValueError(
                     f"{peft.file} leaves out {name} but adapts this layer of other blocks; with use_dora, only "
-                    "adapters of all blocks are supported: merge it with PEFT's merge_and_unload and use the result as "
-                    "the base"
+                    f"adapters of all blocks are supported: {MERGE}"
                 )
             continue
         missing = next((part for part in needed if part not in parts), None)
@@ -227,8 +226,7 @@ def _refuse_embedding(file: Path, module: str, weight: str) -> None:
         )
     raise ValueError(
         f"{file} has weights of {module}, which belong to the base; if training did not change them, save the adapter "
-        "with save_pretrained(directory, save_embedding_layers=False), otherwise merge it with PEFT's merge_and_unload "
-        "and use the result as the base"
+        f"with save_pretrained(directory, save_embedding_layers=False), otherwise {MERGE}"
     )
 
 
