@@ -21,11 +21,8 @@ from gpt2core.metrics import RecordScores
 from gpt2core.types import Sample
 from tests.copies import copy_project
 from tests.deploy.kube_api import KubeApi
-from tests.helpers import build_bento, make_lineage
-
-LINEAGE = make_lineage(bento="gpt2-instruct:1111111111111111")
-NEXT_LINEAGE = make_lineage("run-18", bento="gpt2-instruct:2222222222222222")
-OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@sha256:" + "2" * 64
+from tests.deploy.kube_target import LINEAGE, NEW, NEXT_LINEAGE, OLD, constant_response
+from tests.helpers import build_bento
 
 
 @pytest.fixture
@@ -60,10 +57,6 @@ def write_kubeconfig(tmp_path):
 @pytest.fixture
 def config(api, write_kubeconfig):
     return DeployConfig(target="kubernetes", image=OLD, kubeconfig=write_kubeconfig(api.kubeconfig()))
-
-
-def constant_response(answer: str, bento: str):
-    return lambda body: {"answer": answer, "model": bento}
 
 
 MAX_NEW_TOKENS = 5
