@@ -1,4 +1,4 @@
-"""Training against PEFT and a loop written by hand; precision, logging, schedule, pretraining."""
+"""Finetuning against PEFT and a loop written by hand; precision, logging, validation."""
 
 import math
 import os
@@ -13,18 +13,16 @@ import torch.nn.functional as F
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from transformers import GPT2LMHeadModel, get_scheduler
+from transformers import GPT2LMHeadModel
 
 from gpt2core.batching import pack
 from gpt2core.checkpoint import load_pretrained
-from gpt2core.config import GPT2Config, LoraConfig, PretrainConfig, TrainConfig
+from gpt2core.config import LoraConfig, TrainConfig
 from gpt2core.data import Example
 from gpt2core.kernels import has_bf16_instructions
 from gpt2core.lora import add_lora, lora_layers, merge_lora
 from gpt2core.losses import token_losses
-from gpt2core.model import GPT2
-from gpt2core.optimizers import CpuMuon, learning_rate_factor
-from gpt2core.train import finetune, pretrain
+from gpt2core.train import finetune
 from gpt2core.training_plan import training_steps
 from tests.copies import ROOT
 from tests.helpers import randomize_lora, same_state, snapshot
@@ -372,39 +370,6 @@ def test_validation_may_be_limited_and_rare(model):
     assert result.best_val_loss == pytest.approx(sum(loss for loss, _ in sums) / sum(n for _, n in sums), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("values", "factors"),
-    [
-        ({"warmup_steps": 0, "decay_fraction": 0.0}, [1, 1, 1, 1, 1]),
-        ({"warmup_steps": 0, "decay_fraction": 1.0}, [1, 0.8, 0.6, 0.4, 0.2]),
-        ({"warmup_steps": 2, "decay_fraction": 0.4}, [1 / 3, 2 / 3, 1, 1, 0.5]),
-        ({"warmup_steps": 2, "decay_fraction": 1.0}, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
-        ({"warmup_steps": 9, "decay_fraction": 1.0}, [0.1, 0.2, 0.3, 0.4, 0.5]),
-        ({"warmup_steps": 0, "decay_fraction": 0.4, "final_lr_ratio": 0.5}, [1, 1, 1, 1, 0.75]),
-        ({"warmup_steps": 1, "schedule": "constant"}, [0.5, 1, 1, 1, 1]),
-        (
-            {"warmup_steps": 0, "schedule": "cosine", "final_lr_ratio": 0.2},
-            [0.2 + 0.8 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)],
-        ),
-    ],
-)
-def test_the_learning_rate_warms_up_stays_constant_and_decays(values, factors):
-    assert [learning_rate_factor(step, 5, config(**values)) for step in range(5)] == pytest.approx(factors)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_decay_after_the_warm_up_is_that_of_transformers(schedule):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    reference = get_scheduler(schedule, optimizer, num_warmup_steps=10, num_training_steps=24)
-    expected = []
-    for _ in range(24):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        reference.step()
-    factors = [learning_rate_factor(step, 24, config(warmup_steps=10, schedule=schedule)) for step in range(24)]
-    assert factors[10:] == pytest.approx(expected[10:])
-
-
 def test_the_seed_alone_decides_the_run_and_the_global_random_state_is_untouched(tiny_gpt2_dir):
     results = []
     for seed in (1, 1, 2):
@@ -451,12 +416,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_records_and_advice(model):
         finetune(model, records, [], config())
 
 
-def test_diverging_pretraining_stops_with_the_pass_and_advice(small):
-    small.wte.weight.data[5] = math.nan
-    with pytest.raises(FloatingPointError, match=r"step 1 \(pass 1 over the text\); lower learning_rate="):
-        pretrain(small, torch.arange(32).repeat(20), PretrainConfig(max_steps=2, batch_size=2))
-
-
 def test_a_validation_loss_that_is_not_finite_stops_the_run(model):
     model.wpe.weight.data[40] = math.nan  # a position that only the validation example has
     with pytest.raises(FloatingPointError, match=r"the validation loss is nan after step 3"):
@@ -478,84 +437,6 @@ def test_without_validation_examples_there_is_no_validation_loss(model):
     result = finetune(model, examples(), [], config())
     assert result.best_val_loss is None
     assert not any("val/loss" in entry for entry in result.history)
-
-
-@pytest.fixture
-def small():
-    return GPT2(
-        GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2), torch.Generator().manual_seed(0)
-    )
-
-
-def test_pretraining_learns_a_repeating_text(small):
-    tokens = torch.arange(16).repeat(40)
-    result = pretrain(small, tokens, PretrainConfig(max_steps=160, batch_size=4, warmup_steps=5))
-    assert result.history[0]["train/loss"] > 2
-    assert result.history[-1]["train/loss"] < 0.2  # a uniform guess among sixteen tokens has 2.8
-    assert result.history[-1]["train/tokens_seen"] == 160 * 4 * 16
-
-
-def test_every_window_is_part_of_the_text_and_each_pass_cuts_it_at_other_places(small):
-    tokens = torch.randint(32, (16 * 9,), generator=torch.Generator().manual_seed(0))
-    windows: list[list[int]] = []
-    small.wte.register_forward_pre_hook(lambda _, ids: windows.extend(ids[0].tolist()))
-    pretrain(small, tokens, PretrainConfig(max_steps=35, batch_size=1))  # five passes
-    starts = [next(i for i in range(len(tokens)) if tokens[i : i + 16].tolist() == window) for window in windows]
-    passes = [starts[i : i + 7] for i in range(0, 35, 7)]
-    assert all(len({start % 16 for start in one}) == 1 and len(set(one)) == 7 for one in passes)
-    assert len({one[0] % 16 for one in passes}) > 1
-    assert len({tuple(start // 16 for start in one) for one in passes}) > 1  # in another order, too
-
-
-def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(small, monkeypatch):
-    taken = {}
-    for kind in (torch.optim.Muon, torch.optim.AdamW):
-
-        def spy(self, parameters, *arguments, original=kind.__init__, name=kind.__name__, **options):
-            parameters = list(parameters)
-            groups = [one["params"] if isinstance(one, dict) else [one] for one in parameters]
-            taken.setdefault(name, {id(parameter) for group in groups for parameter in group})
-            original(self, parameters, *arguments, **options)
-
-        monkeypatch.setattr(kind, "__init__", spy)
-    pretrain(small, torch.arange(32).repeat(20), PretrainConfig(max_steps=1, batch_size=2))
-    matrices = {
-        id(p)
-        for name, p in small.named_parameters()
-        if name.startswith("h.") and name.endswith(".weight") and p.dim() == 2
-    }
-    assert len(matrices) == 8
-    assert taken["Muon"] == matrices
-    assert taken["AdamW"] == {id(p) for p in small.parameters()} - matrices
-
-
-@pytest.mark.parametrize("shape", [(24, 8), (8, 8), (8, 24)])
-def test_muon_on_a_cpu_is_torchs_in_fp32(monkeypatch, shape):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # as torch's Muon casts before its iterations
-    generator = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-    muons = [CpuMuon([ours], **options), torch.optim.Muon([theirs], **options)]
-    for _ in range(3):
-        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
-        for muon in muons:
-            muon.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert muons[0].state_dict()["state"][0].keys() == muons[1].state_dict()["state"][0].keys()
-
-
-@pytest.mark.parametrize(("tokens", "way_out"), [(40, "product of at most 1"), (32, "lower model.n_positions")])
-def test_a_text_too_short_for_a_step_is_refused(small, tokens, way_out):
-    with pytest.raises(ValueError, match=f"{tokens} tokens are too few for a step of 8 sequences of 16; .*{way_out}"):
-        pretrain(small, torch.zeros(tokens, dtype=torch.long), PretrainConfig())
-
-
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_pretraining_in_bf16_learns_too(small, precision):
-    tokens = torch.arange(16).repeat(40)
-    config = PretrainConfig(max_steps=60, batch_size=4, warmup_steps=5, precision=precision)
-    assert pretrain(small, tokens, config).history[-1]["train/loss"] < 0.5
-    assert small.wte.weight.dtype == torch.float32
 
 
 def test_several_devices_without_a_process_group_are_refused(model):
