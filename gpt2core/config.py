@@ -299,15 +299,8 @@ def check_field(config: Any, name: str, holds: bool, rule: str) -> None:
         raise ValueError(f"{type(config).__name__}.{name} is {shown}; it must be {rule}")
 
 
-def check_choices(config: object) -> None:
-    """Raise ValueError unless every field annotated with a `Literal` holds one of its values."""
-    for name, annotation in get_type_hints(type(config)).items():
-        if get_origin(annotation) is Literal:
-            check_field(config, name, _matches(annotation, getattr(config, name)), _rule(annotation))
-
-
 def check_types(config: object) -> None:
-    """Raise ValueError unless every field holds a value of its annotated type. This includes `check_choices`.
+    """Raise ValueError unless every field holds a value of its annotated type, with `Literal` one of its values.
 
     A bool is not accepted as an int. An int is accepted as a float. Floats must be finite, and ints must fit into
     64 bits. NumPy numbers are converted to Python's.

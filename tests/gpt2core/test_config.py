@@ -15,7 +15,7 @@ from gpt2core.config import (
     LoraConfig,
     PretrainConfig,
     TrainConfig,
-    check_choices,
+    check_types,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -127,9 +127,9 @@ def test_choices_are_those_of_the_literal():
     class Config:
         stage: Literal["", "production"]
 
-    check_choices(Config("production"))
+    check_types(Config("production"))
     with pytest.raises(ValueError, match=r"Config.stage is 'x'; it must be empty or production"):
-        check_choices(Config("x"))
+        check_types(Config("x"))
 
 
 def test_heads_must_divide_the_width():
