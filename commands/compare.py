@@ -42,7 +42,7 @@ def compare(names: Sequence[str]) -> tuple[str, Path]:
         runs=runs,
         changed_values={key: row for key, row in values.items() if len(set(row)) > 1},
         differences=[_differences(run, runs[0]) for run in runs[1:]],
-        changed_answers=[answers for answers in by_record if len({s.tuned_scores.exact_match for s in answers}) > 1],
+        changed_answers=[answers for answers in by_record if len({s.tuned.scores.exact_match for s in answers}) > 1],
     )
     return _table(compared), write_comparison(compared, shared_path("compare.html"))
 
@@ -65,14 +65,14 @@ def _read(run: TracedRun, samples: list[Sample]) -> ComparedRun:
     values = dict(_flat(run.run.config.parameters or {}))
     values |= {f"data, {part}": digest[:12] for part, digest in zip(("train", "val", "test"), run.data, strict=True)}
     values["commit"] = run.lineage.commit.sha[:12] if run.lineage else ""
-    answers = [sample.answer("tuned") for sample in samples]
+    answers = [sample.tuned for sample in samples]
     ci95 = intervals(answers, [sample.group for sample in samples])
     scores = {metric: (score(answers, metric), ci95[metric]) for metric in METRICS}
     return ComparedRun(run.run.name, values, samples, scores, run.artifacts["history"].load())
 
 
 def _differences(run: ComparedRun, first: ComparedRun) -> dict[str, Difference]:
-    new, old = ([sample.answer("tuned") for sample in side.samples] for side in (run, first))
+    new, old = ([sample.tuned for sample in side.samples] for side in (run, first))
     return differences(new, old, [sample.group for sample in run.samples])
 
 

@@ -36,14 +36,14 @@ def verify_answers(
     """
     answers = [generate(sample.instruction, sample.input) for sample in samples]
     pairs = zip(samples, answers, strict=True)
-    different = [(sample, answer) for sample, answer in pairs if answer != sample.tuned]
+    different = [(sample, answer) for sample, answer in pairs if answer != sample.tuned.text]
     required = 1.0 if exact else MIN_AGREEMENT
     if len(different) > (1 - required) * len(samples):
         sample, answer = different[0]
         raise VerificationError(
             f"{len(samples) - len(different)} of {len(samples)} answers of {name} equal those of the evaluated model, "
             f"but {required:.0%} must; the first difference, for instruction {sample.instruction!r} and input "
-            f"{sample.input!r}: expected {sample.tuned!r}, got {answer!r}"
+            f"{sample.input!r}: expected {sample.tuned.text!r}, got {answer!r}"
         )
     return answers
 

@@ -148,18 +148,10 @@ def compare_answers(
             instruction=record["instruction"],
             input=record["input"],
             output=record["output"],
-            base=before.text,
-            tuned=after.text,
-            finished=after.finished,
+            base=before,
+            tuned=after,
             family=record.get("family", ""),
-            base_scores=before.scores,
-            tuned_scores=after.scores,
             group=record.get("group", ""),
-            base_finished=before.finished,
-            base_tokens=before.reference_tokens,
-            tuned_tokens=after.reference_tokens,
-            base_confidence=before.confidence,
-            tuned_confidence=after.confidence,
         )
         for record, before, after in zip(records, base.answers, tuned.answers, strict=True)
     ]
@@ -175,8 +167,8 @@ def _by_family(samples: Sequence[Sample]) -> dict[str, FamilyScores]:
     return {
         family: FamilyScores(
             len(members),
-            mean([sample.base_scores.exact_match for sample in members]),
-            mean([sample.tuned_scores.exact_match for sample in members]),
+            mean([sample.base.scores.exact_match for sample in members]),
+            mean([sample.tuned.scores.exact_match for sample in members]),
         )
         for family, members in sorted(families.items())
     }

@@ -55,7 +55,7 @@ class Answer(JsonDataclass):
     text: str
     finished: bool  # end of text ended the answer
     scores: RecordScores
-    reference_tokens: int  # number of this model's tokens in the reference answer with end of text
+    reference_tokens: int = 1  # number of this model's tokens in the reference answer with end of text
     confidence: float | None = None  # mean probability of the answer's tokens
 
 
@@ -70,77 +70,51 @@ class Sample(JsonDataclass):
     instruction: str
     input: str
     output: str  # the reference answer
-    base: str  # the base's answer
-    tuned: str  # the tuned model's answer
-    finished: bool  # end of text ended the tuned answer
-    family: str  # "": the record has no family
-    base_scores: RecordScores
-    tuned_scores: RecordScores
+    base: Answer
+    tuned: Answer
+    family: str = ""  # "": the record has no family
     group: str = ""  # records of one group are about the same thing; "": the record has no group
-    base_finished: bool = False
-    base_tokens: int = 1  # number of tokens in the reference, see `Answer.reference_tokens`
-    tuned_tokens: int = 1
-    base_confidence: float | None = None
-    tuned_confidence: float | None = None
-    champion: str | None = None  # the champion's answer; None: it did not answer
-    champion_finished: bool = False
-    champion_tokens: int = 1
-    champion_confidence: float | None = None
-    champion_scores: RecordScores | None = None
+    champion: Answer | None = None  # None: it did not answer
     judge_score: float | None = None  # score of the tuned answer, 0 (wrong) to 1 (right); None: not judged
     judge_reason: str = ""
 
-    def answer(self, model: str) -> Answer:
-        """Return the answer of one of `MODELS`.
-
-        Raises:
-            ValueError: the champion did not answer this record.
-        """
-        text, scores = getattr(self, model), getattr(self, f"{model}_scores")
-        if text is None or scores is None:
-            raise ValueError(f"the {model} has no answer to {self.instruction!r}")
-        finished = self.finished if model == "tuned" else getattr(self, f"{model}_finished")
-        return Answer(text, finished, scores, getattr(self, f"{model}_tokens"), getattr(self, f"{model}_confidence"))
-
-    def with_champion(self, answer: Answer) -> Self:
-        """Return the sample with the champion's answer."""
-        return replace(
-            self,
-            champion=answer.text,
-            champion_finished=answer.finished,
-            champion_tokens=answer.reference_tokens,
-            champion_confidence=answer.confidence,
-            champion_scores=answer.scores,
-        )
-
     def without_champion(self) -> Self:
         """Return the sample as `evaluate` made it, without the answers of champion and judge."""
-        later = ("champion", "judge")
-        return self.from_json({key: value for key, value in self.to_json().items() if not key.startswith(later)})
+        return replace(self, champion=None, judge_score=None, judge_reason="")
 
     def to_json(self) -> dict[str, Any]:
-        """Return a flat object, in which scores are keys like base_exact_match and tuned_nll.
+        """Return a flat object, in which an answer is its text, beside keys like base_tokens and tuned_nll.
 
         Keys of the champion exist only if it answered, and keys of the judge only if it gave a score.
         """
-        plain = asdict(self)
+        flat: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name not in MODELS:
+                flat[name] = value
+            elif value is not None:
+                flat |= {key: getattr(value, attribute) for attribute, key in _answer_keys(name).items()}
+                flat |= {f"{name}_{score}": number for score, number in asdict(value.scores).items()}
         if self.judge_score is None:
-            plain = {key: value for key, value in plain.items() if not key.startswith("judge")}
-        if self.champion is None:
-            plain = {key: value for key, value in plain.items() if not key.startswith("champion")}
-        scores_of = {model: plain.pop(f"{model}_scores") for model in MODELS if f"{model}_scores" in plain}
-        flat = {f"{model}_{name}": value for model, scores in scores_of.items() for name, value in scores.items()}
-        return plain | flat
+            del flat["judge_score"], flat["judge_reason"]
+        return flat
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        names = [score.name for score in fields(RecordScores)]
-        nested = {
-            f"{model}_scores": {name: data[f"{model}_{name}"] for name in names if f"{model}_{name}" in data}
-            for model in MODELS
-            if model != "champion" or data.get("champion") is not None
-        }
+        nested = {}
+        for model in MODELS:
+            if data.get(model) is not None:
+                answer = {name: data[key] for name, key in _answer_keys(model).items() if key in data}
+                names = [score.name for score in fields(RecordScores)]
+                scores = {name: data[f"{model}_{name}"] for name in names if f"{model}_{name}" in data}
+                nested[model] = {"finished": False, "scores": scores, **answer}  # early runs have no base_finished
         return super().from_json({**data, **nested})
+
+
+def _answer_keys(model: str) -> dict[str, str]:
+    """Return the keys in samples.jsonl of the attributes of a model's answer. Its scores have keys like base_nll."""
+    finished = "finished" if model == "tuned" else f"{model}_finished"
+    others = {"reference_tokens": f"{model}_tokens", "confidence": f"{model}_confidence"}
+    return {"text": model, "finished": finished, **others}
 
 
 @dataclass(frozen=True)

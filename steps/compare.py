@@ -17,7 +17,7 @@ from gpt2core.files import directory_sha256
 from gpt2core.lora import merge_lora
 from gpt2core.model import best_device
 from gpt2core.tokenizer import load_tokenizer
-from gpt2core.types import Answer, Comparison, Sample
+from gpt2core.types import Comparison, Sample
 from steps.adapters.base import open_base, read_base
 from steps.adapters.hub import HubError
 from steps.adapters.judge import judge_answers
@@ -55,7 +55,7 @@ def compare(
     `same_as` is the champion's model version if this run produced the same adapter, else "". If it did, the comparison
     of the champion's own run is returned, provided that its answers are equal.
     """
-    tuned, base = _answers_of(samples, "tuned", "base")
+    tuned, base = [sample.tuned for sample in samples], [sample.base for sample in samples]
     comparison = Comparison(differences(tuned, base, [sample.group for sample in samples]), "", None, "")
     same_as = ""
     try:
@@ -138,27 +138,21 @@ def _with_champion(
     with _noting(f"the champion {champion.name} cannot be evaluated"):
         answers = _answers(champion, [test_records[i] for i in unseen], evaluate)
     answered = dict(zip(unseen, answers.answers, strict=True))
-    samples = [sample.with_champion(answered[i]) if i in answered else sample for i, sample in enumerate(samples)]
-    common = [samples[i] for i in unseen]
-    groups = [sample.group for sample in common]
-    tuned, champion_answers = _answers_of(common, "tuned", "champion")
+    samples = [replace(sample, champion=answered.get(i)) for i, sample in enumerate(samples)]
+    groups, tuned = [samples[i].group for i in unseen], [samples[i].tuned for i in unseen]
     note = f"compared with the champion {champion.name} on {len(unseen)} of {len(samples)} test records"
     if len(unseen) < len(samples):
         note += ", on which it was not trained"
-    if any(new.reference_tokens != old.reference_tokens for new, old in zip(tuned, champion_answers, strict=True)):
+    if any(new.reference_tokens != old.reference_tokens for new, old in zip(tuned, answers.answers, strict=True)):
         note += "; perplexity is compared per token of the tuned model's tokenizer"
     return samples, replace(
         comparison,
-        tuned_vs_champion=differences(tuned, champion_answers, groups),
+        tuned_vs_champion=differences(tuned, answers.answers, groups),
         note=note,
-        lower_bound=non_inferiority_bound(tuned, champion_answers, groups, promote.metric, promote.alpha),
+        lower_bound=non_inferiority_bound(tuned, answers.answers, groups, promote.metric, promote.alpha),
         champion_scores=answers.scores,
-        champion_intervals=intervals(champion_answers, groups),
+        champion_intervals=intervals(answers.answers, groups),
     )
-
-
-def _answers_of(samples: Sequence[Sample], *models: str) -> list[list[Answer]]:
-    return [[sample.answer(model) for sample in samples] for model in models]
 
 
 def unseen_records(test_records: Sequence[Record], trained_on: Sequence[Record]) -> list[int]:

@@ -11,15 +11,17 @@ from torch import nn
 
 from gpt2core.files import checkpoint_files, directory_sha256
 from gpt2core.lora import lora_layers
-from gpt2core.metrics import Scores
+from gpt2core.metrics import RecordScores, Scores
 from gpt2core.model import GPT2
 from gpt2core.types import (
     AdapterRef,
+    Answer,
     BaseRef,
     Commit,
     Lineage,
     LineageMetrics,
     RunRef,
+    Sample,
     TrainSummary,
 )
 
@@ -69,6 +71,16 @@ def is_ready(url: str) -> bool:
         return requests.get(f"{url}/readyz", timeout=5).ok
     except requests.RequestException:
         return False
+
+
+def make_sample(instruction: str, input: str = "", output: str = "", *, base: str = "", tuned: str) -> Sample:
+    """A sample of two answers, each right if it is the output."""
+
+    def answer(text: str) -> Answer:
+        right = float(text == output)
+        return Answer(text, True, RecordScores(right, right, right, nll=0.0))
+
+    return Sample(instruction, input, output, answer(base), answer(tuned))
 
 
 def flip_bit(file: Path) -> None:

@@ -90,8 +90,8 @@ def measure(
             "prompt_characters": [
                 len(format_prompt(sample.instruction, sample.input)) - TEMPLATE_CHARACTERS for sample in samples
             ],
-            "answer_characters": [len(sample.tuned) for sample in samples],
-            "finish_reason": ["stop" if sample.finished else "length" for sample in samples],
+            "answer_characters": [len(sample.tuned.text) for sample in samples],
+            "finish_reason": ["stop" if sample.tuned.finished else "length" for sample in samples],
             "seconds": [np.nan] * len(samples),
             **training_prompts.compare([f"{sample.instruction}\n{sample.input}" for sample in samples]),
         }

@@ -88,7 +88,7 @@ def _judge(
 
 def _ask(session: requests.Session, config: JudgeConfig, sample: Sample) -> str:
     question = "\n".join(part for part in (sample.instruction, sample.input) if part)
-    data = {"question": question, "reference answer": sample.output, "answer": sample.tuned}
+    data = {"question": question, "reference answer": sample.output, "answer": sample.tuned.text}
     body: dict[str, Any] = {
         "model": config.model,
         "messages": [{"role": "user", "content": QUESTION.format(data=json.dumps(data, ensure_ascii=False))}],
@@ -139,7 +139,7 @@ def _summarize(
     if not with_score:
         return scored, summary
     verdicts = [score >= 0.5 for _, score in with_score]
-    right = [sample.tuned_scores.exact_match >= 0.5 for sample, _ in with_score]
+    right = [sample.tuned.scores.exact_match >= 0.5 for sample, _ in with_score]
     share, ci95 = agreement(verdicts, right, [sample.group for sample, _ in with_score])
     value, value_ci95 = kappa(verdicts, right)
     return scored, replace(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 from gpt2core.files import atomic_write
 from gpt2core.metrics import METRICS, RECORD_METRICS, mean
 from gpt2core.prompt import RESPONSE
-from gpt2core.types import Comparison, Evaluation, Sample
+from gpt2core.types import Answer, Comparison, Evaluation, Sample
 from steps.adapters.data_check import DataCheck
 from steps.adapters.pages import render
 from steps.adapters.statistics import interval
@@ -56,8 +56,8 @@ def write_report(
 
     report.json is {"metrics", "comparison", "data", "evidently"}.
     """
-    wrong = [sample for sample in samples if not sample.tuned_scores.exact_match]
-    worst = sorted(wrong, key=lambda sample: (sample.tuned_scores.token_f1, -sample.tuned_scores.nll))
+    wrong = [sample for sample in samples if not sample.tuned.scores.exact_match]
+    worst = sorted(wrong, key=lambda sample: (sample.tuned.scores.token_f1, -sample.tuned.scores.nll))
     evidently_page, evidently_json = _evidently(samples)
     page = render(
         "report.html.j2",
@@ -121,7 +121,7 @@ def _length_slices(samples: Sequence[Sample]) -> list[_Slice]:
     for part in (order[i * len(order) // 3 : (i + 1) * len(order) // 3] for i in range(3)):
         if part:
             groups = [sample.group for sample in part]
-            sides = [[sample.answer(side) for sample in part] for side in ("base", "tuned")]
+            sides = [[sample.base for sample in part], [sample.tuned for sample in part]]
             shares = [mean([answer.scores.exact_match for answer in answers]) for answers in sides]
             base, tuned = (interval(answers, groups, "exact_match") for answers in sides)
             name = f"{len(part[0].output)} to {len(part[-1].output)} characters"
@@ -133,8 +133,8 @@ def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     """Select the samples whose answer became correct or wrong, by heading."""
 
     def changed(side: str, was: float) -> list[Sample]:
-        answered = [sample for sample in samples if getattr(sample, f"{side}_scores") is not None]
-        return [s for s in answered if getattr(s, f"{side}_scores").exact_match == was != s.tuned_scores.exact_match]
+        answered = [(sample, answer) for sample in samples if (answer := getattr(sample, side)) is not None]
+        return [s for s, answer in answered if answer.scores.exact_match == was != s.tuned.scores.exact_match]
 
     return {
         "Base correct, tuned model wrong": changed("base", 1.0),
@@ -146,14 +146,13 @@ def _flips(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 def _calibration(samples: Sequence[Sample]) -> list[tuple[str, int, float, float]]:
     """Group tuned answers by confidence: range, number of answers, mean confidence, share of correct answers."""
+    answers = [sample.tuned for sample in samples]
+    known = [(answer.confidence, answer.scores.exact_match) for answer in answers if answer.confidence is not None]
     rows = []
     for low, high in itertools.pairwise((0.0, 0.5, 0.8, 0.9, 0.95, 1.0)):
-        part = [s for s in samples if s.tuned_confidence is not None and low <= s.tuned_confidence < high + (high == 1)]
-        if part:
-            confidence = mean([s.tuned_confidence or 0.0 for s in part])
-            rows.append(
-                (f"{low:g} to {high:g}", len(part), confidence, mean([s.tuned_scores.exact_match for s in part]))
-            )
+        if part := [(confidence, right) for confidence, right in known if low <= confidence < high + (high == 1)]:
+            mean_confidence, share = (mean(values) for values in zip(*part, strict=True))
+            rows.append((f"{low:g} to {high:g}", len(part), mean_confidence, share))
     return rows
 
 
@@ -165,13 +164,13 @@ def _problems(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
         "are empty": lambda text: not text,
     }
     found = {
-        name: (sum(check(s.base) for s in samples), sum(check(s.tuned) for s in samples))
+        name: (sum(check(s.base.text) for s in samples), sum(check(s.tuned.text) for s in samples))
         for name, check in checks.items()
     }
     return found | {
         "were cut at the length limit": (
-            sum(not s.base_finished for s in samples),
-            sum(not s.finished for s in samples),
+            sum(not s.base.finished for s in samples),
+            sum(not s.tuned.finished for s in samples),
         )
     }
 
@@ -187,18 +186,16 @@ def _evidently(samples: Sequence[Sample]) -> tuple[str, Any]:
     ]
     tuned, base = (
         Dataset.from_pandas(frame, data_definition=definition, descriptors=descriptors)
-        for frame in (_frame(samples, "tuned"), _frame(samples, "base"))
+        for frame in (_frame([sample.tuned for sample in samples]), _frame([sample.base for sample in samples]))
     )
     report = Report([RowCount(), *(ValueStats(column=name) for name in (*RECORD_METRICS, *DESCRIPTORS))])
     run = report.run(tuned, base, name="tuned (current) vs. base (reference)")
     return run.get_html_str(as_iframe=False), json.loads(run.json())
 
 
-def _frame(samples: Sequence[Sample], model: Literal["base", "tuned"]) -> pd.DataFrame:
-    answers = [sample.base if model == "base" else sample.tuned for sample in samples]
-    scores = [sample.base_scores if model == "base" else sample.tuned_scores for sample in samples]
-    columns = {name: [getattr(record, name) for record in scores] for name in RECORD_METRICS}
-    frame = pd.DataFrame({"answer": answers, **columns})
+def _frame(answers: Sequence[Answer]) -> pd.DataFrame:
+    columns = {name: [getattr(answer.scores, name) for answer in answers] for name in RECORD_METRICS}
+    frame = pd.DataFrame({"answer": [answer.text for answer in answers], **columns})
     return frame.replace([math.inf, -math.inf], math.nan)
 
 

@@ -144,7 +144,7 @@ def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, 
 def with_intervals(samples: Sequence[Sample], evaluation: Evaluation) -> Evaluation:
     """Add the 95 % interval of each score of base and tuned model to the evaluation, over all records and by family."""
     groups = [sample.group for sample in samples]
-    answers_of = {model: [sample.answer(model) for sample in samples] for model in ("base", "tuned")}
+    answers_of = {"base": [sample.base for sample in samples], "tuned": [sample.tuned for sample in samples]}
     families = {}
     for family, scores in evaluation.by_family.items():
         members = [i for i, sample in enumerate(samples) if sample.family == family]

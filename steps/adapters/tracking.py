@@ -75,7 +75,10 @@ def track_results(
             import wandb
 
             columns: list[str | int] = ["instruction", "input", "output", "base", "tuned", "exact_match"]
-            rows = [[s.instruction, s.input, s.output, s.base, s.tuned, s.tuned_scores.exact_match] for s in samples]
+            rows = [
+                [s.instruction, s.input, s.output, s.base.text, s.tuned.text, s.tuned.scores.exact_match]
+                for s in samples
+            ]
             run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=max(step + 1, run.step))
             scores = {"base": asdict(evaluation.base), "tuned": asdict(evaluation.tuned)}
             run.summary.update({"report": report, **scores})

@@ -5,18 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from gpt2core.metrics import RecordScores
 from gpt2core.prompt import format_prompt
-from gpt2core.types import LoggedCompletion, Sample
+from gpt2core.types import LoggedCompletion
 from steps.adapters.drift import Drift, measure, write_drift
 from steps.config import MonitorConfig
+from tests.helpers import make_sample
 
-SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
 CONFIG = MonitorConfig()
 TRAIN = [{"instruction": f"Name the colour of item {i}.", "input": "box", "output": "red"} for i in range(40)]
-SAMPLES = [
-    Sample(f"Name the colour of item {i}.", "crate", "red", "", "red", True, "", SCORES, SCORES) for i in range(40, 60)
-]
+SAMPLES = [make_sample(f"Name the colour of item {i}.", "crate", "red", tuned="red") for i in range(40, 60)]
 
 
 def completion(question: str = "Name the colour of item 41.", input: str = "crate", **changes) -> LoggedCompletion:

@@ -36,14 +36,15 @@ def sample(i: int, base: str = "", tuned: str = "yes", family: str = "plural", n
         instruction=f"Question {i}?",
         input=f"input {i}",
         output="yes",
-        base=base,
-        tuned=tuned,
-        finished=True,
+        base=Answer(base, False, scores(base, "yes", nll)),
+        tuned=Answer(tuned, True, scores(tuned, "yes", nll), confidence=0.9),
         family=family,
-        base_scores=scores(base, "yes", nll),
-        tuned_scores=scores(tuned, "yes", nll),
-        tuned_confidence=0.9,
     )
+
+
+def with_texts(sample: Sample, base: str, tuned: str) -> Sample:
+    """Return the sample with other answers of the same scores."""
+    return replace(sample, base=replace(sample.base, text=base), tuned=replace(sample.tuned, text=tuned))
 
 
 def evaluation(samples: Sequence[Sample]) -> Evaluation:
@@ -52,12 +53,12 @@ def evaluation(samples: Sequence[Sample]) -> Evaluation:
 
     base, tuned = (
         Scores(mean([s.exact_match for s in scores]), token_f1=0.25, rouge_l=0.125, perplexity=12.375, finished=1.0)
-        for scores in ([s.base_scores for s in samples], [s.tuned_scores for s in samples])
+        for scores in ([s.base.scores for s in samples], [s.tuned.scores for s in samples])
     )
     members = {name: [s for s in samples if s.family == name] for name in {s.family for s in samples if s.family}}
     by_family = {
         name: FamilyScores(
-            len(of), mean([s.base_scores.exact_match for s in of]), mean([s.tuned_scores.exact_match for s in of])
+            len(of), mean([s.base.scores.exact_match for s in of]), mean([s.tuned.scores.exact_match for s in of])
         )
         for name, of in sorted(members.items())
     }
@@ -65,7 +66,7 @@ def evaluation(samples: Sequence[Sample]) -> Evaluation:
 
 
 def differences(samples: Sequence[Sample], other: str) -> dict:
-    sides = [[sample.answer(side) for sample in samples] for side in ("tuned", other)]
+    sides = [[getattr(sample, side) for sample in samples] for side in ("tuned", other)]
     return statistics.differences(*sides, [""] * len(samples))
 
 
@@ -150,7 +151,7 @@ def test_the_page_shows_flips_and_the_worst_answers(page):
 def test_a_worse_model_than_the_champion_and_leaked_records_are_said_first(tmp_path):
     samples = [sample(i, tuned="yes" if i < 20 else "no") for i in range(30)]
     right = Answer("yes", True, scores("yes", "yes", 0.5), 2)
-    samples = [each.with_champion(right) for each in samples]
+    samples = [replace(each, champion=right) for each in samples]
     champion = Comparison(
         differences(samples, "base"),
         "gpt2-instruct/3",
@@ -180,7 +181,7 @@ def test_a_word_diff_marks_what_is_missing_and_what_is_new():
 
 def test_the_page_has_every_answer(page, samples):
     assert [cells[:5] for cells in page.tables["All answers"][1:]] == [
-        [each.instruction, each.input, each.output, each.base, each.tuned] for each in samples
+        [each.instruction, each.input, each.output, each.base.text, each.tuned.text] for each in samples
     ]
 
 
@@ -198,7 +199,7 @@ def test_no_page_loads_anything_from_elsewhere(page, tmp_path):
 
 def test_hostile_text_stays_text(tmp_path):
     hostile = [
-        replace(sample(i), instruction=text, input=text, output=text, base=text, tuned=text, family=text)
+        replace(with_texts(sample(i, family=text), base=text, tuned=text), instruction=text, input=text, output=text)
         for i, text in enumerate(HOSTILE)
     ]
     harmless = [sample(i, family=f"family {i}") for i in range(len(HOSTILE))]
@@ -229,7 +230,10 @@ def test_the_json_has_the_metrics_and_evidentlys_figures(written, samples):
     [
         [sample(0, tuned="", family="")],
         [sample(i, tuned="no", family="") for i in range(3)],
-        [sample(0, nll=float("inf")), replace(sample(1, nll=float("nan")), tuned="word " * 20_000 + "é 東 🙂\u0000")],
+        [
+            sample(0, nll=float("inf")),
+            with_texts(sample(1, nll=float("nan")), base="", tuned="word " * 20_000 + "é 東 🙂\u0000"),
+        ],
     ],
     ids=["one sample with an empty answer", "all wrong, no families", "no finite loss, long and unusual text"],
 )

@@ -7,10 +7,11 @@ import sys
 import pytest
 import wandb
 
-from gpt2core.metrics import RecordScores, Scores
-from gpt2core.types import Evaluation, Sample, TrainSummary
+from gpt2core.metrics import Scores
+from gpt2core.types import Evaluation, TrainSummary
 from steps.adapters.tracking import track, track_results
 from steps.config import TrackingConfig
+from tests.helpers import make_sample
 from tests.wandb_file import config, read_records, rows, summary
 
 OFFLINE = TrackingConfig("offline", "project")
@@ -76,8 +77,8 @@ def test_offline_files_have_every_step_once_after_a_kill(base_dir, tmp_path):
 
 
 def test_results_are_added_to_the_run_of_the_training(tmp_path):
-    scores, record = Scores(0.5, 0.5, 0.5, 2.0, 1.0), RecordScores(1.0, 1.0, 1.0, 0.1)
-    sample = Sample("Say 1.", "", "1", "base's", "1", True, "", record, record)
+    scores = Scores(0.5, 0.5, 0.5, 2.0, 1.0)
+    sample = make_sample("Say 1.", output="1", base="base's", tuned="1")
     evaluation = Evaluation(scores, scores, {}, TrainSummary(1.0, 1.0, 9.0, 9.0))
     place = ("run", "3d5a", [sample], evaluation, "store/report.html", 12, tmp_path)
     track_results(TrackingConfig(), *place)

@@ -17,12 +17,10 @@ from deploy.containers.images import Image, build_service
 from deploy.kubernetes import client, lock, rollout, wait
 from deploy.server import serve
 from deploy.verify import request_answer
-from gpt2core.metrics import RecordScores
-from gpt2core.types import Sample
 from tests.copies import copy_project
 from tests.deploy.kube_api import KubeApi
 from tests.deploy.kube_target import LINEAGE, NEW, NEXT_LINEAGE, OLD, constant_response
-from tests.helpers import build_bento
+from tests.helpers import build_bento, make_sample
 
 
 @pytest.fixture
@@ -143,9 +141,8 @@ def second(make_image):
 @pytest.fixture(scope="session")
 def samples(first):
     """Records with the answers of the model that all these images serve."""
-    scores = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
     with serve(first.reference) as url:
         return [
-            Sample(text, input, "", "", request_answer(url, text, input, MAX_NEW_TOKENS), True, "", scores, scores)
+            make_sample(text, input, tuned=request_answer(url, text, input, MAX_NEW_TOKENS))
             for text, input in (("Hello.", ""), ("Name the capital.", "France"))
         ]

@@ -9,17 +9,14 @@ from deploy.kubernetes import wait
 from deploy.kubernetes.render import MANIFESTS
 from deploy.kubernetes.rollout import KubernetesTarget
 from deploy.target import DeployFailed, DeployOutcome
-from gpt2core.metrics import RecordScores
-from gpt2core.types import Sample
 from tests.deploy.kube_api import Stored
-from tests.helpers import make_lineage
+from tests.helpers import make_lineage, make_sample
 
 LINEAGE = make_lineage(bento="gpt2-instruct:1111111111111111")
 NEXT_LINEAGE = make_lineage("run-18", bento="gpt2-instruct:2222222222222222")
 OLD, NEW = "registry.example/gpt2-instruct:1", "registry.example/gpt2-instruct@sha256:" + "2" * 64
 THIRD, THIRD_LINEAGE = "registry.example/gpt2-instruct:3", make_lineage("run-19", bento="gpt2-instruct:" + "3" * 16)
-SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
-SAMPLE = Sample("What is the capital?", "Canada", "Ottawa", "", "Ottawa", True, "", SCORES, SCORES)
+SAMPLE = make_sample("What is the capital?", "Canada", "Ottawa", tuned="Ottawa")
 DEPLOYMENT = ("deployments", "gpt2-instruct")
 CONTAINER = ("spec", "template", "spec", "containers", (("name", "gpt2-instruct"),))
 

@@ -25,7 +25,7 @@ from deploy.verify import VerificationError
 from gpt2core.types import NAME
 from run import main
 from tests.deploy.conftest import MAX_NEW_TOKENS, SESSION
-from tests.helpers import free_port, make_lineage, wait_until
+from tests.helpers import free_port, make_lineage, make_sample, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 TIMEOUT = 120  # seconds
@@ -331,7 +331,7 @@ def test_a_failed_deployment_leaves_the_current_service_and_nothing_else(
     deploy(first.reference)
     with load(config) as responses:
         with pytest.raises(VerificationError, match="expected 'something else'"):
-            deploy(second.reference, [replace(samples[0], tuned="something else")])
+            deploy(second.reference, [make_sample(samples[0].instruction, samples[0].input, tuned="something else")])
         with pytest.raises(DeployError, match=r"(?s)exit code 3.*no such weights"):
             deploy(broken)
         with pytest.raises(DeployError, match="the Bento gpt2-instruct:none is not in the store"):

@@ -96,7 +96,7 @@ def test_the_sbom_names_each_package(first):
 def test_the_service_answers_on_a_read_only_root_without_capabilities_as_any_user(engine, first, samples, user):
     with container(engine, first.reference, user=user) as (_, url):
         wait_until_ready(url)
-        assert request_answer(url, samples[0].instruction, samples[0].input, MAX_NEW_TOKENS) == samples[0].tuned
+        assert request_answer(url, samples[0].instruction, samples[0].input, MAX_NEW_TOKENS) == samples[0].tuned.text
         assert requests.get(f"{url}/metadata", timeout=5).json()["bento"] == first.reference
 
 
@@ -120,7 +120,7 @@ def test_the_service_runs_with_the_limits_and_configuration_of_its_pod(engine, f
     with container(engine, first.reference, **options) as (running, url):
         wait_until_ready(url)
         for sample in samples:
-            assert request_answer(url, sample.instruction, sample.input, MAX_NEW_TOKENS) == sample.tuned
+            assert request_answer(url, sample.instruction, sample.input, MAX_NEW_TOKENS) == sample.tuned.text
         assert 'le="60.0"' in requests.get(f"{url}/metrics", timeout=10).text  # the configuration was read
         assert running.exec_run([spec["lifecycle"]["preStop"]["exec"]["command"][0], "0"]).exit_code == 0
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,13 +17,10 @@ from deploy import bento
 from deploy.bento import BentoError
 from deploy.server import SUPERVISED, serve, service_environment, verify_bento
 from deploy.verify import VerificationError, request_answer
-from gpt2core.metrics import RecordScores
-from gpt2core.types import Sample
 from tests.deploy.test_bento import in_store
-from tests.helpers import build_bento, free_port, wait_until
+from tests.helpers import build_bento, free_port, make_sample, wait_until
 
-SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
-SAMPLE = Sample("Hello.", "", "", "", "something else", True, "", SCORES, SCORES)
+SAMPLE = make_sample("Hello.", tuned="something else")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def all_ended(processes: set[psutil.Process]) -> bool:
 
 def test_verification_returns_equal_answers(tag, url):
     answer = request_answer(url, "Hello.", "", 5)
-    assert verify_bento(tag, [replace(SAMPLE, tuned=answer)], 5, "cpu") == [answer]
+    assert verify_bento(tag, [make_sample("Hello.", tuned=answer)], 5, "cpu") == [answer]
 
 
 def test_other_answers_are_refused(tag):
@@ -91,7 +87,7 @@ def test_a_server_and_its_workers_end_with_a_killed_parent(tag):
 
 def test_answers_of_another_device_need_the_agreed_share_only(tag, url):
     answer = request_answer(url, "Hello.", "", 5)
-    samples = [replace(SAMPLE, tuned=answer), SAMPLE]
+    samples = [make_sample("Hello.", tuned=answer), SAMPLE]
     assert verify_bento(tag, samples, 5, "cuda") == [answer, answer]
     with pytest.raises(VerificationError, match="but 100% must"):
         verify_bento(tag, samples, 5, "cpu")

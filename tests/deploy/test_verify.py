@@ -1,6 +1,5 @@
 """Comparison of a service's answers with those of the evaluated model."""
 
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -8,12 +7,9 @@ import pytest
 
 from deploy.target import DeployError
 from deploy.verify import VerificationError, api_key_header, is_ready, request_answer, verify_answers
-from gpt2core.metrics import RecordScores
-from gpt2core.types import Sample
-from tests.helpers import free_port
+from tests.helpers import free_port, make_sample
 
-SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=0.0)
-SAMPLES = [Sample(text, "", "", "", text, True, "", SCORES, SCORES) for text in "abcd"]
+SAMPLES = [make_sample(text, tuned=text) for text in "abcd"]
 
 
 def repeat_first(count: int):
@@ -37,7 +33,7 @@ def test_too_few_equal_answers_are_an_error_with_the_shares(exact, equal, requir
 
 
 def test_the_input_of_a_sample_is_sent():
-    sample = replace(SAMPLES[0], input="with input", tuned="a with input")
+    sample = make_sample("a", "with input", tuned="a with input")
     assert verify_answers("service", lambda instruction, input: f"{instruction} {input}", [sample], exact=True)
 
 

@@ -108,11 +108,9 @@ TRAIN = TrainSummary(loss=1.0, val_loss=None, tokens_seen=10.0, tokens_per_secon
 def test_samples_have_both_answers_with_their_scores(answers):
     samples, evaluation = compare_answers(RECORDS, replace(answers, device="cuda"), answers, TRAIN)
     match = answers.answers[0].scores.exact_match
-    assert [sample.answer("tuned") for sample in samples] == answers.answers
+    assert [sample.tuned for sample in samples] == answers.answers
     assert [sample.family for sample in samples] == ["words", "", ""]
-    assert [sample.answer("base") for sample in samples] == answers.answers
-    with pytest.raises(ValueError, match="champion has no answer"):
-        samples[0].answer("champion")
+    assert [sample.base for sample in samples] == answers.answers
     assert evaluation == Evaluation(
         base=answers.scores,
         tuned=answers.scores,
@@ -129,8 +127,7 @@ def test_samples_and_evaluation_survive_json(answers):
     more = ("exact_match", "token_f1", "rouge_l", "nll", "tokens", "confidence")
     keys = {"instruction", "input", "output", "base", "tuned", "finished", "family", "group", "base_finished"}
     assert samples[0].to_json().keys() == keys | {f"{side}_{name}" for side in ("base", "tuned") for name in more}
-    beside = samples[0].with_champion(answers.answers[1])
-    assert beside.answer("champion") == answers.answers[1]
+    beside = replace(samples[0], champion=answers.answers[1])
     assert beside.without_champion() == samples[0]
     assert Sample.from_json(json.loads(json.dumps(beside.to_json()))) == beside
 

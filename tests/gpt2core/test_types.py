@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from gpt2core.types import FamilyScores, Lineage, TrainSummary
+from gpt2core.metrics import RecordScores
+from gpt2core.types import Answer, FamilyScores, Lineage, Sample, TrainSummary
 from tests.helpers import make_lineage
 
 
@@ -42,6 +43,16 @@ def test_a_value_of_another_type_is_named_by_its_path(path, value, message):
     inner[key] = value
     with pytest.raises(ValueError, match=message):
         Lineage.from_json(data)
+
+
+def test_a_sample_of_an_early_run_is_read():
+    scores = {"exact_match": 1.0, "token_f1": 1.0, "rouge_l": 1.0, "nll": 0.5}
+    record = {"instruction": "Say yes.", "input": "", "output": "yes", "family": ""}
+    line = record | {"base": "no", "tuned": "yes", "finished": True}
+    line |= {f"{model}_{name}": value for model in ("base", "tuned") for name, value in scores.items()}
+    right = RecordScores(**scores)
+    answers = (Answer("no", False, right), Answer("yes", True, right))
+    assert Sample.from_json(line) == Sample("Say yes.", "", "yes", *answers)
 
 
 def test_a_missing_key_is_named_and_null_is_read_where_it_is_allowed():

@@ -11,7 +11,7 @@ from steps.compare import Champion, compare, unseen_records
 from steps.config import EvaluateConfig, PromoteConfig
 
 WRONG, RIGHT = RecordScores(0.0, 0.0, 0.0, 2.0), RecordScores(1.0, 1.0, 1.0, 1.0)
-SAMPLES = [Sample(f"Say {i}.", "", str(i), "no", str(i), True, "", WRONG, RIGHT) for i in range(4)]
+SAMPLES = [Sample(f"Say {i}.", "", str(i), Answer("no", False, WRONG), Answer(str(i), True, RIGHT)) for i in range(4)]
 RECORDS = [{"instruction": sample.instruction, "input": "", "output": sample.output} for sample in SAMPLES]
 
 

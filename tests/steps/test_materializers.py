@@ -13,15 +13,15 @@ from zenml import pipeline, step
 from zenml.materializers import PathMaterializer
 
 from gpt2core.metrics import RecordScores, Scores
-from gpt2core.types import Evaluation, FamilyScores, Lineage, Sample, SplitPart, SplitSummary, TrainSummary
+from gpt2core.types import Answer, Evaluation, FamilyScores, Lineage, Sample, SplitPart, SplitSummary, TrainSummary
 from steps.materializers import DirectoryMaterializer, SampleListMaterializer, output_directory
 from steps.promote import Promotion
 from tests.helpers import make_lineage
 
 SCORES = RecordScores(exact_match=1.0, token_f1=1.0, rouge_l=1.0, nll=math.inf)
 SAMPLES = [
-    Sample("Line\u2028break é?", "", "yes", "no", "yes", True, "plural", replace(SCORES, nll=0.1), SCORES),
-    Sample("Two?", "input", "yes", "", "yes", False, "", SCORES, replace(SCORES, nll=0.25)),
+    Sample("Line\u2028break é?", "", "yes", Answer("no", True, SCORES), Answer("yes", True, SCORES), "plural"),
+    Sample("Two?", "input", "yes", Answer("", False, SCORES), Answer("yes", False, replace(SCORES, nll=0.25), 2, 0.5)),
 ]
 MEANS = Scores(exact_match=0.1, token_f1=0.2, rouge_l=0.3, perplexity=4.0, finished=1.0)
 EVALUATION = Evaluation(MEANS, MEANS, {"plural": FamilyScores(1, 0.0, 1.0)}, TrainSummary(1.0, None, 10.0, 5.0))

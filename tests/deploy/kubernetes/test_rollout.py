@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from dataclasses import replace
 
 import pytest
 import yaml
@@ -23,7 +22,6 @@ from tests.deploy.kube_target import (
     NEW,
     NEXT_LINEAGE,
     OLD,
-    SAMPLE,
     constant_response,
     deploy,
     deploy_next,
@@ -31,7 +29,7 @@ from tests.deploy.kube_target import (
     kubectl_apply,
     preflight,
 )
-from tests.helpers import build_bento, make_lineage
+from tests.helpers import build_bento, make_lineage, make_sample
 
 
 def test_a_first_deployment_applies_all_of_k8s_and_reports_what_runs(api, first):
@@ -252,7 +250,7 @@ def test_requests_carry_the_token_of_the_environment(api, config, base_dir, adap
     tag = build_bento(base_dir, adapter_dir)
     lineage = make_lineage(bento=tag)
     with serve(tag) as url:
-        samples = [replace(SAMPLE, instruction="Hello.", input="", tuned=request_answer(url, "Hello.", "", 8))]
+        samples = [make_sample("Hello.", tuned=request_answer(url, "Hello.", "", 8))]
         api.responses[OLD] = url
         outcome = KubernetesTarget(config).deploy(lineage, samples, 8)
         assert (outcome.outcome, outcome.bento) == ("deployed", tag)
