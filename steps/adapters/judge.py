@@ -44,7 +44,7 @@ def judge_answers(samples: Sequence[Sample], config: JudgeConfig) -> tuple[list[
         missing = JudgeError(f"the environment variable {config.token_env} is not set")
         return _summarize(samples, [missing] * len(samples), config)
     failures: list[JudgeError] = []
-    with _session(token) as session, ThreadPoolExecutor(THREADS) as pool:
+    with retrying_session(token) as session, ThreadPoolExecutor(THREADS) as pool:
         judged = [*pool.map(partial(_judge, session, config, failures), samples)]
     if token:  # an API may repeat the token in an error
         judged = [
@@ -55,18 +55,6 @@ def judge_answers(samples: Sequence[Sample], config: JudgeConfig) -> tuple[list[
 
 class JudgeError(Exception):
     """The reason why an answer was not judged."""
-
-
-def _session(token: str) -> requests.Session:
-    session = retrying_session()
-    if token:
-
-        def bearer(request: requests.PreparedRequest) -> requests.PreparedRequest:
-            request.headers["Authorization"] = f"Bearer {token}"
-            return request
-
-        session.auth = bearer  # a password in ~/.netrc would replace a header of the session
-    return session
 
 
 def _judge(

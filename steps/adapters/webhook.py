@@ -58,12 +58,22 @@ def _hiding_path() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def retrying_session() -> requests.Session:
-    """Return a session that retries after broken connections and the statuses BUSY, with exponential backoff."""
+def retrying_session(token: str = "") -> requests.Session:
+    """Return a session that retries after broken connections and the statuses BUSY, with exponential backoff.
+
+    Args:
+        token: the bearer token to send; "": none.
+    """
+
+    def authenticate(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
     retry = Retry(RETRIES, status_forcelist=BUSY, allowed_methods=None, backoff_factor=0.5, raise_on_status=False)
     retry.respect_retry_after_header = False  # the header may require a wait of any length
     session = requests.Session()
-    session.auth = lambda request: request  # otherwise requests would send a password of ~/.netrc
+    session.auth = authenticate  # otherwise requests would send a password of ~/.netrc
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     return session
