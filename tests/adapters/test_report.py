@@ -267,19 +267,46 @@ def test_curves_without_points_are_written(history, tmp_path):
     assert write_curves(history, tmp_path, "run").stat().st_size > 0
 
 
-@pytest.mark.slow
-def test_a_browser_shows_the_page_without_errors_and_filters_its_rows(written, tmp_path):
+def in_browser(html: Path, tmp_path: Path, text: str) -> str:
+    """Open the page in Chromium, which must log nothing, and return the value of this JavaScript expression."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine; apt-get install chromium")
     page = Path(tmp_path / "page.html")
-    check = (
-        "<script>addEventListener('load', () => { search.value = 'question 1'; filter();"
-        "document.body.append(`rows ${shown.textContent}.`) })</script></body>"
-    )
-    page.write_text(written[0].read_text().replace("</body>", check))
+    check = f"<script>addEventListener('load', () => document.body.append(`[found ${{{text}}}]`))</script></body>"
+    page.write_text(html.read_text().replace("</body>", check))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
     blocked = ["--host-resolver-rules=MAP * 0.0.0.0", "--virtual-time-budget=10000", f"--user-data-dir={tmp_path}/user"]
-    done = subprocess.run([*command, *blocked, page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "rows 3 of 12." in done.stdout  # questions 1, 10 and 11
+    window = "--window-size=600,900"
+    done = subprocess.run([*command, *blocked, window, page.as_uri()], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr
+    return done.stdout.rpartition("[found ")[2].partition("]")[0]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page_without_errors_and_filters_its_rows(written, tmp_path):
+    text = "(search.value = 'question 1', filter(), shown.textContent)"
+    assert in_browser(written[0], tmp_path, text) == "3 of 12"  # questions 1, 10 and 11
+
+
+@pytest.mark.slow
+def test_a_browser_shows_text_from_right_to_left_where_it_begins_so(tmp_path):
+    samples = [replace(sample(0), instruction="עיר?"), sample(1)]
+    html, _ = write_report(samples, evaluation(samples), tmp_path, "run")
+    text = """[...document.querySelectorAll('#all td:first-child')].map((cell) => {
+        const range = new Range(), text = cell.firstChild;
+        const [first, last] = [0, text.length - 1].map((at) => {
+            range.setStart(text, at);
+            range.setEnd(text, at + 1);
+            return range.getBoundingClientRect().x;
+        });
+        return last < first ? 'leftward' : 'rightward';
+    })"""
+    assert in_browser(html, tmp_path, text) == "leftward,rightward"
+
+
+@pytest.mark.slow
+def test_a_long_name_of_a_family_does_not_make_the_page_scroll_sideways(tmp_path):
+    samples = [sample(i, family="a long name of a family " * 8) for i in range(3)]
+    html, _ = write_report(samples, evaluation(samples), tmp_path, "run")
+    assert in_browser(html, tmp_path, "document.documentElement.scrollWidth <= innerWidth") == "true"
