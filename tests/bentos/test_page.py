@@ -172,6 +172,21 @@ def test_generated_text_is_never_html(page, url):
     assert page.locator("article img").count() == 0
 
 
+def test_an_answer_in_a_script_from_right_to_left_ends_at_its_left(page, url):
+    event = json.dumps({"answer": "ירושלים.", "finish_reason": None}, ensure_ascii=False)
+    body = f"data: {event}\n\ndata: [DONE]\n\n"
+    page.route("**/predict", lambda route: route.fulfill(content_type="text/event-stream; charset=utf-8", body=body))
+    send(page, "Name the city.")
+    assert answer(page) == "ירושלים."
+    first, last = page.locator("article .text").evaluate("""element => [0, element.textContent.length - 1].map((at) => {
+        const range = new Range();
+        range.setStart(element.firstChild, at);
+        range.setEnd(element.firstChild, at + 1);
+        return range.getBoundingClientRect().x;
+    })""")
+    assert last < first
+
+
 def test_the_curl_command_sends_the_same_request(page, url):
     page.fill("#instruction", TRICKY)
     page.locator("summary", has_text="As curl").click()
