@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,8 +100,8 @@ def pretrain(config: str, values: tuple[str, ...], no_cache: bool) -> None:
     if run is not None:
         from steps.outputs import outputs_dir
 
-        base = outputs_dir() / run.name / "base"
-        click.echo(f"{run.name}: {run.status.value}; use it with --set base.source=hub --set base.name={base}")
+        name = shlex.quote(f"base.name={outputs_dir() / run.name / 'base'}")
+        click.echo(f"{run.name}: {run.status.value}; use it with --set base.source=hub --set {name}")
 
 
 @main.command()

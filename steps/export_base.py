@@ -1,5 +1,6 @@
 """Last step of `pretrain_pipeline`: results for users, and the base for later runs."""
 
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -10,6 +11,8 @@ from gpt2core.types import RunRef
 from steps.adapters.report import write_curves
 from steps.evaluate_text import TextScores
 from steps.outputs import json_text, write_outputs
+
+logger = logging.getLogger(__name__)
 
 
 @step(enable_cache=False)
@@ -23,4 +26,7 @@ def export_base(base: Path, history: list[dict[str, float]], metrics: TextScores
         "samples.txt": "".join(f"{sample}\n\n" for sample in metrics.samples),
         "curves.html": curves,
     }
-    return str(write_outputs(RunRef(str(run.id), run.name), texts, {"base": base}, pointers=()))
+    results = write_outputs(RunRef(str(run.id), run.name), texts, {"base": base}, pointers=())
+    logger.info("held-out text: loss %.4g nats per token, perplexity %.4g", metrics.val_loss, metrics.perplexity)
+    logger.info("results: %s", results)
+    return str(results)

@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import json
+import logging
 import math
+import shlex
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +26,7 @@ TEXT = "\n".join(write_prose(make_world(0, 24), 0))
 
 @pytest.fixture
 def invoke(tmp_path, monkeypatch):
-    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("GPT2_INSTRUCT_OUTPUTS", str(tmp_path / "my outputs"))
 
     def run(command, *values, config):
         arguments = [command, "--config", config, *(part for value in values for part in ("--set", value))]
@@ -45,21 +47,24 @@ def text_url(tmp_path):
 
 
 def pretrain(invoke, outputs: Path, *values: str) -> Path:
+    """Pretrain and return the directory of the results, which the printed options to finetune the base name."""
     result = invoke("pretrain", *TINY, *values, config="configs/pretrain.yaml")
     assert result.exit_code == 0, result.output
-    return outputs / newest_run().name
+    directory = outputs / newest_run().name
+    assert shlex.split(result.output)[-4:] == ["--set", "base.source=hub", "--set", f"base.name={directory / 'base'}"]
+    return directory
 
 
 @pytest.mark.slow
 def test_a_base_from_a_url_is_evaluated_and_finetuned(invoke, text_url, tmp_path):
     url, sha256 = text_url
-    directory = pretrain(invoke, tmp_path / "outputs", "text.source=url", f"text.url={url}", f"text.sha256={sha256}")
+    directory = pretrain(invoke, tmp_path / "my outputs", "text.source=url", f"text.url={url}", f"text.sha256={sha256}")
     metrics = json.loads((directory / "metrics.json").read_text())
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["val_loss"]))
     assert metrics["train"]["peak_memory_mib"] > 0
     assert (directory / "samples.txt").read_text().startswith("The capital")
     assert AutoModelForCausalLM.from_pretrained(directory / "base").config.n_layer == 1
-    assert not (tmp_path / "outputs" / "latest").exists()
+    assert not (tmp_path / "my outputs" / "latest").exists()
 
     (tmp_path / "tiny.yaml").write_text("parameters: {sweep: {variants: {x: {}}, seeds: [0]}}")
     base = (f"base={{source: hub, name: {directory / 'base'}}}", "data={n_facts: 18, val_fraction: 0.2}")
@@ -68,10 +73,22 @@ def test_a_base_from_a_url_is_evaluated_and_finetuned(invoke, text_url, tmp_path
     assert result.exit_code == 0, result.output
 
 
+def test_the_scores_on_the_held_out_text_are_logged(invoke, tmp_path, caplog):
+    (tmp_path / "text.txt").write_text(TEXT)
+    values = ("text.source=file", f"text.path={tmp_path / 'text.txt'}")
+    caplog.set_level("INFO", "steps.export_base")
+    logging.getLogger("steps.export_base").addHandler(caplog.handler)  # ZenML replaces the root logger's
+    directory = pretrain(invoke, tmp_path / "my outputs", *values)
+    metrics = json.loads((directory / "metrics.json").read_text())
+    scores = f"held-out text: loss {metrics['val_loss']:.4g} nats per token, perplexity {metrics['perplexity']:.4g}"
+    assert scores in caplog.messages
+    assert f"results: {directory}" in caplog.messages
+
+
 def test_a_post_norm_base_from_a_file_is_evaluated_but_refused_by_finetune(invoke, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     values = ("text.source=file", f"text.path={tmp_path / 'text.txt'}", "model.norm_position=post")
-    base = pretrain(invoke, tmp_path / "outputs", *values) / "base"
+    base = pretrain(invoke, tmp_path / "my outputs", *values) / "base"
     assert read_config(base / "config.json").norm_position == "post"
     result = invoke("finetune", "base.source=hub", f"base.name={base}", config="configs/dev.yaml")
     assert result.exit_code == 1
