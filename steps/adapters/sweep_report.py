@@ -44,13 +44,13 @@ def write_sweep(trials: Sequence[Trial], sweep: SweepConfig, directory: Path) ->
 
 
 def _spread(trials: Sequence[Trial], metric: str) -> str:
-    """Format mean ± standard deviation over the seeds."""
+    """Format mean ± standard deviation over the seeds, or the only value."""
     measured = [value for trial in trials if (value := trial.metrics[metric]) is not None]
     if not measured:
         return "none"
-    spread = statistics.stdev(measured) if len(measured) > 1 else 0.0
+    spread = f" ± {_rounded(statistics.stdev(measured), 2)}" if len(measured) > 1 else ""
     missing = f" ({len(trials) - len(measured)} of {len(trials)} without)" if len(measured) < len(trials) else ""
-    return f"{_rounded(statistics.mean(measured), 4)} ± {_rounded(spread, 2)}{missing}"
+    return f"{_rounded(statistics.mean(measured), 4)}{spread}{missing}"
 
 
 def _rounded(value: float, digits: int) -> str:

@@ -46,3 +46,10 @@ def test_large_numbers_have_all_digits_before_the_point(tmp_path):
     trials = [Trial("LoRA", seed, "a machine", {"exact_match": n}, []) for seed, n in enumerate((12_288.0, 13_056.4))]
     write_sweep(trials, sweep, tmp_path)
     assert "| LoRA | 12672 ± 543 |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_single_value_has_no_standard_deviation(tmp_path):
+    sweep = SweepConfig(variants={"LoRA": {}}, variable="x", metrics=("exact_match",), seeds=(0,))
+    write_sweep([Trial("LoRA", 0, "a machine", {"exact_match": 0.5}, [])], sweep, tmp_path)
+    assert "| LoRA | 0.5 |" in (tmp_path / "table.md").read_text()
+    assert "standard deviation" not in (tmp_path / "report.html").read_text()
