@@ -129,13 +129,16 @@ def describe(status: CanaryStatus) -> str:
     name, shadow = status.canary.adapter, status.shadow
     lines = [f"{status.canary.share:.0%} of the requests go to {name}" + (" too, in shadow mode" if shadow else "")]
     for arm in status.versions:
-        counts = f"{arm.completed} completed, {arm.failed} failed, {arm.mean_seconds:.3f} s on average"
-        lines.append(f"{arm.adapter.name} ({arm.adapter.sha256[:16]}): {counts}")
+        mean = f", {arm.mean_seconds:.3f} s on average" if arm.completed else ""
+        version = f"{arm.adapter.name} ({arm.adapter.sha256[:16]})"
+        lines.append(f"{version}: {arm.completed} completed, {arm.failed} failed{mean}")
     if shadow:
-        lines.append(
-            f"{shadow.compared} answers compared: {shadow.agreed} agree, token F1 {shadow.mean_token_f1:.3f}, "
-            f"log probability per token of {name} {shadow.mean_logprob:.3f}; {shadow.dropped} requests dropped"
+        means = (
+            f": {shadow.agreed} agree, token F1 {shadow.mean_token_f1:.3f}, "
+            f"log probability per token of {name} {shadow.mean_logprob:.3f}"
         )
+        compared = f"{shadow.compared} answers compared{means if shadow.compared else ''}"
+        lines.append(f"{compared}; {shadow.dropped} requests dropped")
     return "\n".join(lines)
 
 

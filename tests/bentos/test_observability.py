@@ -2,17 +2,20 @@
 
 import json
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import requests
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.bentos.client import admin, end_canary, metric, pids, predict, served, server_pid, start_canary
 from tests.helpers import wait_until
 
-DASHBOARD = Path(__file__).parent.parent.parent / "docs" / "grafana.json"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def test_unknown_paths_share_one_series(url):
@@ -62,7 +65,7 @@ def test_the_dashboard_queries_existing_metrics_and_labels(url):
         if not line.startswith("#"):
             name, _, rest = line.partition("{")
             labels.setdefault(name.split(" ")[0], set()).update(re.findall(r'(\w+)="', rest))
-    dashboard = json.loads(DASHBOARD.read_text())
+    dashboard = json.loads((DOCS / "grafana.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(queries) > 10
     for query in queries:
@@ -72,6 +75,28 @@ def test_the_dashboard_queries_existing_metrics_and_labels(url):
         for name, matchers in selectors:
             assert name in labels, query
             assert grouped | set(re.findall(r"(\w+)!?=", matchers)) <= labels[name], query
+
+
+def test_spans_reach_a_collector_with_the_documented_settings(bento_tag, tmp_path):
+    [settings] = re.findall(r"### Tracing.*?```yaml\n(.*?)```", (DOCS / "serving.md").read_text(), flags=re.DOTALL)
+    received = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append(ExportTraceServiceRequest.FromString(body))
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever).start()
+        (tmp_path / "tracing.yaml").write_text(settings.replace("localhost:4318", f"127.0.0.1:{collector.server_port}"))
+        with served(bento_tag, OTEL_SDK_DISABLED="false", BENTOML_CONFIG=tmp_path / "tracing.yaml") as url:
+            requests.get(f"{url}/metadata", headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}, timeout=10)
+            wait_until(lambda: any(b"/metadata" in each.SerializeToString() for each in received), 60, "a span")
+        collector.shutdown()
+    spans = [span for each in received for part in each.resource_spans for s in part.scope_spans for span in s.spans]
+    assert ("GET /metadata", "a" * 32) in [(span.name, span.trace_id.hex()) for span in spans]
 
 
 def test_a_request_keeps_a_valid_id_of_the_client(url):

@@ -8,8 +8,8 @@ from threading import Thread
 import pytest
 from click.testing import CliRunner
 
-from bentos.schemas import AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus
-from commands.canary import decide
+from bentos.schemas import AdapterVersion, CanaryArm, CanaryRequest, CanaryStatus, ShadowStatus
+from commands.canary import decide, describe
 from gpt2core.files import directory_sha256
 from run import main
 from tests.bentos.client import predict, served
@@ -49,6 +49,16 @@ def test_a_canary_is_started_promoted_and_aborted(base_dir, adapter_dir, tmp_pat
             assert result.exit_code == 1
             assert message in result.output
             assert len(result.output.splitlines()) == 1
+
+
+def test_versions_without_completions_have_no_means():
+    arm = CanaryArm(adapter=AdapterVersion(name="v2", sha256="a" * 64), failed=1)
+    shadow = ShadowStatus(dropped=2)
+    canary = CanaryRequest(adapter="v2", share=0.5, shadow=True)
+    assert describe(CanaryStatus(canary=canary, versions=[arm], shadow=shadow)).splitlines()[1:] == [
+        "v2 (aaaaaaaaaaaaaaaa): 0 completed, 1 failed",
+        "0 answers compared; 2 requests dropped",
+    ]
 
 
 def test_the_token_reaches_a_service_on_this_machine_in_spite_of_netrc_and_proxy(tmp_path, monkeypatch):
