@@ -12,6 +12,8 @@ import pytest
 import requests
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from deploy import server
+from deploy.bento import bentoml_environment
 from tests.bentos.client import admin, end_canary, metric, pids, predict, served, server_pid, start_canary
 from tests.helpers import wait_until
 
@@ -77,7 +79,7 @@ def test_the_dashboard_queries_existing_metrics_and_labels(url):
             assert grouped | set(re.findall(r"(\w+)!?=", matchers)) <= labels[name], query
 
 
-def test_spans_reach_a_collector_with_the_documented_settings(bento_tag, tmp_path):
+def test_spans_reach_a_collector_with_the_documented_settings(bento_tag, tmp_path, monkeypatch):
     [settings] = re.findall(r"### Tracing.*?```yaml\n(.*?)```", (DOCS / "serving.md").read_text(), flags=re.DOTALL)
     received = []
 
@@ -91,7 +93,9 @@ def test_spans_reach_a_collector_with_the_documented_settings(bento_tag, tmp_pat
     with HTTPServer(("127.0.0.1", 0), Collector) as collector:
         threading.Thread(target=collector.serve_forever).start()
         (tmp_path / "tracing.yaml").write_text(settings.replace("localhost:4318", f"127.0.0.1:{collector.server_port}"))
-        with served(bento_tag, OTEL_SDK_DISABLED="false", BENTOML_CONFIG=tmp_path / "tracing.yaml") as url:
+        environment = bentoml_environment() | {"BENTOML_CONFIG": str(tmp_path / "tracing.yaml")}  # which tests lack
+        monkeypatch.setattr(server, "bentoml_environment", lambda: environment | {"OTEL_SDK_DISABLED": "false"})
+        with served(bento_tag) as url:
             requests.get(f"{url}/metadata", headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}, timeout=10)
             wait_until(lambda: any(b"/metadata" in each.SerializeToString() for each in received), 60, "a span")
         collector.shutdown()
