@@ -33,16 +33,23 @@ def score(answers: Sequence[Answer], metric: str) -> float:
 def interval(answers: Sequence[Answer], groups: Sequence[str], metric: str) -> list[float]:
     """Compute the 95 % interval [low, high] of one model's score; [] with one group or an infinite value.
 
-    Uses Wilson's interval for a share of independent records, otherwise the percentile bootstrap over groups.
+    Uses Wilson's interval for a share of independent records, otherwise the percentile bootstrap over groups. If the
+    mean of a score from 0 to 1 is the same in all groups, for example 0, the bootstrap interval has width 0; Wilson's
+    interval with one value per group is used instead.
 
     Args:
         groups: the group of each record; a record with "" is a group of its own.
         metric: a name of `gpt2core.metrics.METRICS`.
     """
-    values, weights = _values(answers, metric)
+    return _interval(*_values(answers, metric), groups, metric)
+
+
+def _interval(values: Values, weights: Values, groups: Sequence[str], metric: str) -> list[float]:
     if METRICS[metric].is_share and not _repeated(groups):
         return _wilson(values)
     sums = _by_group(np.stack([values, weights]), groups)
+    if metric != "perplexity" and sums.shape[1] > 1 and np.ptp(sums[0] / sums[1]) == 0:
+        return _wilson(sums[0] / sums[1])
     return _bootstrap(sums, lambda value, weight, axis=-1: _score(metric, value, weight, axis), 0.95, "two-sided")
 
 
@@ -120,11 +127,7 @@ def non_inferiority_bound(
 def agreement(judged: Sequence[bool], right: Sequence[bool], groups: Sequence[str]) -> tuple[float, list[float]]:
     """Compute the share of records on which a judge and exact match agree, and its 95 % interval (see `interval`)."""
     same = np.array([a == b for a, b in zip(judged, right, strict=True)], dtype=float)
-    if not _repeated(groups):
-        return float(same.mean()), _wilson(same)
-    sums = _by_group(np.stack([same, np.ones(len(same))]), groups)
-    ratio = _bootstrap(sums, lambda a, n, axis=-1: a.sum(axis=axis) / n.sum(axis=axis), 0.95, "two-sided")
-    return float(same.mean()), ratio
+    return float(same.mean()), _interval(same, np.ones(len(same)), groups, "exact_match")
 
 
 def kappa(judged: Sequence[bool], right: Sequence[bool]) -> tuple[float | None, list[float]]:
@@ -195,7 +198,7 @@ def _by_group(rows: Values, groups: Sequence[str]) -> Values:
 
 
 def _wilson(hits: Values) -> list[float]:
-    """Compute Wilson's 95 % interval [low, high] of a share; `hits` are 0 or 1."""
+    """Compute Wilson's 95 % interval [low, high] of the mean of values from 0 to 1, usually 0 or 1."""
     n, total = hits.sum(), len(hits)
     low, high = proportion_confint(n, total, method="wilson")
     return [float(low) if n else 0.0, float(high) if n < total else 1.0]  # exact where the formula rounds, to 2.8e-17

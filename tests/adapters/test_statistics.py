@@ -56,6 +56,15 @@ def test_records_of_one_group_count_as_one():
     assert high - low > 1.7 * (independent[1] - independent[0])
 
 
+@pytest.mark.parametrize("metric", ["exact_match", "token_f1"])
+@pytest.mark.parametrize("value", [0, 1])
+def test_the_interval_of_groups_that_are_all_alike_has_a_width(value, metric):
+    groups = [f"fact {i // 4}" for i in range(160)]
+    found = interval(answers([value] * 160), groups, metric)
+    assert found == interval(answers([value] * 40), ALONE, "exact_match")
+    assert found[1] - found[0] > 0.05
+
+
 def test_a_difference_is_paired_and_tested_exactly():
     old, new = [0] * 8 + [1] * 32, [1] * 7 + [0] + [1] * 31 + [0]
     found = difference(answers(new), answers(old), ALONE, "exact_match")
