@@ -111,7 +111,7 @@ def replace_module(name: str, source: PipelineSource) -> None:
 
 @contextmanager
 def log_failed_steps_once() -> Iterator[None]:
-    """Context manager: log a failed step in one line, and an interrupted step not at all.
+    """Context manager: log a failed step in one line, and an interruption of a step or before it not at all.
 
     The local orchestrator logs the exception with its traceback and also raises it, so the user would see it twice.
     """
@@ -128,13 +128,14 @@ def log_failed_steps_once() -> Iterator[None]:
 
 
 def _drop_traceback(record: logging.LogRecord) -> bool:
-    interrupted = record.exc_info is not None and isinstance(record.exc_info[1], INTERRUPTIONS)
+    logged = _is_no_interruption(record)
     record.exc_info = None
-    return not interrupted
+    return logged
 
 
 def _is_no_interruption(record: logging.LogRecord) -> bool:
-    return not (isinstance(record.args, tuple) and any(isinstance(value, INTERRUPTIONS) for value in record.args))
+    values = (*(record.args if isinstance(record.args, tuple) else ()), *(record.exc_info or ()))
+    return not any(isinstance(value, INTERRUPTIONS) for value in values)
 
 
 @contextmanager

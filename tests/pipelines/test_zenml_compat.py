@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 from zenml import pipeline, step
 from zenml.cli.pipeline import _import_pipeline
 from zenml.enums import ExecutionMode
+from zenml.orchestrators.step_run_utils import StepRunRequestFactory
 from zenml.pipelines.pipeline_definition import Pipeline
 
 from pipelines.artifacts import is_intact
@@ -130,6 +131,21 @@ def test_a_failed_step_is_logged_without_its_traceback(caplog):
         failing()
     assert "Failed to run step `fail`: wrong" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
+
+
+def test_an_interruption_before_a_step_is_not_logged(caplog, monkeypatch):
+    def interrupt(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    uncached = failing.with_options(enable_cache=False)  # ZenML's look-up of cached steps would be interrupted first
+    monkeypatch.setattr(StepRunRequestFactory, "populate_request", interrupt)
+    with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.ERROR):
+        uncached()
+    assert any(record.exc_info for record in caplog.records)  # otherwise the workaround is not needed any more
+    caplog.clear()
+    with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.ERROR), log_failed_steps_once():
+        uncached()
+    assert not caplog.records
 
 
 def test_zenmls_command_writes_no_colors_into_a_pipe(tmp_path):
