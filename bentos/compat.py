@@ -26,6 +26,7 @@ from _bentoml_sdk.service.openapi import generate_spec
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -131,19 +132,24 @@ class _BoundedMetrics(RunnerTrafficMetricsMiddleware):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's httptools protocol with three limits, this project's errors, and streams for clients of HTTP/1.0.
+    """uvicorn's httptools protocol with three limits, this project's errors, and support for more clients.
 
-    The limits: header size, time to receive the headers, and time without reads.
+    The limits: header size, time to receive the headers, and time without reads. The clients: those that offer an
+    upgrade to HTTP/2, and those of HTTP/1.0.
 
-    Without them, uvicorn buffers headers of any size, waits for the end of headers forever, and keeps a response in
-    memory while its client reads nothing. uvicorn limits headers only with its other parser, h11
+    Without the limits, uvicorn buffers headers of any size, waits for the end of headers forever, and keeps a response
+    in memory while its client reads nothing. uvicorn limits headers only with its other parser, h11
     (https://github.com/Kludex/uvicorn/issues/157).
 
     Idle connections are kept for `KEEP_ALIVE` seconds instead of uvicorn's 5. A proxy that reuses connections for
     longer than the server keeps them would send requests to closed connections, and respond with 502.
+
+    A server may ignore an offer to upgrade (RFC 9110, section 7.8), but httptools then takes the body for another
+    protocol's data. Java's HttpClient offers HTTP/2 in every request to an http URL.
     """
 
     _n_bytes = 0  # received bytes of the current request, without its body
+    _without_offer = b""  # head of a request that offers an upgrade, without the offer: it is to be parsed again
     _timer: asyncio.TimerHandle | None = None  # runs until the headers are complete
     _write_timer: asyncio.TimerHandle | None = None  # runs while the client reads less than is written
 
@@ -172,7 +178,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._n_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._n_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self._refuse_headers()
 
@@ -184,7 +191,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._stop_timer()
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._refuse_headers()  # data_received does not see headers that arrive in one read with the request's end
-            raise ValueError  # ends the parsing of what follows; uvicorn then calls send_400_response
+            raise ValueError  # ends the parsing of what follows
+        method = self.parser.get_method()
+        if self.parser.should_upgrade() and not self._should_upgrade() and method != b"CONNECT":
+            start = b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())
+            others = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self._without_offer = b"\r\n".join([start, *others, b"", b""])
+            return
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -192,11 +205,30 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._n_bytes = 0
-        super().on_message_complete()
+        if not self._without_offer:
+            self._n_bytes = 0
+            super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        """Called for a request that is not valid HTTP. uvicorn's error is plain text.
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except HttpParserUpgrade as upgrade:
+                [n_parsed] = upgrade.args
+                if not self._without_offer:
+                    if self._should_upgrade():
+                        self.handle_websocket_upgrade()
+                    return
+                data, self._without_offer = self._without_offer + data[n_parsed:], b""
+                self.parser = HttpRequestParser(self)  # the old one accepts nothing after `Connection: close`
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            except HttpParserError:
+                self._refuse_invalid()
+                return
+
+    def _refuse_invalid(self) -> None:
+        """Respond to a request that is not valid HTTP. uvicorn's error is plain text.
 
         If the request before it has no response yet, completes that response and closes the connection.
         """

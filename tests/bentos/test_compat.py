@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 
@@ -10,6 +11,7 @@ import bentoml
 import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
@@ -160,11 +162,13 @@ def test_headers_are_limited_in_size_and_time(monkeypatch, data, expected):
     assert answer(compat.BoundedHttpProtocol, data) == expected
 
 
-def whole_answer(app: ASGIApp, data: bytes) -> tuple[bytes, bytes]:
+def whole_answer(
+    app: ASGIApp, data: bytes, protocol: type[compat.HttpToolsProtocol] = compat.BoundedHttpProtocol
+) -> tuple[bytes, bytes]:
     """Head and body of the response, until the server closes the connection."""
 
     async def run() -> tuple[bytes, bytes]:
-        _, server, reader, writer = await request_from(app, data)
+        _, server, reader, writer = await request_from(app, data, protocol)
         head, _, body = (await asyncio.wait_for(reader.read(), 30)).partition(b"\r\n\r\n")
         writer.close()
         server.close()
@@ -185,6 +189,37 @@ def test_an_invalid_request_does_not_interrupt_the_response_to_the_one_before():
     head, body = whole_answer(read_and_answer, b"GET / HTTP/1.1\r\n\r\n" + b"no request\r\n\r\n")
     assert head.startswith(b"http/1.1 200")
     assert body == b"ok"
+
+
+async def repeat(scope, receive, send):
+    """Answer with the method, the path and the body of the request."""
+    request = Request(scope, receive)
+    body = await request.body()
+    await PlainTextResponse(f"{request.method} {request.url.path} {body.decode()};")(scope, receive, send)
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+
+
+class ByteByByte(compat.BoundedHttpProtocol):
+    def data_received(self, data: bytes) -> None:
+        for i in range(len(data)):
+            super().data_received(data[i : i + 1])
+
+
+def test_uvicorn_still_loses_the_body_of_a_request_that_offers_http_2():
+    data = b"POST /1 HTTP/1.0\r\nContent-Length: 2\r\n%b\r\n{}" % OFFER
+    assert whole_answer(repeat, data, compat.HttpToolsProtocol)[1] == b"POST /1 ;"
+
+
+@pytest.mark.parametrize("protocol", [compat.BoundedHttpProtocol, ByteByByte])
+def test_a_request_that_offers_http_2_is_answered_as_without_the_offer(protocol):
+    """Java's HttpClient and `curl --http2` offer it in every request to an http URL."""
+    with_length = b"POST /1 HTTP/1.1\r\nContent-Length: 2\r\n%b\r\n{}" % OFFER
+    in_chunks = b"POST /2 HTTP/1.1\r\n%bTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n1\r\n}\r\n0\r\n\r\n" % OFFER
+    last = b"GET /3 HTTP/1.1\r\nConnection: close\r\n%b\r\n" % OFFER
+    _, rest = whole_answer(repeat, with_length + in_chunks + last, protocol)
+    assert re.findall("[A-Z]+ /[123] .*?;", rest.decode()) == ["POST /1 {};", "POST /2 {};", "GET /3 ;"]
 
 
 async def stream(scope, receive, send):
@@ -214,13 +249,15 @@ async def answer_at_length(scope, receive, send):
 
 
 async def request_from(
-    app: ASGIApp, data: bytes = b"GET / HTTP/1.1\r\n\r\n"
-) -> tuple[list[compat.BoundedHttpProtocol], asyncio.Server, asyncio.StreamReader, asyncio.StreamWriter]:
+    app: ASGIApp,
+    data: bytes = b"GET / HTTP/1.1\r\n\r\n",
+    protocol: type[compat.HttpToolsProtocol] = compat.BoundedHttpProtocol,
+) -> tuple[list[compat.HttpToolsProtocol], asyncio.Server, asyncio.StreamReader, asyncio.StreamWriter]:
     """Send a request to a server of the app: its connections, the server, and the client's streams."""
-    loop, made = asyncio.get_running_loop(), list[compat.BoundedHttpProtocol]()
+    loop, made = asyncio.get_running_loop(), list[compat.HttpToolsProtocol]()
 
-    def make() -> compat.BoundedHttpProtocol:
-        made.append(compat.BoundedHttpProtocol(Config(app, log_config=None), ServerState(), {}, loop))
+    def make() -> compat.HttpToolsProtocol:
+        made.append(protocol(Config(app, log_config=None), ServerState(), {}, loop))
         return made[-1]
 
     server = await loop.create_server(make, "127.0.0.1")
