@@ -63,11 +63,12 @@ class GPT2Service(compat.WrappableService):
         compat.limit_metric_labels(app, path_label(paths))
         wrapped: ASGIApp = HeadMiddleware(app)
         wrapped = ErrorShapeMiddleware(wrapped, paths)
-        wrapped = AuthMiddleware(wrapped, settings().api_token, settings().admin_token, PROBES, admin.router.routes)
+        tokens, origins = (settings().api_token, settings().admin_token), settings().cors_origins
+        wrapped = AuthMiddleware(wrapped, *tokens, PROBES, admin.router.routes, origins)
         wrapped = UnhandledErrorMiddleware(wrapped)
         wrapped = AccessLogMiddleware(wrapped, skip_paths=PROBES)
         wrapped = DrainMiddleware(wrapped, PROBES, compat.stop_listening)
-        if origins := settings().cors_origins:  # outside of all that may respond: the page can read errors too
+        if origins:  # outside of all that may respond: the page can read errors too
             wrapped = CORSMiddleware(wrapped, origins, ("GET", "POST"), ("*",), expose_headers=("*",))
         return RequestIdMiddleware(wrapped, lineage().run.id)
 

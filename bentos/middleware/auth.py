@@ -22,20 +22,22 @@ class AuthMiddleware:
         admin_tokens: Collection[str],
         open_paths: Collection[str],
         admin_routes: Collection[BaseRoute],
+        cors_origins: Collection[str],
     ) -> None:
         """
         Args:
             api_tokens: all routes except `open_paths` require one of them; if empty, these routes require no token.
             admin_tokens: `admin_routes` require one of them. All other routes accept them too. If empty, `admin_routes`
                 are disabled.
+            cors_origins: origins whose pages may send requests to routes that require no token; "*": all.
         """
         self.app, self.api_tokens, self.admin_tokens = app, api_tokens, admin_tokens
-        self.open_paths, self.admin_routes = open_paths, admin_routes
+        self.open_paths, self.admin_routes, self.cors_origins = open_paths, admin_routes, cors_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted = self._accepted_tokens(scope) if scope["type"] == "http" else None
-        if accepted is None and scope["type"] == "http" and _is_forged(scope):
-            message = "a page of another site sent this request; the service does not permit that (CORS)"
+        if accepted is None and scope["type"] == "http" and _is_forged(scope) and not self._is_permitted(scope):
+            message = "a page of another site sent this request; GPT2_CORS_ORIGINS of the server does not permit that"
             await error_response(ServiceError("forbidden", message))(scope, receive, send)
         elif accepted is None or _has_token(scope, accepted):
             await self.app(scope, receive, send)
@@ -56,6 +58,9 @@ class AuthMiddleware:
         if scope["path"] in self.open_paths or not self.api_tokens:
             return None
         return [*self.api_tokens, *self.admin_tokens]
+
+    def _is_permitted(self, scope: Scope) -> bool:
+        return "*" in self.cors_origins or Headers(scope=scope).get("origin") in self.cors_origins
 
 
 def _has_token(scope: Scope, accepted: list[str]) -> bool:

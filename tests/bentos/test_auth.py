@@ -14,9 +14,11 @@ from bentos.middleware.auth import AuthMiddleware
 from tests.bentos.client import error_of
 
 
-def client(api_tokens: Sequence[str] = (), admin_tokens: Sequence[str] = ()) -> TestClient:
-    app = AuthMiddleware(Response(status_code=204), api_tokens, admin_tokens, ["/livez"], admin.router.routes)
-    return TestClient(app)
+def client(
+    api_tokens: Sequence[str] = (), admin_tokens: Sequence[str] = (), cors_origins: Sequence[str] = ()
+) -> TestClient:
+    app = Response(status_code=204)
+    return TestClient(AuthMiddleware(app, api_tokens, admin_tokens, ["/livez"], admin.router.routes, cors_origins))
 
 
 def basic(password: str) -> dict[str, str]:
@@ -92,6 +94,17 @@ def test_without_a_token_a_page_of_another_site_cannot_send_a_request(url, conte
     assert response.status_code == status
     if status == 403:
         assert error_of(response)["type"] == "forbidden"
+
+
+@pytest.mark.parametrize(
+    ("origins", "status"), [((), 403), (["https://other.example"], 403), (["https://app.example"], 204), (["*"], 204)]
+)
+def test_a_page_that_cors_permits_may_send_any_type_of_content(origins, status):
+    """`fetch` with a string and `navigator.sendBeacon` declare text, unless the page sets Content-Type."""
+    headers = {"Origin": "https://app.example", "Content-Type": "text/plain", "Sec-Fetch-Site": "cross-site"}
+    assert client(cors_origins=origins).post("/predict", headers=headers).status_code == status
+    with_token = client(["s3cret"], cors_origins=origins)
+    assert with_token.post("/predict", headers=headers | basic("s3cret")).status_code == 401
 
 
 def test_without_an_api_token_only_the_admin_routes_are_closed():
