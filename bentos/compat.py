@@ -148,6 +148,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     protocol's data. Java's HttpClient offers HTTP/2 in every request to an http URL.
     """
 
+    run_id = ""  # for the header of errors
+
     _n_bytes = 0  # received bytes of the current request, without its body
     _without_offer = b""  # head of a request that offers an upgrade, without the offer: it is to be parsed again
     _timer: asyncio.TimerHandle | None = None  # runs until the headers are complete
@@ -266,6 +268,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 f"Content-Length: {len(content)}",
                 "Cache-Control: no-store",
                 f"X-Request-Id: {uuid4().hex}",
+                f"X-Run-Id: {self.run_id}",
                 "Connection: close",
             )
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + content)
@@ -303,9 +306,9 @@ def _without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
     return wrapped
 
 
-def limit_headers() -> None:
+def limit_headers(run_id: str) -> None:
     """Make uvicorn use `BoundedHttpProtocol`. BentoML starts uvicorn afterwards, in this process."""
-    auto.AutoHTTPProtocol = BoundedHttpProtocol
+    auto.AutoHTTPProtocol = type("HttpProtocol", (BoundedHttpProtocol,), {"run_id": run_id})
 
 
 def check_port(host: str, port: int) -> None:

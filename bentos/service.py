@@ -53,7 +53,7 @@ class GPT2Service(compat.WrappableService):
     """BentoML's app inside this project's middleware. Requests pass the middleware in reverse order of wrapping."""
 
     def wrap(self, app: Starlette) -> ASGIApp:
-        compat.limit_headers()
+        compat.limit_headers(lineage().run.id)
         compat.remove_timeout(app)
         compat.remove_redirects(app)
         compat.alias_path(app, DOCUMENT, FASTAPI_DOCUMENT)  # where generators of clients look for it

@@ -37,6 +37,15 @@ def test_the_answer_is_the_models(url, tuned, tokenizer, instruction, input):
     assert answer == answer_of(tuned, tokenizer, instruction, input)
 
 
+def test_an_error_of_invalid_http_names_the_run_too(url):
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), 10) as connection:
+        connection.sendall(b"no request\r\n\r\n")
+        response = connection.makefile("rb").read()
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nX-Run-Id: run-17\r\n" in response
+
+
 def test_a_response_has_the_finish_reason_token_counts_bento_and_adapter(url, tuned, tokenizer, bento_tag, adapter_dir):
     response = predict(url, instruction="Hello.", input="x")
     prompt = format_prompt("Hello.", "x")
