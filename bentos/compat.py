@@ -65,6 +65,7 @@ class WrappableService(Service[Any]):
             check_port(context.params["host"] or http.host.get(), context.params["port"] or http.port.get())
             use_own_metrics_directory()
             stop_at_sighup()
+            kill_at_sigint_while_stopping()
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         return self.wrap(super().to_asgi(is_main))
@@ -337,6 +338,27 @@ def stop_at_sighup() -> None:
 
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     Arbiter.reload = lambda self, **_: None if ignored else self.stop()
+
+
+def kill_at_sigint_while_stopping() -> None:
+    """Make BentoML's parent process kill its workers at SIGINT (Ctrl-C) while it stops.
+
+    By default it only waits for them, up to a minute if they have requests in flight.
+    """
+    from bentoml._internal.utils.circus import Arbiter  # as in `stop_at_sighup`
+
+    stop = Arbiter.stop
+
+    def kill(arbiter: Arbiter) -> None:
+        for watcher in arbiter.iter_watchers():
+            for process in watcher.processes.values():
+                process.send_signal(signal.SIGKILL)
+
+    def stop_once(arbiter: Arbiter) -> None:
+        signal.signal(signal.SIGINT, lambda *_: kill(arbiter))
+        return stop(arbiter)
+
+    Arbiter.stop = stop_once  # type: ignore[method-assign, assignment]
 
 
 async def stop_listening(sigterm_handler: Callable[..., object]) -> None:

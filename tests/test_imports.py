@@ -61,7 +61,7 @@ MAY_IMPORT = {
         *("bentos", "gpt2core", "tiktoken", "bentoml", "fastapi", "starlette", "pydantic", "prometheus_client"),
         "pydantic_core",  # schemas.py
         *("llguidance",),  # grammar.py
-        *("_bentoml_sdk", "click", "opentelemetry", "uvicorn"),  # compat.py
+        *("_bentoml_sdk", "click", "httptools", "opentelemetry", "uvicorn"),  # compat.py
     },
     "bentos/openai": {"bentos", "gpt2core", "tiktoken", "fastapi", "starlette", "pydantic"},
     "bentos/middleware": {"bentos", "starlette"},

@@ -116,6 +116,18 @@ def test_sighup_ends_the_service(bento_tag, not_under_nohup):
         wait_until(lambda: not server.is_running(), 30, "the end of the service")
 
 
+def test_a_second_ctrl_c_ends_the_service_although_a_request_is_in_flight(bento_tag):
+    with served(bento_tag) as url:
+        [server] = psutil.Process(server_pid(url)).children()
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")  # no body: 55 seconds
+            server.send_signal(signal.SIGINT)
+            wait_until(lambda: requests.get(f"{url}/readyz", timeout=5).status_code == 503, 10, "the graceful shutdown")
+            server.send_signal(signal.SIGINT)
+            wait_until(lambda: not server.is_running(), 30, "the end of the service")
+
+
 def test_tokens_and_origins_are_checked(bento_tag):
     origin = "https://app.example"
     with served(bento_tag, GPT2_API_TOKEN="s3cret-token", GPT2_ADMIN_TOKEN="", GPT2_CORS_ORIGINS=origin) as url:
