@@ -70,6 +70,9 @@ ToolChoice = Annotated[Literal["none", "auto"] | None, BeforeValidator(_tool_cho
 
 class StreamOptions(LenientRequest):
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = Field(
+        False, description="vLLM's: with include_usage, each event has the token counts so far"
+    )
     include_obfuscation: bool | None = Field(False, description="ignored: only the lengths of events differ")
 
 

@@ -129,6 +129,7 @@ class _ResponseBuilder:
         }
         options = route.body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
+        self._continuous_usage = options is not None and bool(options.continuous_usage_stats)
         self._offsets = [
             TextOffsets(
                 route.tokenizer,
@@ -151,8 +152,9 @@ class _ResponseBuilder:
         offsets = self._offsets[i].next(chunk.tokens)
         choice = self.route.event_choice(i, chunk, finish_reason, offsets, first=i not in self._started)
         self._started.add(i)
-        counts = {"usage": None} if self._include_usage else {}
-        return {"object": self.route.chunk_object, **self._common, "choices": [choice], **counts}
+        counts = usage(self.completions).model_dump() if self._continuous_usage else None
+        fields = {"usage": counts} if self._include_usage else {}
+        return {"object": self.route.chunk_object, **self._common, "choices": [choice], **fields}
 
     def usage_event(self) -> dict[str, Any] | None:
         """Return the last event, which has the token counts; None unless the request has `include_usage`."""

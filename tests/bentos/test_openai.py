@@ -75,6 +75,18 @@ def test_a_stream_is_the_response_in_parts(client, route, stop):
     assert chunks[-1].usage == whole.usage
 
 
+def test_each_event_has_the_usage_so_far_if_requested_as_of_vllm(client):
+    """GuideLLM requests it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    values = {"model": "gpt2-instruct", "prompt": "One", "max_tokens": 20}
+    *events, last = client.completions.create(**values, stream=True, stream_options=options)
+    counts = [event.usage.completion_tokens for event in [*events, last]]
+    assert counts == sorted(counts)
+    assert counts[0] > 0
+    assert {event.usage.prompt_tokens for event in events} == {last.usage.prompt_tokens}
+    assert last.usage == client.completions.create(**values).usage
+
+
 @pytest.mark.parametrize("route", ["completions", "chat"])
 def test_a_stream_starts_before_the_completion_ends(client, route):
     """Tokens available when an event is sent are sent together, so some streams of a tiny model are one event."""
