@@ -159,7 +159,7 @@ def test_tools_that_the_model_could_call_are_a_400_that_says_what_works_instead(
     ("field", "reason"),
     [
         (
-            {"stream_options": {"continuous_usage_stats": True}},
+            {"stream_options": {"other_option": True}},
             "this field is not supported; leave it out, or send null",
         ),
         ({"response_format": {"type": "text", "strict": True}}, "unknown field"),
