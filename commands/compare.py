@@ -33,7 +33,8 @@ def compare(names: Sequence[str]) -> tuple[str, Path]:
     answered = [{_key(sample): sample for sample in run.artifacts["samples"].load()} for run in traced]
     common = [key for key in answered[0] if all(key in samples for samples in answered)]
     if not common:
-        raise CompareError(f"{' and '.join(run.run.name for run in traced)} have no test record in common")
+        shown = " and ".join(run.run.name for run in traced)
+        raise CompareError(f"{shown} have no test record in common{_other_data(traced)}")
     runs = [_read(run, [samples[key] for key in common]) for run, samples in zip(traced, answered, strict=True)]
     keys = dict.fromkeys(key for run in runs for key in run.values)
     values = {key: [run.values.get(key, "") for run in runs] for key in keys}
@@ -59,6 +60,15 @@ def _find(name: str) -> TracedRun:
     if "samples" not in run.artifacts:
         raise CompareError(f"the run {name} did not finish its evaluation")
     return run
+
+
+def _other_data(runs: Sequence[TracedRun]) -> str:
+    """Return the end of a message: the values that choose and split the records, if the runs' values differ."""
+    values = [dict(_flat(run.run.config.parameters or {})) for run in runs]
+    keys = [key for key in {key: None for each in values for key in each} if key == "seed" or key.startswith("data.")]
+    rows = {key: [each.get(key, "") for each in values] for key in keys}
+    different = [f"{key} is {' and '.join(row)}" for key, row in rows.items() if len(set(row)) > 1]
+    return f": {', '.join(different)}" if different else ""
 
 
 def _read(run: TracedRun, samples: list[Sample]) -> ComparedRun:
