@@ -310,7 +310,7 @@ def test_tokens_are_converted_outside_of_the_event_loop(tokenizer, route, body):
     generator = SimpleNamespace(
         tokenizer=Recording(),
         n_positions=128,
-        check_model=lambda *_: None,
+        adapters=SimpleNamespace(check_model=lambda *_: None),
         check_known=lambda *_: None,
         encode_instruction=encode,
     )
