@@ -172,10 +172,25 @@ def test_generated_text_is_never_html(page, url):
     assert page.locator("article img").count() == 0
 
 
-def test_an_answer_in_a_script_from_right_to_left_ends_at_its_left(page, url):
-    event = json.dumps({"answer": "ירושלים.", "finish_reason": None}, ensure_ascii=False)
+def respond(page, answer: str, n_tokens: int) -> None:
+    """Respond to the page's requests with this answer instead of the model's."""
+    usage = {"prompt_tokens": 9, "completion_tokens": n_tokens, "total_tokens": 9 + n_tokens}
+    event = json.dumps({"answer": answer, "finish_reason": "stop", "usage": usage}, ensure_ascii=False)
     body = f"data: {event}\n\ndata: [DONE]\n\n"
     page.route("**/predict", lambda route: route.fulfill(content_type="text/event-stream; charset=utf-8", body=body))
+
+
+def test_an_answer_without_text_says_so(page, url):
+    respond(page, "", 1)
+    send(page, "Say nothing.")
+    assert answer(page) == ""
+    text = page.locator("article .text")
+    assert text.evaluate("element => getComputedStyle(element, '::after').content") == '"(no text)"'
+    assert page.locator("article .figures").text_content().startswith("1 token; ")
+
+
+def test_an_answer_in_a_script_from_right_to_left_ends_at_its_left(page, url):
+    respond(page, "ירושלים.", 5)
     send(page, "Name the city.")
     assert answer(page) == "ירושלים."
     first, last = page.locator("article .text").evaluate("""element => [0, element.textContent.length - 1].map((at) => {
