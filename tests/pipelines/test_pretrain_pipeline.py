@@ -51,7 +51,8 @@ def pretrain(invoke, outputs: Path, *values: str) -> Path:
     result = invoke("pretrain", *TINY, *values, config="configs/pretrain.yaml")
     assert result.exit_code == 0, result.output
     directory = outputs / newest_run().name
-    assert shlex.split(result.output)[-4:] == ["--set", "base.source=hub", "--set", f"base.name={directory / 'base'}"]
+    options = shlex.split(result.stdout.splitlines()[-1])[-4:]
+    assert options == ["--set", "base.source=hub", "--set", f"base.name={directory / 'base'}"]
     return directory
 
 
