@@ -36,12 +36,10 @@ def compare(names: Sequence[str]) -> tuple[str, Path]:
         shown = " and ".join(run.run.name for run in traced)
         raise CompareError(f"{shown} have no test record in common{_other_data(traced)}")
     runs = [_read(run, [samples[key] for key in common]) for run, samples in zip(traced, answered, strict=True)]
-    keys = dict.fromkeys(key for run in runs for key in run.values)
-    values = {key: [run.values.get(key, "") for run in runs] for key in keys}
     by_record = [list(samples) for samples in zip(*(run.samples for run in runs), strict=True)]
     compared = Compared(
         runs=runs,
-        changed_values={key: row for key, row in values.items() if len(set(row)) > 1},
+        changed_values=_changed([run.values for run in runs]),
         differences=[_differences(run, runs[0]) for run in runs[1:]],
         changed_answers=[answers for answers in by_record if len({s.tuned.scores.exact_match for s in answers}) > 1],
     )
@@ -62,17 +60,26 @@ def _find(name: str) -> TracedRun:
     return run
 
 
+def _parameters(run: TracedRun) -> dict[str, str]:
+    return dict(_flat(run.run.config.parameters or {}))
+
+
+def _changed(values: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return each run's value, "" if it has none, for the keys whose values differ."""
+    keys = dict.fromkeys(key for each in values for key in each)
+    rows = {key: [each.get(key, "") for each in values] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
 def _other_data(runs: Sequence[TracedRun]) -> str:
     """Return the end of a message: the values that choose and split the records, if the runs' values differ."""
-    values = [dict(_flat(run.run.config.parameters or {})) for run in runs]
-    keys = [key for key in {key: None for each in values for key in each} if key == "seed" or key.startswith("data.")]
-    rows = {key: [each.get(key, "") for each in values] for key in keys}
-    different = [f"{key} is {' and '.join(row)}" for key, row in rows.items() if len(set(row)) > 1]
+    rows = _changed([_parameters(run) for run in runs])
+    different = [f"{key} is {' and '.join(row)}" for key, row in rows.items() if key.split(".")[0] in ("seed", "data")]
     return f": {', '.join(different)}" if different else ""
 
 
 def _read(run: TracedRun, samples: list[Sample]) -> ComparedRun:
-    values = dict(_flat(run.run.config.parameters or {}))
+    values = _parameters(run)
     values |= {f"data, {part}": digest[:12] for part, digest in zip(("train", "val", "test"), run.data, strict=True)}
     values["commit"] = run.lineage.commit.sha[:12] if run.lineage else ""
     answers = [sample.tuned for sample in samples]
